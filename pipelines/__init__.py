@@ -1,4 +1,5 @@
-"""Stages of a run, one package per process: driver (Spark), executor (Spark's Python workers), worker (torch ranks).
+"""Code of all stages of a run, with one package per kind of process: driver (Spark), executor (Spark's Python workers)
+and worker (torch ranks).
 
 The package `config` defines the settings of a run, `platform` covers the differences between a laptop and a workspace,
 `formats` defines files and tables that processes share, and `tracking` talks to MLflow. Start reading in

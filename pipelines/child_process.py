@@ -21,7 +21,7 @@ SECRET = re.compile("TOKEN|SECRET|PASSW|CREDENTIAL|KEY|AUTH")
 
 
 def child_environment(**more: str) -> dict[str, str]:
-    """Return the environment of a child process: variables that PASSED_ON allows, without credentials, and `more`."""
+    """Return environment variables for a child process: `more`, and this process's variables that PASSED_ON allows."""
     allowed = {
         name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name) and not SECRET.search(name)
     }
@@ -29,9 +29,10 @@ def child_environment(**more: str) -> dict[str, str]:
 
 
 def drop_other_variables(*needed: str) -> None:
-    """Remove the environment variables that a child process would not receive, except names that match `needed`.
+    """Remove each environment variable that a child process would not receive, unless its name matches one of `needed`.
 
-    A rank on an executor calls this function first, because Spark starts the rank with all variables of the executor.
+    A torch rank on an executor calls this function before it does anything else, because Spark starts the rank with
+    all variables of the executor.
     """
     for name in os.environ.keys() - child_environment().keys():
         if not any(re.fullmatch(pattern, name) for pattern in needed):
@@ -53,7 +54,8 @@ def start_ticks(pid: int) -> int:
     The system may reuse a process id after the process has ended, but not with the same start time.
     """
     try:
-        # The second field is the name of the program in parentheses, which may contain blanks and parentheses.
+        # The second field of the file is the name of the program in parentheses, which may contain blanks and
+        # parentheses.
         return int(
             Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
         )

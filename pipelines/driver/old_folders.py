@@ -7,7 +7,7 @@ The newest folders of each kind stay, and so does everything that a remaining fo
 - the shards of every remaining run, and the shards that a remaining training mix refers to.
 
 A folder that Lakesight cannot read stays too. A folder is renamed before it is removed. Otherwise a killed command
-could leave half of a folder behind that looks complete.
+could leave a half-removed folder that looks complete.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ LEFTOVERS: dict[Kind, str] = {
 }
 """Folders in which a killed command may leave a half-removed folder, as patterns below the home folder."""
 Needs = Callable[[RunFolder], Collection[str] | None]
-"""Function that returns the names of the checkpoints of a run that were registered, or None if the names are not
-known."""
+"""Function that returns the names of a run's checkpoints from which model versions were registered, or None if these
+names are not known."""
 T = TypeVar("T")
 
 
@@ -65,9 +65,10 @@ def find_old_folders(platform: Platform, keep: int, needs: Needs) -> list[OldFol
 
     Args:
         platform: platform with the folders.
-        keep: number of the newest folders to keep of each kind: of runs with one name, of shards that differ only in
-            the version of the table, and of reports on the same subject.
-        needs: function that says which checkpoints of a run were registered.
+        keep: number of folders to keep in each group of similar folders; the newest folders are kept. Runs with the
+            same name form a group, and so do shards that differ only in the table version, and reports on the same
+            subject.
+        needs: function that returns the checkpoints of a run from which model versions were registered.
 
     Raises:
         UserError: `keep` is below 1.
@@ -114,9 +115,9 @@ def _split_runs(runs: dict[RunFolder, RunFile], keep: int, needs: Needs) -> tupl
     """Return the run folders to remove, and for each remaining run whether all of the run's checkpoints stay."""
     newest = set(_newest(runs, keep, lambda run: runs[run].config.name, lambda run: run.run_file))
     whole = {run for run in runs if run in newest or _may_be_training(run) or needs(run) is None}
-    while True:  # a run that starts from another run needs this run's weights
+    while True:  # a run that starts from another run needs the other run's weights
         starts = [Path(start).parts for run in whole if (start := runs[run].config.train.start_from)]
-        # The names are compared, because the home folder may have been moved since.
+        # Only the names of the folders are compared, because the home folder may have been moved since.
         needed = {run for run in runs if any(run.path.name in parts for parts in starts)}
         if needed <= whole:
             break
@@ -150,7 +151,7 @@ def _shards_of(file: RunFile) -> tuple[str, str]:
 
 
 def _old_shards(folder: Path, keep: int, used: Collection[str]) -> list[Path]:
-    """Return the complete shard folders that are neither new nor used, and that no remaining folder refers to."""
+    """Return the complete shard folders that are not among the newest, and that no run and no kept folder needs."""
     manifests: dict[Path, Manifest] = {}
     for path in sorted(folder.glob(f"[!.]*/{MANIFEST}")):
         try:

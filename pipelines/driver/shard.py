@@ -81,7 +81,7 @@ class ShardReport(Config):
 
 
 class ShardFolder(NamedTuple):
-    """A complete shard folder. `reused` says whether the folder existed already."""
+    """A complete shard folder. `reused` says whether the folder existed before."""
 
     folder: Path
     manifest: Manifest
@@ -114,7 +114,7 @@ def find_finished(
 ) -> ShardReport | None:
     """Find the shards of one source and split without Spark, or return None if the shards are not written yet.
 
-    The arguments are those of `shard`. Tables of a catalog are not read, so there the answer is always None.
+    The arguments are those of `shard`. If a catalog manages the tables, the result is always None.
     """
     started = time.monotonic()
     tables = open_tables(platform, SAMPLES)
@@ -195,7 +195,7 @@ def write_mix(parts: Sequence[ShardFolder], shares: Sequence[float], shards: Pat
 def find_or_write(  # noqa: PLR0917 (as for `shard`)
     spark: SparkSession, platform: Platform, source: str, config: DataConfig, image: ImageConfig, split: Split
 ) -> ShardFolder:
-    """Return the shard folder of a source and split at its last change; write the folder if it does not exist."""
+    """Return the shard folder of a source and split, as of the source's last change. Write a missing folder."""
     version = read_versions(spark, platform, source)
     request = _request(platform, source, config, image, split, (version, table_id(spark, platform, SAMPLES)))
     folder = platform.folder("shards") / request.folder_name
@@ -215,7 +215,7 @@ def _request(  # noqa: PLR0917 (as for `shard`)
     split: Split,
     pin: tuple[TableVersions, str],
 ) -> ShardRequest:
-    """Return the request of a source and split. `pin` has the versions and the id of table `samples`."""
+    """Return the shard request for a source and split. `pin` has the versions and the id of table `samples`."""
     shards, (version, samples_id) = config.shards, pin
     return ShardRequest(
         table=platform.table(SAMPLES.name),
@@ -251,7 +251,7 @@ def _select_rows(spark: SparkSession, request: ShardRequest, version: int) -> Da
     return rows.select(
         "image_id",
         "image",
-        F.sort_array("texts").alias("texts"),  # so that shards do not depend on the order of the source's rows
+        F.sort_array("texts").alias("texts"),  # sorted, so that shards do not depend on the order of the source's rows
         F.sha2(F.concat(F.lit(f"{request.seed}/"), "image_id"), 256).alias("shuffle_key"),
     )
 

@@ -46,8 +46,8 @@ class CaptionJob(Config):
         model_folder: folder of the model's weights, config and tokenizer.
         model_digest: digest of the model, or empty if it is not known.
         remote: whether `model_folder` is on a network.
-        precision: number format in which the model computes.
-        prompt: prompt for every picture.
+        precision: number format in which the model computes, such as fp32.
+        prompt: text before the caption, which is the same for every picture.
         settings: decoding settings.
         limits: limits on the size and the decoding time of a picture.
         image_root: folder or URL of the pictures; None if the batches contain the pictures and not their paths.
@@ -55,7 +55,7 @@ class CaptionJob(Config):
         output_folder: folder of the caption files, which has the same path on every executor.
         rows_per_file: number of rows after which a task writes a file. A killed task loses only the rows after its last
             file.
-        constants: value of each column that has the same value in all rows, by column name.
+        constants: columns that have the same value in all rows: a dict from the name of the column to the value.
         started_at: time at which the job started.
     """
 

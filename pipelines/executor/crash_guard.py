@@ -1,4 +1,4 @@
-"""Functions that call a function in a child process, so that a crash or hang of an image decoder affects only one row.
+"""Call of a function in a child process, so that a crash or hang of the image decoder affects only one row.
 
 The forked child inherits the items, and sends the result of each item as soon as the result is computed. If the child
 dies, the first item without a result has killed the child, and a new child continues after this item. Captioning always
@@ -27,10 +27,10 @@ OUT_OF_MEMORY = 77
 
 
 class Death(NamedTuple):
-    """Cause of the end of a child process.
+    """How and why a child process died.
 
     Attributes:
-        how: description, such as "was ended by SIGSEGV".
+        how: phrase that says how the process died, such as "was ended by SIGSEGV".
         timed_out: whether the child was ended because it exceeded a time limit (`pipelines.executor.time_limit`).
     """
 
@@ -68,8 +68,8 @@ def run_guarded(items: Sequence[T], function: Callable[[T], R], on_death: Callab
     Args:
         items: items for which the function is called, in the order of the results.
         function: function that the child process calls with each item. The results of the function must be picklable.
-        on_death: function that this process calls with the item that killed the child and the cause of the child's end.
-            Its result becomes the result of the item.
+        on_death: function that is called in this process if an item killed the child process. Its arguments are the
+            item and the `Death`, and what it returns becomes the result of the item.
 
     Raises:
         Exception: any exception that `function` raised, except MemoryError, which counts as a crash.
@@ -94,7 +94,7 @@ class _Child(Generic[T, R]):
     """A forked process that computes results one by one."""
 
     def __init__(self, items: Sequence[T], function: Callable[[T], R]) -> None:
-        fork = multiprocessing.get_context("fork")  # a forked child already has the items: nothing is pickled
+        fork = multiprocessing.get_context("fork")  # a forked child already has the items, so no item is pickled
         self._count = len(items)
         self._reader, writer = fork.Pipe(duplex=False)
         self._process = fork.Process(target=_child_main, args=(items, function, writer))

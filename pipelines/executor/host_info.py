@@ -65,7 +65,7 @@ def describe_host() -> dict[str, object]:
 
 
 def hash_sources() -> dict[str, str]:
-    """Return a hash of each source file that ranks import, by its path in the project."""
+    """Return a dict from the path of each source file that ranks import, relative to the project, to its hash."""
     found = {}
     for name in SOURCES:
         spec = find_spec(name.replace("/", "."))

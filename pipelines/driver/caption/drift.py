@@ -1,4 +1,4 @@
-"""Drift: comparison of the figures of a caption job with the figures of an evaluation of the same model version.
+"""Drift check: compares a caption job with an evaluation of the same model version, by figures such as brightness.
 
 Caption jobs and evaluations compute the figures with the same module, `pipelines.formats.caption_stats`. The caption
 job and the evaluation use the same model version, so a difference between their figures is caused by the pictures and
@@ -43,7 +43,7 @@ class Drift(Config):
 
 
 class EvaluationFigures(Config):
-    """Figures of the evaluation of a model version, and the number of pictures evaluated."""
+    """Figures from the last evaluation of a model version, and the number of evaluated pictures (`rows`)."""
 
     figures: dict[str, float]
     rows: int
@@ -54,8 +54,9 @@ def read_evaluation_figures(
 ) -> EvaluationFigures:
     """Read the figures of a model version's last evaluation on a split, or no figures if there is no evaluation.
 
-    `of_model` is the SQL condition that identifies the model by its content (`is_of_model`). Figures of words are left
-    out if the evaluation split texts into words by other rules, as an earlier version of Lakesight did.
+    `of_model` is the SQL condition that identifies the model by its content (`is_of_model`). The figures in RELATIVE
+    count words. They are left out if the evaluation used other rules to split texts into words, as an earlier version
+    of Lakesight did.
     """
     rows = (
         spark.table(platform.table(EVALUATIONS.name))
@@ -90,12 +91,12 @@ def compare_figures(
     Return an empty dict if the job or the evaluation has too few rows.
 
     Args:
-        figures: figures of the caption job.
+        figures: figures of the caption job: a dict from the name, such as 'brightness', to the value.
         rows: number of rows that the job captioned.
-        evaluation: figures of the evaluation.
+        evaluation: figures of the model version's last evaluation.
         limits: minimum number of rows, and the largest allowed change of each figure.
-        prompt: prompt of the job. An evaluation uses no prompt, so for a job with a prompt only the figures of
-            pictures and errors are compared.
+        prompt: prompt of the caption job. If it is not empty, only the figures in PROMPT_INDEPENDENT are compared,
+            because an evaluation uses no prompt.
     """
     if min(rows, evaluation.rows) < limits.min_rows:
         return {}

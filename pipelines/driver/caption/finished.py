@@ -1,4 +1,4 @@
-"""Recognize caption jobs that have nothing to do, from the Delta logs and narrow columns of the tables, without Spark.
+"""Early check for caption jobs with nothing to do. It reads Delta logs and narrow columns of tables, without Spark.
 
 A job counts as finished only if every row certainly has its caption. Spark decides in all other cases, for example if
 the job has an SQL condition, if a table is in a catalog or on an object store, if rows may change within a data file
@@ -30,7 +30,7 @@ IMAGE_TYPES = (pa.string(), pa.binary())
 
 
 def find_finished(platform: Platform, model: ModelFiles, request: CaptionRequest) -> CaptionReport | None:
-    """Return the report of a job in which every row already has a caption. Return None if only Spark can tell.
+    """Return the report of the job if every row already has a caption, or None if this is false or only Spark can tell.
 
     Raises:
         UserError: the request is invalid, as in `check_request`.
@@ -101,7 +101,7 @@ def check_source(platform: Platform, request: CaptionRequest) -> None:
 
 
 def _open_tables(platform: Platform, request: CaptionRequest) -> tuple[DeltaTable, DeltaTable] | None:
-    """Open the source table and the table of captions, or return None if a table is not on a local disk."""
+    """Open the source table and `generated_captions`, or return None if a table cannot be read from a local disk."""
     location = platform.table_location(request.source_table)
     if platform.tables is None or location is None or not Path(location, "_delta_log").is_dir():
         return None
@@ -117,7 +117,7 @@ def _open_tables(platform: Platform, request: CaptionRequest) -> tuple[DeltaTabl
 
 
 def _is_plain(source: DeltaTable, request: CaptionRequest) -> bool:
-    """Return whether every Delta reader can read the table and the id and picture columns have the usual types.
+    """Return whether every Delta reader can read the table, and its id column and picture column have usual types.
 
     A Delta table with reader version 1 has no deletion vectors and no column mapping.
     """
@@ -158,7 +158,7 @@ def _count_captioned_rows(
 
 
 def _files_at(source: DeltaTable, version: int) -> set[str]:
-    """Return the URIs of a version's data files; if the version no longer exists, return a URI that no file has."""
+    """Return the URIs of the data files of a table version, or {""} if Delta no longer has the version."""
     try:
         return set(DeltaTable(source.table_uri, version=version).file_uris())
     except DeltaError:

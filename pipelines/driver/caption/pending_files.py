@@ -39,10 +39,11 @@ class PendingFiles:
     """Files of captions that belong to one key.
 
     Attributes:
-        folder: folder of the files.
-        key: columns of `generated_captions`, and the value that all rows of the files have in each column. The digest
-            of the model is not among the columns.
-        counts: number of rows of each file whose Parquet footer has been read.
+        folder: folder that contains the files.
+        key: values that all rows of the files share: a dict from a column of `generated_captions`, such as model_name,
+            to the value. The key has no digest of the model.
+        counts: numbers of rows that have been read from Parquet footers: a dict from the path of a file to its number
+            of rows.
     """
 
     folder: Path
@@ -74,7 +75,7 @@ class PendingFiles:
         return self.counts.get(path, 0)
 
     def merge(self, spark: SparkSession, platform: Platform) -> int:
-        """Merge all files into `generated_captions` in one commit and remove them. Return the number of rows.
+        """Merge all files into `generated_captions` in one commit, then delete the files. Return the number of rows.
 
         Executors read and merge the rows of the files. The rows never pass through the driver.
 
@@ -99,7 +100,7 @@ class PendingFiles:
 
 
 def matches_key(key: dict[str, str]) -> Column:
-    """Return the SQL condition that is true for rows of table `old` (an alias) that have the values of the key.
+    """Return the SQL condition that selects the rows of `generated_captions` (alias `old`) with the values of the key.
 
     The condition contains the values as literals, so Delta can skip files.
     """

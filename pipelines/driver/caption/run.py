@@ -52,7 +52,7 @@ ROWS_PER_FILE = 512
 
 
 class CaptionRequest(Config):
-    """Table to caption, and settings of the captions.
+    """Request to caption a table: the rows to caption, and the settings with which the model captions them.
 
     Attributes:
         source_table: name of a Delta table, as `table` (in the platform's own schema), `schema.table`,
@@ -66,7 +66,7 @@ class CaptionRequest(Config):
         prompt: text before the caption; an empty prompt gives a plain caption.
         where: SQL condition on the table's columns; an empty condition selects all rows.
         settings: decoding settings, or None for the decoding settings of the model's config.
-        precision: number format in which the model computes.
+        precision: number format in which the model computes, such as fp32.
         limits: size limits of a picture; a picture that exceeds a limit becomes a row with an error.
         retry_errors: whether to caption again the rows that have an error.
         remove_deleted: whether to remove the captions (by any model) of rows that the table no longer has.
@@ -101,9 +101,11 @@ class CaptionReport(Config):
         changed: number of rows in `captioned` and `errors` that an earlier job captioned with a different picture.
         recovered: number of captions that were merged from files of an earlier job.
         removed: number of captions removed because the table no longer has their rows.
-        figures: figures of the rows that this job captioned, as in `CaptionStats.figures`.
-        tokenisation: rules that split captions into words for the figures.
-        drift: comparison of each figure with the evaluation of the model version; empty if nothing was compared.
+        figures: statistics of the rows that this job captioned, from `CaptionStats.figures`: a dict from the name,
+            such as 'words', to the value.
+        tokenisation: name of the rules by which the figures split captions into words.
+        drift: comparison with the evaluation of the model version, by the name of the figure; empty if nothing was
+            compared.
     """
 
     source_table: str
@@ -146,8 +148,8 @@ class TooManyErrors(StageFailed):
 
 
 Progress = Callable[[Callable[[], int], int], AbstractContextManager[None]]
-"""Context manager that shows progress. The first argument is a function that returns the number of finished rows. The
-second argument is the number of all rows."""
+"""Function that returns a context manager, which shows progress. The first argument is a function that returns the
+number of finished rows. The second argument is the number of all rows."""
 
 
 def caption(
@@ -259,7 +261,7 @@ def _create_job(
 def caption_key(
     model: ModelFiles, request: CaptionRequest, table: str
 ) -> tuple[GenerationConfig, dict[str, object], dict[str, str]]:
-    """Return the decoding settings, the values that identify these settings, and the key of the captions of a table."""
+    """Return the decoding settings, the values that identify them, and the key of the table's caption files."""
     settings = request.settings or model.read_config().generation
     decoding = settings.hashed_settings() | {"precision": request.precision}
     key = {
@@ -292,7 +294,7 @@ def _captions_of_model(spark: SparkSession, platform: Platform, key: dict[str, s
 def _find_uncaptioned_rows(
     spark: SparkSession, captions: DataFrame, source: SourceTable, request: CaptionRequest
 ) -> tuple[DataFrame, RowCounts]:
-    """Return the rows to process, with columns image_id, image and known, and the row counts."""
+    """Return the rows to process, and row counts. Column `known` is the sha256 of the picture captioned before."""
     old = captions.where("error IS NULL") if request.retry_errors else captions
     done = old.select("image_id", "sha256", "source_version", F.lit(True).alias("is_done"))
     unchanged = _unchanged_files(spark, source, done)
@@ -331,7 +333,7 @@ def _unchanged_files(spark: SparkSession, source: SourceTable, done: DataFrame) 
 
 
 def _run_executors(spark: SparkSession, todo: DataFrame, rows: int, job: CaptionJob) -> CaptionStats:
-    """Caption the rows into files on executors. Return the statistics of the rows."""
+    """Caption rows on executors, which write the captions to files. Return the statistics of the rows."""
     # The rows are repartitioned, because Spark would read a small table, which has a single file, in a single task. The
     # rows are repartitioned by id, so that a retried task gets the same rows. The number of tasks is a multiple of the
     # number of cores, because three tasks on two cores take as long as four tasks.

@@ -29,12 +29,12 @@ ARROW_TYPES = {
     **{"long": pa.int64(), "float": pa.float32(), "double": pa.float64(), "date": pa.date32()},
     **{"timestamp": pa.timestamp("us", "UTC"), "timestamp_ntz": pa.timestamp("us")},
 }
-"""Map Spark's name of a type to the Arrow type."""
+"""Arrow type for each name of a Spark type."""
 
 
 @dataclass(frozen=True)
 class SourceTable:
-    """The table to caption, at one version.
+    """The table to caption, read at one version.
 
     Attributes:
         name: full name of the table.
@@ -66,7 +66,7 @@ def open_source_table(
         spark: Spark session.
         platform: platform whose schema holds the table if `table` names no schema.
         table: name of the table.
-        version: version of the table, or None for the newest version.
+        version: version at which the table is read, or None for the newest version.
         columns: names of the id column and of the picture column.
         where: SQL condition on the rows; an empty condition selects all rows.
         has_paths: whether the picture column holds paths or URIs.
@@ -145,7 +145,7 @@ def compared_versions(rows: Mapping[int, int], newest: int) -> list[int]:
 
     Args:
         rows: number of captioned rows for each table version from which rows were captioned.
-        newest: version that is captioned now.
+        newest: newest version of the table, which is captioned now.
     """
     earlier = sorted(rows.keys() - {newest}, key=lambda version: (-rows[version], version))
     return earlier[:MAX_COMPARED_VERSIONS]

@@ -33,7 +33,7 @@ Step = Callable[[SparkSession, str, Table], list[str]]
 
 
 def _complete_schema(spark: SparkSession, name: str, table: Table) -> list[str]:
-    """Format 1: a table has all columns and constraints of its definition, and the property with its format."""
+    """Return the SQL statements for format 1: all defined columns and constraints, and a property with the format."""
     return [*missing_columns(spark, name, table), *missing_checks(spark, name, table.checks).values()]
 
 
@@ -50,7 +50,7 @@ class TableMigration(Config):
 
 
 class MigrationReport(Config):
-    """Format of the home folder before and after the migration, and the migration of each table that exists."""
+    """Report on a migration: the format of the home folder before and after it, and the changes of each table."""
 
     before: int
     after: int
@@ -90,8 +90,8 @@ def migrate(spark: SparkSession, platform: Platform, *, dry_run: bool) -> Migrat
 def _was_interrupted(backup: Path, home_format: int) -> bool:
     """Return whether a backup belongs to an interrupted migration.
 
-    A migration changes the format of the home folder last, so after an interruption the format is still that of the
-    backup.
+    A migration changes the format of the home folder last. After an interruption, the home folder therefore still has
+    the format that the backup contains.
     """
     return backup.exists() and read_json(backup, Backup).format == home_format
 

@@ -16,6 +16,6 @@ SAME_MODEL = (
 
 
 def is_of_model(digest: str, run_id: str) -> Column:
-    """Return the condition that is true for rows of one model. An unknown digest is the empty string."""
+    """Return the SQL condition that selects the rows of one model. If the digest is not known, `digest` is empty."""
     without_digest = F.col("model_digest").isNull() & (F.col("run_id") == run_id)
     return (F.col("model_digest") == digest) | without_digest if digest else without_digest

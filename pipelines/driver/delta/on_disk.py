@@ -1,4 +1,4 @@
-"""Queries on Delta tables in local folders without Spark, which would need up to several seconds per query."""
+"""Queries on Delta tables in local folders without Spark. Spark would need up to several seconds per query."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def open_on_disk(platform: Platform, table: Table) -> DeltaTable | None:
 
 
 def count_on_disk(table: DeltaTable, equal: Mapping[str, str | datetime], by: str) -> dict[str, int]:
-    """Count the rows whose columns have the values `equal`, by the sorted values of column `by`.
+    """Count the rows whose columns have the values `equal`. Return the counts by the sorted values of column `by`.
 
     Rows are counted in batches, and files whose statistics exclude the values are not read.
 
     Args:
         table: Delta table.
-        equal: required value by column name; at least one column.
+        equal: required values: a dict, which is not empty, from the name of a column to the value.
         by: column to group the rows by.
     """
     counts: Counter[str] = Counter()

@@ -45,11 +45,11 @@ MAX_ATTEMPTS = 12
 
 
 def retry_on_conflict(write: Callable[[], Result], where: str = "the tables it writes") -> Result:
-    """Call `write` until it has no conflict with another writer, at most MAX_ATTEMPTS times. Return its result.
+    """Call `write` until it has no conflict with another writer, at most MAX_ATTEMPTS times. Return the result.
 
     Args:
         write: function that writes everything in one commit, or nothing.
-        where: name of the table, for the error message.
+        where: name of the written table, for the error message.
 
     Raises:
         StageFailed: every call of `write` conflicted with another writer.

@@ -39,9 +39,9 @@ def spark_settings(spark: SparkSession, values: dict[str, str]) -> Iterator[None
 def bounded_batches(spark: SparkSession) -> Iterator[None]:
     """Limit the size of Parquet and Arrow batches in queries that run in the block.
 
-    At Spark's default limit of 10,000 rows, a batch of megapixel pictures has 17 GB. Spark 4.1 and later also apply the
-    limit in bytes. Spark 4.0 has only the limit in rows. The limit in rows is 32, because 32 pictures of the largest
-    usual size take 50 MB together.
+    With Spark's default limit of 10,000 rows, a batch of megapixel pictures takes 17 GB. Spark 4.1 and later also
+    limit the bytes of a batch, but Spark 4.0 limits only the rows. The limit is set to 32 rows, because 32 pictures of
+    the largest usual size take 50 MB together.
     """
     with spark_settings(
         spark,

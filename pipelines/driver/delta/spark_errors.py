@@ -33,7 +33,7 @@ def filter_rows(frame: DataFrame, condition: str, *, where: str) -> DataFrame:
     Args:
         frame: rows to filter.
         condition: SQL condition on the columns of `frame`.
-        where: name of the place where the user wrote the condition, for the error message.
+        where: place where the user wrote the condition, for the error message, such as `data.source.filter`.
 
     Raises:
         UserError: the condition is not valid SQL on these columns.
@@ -54,7 +54,7 @@ def translate_spark_errors(what: str, *, where: str) -> Iterator[None]:
     """Raise StageFailed from the Spark error, with a message of one paragraph, if Spark fails in the block.
 
     Args:
-        what: sentence that says what failed, for the error message.
+        what: first sentence of the error message, which says what failed.
         where: name of the table, folder or model, for the error message.
 
     Raises:

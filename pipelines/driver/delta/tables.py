@@ -60,14 +60,14 @@ def ensure_table(spark: SparkSession, platform: Platform, table: Table) -> bool:
                 add_checks(spark, name, table.checks)
     if not folder:
         check_format(int(table_properties(spark, name).get(PROPERTY, 0)), name)
-    elif not (exists or created):  # once per Spark session; SHOW TBLPROPERTIES would take seconds
+    elif not (exists or created):  # runs once per Spark session, without SHOW TBLPROPERTIES, which takes seconds
         check_table_format(DeltaTable(folder))
     add_columns(spark, platform, table)
     return created
 
 
 def open_tables(platform: Platform, *tables: Table) -> dict[str, DeltaTable] | None:
-    """Open tables in local folders, by name, or return None if a table does not exist or lacks a column.
+    """Open tables in local folders. Return a dict by table name, or None if a table does not exist or lacks a column.
 
     Raises:
         UserError: a newer release of Lakesight wrote a table.

@@ -1,4 +1,4 @@
-"""Versions of a table that many sources share: find the version that last changed a source; skip outdated writes."""
+"""Functions that find the table version that last changed a source, and that make Delta skip outdated writes."""
 
 from __future__ import annotations
 

@@ -25,15 +25,15 @@ MAX_PAIRS = 25_000_000
 """Largest number of pairs of a candidate and a reference to compare. The comparison then takes a few seconds."""
 MIN_CANDIDATES = 256
 SHORTLIST = 4
-"""Number of best candidates by word F1, and of best candidates by CIDEr, that are compared by all other metrics."""
+"""How many of the best candidates by word F1, and how many by CIDEr, are also compared by the slower metrics."""
 
 
 def baseline_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
     """Return the caption metrics of the baselines.
 
-    The metric `constant_cider` is the CIDEr of the single caption that has the highest CIDEr if all pictures get this
-    caption, and so on for each metric `constant_*`. The metrics `neighbour_*` belong to the human caption of the most
-    similar training picture.
+    The metric `constant_cider` gives all pictures the same caption: the caption for which CIDEr is highest. Each other
+    metric `constant_*` gives all pictures the caption that is best by this metric. The metrics `neighbour_*` give each
+    picture the human caption of the most similar training picture.
     """
     constants = best_constants(scored)
     metrics_of = {text: caption_metrics(_with_caption(scored, text)) for text in set(constants.values())}
@@ -88,7 +88,7 @@ def best_constants(scored: Sequence[ScoredRow]) -> dict[str, str]:
         values = [measured[i][name](every_row)[0] for i in shortlist]
         best[name] = candidates[shortlist[int(np.argmax(values))]]
     if len(scored) == 1:
-        del best["cider"]  # the word weights of CIDEr need several rows
+        del best["cider"]  # CIDEr is undefined for one row, because its word weights need several rows
     return best
 
 
@@ -143,7 +143,7 @@ def constant_cider(candidates: Sequence[list[str]], references: Sequence[list[li
 
 
 class _Postings:
-    """Inverted index: for each key, the references that have the key, and the key's value in each of them."""
+    """Inverted index of references: which references contain a word or n-gram (the key), and its value in each."""
 
     def __init__(self, references: Sequence[Mapping[Any, float]]) -> None:
         found: dict[object, list[tuple[int, float]]] = defaultdict(list)

@@ -19,8 +19,9 @@ from vlm.config import Config
 
 RESAMPLES = 200
 MAX_VALUES = 8
-"""Largest number of slices by value. A column with more distinct numbers is sliced by quartile. In a text column with
-more distinct values, only the MAX_VALUES most frequent values have their own slice."""
+"""Largest number of evaluation slices that a column gets for single values. A column with more distinct numbers is
+divided into quartiles instead. In a text column with more distinct values, only the MAX_VALUES most frequent values
+have their own slice."""
 MIN_SLICE_ROWS = 2
 
 
@@ -59,7 +60,7 @@ def measure(
 
     Args:
         scored: rows of the split; at least one row has a caption.
-        further: additional metrics to compute over the rows with a caption, by name.
+        further: additional metrics to compute over the rows with a caption: a dict from the name to the metric.
         seed: seed of the resampling.
     """
     failed = ratio([float(item.caption is None) for item in scored])
@@ -125,7 +126,8 @@ def slice_metrics(
 
     Args:
         scored: rows of the split; at least one row has a caption.
-        columns: for each column name, the value of each picture by image_id.
+        columns: values by which slices are made: a dict from the name of a column to a dict from image_id to the
+            value.
         names: names of the metrics to compute.
         seed: seed of the resampling.
     """
@@ -143,7 +145,7 @@ def slice_metrics(
 def slices_of(
     with_caption: Sequence[ScoredRow], columns: Mapping[str, Mapping[str, object]]
 ) -> dict[str, np.ndarray[tuple[int], np.dtype[np.bool_]]]:
-    """For each slice (`column=value`) of at least MIN_SLICE_ROWS rows, return which rows are in the slice.
+    """For each slice (`column=value`) of at least MIN_SLICE_ROWS rows, return a Boolean array that selects its rows.
 
     The slices of a column are sorted by value. A slice that contains all rows is left out.
     """

@@ -26,15 +26,17 @@ from pipelines.errors import StageFailed
 from vlm.text.words import words
 
 Corpus = tuple[list[list[str]], list[list[list[str]]]]
-"""Captions and the references of each caption, split into words."""
+"""Captions, and the references of each caption. All texts are split into words."""
 LINE_BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 """Pattern of the characters that a Java program may take for the end of a line."""
 STATISTICS = 23
-"""Number of statistics of a row: 4 lengths, 4 counts for each of 4 kinds of matches, chunks, and 2 sums of matches."""
+"""Number of METEOR's statistics per row: 4 lengths, 4 counts for each of 4 kinds of matches, the number of chunks, and
+2 sums of matches."""
 MATCH_WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])
 """Weights of an exact match and of a match by stem, synonym and paraphrase (METEOR 1.5, English)."""
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
-"""METEOR 1.5's weights for English: of recall, of the fragmentation (exponent, factor), and of content words."""
+"""METEOR 1.5's parameters for English: weight of recall, exponent and factor of the fragmentation penalty, and weight
+of content words."""
 
 
 def has_java() -> bool:
@@ -45,8 +47,9 @@ def has_java() -> bool:
 def java_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
     """Return the metrics that need Java: `meteor`, and the figures of COCO's evaluation as `coco_*`.
 
-    `meteor` compares the words of `vlm.text.words`. The Java program stems English words, but takes words of other
-    scripts apart. A word that is not ASCII is therefore replaced by a code, so that it matches only the same word.
+    `meteor` compares words as `vlm.text.words` splits them. The Java program stems English words, but breaks words of
+    other scripts, such as Chinese, into pieces. A word that is not ASCII is therefore replaced by a code, so that it
+    matches only the same word.
     """
     codes: dict[str, str] = {}
 
@@ -80,7 +83,7 @@ def ptb_words(texts: Iterable[str]) -> list[list[str]]:
 
 
 def meteor(*corpora: Corpus) -> list[Metric]:
-    """For each corpus, return METEOR, which is computed once from the summed statistics of all rows.
+    """Return METEOR of each corpus, computed from the sums of the statistics of all rows (not as a mean over rows).
 
     The Java program aligns each caption with its best reference. The program takes seconds to start, so it runs only
     once for all corpora.
@@ -108,7 +111,8 @@ def _weighted_meteor(statistics_RK: Floats, weights_SR: Floats) -> Floats:
 def meteor_score(statistics_SK: Floats) -> Floats:
     """Compute METEOR from sums of the statistics that METEOR's Java program gives for each row."""
     caption_length, reference_length, caption_function, reference_function = statistics_SK[:, :4].T
-    # The four counts of a kind: content words of the caption and the reference, then function words of both.
+    # Each kind of match has four counts: content words of the caption and of the reference, then function words of the
+    # caption and of the reference.
     counts_SMK = statistics_SK[:, 4:20].reshape(-1, 4, 4)
     matches_S2 = np.einsum("m,smk->sk", MATCH_WEIGHTS, DELTA * counts_SMK[..., :2] + (1 - DELTA) * counts_SMK[..., 2:])
     chunks, caption_matches, reference_matches = statistics_SK[:, 20:].T
@@ -134,8 +138,8 @@ def _run_java(module: str, arguments: Sequence[str], lines: Sequence[str]) -> li
     """Run a Java program of pycocoevalcap on lines of text, and return the program's answers, one answer for each line.
 
     Args:
-        module: path of the Python module that lies beside the program.
-        arguments: arguments of Java.
+        module: path of the Python module in whose folder the Java program is.
+        arguments: arguments of the `java` command.
         lines: texts without line breaks.
 
     Raises:

@@ -37,10 +37,10 @@ class Comparison(Config):
 
     Attributes:
         rows: number of rows that both versions captioned.
-        tokenisation: rules that split texts into words.
-        differences: metric differences (`one` minus `other`), with the interval of a paired bootstrap.
-        one_metrics: metrics of `one` on these rows.
-        other_metrics: metrics of `other` on these rows.
+        tokenisation: name of the rules that split texts into words.
+        differences: difference of each metric (`one` minus `other`), by name, with the interval of a paired bootstrap.
+        one_metrics: metrics of version `one` on the rows that both versions captioned, by name.
+        other_metrics: metrics of version `other` on the rows that both versions captioned, by name.
         wins: number of rows where `one` has the higher word F1.
         losses: number of rows where `other` has the higher word F1.
         ties: number of rows with equal word F1.
@@ -145,7 +145,7 @@ def _bars(report: Comparison, name: str) -> BarGroup:
 
 
 def _groups(pairs: Sequence[Pair], names: tuple[str, str]) -> dict[str, list[Pair]]:
-    """Select the rows to show, by group. The rows with the largest difference in word F1 come first."""
+    """Select the rows to show in each group of the page. Rows with the largest difference in word F1 come first."""
     by_gain = sorted(pairs, key=lambda pair: (pair[1].f1 - pair[0].f1, pair[0].row))
     better, worse = f"{names[0]}-better", f"{names[1]}-better"
     return {

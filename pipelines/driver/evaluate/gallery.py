@@ -157,7 +157,7 @@ def write_html(path: Path, page: Page, metrics: Mapping[str, Interval], *, signe
     Args:
         path: path of the HTML file to write.
         page: contents of the page, to which this function adds the metrics.
-        metrics: metrics of the split or metric differences, by name.
+        metrics: metrics of the split, or differences of metrics, by name.
         signed: whether the metrics are differences, which are shown with a plus or minus sign.
     """
     figures = {name: _format(metrics[key], signed) for key, name in NAMES.items() if key in metrics}
@@ -169,7 +169,7 @@ def bar_group(name: str, bars: Mapping[str, Interval], note: str = "") -> BarGro
 
     Args:
         name: name of the metric.
-        bars: value and interval of the metric by the name of the bar.
+        bars: bars to draw: a dict from the name of a bar, such as 'model', to the value and interval of the metric.
         note: text after the name of the metric.
     """
     largest = max(max(each.high, each.value) for each in bars.values())
@@ -198,10 +198,10 @@ def headline_bars(metrics: Mapping[str, Interval]) -> list[BarGroup]:
 
 
 def slice_tables(slices: Mapping[str, Mapping[str, Interval]], rows: Mapping[str, int]) -> list[ValueTable]:
-    """Return a list with one table of all slices, or an empty list if there are no slices.
+    """Return a list that contains one table for the page, with all slices; without slices, return an empty list.
 
     Args:
-        slices: metrics of each slice, by `column=value`, in the order of the table.
+        slices: metrics of each slice, by the name of the slice (`column=value`), in the order of the page.
         rows: number of rows of each slice; empty for a report of an earlier Lakesight version.
     """
     if not slices:

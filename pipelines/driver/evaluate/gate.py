@@ -37,7 +37,8 @@ class GateResult(Config):
     """Results of all checks of a model version, by name, and the metrics that the checks used.
 
     Attributes:
-        tokenisation: rules that split texts into words for the gate's metric; None for a metric without words.
+        tokenisation: name of the rules that split texts into words for the gate's metric; None if the metric ignores
+            words.
     """
 
     checks: dict[str, GateCheck]
@@ -110,7 +111,7 @@ def _check_blind_gap(gate: GateConfig, gap: Interval | None) -> GateCheck:
 
 
 def _check_varied(gate: GateConfig, scored: Sequence[ScoredRow]) -> GateCheck:
-    """Check that the captions are not nearly all the same, compared with one human caption for each row."""
+    """Check that the captions vary enough, compared with one human caption for each row."""
     captions = _count_distinct([item.caption or "" for item in scored])
     human = _count_distinct([item.references[item.row % len(item.references)] for item in scored])
     enough = max(2 if human > 1 else 1, gate.min_distinct * human)
@@ -127,11 +128,11 @@ def _count_distinct(texts: Sequence[str]) -> int:
 
 
 def _check_baseline(gate: GateConfig, gain: Interval | None, baseline: str, *, pictures: int) -> GateCheck:
-    """Check that the model version is better than a baseline even at the lower end of the interval.
+    """Check that the model version beats a baseline even at the lower end of the interval of the gain.
 
-    The value of the metric alone is not enough, because by chance a model that is only as good as the baseline has a
-    better value in half of the cases. With fewer than `gate.min_pictures` pictures the value decides, because some
-    bootstrap samples then contain a single picture only, and the interval of a perfect model reaches zero.
+    A higher value of the metric is not enough, because by chance a model that is only as good as the baseline has a
+    better value in half of the cases. With fewer than `gate.min_pictures` pictures, the value alone decides, because
+    some bootstrap samples then contain a single picture only, and the interval of a perfect model reaches zero.
     """
     if gain is None:
         return GateCheck(passed=False, found=f"no comparison with {baseline}: {gate.metric} is not measured")

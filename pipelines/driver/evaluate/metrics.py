@@ -5,8 +5,8 @@ models are computed by calling the same metric with different weights (`bootstra
 captions and references, extend `caption_metrics`. To add any other metric, extend `model_metrics`.
 
 pycocoevalcap computes BLEU, ROUGE-L and CIDEr-D. `vlm.text.words` splits the texts into words. This module handles all
-scripts and needs no Java, so the gate gives the same verdict on every host. Figures in papers are computed from the
-words of COCO's tokenizer. Lakesight reports such figures under separate names (`coco_cider`, see `coco.py`).
+writing systems and needs no Java, so the gate gives the same verdict on every host. Figures in papers are computed
+from the words of COCO's tokenizer. Lakesight reports such figures under separate names (`coco_cider`, see `coco.py`).
 
 In the names of arrays, R stands for rows (a picture and a prompt) and S stands for resamples.
 """
@@ -36,7 +36,7 @@ Metric = Callable[[Floats], Floats]
 WORD_METRICS = re.compile(r"(constant_|neighbour_|over_)?(word_f1|rouge_l|cider|meteor|bleu_\d|words|distinct(_\w+)?)")
 """Pattern of the names of metrics that compare or count words. All other metrics do not depend on the tokenisation."""
 COCO_PREFIX = "coco_"
-"""Prefix of the metrics of words that COCO's tokenizer splits."""
+"""Prefix of the metrics for which COCO's tokenizer splits the texts into words."""
 COCO_TOKENISATION = "Stanford PTB 3.4.1 in lower case, without punctuation (pycocoevalcap)"
 """Name of the rules by which COCO's tokenizer splits a text."""
 MAX_ORDER = 4
@@ -48,7 +48,7 @@ class ScoredRow(RowScore):
     """Scores of one row, and the caption of the nearest-neighbour baseline for this row.
 
     Attributes:
-        neighbour: human caption of the most similar training picture, or None without such a picture.
+        neighbour: human caption of the most similar training picture, or None if there is no similar training picture.
     """
 
     neighbour: str | None
@@ -106,8 +106,9 @@ def model_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
     - loss is in nats per target token. The texts of a picture share a weight of 1, because training draws one text of a
       picture in each epoch. The same weights apply to the gaps and to token_accuracy, the share of target tokens that
       the model ranks first.
-    - blind_gap, blank_gap and noise_gap are the loss with the picture of another row, a grey picture or noise, minus
-      the loss with the right picture, in nats per token. If the split has only one picture, blind_gap is missing.
+    - blind_gap, blank_gap and noise_gap are loss differences in nats per token: the loss with the picture of another
+      row, with a grey picture or with noise, minus the loss with the right picture. If the split has only one picture,
+      blind_gap is missing.
     - exact_match, word_f1, bleu_1..4, rouge_l and cider compare captions with references. For a single row, cider is
       missing, because the word weights of CIDEr need several rows.
     - words and tokens are the mean lengths of a caption in words and in tokens. captions_per_second is the speed of one
@@ -115,7 +116,7 @@ def model_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
     - distinct is the share of different captions. distinct_1..2 are the share of different word n-grams.
     - distinct_words is the expected number of different words in 100 captions. With fewer than 100 captions,
       distinct_words is missing.
-    - mean_logprob is the mean over captions of the log-probability, in nats per token.
+    - mean_logprob is the mean log-probability of the captions, in nats per token.
     - brightness and contrast are means over pictures, in levels of 0 to 255.
     """
     texts: Counter[int] = Counter()
@@ -207,7 +208,7 @@ def _distinct(texts: Sequence[str]) -> dict[str, Metric]:
 
 
 def _bleu(captions: Sequence[list[str]], references: Sequence[list[list[str]]]) -> dict[str, Metric]:
-    """Return corpus BLEU (Papineni et al., 2002) from pycocoevalcap's counts, for the reference closest in length."""
+    """Return corpus BLEU (Papineni et al., 2002) from pycocoevalcap's counts, with the closest reference length."""
     cooked: list[dict[str, Any]] = [
         cook_test(" ".join(caption), cook_refs([" ".join(reference) for reference in group]), eff="closest")
         for caption, group in zip(captions, references, strict=True)

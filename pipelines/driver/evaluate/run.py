@@ -72,11 +72,12 @@ class EvaluationReport(Config):
         source: name of the data config.
         dataset_version: version of `samples` that last changed the source.
         model_digest: digest of the model's files; empty in a report that Lakesight 0.1.0 wrote.
-        scores_hash: hash of the scores; equal scores have an equal hash.
+        scores_hash: hash of everything that determines the scores, such as model files and pictures
+            (`scores.scores_hash`).
         pictures: number of pictures of the split.
         left_out: number of rows whose prompt leaves no room for a caption; only `error_share` counts these rows.
-        tokenisation: rules that split texts into words; empty in reports of earlier versions, which are computed again
-            from the stored scores.
+        tokenisation: name of the rules that split texts into words; empty in reports of earlier versions, which are
+            computed again from the stored scores.
         definitions: version of the definitions of the metrics; 1 in reports of earlier versions.
         settings: generation settings of the captions; null for the generation settings of the model version at
             temperature 0. A report with other settings is not merged into table `evaluations`.
@@ -392,7 +393,7 @@ def _write_pages(report: EvaluationReport, rows: Sequence[GalleryRow]) -> None:
 
 
 def _describe_settings(report: EvaluationReport) -> str:
-    """Return a sentence with the generation settings if they are not the version's own, else an empty string."""
+    """Return a sentence with the generation settings if they differ from the model version's, else an empty string."""
     if report.settings is None:
         return ""
     return f"Settings: {', '.join(f'{name} {value}' for name, value in report.settings)}. "

@@ -36,10 +36,10 @@ SCORING = 2
 pictures."""
 ROWS_PER_TASK = 128
 MAX_NEIGHBOURS = 20_000
-"""Largest number of training pictures to search for a neighbour. The first training pictures are used, which are a
-random sample, because shards are shuffled."""
+"""Largest number of training pictures among which the most similar picture is searched. The first training pictures are
+used, which are a random sample, because shards are shuffled."""
 BLOCK_ROWS = 512
-"""Number of rows in a block of the distance matrix."""
+"""Number of evaluated rows in each block of the distance matrix between evaluated pictures and training pictures."""
 SCORES = "scores.parquet"
 
 ColourGrids = npt.NDArray[np.float32]

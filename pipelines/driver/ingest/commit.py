@@ -57,12 +57,12 @@ def _add(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
                 rows.unionByName(updates, allowMissingColumns=True),
                 "image_id",
                 stamp.source,
-                # The plan has already removed the texts that `samples` has.
+                # `updates.texts` has only texts that `samples` lacks, because the ingest plan leaves out the others.
                 "WHEN MATCHED THEN UPDATE SET texts = concat(target.texts, updates.texts)",
                 f"WHEN NOT MATCHED AND updates.image IS NOT NULL THEN {SAMPLES.insert_clause('updates')}",
             )
             verify_merge(counts, inserted=totals.new, updated=totals.updated)
-        else:  # append, because a merge would needlessly join all planned pictures with the table
+        else:  # an append is faster: a merge would join all planned pictures with the table
             rows.writeTo(table).append()
             verify_append(spark, platform, SAMPLES, stamp, totals.new)
     logger.info("%d new pictures, and %d earlier pictures with new texts", totals.new, totals.updated)
@@ -92,9 +92,9 @@ def _sample_rows(plan: IngestPlan, pictures: DataFrame) -> DataFrame:
 
 
 def remove_gone(platform: Platform, decoded: DecodedRows, covered: Covered) -> int:
-    """Delete the covered pictures that the decoded rows no longer contain. Return the number of deleted pictures.
+    """Delete covered pictures (`Covered`) that the decoded rows no longer have. Return the number of deleted pictures.
 
-    A picture with a changed text is deleted too. The plan then adds the picture again, with the current texts.
+    A picture with a changed text is deleted too. The ingest plan then adds the picture again, with the current texts.
     """
     source, table = decoded.request.source, platform.table(SAMPLES.name)
     spark = decoded.outcomes.sparkSession

@@ -1,4 +1,4 @@
-"""Recognize ingests that have nothing to read, from the ledger, the files and the Delta logs, without Spark.
+"""Early check for ingests with nothing to read. It uses the ledger, the files and the Delta logs, but not Spark.
 
 An ingest counts as finished only if it certainly has nothing to read. Spark decides in all other cases: if a catalog
 manages the tables, if a table does not exist yet or was written by an earlier version of Lakesight, or if only Spark
@@ -23,7 +23,7 @@ from pipelines.platform import Platform
 
 
 def find_finished(platform: Platform, source_name: str, config: DataConfig) -> FullReport | None:
-    """Return the report of an ingest that has nothing to read, or None if only Spark can tell.
+    """Return the report of the ingest if there is nothing to read, or None if there may be rows to read.
 
     Raises:
         UserError: the input does not exist, has no file of the source's kind, or lacks a column.

@@ -28,7 +28,7 @@ ITEMS = pa.schema([("item", pa.string()), ("state", pa.string())])
 COLUMNS = (*ITEMS.names, "rules", "ingested_at")
 """Columns of the ledger that decide which items need not be read again."""
 VERSION = "version "
-"""Prefix of a table's state, which consists of this prefix and the version number of the table."""
+"""Prefix of the state of a source table. The state consists of this prefix and the version number of the table."""
 
 
 class LedgerEntry(NamedTuple):
@@ -83,7 +83,7 @@ def read_ledger_of_files(table: DeltaTable, source: str, rules: str) -> pa.Table
 def select_last_versions(entries: pa.Table, rules: str) -> pa.Table:
     """Return the ITEMS that were ingested with the settings `rules`.
 
-    Of a table, all entries except the last entry are ignored.
+    If an item is a source table, only the table's last entry in the ledger counts.
 
     Args:
         entries: rows of the ledger of one source.

@@ -49,7 +49,7 @@ class NearDuplicates(NamedTuple):
     """Near duplicates among the pictures of a plan, read from files in the spill folder.
 
     Attributes:
-        shared: pictures that share a key with other pictures, from `_shared_keys`.
+        shared: one row per picture and key, for keys that several pictures share, from `_shared_keys`.
         pairs: pairs of near duplicates, with the schema PAIRS.
         neighbours: split and near duplicate of each new picture that has a near duplicate, from `_resolve`.
     """
@@ -75,7 +75,7 @@ class NearDuplicates(NamedTuple):
 
 
 def _key_masks() -> list[int]:
-    """Return the ten pairs of blocks as signed 64-bit masks."""
+    """Return a 64-bit mask for each of the ten pairs of blocks, as signed numbers."""
     starts = [sum(BLOCKS[:n]) for n in range(len(BLOCKS))]
     blocks = [((1 << width) - 1) << start for start, width in zip(starts, BLOCKS, strict=True)]
     pairs = [a | b for a, b in combinations(blocks, len(BLOCKS) - MAX_DIFFERING_BITS)]
@@ -154,7 +154,7 @@ def _find_pairs(shared: DataFrame, pictures: DataFrame) -> DataFrame:
         & (F.col("left.key") == F.col("right.key"))
         & (F.col("left.image_id") != F.col("right.image_id"))
         & (F.bit_count(differing) <= MAX_DIFFERING_BITS)
-        & (_first_shared_mask(differing) == F.col("left.mask")),  # compares each pair only once
+        & (_first_shared_mask(differing) == F.col("left.mask")),  # so each pair is compared only once
     ).select("left.image_id", F.col("right.image_id").alias("other_id"))
     others = pictures.select(*(F.col(name).alias(f"other_{name.removeprefix('image_')}") for name in COMPARED))
     both = candidates.join(pictures.filter("NOT existing").drop("existing"), "image_id").join(others, "other_id")
@@ -173,10 +173,10 @@ def _resolve(pairs: DataFrame, *, move: bool) -> DataFrame:
     """Return the near duplicate and the split of each new picture, in columns image_id, split, near_of, near_split.
 
     near_of is a near duplicate that was in `samples` before the ingest. If no near duplicate was in `samples`, near_of
-    is the new near duplicate with the smallest id. The new picture with the smallest id gets null. near_split is the
-    split of the near duplicates in `samples`, because pictures in `samples` do not move. If no near duplicate is in
-    `samples`, near_split is the first of test, val and train to which the picture or a near duplicate belongs. If
-    `move` is false, near_split is the picture's own split.
+    is the new near duplicate with the smallest id. For the new picture with the smallest id, near_of is then null.
+    near_split is the split of the near duplicates in `samples`, because pictures in `samples` do not move. If no near
+    duplicate is in `samples`, near_split is the first of test, val and train to which the picture or a near duplicate
+    belongs. If `move` is false, near_split is the picture's own split.
     """
     rank = "array_position(array('test', 'val', 'train'), other_split)"
     first = "min(struct(NOT other_existing AS is_new, other_id)) FILTER (WHERE other_existing OR other_id < image_id)"

@@ -78,7 +78,7 @@ class IngestPlan:
         existing: rows of the source in `samples`.
         pictures: planned pictures, one row per picture, from `plan_pictures`.
         totals: row counts and picture counts.
-        stamp: values that all written rows carry.
+        stamp: values that all written rows have in common, such as the ingest_id.
     """
 
     request: IngestRequest
@@ -118,10 +118,10 @@ def plan_pictures(outcomes: DataFrame, existing: DataFrame, max_texts: int | Non
 
     The columns are image_id, sha256, rows (number of raw rows), spilled (POSITION, format, width and height of the
     picture), source_row, split, fingerprint, is_new, conflicting (whether another picture has the same id), new_texts
-    (texts to append to those in `samples`), contributing (number of rows that add a text) and full (if the input has
-    more texts than `max_texts` allows: all texts of the picture that are accepted; else null). The texts are merged by
-    `pipelines.executor.ingest.merge_texts`, in the order of the files, then of the rows in a file, then of the texts in
-    a row.
+    (texts to append to those in `samples`), contributing (number of rows that add a text) and full (all accepted texts
+    of the picture if the input has more texts than `max_texts` allows, else null). The texts are merged by
+    `pipelines.executor.ingest.merge_texts`, in the order of the files, then of the rows in a file, then of the texts
+    in a row.
 
     If two pictures have the same id, the picture in `samples` stays. If neither picture is in `samples`, both pictures
     are refused, because files have no fixed order that decides which picture comes first. A picture in several splits
@@ -182,7 +182,7 @@ def _count(decoded: DecodedRows, pictures: DataFrame) -> PlanTotals:
 
 
 def overfull_rows(outcomes: DataFrame, pictures: DataFrame) -> DataFrame:
-    """Return the outcomes that would give a picture more texts than `data.limits.max_texts`.
+    """Return the decoded rows that would give a picture more texts than `data.limits.max_texts`.
 
     Args:
         outcomes: decoded rows.

@@ -54,7 +54,7 @@ def name_unreadable_files(plan: IngestPlan, limit: int) -> list[str]:
 
 
 def add_to_quarantine(platform: Platform, plan: IngestPlan) -> dict[str, int]:
-    """Append the refused rows that `quarantine` lacks in one commit. Return the number of added rows by reason.
+    """In one commit, append the refused rows that `quarantine` lacks. Return the number of added rows by reason.
 
     A row is identified by its content (`source` and `source_row`), so a bad row of a growing file is added only once.
 

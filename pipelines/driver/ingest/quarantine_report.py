@@ -54,7 +54,7 @@ class QuarantineReport(Config):
     """Report on the contents of `quarantine`.
 
     Attributes:
-        counts: number of rows by source and reason.
+        counts: number of rows for each source and quarantine reason.
         rows: example rows of each source and reason.
         gallery: path of the page with pictures of the example rows, or None if no page was requested.
     """
@@ -65,11 +65,11 @@ class QuarantineReport(Config):
 
 
 Select = Callable[[str], pa.Table]
-"""Function that runs an SQL query, which names table `quarantine` as {quarantine}."""
+"""Function that runs an SQL query. In the query, {quarantine} stands for table `quarantine`."""
 
 
 def open_quarantine(open_spark: Callable[[], SparkSession], platform: Platform) -> Select:
-    """Return a function that queries table `quarantine`: without Spark, unless a catalog manages the table."""
+    """Return a function that queries table `quarantine`. Spark is used only if a catalog manages the table."""
     if platform.tables is None:
         return select_with_spark(open_spark(), platform)
     table = open_or_create(platform.tables / QUARANTINE.name, QUARANTINE)

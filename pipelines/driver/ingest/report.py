@@ -30,13 +30,13 @@ REFUSED_ROWS_PER_REASON = 3
 
 
 class Figures(Config):
-    """Distributions of the pictures that an ingest added. Sides and lengths are grouped into ranges such as `64-127`.
+    """Distributions of the pictures that an ingest added. Large numbers are grouped into ranges such as `64-127`.
 
     Attributes:
-        formats: number of pictures by file format.
-        sides: number of pictures by longer side, in pixels.
-        texts: number of pictures by number of texts.
-        chars: number of texts by length, in characters.
+        formats: number of pictures of each file format.
+        sides: number of pictures for each range of the longer side, in pixels.
+        texts: number of pictures for each number of texts per picture.
+        chars: number of texts for each range of the text's length, in characters.
     """
 
     formats: dict[str, int]

@@ -121,7 +121,7 @@ def ingest(
         unreadable_files=written.unreadable,
     )
     check_totals(report, config)
-    if source.rows:  # written after the check, so that the next ingest reads the items of a failed ingest again
+    if source.rows:  # not reached if the check fails, so the next ingest reads these items again
         entry = LedgerEntry(source_name, rules, source.ingest_id)
         retry_on_conflict(partial(append_to_ledger, spark, platform, source.pending, entry))
     return report

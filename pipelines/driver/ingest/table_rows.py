@@ -17,17 +17,17 @@ from pipelines.formats.tables import QUARANTINE, SAMPLES, Table
 from pipelines.platform import Platform
 
 TIME_COLUMNS = {SAMPLES.name: "ingested_at", QUARANTINE.name: "quarantined_at"}
-"""Column of a table with the time of the plan that has written the row."""
+"""For each table, the column that holds the time of the ingest plan that wrote a row."""
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """Values that all rows written by one plan share.
+    """Values that all rows written by one ingest plan share.
 
     Attributes:
         source: name of the data config.
         ingest_id: hash of the source and its files.
-        planned_at: time of the plan, which all written rows carry and which is different for each plan.
+        planned_at: time at which the plan was made. Each plan has a different time, so the time identifies its rows.
         base_version: version of `samples` that last changed the source when the plan was made.
     """
 
@@ -89,7 +89,7 @@ def verify_append(spark: SparkSession, platform: Platform, table: Table, stamp: 
 def count_rows(
     spark: SparkSession, platform: Platform, table: Table, equal: Mapping[str, str | datetime], by: str
 ) -> dict[str, int]:
-    """Count the rows whose columns have the values `equal`, by the sorted values of column `by`."""
+    """Count the rows whose columns have the values `equal`. Return the counts by the sorted values of column `by`."""
     if (opened := open_on_disk(platform, table)) is not None:
         return count_on_disk(opened, equal, by)
     rows = spark.table(platform.table(table.name)).filter(

@@ -32,9 +32,9 @@ class IngestReport(Config):
         duplicates: number of rows that added nothing, because `samples` or `quarantine` already has their content.
         quarantined: number of rows added to `quarantine`.
         refused: number of rows that cannot become samples, including rows that were already in `quarantine`.
-        reasons: number of rows added to `quarantine`, by reason.
+        reasons: number of rows added to `quarantine`, by quarantine reason.
         removed: number of pictures removed from `samples`, because the source table has changed or deleted their rows.
-        replaced: number of rows of each table that a full refresh has replaced.
+        replaced: number of rows that a full refresh has replaced, for each of the tables `samples` and `quarantine`.
         splits: number of pictures of this source in `samples`, by split.
         equal_pictures_across_splits: number of input pictures with the same bytes in two splits of the source.
         near_duplicates: counts of new pictures that resemble another picture of the source.

@@ -1,6 +1,7 @@
 """Identity of the code that trains: a hash of the sources that ranks import, and the git commit if there is one.
 
-Pages, jobs and docs are not part of the identity, so a corrected help text starts no training again.
+Pages, jobs and docs are not part of the identity, so a finished run is not trained again after a change of a help
+text.
 """
 
 from __future__ import annotations

@@ -20,19 +20,20 @@ from pipelines.formats.run_folder import Failure, RankFile, RunFolder
 from pipelines.formats.shards import Shards
 
 HUNG, WAITED = "Hung", "Waited"
-"""Exception names in failure records of a timeout: one for a rank that hung, one for a rank that waited for others."""
+"""Exception names in failure records of timeouts: `Hung` for a rank that hung, `Waited` for a rank that waited for
+other ranks."""
 
 LAST_LOG_LINE = re.compile(r"Fatal Python error: .+|Timeout \(.+|rank {rank} ended at step .+")
-"""Lines in the log of a rank or of the launcher that name the cause if the rank could not write a failure record."""
+"""Pattern of log lines, of a rank or of the launcher, that name the cause if the rank wrote no failure record."""
 
 CRASH = re.compile(r"Fatal Python error: (?:Segmentation fault|Bus error)")
-"""Log lines of a crash that may be caused by reading a mapped file that was truncated or overwritten."""
+"""Pattern of the log line of a crash whose cause may be that a memory-mapped file was truncated or overwritten."""
 
 VERIFY_SECONDS = 60.0
 """Time limit for verifying shards after a crash, in seconds. Some tens of gigabytes can be verified in a minute."""
 
 LOST = re.compile(r"ExecutorLostFailure.*|Lost executor.*|executor \d+ (?:lost|exited).*")
-"""Messages in which Spark reports a lost executor."""
+"""Pattern of the messages in which Spark reports a lost executor."""
 
 STACKS = "see the stack traces of each rank's threads in {}/rank-*.stacks.txt"
 

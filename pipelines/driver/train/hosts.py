@@ -59,7 +59,7 @@ def check_hosts(run: RunFolder, spark: SparkSession, launch: Launch) -> None:
 
 
 def _describe_executors(spark: SparkSession, tasks: int) -> list[dict[str, object]]:
-    """Describe the host of each task of a barrier stage, because such a stage occupies all slots at once like ranks."""
+    """Let each task of a barrier stage describe its host. A barrier stage occupies all slots at once, as ranks do."""
 
     def describe_task() -> dict[str, object]:
         # A nested function is pickled by value, so the function also runs on hosts where this package is not installed.
@@ -117,7 +117,7 @@ def check_gpus(hosts: Sequence[Host]) -> None:
     found = []
     for host in hosts:
         if not host.gpus:
-            found.append(f"{host.driver or 'no GPU'} on {_host_label(host)}")  # `driver` has the error of nvidia-smi
+            found.append(f"{host.driver or 'no GPU'} on {_host_label(host)}")  # `driver` may be an error of nvidia-smi
         elif not host.cuda:
             found.append(f"torch {host.packages['torch']} without CUDA on {_host_label(host)}")
     if found:
@@ -147,7 +147,7 @@ def check_code(hosts: Sequence[Host], code: TrainingCode | None) -> None:
 
 
 def _versions(hosts: Sequence[Host]) -> dict[str, list[HostValue]]:
-    """Collect the values of all hosts, by name: versions of packages, Python, CUDA, NCCL and GPU driver, and GPUs."""
+    """Collect what the hosts report, by name: versions of packages, Python, CUDA, NCCL and GPU driver, and GPUs."""
     values = {name: [(host.packages[name], _host_label(host)) for host in hosts] for name in hosts[0].packages}
     for name in ("python", "cuda", "nccl", "driver"):
         values[name] = [(getattr(host, name), _host_label(host)) for host in hosts]

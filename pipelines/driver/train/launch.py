@@ -1,4 +1,4 @@
-"""Launch of ranks: on this host as child processes, on executors with TorchDistributor after a check of the slots.
+"""Launch of ranks, either as child processes on this host, or on executors with TorchDistributor.
 
 TorchDistributor is used only to start processes on executors. TorchDistributor would notice missing slots after ten
 minutes, reports no causes of failures, and prints the output of ranks to the terminal. Therefore, this module itself
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 SLOT_SECONDS = 10.0
 """Time that executors may take to register after their start, in seconds."""
 EXIT_SECONDS = 5.0
-"""Time that a rank may take to exit after SIGTERM, and again after SIGKILL, in seconds."""
+"""Number of seconds that a rank may take to exit after SIGTERM, and then again after SIGKILL."""
 
 GPU_AMOUNT = "spark.task.resource.gpu.amount"
 

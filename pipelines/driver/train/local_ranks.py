@@ -1,4 +1,4 @@
-"""Launch of ranks as child processes of the driver, which needs no open port beyond the loopback device.
+"""Launch of ranks as child processes of the driver. The ranks open no port that other hosts can reach.
 
 torchrun is not used on one machine: the rendezvous of `torchrun --standalone` listens on every network interface and
 unpickles what a peer sends, so anybody on the network could execute code. Here, the ranks meet in a file store, which
@@ -31,7 +31,7 @@ def run_local_ranks(run: RunFolder, ranks: int, entry: RankEntry) -> Exception |
     If a rank fails, all other ranks are ended. When this function returns or raises, no rank is running.
 
     Args:
-        run: run folder; the output of ranks that have not opened their own log goes to launcher.log.
+        run: run folder. Until a rank has opened its own log, the rank's output goes to launcher.log.
         ranks: number of ranks.
         entry: function that each rank runs; each rank imports the function by name.
 

@@ -60,7 +60,7 @@ def prepare(
         platform: location of the run folders, and number of ranks.
         train: report on the training shards.
         validate: report on the validation shards.
-        code: code that trains the run, by default the installed code.
+        code: description of the training code, by default of the installed code.
 
     Raises:
         UserError: a split has no rows, the batch cannot be divided among the ranks, or `train.start_from` does not
@@ -72,7 +72,7 @@ def prepare(
     settings, start = config.train.science(), None
     if config.train.start_from:
         start = open_start_folder(Path(config.train.start_from), config.model)
-        settings["start_from"] = start.digest  # the weights determine the outcome
+        settings["start_from"] = start.digest  # the outcome depends on the weights, not on their path
         if config.train.start_state == "training":
             settings["start_state"] = check_training_state(start, config.train)
         resolved = config.train.model_copy(update={"start_from": str(start.folder)})

@@ -1,8 +1,8 @@
 """Choice of the run folder: the folder of a run is found by everything that determines the outcome of the run.
 
 The name of a folder contains a hash of the model, the settings and the data. The first version of the training code
-that trains a run uses the folder of this name, which is also the name that Lakesight 0.1.0 gave. If a different version
-of the code trains the run, the folder has this name and the digest of the code.
+that trains a run uses the folder of this name, which is also the name that Lakesight 0.1.0 gave. Each other version of
+the code uses a folder whose name is this name followed by the digest of the code.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def find_folder(path: Path, config: RunConfig, code: TrainingCode) -> RunFolder:
     Args:
         path: path of the folder that the first code uses.
         config: resolved run config.
-        code: code that trains the run now.
+        code: description of the code that trains the run now.
     """
     first, own = RunFolder(path), RunFolder(path.with_name(f"{path.name}-{code.digest}"))
     if not first.run_file.exists():

@@ -19,7 +19,7 @@ FREE_SETTINGS = EXECUTION_SETTINGS | {
     *("steps", "start_from", "start_state", "log_every", "validate_every", "validate_rows", "caption_samples"),
     *("score_every", "best_by", "stop"),
 }
-"""Settings in which a run may differ from the run whose training it continues."""
+"""Training settings that may differ between a run and the earlier run whose training the run continues."""
 
 
 class StartFolder(Config):

@@ -18,8 +18,8 @@ def warn_of_unknown(tokenizer: Tokenizer, texts: Iterable[str], which: str) -> N
 
     Args:
         tokenizer: tokenizer of the run.
-        texts: training texts or validation texts.
-        which: name of the texts in the message.
+        texts: texts of the run's training shards or validation shards.
+        which: what the log message calls these texts, such as 'validation texts'.
     """
     counts: Counter[str] = Counter()
     tokens = 0

@@ -46,7 +46,7 @@ class DecodeRules:
 
     Attributes:
         source: name of the data config, which is the prefix of image ids.
-        columns: names of the source's columns.
+        columns: names of the source's columns for the picture, the text, the id and the prompt.
         limits: limits on the size of a picture, the length of a text and the decoding time.
         split: rule that assigns a row to a split.
         near_duplicates: whether to compute the fingerprints that find near duplicates.
@@ -71,7 +71,7 @@ def decode_batches(batches: Iterator[pa.RecordBatch], read: Read, rules: DecodeR
 
 
 def decode_guarded(batches: Iterator[pa.RecordBatch], read: Read, rules: DecodeRules) -> Iterator[pa.RecordBatch]:
-    """Decode rows like `decode_batches`, but in child processes. Refuse a row that crashes or blocks its decoder."""
+    """Decode rows like `decode_batches`, but in child processes. Refuse a row that crashes or hangs its child."""
     load_decoders()
     chunks = split_into_chunks(read(batches), _record_bytes)
     decode, refuse = partial(decode_record, rules=rules), partial(_refuse_deadly, rules=rules)
@@ -200,7 +200,7 @@ def _decode_sample(file: str, fields: Fields, rules: DecodeRules) -> dict[str, A
 
 
 class _SameBytes:
-    """Cache key of a bytes object. Two keys are equal only if they hold the identical object, so no bytes are read."""
+    """Cache key of a bytes object. Two keys are equal only if they hold the identical object; no bytes are read."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -218,8 +218,8 @@ def _decode_picture(
 ) -> tuple[ImageInfo, str, bytes | None]:
     """Return the format and size of a picture, its SHA-256 and its fingerprint.
 
-    Consecutive rows may hold the same picture with different captions. The last result is cached, so such a picture is
-    decoded only once.
+    Consecutive rows may hold the same picture with different captions. The result of the last call is cached, so such
+    a picture is decoded only once.
     """
     pixels, info = _open_image(image.data, limits)
     return info, _sha256(image.data), fingerprint(pixels) if near_duplicates else None

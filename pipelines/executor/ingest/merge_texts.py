@@ -16,7 +16,7 @@ import pyarrow as pa
 from pipelines.formats.tables import TEXT_TYPE
 
 Text = tuple[str, str]
-"""Prompt and text."""
+"""Pair of a prompt and a text."""
 MERGED = pa.schema(
     [
         pa.field("new_texts", pa.list_(TEXT_TYPE)),
@@ -24,7 +24,7 @@ MERGED = pa.schema(
         pa.field("full", pa.list_(TEXT_TYPE)),
     ]
 )
-"""Columns of a `MergedTexts`."""
+"""Columns of a batch whose rows are `MergedTexts`."""
 
 
 class MergedTexts(NamedTuple):

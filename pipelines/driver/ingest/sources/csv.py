@@ -35,7 +35,8 @@ def load_rows(
 
     Args:
         spark: Spark session.
-        dialect: whether fields contain line breaks, and which characters separate fields and escape quotes.
+        dialect: settings of the CSV format: whether fields contain line breaks, and which characters separate fields
+            and escape quotes.
         config: data config of the source.
         files: CSV files.
 
@@ -52,7 +53,7 @@ def load_rows(
 def csv_layouts(config: DataConfig, files: Sequence[SourceFile], where: str, dialect: CsvSourceConfig) -> list[Layout]:
     """Return the layouts of CSV files.
 
-    The layout of a file that lacks the picture column or the text column contains a problem.
+    If a file lacks the picture column or the text column, the `problem` of its layout says so.
 
     Raises:
         UserError: no file has a column that the data config names.

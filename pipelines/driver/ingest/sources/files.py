@@ -78,7 +78,7 @@ def open_files(
 ) -> Source:
     """Open a source of files. Files that have been ingested in their current state are not loaded.
 
-    Without `load`, nothing is loaded: the source only tells which files are pending.
+    If `load` is None, no file is loaded, and the source only says which files are pending.
     """
     files = listing.files
     pending = pending_items(items_table([(file.item, file.state) for file in files]), ingested)
@@ -98,8 +98,8 @@ def _hash_files(name: str, files: Sequence[SourceFile]) -> str:
 def list_files(config: DataConfig, suffixes: tuple[str, ...]) -> Listing:
     """List the files at the path of the source, and select the files to read.
 
-    Earlier versions listed files through Spark, so the ledger names a file and its state as Spark did: `file:/x/a.csv`,
-    and a modification time in milliseconds.
+    Earlier versions listed files through Spark, so the ledger still uses the names and times that Spark reported. The
+    name of a file is a URI such as `file:/x/a.csv`, and its modification time is in milliseconds.
 
     Raises:
         UserError: no path is set, the path does not exist, or no file is selected.
@@ -112,8 +112,8 @@ def list_files(config: DataConfig, suffixes: tuple[str, ...]) -> Listing:
 def list_plain_files(config: DataConfig, suffixes: tuple[str, ...]) -> Listing:
     """List the files at the path of the source like `list_files`, but name a file in the ledger by its plain path.
 
-    If the path of the source is a file, the file is read whatever its suffix. With split kind `file`, only files whose
-    names contain the name of a split are read.
+    A path to a single file reads that file, whatever its suffix. With split kind `file`, only files whose names
+    contain the name of a split are read.
 
     Raises:
         UserError: no path is set, the path does not exist, or no file is selected.
@@ -160,7 +160,7 @@ def _source_file(found: Found, config: DataConfig) -> SourceFile:
     relative = printable(found.relative)
     *folders, name = relative.split("/")
     if config.split.kind == "file" and split_of_file(name) is None:
-        name = relative  # executors need the folder that gives the file its split
+        name = relative  # executors need the name of the folder, which is the split of the file
     pairs = [folder.split("=", 1) for folder in folders if "=" in folder]
     partition = {unquote(key): None if value == NULL_PARTITION else unquote(value) for key, value in pairs}
     path = printable(found.path)
@@ -168,7 +168,7 @@ def _source_file(found: Found, config: DataConfig) -> SourceFile:
 
 
 def _refuse_delta_tables(path: str, passed_over: Sequence[PassedOver]) -> None:
-    """Refuse a Delta table as plain Parquet files, because its folder also holds the files of deleted rows."""
+    """Refuse to read a Delta table as Parquet files, because its folder may still hold files with deleted rows."""
     for entry in passed_over:
         if entry.relative.rstrip("/").rpartition("/")[2] == "_delta_log":
             raise UserError(

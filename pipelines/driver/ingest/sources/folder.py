@@ -44,11 +44,10 @@ from pipelines.executor.ingest.records.record import Read
 from pipelines.executor.ingest.storage import describe_damage, printable
 
 CAPTION_BYTES_PER_TASK = 64 * 1024
-"""Size of the part of the captions file whose pictures one task looks up, in bytes: a few hundred captions."""
+"""Number of bytes of the captions file (a few hundred captions) for which one task looks up the pictures."""
 MAX_TASKS = 10_000
 SMALL_CAPTIONS_BYTES = 8 * 2**20
-"""Largest captions file that is read in one process, in bytes. Starting Spark would take longer than reading the
-file."""
+"""Size in bytes up to which a captions file is read in one process, because starting Spark would take longer."""
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif")
 COCO_SUFFIXES = tuple(f".json{compression}" for compression in COMPRESSION_SUFFIXES)
 
@@ -142,8 +141,8 @@ def passed_over(folder: str, used: Collection[str | None]) -> tuple[PassedOver, 
     Links to folders are not followed, because a link may lead to all files of the machine.
 
     Args:
-        folder: path of the folder, without links.
-        used: paths of the captions file and of the pictures that rows name, without links.
+        folder: path of the folder, with all links resolved.
+        used: paths of the captions file and of the pictures that rows name, with all links resolved.
     """
     found: list[PassedOver] = []
 

@@ -98,7 +98,7 @@ def split_files(
     Args:
         files: files of lines.
         layouts: layout of each file.
-        distinct: list of layouts, to whose elements the ranges refer by number.
+        distinct: list of all different layouts. A range refers to its layout by the index in this list.
         size: number of bytes of a range.
     """
     numbers = {layout: number for number, layout in enumerate(distinct)}

@@ -25,7 +25,7 @@ SCHEMA = "path string, file string, start bigint, end bigint, partition map<stri
 
 
 def load_rows(spark: SparkSession, config: DataConfig, files: Sequence[SourceFile]) -> SourceRows:
-    """Load the rows of the files, whose other columns may differ.
+    """Load the rows of the files. Columns that the ingest does not use may differ between the files.
 
     A file that lacks a used column is refused as a whole.
 

@@ -40,11 +40,11 @@ def generate_scenes(config: DataConfig, platform: Platform) -> DataConfig:
 
 
 def follow_moved_file(ingested: pa.Table, item: str) -> pa.Table:
-    """Return the ingested items with the present path of a generated file; the home folder may have been moved.
+    """Return the ingested items, in which a generated file has its present path even if the home folder was moved.
 
     Args:
         ingested: items that need not be read again.
-        item: present name of the generated file in the ledger.
+        item: name of the generated file in the ledger, with the present path of the home folder.
     """
     folder, name = item.split("/")[-2:]
     items = [item if each.endswith(f"/{folder}/{name}") else each for each in ingested["item"].to_pylist()]

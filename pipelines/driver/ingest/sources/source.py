@@ -31,12 +31,12 @@ class SourceRows(NamedTuple):
 
 @dataclass(frozen=True)
 class Covered:
-    """Pictures of `samples` whose current rows are all among the rows that a source returns.
+    """Pictures of `samples` for which a source returns all current rows, so that rows that are gone can be found.
 
     A covered picture is removed if the rows no longer contain the picture or one of its texts.
 
     Attributes:
-        file: file name of the rows.
+        file: name of the file from which the rows come, as at the beginning of `source_row`.
         image_ids: ids (column `image_id`) of the covered pictures, or None if all pictures that have come from `file`
             are covered.
     """

@@ -36,18 +36,18 @@ logger = logging.getLogger(__name__)
 BROADCAST_IDS = 1_000_000
 """Largest number of changed rows whose ids are sent to every executor, so that no picture is shuffled."""
 OTHER_CHARS = 2**20
-"""Number of characters or bytes of a value in an unused column that `quarantine` keeps."""
+"""Largest number of characters (or bytes) that `quarantine` stores of a value in an unused column."""
 PLAIN = (
     *(T.StringType, T.CharType, T.VarcharType, T.BinaryType, T.BooleanType, T.NumericType, T.DateType),
     *(T.TimestampType, T.TimestampNTZType),
 )
-"""Types whose values executors receive unchanged. Values of all other types are converted to text."""
+"""Spark types whose values executors receive unchanged. Values of all other types are converted to text."""
 KEYS = (T.StringType, T.CharType, T.VarcharType, T.NumericType, T.DateType, T.TimestampType, T.TimestampNTZType)
 """Types of an id column by which the rows of a change data feed can be found in the table."""
 
 
 class _Table(NamedTuple):
-    """A table at one version; `table_id` is Delta's own id of the table."""
+    """A source table at one version; `table_id` is the id that Delta gave to the table."""
 
     frame: DataFrame
     table_id: str

@@ -1,7 +1,7 @@
 """Listing of the files below a path. Every entry is either found or passed over for a reason of a closed list.
 
-Names are never patterns, and no file disappears because of its name: Spark, in contrast, leaves out files whose names
-begin with `_` or `.`, and reads `[1]` in a name as a pattern.
+The name of a file is never read as a pattern, and no file is left out without a reason. Spark, in contrast, silently
+leaves out files whose names begin with `_` or `.`, and reads `[1]` in a name as a pattern.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipelines.executor.ingest.storage import is_url, printable, url_system
 logger = logging.getLogger(__name__)
 
 LOGGED_MATCHES = 20
-"""Number of matches of a pattern that the log names."""
+"""Largest number of matching paths that the log message about a pattern names."""
 
 SYSTEM_FOLDERS = ("_delta_log", "_temporary", "_spark_metadata", "__MACOSX", "__pycache__")
 MARKERS = ("_SUCCESS", "_committed_*", "_started_*", "_metadata", "_common_metadata", "*.crc", "*._COPYING_")

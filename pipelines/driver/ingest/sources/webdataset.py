@@ -17,7 +17,7 @@ SUFFIXES = (
     *(f".tar{compression}" for compression in ("", ".gz", ".bz2", ".xz", ".zst")),
     *(".tgz", ".tbz", ".tbz2", ".txz", ".tzst"),
 )
-"""Suffixes of tars in a folder. The content of a tar, not its suffix, tells how the tar is compressed."""
+"""Suffixes of the tar files that are read from a folder. How a tar file is compressed is recognised by its content."""
 
 
 def load_rows(

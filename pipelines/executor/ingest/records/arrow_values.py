@@ -1,7 +1,8 @@
-"""Functions that convert Arrow values of any type to Python, even invalid UTF-8, and do not copy too large values.
+"""Functions that convert Arrow values of any type to Python, with limits on the size of a value.
 
-A column may repeat one value of 60 MB a thousand times in a file of 60 KB. Arrow keeps such a column as a dictionary,
-and a Python list of its values would take 60 GB. Large columns are therefore converted one value after the other.
+A column may repeat one value of 60 MB a thousand times in a file of 60 KB. Arrow keeps such a column as a dictionary
+array, but a Python list of its values would take 60 GB. Large columns are therefore converted one value after the
+other.
 """
 
 from __future__ import annotations

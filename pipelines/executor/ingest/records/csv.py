@@ -1,7 +1,7 @@
 """Parser of CSV rows with any delimiter and any line end, and optionally with line breaks inside quoted fields.
 
-Spark's CSV parser would add half of the time that decoding the row's picture takes, and Python's csv module looks at
-every character. Python workers therefore read the bytes of the files, and search for the next delimiter or quote.
+Parsing a row with Spark's CSV parser takes half as long as decoding the row's picture, and Python's csv module looks
+at every character. Instead, Python workers read the bytes of the files, and search for the next delimiter or quote.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def csv_rows(part: Range, *, multiline: bool, limit: int) -> Iterator[str | Long
 
 
 def _lines(part: Range, limit: int) -> Iterator[tuple[str | LongLine, bool]]:
-    """Yield the rows of a range of one-line rows, and for each row whether the row begins inside a quoted field.
+    """Yield the rows of a range in which every line is a row. Say of each row whether it begins inside a quoted field.
 
     The lines shortly before and after the range are read too, so that the result does not depend on the borders of
     ranges. A quote that is never closed affects only its own line.

@@ -40,7 +40,7 @@ CAPTIONS = pa.schema(
         ("item", pa.string()),  # <captions file>#<hash of the row>
         ("state", pa.string()),  # change token of the picture
         *RECORDS,
-        ("picture", pa.string()),  # path of the picture file after links are resolved; null without a file
+        ("picture", pa.string()),  # path of the picture file after links are resolved; null if there is no file
     ]
 )
 """Schema of the records of a captions file, with the change tokens of their pictures."""

@@ -29,7 +29,7 @@ MAX_VALUE_BYTES = 16 * 2**20
 MAX_PICTURE_BYTES = 32 * 2**20
 """Size in bytes up to which a picture is stored in `quarantine` even if the picture exceeds data.limits.max_bytes."""
 MAX_OTHERS_BYTES = 32 * 2**20
-"""Largest total size of the unused columns of a refused row, in bytes. A value beyond this size is only described."""
+"""Number of bytes of unused columns that are stored of a refused row. Values beyond this total are only described."""
 
 
 class _Range(NamedTuple):
