@@ -33,7 +33,7 @@ def _rank(item: pytest.Item) -> int:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Use one torch thread, because two test processes share two cores and tiny models gain nothing from more."""
+    """Use one torch thread: two test processes share two cores, and tiny models run no faster with more threads."""
     import torch
 
     torch.set_num_threads(1)
@@ -41,7 +41,7 @@ def one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def no_closed_log_streams() -> None:
-    """Remove log handlers of earlier tests whose stream pytest has closed: each log line would print an error."""
+    """Remove the log handlers that write to a stream that pytest has closed: each log line would print an error."""
     root = logging.getLogger()
     root.handlers[:] = [each for each in root.handlers if not getattr(getattr(each, "stream", None), "closed", False)]
 

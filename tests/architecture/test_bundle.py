@@ -26,7 +26,7 @@ EXAMPLE = {
     "resources.experiments.runs.name": "/Shared/[dev me] lakesight-dev",
 }
 REQUIRED = ("catalog", "service_principal", "readers", "captioners")
-"""Variables without a default: a deployment that lacks one stops, instead of using a wrong catalog or account."""
+"""Bundle variables without a default value. A deployment that lacks a value stops instead of using a wrong catalog."""
 
 
 def read_job(file: Path) -> tuple[str, Any]:
@@ -40,7 +40,7 @@ def read_job(file: Path) -> tuple[str, Any]:
 
 JOBS = dict(map(read_job, JOB_FILES))
 WITHOUT_RUN = ("import-weights",)
-"""Commands that have neither an option for a run nor an option for a platform."""
+"""Commands that take neither the option --run nor the option --platform."""
 
 
 def tasks() -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -180,7 +180,7 @@ def defaults(job: dict[str, Any]) -> dict[str, str]:
 
 
 def fill(text: str, parameters: dict[str, str]) -> str:
-    """In a parameter of a task, replace references by example values and by values of job parameters."""
+    """Replace each reference in a task parameter by an example value or by the value of a job parameter."""
     text = re.sub(r"\$\{(?:var\.)?([^}]+)\}", lambda match: EXAMPLE[match[1]], text)
     return re.sub(r"\{\{job\.parameters\.(\w+)\}\}", lambda match: parameters[match[1]], text)
 

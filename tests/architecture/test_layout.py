@@ -110,5 +110,5 @@ def tree_paths(readme: str) -> Iterator[str]:
         yield from paths
         if head.endswith("/"):
             parents.append(head.split()[-1])
-            # Files that the note next to a folder names are yielded too.
+            # Also yield the files that are named in the note next to a folder.
             yield from ("".join(parents) + name for name in re.findall(r"(?<!\S)[a-z_]+\.(?:py|md|yml)(?!\S)", note))

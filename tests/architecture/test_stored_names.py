@@ -32,8 +32,9 @@ class StoredNames(NamedTuple):
     Attributes:
         run: name of the run folder in Lakesight 0.1.0 if the content hashes of the shards are `training rows` and
             `validation rows`.
-        rules: value of column `rules` in table `ingested`.
-        captions: value of column `settings_hash` in table `generated_captions` if the prompt is empty.
+        rules: value that an ingest writes to column `rules` of table `ingested`.
+        captions: value that a caption job with an empty prompt writes to column `settings_hash` of
+            `generated_captions`.
         shards: name of the shard folder for version 3 of a table whose id is `table`.
     """
 
@@ -132,7 +133,9 @@ RULES = {
     "folder": "bb1e606d3a608607",
     "webdataset": "dec60d243b9e5fd9",
 }
-"""Value of column `rules` in table `ingested` for each kind of source, if only required settings are set."""
+"""Dict from each kind of source to the value of column `rules` in table `ingested`, if only required settings
+are set.
+"""
 
 MODELS = {
     "base": "ecf4489eaa31cfae",
@@ -157,7 +160,7 @@ MODELS = {
     "vit_gpt2": "ba51d03a81a5bde2",
     "vit_gpt2_tiny": "5ec83f7ebcb9e70d",
 }
-"""Hash of all settings of each shipped model. The name of a run folder depends on this hash."""
+"""Dict from each shipped model to the hash of all its settings. The name of a run folder depends on this hash."""
 
 
 def request_of(name: str) -> ShardRequest:

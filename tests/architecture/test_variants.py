@@ -77,7 +77,7 @@ def test_every_model_config_in_conf_is_valid(name: str) -> None:
 
 
 TWINS = {"photo_base": "photo_small"}
-"""For each model without a tiny version: the smaller model with parts of the same kinds, which users train too."""
+"""Dict from each model without a tiny version to a smaller shipped model whose parts have the same kinds."""
 
 
 @pytest.mark.parametrize("name", sorted(set(available("model")) - {"emoji", "photo_small"}))

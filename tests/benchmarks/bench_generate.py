@@ -192,8 +192,10 @@ def show(what: str, rates: dict[str, float], peak: int) -> None:
 
 
 def compare_with_seemore(folder: Path) -> None:
-    """Compare with seemore's generation loop at 30 tokens, the maximum that seemore's position table allows."""
-    os.chdir(folder)  # seemore reads ./input.txt
+    """Compare our generation with seemore's loop at 30 tokens, the longest text that seemore's position embeddings
+    allow.
+    """
+    os.chdir(folder)  # importing seemore reads ./input.txt
     sys.path.insert(0, str(folder))
     their: Any = importlib.import_module("seemore")
     theirs: Any = their.VisionLanguageModel(

@@ -7,8 +7,8 @@ FILE.csv has the columns of the original's input file (b64string_images, caption
 that were decoded beforehand. The benchmark uses one thread and measures CPU seconds, so that other work on the machine
 does not change the result. The encoder of the original passes one class token to the decoder, and our encoder passes 36
 patches. Our model is therefore measured twice: with the shipped config, and with a single image slot, so that both
-models do the same work. The matmul limit in the output is the speed of a step whose FLOPs (as counted by torch) all run
-as fast as a large matrix product.
+models do the same work. The output also has a matmul limit: the speed that a step would have if all FLOPs that torch
+counts ran as fast as a large matrix product.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ WIDTH, EXPERTS, TOP_K = 128, 8, 2
 
 def original(folder: Path, rows: pd.DataFrame) -> tuple[Callable[[], int], nn.Module]:
     """Return the original's training step and its mixture of experts, with the sizes of seemore's `__main__` block."""
-    os.chdir(folder)  # seemoe reads ./input.txt
+    os.chdir(folder)  # importing seemoe reads ./input.txt
     sys.path.insert(0, str(folder))
     their: Any = importlib.import_module("seeMoE")
     their.device, their.dropout = "cpu", 0.1  # only the `__main__` block of the original sets these global variables
@@ -118,7 +118,9 @@ def ours(model: VisionLanguageModel, batch: Batch, *, bf16: bool) -> Callable[[]
 
 
 def one_mixture(layer: MoeMlp, theirs: nn.Module, tokens: int) -> dict[str, Callable[[], int]]:
-    """Return functions that run a mixture of experts forward and backward: three of Lakesight, and seemore's."""
+    """Return functions that run a mixture of experts forward and backward: three for Lakesight's, and one for
+    seemore's.
+    """
     x_NW = torch.randn(tokens, WIDTH, requires_grad=True)
 
     def both_ways(forward: Callable[[], Tensor]) -> Callable[[], int]:

@@ -39,7 +39,7 @@ SIDES = {"JPEG": (640, 480), "PNG": (1024, 1024)}
 
 
 class Cost(NamedTuple):
-    """CPU seconds per picture, fixed seconds, and peak memory in MB."""
+    """CPU seconds per picture, CPU seconds that do not depend on the number of pictures, and peak memory in MB."""
 
     picture: float
     fixed: float

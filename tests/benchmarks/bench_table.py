@@ -188,7 +188,9 @@ def route(table: DataFrame, udf: Callable[[Iterator[pd.DataFrame]], Iterator[pd.
 
 
 def daft_route(folder: str, exported: str, table: Path, least: str, out: Path, processes: int) -> int:
-    """With Daft, caption the rows of a Delta table below an id, write Parquet, and return the number of rows."""
+    """Use Daft to caption the rows of a Delta table with ids below `least`, write Parquet, and return the number of
+    rows.
+    """
     import daft  # type: ignore[import-not-found]
 
     @daft.cls(max_concurrency=processes, use_process=True)
@@ -216,7 +218,7 @@ def read(files: Path) -> dict[str, str]:
 
 def main() -> None:
     """Measure all programs and print a table."""
-    import bench_table  # as a module, so that Spark's Python workers can import this file
+    import bench_table  # import this script as a module, so that Spark's Python workers can import it too
 
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))

@@ -40,7 +40,9 @@ def make(path: Path, count: int, side: int, kind: str = "PNG", height: int | Non
 
 
 def family() -> dict[int, list[str]]:
-    """For this process and all descendants, return fields 3 and later of /proc/PID/stat, by process id (Linux)."""
+    """Return a dict from process id to fields 3 and later of /proc/PID/stat, for this process and its descendants
+    (Linux).
+    """
     stats = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):  # the process has ended meanwhile

@@ -49,7 +49,9 @@ class Deployment:
         self.variables = {**VARIABLES, "build_wheel": shlex.join([sys.executable, "-c", WHEEL])}
 
     def run(self, command: str, target: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run `databricks bundle COMMAND -t TARGET` with the variables of the deployment and with other variables."""
+        """Run `databricks bundle COMMAND -t TARGET` with the variables of the deployment and with additional
+        variables.
+        """
         assert CLI is not None
         values = {f"BUNDLE_VAR_{name}": value for name, value in (self.variables | variables).items()}
         path = {

@@ -29,7 +29,7 @@ SETTINGS = {
     "train.batch_size": "16",
     "train.validate_every": "10",
     "train.checkpoint_every": "10",
-    "gate.baselines": "[]",  # after so few steps, the model may ignore its pictures
+    "gate.baselines": "[]",  # a model trained for so few steps may ignore its pictures
     "gate.min_blind_gap": "-10",
 }
 STAGES: dict[str, tuple[str, ...]] = {
@@ -78,7 +78,9 @@ def assert_one_paragraph(done: subprocess.CompletedProcess[str], cause: str) -> 
 
 
 def assert_complete(stage: str, home: Path) -> None:
-    """Run a command twice without the fault: the first run must complete the work, the second must repeat nothing."""
+    """Run a command twice without the fault: the first run must complete the work, and the second run must repeat
+    nothing.
+    """
     found = report(STAGES[stage], home)
     again = report(STAGES[stage], home)
     if stage == "ingest":

@@ -23,7 +23,7 @@ SETTINGS = (
     "train.batch_size=16",
     "train.validate_every=10",
     "train.checkpoint_every=10",
-    "gate.baselines=[]",  # after so few steps, the model may ignore its pictures
+    "gate.baselines=[]",  # a model trained for so few steps may ignore its pictures
     "gate.min_blind_gap=-10",
 )
 NOWHERE = "http://127.0.0.1:9"
@@ -51,7 +51,7 @@ def restrict() -> None:
 def run(
     home: Path, command: str, *, environment: Mapping[str, str], prepare: Callable[[], None] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command without asserts and with hardly any environment variables, as cron does."""
+    """Run a command with disabled `assert` statements and hardly any environment variables, as cron does."""
     java = shutil.which("java")
     assert java
     options = [word for setting in SETTINGS for word in ("--set", setting)]

@@ -101,7 +101,7 @@ def test_a_host_without_a_gpu_is_named_before_any_rank_starts(
 
 
 WITHOUT = ("pyspark", "py4j", "delta", "mlflow", "databricks", "grpc")
-"""Packages that a node of AI Runtime may lack, by the beginning of the name: `delta` also excludes deltalake."""
+"""Name prefixes of packages that a node of AI Runtime may lack. The prefix `delta` also excludes deltalake."""
 
 
 @pytest.mark.matrix

@@ -35,6 +35,6 @@ def test_pickles_in_the_store_of_the_ranks_are_not_loaded_and_only_this_user_can
 ) -> None:
     run = runs_in(tmp_path, monkeypatch)(timeout_seconds=1)
     error = run_local_ranks(run, 2, rank_with_attacked_store)
-    assert "ended with exit code" in str(error)  # torch waits for the end of a record that never ends
+    assert "ended with exit code" in str(error)  # torch waits for more bytes, which never arrive
     assert json.loads((run.path / "attacks" / "0").read_text()) == {"mode": 0o700}
     assert not (run.path / "executed").exists()

@@ -119,11 +119,11 @@ def rewarded_run(folder: Path, ranks: int) -> RunFolder:
 
 
 SHARED = {"routed": routed_run, "rewarded": rewarded_run}
-"""Name of each run that is trained both on one rank and on two ranks, and the function that writes the run."""
+"""Dict from the name of each run that is trained on one rank and on two ranks to the function that writes the run."""
 
 
 def save_base(folder: Path) -> Path:
-    """Save a tiny model with random weights; an adapter is trained on this model later."""
+    """Save a tiny model with random weights, as the base of a run that trains an adapter."""
     config = tiny_run().model
     tokenizer = text.learn(config.text, ())
     torch.manual_seed(0)

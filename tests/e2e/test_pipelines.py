@@ -115,7 +115,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def user_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder with user modules named like our packages. An imported user module writes a file."""
+    """A working folder with user modules named like our packages. Importing a user module writes a file."""
     folder = tmp_path_factory.mktemp("user")
     for module in ("vlm/__init__.py", "pipelines/__init__.py", "jobs.py"):
         (folder / module).parent.mkdir(exist_ok=True)

@@ -35,7 +35,7 @@ SETTINGS = (
     "train.validate_every=40",
     "train.checkpoint_every=40",
     "platform.ranks=1",
-    "gate.baselines=[]",  # after so few steps, the model may ignore its pictures
+    "gate.baselines=[]",  # a model trained for so few steps may ignore its pictures
     "gate.min_blind_gap=-10",
 )
 

@@ -17,7 +17,7 @@ from shared_data import shared_file
 CAPTIONS = ["a red sports car with big wheels", "an antique iphone on a table", "spaceship orbiting Mars"]
 
 
-@pytest.mark.matrix  # minutes of training
+@pytest.mark.matrix  # the training takes minutes
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ["seemore", "seemore_moe", "seemore_vit_gpt2", "seemore_paligemma"])
 def test_the_pipeline_learns_the_three_captions_of_seemore_word_for_word(name: str, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
 
 COLOURS = {"brightness": 0.3, "contrast": 0.3, "saturation": 0.3}
 AUGMENT = {"scale": [0.5, 1.0], "flip": 0.5, "flip_vertical": 0.5, "rotate": 0.5, "erase": 0.5, **COLOURS}
-# Three ranks: the order of the terms changes a floating-point sum only if there are at least three terms.
+# Use three ranks: the order of the terms can change a floating-point sum only if there are at least three terms.
 WHOLE: dict[str, Any] = {
     "ranks": 3,
     "batch_size": 6,
@@ -52,7 +52,7 @@ WHOLE: dict[str, Any] = {
     "score_every": 30,
 }
 MEASURED = re.compile("per_second|data_wait|system/")
-"""Pattern of the metrics that differ between two runs with equal configs, because these metrics are measurements."""
+"""Pattern of the metrics that differ between two runs with equal configs, because they measure time or the machine."""
 ENDLESS: dict[str, Any] = {"steps": 100_000, "validate_every": 100_000}
 
 

@@ -42,7 +42,7 @@ class WithoutInitialization(TorchFunctionMode):
 
 
 def refused_axis(name: str) -> list[str]:
-    """Return the sentences about what an architecture has (according to its name) and our encoder lacks."""
+    """Return the sentences that say which part an architecture has (according to its name) and our encoder lacks."""
     sentences = family_of(name).mismatches(config(), {"architecture": name})
     return [sentence for sentence in sentences if "which has" in sentence]
 
@@ -54,7 +54,7 @@ def family_of(name: str) -> Family:
 
 
 def position_of(theirs: Any) -> dict[str, Any]:
-    """Return our config for the positions of a timm model, as found in the modules of the timm model."""
+    """Read the positions of a timm model from its modules, and return them as our position config."""
     rope = getattr(theirs, "rope", None)
     if rope is None:
         return {"kind": "learned"}
@@ -72,7 +72,7 @@ def position_of(theirs: Any) -> dict[str, Any]:
 
 
 def our_config(theirs: Any) -> ModelConfig:
-    """Return the config of our model with the same encoder as a model of timm."""
+    """Return a config of our model whose encoder is the same as that of a timm model."""
     block = theirs.blocks[0]
     attention, mlp = block.attn, block.mlp
     gated = isinstance(mlp, GluMlp | SwiGLU)

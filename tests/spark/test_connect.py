@@ -32,7 +32,7 @@ def server(spark: SparkSession) -> Iterator[str]:
     assert jvm is not None
     settings = jvm.org.apache.spark.SparkEnv.get().conf()
     settings.set("spark.connect.grpc.binding.address", "127.0.0.1")
-    settings.set("spark.connect.grpc.binding.port", "0")  # a free port
+    settings.set("spark.connect.grpc.binding.port", "0")  # 0 lets the system choose a free port
     service = getattr(getattr(jvm.org.apache.spark.sql.connect.service, "SparkConnectService$"), "MODULE$")
     none = getattr(getattr(jvm.scala, "None$"), "MODULE$")
     service.start(context._jsc.sc())

@@ -16,7 +16,7 @@ from pipelines.driver.ingest.run import ingest
 from pipelines.platform import Platform
 
 MIN_READ_SHARE = 0.95
-"""Of all rows that a naive reader can read, the smallest share that must become samples."""
+"""Minimum share of the rows that become samples, among all rows that a naive reader can read."""
 
 
 @pytest.mark.parametrize("count", [10, pytest.param(80, marks=[pytest.mark.faults, pytest.mark.matrix])])
@@ -48,9 +48,9 @@ def accounted_for(file: RandomFile, rows: int, named: Collection[str]) -> bool:
     """Return whether all rows of a file are in the tables, or the file or its folder is named as not read.
 
     Args:
-        file: a file of the input.
+        file: input file, as drawn.
         rows: number of rows of the file in `samples` and `quarantine`.
-        named: names of the files and folders that the report or `quarantine` names as not read.
+        named: names of the files and folders that were not read, according to the report or `quarantine`.
     """
     is_named = not {file.path.name, file.path.parent.name}.isdisjoint(named)
     return is_named or (file.rows is not None and rows == len(file.rows))

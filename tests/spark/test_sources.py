@@ -38,7 +38,7 @@ from pipelines.formats.tables import SAMPLES
 from pipelines.platform import Platform
 
 Written = tuple[dict[str, Any], dict[str, int]]
-"""Pair of the source and split settings of a data config, and the number of invalid rows by quarantine reason."""
+"""Source and split settings of a data config, and a dict from quarantine reason to the number of invalid rows."""
 
 
 def two_texts(n: int) -> list[str]:
@@ -189,7 +189,9 @@ def test_every_row_of_every_kind_of_source_is_counted(
 def plan_texts(
     spark: SparkSession, rows: list[list[str]], known: list[str], max_texts: int | None = None
 ) -> tuple[list[str], int]:
-    """Plan a picture whose rows have the given texts. Return the new texts and the number of contributing rows."""
+    """Make the ingest plan of a picture whose rows have the given texts. Return the new texts and the number of
+    contributing rows.
+    """
 
     def texts(said: list[str]) -> list[dict[str, str]]:
         return [{"prompt": "", "text": text} for text in said]
@@ -362,7 +364,7 @@ def test_the_texts_of_a_picture_keep_the_order_of_a_long_captions_file(
     texts = {f"{n}.png": [f"text {number} of picture {n} {'x' * 200}" for number in range(600)] for n in range(2)}
     for n, name in enumerate(texts):
         (tmp_path / name).write_bytes(png(60 + n))
-    rows = [[name, texts[name][number]] for number in range(600) for name in texts]  # 260 kB are five tasks
+    rows = [[name, texts[name][number]] for number in range(600) for name in texts]  # Spark reads 260 kB in five tasks
     write_csv(tmp_path / "captions.csv", rows, header=("file_name", "text"))
     folder = {"kind": "folder", "path": str(tmp_path), "captions": "captions.csv"}
     ingest(spark, platform, source, DataConfig.model_validate({"source": folder}))

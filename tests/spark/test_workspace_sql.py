@@ -18,7 +18,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "databricks.md"
 
 
 def queries(schema: str, **values: str) -> list[str]:
-    """Return the SQL queries of the section, in which the values replace the names in capitals and the schema."""
+    """Return the SQL queries of the section, with the given values in place of the names in capitals and the schema."""
     section = DOCS.read_text().replace("<catalog>.<schema>", schema).split("## Look at tables")[1].split("\n## ")[0]
     found = re.findall(r"```sql\n(.+?)```", section, re.DOTALL)
     return [re.sub(r"\b(IMAGE_ID|RUN|VERSION)\b(?! AS OF)", lambda name: values[name[0]], query) for query in found]

@@ -18,7 +18,7 @@ HEADER = b"row,b64string_images,caption\n"
 MAX_PIXELS, MAX_CHARS = 2_000_000, 300
 GOOD: frozenset[str | None] = frozenset({None})
 DAMAGED = frozenset({None, "truncated_image", "not_an_image", "unsupported_format", "too_large", "too_small"})
-"""Possible reason codes of a picture with a few changed bytes. None: the decoder tolerates the change."""
+"""Allowed results for a picture with a few changed bytes: reason codes, or None if the picture can still be decoded."""
 
 
 class Row(NamedTuple):
@@ -181,7 +181,7 @@ def with_line(change: Callable[[bytes], bytes], *allowed: str | None) -> Callabl
 
 
 def with_picture(draw: Callable[[random.Random], bytes], *allowed: str | None) -> Callable[[random.Random, int], Odd]:
-    """Return a function that makes rows with a special picture."""
+    """Return a function that makes rows with an unusual picture, which `draw` draws."""
     return lambda rng, number: ((as_base64(draw(rng)), f"row {number}"), frozenset(allowed))
 
 

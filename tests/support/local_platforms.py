@@ -17,10 +17,10 @@ def open_local(
     """Open a local platform in a home folder, without a tracking server.
 
     Args:
-        patch: patch that sets environment variables until pytest undoes the patch.
+        patch: pytest's monkeypatch, which restores the environment variables at the end of the test.
         home: home folder.
-        config: settings of the platform, or None for the defaults.
-        database: MLflow database to copy into the home folder, or None.
+        config: settings of the platform; None for the default settings.
+        database: MLflow database to copy into the home folder; None to copy none.
     """
     patch.setenv("LAKESIGHT_HOME", str(home))
     patch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -54,7 +54,7 @@ def kill_one(kind: ProcessKind, after: float, rng: random.Random) -> Iterator[li
     """Kill one process of the given kind while the block runs.
 
     Args:
-        kind: kind of the process.
+        kind: which kind of process to kill: a Python `worker` or an `executor`.
         after: seconds from the start of the block to the kill; if no process of the kind runs then, the kill comes
             later.
         rng: random generator that chooses the process to kill.
@@ -88,7 +88,7 @@ def run_with_kill(kind: ProcessKind, rng: random.Random, window: KillWindow, job
     """Run a job, kill one process at a random moment during the job, and return the job's result.
 
     Args:
-        kind: kind of the process.
+        kind: which kind of process to kill: a Python `worker` or an `executor`.
         rng: random generator that chooses the moment of the kill and the process to kill.
         window: time window of the kill; if a job ends before the kill, the window is shortened and a new job is run.
         job: function to run, called with a name that is different for each attempt.

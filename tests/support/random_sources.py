@@ -26,9 +26,9 @@ def draw_source(kind: str, folder: Path, count: int, seed: int) -> RandomSource:
     """Draw the input of one kind of source into a folder.
 
     Args:
-        kind: kind of the source.
-        folder: folder of the input, which does not exist yet.
-        count: number of files, of pictures of a folder, or of writes to a table.
+        kind: kind of the source, such as `csv`.
+        folder: folder to create for the input.
+        count: how many files to draw; for a picture folder, how many pictures; for a Delta table, how many writes.
         seed: seed of the random choices.
     """
     draw = Draw(seed)
@@ -104,7 +104,7 @@ DELTA_COLUMNS: dict[str, Callable[[int], pa.Array]] = {
 
 
 def table_files(draw: Draw, folder: Path, count: int) -> list[RandomFile]:
-    """Draw a Delta table: writes that add columns, deleted rows, checkpoints and compaction."""
+    """Draw a Delta table with a history of writes that add columns, deleted rows, checkpoints and compaction."""
     rng = draw.rng
     binary = rng.random() < 0.5
     for number in range(count):

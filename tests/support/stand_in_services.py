@@ -13,7 +13,7 @@ Json = dict[str, Any]
 
 
 class Refused(Exception):
-    """A request that the workspace answers with an HTTP status, an error code and a message."""
+    """Error for a refused request, which the workspace answers with an HTTP status, an error code and a message."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         self.status, self.code, self.message = status, code, message
@@ -37,7 +37,7 @@ class Services:
     """Dashboards, serving endpoints, folders and files of the stand-in workspace."""
 
     nodes: dict[str, bytes | None] = field(default_factory=dict)
-    """Workspace nodes by path: the bytes of a file, or None for a folder."""
+    """Dict from the path of each workspace node to the bytes of the file, or to None if the node is a folder."""
     dashboards: dict[str, Json] = field(default_factory=dict)
     versions: set[tuple[str, str]] = field(default_factory=set)
     """Registered model versions, as pairs of model name and version number."""

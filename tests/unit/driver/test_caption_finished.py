@@ -1,4 +1,6 @@
-"""Tests of the check, without Spark, whether a caption job has nothing to do; unclear cases are left to Spark."""
+"""Tests of the check which finds out without Spark that a caption job has nothing to do. In unclear cases, the check
+lets the Spark job run.
+"""
 
 from __future__ import annotations
 

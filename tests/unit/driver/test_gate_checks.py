@@ -166,7 +166,7 @@ def test_three_pictures_that_are_captioned_word_for_word_are_not_refused(tmp_pat
     report = evaluated(tmp_path, perfect)
     result = apply_gate(GateConfig(), report, None, WELL)
     assert result.reasons == ()
-    assert result.figures["over_constant"].low == 0  # one bootstrap sample in 27 has only the constant's own row
+    assert result.figures["over_constant"].low == 0  # 1 bootstrap sample in 27 has only the row of the constant
     assert "3 pictures are too few for an interval" in result.checks["constant"].found
     strict = apply_gate(GateConfig(min_pictures=3), report, None, WELL)
     assert [name for name, check in strict.checks.items() if not check.passed] == ["constant"]

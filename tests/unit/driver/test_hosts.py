@@ -115,6 +115,6 @@ def test_harmless_differences_between_hosts_are_logged_as_warnings(caplog: pytes
 def test_a_host_with_different_training_code_of_the_same_version_is_refused_and_named() -> None:
     code = read_code()
     assert describe_host()["code"] == code.digest
-    check_code([host("a", code=code.digest), host("b")], code)  # a host of an earlier version reports no code
+    check_code([host("a", code=code.digest), host("b")], code)  # host b has an earlier version, which reports no code
     with pytest.raises(UserError, match=rf"other code .*{code.digest} on the driver; 0123 on host b"):
         check_code([host("a", code=code.digest), host("b", code="0123")], code)

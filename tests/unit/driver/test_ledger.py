@@ -1,4 +1,4 @@
-"""Tests that decide which items (files or tables) an ingest need not read again."""
+"""Tests of the decision which items (files or tables) an ingest need not read again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from pipelines.formats.tables import TIME_TYPE
 
 
 def entries(*rows: tuple[str, str, str]) -> pa.Table:
-    """Return ledger rows from tuples of item, state and rules. The newest row is first, as tables have no order."""
+    """Return ledger rows from tuples of item, state and rules. The newest row is first: rows of a table have no
+    order.
+    """
     named = [dict(zip(("item", "state", "rules"), row, strict=True)) for row in rows]
     timed = [row | {"ingested_at": datetime(2026, 1, day + 1, tzinfo=UTC)} for day, row in enumerate(named)]
     schema = pa.schema([*ITEMS, ("rules", pa.string()), ("ingested_at", TIME_TYPE)])

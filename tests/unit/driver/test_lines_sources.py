@@ -55,7 +55,7 @@ def read_csv(path: Path | str, range_bytes: int = 50, **source: Any) -> list[Rec
 
 
 def zstd(content: bytes) -> bytes:
-    """Compress with zstd."""
+    """Compress bytes with zstd."""
     sink = pa.BufferOutputStream()
     with pa.CompressedOutputStream(sink, "zstd") as stream:
         stream.write(content)
@@ -74,7 +74,7 @@ def texts(records: list[Record], field: str = "text") -> list[Any]:
 
 
 def problems(records: list[Record]) -> dict[str, str]:
-    """Return the details of the files that cannot be read, by file name."""
+    """Return a dict from the name of each file that cannot be read to the details of the problem."""
     found = {record.file: record.problem for record in records if record.problem}
     assert {problem.reason for problem in found.values()} <= {"unreadable_file"}
     return {file: problem.detail for file, problem in found.items()}
@@ -194,7 +194,7 @@ def test_partition_folders_become_columns_of_csv_and_json_lines_rows(tmp_path: P
 
 
 REPORTED = {
-    # pytest id: link of the report below github.com
+    # each pytest id contains the path of the bug report on github.com
     "NUL in a field (simonw/sqlite-utils/pull/804)": {"a.csv": b"image,text\np\0,one\np,two\n"},
     "long field (simonw/datasette-lite/issues/84)": {"a.csv": b"image,text\n" + b"p" * 200_000 + b",one\np,two\n"},
     "BOM of Excel (UKGovernmentBEIS/inspect_ai/issues/5353)": {"a.csv": b"\xef\xbb\xbfimage,text\np,one\np,two\n"},

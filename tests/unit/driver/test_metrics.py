@@ -1,4 +1,6 @@
-"""Tests of caption metrics: comparison with pycocoevalcap, intervals, baselines, slices and paired differences."""
+"""Tests of caption metrics: comparison with pycocoevalcap, intervals, baselines, evaluation slices, paired
+differences.
+"""
 
 from __future__ import annotations
 
@@ -178,7 +180,8 @@ def test_the_neighbour_baseline_is_scored_like_a_model_and_left_out_if_a_row_has
 def test_coco_metrics_equal_the_metrics_of_pycocoevalcap_if_references_are_repeated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Compare with pycocoevalcap. Some texts have punctuation that only the tokenizer of pycocoevalcap splits.
+    """Compare our metrics with pycocoevalcap's. Some texts have punctuation that only the tokenizer of pycocoevalcap
+    splits.
 
     The last two rows are Hindi: the wrong caption shares vowel signs with the right caption, but no word.
     """

@@ -120,7 +120,7 @@ def test_the_name_of_the_run_folder_depends_on_the_content_of_the_start_folder(
 
     monkeypatch.chdir(tmp_path)
     relative = prepare(tiny_run(start_from="base"), laptop, report, report)
-    assert relative.read_run().config.train.start_from == str(base)  # for ranks in other working directories
+    assert relative.read_run().config.train.start_from == str(base)  # ranks may have another working folder
     assert relative.tokenizer.read_bytes() == (base / "tokenizer.json").read_bytes()
 
 
@@ -283,7 +283,7 @@ def test_an_unfinished_run_of_other_code_is_resumed_only_on_request_and_the_log_
     resumed = prepare(tiny_run(resume_changed_code=True), laptop, report, report, other)
     assert resumed == unfinished
     assert resumed.read_run().earlier_code == (code.digest,)
-    assert prepare(tiny_run(), laptop, report, report, other) == unfinished  # the run now has this code
+    assert prepare(tiny_run(), laptop, report, report, other) == unfinished  # the run now records this code
 
 
 def test_a_finished_run_is_found_in_a_home_folder_that_was_moved(

@@ -1,4 +1,6 @@
-"""Tests of fingerprints: a picture that was saved again is a near duplicate, and candidate keys miss none."""
+"""Tests of fingerprints: a picture that was saved again is a near duplicate, and candidate keys find each near
+duplicate.
+"""
 
 from __future__ import annotations
 

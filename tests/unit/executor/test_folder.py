@@ -119,7 +119,7 @@ def test_a_picture_that_several_rows_name_is_read_once_for_any_number_of_rows(tm
     found = folder_records(iter(()), read, str(tmp_path), "file_name", max_bytes=100)
     pictures: list[object] = []
     for record in found:
-        if not pictures:  # a second read would find other bytes in the unchanged file
+        if not pictures:  # after the first record, replace the bytes and keep size and time
             status = (tmp_path / "a.png").stat()
             (tmp_path / "a.png").write_bytes(b"other")
             os.utime(tmp_path / "a.png", ns=(status.st_atime_ns, status.st_mtime_ns))

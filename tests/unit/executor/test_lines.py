@@ -1,4 +1,6 @@
-"""Tests of reading lines: each line is read once for any byte ranges and compression, and damage gives one record."""
+"""Tests of reading lines. Each line is read once, for any byte ranges and compression. A damaged file gives one record
+that describes the damage.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ LIMIT = 10**6
 
 
 def zstd(content: bytes) -> bytes:
-    """Compress with zstd."""
+    """Compress bytes with zstd."""
     sink = pa.BufferOutputStream()
     with pa.CompressedOutputStream(sink, "zstd") as stream:
         stream.write(content)

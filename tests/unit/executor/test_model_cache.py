@@ -39,7 +39,7 @@ def model(folder: Path, said: str = "weights") -> Path:
 
 
 def start(folder: Path, root: Path, seconds: float) -> subprocess.Popen[str]:
-    """Start a process that copies files, with a minimum time per file."""
+    """Start a process that copies files and takes at least `seconds` for each file."""
     environment = os.environ | {"PYTHONPATH": TEST_PATH}
     command = [sys.executable, "-c", COPY, str(folder), str(root), str(seconds)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -69,7 +69,7 @@ def test_a_damaged_copy_is_copied_again_and_a_model_with_another_digest_is_refus
     folder, root = model(tmp_path / "far"), tmp_path / "near"
     digest = record_copy(folder).digest
     copy = local_copy(folder, digest, root)
-    for damage in ("weight", "weighty"):  # first a shorter file, then a file of the same size with a later time
+    for damage in ("weight", "weighty"):  # a shorter file, then a file of equal size with a later time
         (copy / "model.safetensors").write_text(damage)
         assert (local_copy(folder, digest, root) / "model.safetensors").read_text() == "weights"
     with pytest.raises(StageFailed, match="cannot be copied to this host"):

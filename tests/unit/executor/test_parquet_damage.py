@@ -1,4 +1,6 @@
-"""Tests of damaged Parquet files and of bombs: only damaged rows are lost, and the size of a file limits the memory."""
+"""Tests of damaged Parquet files and decompression bombs: only damaged rows are lost, and file size limits the
+memory.
+"""
 
 from __future__ import annotations
 

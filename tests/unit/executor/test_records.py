@@ -28,7 +28,7 @@ LIMIT = 10**6
 def parse(
     folder: Path, content: bytes, *, multiline: bool = False, start: int = 0, stop: int | None = None, **layout: Any
 ) -> list[Record]:
-    """Parse CSV rows of a file of which the layout is known."""
+    """Parse the rows of a CSV file whose layout is known."""
     path = folder / "a.csv"
     path.write_bytes(content)
     form = Layout(**{"names": ("id", "text")} | layout)

@@ -197,14 +197,14 @@ def test_sigterm_interrupts_a_command_as_ctrl_c_does_and_ends_a_forked_child_at_
         printed, shown = process.communicate(timeout=60)
     assert process.returncode == 1
     assert shown.strip() == "interrupted; run the same command again to resume."
-    assert int(printed) == signal.SIGTERM  # exit status of a child that the signal has ended
+    assert int(printed) == signal.SIGTERM  # exit status of a child process that SIGTERM has ended
 
 
 def test_commands_work_for_a_user_without_a_name_and_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(_: int) -> None:
         raise KeyError("getpwuid(): uid not found")
 
-    monkeypatch.setattr(pwd, "getpwuid", unknown)  # as in a container without an entry for the user
+    monkeypatch.setattr(pwd, "getpwuid", unknown)  # as in a container whose user is not in /etc/passwd
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: contextlib.nullcontext())
     for name in ("HOME", "LOGNAME", "USER", "LNAME", "USERNAME"):
         monkeypatch.delenv(name, raising=False)

@@ -54,7 +54,9 @@ CASES: dict[str, tuple[Settings, Any]] = {
     "stop": ({}, ["a", "e"]),
     "seed": ({"temperature": 2.0}, 9),
 }
-"""For each generation setting: other settings that must also be set, and a value that changes the captions."""
+"""Dict from each generation setting to other settings that must also be set, and to a value that changes the
+captions.
+"""
 
 
 class World:

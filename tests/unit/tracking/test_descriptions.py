@@ -173,7 +173,9 @@ def test_a_note_that_a_person_has_written_survives_a_resumed_run(platform: Platf
 
 
 def inputs(client: MlflowClient, run_id: str) -> dict[str, tuple[dict[str, str], dict[str, object]]]:
-    """Return columns and profile of each dataset of an MLflow run, by the use of the dataset (such as `training`)."""
+    """Return a dict from the use of each dataset of an MLflow run, such as `training`, to the dataset's columns and
+    profile.
+    """
     found, logged = {}, client.get_run(run_id).inputs
     assert logged is not None
     for each in logged.dataset_inputs:

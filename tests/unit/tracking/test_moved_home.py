@@ -123,7 +123,7 @@ def test_artifacts_of_another_home_or_a_symbolic_link_to_a_home_do_not_change_st
     assert locations(original) == before
     other = tmp_path / "other"
     other.mkdir()
-    shutil.copy(original / "mlflow.db", other / "mlflow.db")  # without the artifacts
+    shutil.copy(original / "mlflow.db", other / "mlflow.db")  # the artifacts are not copied
     connect(open_home(other))
     assert locations(other) == before
 

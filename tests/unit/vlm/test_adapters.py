@@ -78,7 +78,7 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_fresh_adapter_changes_no_output_and_a_merged_adapter_keeps_the_trained_output(variant: str) -> None:
-    scaled, tokenizer = tiny_model(variant)  # the scaled weights of tiny_model scale rounding errors
+    scaled, tokenizer = tiny_model(variant)  # tiny_model has large weights, which enlarge rounding errors
     model = build_model(scaled.config, tokenizer.vocab_size).eval()
     batch, before = tiny_batch(model, tokenizer, TEXTS), weights(model)
     plain = model.requires_grad_(False)(batch)  # torch may add in a different order if weights are frozen

@@ -66,7 +66,7 @@ def test_frozen_parameters_do_not_change_and_a_resumed_run_ends_with_equal_weigh
     state = {name.partition(":")[0] for name in load_file(whole.checkpoint(6) / "training.safetensors")}
     assert state == moved  # frozen parameters have no optimizer state
 
-    for after in (5, 8, 11):  # resumes within a stage, at a boundary, and within the next stage
+    for after in (5, 8, 11):  # resume within a stage, at a boundary, and within the next stage
         broken = make_run(f"broken-{after}", optimizer=optimizer)
         with pytest.raises(Killed):
             train(broken, after)
@@ -84,7 +84,7 @@ def test_a_run_that_continues_a_shorter_run_equals_an_uninterrupted_run_if_the_s
     train(short)
     train(whole)
     last = weights(whole, 14)
-    for after in (99, 11):  # 11: the longer run is killed and resumes from its checkpoint of step 9
+    for after in (99, 11):  # 11 kills the longer run, which resumes from its checkpoint of step 9
         longer = make_longer(f"longer-{after}", 14, start_from=str(short.checkpoint(8)), start_state="training")
         if after < 14:
             with pytest.raises(Killed):
@@ -101,7 +101,7 @@ def test_each_stage_has_its_own_warmup_and_decay(make_run: Any) -> None:
     settings = make_run("run").read_run().config.train
     first, second = plan_stages(settings)
     assert [(s.first, s.end, s.lr) for s in (first, second)] == [(0, 6, 4e-3), (6, 14, 2e-3)]
-    assert [first.lr_of(step, settings) for step in (0, 2)] == [2e-3, 4e-3]  # warmup_steps: 2
+    assert [first.lr_of(step, settings) for step in (0, 2)] == [2e-3, 4e-3]  # warmup_steps is 2
     assert [second.lr_of(step, settings) for step in (6, 8)] == [1e-3, 2e-3]
     assert first.lr_of(5, settings) == pytest.approx(0.05 * 4e-3)
     longer = plan_stages(TrainConfig.model_validate({"stages": [PROJECTOR, ALL | {"warmup_steps": 4}]}))[1]

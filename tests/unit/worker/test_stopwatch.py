@@ -37,7 +37,7 @@ def test_a_lap_of_the_stopwatch_counts_training_steps_and_waits_for_batches_but_
         clock.now += 1.5
         stopwatch.stop(samples=8, tokens=24)
         laps.append(stopwatch.lap())
-        clock.now += 60  # validation
+        clock.now += 60  # a validation takes a minute
         stopwatch.start()
     assert laps == [{"samples_per_second": 4.0, "tokens_per_second": 12.0, "data_wait": 0.25}] * 3
     assert stopwatch.total == 6.0
