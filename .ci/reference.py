@@ -27,8 +27,8 @@ from pipelines.formats.tables import TABLES, sql_type
 PAGE = Path(__file__).parents[1] / "docs" / "reference.md"
 HEADER = """# Reference
 
-This page lists every command, config key and table. It is generated: after a change of the code, run
-`python .ci/reference.py`. The other pages explain how to use them.
+This page lists every command, every config key and every Delta table. The other pages explain how to use the
+commands, keys and tables. Do not edit this page: `python .ci/reference.py` writes the page from the code.
 """
 
 
@@ -53,7 +53,7 @@ def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def commands() -> Iterator[str]:
-    """Yield a section for each command, with the text of its --help."""
+    """Yield a part of the page for each command, with the text of its --help."""
     for name in COMMANDS:
         text = CliRunner().invoke(app, [name, "--help"], prog_name="lakesight", terminal_width=80).output
         yield f"### lakesight {name}\n\n```\n{text.strip()}\n```\n"
@@ -61,13 +61,18 @@ def commands() -> Iterator[str]:
 
 # ------------------------------------------------------------------------------------------------ config keys
 
-CONFIG_NOTE = """A run is a YAML file with these keys, and `--set KEY=VALUE` overrides a key, for example
-`--set train.steps=500`. Keys without a default are set by the shipped configs in `conf/`.
+CONFIG_NOTE = """The config of a run has these keys. The YAML files in `conf/` set keys, and the option
+`--set KEY=VALUE` of a command overrides a key, for example `--set train.steps=500`.
+
+In the tables below, the type "section" means that the key holds further keys. The heading of a section gives the path
+of its keys: the key `size` in the section `model.image` is `model.image.size`. If a section has the key `kind`, the
+value of `kind` decides which further keys the section has. "required" in the column "default" means that the key has
+no default.
 """
 
 
 def config_keys() -> Iterator[str]:
-    """Yield a section for each group of keys."""
+    """Yield a part of the page for each section of the config."""
     places: dict[type[BaseModel], list[str]] = {}
     for name in ("model", "data", "train", "platform", "gate", "drift"):
         for model in models_in(RunConfig.model_fields[name].annotation):
@@ -76,20 +81,22 @@ def config_keys() -> Iterator[str]:
         kind = model.model_fields.get("kind")
         suffix = f" (kind: {get_args(kind.annotation)[0]})" if kind else ""
         yield f"### {paths[0]}{suffix}\n"
+        yield f"{first_sentence(model)}\n"
         if paths[1:]:
-            yield f"The same keys are in {', '.join(paths[1:])}.\n"
+            has = "The section {} has" if len(paths) == 2 else "The sections {} have"
+            yield f"{has.format(listed(paths[1:], 'and'))} the same keys.\n"
         meanings = attributes(model)
         rows = [
             (
                 f"`{field.alias or name}`",
                 type_text(field),
                 default_text(field),
-                meanings.get(name) or about(model, field),
+                meaning(model, field, meanings.get(name)),
             )
             for name, field in model.model_fields.items()
             if name != "kind"
         ]
-        yield table(("key", "type", "default", "meaning"), rows) if rows else "No further keys.\n"
+        yield table(("key", "type", "default", "meaning"), rows) if rows else "This section has no key except `kind`.\n"
 
 
 def collect(model: type[BaseModel], path: str, places: dict[type[BaseModel], list[str]]) -> None:
@@ -109,19 +116,31 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for part in get_args(annotation) for model in models_in(part)]
 
 
-def about(model: type[BaseModel], field: FieldInfo) -> str:
-    """Return the meaning of a group of keys that the class above the group does not describe.
+def meaning(model: type[BaseModel], field: FieldInfo, described: str | None) -> str:
+    """Return the meaning of a key: the description in the docstring of the class, then the kinds of a section.
 
     Raises:
-        ValueError: the key is not a group of keys.
+        ValueError: the docstring of the class does not describe the key, and the key is not a section of one kind.
     """
-    groups = models_in(field.annotation)
-    if not groups:
+    sections = models_in(field.annotation)
+    if described is None and len(sections) == 1:
+        return first_sentence(sections[0])
+    if described is None:
         raise ValueError(f"{model.__name__}: describe each key under `Attributes` in the docstring")
-    if len(groups) > 1:
-        kinds = [get_args(group.model_fields["kind"].annotation)[0] for group in groups]
-        return f"keys of one kind: {', '.join(f'`{kind}`' for kind in kinds)}"
-    return inspect.cleandoc(groups[0].__doc__ or "").partition("\n")[0]
+    if len(sections) < 2:
+        return described
+    kinds = [f"`{get_args(section.model_fields['kind'].annotation)[0]}`" for section in sections]
+    return f"{described} The `kind` of the section is {listed(kinds, 'or')}."
+
+
+def listed(texts: list[str], word: str) -> str:
+    """Join texts by commas, and the last two texts by `word`, such as "and"."""
+    return f" {word} ".join([", ".join(texts[:-1]), texts[-1]] if texts[1:] else texts)
+
+
+def first_sentence(model: type[BaseModel]) -> str:
+    """Return the first line of the docstring of a config class."""
+    return inspect.cleandoc(model.__doc__ or "").partition("\n")[0]
 
 
 def attributes(model: type[BaseModel]) -> Mapping[str, str]:
@@ -135,14 +154,14 @@ def attributes(model: type[BaseModel]) -> Mapping[str, str]:
 
 
 def type_text(field: FieldInfo) -> str:
-    """Return the type and the bounds of a field as a text for people."""
+    """Return the type and the bounds of a field as text, such as "integer (> 0)"."""
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     bounds = [f"{signs[name]} {value:g}" for each in field.metadata for name, value in bound_values(each, signs)]
     return " ".join([name_of(field.annotation), *([f"({', '.join(bounds)})"] if bounds else [])])
 
 
 def bound_values(constraint: Any, signs: Mapping[str, str]) -> Iterator[tuple[str, float]]:
-    """Yield the bounds that a constraint of pydantic sets."""
+    """Yield each bound that a constraint of pydantic sets: the name of the bound, such as "ge", and its value."""
     for name in signs:
         value = getattr(constraint, name, None)
         if isinstance(value, int | float):
@@ -160,14 +179,20 @@ def name_of(annotation: Any) -> str:
     if origin in (Annotated, Union, UnionType):
         return " or ".join(dict.fromkeys(map(name_of, parts[:1] if origin is Annotated else parts)))
     if origin is not None:
-        return f"mapping to {name_of(parts[-1])}" if issubclass(origin, Mapping) else f"list of {name_of(parts[0])}"
+        is_mapping = issubclass(origin, Mapping)
+        return f"mapping from text to {name_of(parts[-1])}" if is_mapping else f"list of {plural(name_of(parts[0]))}"
     if issubclass(annotation, BaseModel):
-        return "keys"
+        return "section"
     return NAMES.get(annotation, annotation.__name__)
 
 
+def plural(name: str) -> str:
+    """Return the name of a type for several values, such as "integers or nulls" for "integer or null"."""
+    return re.sub(r"(text|integer|number|null|section)\b", r"\1s", name)
+
+
 def default_text(field: FieldInfo) -> str:
-    """Return the default of a field, or an empty text if the default is a group of keys."""
+    """Return the default of a field, or an empty text if the default is a section."""
     if field.is_required():
         return "required"
     default = field.get_default(call_default_factory=True)
@@ -178,9 +203,11 @@ def default_text(field: FieldInfo) -> str:
 
 
 def tables() -> Iterator[str]:
-    """Yield a section for each table, and for the view."""
+    """Yield a part of the page for each Delta table, and a part for the view."""
     for each in TABLES:
-        yield f"### Table {each.name}\n\n{each.comment}. A row is identified by {', '.join(each.key)}.\n"
+        key = listed([f"`{name}`" for name in each.key], "and")
+        identify = f"The {'columns' if each.key[1:] else 'column'} {key} {'identify' if each.key[1:] else 'identifies'}"
+        yield f"### Table {each.name}\n\n{each.comment}. {identify} a row.\n"
         yield table(
             ("column", "type", "null", "meaning"),
             [(f"`{c.name}`", sql_type(c.type), "yes" if c.nullable else "no", c.comment) for c in each.columns],

@@ -18,13 +18,14 @@ PICTURE = "__picture__"
 
 
 class ColumnNames(Config):
-    """Names of the source's columns. `id` and `prompt` are null if the source has no such column.
+    """Names of the source's columns.
 
     Attributes:
         image: column with the picture.
         text: column with the caption or a list of captions.
-        id: column with the id of the row, or null if there is none.
-        prompt: column with the text before the caption, or null if there is none.
+        id: column with the id of the row, or null if the source has no ids.
+        prompt: column with the question or other text that precedes the caption, or null if the source has no such
+            texts.
     """
 
     image: str = "b64string_images"
@@ -39,24 +40,25 @@ class ColumnNames(Config):
 
 
 class PlainColumns(ColumnNames):
-    """Column names with the usual defaults of tables and JSON lines."""
+    """Names of the source's columns, with the usual defaults of tables and JSON lines."""
 
     image: str = "image"
     text: str = "text"
 
 
 class FolderColumns(ColumnNames):
-    """Columns of a captions file. `image` is the column with the picture's path, relative to the folder."""
+    """Names of the columns of a captions file. The column `image` holds the picture's path, relative to the folder."""
 
     image: str = "file_name"
     text: str = "text"
 
 
 class MemberColumns(ColumnNames):
-    """Members of a tar that serve as columns, named by their file extensions.
+    """File extensions of the tar members that serve as columns.
 
     Alternative extensions of the picture are separated by semicolons, and the first extension that a row has is used.
-    `json.KEY` is a key of a `json` member. `__key__` is the part that the names of a row's members share.
+    `json.KEY` selects the value of KEY in the row's `json` member. `__key__` is the name that all members of a row
+    share, without the extension.
     """
 
     image: str = "jpg;jpeg;png;webp;gif;tif;tiff;bmp;avif"
@@ -88,12 +90,12 @@ class SourceBase(Config):
 
 
 class RowSourceBase(SourceBase):
-    """Settings of sources whose rows hold pictures, or the paths or URIs of pictures.
+    """Settings of sources whose rows hold pictures, or paths or URIs of pictures.
 
     Attributes:
-        image_root: folder or URL that contains the pictures which the image column names, or null if the image column
-            itself holds the pictures. A relative folder is relative to the folder of the row's file; if the source is a
-            table, the folder is relative to the working folder.
+        image_root: folder or URL of the pictures if the image column holds paths, or null if the image column holds the
+            pictures themselves. A relative folder starts at the folder of the row's file, or at the working folder if
+            the source is a table.
     """
 
     image_root: Annotated[str | None, Field(min_length=1), ADDED_LATER] = None
@@ -109,11 +111,11 @@ class CsvSourceConfig(RowSourceBase):
 
     Attributes:
         path: path of a file or folder, or a wildcard pattern. `scenes:COUNT` or `scenes:COUNT:SEED` stands for a
-            generated file of COUNT drawn scenes.
-        multiline: whether fields in quotes may contain line breaks.
-        delimiter: character between fields, or null to find the delimiter in the header of each file.
-        escape: character before a quote inside a quoted field, such as the backslash that Spark writes, or null if a
-            quote inside a quoted field is doubled.
+            generated file with COUNT drawn pictures; SEED is the random seed of the pictures.
+        multiline: whether a field in quotes may contain line breaks.
+        delimiter: character between fields, or null to detect the character from the header of each file.
+        escape: character that precedes a quote inside a quoted field, such as the backslash that Spark writes, or null
+            if the source doubles such a quote.
     """
 
     kind: Literal["csv"] = "csv"
@@ -123,7 +125,7 @@ class CsvSourceConfig(RowSourceBase):
 
 
 class JsonlSourceConfig(RowSourceBase):
-    """JSON lines files with base64 pictures and one JSON object per line."""
+    """JSON lines files, in which each line is a JSON object with a base64 picture."""
 
     kind: Literal["jsonl"]
     columns: PlainColumns = PlainColumns()
@@ -137,7 +139,7 @@ class ParquetSourceConfig(RowSourceBase):
 
 
 class TableSourceConfig(RowSourceBase):
-    """Delta table, given by name or by path.
+    """Delta table, which is given by its name or by its path.
 
     Attributes:
         path: path or URL of the table's folder, or empty if `table` names the table.
@@ -165,7 +167,7 @@ class TableSourceConfig(RowSourceBase):
 
 
 class FolderSourceConfig(SourceBase):
-    """Folder that holds picture files and a captions file in the format CSV, JSON lines or COCO captions.
+    """Folder with picture files and one captions file (CSV, JSON lines or COCO captions).
 
     Attributes:
         path: path of the folder.
@@ -212,8 +214,8 @@ class HashSplitConfig(Config):
     """Split by the SHA-256 of the picture. A picture's split never changes, and equal pictures share a split.
 
     Attributes:
-        val: share of the pictures in the validation split.
-        test: share of the pictures in the test split.
+        val: share of the pictures that are put into the split val.
+        test: share of the pictures that are put into the split test.
     """
 
     kind: Literal["hash"] = "hash"
@@ -228,7 +230,7 @@ class HashSplitConfig(Config):
 
 
 class FileSplitConfig(Config):
-    """Split given by the names of the source's files, such as `train.csv` or `val.csv`."""
+    """Split given by the names of the source's files, such as train.csv or val.csv."""
 
     kind: Literal["file"]
 
@@ -237,7 +239,7 @@ class ColumnSplitConfig(Config):
     """Split given by a column with the values train, val (or validation, valid, dev) and test.
 
     Attributes:
-        column: name of the column.
+        column: name of the column that holds the split.
     """
 
     kind: Literal["column"]
@@ -254,13 +256,14 @@ class LimitsConfig(Config):
     """Limits of a row. A row that exceeds a limit is quarantined.
 
     Attributes:
-        max_bytes: largest size of a picture file, in bytes.
-        max_pixels: largest width times height of a picture, in pixels.
-        min_side: smallest width and smallest height of a picture, in pixels.
-        max_decode_seconds: longest time to decode one picture, in seconds.
-        max_text_chars: largest length of a text, in characters.
-        max_texts: largest number of different texts of a picture, or null for any number.
-        max_bad_share: share of refused rows above which the ingest fails, after `samples` and `quarantine` are written.
+        max_bytes: largest accepted size of a picture file, in bytes.
+        max_pixels: largest accepted number of pixels of a picture, which is width times height.
+        min_side: smallest accepted width and height of a picture, in pixels.
+        max_decode_seconds: longest accepted time to decode one picture, in seconds.
+        max_text_chars: largest accepted length of a text, in characters.
+        max_texts: largest accepted number of different texts of a picture, or null for no limit.
+        max_bad_share: largest accepted share of refused rows. If more rows are refused, the ingest still writes the
+            tables `samples` and `quarantine`, and then fails.
     """
 
     max_bytes: PositiveInt = 64 * 2**20
@@ -276,12 +279,14 @@ class ShardConfig(Config):
     """Format of training shards.
 
     Attributes:
-        encoding: how pictures are stored, as `raw` pixels (random access without decoding) or `jpeg` (smaller).
+        encoding: how shards store pictures. `raw` stores pixels, which training reads without decoding. `jpeg` needs
+            less disk space.
         rows: number of rows per shard file.
-        seed: seed of the shuffle.
-        where: SQL condition on columns of `samples`. Rows that do not meet the condition are left out of every split.
-        draft: whether the JPEG decoder shrinks large pictures to near the model's resolution while it decodes. A draft
-            decode is far faster, but the pixels differ slightly from those of the full decode that captioning uses.
+        seed: random seed of the order of rows in the shards.
+        where: SQL condition on columns of the table `samples`, or an empty text for all rows. Shards of every split
+            contain only rows that meet the condition.
+        draft: whether the JPEG decoder shrinks large pictures to near the model's resolution during decoding. This is
+            far faster, but the pixels differ slightly from the pixels on which the model captions.
     """
 
     encoding: Literal["raw", "jpeg"] = "raw"
@@ -295,22 +300,22 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class DataConfig(Config):
-    """Source of samples and how the samples are used.
+    """Where the rows come from, and how training and evaluation use the rows.
 
     Attributes:
-        source: source of the rows. The default of `kind` is csv.
+        source: where the rows come from; a csv source if the section has no `kind`.
         split: rule that divides rows into train, val and test.
-        near_duplicates: whether to flag a new picture that nearly equals another picture, and to put both pictures into
-            the same split.
-        limits: limits of a row.
+        near_duplicates: whether the ingest searches for pictures that are nearly equal to a new picture, and puts
+            nearly equal pictures into the same split.
+        limits: limits above which a row is quarantined.
         shards: format of training shards.
-        validate_on: split for validation during training.
-        evaluate_on: split for the evaluation of a registered model version.
-        mix: shares of the training rows that come from other sources in `samples`, by the name of the source. The
-            remaining training rows come from `source`.
-        text_weights: rule by which training draws one of a picture's texts in each epoch. With `frequency`, a text that
-            several people have written is drawn more often. With `uniform`, all different texts are drawn equally
-            often.
+        validate_on: split on which the model is validated during training.
+        evaluate_on: split on which a registered model version is evaluated.
+        mix: other sources in the table `samples` from which training rows are drawn. Maps the name of each source to
+            the share of its rows, such as {birds: 0.2}. The remaining training rows come from `source`.
+        text_weights: how often each text of a picture is drawn for training. With `frequency`, a text is drawn in
+            proportion to the number of times that the source repeats the text. With `uniform`, all different texts are
+            drawn equally often.
     """
 
     source: SourceConfig = CsvSourceConfig()

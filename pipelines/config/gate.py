@@ -20,19 +20,20 @@ class GateConfig(Config):
     Attributes:
         metric: metric by which a model version is compared with the baselines and with the champion. Word F1 is defined
             for every split and improves earlier in training than exact match.
-        min_blind_gap: smallest accepted blind gap, in nats per token. The blind gap is the loss with pictures of other
-            rows minus the loss with the right pictures.
+        min_blind_gap: smallest accepted blind gap, in nats per token. The blind gap is the loss if each text is paired
+            with a picture of another row, minus the loss with the right pictures.
         max_error_share: largest accepted share of pictures without a caption.
-        baselines: baselines that the model version must beat. `constant` is the single caption for all pictures
-            that is best by `metric`.
-            `neighbour` is the caption of the most similar training picture. A run that only tests the pipeline needs
-            no baselines.
+        baselines: baselines that the model version must beat. `constant` gives all pictures the same caption, which is
+            the best such caption by `metric`. `neighbour` gives each picture the caption of the most similar training
+            picture. A run that only tests the pipeline can set an empty list.
         min_distinct: smallest accepted number of distinct captions, as a share of the number of distinct human captions
-            of the same rows. If the human captions differ from each other, the model's captions must differ from each
-            other too. The limit applies if `baselines` contains `constant`.
-        min_pictures: smallest number of pictures for which the whole interval of a difference from a baseline must be
-            above zero. With fewer pictures, the value of the difference must be above zero.
-        trial_pictures: number of pictures of the split that the model version captions in a separate process.
+            of the same rows. The limit refuses a model that gives many pictures the same caption. The limit applies
+            only if `baselines` contains `constant`.
+        min_pictures: number of pictures from which the confidence interval counts: with at least this number of
+            pictures, the whole confidence interval of the difference from a baseline must be above zero. With fewer
+            pictures, only the difference itself must be above zero.
+        trial_pictures: number of pictures that the model version captions in a separate process, as a check that the
+            version loads and works.
     """
 
     metric: Literal["word_f1", "cider", "exact_match", "rouge_l", "bleu_4"] = "word_f1"
@@ -45,17 +46,18 @@ class GateConfig(Config):
 
 
 class DriftConfig(Config):
-    """Largest accepted differences between a captioning job and the evaluation of the same model version.
+    """Largest accepted differences (drift) between a captioning job and the evaluation of the same model version.
 
     Attributes:
-        words: difference in mean words per caption, as a share of the evaluation's value.
-        distinct_words: difference in distinct words in 100 captions, as a share of the evaluation's value.
-        mean_logprob: difference in mean log-probability, in nats per token.
-        error_share: difference in the share of pictures without a caption.
-        brightness: difference in mean pixel level, in levels of 0 to 255.
-        contrast: difference in the standard deviation of pixel levels, in levels of 0 to 255.
-        min_rows: smallest number of rows that the job and the evaluation need to be compared. With fewer rows, random
-            differences would exceed the thresholds.
+        words: largest difference in the mean number of words per caption, as a share of the evaluation's value.
+        distinct_words: largest difference in the number of distinct words in 100 captions, as a share of the
+            evaluation's value.
+        mean_logprob: largest difference in the mean log-probability of the captions, in nats per token.
+        error_share: largest difference in the share of pictures without a caption.
+        brightness: largest difference in the mean pixel value, on the scale from 0 to 255.
+        contrast: largest difference in the standard deviation of the pixel values, on the scale from 0 to 255.
+        min_rows: number of rows that the job and the evaluation must each have before they are compared. With fewer
+            rows, random differences would exceed the thresholds.
         fail: whether drift ends the job with exit code 1, after all captions are written. If false, drift only causes a
             warning.
     """

@@ -70,11 +70,12 @@ class SparkConfig(Config):
     """Settings of the local Spark session.
 
     Attributes:
-        master: local[CORES], local-cluster[EXECUTORS,CORES,MIB] or spark://HOST:PORT.
-        driver_memory: memory of the driver's Java heap.
-        shuffle_partitions: number of partitions of a shuffle.
-        conf: further Spark settings by name, such as {spark.executor.memory: 8g}. A value may be a secret, such as the
-            key of an object store, so `conf` is neither stored nor printed nor hashed.
+        master: Spark's master URL: local[CORES], local-cluster[EXECUTORS,CORES,MIB] or spark://HOST:PORT.
+        driver_memory: size of the Spark driver's Java heap.
+        shuffle_partitions: number of partitions into which Spark shuffles rows.
+        conf: further Spark settings, as a mapping from name to value, such as {spark.executor.memory: 8g}. Lakesight
+            neither stores nor prints nor hashes `conf`, because a value may be a secret, such as the key of an object
+            store.
     """
 
     master: Annotated[str, Field(pattern=r"^(local\[[0-9*]+\]|local-cluster\[\d+,\d+,\d+\]|spark://.+)$")] = "local[*]"
@@ -108,7 +109,7 @@ class LocalPlatformConfig(Config):
     Attributes:
         spark: settings of the Spark session.
         ranks: number of training processes.
-        cache_gib: disk space for local copies of remote shards, in GiB. With 0 GiB, shards are not copied.
+        cache_gib: disk space for local copies of remote shards, in GiB; 0 for no copies.
     """
 
     kind: Literal["local"] = "local"
@@ -122,13 +123,13 @@ class DatabricksPlatformConfig(Config):
 
     Attributes:
         catalog: name of the catalog in Unity Catalog.
-        schema_: name of the schema of the tables and registered models.
-        volume: name of the Volume that holds all files.
+        schema_: name of the schema that holds the tables and the registered models.
+        volume: name of the Volume that holds all files, such as shards and checkpoints.
         ranks: number of training processes.
         use_gpu: whether each rank gets a GPU. If false, ranks use CPUs.
-        cache_gib: disk space on each host for local copies of remote shards, in GiB. With 0 GiB, shards are not copied.
-        experiment: full name of the MLflow experiment of all runs, or null for one experiment per run under
-            `/Shared/lakesight/`.
+        cache_gib: disk space on each host for local copies of remote shards, in GiB; 0 for no copies.
+        experiment: full name of one MLflow experiment for all runs, or null for a separate experiment for each run
+            under `/Shared/lakesight/`.
     """
 
     kind: Literal["databricks"]

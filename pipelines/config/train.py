@@ -25,14 +25,15 @@ class OptimizerConfig(Config):
     """AdamW optimizer (Loshchilov and Hutter, 2017) with a learning rate that changes during training.
 
     Attributes:
-        lr: peak of the learning rate.
+        lr: highest learning rate, which is reached at the end of the warm-up.
         betas: decay rates of AdamW's two moving averages.
-        weight_decay: weight decay of matrices. Vectors and embedding tables have no weight decay.
+        weight_decay: weight decay of weight matrices. Embedding tables and parameters with one dimension, such as
+            biases, have no weight decay.
         grad_clip: largest norm of the gradient. A larger gradient is scaled down to this norm.
-        warmup_steps: number of first steps in which the learning rate rises to `lr`.
-        schedule: change of the learning rate after the warm-up.
-        ema_decay: decay of an exponential moving average of the weights over steps, which validation and registration
-            use; null for no average.
+        warmup_steps: number of steps at the start of training in which the learning rate rises to `lr`.
+        schedule: how the learning rate changes after the warm-up.
+        ema_decay: decay per step of a moving average of the weights, or null for no average. If there is an average,
+            validation and the registered model use the average.
     """
 
     lr: PositiveFloat = 1e-3
@@ -45,11 +46,11 @@ class OptimizerConfig(Config):
 
 
 class GroupConfig(Config):
-    """Learning rate of the parameters whose full names match `pattern`. A learning rate of 0 freezes the parameters.
+    """Learning rate of the parameters whose full names match `pattern`.
 
     Attributes:
-        pattern: regular expression for the full names of the parameters.
-        lr: peak of the learning rate of these parameters.
+        pattern: regular expression that matches the full names of the parameters.
+        lr: highest learning rate of these parameters. A learning rate of 0 freezes the parameters.
     """
 
     pattern: Pattern
@@ -57,7 +58,7 @@ class GroupConfig(Config):
 
 
 class TextsObjectiveConfig(Config):
-    """Objective of a stage: cross entropy of the texts of the training rows."""
+    """Objective of a stage: the cross entropy of the texts of the training rows."""
 
     kind: Literal["texts"] = "texts"
 
@@ -69,7 +70,7 @@ class CiderObjectiveConfig(Config):
     the mean CIDEr-D of the picture's other captions, and less likely if its CIDEr-D is below this mean (Luo, 2020).
 
     Attributes:
-        samples: number of captions that the model samples for each picture.
+        samples: number of captions that the model samples for each picture in a step.
         temperature: number by which logits are divided before sampling.
     """
 
@@ -82,16 +83,16 @@ ObjectiveConfig = Annotated[TextsObjectiveConfig | CiderObjectiveConfig, Field(d
 
 
 class StageConfig(Config):
-    """Stage of a training run, which trains some of the parameters.
+    """Stage of a training run. A stage trains only some of the parameters.
 
     Warm-up, schedule and optimizer state start anew in each stage.
 
     Attributes:
         steps: length of the stage, in training steps.
-        warmup_steps: length of the warm-up of this stage, or null for `train.optimizer.warmup_steps`.
-        objective: what the stage learns: the `texts` of the training rows, or the `cider` of sampled captions.
-        groups: parameter groups with their learning rates. A parameter belongs to the first group that matches its
-            name. A parameter that no group matches is frozen.
+        warmup_steps: length of the stage's warm-up, in training steps, or null for `train.optimizer.warmup_steps`.
+        objective: what the stage improves: the loss of the training rows' `texts`, or the `cider` of sampled captions.
+        groups: groups of parameters, each with a learning rate. A parameter belongs to the first group whose pattern
+            matches the name of the parameter. A parameter is frozen if no pattern matches.
     """
 
     steps: PositiveInt
@@ -121,22 +122,25 @@ class AugmentConfig(Config):
     """Random changes of training pictures, drawn anew in each epoch. Validation pictures are never changed.
 
     Attributes:
-        scale: smallest and largest share of the picture's area that a random crop keeps. The crop is resized to the
-            size of the picture.
-        flip: share of pictures that are mirrored left to right, unless the text contains one of `sided_words`.
+        scale: smallest and largest share of the picture's area that a random crop keeps. The crop is then enlarged to
+            the size of the picture.
+        flip: share of pictures that are mirrored left to right. A picture is not mirrored if its text contains one of
+            `sided_words`.
         flip_vertical: share of pictures that are mirrored top to bottom, for pictures that have no natural top, such as
             aerial pictures. A picture is not mirrored if its text contains one of `sided_words` or `upright_words`.
         rotate: share of pictures that are rotated by 90, 180 or 270 degrees. A picture is not rotated if its text
             contains one of `sided_words` or `upright_words`.
         erase: share of pictures in which a rectangle is filled with the picture's mean colour (random erasing; Zhong et
-            al., 2017). The rectangle covers 2 to 33 percent of the picture.
-        brightness: largest change of the factor by which pixels are multiplied. The factor is between 1 - brightness
-            and 1 + brightness.
-        contrast: largest change of the factor by which the distance of pixels to the picture's mean grey is scaled.
-        saturation: largest change of the factor by which the distance of each pixel to its own grey is scaled.
-        sided_words: words that prevent mirroring. A picture is not mirrored if its text or prompt contains one of these
-            words as a whole word, in upper or lower case.
-        upright_words: words that prevent vertical flips and rotations, in addition to `sided_words`.
+            al., 2017). The rectangle covers 2 to 33 percent of a picture.
+        brightness: largest random change of brightness. All pixel values are multiplied by a factor between 1 -
+            brightness and 1 + brightness.
+        contrast: largest random change of contrast. The difference between each pixel and the picture's mean grey is
+            multiplied by a factor between 1 - contrast and 1 + contrast.
+        saturation: largest random change of saturation. The difference between each pixel and its grey value is
+            multiplied by a factor between 1 - saturation and 1 + saturation.
+        sided_words: words that prevent mirroring and rotation if the text or the prompt of the picture contains them,
+            as whole words in upper or lower case.
+        upright_words: further words that prevent rotation and mirroring from top to bottom.
     """
 
     scale: tuple[Share, Share] = (1.0, 1.0)
@@ -192,69 +196,76 @@ EXECUTION_SETTINGS = frozenset(
         "timeout_seconds",
     }
 )
-"""Settings of how a run is computed, supervised and registered. Except for `resume_changed_code`, these settings affect
-the learned weights only by rounding errors, so they are not part of the run's identity. For example, a run that ran out
-of memory can resume with a smaller `rows_at_once`."""
+"""Settings that decide how a run is computed, supervised and registered. Except for `resume_changed_code`, these
+settings affect the learned weights only by rounding errors, so they are not part of the run's identity. For example, a
+run that ran out of memory can resume with a smaller `rows_at_once`."""
 
 
 class TrainConfig(Config):
     """Settings of a training run.
 
     Attributes:
-        seed: seed of the random numbers of the run.
-        steps: number of training steps, by default the sum of the steps of all stages if `stages` is set.
-        batch_size: number of rows per step over all ranks together.
+        seed: random seed of the run.
+        steps: number of training steps. If `stages` is set, the default is the sum of the steps of all stages.
+        batch_size: number of rows per step, over all ranks together.
         optimizer: settings of the optimizer.
-        stages: consecutive stages with their own learning rates. Without stages, every parameter learns at
-            `optimizer.lr` for the whole run.
-        rows_at_once: number of rows per forward pass of a rank, or null for all rows at once. A smaller number saves
-            memory and does not change the training step, because gradients are accumulated over the full batch.
-        recompute_blocks: whether to drop the activations inside a block and recompute them in the backward pass.
-            Recomputation saves memory and costs about a third more compute.
-        compile_blocks: whether to compile each block with torch.compile, for GPUs. If blocks are compiled, a resumed
-            run equals the uninterrupted run only up to rounding.
-        parallel: how ranks share the model. With `ddp` each rank holds the full model. With `fsdp` each rank holds a
-            slice of weights, gradients and optimizer state, so the model may be larger than the memory of a GPU.
-        precision: precision of matrix products: fp32, tf32 (rounded inputs on GPUs) or bf16 (autocast). Weights stay
-            fp32.
-        start_from: checkpoint folder of the same model, from which the run takes its initial weights and tokenizer.
-        start_state: what the run takes from `start_from`: only the `weights`, or the state of the `training`. With
-            `training`, the folder must be a checkpoint of a run with the same settings and fewer steps. The new run
-            continues from the step of the checkpoint, with the checkpoint's optimizer state and with the training rows
-            that come next.
-        adapter: low-rank corrections (LoRA) of the matching weights. If an adapter is set, no other weights are
-            trained. The corrections are merged into the weights before registration.
-        augment: random changes of training pictures, or null to train on the unchanged pictures of the shards.
-        label_smoothing: share of each target's probability that training spreads over all tokens of the vocabulary
-            (Szegedy et al., 2015). `train/loss` and `val/loss` are computed without label smoothing.
-        contrastive: weight of a contrastive loss between the pictures and the texts of a batch, in addition to the
-            caption loss (SigLIP; Zhai et al., 2023); 0 for none. The negatives of a picture are the texts of the other
-            rows in the same forward pass of the same rank (`rows_at_once` rows). `train/loss` and `val/loss` do not
-            contain this loss.
-        loader_workers: number of threads that prepare batches ahead of training. With 0 threads, a batch is prepared
-            only when the batch is needed.
-        log_every: number of steps after which metrics are logged.
-        validate_every: number of steps after which the validation loss is computed. The last step is validated too.
-        validate_rows: number of validation pictures.
-        score_every: number of steps after which the model captions the `validate_rows` validation pictures, and the
-            CIDEr of the captions is logged as `val/cider`. The last step is scored too. With null, no step is scored.
-        best_by: metric by which the best checkpoint is chosen: the validation `loss`, or `cider`, which needs
-            `score_every`.
-        stop: patience of early stopping. Training ends after this number of consecutive values of the metric `best_by`
-            without a new best value; with null, the run takes all steps.
-        checkpoint_every: number of steps after which a checkpoint is written. A checkpoint is also written after the
-            last step.
-        keep_checkpoints: number of newest checkpoints to keep. The best checkpoint is kept too.
-        caption_samples: number of validation pictures that the model captions as samples at each validation.
+        stages: stages that follow each other and have learning rates of their own. Without stages, all parameters learn
+            at `optimizer.lr` for the whole run.
+        rows_at_once: number of rows in one forward pass of a rank, or null for all rows of the rank. A smaller number
+            saves memory. The result of a step stays the same, because gradients are accumulated over the full batch.
+        recompute_blocks: whether the backward pass recomputes the activations inside each block, so that the forward
+            pass need not store them. This saves memory and takes about a third more compute.
+        compile_blocks: whether to compile each block with torch.compile, which is useful on GPUs. With compiled blocks,
+            the weights of a resumed run equal the weights of an uninterrupted run only up to rounding.
+        parallel: how ranks share the model. With `ddp`, each rank holds the full model. With `fsdp`, each rank holds a
+            part of the weights, gradients and optimizer state, so the model may be larger than the memory of one GPU.
+        precision: number format of matrix products: fp32, tf32 (GPUs round the inputs) or bf16 (autocast). The weights
+            stay fp32.
+        start_from: checkpoint folder of a model with the same config, or null. The run takes its initial weights and
+            the tokenizer from this folder.
+        start_state: what the run takes from `start_from`: only the `weights`, or the whole state of the `training`.
+            With `training`, the folder must be a checkpoint of a run with the same settings and fewer steps. The new
+            run then continues from the step, the optimizer state and the position in the training rows that the
+            checkpoint has stored.
+        adapter: low-rank corrections (LoRA) of some weights, or null to train the weights themselves. If an adapter is
+            set, only the corrections are trained. Before registration, the corrections are merged into the weights.
+        augment: random changes of training pictures, or null for unchanged pictures.
+        label_smoothing: share of each target token's probability that training spreads over all tokens of the
+            vocabulary (Szegedy et al., 2015). The metrics `train/loss` and `val/loss` are computed without label
+            smoothing.
+        contrastive: weight of a contrastive loss that is added to the caption loss (SigLIP; Zhai et al., 2023), or 0
+            for no contrastive loss. The contrastive loss compares each picture with the texts of all rows in one
+            forward pass of one rank (`rows_at_once`). The metrics `train/loss` and `val/loss` do not contain the
+            contrastive loss.
+        loader_workers: number of threads of each rank that prepare batches in advance. With 0 threads, each batch is
+            prepared when a step needs the batch.
+        log_every: number of steps between two logs of the training metrics.
+        validate_every: number of steps between two computations of the validation loss. The loss is also computed after
+            the last step.
+        validate_rows: number of pictures on which the model is validated.
+        score_every: number of steps between two computations of the metric `val/cider`, or null to never compute the
+            metric. `val/cider` is the CIDEr of the model's captions of the `validate_rows` validation pictures, and is
+            also computed after the last step.
+        best_by: metric that decides which checkpoint is the best: the validation `loss`, or the `cider` on validation
+            pictures, which needs `score_every`.
+        stop: patience of early stopping: the number of consecutive values of the metric `best_by` without a new best
+            value after which training ends, or null to never end early.
+        checkpoint_every: number of steps between two checkpoints. A checkpoint is also written after the last step.
+        keep_checkpoints: number of checkpoints to keep. The newest checkpoints are kept, and in addition the best
+            checkpoint.
+        caption_samples: number of validation pictures that the model captions at each validation, as samples for
+            people.
         register_: checkpoint that is registered as a model version: the `last` checkpoint, the `best` checkpoint by the
-            metric `best_by`, or the checkpoint of a given step. If this setting changes after the run has finished, the
-            newly selected checkpoint is registered too.
-        profile_steps: number of steps that torch's profiler records on rank 0, from the first step on. The trace is
-            logged to MLflow.
-        timeout_seconds: time without a sign of life from a rank, in seconds, after which the run is ended.
-        max_restarts: largest number of restarts of a failed run from its last checkpoint, if a restart can help.
-        resume_changed_code: whether to resume an unfinished run although the training code has changed since the run
-            started.
+            metric `best_by`, or the checkpoint of a step, such as 1200. If the setting is changed after the run has
+            finished, the checkpoint that is now selected is registered too.
+        profile_steps: number of steps that PyTorch's profiler records on rank 0, after five unrecorded steps. The
+            profiler trace is logged to MLflow.
+        timeout_seconds: longest time without a sign of life from a rank, in seconds. After this time, the run is
+            stopped.
+        max_restarts: largest number of times that a failed run is restarted from its last checkpoint. A run is
+            restarted only if a restart can help.
+        resume_changed_code: whether an unfinished run may be resumed although the training code has changed since the
+            start of the run.
     """
 
     seed: int = 0

@@ -10,16 +10,16 @@ from __future__ import annotations
 from pipelines.formats.tables import DECISIONS, GENERATED_CAPTIONS, VERDICTS
 
 NAME = "champion_captions"
-COMMENT = "Newest good caption of each picture by the champion of each model"
+COMMENT = "Newest caption of each picture and prompt by the champion of each model, without captions judged as bad"
 COLUMNS = {
-    "source_table": "Table that contains the picture",
-    "image_id": "Id of the picture in the source table",
-    "caption": "Caption of the champion, or its correction by a person",
-    "prompt": "Prompt; empty for a plain caption",
-    "model_name": "Registered model",
-    "model_version": "Version of the model that is the champion by the last promotion or rollback in table decisions",
+    "source_table": "Table that was captioned, which contains the picture",
+    "image_id": "Id of the picture in source_table",
+    "caption": "Caption by the champion, or the correction that a person has written",
+    "prompt": "Question about the picture; empty for a plain caption",
+    "model_name": "Name of the registered model",
+    "model_version": "Version of the model that the newest promotion or rollback in table decisions made the champion",
     "mean_logprob": "Mean log-probability of the generated tokens",
-    "verdict": "Verdict of a person: good or corrected; null if nobody has judged the caption",
+    "verdict": "Verdict of a reviewer: good or corrected; null if nobody has reviewed the caption",
     "sha256": "SHA-256 of the captioned picture",
     "captioned_at": "Time of captioning",
     "id_column": "Column of source_table with the ids",

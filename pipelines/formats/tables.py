@@ -38,7 +38,7 @@ TIME_TYPE = pa.timestamp("us", tz="UTC")
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: name, Arrow type, comment, and whether a value may be null."""
+    """A column of a Delta table: its name, its Arrow type, its comment, and whether its values may be null."""
 
     name: str
     type: pa.DataType
@@ -57,10 +57,10 @@ class Table:
     Attributes:
         name: name of the table without catalog and schema.
         key: names of the columns that identify a row.
-        comment: description of a row.
+        comment: what a row of the table stands for, such as "One row per picture that can be trained on".
         columns: all columns, in the order of the table.
-        checks: SQL conditions of the CHECK constraints, by the name of the constraint.
-        cluster_by: names of the clustering columns, by which pipeline stages select rows.
+        checks: CHECK constraints: a dict from the name of each constraint to its SQL condition.
+        cluster_by: names of the columns by which Delta clusters the rows, because pipeline stages select rows by them.
         followed: whether the change data feed of the table is enabled.
     """
 
@@ -138,34 +138,44 @@ SAMPLES = Table(
     ("image_id",),
     "One row per picture that can be trained on",
     (
-        Column("image_id", pa.string(), "<source>/<id>, or <source>/<start of sha256> if the source has no ids"),
-        Column("sha256", pa.string(), "SHA-256 of the image bytes, hexadecimal"),
-        Column("image", pa.binary(), "Bytes of the picture file, as received"),
-        Column("format", pa.string(), "Picture format by Pillow, such as PNG"),
+        Column(
+            "image_id",
+            pa.string(),
+            "Id of the picture: <source>/<id>, or <source>/<start of sha256> if the source has no ids",
+        ),
+        Column("sha256", pa.string(), "SHA-256 of the bytes in column image, hexadecimal"),
+        Column("image", pa.binary(), "Bytes of the picture file, unchanged"),
+        Column("format", pa.string(), "Pillow name of the picture format, such as PNG"),
         Column("width", pa.int32(), "Width in pixels"),
         Column("height", pa.int32(), "Height in pixels"),
         Column(
             "texts",
             pa.list_(TEXT_TYPE),
-            "Texts of the picture in the order of the source, with repeats: captions have an empty prompt, answers "
-            "have the question as prompt",
+            "Captions and answers of the picture, in the order of the source, with repeats. The prompt of an "
+            "answer is the question; the prompt of a caption is empty",
         ),
         Column(
             "split",
             pa.string(),
-            "train, val or test; derived from sha256, from a near duplicate, or from the source",
+            "Split of the row: train, val or test. The split comes from the source if the source has splits; "
+            "else from a nearly equal picture; else from sha256",
         ),
         Column("source", pa.string(), "Name of the data config that added the row"),
-        Column("source_row", pa.string(), "<file>#<hash of the row> of the first source row with this picture"),
+        Column("source_row", pa.string(), "First source row with this picture, as <file>#<hash of the row>"),
         Column("ingest_id", pa.string(), "Hash that identifies the ingest that added the row"),
         Column("ingested_at", TIME_TYPE, "Time at which the row was added"),
         Column(
             "fingerprint",
             pa.binary(),
-            "Fingerprint for near duplicates (executor/ingest/fingerprint.py); null if not computed",
+            "Fingerprint by which near duplicates are found; null if data.near_duplicates is false",
             nullable=True,
         ),
-        Column("near_of", pa.string(), "image_id of a near duplicate; null if there is none", nullable=True),
+        Column(
+            "near_of",
+            pa.string(),
+            "image_id of a picture that is nearly equal; null if no such picture was found",
+            nullable=True,
+        ),
     ),
     checks={
         "usable": "split IN ('train', 'val', 'test') AND width > 0 AND height > 0 AND size(texts) > 0 "
@@ -177,20 +187,25 @@ SAMPLES = Table(
 QUARANTINE = Table(
     "quarantine",
     ("ingest_id", "source_row"),
-    "One row per source row that was refused, with its whole content and the reason",
+    "One row per source row that was refused, with the whole content of the source row and the reason",
     (
         Column("ingest_id", pa.string(), "Hash that identifies the ingest that refused the row"),
-        Column("source", pa.string(), "Name of the data config"),
-        Column("source_row", pa.string(), "<file>#<hash of the row>"),
+        Column("source", pa.string(), "Name of the data config of the source"),
+        Column("source_row", pa.string(), "Source row, as <file>#<hash of the row>"),
         Column(
-            "payload", pa.string(), "Whole row as a JSON object of columns, or the raw line if it could not be parsed"
+            "payload",
+            pa.string(),
+            "Whole source row as a JSON object of its columns, or the raw line if the line could not be parsed",
         ),
-        Column("stage", pa.string(), "Stage that refused the row: read, decode or merge"),
-        Column("reason", pa.string(), f"One of {', '.join(REASONS)}"),
-        Column("detail", pa.string(), "Details of the reason"),
+        Column("stage", pa.string(), "Stage of the ingest that refused the row: read, decode or merge"),
+        Column("reason", pa.string(), f"Reason of the refusal: one of {', '.join(REASONS)}"),
+        Column("detail", pa.string(), "What exactly is wrong, such as the size of a picture that is too large"),
         Column("quarantined_at", TIME_TYPE, "Time at which the row was added"),
         Column(
-            "replayed_at", TIME_TYPE, "Time at which a replay accepted the row; null if no replay has", nullable=True
+            "replayed_at",
+            TIME_TYPE,
+            "Time at which a replay accepted the row; null if no replay has accepted the row",
+            nullable=True,
         ),
     ),
 )
@@ -198,29 +213,48 @@ QUARANTINE = Table(
 INGESTED = Table(
     "ingested",
     ("source", "item", "state", "rules"),
-    "One row per item that was ingested completely. An unchanged item is not read again",
+    "One row per item of a source (file, row of a captions file, or table) that was ingested completely. An "
+    "item that has not changed since is not read again",
     (
-        Column("source", pa.string(), "Name of the data config"),
-        Column("item", pa.string(), "A file, a row of a captions file, or the id of a table"),
-        Column("state", pa.string(), "Size and modification time of the file or picture, or version of the table"),
+        Column("source", pa.string(), "Name of the data config of the source"),
+        Column("item", pa.string(), "What was read: path of a file, row of a captions file, or id of a table"),
+        Column(
+            "state",
+            pa.string(),
+            "State in which the item was read: size and modification time of the file or picture, or version "
+            "of the table",
+        ),
         Column(
             "rules",
             pa.string(),
-            "Hash of the settings that decide whether a row is accepted, such as columns, limits and split",
+            "Hash of the settings that decide which rows are accepted, such as columns, limits and split",
         ),
         Column("ingest_id", pa.string(), "Hash that identifies the ingest that read the item"),
-        Column("ingested_at", TIME_TYPE, "Time of the ingest, which is equal for all items of the ingest"),
+        Column("ingested_at", TIME_TYPE, "Time of the ingest; all items of an ingest have the same time"),
     ),
 )
 
 MODEL_DIGEST = Column(
-    "model_digest", pa.string(), "Digest of the files of the model; null in rows of Lakesight 0.1.0", nullable=True
+    "model_digest",
+    pa.string(),
+    "Digest of the files of the model; null in rows that Lakesight 0.1.0 wrote",
+    nullable=True,
 )
 """Digest that identifies a model by its content. Two registries may have versions with the same name and number."""
 
 PICTURE_COLUMNS = (
-    Column("id_column", pa.string(), "Column of source_table with the ids; null in rows of 0.1.0", nullable=True),
-    Column("image_column", pa.string(), "Column with the pictures; null in rows of 0.1.0", nullable=True),
+    Column(
+        "id_column",
+        pa.string(),
+        "Column of source_table with the ids; null in rows that Lakesight 0.1.0 wrote",
+        nullable=True,
+    ),
+    Column(
+        "image_column",
+        pa.string(),
+        "Column of source_table with the pictures; null in rows that Lakesight 0.1.0 wrote",
+        nullable=True,
+    ),
     Column(
         "image_root",
         pa.string(),
@@ -233,21 +267,26 @@ PICTURE_COLUMNS = (
 GENERATED_CAPTIONS = Table(
     "generated_captions",
     ("source_table", "image_id", "model_name", "model_version", "settings_hash", MODEL_DIGEST.name),
-    "One row per picture of a source table, per model version and per decoding settings",
+    "One row per picture of a captioned table, model version and set of decoding settings",
     (
-        Column("image_id", pa.string(), "Id of the row in the source table"),
-        Column("model_name", pa.string(), "Registered model"),
+        Column("image_id", pa.string(), "Id of the picture in source_table"),
+        Column("model_name", pa.string(), "Name of the registered model"),
         Column("model_version", pa.string(), "Version of the registered model"),
         Column("settings_hash", pa.string(), "Hash of prompt, decoding settings and precision"),
         Column("caption", pa.string(), "Generated caption; null if there is an error", nullable=True),
-        Column("error", pa.string(), "Reason for a missing caption; null if there is a caption", nullable=True),
-        Column("sha256", pa.string(), "SHA-256 of the captioned picture; null if there is no picture", nullable=True),
-        Column("prompt", pa.string(), "Prompt; empty for a plain caption"),
+        Column("error", pa.string(), "Reason for which there is no caption; null if there is a caption", nullable=True),
+        Column(
+            "sha256",
+            pa.string(),
+            "SHA-256 of the captioned picture; null if the row of source_table has no picture",
+            nullable=True,
+        ),
+        Column("prompt", pa.string(), "Question about the picture; empty for a plain caption"),
         Column("settings", pa.string(), "Decoding settings and precision, as JSON"),
         Column("num_tokens", pa.int32(), "Number of generated tokens, including the end token"),
         Column("mean_logprob", pa.float64(), "Mean log-probability of the generated tokens", nullable=True),
-        Column("source_table", pa.string(), "Table that contains the picture"),
-        Column("source_version", pa.int64(), "Version of source_table that was read"),
+        Column("source_table", pa.string(), "Table that was captioned, which contains the picture"),
+        Column("source_version", pa.int64(), "Delta version of source_table from which the picture was read"),
         Column("run_id", pa.string(), "MLflow run that trained the model version"),
         Column("captioned_at", TIME_TYPE, "Time of captioning"),
         MODEL_DIGEST,
@@ -260,26 +299,41 @@ GENERATED_CAPTIONS = Table(
 EVALUATIONS = Table(
     "evaluations",
     ("model_name", "model_version", "source", "dataset_version", "split", "slice", "metric", MODEL_DIGEST.name),
-    "One row per model version, dataset version, split, slice and metric",
+    "One row per model version, version of table samples, split, slice and metric",
     (
-        Column("model_name", pa.string(), "Registered model"),
+        Column("model_name", pa.string(), "Name of the registered model"),
         Column("model_version", pa.string(), "Version of the registered model"),
-        Column("source", pa.string(), "Name of the data config"),
-        Column("dataset_version", pa.int64(), "Version of the table samples from which the split was read"),
-        Column("split", pa.string(), "Evaluated split"),
-        Column("metric", pa.string(), "Metric, such as cider; constant_cider and neighbour_cider are baselines"),
+        Column("source", pa.string(), "Name of the data config of the source"),
+        Column(
+            "dataset_version", pa.int64(), "Delta version of table samples from which the rows of the split were read"
+        ),
+        Column("split", pa.string(), "Split whose rows were evaluated: train, val or test"),
+        Column(
+            "metric",
+            pa.string(),
+            "Metric, such as cider. constant_cider and neighbour_cider are the values of the two baselines",
+        ),
         Column("value", pa.float64(), "Point estimate of the metric"),
-        Column("low", pa.float64(), "Lower bound of the 95% bootstrap confidence interval over pictures"),
-        Column("high", pa.float64(), "Upper bound of the 95% bootstrap confidence interval"),
-        Column("n", pa.int64(), "Number of pictures"),
+        Column(
+            "low", pa.float64(), "Lower bound of the 95% confidence interval, from bootstrap samples of the pictures"
+        ),
+        Column("high", pa.float64(), "Upper bound of the 95% confidence interval"),
+        Column("n", pa.int64(), "Number of pictures over which the metric was computed"),
         Column("evaluated_at", TIME_TYPE, "Time of the evaluation"),
         Column("run_id", pa.string(), "MLflow run that trained the model version"),
-        Column("slice", pa.string(), "Part of the split, as column=value; null for the whole split", nullable=True),
+        Column(
+            "slice",
+            pa.string(),
+            "Slice: the part of the split whose rows have a value in a column, as column=value; null for the "
+            "whole split",
+            nullable=True,
+        ),
         MODEL_DIGEST,
         Column(
             "tokenisation",
             pa.string(),
-            "Rules that split texts into words; null for a metric without words and in rows of earlier versions",
+            "Name of the rules that split texts into words; null if the metric uses no words, and in rows of "
+            "earlier releases",
             nullable=True,
         ),
     ),
@@ -288,27 +342,28 @@ EVALUATIONS = Table(
 VERDICTS = Table(
     "verdicts",
     ("source_table", "image_id", "model_name", "model_version", "settings_hash", MODEL_DIGEST.name),
-    "One row per caption that a person has reviewed, with its picture. The table can be trained on",
+    "One row per caption that a person has reviewed, with the picture. Training can use the rows of this table",
     (
-        Column("image_id", pa.string(), "Id of the row in the source table"),
-        Column("source_table", pa.string(), "Table that contains the picture"),
+        Column("image_id", pa.string(), "Id of the picture in source_table"),
+        Column("source_table", pa.string(), "Table that was captioned, which contains the picture"),
         Column("model_name", pa.string(), "Registered model that generated the caption"),
         Column("model_version", pa.string(), "Version of the registered model"),
         Column(
             "settings_hash", pa.string(), "Hash of prompt, decoding settings and precision, as in generated_captions"
         ),
-        Column("prompt", pa.string(), "Prompt; empty for a plain caption"),
+        Column("prompt", pa.string(), "Question about the picture; empty for a plain caption"),
         Column("caption", pa.string(), "Caption that the model generated"),
-        Column("verdict", pa.string(), "good, bad or corrected"),
+        Column("verdict", pa.string(), "Verdict of the reviewer: good, bad or corrected"),
         Column(
             "text",
             pa.string(),
-            "Correct text, which is the caption or its correction; null if the verdict is bad",
+            "Right text: the caption if the verdict is good, the correction if the verdict is corrected, null "
+            "if the verdict is bad",
             nullable=True,
         ),
         Column("image", pa.binary(), "Bytes of the picture file that was reviewed"),
-        Column("sha256", pa.string(), "SHA-256 of image, hexadecimal"),
-        Column("reviewer", pa.string(), "User who reviewed the caption"),
+        Column("sha256", pa.string(), "SHA-256 of the bytes in column image, in hexadecimal digits"),
+        Column("reviewer", pa.string(), "Name of the user who reviewed the caption"),
         Column("judged_at", TIME_TYPE, "Time of the review"),
         MODEL_DIGEST,
     ),
@@ -318,16 +373,21 @@ VERDICTS = Table(
 DECISIONS = Table(
     "decisions",
     ("decision_id",),
-    "One row per decision about the serving model version, in the order of decided_at",
+    "One row per decision about which model version is the champion",
     (
         Column("decision_id", pa.string(), "Random id of the decision"),
-        Column("model_name", pa.string(), "Registered model"),
+        Column("model_name", pa.string(), "Name of the registered model"),
         Column("model_version", pa.string(), "Model version that the decision is about"),
-        Column("action", pa.string(), "promote, refuse or rollback"),
-        Column("champion", pa.string(), "Serving version at that time; null if there was none", nullable=True),
-        Column("reasons", pa.list_(pa.string()), "Reasons for a refusal; empty otherwise"),
-        Column("figures", pa.string(), "Figures that the decision is based on, as a JSON object"),
-        Column("decided_by", pa.string(), "User of the process that made the decision"),
+        Column("action", pa.string(), "Decision: promote, refuse or rollback"),
+        Column(
+            "champion",
+            pa.string(),
+            "Version that was the champion before the decision; null if there was no champion",
+            nullable=True,
+        ),
+        Column("reasons", pa.list_(pa.string()), "Reasons of a refusal; empty for other decisions"),
+        Column("figures", pa.string(), "Metrics and limits on which the decision is based, as a JSON object"),
+        Column("decided_by", pa.string(), "Name of the user who ran the command that made the decision"),
         Column("decided_at", TIME_TYPE, "Time of the decision"),
         MODEL_DIGEST,
     ),

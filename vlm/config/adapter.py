@@ -28,8 +28,8 @@ class AdapterConfig(Config):
     Attributes:
         pattern: regular expression for the full names of the linear layers to adapt, such as `decoder.blocks.*` or
             `decoder.blocks.*(qkv|mlp.out)`.
-        rank: rank of each adapter.
-        alpha: scale of the adapters; the output of an adapter is multiplied by alpha / rank.
+        rank: rank of the correction that an adapter adds to a weight matrix.
+        alpha: scale of the adapters. The output of an adapter is multiplied by alpha / rank.
     """
 
     pattern: Pattern

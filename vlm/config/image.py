@@ -14,13 +14,13 @@ class ImageConfig(Config):
 
     Attributes:
         size: height and width of the model's input, in pixels.
-        resize: `stretch` scales both sides to `size`; `crop` scales the shorter side to `size` and keeps the centre;
-            `pad` scales the longer side to `size` and fills the empty area with white.
+        resize: how a picture becomes a square. `stretch` scales both sides to `size`. `crop` scales the shorter side to
+            `size` and keeps the centre. `pad` scales the longer side to `size` and fills the empty area with white.
         filter: interpolation method of the resize. Every method is antialiased when a picture shrinks.
-        crop_start: rounding of the crop's offset when an odd number of pixels is cut: `down` rounds to the lower
-            integer (transformers), and `even` rounds to the nearest even integer (torchvision, timm).
-        mean: mean of each channel, as a fraction of full brightness.
-        std: standard deviation of each channel, as a fraction of full brightness.
+        crop_start: how the position of a crop is rounded if an odd number of pixels must be cut. `down` rounds to the
+            lower integer, as transformers does. `even` rounds to the nearest even integer, as torchvision and timm do.
+        mean: numbers to subtract from the red, green and blue channel, as fractions of full brightness.
+        std: numbers by which the channels are divided after `mean` is subtracted, as fractions of full brightness.
     """
 
     size: PositiveInt

@@ -24,12 +24,12 @@ class DecoderConfig(Config):
     """The language model: token embeddings, transformer and output head.
 
     Attributes:
-        context: maximum number of positions in a sequence.
+        context: largest length of the decoder's input, which is image slots plus text tokens.
         transformer: config of the transformer blocks.
-        tie_embeddings: true if the output head shares its weights with the token embeddings.
-        scale_embeddings: true if token embeddings, but not picture features, are multiplied by sqrt(width) (Vaswani et
-            al., 2017).
-        soft_cap: bound of the logits, which tanh limits to (-soft_cap, soft_cap) (Gemma Team, 2024); null: no limit.
+        tie_embeddings: whether the output head uses the weights of the token embedding table.
+        scale_embeddings: whether token embeddings are multiplied by sqrt(width) (Vaswani et al., 2017). Picture
+            features are never multiplied by this factor.
+        soft_cap: largest absolute value of the logits, which tanh limits (Gemma Team, 2024), or null for no limit.
     """
 
     context: PositiveInt
@@ -60,10 +60,10 @@ class CrossFusionConfig(Config):
     the token. The gates start at zero, so training starts from the unchanged decoder.
 
     Attributes:
-        every: number of decoder blocks that follow each gated block.
+        every: number of decoder blocks after each gated cross-attention block.
         num_heads: number of heads of the cross-attention.
-        head_dim: width of a head.
-        mlp: config of the MLP of each gated block.
+        head_dim: number of channels of a head.
+        mlp: config of the MLP in each gated cross-attention block.
     """
 
     kind: Literal["cross_attention"]
@@ -92,20 +92,21 @@ MaskConfig = Annotated[CausalMaskConfig | PrefixMaskConfig, Field(discriminator=
 
 
 class GenerationConfig(Config):
-    """Generation settings, whose meaning and order of application are the same as in transformers' `generate`.
+    """Generation settings, which mean the same and are applied in the same order as in transformers' `generate`.
 
     Attributes:
-        max_new_tokens: maximum length of an answer in tokens, including the end token.
-        temperature: number by which logits are divided before sampling; 0 means greedy decoding.
-        top_k: number of most likely tokens that sampling chooses from; null: all tokens.
-        top_p: total probability of the most likely tokens that sampling chooses from (Holtzman et al., 2019).
-        min_p: lowest probability of a token that sampling chooses from, as a fraction of the highest probability
+        max_new_tokens: largest length of an answer in tokens, including the end token.
+        temperature: number by which logits are divided before sampling, or 0 to always choose the most likely token.
+        top_k: number of most likely tokens from which sampling chooses, or null for all tokens.
+        top_p: total probability of the most likely tokens from which sampling chooses (Holtzman et al., 2019).
+        min_p: lowest probability that a token needs to be sampled, as a fraction of the most likely token's probability
             (Nguyen et al., 2024).
-        repetition_penalty: penalty on tokens of the prompt and the answer; above 1, these tokens become less likely
-            (Keskar et al., 2019).
-        num_beams: number of beams of beam search; 1 turns beam search off.
-        length_penalty: exponent in the score by which beam search ranks answers, log-probability / length ** exponent.
-        stop: strings that end an answer. The answer is cut before the first stop string.
+        repetition_penalty: penalty on tokens that the prompt or the answer already contains. A value above 1 makes such
+            tokens less likely (Keskar et al., 2019).
+        num_beams: number of beams of beam search, or 1 for no beam search.
+        length_penalty: exponent in the score of beam search, which is log-probability / length ** length_penalty. A
+            larger exponent favours longer answers.
+        stop: texts that end an answer. The answer is cut before the first of these texts.
         seed: random seed of sampling.
     """
 
@@ -164,7 +165,14 @@ class GenerationConfig(Config):
 
 
 class ModelConfig(Config):
-    """Config of a whole vision-language model. Config, tokenizer file and weights are enough to rebuild the model."""
+    """Config of a whole vision-language model. Config, tokenizer file and weights are enough to rebuild the model.
+
+    Attributes:
+        text: config of the tokenizer.
+        projector: config of the projector from the encoder's outputs to vectors for the decoder.
+        fusion: how the decoder receives the picture.
+        mask: which positions of the decoder's sequence attend to which other positions.
+    """
 
     image: ImageConfig
     text: TextConfig

@@ -40,13 +40,13 @@ class ConstantScheduleConfig(Config):
 
 
 class StableScheduleConfig(Config):
-    """Constant learning rate at its peak, then linear decay to `floor` * peak (Hu et al., 2024).
+    """Constant learning rate, then linear decay from the peak to `floor` * peak (Hu et al., 2024).
 
     The learning rate decays at the end of the training, during the fraction `decay` of all steps. A checkpoint that was
     written before the decay can be trained for more steps, so the number of steps need not be known in advance.
 
     Attributes:
-        decay: fraction of all steps during which the learning rate decays.
+        decay: length of the decay at the end of the training, as a fraction of all steps.
         floor: learning rate at the last step, as a fraction of the peak.
     """
 

@@ -24,7 +24,7 @@ class BpeConfig(Config):
     """Config of a byte-level BPE tokenizer that is learned from the training captions. BPE can encode any text.
 
     Attributes:
-        vocab_size: largest number of tokens, of which 256 are the single bytes.
+        vocab_size: largest number of tokens. 256 of the tokens are the single bytes.
     """
 
     kind: Literal["bpe"]
@@ -35,7 +35,8 @@ class WordsConfig(Config):
     """Config of a tokenizer with one token per word, which is learned from the training captions.
 
     Attributes:
-        vocab_size: largest number of tokens. If more words are frequent enough, the most frequent words are used.
+        vocab_size: largest number of tokens. If more words than this number occur `min_count` times, only the most
+            frequent words become tokens.
         min_count: number of times that a word must occur in the training captions. Other words become the unknown
             token.
         lowercase: whether texts are converted to lower case, so that `A` and `a` are the same word.
@@ -58,7 +59,7 @@ class JsonTextConfig(Config):
         bos: text of the start token.
         eos: text of the end token.
         pad: text of the padding token.
-        newline_after_empty_prompt: true if a line break follows the start token even if the prompt is empty
+        newline_after_empty_prompt: whether a line break follows the start token even if the prompt is empty
             (PaliGemma). `import-weights` sets this value in the tokenizer of the checkpoint.
     """
 

@@ -21,7 +21,7 @@ class LayerNormConfig(Config):
 
 
 class RmsNormConfig(Config):
-    """RMSNorm (Zhang and Sennrich, 2019). With `offset`, the norm multiplies by 1 + weight and not by weight.
+    """RMSNorm (Zhang and Sennrich, 2019).
 
     Attributes:
         eps: number added to the mean square, which prevents a division by zero.
@@ -37,7 +37,7 @@ NormConfig = Annotated[LayerNormConfig | RmsNormConfig, Field(discriminator="kin
 
 
 class LearnedPositionConfig(Config):
-    """Position encoding by one learned vector per position, which is added to the input."""
+    """Learned position encoding: a learned vector for each position is added to the input of the first block."""
 
     kind: Literal["learned"] = "learned"
 
@@ -46,7 +46,7 @@ class RotaryPositionConfig(Config):
     """Position encoding by rotation of queries and keys (Su et al., 2021).
 
     Attributes:
-        base: base of the rotation frequencies. A larger base gives slower rotations.
+        base: base of the rotation frequencies. With a larger base, the angles change more slowly along the sequence.
     """
 
     kind: Literal["rotary"]
@@ -54,19 +54,20 @@ class RotaryPositionConfig(Config):
 
 
 class AxialPositionConfig(Config):
-    """Position encoding of patches by rotation of queries and keys over two dimensions (Heo et al., 2024).
+    """Position encoding of patches by rotation of queries and keys, by row and column of the patch (Heo et al., 2024).
 
     One half of the rotated pairs of channels encodes the row of a patch, and the other half encodes the column. Class
     token and registers are not rotated.
 
     Attributes:
-        base: base of the frequencies.
-        coordinates: `index` counts rows and columns; `centred` goes from -1 to 1 over the picture, and an angle is a
-            whole turn per unit (Simeoni et al., 2025).
-        offset: number that is added to the indices of rows and columns.
-        grid: patches per side to which the indices of other grids are scaled; null: indices are not scaled.
-        first: coordinate that the first half of the pairs encodes.
-        learned: true if learned positions are added to the input too.
+        base: base of the rotation frequencies.
+        coordinates: how the position of a patch is counted. `index` numbers rows and columns. `centred` counts from -1
+            to 1 over the picture, and at frequency 1, a distance of 1 is one whole turn (Simeoni et al., 2025).
+        offset: number that is added to the row number and the column number of each patch.
+        grid: number of patches per side to which row and column numbers are scaled, for example the grid of another
+            resolution at which the weights were trained, or null for no scaling.
+        first: whether the first half of the rotated pairs of channels encodes the `row` or the `column` of a patch.
+        learned: whether learned position vectors are also added to the input.
     """
 
     kind: Literal["axial"]
@@ -89,15 +90,15 @@ class AttentionConfig(Config):
     Attributes:
         num_heads: number of query heads.
         num_kv_heads: number of key-value heads.
-        head_dim: width of a head.
-        bias: true if the projections of queries, keys and values have a bias.
-        out_bias: true if the projection of the output has a bias; null: the same as `bias`.
-        windows: window size of each layer, which is the number of positions that a position attends to, including the
-            position itself; null: all positions. If the list has fewer entries than the transformer has layers, the
-            list is repeated.
-        soft_cap: bound of the attention scores, which tanh limits to (-soft_cap, soft_cap) (Gemma Team, 2024); null: no
+        head_dim: number of channels of a head.
+        bias: whether the projections of queries, keys and values have a bias.
+        out_bias: whether the output projection has a bias, or null for the same value as `bias`.
+        windows: window size of each layer, in positions. A position attends to itself and to the positions before it,
+            up to the window size in total; null means all positions. If the list has fewer entries than the transformer
+            has layers, the list is repeated.
+        soft_cap: largest absolute value of the attention scores, which tanh limits (Gemma Team, 2024), or null for no
             limit.
-        scale: factor by which attention scores are multiplied; null: head_dim ** -0.5.
+        scale: factor by which attention scores are multiplied, or null for head_dim ** -0.5.
     """
 
     num_heads: PositiveInt
@@ -125,11 +126,11 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 
 
 class PlainMlpConfig(Config):
-    """Two linear layers with an activation in between.
+    """MLP of two linear layers with an activation function in between.
 
     Attributes:
         mlp_width: number of channels between the two linear layers.
-        activation: function between the two linear layers.
+        activation: activation function between the two linear layers.
         bias: whether the linear layers have a bias.
     """
 
@@ -140,11 +141,11 @@ class PlainMlpConfig(Config):
 
 
 class GatedMlpConfig(Config):
-    """MLP with a gated linear unit (Shazeer, 2020). The MLP is SwiGLU with silu, and GeGLU with gelu_tanh.
+    """MLP with a gated linear unit (Shazeer, 2020), which is SwiGLU with silu and GeGLU with gelu_tanh.
 
     Attributes:
-        mlp_width: number of channels of the gate and of the values that the gate multiplies.
-        activation: function of the gate.
+        mlp_width: number of channels of the gate, and of the values that the gate multiplies.
+        activation: activation function of the gate.
         bias: whether the linear layers have a bias.
     """
 
@@ -164,10 +165,10 @@ class MoeMlpConfig(Config):
         num_experts: number of experts (MLPs) per layer.
         top_k: number of experts per token. The experts' outputs are weighted by a softmax over the chosen experts. The
             minimum is 2, because the softmax over one expert is constant and gives the router no gradient.
-        expert: config of the MLP of one expert.
-        noisy: true if noise of a learned scale is added to the router's logits during training.
-        balance_weight: weight of the load-balance loss (Fedus et al., 2021), which is 1 per layer if all experts have
-            the same load.
+        expert: config of the MLP of each expert.
+        noisy: whether noise is added to the router's logits during training. The scale of the noise is learned.
+        balance_weight: weight of the load-balance loss (Fedus et al., 2021). The loss is 1 per layer if all experts
+            receive the same number of tokens.
         z_weight: weight of the router z-loss (Zoph et al., 2022).
     """
 
@@ -190,21 +191,24 @@ MlpConfig = Annotated[PlainMlpConfig | GatedMlpConfig | MoeMlpConfig, Field(disc
 
 
 class TransformerConfig(Config):
-    """Config of a stack of transformer blocks, used for the encoder and the decoder.
+    """Config of a stack of transformer blocks. The encoder and the decoder each have such a stack.
 
     Attributes:
-        width: width of the residual stream.
+        width: number of channels of the residual stream.
         depth: number of transformer blocks.
-        attention: config of the attention layers.
-        mlp: config of the MLPs.
-        norm: config of the norm before each attention and MLP branch, and after the last block.
-        sandwich: true if the output of each branch is also normalised, before the residual sum (Gemma Team, 2024).
-        layer_scale: initial value of the learned factors, one per channel, that multiply the output of each branch
-            (Touvron et al., 2021); null: no factors.
+        attention: config of the attention layer in each block.
+        mlp: config of the MLP in each block.
+        norm: config of the norms. A norm comes before each attention layer, before each MLP and after the last block.
+        sandwich: whether the outputs of attention layer and MLP are also normalised before they are added to the
+            residual stream (Gemma Team, 2024).
+        layer_scale: initial value of the learned factors by which each channel of the outputs of attention layer and
+            MLP is multiplied (Touvron et al., 2021), or null for no such factors.
         position: config of the position encoding.
-        dropout: dropout probability of embeddings, attention weights and branch outputs.
-        stochastic_depth: probability that training skips both branches of the last block for a row (Huang et al.,
-            2016). The probability rises linearly from the first block to the last block.
+        dropout: dropout probability of the embeddings, the attention weights and the outputs of attention layers and
+            MLPs.
+        stochastic_depth: probability that training skips the attention layer of the last block for a row of the batch,
+            and likewise the MLP (Huang et al., 2016). The probability rises linearly from the first block to the last
+            block.
     """
 
     width: PositiveInt

@@ -11,7 +11,7 @@ from vlm.config.transformer import Activation, DenseMlpConfig, TransformerConfig
 
 
 class PatchStemConfig(Config):
-    """Stem of one convolution, whose stride and kernel size are both `patch_size` (Dosovitskiy et al., 2020).
+    """Stem of one convolution with stride and kernel size `patch_size` (Dosovitskiy et al., 2020).
 
     Attributes:
         patch_size: height and width of a patch in pixels.
@@ -33,7 +33,8 @@ class ConvStemConfig(Config):
 
     Attributes:
         channels: number of output channels of each stride-2 convolution.
-        blocks: number of residual blocks (He et al., 2015) after each stride-2 convolution; empty: no blocks.
+        blocks: number of residual blocks (He et al., 2015) after each stride-2 convolution, or an empty list for no
+            blocks.
     """
 
     kind: Literal["conv"]
@@ -59,17 +60,16 @@ class VisionConfig(Config):
     """Config of the vision encoder: stem, class token, registers, transformer, and the choice of the encoder's output.
 
     Attributes:
-        stem: config of the layers that turn a picture into a grid of patch vectors.
+        stem: config of the first layers, which turn a picture into a grid of patch vectors.
         transformer: config of the blocks that process the patch vectors.
-        class_token: true if a learned class token comes before the patches.
-        registers: number of learned register tokens after the class token. The encoder discards the output of register
-            tokens (Darcet et al., 2023).
-        position_on: tokens to which learned positions are added: `all` tokens, or only the `patches`.
-        pre_norm: true if a norm comes before the first block (CLIP).
-        post_norm: true if a norm comes after the last block.
-        select: output that the projector receives: the `patches`, the `mean` of the patches, the class token (`cls`),
-            or the pooled vector of one learned query that reads the patches (`attention`; Zhai et al.,
-            2022).
+        class_token: whether a learned class token comes before the patches.
+        registers: number of learned register tokens after the class token. The projector does not receive the outputs
+            of register tokens (Darcet et al., 2023).
+        position_on: whether learned position vectors are added to `all` tokens or only to the `patches`.
+        pre_norm: whether a norm comes before the first block (CLIP).
+        post_norm: whether a norm comes after the last block.
+        select: output of the encoder that the projector receives: all `patches`, their `mean`, the class token (`cls`),
+            or one vector that a learned query pools from the patches (`attention`; Zhai et al., 2022).
     """
 
     stem: StemConfig
@@ -95,17 +95,17 @@ class VisionConfig(Config):
 
 
 class LinearProjectorConfig(Config):
-    """Projector of one linear layer, from encoder width to decoder width."""
+    """Projector that is one linear layer, from the encoder's width to the decoder's width."""
 
     kind: Literal["linear"] = "linear"
 
 
 class MlpProjectorConfig(Config):
-    """Projector of two linear layers with an activation in between (LLaVA 1.5).
+    """Projector of two linear layers with an activation function in between (LLaVA 1.5).
 
     Attributes:
         mlp_width: number of channels between the two linear layers.
-        activation: function between the two linear layers.
+        activation: activation function between the two linear layers.
     """
 
     kind: Literal["mlp"]
@@ -114,10 +114,10 @@ class MlpProjectorConfig(Config):
 
 
 class PixelShuffleProjectorConfig(Config):
-    """Projector that concatenates the channels of factor x factor patches, then applies a linear layer (InternVL).
+    """Projector that joins factor x factor patches into one vector and applies a linear layer (InternVL).
 
     Attributes:
-        factor: side, in patches, of the square whose patches become one slot.
+        factor: side of the square of patches that become one image slot, in patches.
     """
 
     kind: Literal["pixel_shuffle"]
@@ -128,10 +128,11 @@ class ResamplerProjectorConfig(Config):
     """Perceiver resampler (Alayrac et al., 2022): `num_latents` learned queries attend to patches and to each other.
 
     Attributes:
-        num_latents: number of learned queries, which is the number of slots.
+        num_latents: number of learned queries, which is also the number of image slots.
         depth: number of layers.
         num_heads: number of attention heads.
         head_dim: number of channels of an attention head.
+        mlp: config of the MLP in each layer.
     """
 
     kind: Literal["resampler"]
