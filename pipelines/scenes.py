@@ -89,7 +89,7 @@ class Scene:
 
 
 class SceneSummary(Config):
-    """Numbers of rows that `write_scenes` has written. `rows` includes broken and duplicate rows."""
+    """Row counts of a file that `write_scenes` has written. `rows` includes broken rows and duplicate rows."""
 
     rows: int
     broken: int

@@ -61,7 +61,7 @@ def _make_thumbnail(data: bytes | None, max_pixels: int) -> bytes | None:
 
 
 def _safe_to_decode(batch: pa.RecordBatch) -> list[bool]:
-    """Return, for each row, whether its picture is decoded: not if the row was refused for a decoder crash or timeout.
+    """Return for each row whether to decode its picture: no if the row was refused for a decoder crash or a timeout.
 
     Decoding such a picture again would only take time.
     """
@@ -71,7 +71,7 @@ def _safe_to_decode(batch: pa.RecordBatch) -> list[bool]:
 
 
 def find_picture(payload: str) -> bytes | None:
-    """Decode the longest string in the JSON payload of a refused row as base64, or return None if it is not base64."""
+    """Decode the longest string in a refused row's JSON payload as base64. Return None if the string is not base64."""
     fields = parse_json_object(payload)
     strings = [value for value in fields.values() if isinstance(value, str)] if isinstance(fields, dict) else []
     try:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 PROCESS_LIMIT = 2
-"""Ratio of the processor time after which the process is ended to the time limit."""
+"""The process is ended when the block has used this multiple of the time limit as processor time."""
 MIN_PROCESS_SECONDS = 1.0
 
 

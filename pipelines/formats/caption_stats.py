@@ -31,7 +31,7 @@ class CaptionStats(Config):
         errors: number of rows without a caption.
         changed: number of rows whose picture was captioned before and has changed since.
         words: number of words in all captions.
-        captions_with_word: number of captions that contain a word, by word.
+        captions_with_word: for each word, the number of captions that contain the word.
         logprobs: sum of the captions' mean log-probabilities per token, in nats.
         pictures: number of pictures that could be decoded.
         brightness: sum over pictures of a picture's mean pixel level (0 to 255).

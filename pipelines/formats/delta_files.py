@@ -1,4 +1,4 @@
-"""Delta tables as files, without Spark: creation, SQL queries and Arrow datasets."""
+"""Functions that create, query and read Delta tables in folders, without Spark."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def query(tables: Mapping[str, DeltaTable], sql: str) -> pa.RecordBatchReader:
     """Run an SQL query on Delta tables, without Spark. Without ORDER BY, rows have the order of the files.
 
     Args:
-        tables: tables by the names that the query uses.
+        tables: tables to query: a dict from the name that the query uses to the table.
         sql: query in the SQL of DataFusion, the engine inside the package `deltalake`.
 
     Raises:
@@ -78,8 +78,8 @@ def query(tables: Mapping[str, DeltaTable], sql: str) -> pa.RecordBatchReader:
     engine = QueryBuilder()
     for name, table in tables.items():
         engine.register(name, table)
-    # One partition, because with several partitions the order of rows is random. Small batches, because a row may
-    # contain a picture of 50 MB.
+    # The query runs in one partition, because with several partitions the order of rows is random. Batches are small,
+    # because a row may contain a picture of 50 MB.
     for setting in ("target_partitions = 1", f"batch_size = {BATCH_ROWS}"):
         engine.execute(f"SET datafusion.execution.{setting}").read_all()
     reader = pa.RecordBatchReader.from_stream(engine.execute(sql))
@@ -87,7 +87,7 @@ def query(tables: Mapping[str, DeltaTable], sql: str) -> pa.RecordBatchReader:
 
 
 def _without_views(kind: pa.DataType) -> pa.DataType:
-    """Replace view types, with which DataFusion reads strings, by types that pyarrow's writers support."""
+    """Replace Arrow's view types, which DataFusion uses for strings, by types that pyarrow's writers support."""
     if pa.types.is_struct(kind):
         return pa.struct([field.with_type(_without_views(field.type)) for field in kind])
     if pa.types.is_list(kind):

@@ -1,4 +1,4 @@
-"""Version of the format of a home folder and its tables, and the refusal of data in a newer format.
+"""Format version of a home folder and its tables. Data in a newer format is refused.
 
 The version is stored in the file FILE of a home folder (or of the Volume on Databricks), and in the property PROPERTY
 of each table. Data of Lakesight 0.1.0 has neither the file nor the property, and counts as format 0. This release reads
@@ -21,9 +21,9 @@ from vlm.files import atomic_write
 
 FORMAT = 1
 PROPERTY = "lakesight.format"
-"""Property of each table with the version of its format."""
+"""Name of the property in which each table stores its format version."""
 FILE = "format.json"
-"""File of a home folder with the version of its format."""
+"""Name of the file in which a home folder stores its format version."""
 
 
 class HomeFormat(Config):
@@ -33,7 +33,7 @@ class HomeFormat(Config):
 
 
 def check_format(found: int, where: str) -> None:
-    """Check that this release can read a format.
+    """Check that this release can read data in the format `found`.
 
     Raises:
         UserError: a newer release of Lakesight wrote the data.

@@ -17,7 +17,7 @@ from pipelines.formats.run_folder import CaptionSamples, Metrics, RunFolder, rea
 
 T = TypeVar("T", Metrics, CaptionSamples)
 MAX_SAMPLED = 50
-"""Largest number of validated steps, and also of other steps, whose metric files are read to draw curves.
+"""Largest number of metric files that are read for curves: this many of validated steps, and this many of other steps.
 
 Reading all metric files of a long run would take minutes.
 """
@@ -55,10 +55,10 @@ class _StepFiles(Generic[T]):
 
     Attributes:
         run: run folder.
-        next_step: function that returns the next step after a given step at which rank 0 writes a file.
+        next_step: function that takes a step, and returns the first later step at which rank 0 writes a file.
         path: function that returns the path of the file of a step.
         kind: class of the content of a file.
-        listed: function that lists the folder, and reads all files of the steps after a given step.
+        listed: function that takes a step, lists the folder, and reads the files of all later steps.
     """
 
     run: RunFolder

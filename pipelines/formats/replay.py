@@ -21,7 +21,7 @@ class ReplayedRow(Config):
         image_id: id of the picture.
         text: text on which the row is trained at this step.
         tokens: number of target tokens.
-        loss: loss before the step, in nats per target token; null if the loss is NaN or infinite.
+        loss: loss with the weights before the step, in nats per target token; null if the loss is NaN or infinite.
     """
 
     image_id: str

@@ -73,4 +73,4 @@ SCORE_SCHEMA = pa.schema(
         pa.field("num_texts", pa.int64(), nullable=False),
     ]
 )
-"""Columns of a `RowScore`."""
+"""Arrow schema with one column for each field of `RowScore`."""

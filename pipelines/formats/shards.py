@@ -62,7 +62,7 @@ class ShardRequest(Config):
 
 
 class ShardFile(Config):
-    """Entry of a shard file: path relative to the shard folder, number of rows, size in bytes, and SHA-256."""
+    """Manifest entry of a shard file: path relative to the shard folder, number of rows, size in bytes, and SHA-256."""
 
     file: str
     rows: int
@@ -311,7 +311,7 @@ class Shards:
     def texts(self) -> Iterator[str]:
         """Yield the prompts and texts in row order, without reading pixels. Tokenizers are trained on these strings.
 
-        A text that occurs several times in a row is yielded once.
+        If one row contains the same (prompt, text) pair more than once, the pair is yielded only once.
         """
         for file in range(len(self.manifest.files)):
             batches = self._file(file).batches

@@ -11,7 +11,7 @@ class TrainingCode(Config):
     Attributes:
         release: release of Lakesight.
         digest: hash of the sources that ranks import.
-        files: hash of each source file, by its path in the project.
+        files: hashes of the source files: a dict from the path of a file in the project to its hash.
         commit: git commit, with ` (changed)` if files differ from the commit; empty if the code is not in git.
     """
 

@@ -204,7 +204,8 @@ def session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]:
         "spark.sql.codegen.cache.maxEntries": "1000",
         # Number of bytes per checksum and per write call for local files. The default is 512.
         "spark.hadoop.file.bytes-per-checksum": "65536",
-        # Hadoop sets the permissions of each file explicitly, so the umask of the process has no effect on them.
+        # Hadoop sets the permissions of each file explicitly, so the umask of the process has no effect unless Hadoop
+        # gets it as a setting.
         "spark.hadoop.fs.permissions.umask-mode": f"{_umask():03o}",
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",

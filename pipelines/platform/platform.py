@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 TABLE_IN_FOLDER = re.compile(r"delta\.`(?P<path>[^`]+)`")
-"""Name of a Delta table that no catalog knows."""
+"""Pattern of the SQL name of a Delta table in a folder that no catalog knows."""
 
 FolderKind = Literal["shards", "runs", "models", "reports", "staged", "demo"]
 
@@ -43,9 +43,9 @@ class Platform:
     """Description of the place where a run happens.
 
     Attributes:
-        kind: value of `--platform`.
+        kind: value of the option `--platform`: local or databricks.
         open_spark: function that returns the Spark session, and on a laptop first starts the session.
-        namespace: prefix of table names, without the dot.
+        namespace: prefix of table names without the last dot, such as `catalog.schema`.
         root: folder that holds all other folders.
         remote: whether `root` is on a network. Files on a network are copied to local disk if many processes read them.
         tables: folder of the Delta tables as plain files, or None if a catalog manages the tables.
@@ -91,7 +91,7 @@ class Platform:
         return str(self.tables / table) if self.tables is not None and schema == self.namespace else None
 
     def folder(self, kind: FolderKind) -> Path:
-        """Return the folder for one kind of files. The code that writes files into the folder must create it."""
+        """Return the folder for one kind of files. The code that writes files must first create the folder."""
         return self.root / kind
 
     def model_name(self, run: str) -> str:

@@ -89,7 +89,7 @@ def default_parallelism(spark: SparkSession) -> int:
 
 
 def count_slots(spark: SparkSession) -> int:
-    """Return how many tasks can run at once. Spark compares this number with the size of a barrier stage.
+    """Return how many tasks can run at once. Spark compares this number with the number of tasks of a barrier stage.
 
     A Connect session only knows the number of cores. If there are fewer GPUs than cores, the number is too large, and
     Spark itself reports missing slots, after ten minutes.
@@ -135,8 +135,8 @@ def call_in_barrier_stage(
 ) -> list[dict[str, object]]:
     """Call a function in each task of a barrier stage, which occupies all slots at once. Return the results.
 
-    A classic session needs no package on executors for this. A Connect session has no RDDs, so it needs pyarrow on
-    executors.
+    A classic session needs no package on executors for this. A Connect session has no RDDs, so the executors of such a
+    session need pyarrow.
 
     Args:
         spark: Spark session.

@@ -40,7 +40,7 @@ class PictureColumns:
 
     @classmethod
     def of_caption(cls, row: Mapping[str, Any]) -> PictureColumns:
-        """Return the place of a caption's picture, or the default place for a caption that Lakesight 0.1.0 wrote."""
+        """Return the columns that a caption names, or the default columns for a caption that Lakesight 0.1.0 wrote."""
         return cls(row.get("id_column") or "image_id", row.get("image_column") or "image", row.get("image_root"))
 
     def picture(self, value: Any) -> bytes | None:
@@ -70,7 +70,7 @@ class SourcePictures:
 
     def read(self, ids: Sequence[str]) -> dict[str, bytes]:
         """Read pictures by id. Leave out ids that the table does not contain, and rows without a readable picture."""
-        with self._lock:  # a server may run for days, and VACUUM removes the files of older versions
+        with self._lock:  # a server may run for days, and VACUUM removes files of versions that were current then
             self._table.update_incremental()
             rows = arrow_dataset(self._table)
         identity = pc.field(self._columns.id_column).cast(pa.string())

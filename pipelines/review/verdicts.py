@@ -63,7 +63,7 @@ class Review:
     Attributes:
         captions: rows of `generated_captions` that have a caption. The captions are sorted by ascending likelihood,
             because unlikely captions need a review most.
-        judged: verdict on each judged caption, by the key of the caption.
+        judged: verdicts so far: a dict from the key of a caption to the verdict on the caption.
     """
 
     def __init__(self, captions: DeltaTable, pictures: DeltaTable, verdicts: Path, *, table: str, model: str) -> None:

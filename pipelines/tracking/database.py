@@ -1,7 +1,7 @@
 """Function that checks a tracking database before MLflow opens the database.
 
 MLflow itself would try for minutes to open an unreachable database, and would then raise an exception of SQLAlchemy or
-of the database's driver.
+of the Python driver of the database.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DRIVERS = {
     "mysql": "pymysql",
     "mssql": "pymssql",
 }
-"""Packages with the drivers of database servers, by the scheme of the URI (kind of database, or kind and driver)."""
+"""Package to install for each kind of database, by the scheme of the tracking URI, such as `mysql`."""
 
 
 @cache  # a failed check is not cached
@@ -31,7 +31,8 @@ def check_database(uri: str) -> None:
 
     Raises:
         TrackingDown: the database server does not answer, or is starting or stopping.
-        UserError: the driver is not installed, the server refuses the user, or the file is locked or not a database.
+        UserError: the Python driver of the database is not installed, the server refuses the user, or the file is
+            locked or not a database.
     """
     dialect = uri.partition(":")[0]
     kind = dialect.partition("+")[0]
@@ -66,7 +67,7 @@ def check_database(uri: str) -> None:
 
 
 def _fix(kind: str, message: str) -> str:
-    """Return the advice with which the error message says how to make the database usable."""
+    """Return the advice of the error message, which says how to make the database usable."""
     if kind != "sqlite":
         return "start the server, and check host, port, user, password and name of the database in MLFLOW_TRACKING_URI"
     if "locked" in message:

@@ -23,7 +23,7 @@ LOCATIONS = {
     "logged_models": "artifact_location",
     "model_versions": "storage_location",
 }
-"""Name of the column with artifact locations, for each table of the store that has such a column."""
+"""For each SQLite table of the store that contains artifact locations, the name of the column with the locations."""
 WAIT_SECONDS = 60.0
 """Longest time to wait for another process that writes to the store, in seconds."""
 

@@ -22,7 +22,7 @@ DATABASE_DOWN = re.compile(
     r"|connection reset|recovery mode",
     re.IGNORECASE,
 )
-"""Pattern of error messages of drivers for a database server that does not answer, is starting or is stopping."""
+"""Pattern of the messages with which database drivers report a server that does not answer, starts or stops."""
 
 
 class TrackingDown(UserError):

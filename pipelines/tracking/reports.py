@@ -31,12 +31,12 @@ class StageLog(Config):
     Attributes:
         kind: name of the stage, which is also the name of the MLflow experiment.
         name: name of the MLflow run.
-        report: report as a nested mapping. Every number in the report, at any depth, becomes a metric, except numbers
-            below the keys of `params` and `tables`.
+        report: report of the stage, as a nested dict. Every number in the report, at any depth, becomes a metric,
+            except numbers below the keys of `params` and `tables`.
         tags: tags by which runs can be searched, without the prefix `lakesight.`.
-        params: parameters of the stage.
-        tables: columns of each table, by name. If the report has a key with the name of a table, the numbers below this
-            key do not become metrics.
+        params: parameters of the MLflow run, such as the settings of the stage.
+        tables: tables to log as MLflow artifacts: a dict from the name of the table to its columns (names and values).
+            If the report has a key with the name of a table, the numbers below this key do not become metrics.
         inputs: datasets that the stage has read.
         pages: paths of HTML pages, which are logged as artifacts.
         text: description of the run, in Markdown.

@@ -125,11 +125,11 @@ def log_report(
     Args:
         platform: platform with the tracking server.
         run_id: id of the MLflow run.
-        name: name of the stage.
-        metrics: metrics by name.
+        name: name of the stage, such as 'evaluate'.
+        metrics: metrics to log: a dict from the name to the value.
         files: paths of the files to log.
-        tables: columns of each table, by the file name of the table.
-        figures: figures by file name.
+        tables: tables to log as MLflow artifacts: a dict from the file name to the columns (names and values).
+        figures: figures to log: a dict from the file name to the figure.
         inputs: datasets that the stage has read.
         sections: sections of the run's description to replace or append, by heading.
 
@@ -265,7 +265,7 @@ class Follower(threading.Thread):
             logger.warning("the final status of %s could not be logged to MLflow: %s", self._run.path, _cause(error))
 
     def _log_metrics(self, client: MlflowClient, known: set[tuple[str, int]], *, listed: bool) -> None:
-        if known:  # points are logged in step order, so points can be missing only at the last logged step
+        if known:  # points are logged in step order, so only the last logged step can lack points
             last = max(step for _, step in known)
             self._metrics_step = max(self._metrics_step, last - 1 - self._config.train.log_every)
         after = self._metrics_step

@@ -2,7 +2,7 @@
 
 The three wrong pictures are:
     the picture of another row, which is row (i + n // 2) mod n for row i of n rows. Shards are shuffled, so this
-        picture is as good as a random picture, and every host uses the same picture;
+        picture serves as a random picture that is the same on every host;
     a grey picture;
     a picture of noise, seeded by the index of the row.
 """

@@ -24,7 +24,7 @@ WIDE = pa.schema([OUTCOME.field("image"), OUTCOME.field("payload")])
 POSITION = pa.schema([("file", pa.string()), ("batch", pa.int32()), ("row", pa.int32())])
 """Position of a row's wide columns: file in the spill folder, record batch in the file, and row in the batch."""
 NARROW = pa.schema([*(field for field in OUTCOME if field.name not in WIDE.names), *POSITION])
-"""OUTCOME with POSITION instead of the wide columns."""
+"""Columns of OUTCOME, with the columns of POSITION instead of the wide columns."""
 
 Decode = Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]
 

@@ -1,6 +1,7 @@
 """Text files as streams of UTF-8. Compression and encoding are recognised by the content of a file, not by its name.
 
-A stream is read in pieces, so a small file with gigabytes of decompressed content needs no more memory than any file.
+A stream is read in pieces, so a small file with gigabytes of decompressed content needs no more memory than any other
+file.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ ARCHIVES = {
     (0, b"Rar!"): "a RAR archive",
     (257, b"ustar"): "a tar",
 }
-"""Kinds of archives, by (position, bytes): all archives of the kind contain these bytes at this position."""
+"""Kind of archive for each signature (position, bytes). All archives of the kind have these bytes at this position."""
 
 
 def is_plain(start: bytes) -> bool:

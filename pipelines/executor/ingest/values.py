@@ -1,6 +1,7 @@
 """Functions that decide whether a value of a row is missing, and convert a value to an id or a text.
 
-A missing value never becomes a word. The number NaN is missing, but the text `nan` in a CSV file is a text.
+A missing value never becomes a text such as "None". The number NaN is a missing value, but the text `nan` in a CSV
+file is not.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def normalize_id(value: object) -> str | None:
         raise Refused("decode", "malformed_record", f"the id has {len(text)} characters, at most {MAX_ID_CHARS}")
     if control := CONTROL.search(text):
         raise Refused("decode", "malformed_record", f"the id has the control character U+{ord(control[0]):04X}")
-    return text or None  # bytes may hold only a byte-order mark
+    return text or None  # the text is empty if the bytes hold only a byte-order mark
 
 
 def bytes_to_id(value: bytes) -> str:

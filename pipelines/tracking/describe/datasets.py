@@ -35,7 +35,7 @@ def shard_input(manifest: Manifest, context: str) -> DatasetInput:
 
     Args:
         manifest: manifest of the shards.
-        context: use of the rows, such as training, validation or test.
+        context: what the rows are used for, such as 'training'; MLflow shows this word beside the dataset.
     """
     request = manifest.request
     profile = {"num_rows": manifest.num_rows, "source": request.source, "split": request.split}
@@ -56,8 +56,9 @@ def table_input(
         version: name and version number of the table.
         digest: hash that identifies the rows.
         schema: columns of the rows.
-        profile: number of rows, and the conditions by which the rows were selected.
-        context: use of the rows, which MLflow shows beside the table.
+        profile: description of the rows: a dict with the number of rows and the conditions by which they were
+            selected.
+        context: what the rows are used for, such as 'training'; MLflow shows this word beside the dataset.
     """
     name, number = version
     dataset = Dataset(

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 LEARNING_CURVE = "learning_curve.png"
 EXPERT_LOAD = "expert_load.png"
 MAX_LAYERS = 12
-"""Largest number of layers whose expert load over time is drawn. From more layers, evenly spaced layers are chosen."""
+"""Largest number of layers whose expert load over time is drawn. If a model has more layers, evenly spaced layers are
+drawn."""
 
 
 def training_figures(metrics: Sequence[Metrics]) -> Iterator[tuple[str, Figure]]:

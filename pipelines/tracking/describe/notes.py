@@ -14,7 +14,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from pipelines.platform import Platform
 
 NOTE = MLFLOW_RUN_NOTE
-"""Tag of a run or an experiment that MLflow shows as its description."""
+"""Name of the tag whose text MLflow shows as the description of a run or an experiment."""
 KIND = "mlflow.experimentKind"
 TRAINING_KIND = "custom_model_development"
 """Value of the tag KIND with which MLflow shows an experiment as model training, not as development of an agent."""
@@ -30,7 +30,7 @@ STAGES = {
     "caption": "Captioning jobs: one run for each job that captioned pictures. Parameters name the model version and "
     "the table, and the table `caption/drift.json` compares the captions with the evaluation of the version.",
 }
-"""Description of each experiment that contains the ingests or the captioning jobs of all run configs."""
+"""Description of the MLflow experiment of each stage that has one experiment for all run configs."""
 MODEL_DESCRIPTION = (
     "Versions of a model that writes captions for pictures. The alias `champion` is the version that captions tables, "
     "`previous` is the champion before it, and `challenger` was last submitted to the checks of `lakesight promote`. "
@@ -56,7 +56,7 @@ def put_sections(note: str, sections: Mapping[str, str]) -> str:
 
     Args:
         note: present description, which may be empty.
-        sections: Markdown text of each section, by heading.
+        sections: sections to write: a dict from the heading to the Markdown text.
     """
     start = re.split(r"(?m)^### ", note)[0]
     bodies = read_sections(note) | {heading: body.strip() for heading, body in sections.items()}

@@ -41,7 +41,7 @@ PAD_MULTIPLE = 8
 
 
 class TokenSequence(NamedTuple):
-    """Token ids of prefix and answer, and the length of the prefix."""
+    """Token ids of the prefix and the answer, and the number of tokens in the prefix."""
 
     ids: list[int]
     prefix: int
@@ -144,7 +144,7 @@ def training_batches(
     augmenter: Augmenter | None = None,
     pinned: bool = False,
 ) -> Iterator[list[Batch]]:
-    """Yield this rank's slice of the global batch of each step, as a list of parts.
+    """Yield this rank's part of the global batch for each step, as a list of smaller batches (parts).
 
     The batches do not depend on the number of loader threads. A picture with several texts is shown with one text per
     epoch. The choice of the text depends on (seed, epoch, row).
@@ -157,7 +157,7 @@ def training_batches(
         world_size: number of ranks, a divisor of `batch_size`.
         batch_size: number of rows per step over all ranks together.
         seed: seed of the run.
-        rows_at_once: number of rows per part, or None for a single part.
+        rows_at_once: number of rows in each smaller batch, or None for one batch with all rows of the rank.
         workers: number of loader threads. With 0 threads, each batch is made when the batch is requested.
         augmenter: augmenter of the pictures, or None to use the pixels of the shards unchanged.
         pinned: whether to place batches in pinned memory, from which a GPU copies asynchronously.

@@ -44,7 +44,7 @@ class RowPicks(NamedTuple):
 
 
 def pick_rows(step: int, *, rank: int, world_size: int, batch_size: int, num_rows: int, seed: int) -> RowPicks:
-    """Pick the rank's contiguous slice of the global batch, positions [step * batch_size, (step + 1) * batch_size).
+    """Pick the rank's contiguous part of the global batch, which is [step * batch_size, (step + 1) * batch_size).
 
     A batch continues across the end of an epoch, so every batch is full, even if the batch is larger than the data.
 

@@ -117,7 +117,7 @@ def _use_copy(entry: CacheEntry) -> bool:
 
 
 def _make_room(root: Path, needed: int, limit: float, own: set[Path]) -> bool:
-    """Remove copies of other runs until there is room for a file. If it cannot fit, remove nothing and return False.
+    """Remove copies of other runs until there is room for a file. If the file cannot fit, only return False.
 
     Args:
         root: folder of the copies.

@@ -54,7 +54,7 @@ def open_log(run: RunFolder, rank: int) -> None:
 
 
 class Stopwatch:
-    """Throughput of the training steps since the last lap, excluding pauses for validation and checkpoints."""
+    """Timer that measures the throughput of training steps, without the pauses for validation and checkpoints."""
 
     def __init__(self) -> None:
         self.total = 0.0
@@ -133,8 +133,8 @@ class MeanSinceLog:
 class FileWriter:
     """Writer that writes small files of a run in a background thread, one after another, in the order of the calls.
 
-    On a network file system, a small file takes tens of milliseconds, for which the training loop does not wait. An
-    error is raised in the training loop, because a run that cannot write its files must fail.
+    On a network file system, writing a small file takes tens of milliseconds. The training loop does not wait for the
+    write. An error is raised in the training loop, because a run that cannot write its files must fail.
     """
 
     def __init__(self) -> None:

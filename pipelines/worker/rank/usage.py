@@ -27,7 +27,7 @@ def measure_usage(device: torch.device) -> dict[str, float]:
     Returns:
         system/memory_gb: largest peak of resident memory of any rank, in GB.
         system/gpu_memory_gb: largest peak of allocated GPU memory of any rank, in GB. Absent if ranks use CPUs.
-        system/gpu_busy: mean fraction of the driver's last sampling period (1/6 s to 1 s) in which a kernel ran.
+        system/gpu_busy: mean fraction of the GPU driver's last sampling period (1/6 s to 1 s) in which a kernel ran.
             Absent if ranks use CPUs or the package nvidia-ml-py is not installed.
     """
     peaks = {"system/memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_BYTES / 1e9}
@@ -44,7 +44,7 @@ def measure_usage(device: torch.device) -> dict[str, float]:
 def _gpu_utilisation(device: torch.device) -> float | None:
     """Read the utilisation of a GPU.
 
-    Return None if nvidia-ml-py is not installed, or on a MIG slice, which reports no value.
+    Return None if nvidia-ml-py is not installed, or if the GPU is a MIG partition, which reports no value.
     """
     if find_spec("pynvml"):
         from pynvml import NVMLError  # type: ignore[import-not-found]

@@ -41,7 +41,8 @@ NO_CHECKPOINT = -1
 class CheckpointWriter:
     """Writer that writes checkpoints in a background thread, one after another.
 
-    Only rank 0 calls `save`. If the model is sharded, all other ranks call `start` to write their slices.
+    Only rank 0 calls `save`. If the model is sharded, all other ranks call `start` to write their parts (slices) of
+    the checkpoint.
     """
 
     def __init__(self, run: RunFolder, file: RunFile, files: FileWriter) -> None:
@@ -92,7 +93,7 @@ class CheckpointWriter:
             self._pending.result()
 
     def _write(self, step: int, write: Callable[[Path], None], metrics: Future[None]) -> None:
-        metrics.result()  # a restarted run reads the metrics up to the step of its checkpoint
+        metrics.result()  # wait for the metric files, because a restarted run reads them up to its checkpoint
         with atomic_folder(self._run.checkpoint(step)) as folder:
             write(folder)
             write_json(folder / "run.json", self._file)

@@ -1,9 +1,9 @@
 """Training in one rank: join the process group, build the model, resume from the last checkpoint, train, report.
 
 The training loop is `vlm.training.loop.fit`. This module supplies the training loop with batches, and after a training
-step this module writes metrics, validates and saves a checkpoint if due. A checkpoint contains all state that one step
-passes to the next: the weights, the optimizer state, and the number of the next step. The number of a step determines
-the rows, the learning rate and the random numbers of the step.
+step this module writes metrics, validates and saves a checkpoint if due. A checkpoint contains the state that one step
+passes to the next step: the weights, the optimizer state, and the number of the next step. The number of a step
+determines the rows, the learning rate and the random numbers of the step.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ from pipelines.executor.ingest.storage import is_url, open_binary, printable
 BATCH_BYTES = 16 * 2**20
 BATCH_ROWS = 1024
 DICTIONARY_BYTES = 64 * 2**20
-"""Largest size in bytes of the column chunks of lists that are read as Arrow dictionaries.
+"""Number of bytes up to which a column chunk whose values are in lists is read as an Arrow dictionary array.
 
-Arrow adds the values that are not in the file's dictionary page to the Arrow dictionary.
+Arrow also adds values to the array's dictionary that are not in the dictionary page of the file.
 """
 
 SIGNATURE_BYTES = 28
@@ -138,7 +138,7 @@ class ParquetColumns:
         return sizes
 
     def _keeps_dictionaries(self, group: int, sizes: Mapping[int, PageSizes]) -> bool:
-        """Return whether a column is read as a dictionary: its values are in lists, or are large and repeated."""
+        """Return whether to read a column as a dictionary array: its values are in lists, or large and repeated."""
         texts = [leaf for leaf in sizes if leaf in self._texts]
         if not any(self._column(leaf).max_repetition_level for leaf in texts):
             return any(sizes[leaf].repeats and sizes[leaf].dictionary > BATCH_BYTES for leaf in texts)

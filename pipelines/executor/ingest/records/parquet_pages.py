@@ -52,7 +52,7 @@ class _Page(NamedTuple):
 DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_V2 = 0, 2, 3
 DICTIONARY_ENCODINGS = (2, 8)
 REPETITIONS = 4
-"""Smallest mean number of occurrences of a dictionary value with which the column is read as a dictionary."""
+"""A column is read as a dictionary array if each dictionary value occurs at least this many times on average."""
 
 
 def page_sizes(file: IO[bytes], chunk: Any, *, in_lists: bool) -> PageSizes:

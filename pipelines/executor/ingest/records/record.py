@@ -53,7 +53,8 @@ def add_partition(fields: Fields, partition: Mapping[str, str | None]) -> Fields
     """Add the partition columns, whose values are in folder names such as `year=2024`, to the values of a row.
 
     Args:
-        fields: values of the row. A value in the row takes precedence over the folder name, unless it is missing.
+        fields: values of the row. A value in the row takes precedence over the value in the folder name, unless the
+            value in the row is missing.
         partition: values of the partition columns, by column name.
     """
     return {**partition, **{name: v for name, v in fields.items() if name not in partition or not is_missing(v)}}

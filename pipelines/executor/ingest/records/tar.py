@@ -17,7 +17,8 @@ CHUNK = 1 << 20
 HEADER_BYTES = 1 << 20
 """Largest size of an extended header, which contains a long name or attributes, in bytes."""
 EXTENDED = {tarfile.GNUTYPE_LONGNAME: "path", tarfile.GNUTYPE_LONGLINK: "linkpath"}
-"""Types of headers with the name or link target of the next member, and the name of the attribute for the content."""
+"""Types of headers whose content is the name or the link target of the next member, each with the name of the attribute
+in which the content is stored."""
 PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 KINDS = {
     tarfile.CHRTYPE: "a device",

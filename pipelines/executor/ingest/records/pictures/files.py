@@ -25,7 +25,7 @@ from pipelines.executor.ingest.storage import require_damage
 LOCAL_URI = re.compile(r"(?:file:(?://(?:localhost)?)?|dbfs:)(/.*)", re.DOTALL | re.IGNORECASE)
 """Pattern of a URI of a local file, or of a file on a Volume."""
 MAX_LISTED = 200_000
-"""Number of file names of a folder that are compared with a name that the folder does not contain."""
+"""Largest number of files in a folder among which another spelling of a missing file name is searched."""
 
 
 class PictureFile(NamedTuple):
@@ -56,7 +56,7 @@ def find_file(folder: str, name: str) -> PictureFile | Problem:
             found = _walk(root, _parts((folder, str(root)), spelling))
         except _Outside:
             return missing or Problem("missing_field", f"the file {name!r} is not inside the folder")
-        except ValueError:  # a null character, or a surrogate
+        except ValueError:  # the name contains a null character or a surrogate
             return Problem("missing_field", f"{name!r} cannot be the name of a file")
         except OSError as error:
             return Problem("unreadable_file", f"the file {name!r} cannot be read: {require_damage(error)}")
@@ -116,7 +116,7 @@ def _walk(root: Path, parts: list[str]) -> PictureFile | str:
     """Follow a path part by part, and check that each part is inside the root folder.
 
     Returns:
-        The file, or a text that completes the message that there is no such file.
+        The file, or the end of the error message "the folder has no file ..." (which may be empty).
     """
     path, status = root, root.stat()
     for part in parts:

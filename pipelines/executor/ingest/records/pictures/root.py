@@ -32,7 +32,7 @@ class PictureRoot:
     max_bytes: int
 
     def read(self, name: object) -> bytes | Problem:
-        """Read the picture that a row names, or return the problem for which the row has no picture.
+        """Read the picture that a row names, or return the problem because of which the picture cannot be read.
 
         Raises:
             OSError: the machine or the server has a fault, so Spark has to retry the task.
@@ -57,7 +57,7 @@ class PictureRoot:
 
 
 def plain_location(location: str) -> str:
-    """Convert a location that a user has entered to a plain path. Return the URL of a server unchanged.
+    """Convert the location that a user gave into a plain path. Return the URL of a server unchanged.
 
     A leading `~` stands for the home folder of the user.
     """
@@ -66,7 +66,7 @@ def plain_location(location: str) -> str:
 
 
 def absolute_location(location: str) -> str:
-    """Make a location that a user has entered absolute. A relative path is relative to the working folder."""
+    """Convert the location that a user gave into an absolute one. A relative path is relative to the working folder."""
     plain = plain_location(location)
     return plain if is_absolute(plain) else str(Path(plain).absolute())
 
