@@ -37,7 +37,7 @@ SEPARATOR = "\n# COMMAND ----------\n"
 MAGIC = "# MAGIC "
 MARKDOWN = "%md"
 LINK = re.compile(r"\((\d\d_\w+)\.py\)")
-"""Link from one notebook source to another notebook source. In the output, the link leads to the .ipynb file."""
+"""Pattern of a link to another notebook's source. In the output, the link leads to that notebook's .ipynb file."""
 
 OnFigure = Callable[[Figure], None]
 

@@ -100,7 +100,9 @@ def config_keys() -> Iterator[str]:
 
 
 def collect(model: type[BaseModel], path: str, places: dict[type[BaseModel], list[str]]) -> None:
-    """Add a config class and the config classes of its fields to `places`, with the paths of their keys."""
+    """Add a config class, and the config classes of its fields, to `places`, a dict from class to the paths of its
+    keys.
+    """
     if path in places.setdefault(model, []):
         return
     places[model].append(path)
@@ -144,7 +146,9 @@ def first_sentence(model: type[BaseModel]) -> str:
 
 
 def attributes(model: type[BaseModel]) -> Mapping[str, str]:
-    """Return the meanings of the fields of a config class, from the docstrings of the class and of its base classes."""
+    """Return a dict from each field of a config class to its meaning in the docstrings of the class and its base
+    classes.
+    """
     found: dict[str, str] = {}
     for base in reversed([each for each in model.__mro__ if issubclass(each, BaseModel) and each is not BaseModel]):
         text = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]

@@ -39,15 +39,16 @@ class AskReport(Config):
     """Report of `lakesight ask`.
 
     Attributes:
-        images: paths of the picture files, in the order in which the model gets the pictures.
+        images: paths of the picture files, in the order in which the model reads the pictures.
         model: name and version of the model, or path of its checkpoint folder.
         prompt: question about the pictures; empty if the model was asked for a caption.
         precision: number format of the model's weights, for example bf16.
         caption: the model's answer.
         num_tokens: number of tokens in the answer.
-        regions: regions that the answer names; always empty if the number of pictures is not one.
-        drawn: path of the picture file with the regions drawn on it; null if nothing was drawn.
-        attention: path of the picture file with the attention of each word; null if nothing was drawn.
+        regions: regions (boxes) that the answer names; always empty unless the command got exactly one picture.
+        drawn: path of the written picture file, which shows the regions; null if no file was written.
+        attention: path of the written picture file, which shows the attention of each word; null if no file was
+            written.
     """
 
     images: tuple[str, ...]

@@ -104,8 +104,8 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
 
     Args:
         job: the running command; the job's run config contains the limits for pictures and for drift.
-        which: number or alias of a model version, or `latest`.
-        request: field values of a CaptionRequest, except `limits` and `settings`.
+        which: model version that writes the captions: a number, an alias such as `champion`, or `latest`.
+        request: values for the fields of CaptionRequest other than `limits` and `settings`.
 
     Raises:
         TooManyErrors: too many rows failed. The captions and errors are written before the exception is raised.

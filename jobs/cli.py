@@ -55,10 +55,12 @@ WEIGHT_COMMANDS = {
     "export-weights": "Write a checkpoint in the format of another library.",
 }
 COMMANDS = STAGE_COMMANDS | INTERACTIVE_COMMANDS | WEIGHT_COMMANDS
-"""First line of the help of each command. The module of a command is imported only if the command is used."""
+"""Dict from each command to the first line of its help. The module of a command is imported only if the command is
+used.
+"""
 
 JAVA_PERMISSION_ERRORS = ("(Permission denied)", "(Read-only file system)", "DELTA_CANNOT_CREATE_LOG_PATH")
-"""Parts of the messages of Java exceptions for a file or folder that is not writable."""
+"""Texts that the message of a Java exception contains if a file or folder is not writable."""
 
 
 class Interrupted(LakesightError):
@@ -69,7 +71,7 @@ class Interrupted(LakesightError):
 
 
 class LazyCommands(Mapping[str, Any]):
-    """Commands by name. A command's module is imported when the command is looked up."""
+    """Mapping from a name to the command. The module of a command is imported when the command is looked up."""
 
     def __getitem__(self, name: str) -> Any:
         """Import the module of a command, and return the command."""
@@ -81,7 +83,7 @@ class LazyCommands(Mapping[str, Any]):
         return get_command(single)
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the names, in the order of the help."""
+        """Iterate over the names of the commands, in the order of the help."""
         return iter(COMMANDS)
 
     def __len__(self) -> int:

@@ -83,7 +83,7 @@ class Job:
 
     @property
     def model_name(self) -> str:
-        """Full name of the run's registered model."""
+        """Full name under which the run's model is registered."""
         return self.platform.model_name(self.config.name)
 
     def command(self, name: str) -> str:

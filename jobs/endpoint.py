@@ -26,7 +26,7 @@ class EndpointReport(Config):
     model_name: str
     model_version: str
     changed: bool
-    """False if the endpoint already served this version."""
+    """True if the command changed the endpoint; False if the endpoint already served this version."""
 
 
 def endpoint(

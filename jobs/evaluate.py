@@ -83,7 +83,7 @@ def evaluate(
 
 
 def choose_version(job: Job, version: str, checkpoint: int | None) -> str:
-    """Return `version` or, with `checkpoint`, the version of the checkpoint of this step in the same training."""
+    """Return `version`, or a version made from the checkpoint at step `checkpoint` of the same training run."""
     return version if checkpoint is None else register_checkpoint(job, version, checkpoint)
 
 

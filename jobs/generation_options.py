@@ -23,7 +23,7 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
     "stop": (list[str], "TEXT", "Text that ends an answer. Repeatable."),
     "seed": (int, "N", "Random seed of sampling."),
 }
-"""Type, placeholder and help text of the option for each setting of `vlm.config.GenerationConfig`."""
+"""Dict from each setting of `vlm.config.GenerationConfig` to the type, placeholder and help text of its option."""
 
 
 def with_generation_options(command: Callable[..., None]) -> Callable[..., None]:

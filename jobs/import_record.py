@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from vlm.weights.family import Part
 
 RECORD = "import.json"
-"""Name of the record in the folder of the checkpoint."""
+"""Name of the file in a checkpoint folder that stores the import record."""
 SOURCES = ("*.json", "*.safetensors")
 """Name patterns of the files that an import reads."""
 
 
 class ImportRequest(Config):
-    """Request for an import: everything that determines the resulting checkpoint.
+    """Everything that determines the checkpoint which an import writes.
 
     Attributes:
         model: config of the model.
-        sources: SHA-256 of each file in the folder of each part.
+        sources: dict from each imported part (such as `encoder`) to the SHA-256 of each file in the part's folder.
         seed: random seed for initialising the weights that no folder contains.
     """
 
@@ -36,10 +36,10 @@ class ImportRequest(Config):
 
 
 class ImportRecord(Config):
-    """Record, in a checkpoint folder, of the import that has written or is writing the checkpoint.
+    """Record of the import that has written, or is writing, the checkpoint in the same folder.
 
     Attributes:
-        request: request for the import.
+        request: what was imported, and how.
         tokens: keys of the start and end tokens that the import has compared.
         report: report of the import; null while the checkpoint is not complete.
     """

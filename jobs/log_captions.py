@@ -32,7 +32,7 @@ def log_captions(job: Job, report: CaptionReport, request: CaptionRequest, start
         report: report of the job, with the drift.
         request: request of the job.
         started: time at which the job started, in UTC.
-        good: whether the job succeeded.
+        good: True if the job succeeded.
     """
     if report.considered == report.already:
         return
@@ -68,7 +68,7 @@ def _stage_log(job: Job, report: CaptionReport, request: CaptionRequest, started
 
 
 def _params(report: CaptionReport, request: CaptionRequest) -> dict[str, str]:
-    """Return the parameters of a job: version, table, selection and decoding settings."""
+    """Return the parameters of a job: model version, table, the options that select rows, and generation settings."""
     selection = ("id_column", "image_column", "image_root", "prompt", "where", "retry_errors", "remove_deleted")
     params = {name: getattr(report, name) for name in ("model_name", "model_version", "source_table", "source_version")}
     params |= {name: getattr(request, name) for name in (*selection, "precision", "max_error_share")}

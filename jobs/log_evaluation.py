@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 LOGGED_METRICS = ("exact_match", "word_f1", "cider", "bleu_4", "rouge_l", "loss", "blind_gap", "error_share")
 """Metrics that become MLflow metrics and tags of the model version. Unity Catalog limits the number of tags.
 
-The logged table `figures` contains all metrics."""
+The MLflow table `figures` contains all metrics."""
 LOGGED_ROWS = 1000
 """Maximum number of evaluated rows that are logged to MLflow as a table."""
 
@@ -26,7 +26,7 @@ LOGGED_ROWS = 1000
 def log_evaluation(job: Job, report: EvaluationReport, shards: Shards) -> None:
     """Log an evaluation to the MLflow run of the training, and update the descriptions of the run and of the version.
 
-    The names of the metrics begin with the name of the split, such as `test_cider`.
+    The name of a metric begins with the name of the data split, as in `test_cider`.
     """
     from pipelines.tracking.describe.datasets import shard_input
     from pipelines.tracking.describe.figures import draw_lengths
@@ -87,7 +87,9 @@ def _cell(report: EvaluationReport, name: str) -> str:
 
 
 def figures_by_column(report: EvaluationReport) -> dict[str, list[object]]:
-    """Convert all metrics of an evaluation to a dict of columns, one row for each metric of each slice."""
+    """Convert all metrics of an evaluation to a dict of columns, with one row for each metric of each
+    evaluation slice.
+    """
     found = [("all", name, metric) for name, metric in report.metrics.items()]
     found += [(part, name, metric) for part, metrics in report.slices.items() for name, metric in metrics.items()]
     return {

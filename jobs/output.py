@@ -74,7 +74,7 @@ class CommandOutput:
         print(text, end=end, file=sys.stderr if self._as_json else self._out, flush=True)
 
     def report(self, report: object) -> None:
-        """Print the command's report (a pydantic model, or a mapping of models) as JSON if `as_json` is set."""
+        """Print the command's report (a pydantic model, or a dict of pydantic models) as JSON if `as_json` is set."""
         if self._as_json:
             print(to_json(report, by_alias=True, inf_nan_mode="null").decode(), file=self._out, flush=True)
 

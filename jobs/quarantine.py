@@ -17,7 +17,7 @@ WIDTH = 100
 
 
 class Action(StrEnum):
-    """Action of the command on quarantined rows."""
+    """What the command does: show the quarantined rows, or process them again."""
 
     SHOW = "show"
     REPLAY = "replay"

@@ -28,10 +28,10 @@ class TableReport(Config):
     """Report of `lakesight show`.
 
     Attributes:
-        table: name of the table, as given.
-        version: version of the table; the version of generated_captions for the view champion_captions.
+        table: name of the table, as the user gave it.
+        version: version of the table; for the view champion_captions, the version of table generated_captions.
         num_rows: number of all rows of the table version.
-        columns: Delta types of the chosen columns, by name.
+        columns: dict from the name of each chosen column to its Delta type, such as `string`.
         rows: first rows of the selection; binary values are replaced by their sizes.
         gallery: path of the HTML page, or None without --gallery.
         output: path of the file with all chosen rows, or None without --output.
@@ -135,10 +135,11 @@ def run_show(
         job: running command.
         table: name of the table or of the view, or path of a folder.
         version: version of the table, or None for the latest.
-        selection: columns separated by commas, SQL condition, and SQL list of columns to sort by; each may be empty.
+        selection: three texts, each of which may be empty: columns separated by commas, an SQL condition, and an SQL
+            list of columns to sort by.
         count: number of rows in the report and on the page.
         place: columns and folder that say where the pictures of the page are, or None for no page.
-        output: file for all selected rows, or None.
+        output: file to which all selected rows are written, or None for no file.
     """
     from deltalake import Schema
 
@@ -164,7 +165,7 @@ def run_show(
 
 
 def _open(job: Job, name: str, version: int | None) -> tuple[Relation, int, int]:
-    """Open a table or the view, and return its relation, its version and its number of rows."""
+    """Open a table or the view, and return a relation to read it, its version and its number of rows."""
     if name != VIEW:
         table = open_table(job, name, version)
         return table_relation(table), table.version(), count_rows(table, name)
@@ -235,7 +236,7 @@ def write_gallery(job: Job, name: str, version: int, rows: pa.Table, place: Pict
 
     Args:
         job: running command.
-        name: name of the table, as given.
+        name: name of the table, as the user gave it.
         version: version of the table.
         rows: rows with all columns of the table.
         place: columns and folder that say where the pictures are, if the rows have pictures. Captions are shown with

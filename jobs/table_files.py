@@ -48,7 +48,7 @@ def open_table(job: Job, name: str, version: int | None) -> DeltaTable:
 
 
 def _folder(job: Job, name: str) -> Path:
-    """Return the folder of a table of the platform."""
+    """Return the folder that holds a table of the platform."""
     if job.platform.tables is None:
         raise UserError(
             "this command cannot read the tables of a catalog; it reads local Delta files only",
@@ -93,8 +93,8 @@ class Relation:
     """A table or the view `champion_captions`, in a form from which SQL can select rows.
 
     Attributes:
-        tables: tables by the names that `sql` uses.
-        sql: text of the relation in a FROM clause.
+        tables: dict from each table name in `sql` to the Delta table that has this name.
+        sql: text that stands for the relation in the FROM clause of a query.
     """
 
     tables: Mapping[str, DeltaTable]

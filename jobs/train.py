@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PREPARED = ".prepared"
-"""Suffix of a file with the path of the run folder that the last `lakesight train --no-launch` of a run wrote."""
+"""Suffix of a file that stores a path: that of the run folder which the run's last `train --no-launch` has written."""
 SHOWN_METRICS = ("train/loss", "train/cider", "val/loss", "val/blind_gap")
 
 
@@ -37,7 +37,7 @@ class TrainReport(Config):
     model_name: str
     model_version: str
     trained: bool
-    """False if a finished run with the same model, data and settings was reused."""
+    """True if the command trained; False if it reused a finished run with the same model, data and settings."""
     steps: int
     world_size: int
     train_seconds: float
@@ -158,7 +158,7 @@ def run_train(job: Job) -> TrainReport:
 
 
 def register_checkpoint(job: Job, which: str, step: int) -> str:
-    """Return the version of the checkpoint of a step in the training of version `which`. Register it if necessary.
+    """Return a version made from the checkpoint at step `step` of version `which`'s training. Register it if necessary.
 
     Raises:
         UserError: there is no version `which`, its run folder does not exist, or the run has not kept the checkpoint.
@@ -185,9 +185,10 @@ def register_checkpoint(job: Job, which: str, step: int) -> str:
 
 
 def register_finished_runs(job: Job) -> None:
-    """Log and register the finished trainings of a run that the `train` command itself could not log and register.
+    """Log and register finished trainings of the run that the `train` command itself did not log and register.
 
-    The command was killed, or the tracking server was down. If registering fails again, log a warning.
+    Such a training is left behind if the `train` command was killed or the tracking server was down. If registering
+    fails again, log a warning.
 
     Raises:
         TrackingDown: the tracking server is still down.

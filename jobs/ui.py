@@ -57,7 +57,8 @@ def ui(
             HOST,
             "--port",
             str(port),
-            # With several workers, uvicorn kills a worker that needs more than five seconds to start, again and again.
+            # With several workers, uvicorn would kill each worker that needs more than five seconds to start, again and
+            # again.
             "--workers",
             "1",
         ]
