@@ -153,7 +153,7 @@ def look_up_advisories() -> int:
     command += ["--requirement", str(ROOT / "constraints.txt")]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
     if "Max retries exceeded" in done.stderr or "ConnectionError" in done.stderr:
-        print("advisories: not checked, because the advisory service does not answer")
+        print("advisories: not checked, because pip-audit cannot connect to the advisory service")
         return 0
     try:
         packages = json.loads(done.stdout)["dependencies"]
@@ -161,7 +161,10 @@ def look_up_advisories() -> int:
         print(f"advisories: pip-audit failed\n{done.stderr}")
         return 1
     checked = [each for each in packages if "vulns" in each]
-    print(f"advisories: {len(checked)} of {len(packages)} packages checked; the service does not know the others")
+    print(
+        f"advisories: {len(checked)} of {len(packages)} packages checked; the advisory service does not know the "
+        "other packages"
+    )
     found = [(each["name"], each["version"], fault["id"]) for each in checked for fault in each["vulns"]]
     for name, version, fault in found:
         print(f"  {name} {version}: {fault}")

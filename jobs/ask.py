@@ -66,7 +66,7 @@ class AskReport(Config):
 def ask(
     images: Annotated[
         list[Path] | None,
-        typer.Argument(help="Picture files, in order. Without a file, the prompt has no picture.", metavar="FILE"),
+        typer.Argument(help="Picture files, in order. Without a file, the model sees only --prompt.", metavar="FILE"),
     ] = None,
     *,
     prompt: PromptOption = "",
@@ -76,12 +76,12 @@ def ask(
     ] = None,
     attention: Annotated[
         Path | None,
-        typer.Option("--attention", help="Draw where the model looks for each word, to this file.", metavar="FILE"),
+        typer.Option("--attention", help="Save a drawing of the attention for each word to this file.", metavar="FILE"),
     ] = None,
     version: VersionOption = "champion",
     checkpoint: Annotated[
         Path | None,
-        typer.Option("--checkpoint", help="Checkpoint folder, instead of a model version.", metavar="FOLDER"),
+        typer.Option("--checkpoint", help="Use this checkpoint folder, not a model version.", metavar="FOLDER"),
     ] = None,
     precision: PrecisionOption = Precision.FP32,
     run: RunOption = "demo",
@@ -161,15 +161,15 @@ def _require_drawings(report: AskReport, *, draw: Path | None, attention: Path |
     """
     if draw and not report.drawn:
         raise StageFailed(
-            "the answer names no region, so nothing was drawn",
+            "the answer names no region (box), so --draw drew nothing",
             where=report.images[0],
             got=report.caption,
-            fix="use a model trained to detect objects, with the prompts it was trained on, such as --prompt "
-            "'detect cat'",
+            fix="use a model that was trained to detect objects, and a prompt like those of its training, such as "
+            "--prompt 'detect cat'",
         )
     if attention and not report.attention:
         raise StageFailed(
-            "the answer has no word, so no attention was drawn",
+            "the answer has no word, so --attention drew nothing",
             where=report.images[0],
             got=repr(report.caption),
             fix="ask another question, or use a model that captions this picture",
@@ -184,7 +184,9 @@ def _check_question(files: Sequence[Path], prompt: str, drawings: Mapping[str, P
     """
     if not files and not prompt:
         raise UserError(
-            "there is nothing to ask", got="neither a picture nor a prompt", fix="name a picture file, or add --prompt"
+            "there is nothing to ask the model",
+            got="neither a picture nor a prompt",
+            fix="name a picture file, or add --prompt TEXT",
         )
     for option, path in drawings.items():
         if path is None:
@@ -211,7 +213,9 @@ def read_picture(job: Job, path: Path) -> Image:
 
     limits = job.config.data.limits
     if address := re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]+):/(.*)", str(path)):  # `Path` turns // into /
-        raise _unusable("read", f"{address[1]}://{address[2]}", "a URL", "download the picture, and name its file")
+        raise _unusable(
+            "read", f"{address[1]}://{address[2]}", "a URL", "download the picture, and name the downloaded file"
+        )
     try:
         [picture] = run_guarded([_read_file(path, limits.max_bytes)], partial(_decode, limits=limits), _raise_death)
     except OSError as error:
@@ -251,12 +255,14 @@ def _decode(data: bytes, limits: LimitsConfig) -> tuple[tuple[int, int], bytes]:
         with time_limit(limits.max_decode_seconds):
             image, _ = open_image(data, max_pixels=limits.max_pixels, min_side=limits.min_side)
     except TimeLimitExceeded:
-        raise ImageError("decode_timeout", f"more than {limits.max_decode_seconds:g} seconds") from None
+        raise ImageError("decode_timeout", f"decoding takes more than {limits.max_decode_seconds:g} seconds") from None
     return image.size, image.tobytes()
 
 
 def _raise_death(_: bytes, death: Death) -> tuple[tuple[int, int], bytes]:
-    raise ImageError("decode_timeout" if death.timed_out else "decoder_crash", f"the decoder's process {death.how}")
+    raise ImageError(
+        "decode_timeout" if death.timed_out else "decoder_crash", f"the process that decodes the picture {death.how}"
+    )
 
 
 def _model_folder(job: Job, which: str) -> tuple[Path, str]:

@@ -37,7 +37,11 @@ logger = logging.getLogger(__name__)
 
 TableOption = Annotated[
     str,
-    typer.Option("--table", help="Delta table with the pictures: a name, or the path of a folder.", metavar="TABLE"),
+    typer.Option(
+        "--table",
+        help="Delta table with the pictures: the name of the table, or the path of its folder.",
+        metavar="TABLE",
+    ),
 ]
 
 
@@ -45,20 +49,24 @@ TableOption = Annotated[
 def caption(
     *,
     table: TableOption = "samples",
-    id_column: Annotated[str, typer.Option("--id-column", help="Column of unique ids.", metavar="COLUMN")] = "image_id",
+    id_column: Annotated[
+        str, typer.Option("--id-column", help="Column with a unique id for each row.", metavar="COLUMN")
+    ] = "image_id",
     image_column: Annotated[
-        str, typer.Option("--image-column", help="Column of pictures (binary or base64).", metavar="COLUMN")
+        str, typer.Option("--image-column", help="Column with the pictures (binary or base64).", metavar="COLUMN")
     ] = "image",
     image_root: ImageRootOption = None,
     where: WhereOption = "",
     prompt: PromptOption = "",
     version: VersionOption = "champion",
     precision: PrecisionOption = Precision.FP32,
-    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Try rows with an error again.")] = False,
-    remove_deleted: Annotated[bool, typer.Option("--remove-deleted", help="Remove captions of deleted rows.")] = False,
+    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Also try rows with an error again.")] = False,
+    remove_deleted: Annotated[
+        bool, typer.Option("--remove-deleted", help="Remove the captions of rows that were deleted from the table.")
+    ] = False,
     max_error_share: Annotated[
         float,
-        typer.Option("--max-error-share", min=0, max=1, help="Largest share of rows that may fail.", metavar="SHARE"),
+        typer.Option("--max-error-share", min=0, max=1, help="Fail above this share of errors.", metavar="SHARE"),
     ] = 1.0,
     run: RunOption = "demo",
     platform: PlatformOption = "local",

@@ -32,7 +32,12 @@ def _complete_run(incomplete: str) -> list[str]:
 
 RunOption = Annotated[
     str,
-    typer.Option("--run", help="Name of a run: a file in conf/run/.", metavar="NAME", autocompletion=_complete_run),
+    typer.Option(
+        "--run",
+        help="Name of a run, which is a file name in conf/run/ without .yml.",
+        metavar="NAME",
+        autocompletion=_complete_run,
+    ),
 ]
 PlatformOption = Annotated[
     str, typer.Option("--platform", help="Platform to run on: local or databricks.", metavar="NAME")
@@ -53,7 +58,9 @@ WhereOption = Annotated[
 ImageRootOption = Annotated[
     str | None,
     typer.Option(
-        "--image-root", help="Folder or URL of the pictures if the column holds paths or URLs.", metavar="FOLDER"
+        "--image-root",
+        help="Folder or URL of the picture files, if the picture column has paths or URLs.",
+        metavar="FOLDER",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object on stdout.")]

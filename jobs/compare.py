@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 def compare(
     one: Annotated[str, typer.Argument(help="Model version: a number, an alias, or latest.", metavar="VERSION")],
-    other: Annotated[str, typer.Argument(help="Model version to compare the first version with.", metavar="OTHER")],
+    other: Annotated[
+        str, typer.Argument(help="Model version that the first version is compared with.", metavar="OTHER")
+    ],
     *,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
@@ -62,9 +64,11 @@ def run_compare(job: Job, one: str, other: str) -> Comparison:
             interval = f"({difference.low:+.3f} to {difference.high:+.3f})"
             values = f"{report.one_metrics[name].value:7.3f} {report.other_metrics[name].value:7.3f}"
             job.output.line("", f"{name:<12} {values} {difference.value:+7.3f}  {interval}")
-    job.output.line("", f"words are those of {report.tokenisation}")
+    job.output.line("", f"texts are split into words by {report.tokenisation}")
     job.output.line(
-        "rows", f"{report.rows:,} = {report.wins:,} won + {report.losses:,} lost + {report.ties:,} equal, by word F1"
+        "rows",
+        f"{report.rows:,} = {report.wins:,} better + {report.losses:,} worse + {report.ties:,} equal (word F1 of "
+        f"version {report.one})",
     )
     job.output.line("page", str(report.page))
     return report

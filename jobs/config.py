@@ -39,7 +39,7 @@ class ModelSize(Config):
 def config(
     what: Annotated[
         Literal["run", "models"],
-        typer.Argument(help="run: print the run config. models: list the models of conf/model/."),
+        typer.Argument(help="run: print the config of the run. models: list the models in conf/model/."),
     ] = "run",
     *,
     run: RunOption = "demo",

@@ -37,7 +37,7 @@ def demo(
     """
     with open_job(RUN, platform, overrides, as_json) as job:
         job.override(f"data.source.path=scenes:{scenes}:{seed}")
-        job.output.line("scenes", f"{scenes:,} rows, {broken_rows(scenes):,} of them broken on purpose")
+        job.output.line("scenes", f"{scenes:,} rows, {broken_rows(scenes):,} of these rows broken on purpose")
         report = run_pipeline(job)
         _show_captions(job, report)
         job.output.text("")

@@ -110,14 +110,14 @@ def check_delta_jar() -> DoctorCheck:
             return DoctorCheck(
                 name="delta jar",
                 status="ok",
-                found=f"{artifact} {delta}, to be downloaded at the first start (90 MB)",
+                found=f"{artifact} {delta} is not cached; the first start downloads 90 MB",
             )
     except (urllib.error.URLError, TimeoutError) as error:
         return DoctorCheck(
             name="delta jar",
             status="fail",
-            found=f"not cached, and {url} does not answer: {error}",
-            fix="connect to the internet for the first start, or copy another machine's ~/.ivy2* folder",
+            found=f"Delta's jar is not cached, and {url} cannot be read: {error}",
+            fix="connect to the internet for the first start, or copy the folders ~/.ivy2* of another machine",
         )
 
 
@@ -130,10 +130,13 @@ def check_task_slots(platform: LocalPlatformConfig) -> DoctorCheck:
         if slots < ranks:
             found = f"{slots} slots in {master}, fewer than {ranks} ranks"
             return DoctorCheck(
-                name="slots", status="fail", found=found, fix=f"--set platform.ranks={slots}, or use a larger master"
+                name="slots",
+                status="fail",
+                found=found,
+                fix=f"add --set platform.ranks={slots}, or give platform.spark.master more slots",
             )
     if cores < ranks:
-        fix = f"--set platform.ranks={cores} is faster, because each rank then has a core of its own"
+        fix = f"add --set platform.ranks={cores}: training is faster if each rank has its own core"
         return DoctorCheck(name="slots", status="warn", found=f"{cores} cores for {ranks} ranks", fix=fix)
     return DoctorCheck(name="slots", status="ok", found=f"{cores} cores for {ranks} ranks")
 
@@ -172,7 +175,7 @@ def check_home(config: RunConfig) -> DoctorCheck:
             name="home",
             status="fail",
             found=f"{root}: {error.strerror}",
-            fix="name an existing folder",
+            fix="set LAKESIGHT_HOME to an existing folder",
         )
     found = f"{root}, {free / 2**30:.1f} GB free"
     if free < MIN_FREE_BYTES:

@@ -75,7 +75,7 @@ def run_endpoint(job: Job, name: str | None) -> EndpointReport:
     champion = find_champion(job.platform, job.model_name)
     if champion is None:
         raise UserError(
-            "there is no champion to serve",
+            "the model has no champion version to serve",
             where=f"model {job.model_name} in {redact_uri(job.platform.registry_uri)}",
             fix=f"run `{job.command('promote')}` first",
         )
@@ -87,10 +87,11 @@ def run_endpoint(job: Job, name: str | None) -> EndpointReport:
         changed = serve_version(WorkspaceClient(), chosen, champion.name, champion.version)
     except DatabricksError as error:
         raise UserError(
-            "the workspace refuses the serving endpoint",
+            "the Databricks workspace cannot create or update the serving endpoint",
             where=f"endpoint {chosen}, {champion.name} version {champion.version}",
             got=str(error),
-            fix="correct what the answer names; the identity needs CAN MANAGE on the endpoint and EXECUTE on the model",
+            fix="correct the cause in the answer of Databricks; the user of this command needs CAN MANAGE on the "
+            "endpoint and EXECUTE on the model",
         ) from None
     return EndpointReport(endpoint=chosen, model_name=champion.name, model_version=champion.version, changed=changed)
 

@@ -27,7 +27,7 @@ CheckpointOption = Annotated[
     typer.Option(
         "--checkpoint",
         min=1,
-        help="Step of a checkpoint of the version's training, which is registered as a version first.",
+        help="Evaluate the checkpoint at this step of the version's training, and register it as a version first.",
         metavar="STEP",
     ),
 ]
@@ -35,7 +35,7 @@ ByOption = Annotated[
     list[str] | None,
     typer.Option(
         "--by",
-        help="Also report metrics for each value of a column of table samples, or of size or length. Repeatable.",
+        help="Also report metrics for each value of this column of table samples, or of size or length. Repeatable.",
         metavar="COLUMN",
     ),
 ]
@@ -180,6 +180,6 @@ def run_evaluate(
                 if (key := f"{baseline}_{name}") in report.metrics
             )
             job.output.line("", f"{name:<12} {metric.value:7.3f}  ({metric.low:.3f} to {metric.high:.3f})  {baselines}")
-    job.output.line("", f"words are those of {describe_words(report.metrics)}")
+    job.output.line("", f"texts are split into words by {describe_words(report.metrics)}")
     job.output.line("gallery", str(report.gallery))
     return report

@@ -22,7 +22,9 @@ def export_weights(
     part: Annotated[Literal["model", "encoder", "decoder"], typer.Option("--part", help="Part of the model to write.")],
     family: Annotated[
         str,
-        typer.Option("--as", help="Model family whose format is written, such as gpt2.", metavar="FAMILY"),
+        typer.Option(
+            "--as", help="Model family in whose format the weights are written, such as gpt2.", metavar="FAMILY"
+        ),
     ],
     out: OutOption,
     as_json: JsonOption = False,

@@ -69,7 +69,7 @@ def _digests(folder: Path) -> dict[str, str]:
                 "a file of the published weights cannot be read",
                 where=str(path),
                 got=str(error.strerror or error),
-                fix="copy the whole published folder again, with real files in place of links",
+                fix="copy the whole published folder again, with files instead of symbolic links",
             ) from None
     return digests
 

@@ -29,19 +29,28 @@ OutOption = Annotated[Path, typer.Option("--out", help="Output folder, which mus
 
 def import_weights(
     folder: Annotated[
-        Path | None, typer.Argument(help="Folder of published weights of the whole model.", metavar="FOLDER")
+        Path | None, typer.Argument(help="Folder with the published weights of the whole model.", metavar="FOLDER")
     ] = None,
     *,
-    model: Annotated[str, typer.Option("--model", help="Name of a model: a file in conf/model/.", metavar="NAME")],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", help="Name of a model, which is a file name in conf/model/ without .yml.", metavar="NAME"
+        ),
+    ],
     out: OutOption,
     encoder: Annotated[
-        Path | None, typer.Option("--encoder", help="Folder of published weights of the encoder.", metavar="FOLDER")
+        Path | None,
+        typer.Option("--encoder", help="Folder with the published weights of the encoder.", metavar="FOLDER"),
     ] = None,
     decoder: Annotated[
-        Path | None, typer.Option("--decoder", help="Folder of published weights of the decoder.", metavar="FOLDER")
+        Path | None,
+        typer.Option(
+            "--decoder", help="Folder with the published weights of the decoder (language model).", metavar="FOLDER"
+        ),
     ] = None,
     seed: Annotated[
-        int, typer.Option("--seed", help="Random seed for weights that no folder contains.", metavar="N")
+        int, typer.Option("--seed", help="Random seed for the weights that are in none of the folders.", metavar="N")
     ] = 0,
     overrides: SetOption = None,
     as_json: JsonOption = False,
@@ -73,14 +82,14 @@ def import_weights(
 def _check_parts(folders: dict[Part, Path]) -> None:
     if not folders or ("model" in folders and len(folders) > 1):
         raise UserError(
-            "an import needs one folder of the whole model, or folders of its parts",
-            got="a folder of the whole model and a folder of a part" if folders else "no folder",
-            fix="name one folder, or use --encoder, --decoder or both",
+            "import-weights needs one folder with the whole model, or folders with its encoder and decoder",
+            got="a folder with the whole model and a folder with a part" if folders else "no folder",
+            fix="name one folder with the whole model, or use --encoder, --decoder or both",
         )
     for part, path in folders.items():
         if not path.is_dir():
             where = "the folder of the whole model" if part == "model" else f"--{part}"
-            raise UserError("there is no such folder", where=where, got=str(path), fix="name an existing folder")
+            raise UserError("the folder does not exist", where=where, got=str(path), fix="name an existing folder")
 
 
 def _import_once(
@@ -115,7 +124,11 @@ def check_output_folder(out: Path) -> None:
         UserError: `out` is a file or a folder that is not empty.
     """
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError("the output folder is not empty", where=str(out), fix="name a new folder, or remove this one")
+        raise UserError(
+            "the output folder is not empty",
+            where=str(out),
+            fix="choose a new folder with --out, or remove this folder",
+        )
 
 
 def _write_checkpoint(
@@ -154,10 +167,10 @@ def _build_tokenizer(config: ModelConfig, folders: dict[Part, Path]) -> Tokenize
         return read_tokenizer(config.text, folders[source], source)
     if config.text.kind in {"bpe", "words"}:
         raise UserError(
-            "the model learns its tokenizer from training texts, and an import has none",
+            "the model learns its tokenizer from training texts, but an import has no training texts",
             where="model.text.kind",
             got=config.text.kind,
-            fix="choose a model whose text.kind is json or chars",
+            fix="choose a model config whose text.kind is json or chars",
         )
     return text.learn(config.text, ())
 

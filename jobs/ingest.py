@@ -25,11 +25,15 @@ def ingest(
     *,
     refresh: Annotated[
         bool,
-        typer.Option("--refresh", help="Read all input files again and replace all rows of the source."),
+        typer.Option(
+            "--refresh", help="Read all input again, and replace all rows that earlier ingests of this source wrote."
+        ),
     ] = False,
     source_path: Annotated[
         str,
-        typer.Option("--source-path", help="Path to read. Default: data.source.path of the run.", metavar="PATH"),
+        typer.Option(
+            "--source-path", help="File or folder to ingest. Default: data.source.path of the run.", metavar="PATH"
+        ),
     ] = "",
     run: RunOption = "demo",
     platform: PlatformOption = "local",
@@ -130,17 +134,17 @@ def _print_report(job: Job, report: FullReport) -> None:
     )
     if report.near_duplicates.pictures:
         near = report.near_duplicates
-        job.output.line("", f"{near.pictures:,} near-duplicates, {near.across_splits:,} of them across splits")
+        job.output.line("", f"{near.pictures:,} near-duplicates, {near.across_splits:,} of these in another split")
     if report.unchanged:
         job.output.line("", f"{report.unchanged:,} unchanged files or caption rows skipped")
     if report.passed_over:
         job.output.line(
-            "", f"{sum(report.passed_over_count.values()):,} files passed over: {_name_passed_over(report)}"
+            "", f"{sum(report.passed_over_count.values()):,} files passed over (not read): {_name_passed_over(report)}"
         )
     if report.unreadable_files:
         count = len(report.unreadable_files)
         shown = "; ".join(report.unreadable_files[:SHOWN_FILES])
-        job.output.line("", f"{count:,} files could not be read to their end: {shown}")
+        job.output.line("", f"{count:,} files could only be read in part: {shown}")
     if report.removed:
         job.output.line("", f"{report.removed:,} pictures removed because their source rows were changed or deleted")
     if report.nothing_new:

@@ -55,7 +55,9 @@ class CaptionLineage(Config):
 
 
 def lineage(
-    image_id: Annotated[str, typer.Argument(help="Value of image_id in table generated_captions.", metavar="IMAGE_ID")],
+    image_id: Annotated[
+        str, typer.Argument(help="Id of the picture: its image_id in table generated_captions.", metavar="IMAGE_ID")
+    ],
     *,
     run: RunOption = "demo",
     platform: PlatformOption = "local",

@@ -39,5 +39,5 @@ def check_port_free(port: int) -> None:
                 "the port cannot be used",
                 where=f"{HOST}:{port}",
                 got=str(error.strerror or error),
-                fix=f"stop the process that uses it, or choose another port: --port {port % 65535 + 1}",
+                fix=f"stop the process that uses the port, or choose another port: --port {port % 65535 + 1}",
             ) from None

@@ -15,11 +15,13 @@ def maintain(
     *,
     retain_hours: Annotated[
         int,
-        typer.Option("--retain-hours", help="Keep files of table versions of the last N hours.", metavar="N"),
+        typer.Option("--retain-hours", help="Keep the files of all table versions of the last N hours.", metavar="N"),
     ] = 168,
     keep: Annotated[
         int | None,
-        typer.Option("--keep", help="List all but the N newest folders of runs, shards and reports.", metavar="N"),
+        typer.Option(
+            "--keep", help="List all folders of runs, shards and reports except the N newest of each kind.", metavar="N"
+        ),
     ] = None,
     remove: Annotated[bool, typer.Option("--remove", help="Remove the folders that --keep lists.")] = False,
     run: RunOption = "demo",
@@ -42,7 +44,9 @@ def maintain(
       lakesight maintain --keep 3 --remove
     """
     if remove and keep is None:
-        raise UserError("--remove needs --keep", fix="--keep N says how many folders of each kind stay")
+        raise UserError(
+            "--remove needs --keep", fix="add --keep N, the number of newest folders of each kind that are kept"
+        )
     with open_job(run, platform, overrides, as_json) as job:
         if keep is not None:
             _clean_up(job, keep, remove=remove)
@@ -54,7 +58,7 @@ def maintain(
         for table in report.tables:
             job.output.line("maintain", f"{table.table}: {table.files:,} files, {table.bytes / 2**20:,.0f} MB")
             if table.postponed:
-                job.output.line("", f"postponed to the next run: another job writes to the table: {table.postponed}")
+                job.output.line("", f"not maintained now, because another job writes to the table: {table.postponed}")
             else:
                 merged = f"{table.rewritten:,} files merged into {table.written:,}"
                 job.output.line("", f"{merged}; {table.removed:,} removed")
@@ -72,6 +76,6 @@ def _clean_up(job: Job, keep: int, *, remove: bool) -> None:
     total = sum(folder.bytes for folder in old)
     if remove:
         remove_folders(old)
-    what = "removed" if remove else "to remove with --remove"
+    what = "removed" if remove else "that --remove would remove"
     job.output.line("maintain", f"{len(old):,} folders, {total / 2**20:,.1f} MB {what}")
     job.output.report({"folders": old, "bytes": total, "removed": remove})

@@ -13,8 +13,12 @@ from pipelines.errors import UserError
 
 def migrate(
     *,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what the migration would execute.")] = False,
-    undo: Annotated[bool, typer.Option("--undo", help="Restore the tables as they were before the migration.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print the SQL statements that the migration would execute.")
+    ] = False,
+    undo: Annotated[
+        bool, typer.Option("--undo", help="Undo the last migration: restore all tables to their earlier versions.")
+    ] = False,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
     overrides: SetOption = None,
@@ -31,7 +35,7 @@ def migrate(
       lakesight migrate --undo
     """
     if dry_run and undo:
-        raise UserError("--dry-run and --undo cannot be combined", fix="choose one of the two options")
+        raise UserError("--dry-run and --undo cannot be combined", fix="use only one of --dry-run and --undo")
     with open_job(run, platform, overrides, as_json) as job:
         from pipelines.driver.delta import migrate as migration
 

@@ -85,7 +85,7 @@ def run_pipeline(job: Job) -> PipelineReport:
     metrics = evaluated.values()
     nothing_new = ingested.nothing_new and not (trained.trained or captioned.captioned or captioned.errors)
     if nothing_new:
-        job.output.line("done", "nothing new: no row ingested, no step trained, no picture captioned")
+        job.output.line("done", "nothing new: this command ingested no row, trained no step and captioned no picture")
     return PipelineReport(
         run=job.config.name,
         rows_in=ingested.rows_in,

@@ -74,7 +74,7 @@ def run_promote(job: Job, which: str) -> PromotionReport:
     version = resolve(job.platform, job.model_name, which)
     label = f"{version.name} version {version.version}"
     if champion and champion.version == version.version:
-        job.output.line("promote", f"{label} is the champion already")
+        job.output.line("promote", f"{label} is already the champion")
         return PromotionReport(model_name=version.name, model_version=version.version, already=True, found={})
     version = set_alias(job.platform, version, CHALLENGER)
     verdict = check_gate(job, version, champion)
@@ -93,11 +93,11 @@ def run_promote(job: Job, which: str) -> PromotionReport:
     )
     if verdict.reasons:
         raise StageFailed(
-            f"the version is not promoted, for {len(verdict.reasons)} reason{'s' * (len(verdict.reasons) > 1)}",
+            f"the model version is not promoted, for {len(verdict.reasons)} reason{'s' * (len(verdict.reasons) > 1)}",
             where=f"model {label}",
             got="; ".join(verdict.reasons),
-            fix="look at the evaluation's gallery; train longer, use another seed, or show the decoder more of the "
-            "picture (vision.select: patches); the run's gate section sets the limits",
+            fix="look at the captions in the gallery of `lakesight evaluate`. Train longer, use another seed, or give "
+            "the decoder more picture features (vision.select: patches). The limits are in section gate of the run",
         )
     promote(job.platform, version)
     job.output.line("promote", f"{label} is the champion now" + (f", after {champion.version}" if champion else ""))

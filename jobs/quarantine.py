@@ -25,14 +25,16 @@ class Action(StrEnum):
 
 def quarantine(
     action: Annotated[
-        Action, typer.Argument(help="show: rows of all sources. replay: check rows of the run's data again.")
+        Action,
+        typer.Argument(help="show: print refused rows of all sources. replay: check the run's refused rows again."),
     ] = Action.SHOW,
     *,
     reason: Annotated[
-        list[str] | None, typer.Option("--reason", help="Quarantine reason to select. Repeatable.", metavar="REASON")
+        list[str] | None,
+        typer.Option("--reason", help="Quarantine reason of the rows to select. Repeatable.", metavar="REASON"),
     ] = None,
     rows: Annotated[
-        int, typer.Option("--rows", min=0, help="Number of rows to show per source and reason.", metavar="N")
+        int, typer.Option("--rows", min=0, help="Number of rows to show for each source and reason.", metavar="N")
     ] = 2,
     gallery: Annotated[bool, typer.Option("--gallery", help="Write an HTML page with the rows' pictures.")] = False,
     run: RunOption = "demo",
@@ -64,7 +66,9 @@ def _check_reasons(reasons: list[str]) -> list[str]:
     unknown = sorted(set(reasons) - set(REASONS))
     if unknown:
         raise UserError(
-            f"unknown quarantine reason: {', '.join(unknown)}", where="--reason", fix=f"one of {', '.join(REASONS)}"
+            f"unknown quarantine reason: {', '.join(unknown)}",
+            where="--reason",
+            fix=f"choose from {', '.join(REASONS)}",
         )
     return reasons
 
@@ -97,8 +101,8 @@ def _replay(job: Job, reasons: list[str]) -> None:
         raise UserError(
             "replay needs at least one quarantine reason",
             where="--reason",
-            got="none",
-            fix=f"one of {', '.join(REASONS)}",
+            got="no --reason",
+            fix=f"add --reason with one of {', '.join(REASONS)}",
         )
     with show_elapsed("replay"):
         report = replay(job.spark, job.platform, job.source, job.config.data, reasons)

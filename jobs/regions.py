@@ -67,7 +67,7 @@ def check_drawing_path(path: Path) -> None:
         raise UserError(
             "the drawing cannot be written",
             where=str(path),
-            got=f"no picture format ends in {path.suffix!r}",
+            got=f"{path.suffix!r} is not the suffix of a picture format",
             fix="name a .png or .jpg file",
         )
 

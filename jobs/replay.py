@@ -61,7 +61,9 @@ def run_replay(job: Job, run: RunFolder, step: int) -> ReplayReport:
         error=found.error,
         pictures=tuple(pictures),
     )
-    job.output.line("replay", f"step {step}, trained from step {found.from_step}, {len(pictures)} pictures")
+    job.output.line(
+        "replay", f"step {step} with {len(pictures)} pictures, after repeating the steps from {found.from_step}"
+    )
     for picture in pictures[:SHOWN_ROWS]:
         loss = "not finite" if picture.loss is None else f"{picture.loss:10.3f}"
         text = picture.text[:MAX_TEXT_CHARS].replace("\n", " ")

@@ -16,7 +16,10 @@ from pipelines.platform import user_name
 def review(
     *,
     table: Annotated[
-        str, typer.Option("--table", help="Captioned table: a name, or the path of a folder.", metavar="TABLE")
+        str,
+        typer.Option(
+            "--table", help="Captioned table: the name of the table, or the path of its folder.", metavar="TABLE"
+        ),
     ] = "samples",
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.", metavar="PORT")] = 5002,
     run: RunOption = "demo",

@@ -83,8 +83,8 @@ def _value_at(settings: Any, key: str) -> Any:
 
 def _refused(job: Job, key: str, name: str, reason: str) -> UserError:
     return UserError(
-        "the command cannot change this setting of the model",
+        "this command cannot change this setting of a trained model",
         where=name,
         got=f"--set {key}=...",
-        fix=f"{reason}: `lakesight train --run {job.config.name} --set {key}=...` makes a version with this setting",
+        fix=f"{reason}: train a version with `lakesight train --run {job.config.name} --set {key}=...`",
     )

@@ -47,17 +47,22 @@ class TableReport(Config):
 
 
 ColumnsOption = Annotated[
-    str, typer.Option("--columns", help="Columns, separated by commas. Default: all.", metavar="NAMES")
+    str, typer.Option("--columns", help="Columns to show, separated by commas. Default: all.", metavar="NAMES")
 ]
 OrderOption = Annotated[
-    str, typer.Option("--order", help="SQL list of columns to sort by. Default: as stored.", metavar="SQL")
+    str,
+    typer.Option(
+        "--order", help="Sort by these columns, as in SQL ORDER BY. Default: the order of the files.", metavar="SQL"
+    ),
 ]
 OutputOption = Annotated[
     Path | None, typer.Option("--output", help="Write all selected rows to a .parquet or .csv file.", metavar="FILE")
 ]
-IdOption = Annotated[str, typer.Option("--id-column", help="Column of ids, for --gallery.", metavar="COLUMN")]
+IdOption = Annotated[
+    str, typer.Option("--id-column", help="Column with the row ids that --gallery shows.", metavar="COLUMN")
+]
 ImageOption = Annotated[
-    str, typer.Option("--image-column", help="Column of pictures, for --gallery.", metavar="COLUMN")
+    str, typer.Option("--image-column", help="Column with the pictures that --gallery shows.", metavar="COLUMN")
 ]
 
 
@@ -65,7 +70,7 @@ def show(
     table: Annotated[
         str,
         typer.Argument(
-            help="Table, such as samples or generated_captions; view champion_captions; or path of a folder.",
+            help="Table such as samples or generated_captions, view champion_captions, or path of a table's folder.",
             metavar="TABLE",
         ),
     ],
@@ -170,7 +175,9 @@ def _open(job: Job, name: str, version: int | None) -> tuple[Relation, int, int]
         table = open_table(job, name, version)
         return table_relation(table), table.version(), count_rows(table, name)
     if version is not None:
-        raise UserError("a view has no versions", where=name, got=f"--version {version}", fix="omit --version")
+        raise UserError(
+            "a view has no versions", where=f"view {name}", got=f"--version {version}", fix="omit --version"
+        )
     view = champion_captions(job)
     return view, view.tables["generated_captions"].version(), view.count()
 
@@ -188,7 +195,12 @@ def write_rows(rows: pa.RecordBatchReader, path: Path) -> None:
 
     writers = {".parquet": parquet.ParquetWriter, ".csv": csv.CSVWriter}
     if path.suffix not in writers:
-        raise UserError("unknown format", where="--output", got=path.name, fix="end the name in .parquet or .csv")
+        raise UserError(
+            "the output format is unknown",
+            where="--output",
+            got=path.name,
+            fix="choose a file name that ends in .parquet or .csv",
+        )
     try:
         with atomic_write(path) as temporary, writers[path.suffix](temporary, rows.schema) as writer:
             for batch in rows:
@@ -255,7 +267,7 @@ def write_gallery(job: Job, name: str, version: int, rows: pa.Table, place: Pict
         raise UserError(
             f"there are no pictures to show in {name!r}",
             got=f"columns {', '.join(rows.column_names)}" if found else "no rows",
-            fix="--gallery needs rows of captions, or the columns that --id-column and --image-column name",
+            fix="use --gallery on rows of generated_captions, or name the columns with --id-column and --image-column",
         )
     if is_captions:
         by_key = read_pictures(job.platform, found)

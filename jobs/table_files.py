@@ -51,10 +51,10 @@ def _folder(job: Job, name: str) -> Path:
     """Return the folder that holds a table of the platform."""
     if job.platform.tables is None:
         raise UserError(
-            "this command cannot read the tables of a catalog; it reads local Delta files only",
+            "this command reads only local Delta tables, and cannot read tables of a catalog",
             where=f"platform {job.platform.kind}",
             got=job.platform.table(name),
-            fix="query the table with SQL: docs/databricks.md has the query that replaces each command",
+            fix="query the table with SQL: docs/databricks.md has a query for each such command",
         )
     names = sorted(path.parent.name for path in job.platform.tables.glob("*/_delta_log"))
     if name not in names:
@@ -83,7 +83,7 @@ def count_rows(delta: DeltaTable, name: str) -> int:
         raise UserError(
             f"version {delta.version()} of table {name!r} can no longer be read",
             where=delta.table_uri,
-            got=f"VACUUM has removed its files ({str(error).splitlines()[0][:200]})",
+            got=f"VACUUM has removed files of this version ({str(error).splitlines()[0][:200]})",
             fix="omit --version to show the newest version",
         ) from None
 
@@ -128,7 +128,7 @@ class Relation:
                 "the rows cannot be selected",
                 where="--columns, --where or --order",
                 got=" ".join(str(error).split()),
-                fix="write SQL on the columns of the table; names with capital letters or spaces need double quotes",
+                fix="write SQL with columns of the table; put names with capital letters or spaces in double quotes",
             ) from None
 
     def count(self) -> int:
@@ -157,7 +157,7 @@ def champion_captions(job: Job) -> Relation:
     missing = [name for name in GENERATED_CAPTIONS.names if name not in existing]
     if missing:
         raise UserError(
-            "an earlier version of Lakesight wrote the table of captions",
+            "the table of captions lacks columns, because an earlier version of Lakesight wrote the table",
             where=GENERATED_CAPTIONS.name,
             got=f"no column {', '.join(missing)}",
             fix=f"run `{job.command('maintain')}` once, which adds the columns and changes no row",

@@ -60,11 +60,17 @@ def train(
     as_json: JsonOption = False,
     launch: Annotated[
         bool,
-        typer.Option("--launch/--no-launch", help="Start the ranks, or only write the run folder for torchrun."),
+        typer.Option(
+            "--launch/--no-launch", help="Train, or (with --no-launch) only write the run folder for torchrun."
+        ),
     ] = True,
     replay_step: Annotated[
         int | None,
-        typer.Option("--replay-step", help="Only repeat this step, and show the loss of each picture.", metavar="STEP"),
+        typer.Option(
+            "--replay-step",
+            help="Only repeat this training step, and show the loss of each of its pictures.",
+            metavar="STEP",
+        ),
     ] = None,
 ) -> None:
     """Train on distributed ranks and register the model.
@@ -173,10 +179,10 @@ def register_checkpoint(job: Job, which: str, step: int) -> str:
     run = RunFolder(job.platform.folder("runs") / trained.tags.get("run", "unknown"))
     if finished_result(run) is None:
         raise UserError(
-            "the training of the version is not here",
+            "the training of the model version is not in this home folder",
             where=str(run.path),
-            got="no finished run in this folder",
-            fix=f"choose a version that was trained with this home folder, or run `{job.command('train')}`",
+            got="the folder has no finished training run",
+            fix=f"choose a version that was trained in this home folder, or run `{job.command('train')}`",
         )
     with own_run(run):
         version = register(run, trained.run_id, job.platform, step)
@@ -208,7 +214,7 @@ def register_finished_runs(job: Job) -> None:
                 continue
             with own_run(run):
                 with follow(run, config, job.platform, may_be_down=False) as follower:
-                    logger.info("%s is finished, but was not registered", run.path)
+                    logger.info("the training run %s is finished, but its model was not registered", run.path)
                 register(run, follower.run_id, job.platform, config.train.register_)
                 marker.unlink(missing_ok=True)
         except TrackingDown:

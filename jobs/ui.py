@@ -37,10 +37,10 @@ def ui(
         uri = job.platform.tracking_uri
         if not uri.startswith("sqlite"):
             raise UserError(
-                "there is nothing to serve: a tracking server is in use",
+                "`lakesight ui` has nothing to serve, because runs are logged to a tracking server",
                 where="MLFLOW_TRACKING_URI" if platform == "local" else f"platform {platform}",
                 got=redact_uri(uri),
-                fix="open the page of that server",
+                fix="open the tracking server's own page in a browser",
             )
         follow_moved_home(job.platform)
         check_port_free(port)

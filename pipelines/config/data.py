@@ -157,7 +157,7 @@ class TableSourceConfig(RowSourceBase):
     @model_validator(mode="after")
     def _named_once(self) -> Self:
         if self.table and self.path:
-            raise ValueError("give either table (a name) or path, not both")
+            raise ValueError("table and path are both set: give either table (a name) or path (a folder)")
         return self
 
     @property
@@ -225,7 +225,7 @@ class HashSplitConfig(Config):
     @model_validator(mode="after")
     def _something_to_train_on(self) -> Self:
         if self.val + self.test >= 1:
-            raise ValueError("val + test leaves no rows to train on: keep their sum below 1")
+            raise ValueError("val + test is 1 or more, so no rows are left to train on: keep val + test below 1")
         return self
 
 
@@ -337,13 +337,13 @@ class DataConfig(Config):
     @model_validator(mode="after")
     def _files_say_the_split(self) -> Self:
         if self.split.kind == "file" and self.source.kind == "table":
-            raise ValueError("a table has no file names to split by: use split kind hash or column")
+            raise ValueError("split.kind is file, but a table has no file names: set split.kind to hash or column")
         return self
 
     @model_validator(mode="after")
     def _own_rows_are_left(self) -> Self:
         if sum(self.mix.values()) >= 1:
-            raise ValueError("mix leaves no share for this source itself: keep the sum of its shares below 1")
+            raise ValueError("the shares in mix leave nothing for the data itself: keep the sum of the shares below 1")
         if self.mix and "train" in (self.validate_on, self.evaluate_on):
-            raise ValueError("a mix changes the train split: validate_on and evaluate_on must be val or test")
+            raise ValueError("with mix, validate_on and evaluate_on cannot be train: set them to val or test")
         return self

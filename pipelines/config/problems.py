@@ -19,7 +19,7 @@ def config_error(problems: Iterable[str], where: str) -> ConfigError:
         f"the configuration has {len(listed)} {noun}",
         where=where,
         got="; ".join(listed),
-        fix="correct the YAML or the --set option named; `lakesight config` prints the resolved run",
+        fix="correct the YAML file or the --set option; `lakesight config` prints the values that a run uses",
     )
 
 

@@ -40,11 +40,11 @@ OWN_SPARK_SETTINGS = {
     "spark.driver.memory": "use platform.spark.driver_memory",
     "spark.sql.shuffle.partitions": "use platform.spark.shuffle_partitions",
     "spark.jars": "use spark.driver.extraClassPath and spark.executor.extraClassPath",
-    "spark.sql.extensions": "tables need Delta's extension",
-    "spark.sql.catalog.spark_catalog": "tables need Delta's catalog",
-    "spark.sql.warehouse.dir": "tables are in the home folder",
-    "spark.sql.session.timeZone": "times are in UTC",
-    "spark.authenticate": "Spark's ports need a secret on a laptop",
+    "spark.sql.extensions": "Lakesight sets this to Delta's extension",
+    "spark.sql.catalog.spark_catalog": "Lakesight sets this to Delta's catalog",
+    "spark.sql.warehouse.dir": "Lakesight keeps tables in the home folder",
+    "spark.sql.session.timeZone": "Lakesight stores times in UTC",
+    "spark.authenticate": "on a laptop, Lakesight protects Spark's ports with a secret",
     "spark.lakesight": "these settings belong to Lakesight",
 }
 """Spark settings that users cannot set (or the beginnings of their names), with the reason or an alternative."""
@@ -89,10 +89,12 @@ class SparkConfig(Config):
     def _sets_nothing_twice(self) -> Self:
         own = dict(OWN_SPARK_SETTINGS)
         if not self.master.startswith("spark://"):
-            own |= dict.fromkeys(LOOPBACK_SETTINGS, "ports of a laptop listen on the loopback device only")
+            own |= dict.fromkeys(
+                LOOPBACK_SETTINGS, "on a laptop, Spark's ports listen on the loopback device (127.0.0.1) only"
+            )
         for name in self.conf:
             if not name.startswith("spark."):
-                raise ValueError(f"conf: {name!r} is no setting of Spark, whose names begin with 'spark.'")
+                raise ValueError(f"conf: {name!r} is not a Spark setting: names of Spark settings begin with 'spark.'")
             for taken, reason in own.items():
                 if name == taken or name.startswith(f"{taken}."):
                     raise ValueError(f"conf: {name} cannot be set: {reason}")
@@ -172,7 +174,9 @@ class RunConfig(Config):
     @model_validator(mode="after")
     def _can_name_a_model(self) -> Self:
         if self.platform.kind == "databricks" and "." in self.name:
-            raise ValueError(f"Unity Catalog allows no dot in the name of a model: rename the run {self.name!r}")
+            raise ValueError(
+                f"the run is named {self.name!r}, but Unity Catalog allows no dot in a model name: rename the run"
+            )
         return self
 
     def to_json(self) -> str:
@@ -223,7 +227,7 @@ def load_run(name: str, *, platform: str = "local", overrides: Sequence[str] = (
     files = {"run": _find("run", name, problems)}
     run = _read(files["run"], problems) or {}
     if files["run"] and not run and not problems:
-        problems.append(f"{files['run']}: the file is empty, expected the keys model, train and data")
+        problems.append(f"{files['run']}: the file is empty: write the keys model, train and data")
     inline = {"data": run["data"]} if isinstance(run.get("data"), dict) else {}
     chosen = {kind: _chosen_name(run, kind, problems) for kind in ("model", "data", "train")} | {"platform": platform}
     chosen |= dict.fromkeys(inline, name)
@@ -277,7 +281,7 @@ def _chosen_name(run: dict[str, Any], kind: str, problems: list[str]) -> str:
     """Return the name that a run's YAML file gives for a kind of settings, or an empty string without such a name."""
     name = run.get(kind)
     if isinstance(name, bool | float | list | date):
-        problems.append(f"run.{kind}: got {name!r}, which is not a name: write the name in quotes")
+        problems.append(f"run.{kind}: got {name!r}, which YAML does not read as a name: write the name in quotes")
         return ""
     return "" if name is None else str(name)
 
@@ -290,7 +294,10 @@ def _find(kind: str, name: str, problems: list[str]) -> Path | None:
             if path.is_file():
                 return path
             if path.with_name(f"{name}.yaml").is_file():
-                problems.append(f"{path.with_name(f'{name}.yaml')}: the file is not read, rename it to {path.name}")
+                problems.append(
+                    f"{path.with_name(f'{name}.yaml')}: the file is not read because of its suffix: rename the file to "
+                    f"{path.name}"
+                )
                 return None
         rule = ""
     else:
@@ -316,7 +323,7 @@ def _apply(slices: dict[str, Any], override: str, problems: list[str]) -> None:
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        problems.append(f"--set {override}: expected a.b=value")
+        problems.append(f"--set {override}: expected KEY=VALUE, such as train.steps=500")
         return
     if keys[0] not in slices:
         problems.append(f"{path}: unknown key {keys[0]!r}{did_you_mean(keys[0], slices)}")
@@ -331,4 +338,4 @@ def _apply(slices: dict[str, Any], override: str, problems: list[str]) -> None:
     try:
         node[keys[-1]] = parse_yaml(text) if structured else text
     except YamlProblem:
-        problems.append(f"{path}: {text!r} is not a YAML list or mapping")
+        problems.append(f"{path}: {text!r} is not a valid YAML list or mapping")

@@ -108,9 +108,11 @@ class StageConfig(Config):
     @model_validator(mode="after")
     def _something_learns(self) -> Self:
         if len(self.rates) < len(self.groups):
-            raise ValueError("a pattern occurs twice; only the first would count")
+            raise ValueError(
+                "two groups have the same pattern, so the second group would have no effect: remove a group"
+            )
         if not max(self.rates.values()):
-            raise ValueError("every group has lr 0, so no parameter would learn")
+            raise ValueError("every group has lr 0, so no parameter would learn: give a group an lr above 0")
         return self
 
 
@@ -158,7 +160,9 @@ class AugmentConfig(Config):
     def _changes_something(self) -> Self:
         least, most = self.scale
         if not 0 < least <= most:
-            raise ValueError(f"scale is [{least:g}, {most:g}]: expected the smallest share (above 0), then the largest")
+            raise ValueError(
+                f"scale is [{least:g}, {most:g}]: give the smallest share (above 0), then the largest share"
+            )
         flips, colours = (self.flip, self.flip_vertical, self.rotate), (self.brightness, self.contrast, self.saturation)
         if least == 1 and not any((*flips, *colours, self.erase)):
             raise ValueError(
@@ -176,7 +180,7 @@ def _read_register(value: object) -> object:
         return value
     if str(value).isdecimal() and int(str(value)):
         return int(str(value))
-    raise ValueError("expected last, best, or the step of a checkpoint")
+    raise ValueError("expected last, best, or the step of a checkpoint, such as 500")
 
 
 Register = Annotated[Literal["last", "best"] | int, BeforeValidator(_read_register)]
@@ -336,41 +340,50 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _stages_fit(self) -> Self:
         if self.stages and self.steps != (total := sum(stage.steps for stage in self.stages)):
-            raise ValueError(f"steps is {self.steps}, but the stages have {total} in total: leave steps out")
+            raise ValueError(f"steps is {self.steps}, but the stages together have {total} steps: remove the key steps")
         if self.stages and self.adapter:
-            raise ValueError("stages and adapter exclude each other: with an adapter nothing else learns")
+            raise ValueError(
+                "stages and adapter exclude each other, because only the adapter learns: remove one of the two"
+            )
         if self.rewards_cider and self.parallel == "fsdp":
-            raise ValueError("objective cider and parallel fsdp exclude each other: each rank needs all weights")
+            raise ValueError(
+                "objective cider and parallel fsdp exclude each other: each rank needs all weights, so use parallel ddp"
+            )
         return self
 
     @model_validator(mode="after")
     def _contrast_needs_whole_weights(self) -> Self:
         if self.contrastive and self.parallel == "fsdp":
-            raise ValueError("contrastive and parallel fsdp exclude each other: the loss needs the decoder's weights")
+            raise ValueError(
+                "contrastive and parallel fsdp exclude each other: each rank needs all weights, so use parallel ddp"
+            )
         return self
 
     @model_validator(mode="after")
     def _state_to_start_from(self) -> Self:
         if self.start_state == "training" and (not self.start_from or self.adapter):
-            raise ValueError("start_state training needs start_from, the checkpoint of a run, and no adapter")
+            raise ValueError(
+                "start_state training needs start_from without an adapter: set start_from to a run's checkpoint"
+            )
         return self
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> Self:
         if self.best_by == "cider" and not self.score_every:
-            raise ValueError("best_by cider needs score_every: without it, no checkpoint has a CIDEr")
+            raise ValueError("best_by cider needs score_every: set score_every, or use best_by loss")
         return self
 
     @model_validator(mode="after")
     def _something_to_adapt(self) -> Self:
         if self.adapter and self.parallel == "fsdp":
             raise ValueError(
-                "adapter and parallel fsdp exclude each other: frozen weights are half precision, fsdp needs one dtype"
+                "adapter and parallel fsdp exclude each other: fsdp needs one dtype for all weights; use parallel ddp"
             )
         if self.adapter and self.register_ != "last":
             raise ValueError(
-                f"adapter and register {self.register_} exclude each other: only the last checkpoint has merged weights"
+                f"adapter and register {self.register_} exclude each other: only the last checkpoint contains the "
+                "adapter in its weights, so use register last"
             )
         if self.adapter and not self.start_from:
-            raise ValueError("adapter needs start_from: corrections of untrained weights are useless")
+            raise ValueError("adapter needs start_from: set start_from to the folder of the trained weights to adapt")
         return self

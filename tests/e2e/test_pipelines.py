@@ -160,7 +160,7 @@ def test_a_demo_runs_every_stage(demos: Ran) -> None:
 def test_a_second_demo_repeats_no_work(demos: Ran) -> None:
     first, second, *_ = demos.reports
     assert second["nothing_new"]
-    assert "nothing new: no row ingested, no step trained, no picture captioned" in demos.log
+    assert "nothing new: this command ingested no row, trained no step and captioned no picture" in demos.log
     assert (second["samples"], second["quarantined"], second["captions"], second["errors"]) == (0, 0, 0, 0)
     assert second["rows_in"] == second["duplicates"] == 0, "unchanged files are not read"
     assert second["captioned_before"] == first["captions"]

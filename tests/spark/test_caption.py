@@ -290,14 +290,14 @@ def one_photo(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"source_table": "photos; DROP TABLE x"}, "not a table name"),
+        ({"source_table": "photos; DROP TABLE x"}, "the name of the table to caption is not valid"),
         ({"source_table": "sampels"}, "did you mean 'lakesight.samples'"),
         ({"id_column": "di"}, "did you mean 'id'"),
         ({"image_column": "foto"}, "did you mean 'photo'"),
         ({"image_column": "id"}, "holds no pictures.*type int"),
         ({"where": "id <"}, "condition cannot be used"),
         ({"where": "size > 3"}, "condition cannot be used"),
-        ({"source_version": 99}, "newest version is 0"),
+        ({"source_version": 99}, "the newest is 0"),
         ({"prompt": "a very long question about it"}, "leaves no room"),
     ],
 )
@@ -318,5 +318,5 @@ def test_a_table_with_null_or_duplicate_ids_is_refused(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path, ids: tuple[int | None, ...]
 ) -> None:
     table = write(spark, tmp_path / "photos", [(identity, picture(1)) for identity in ids])
-    with pytest.raises(UserError, match="ids are not unique"):
+    with pytest.raises(UserError, match="the ids of the rows to caption are not unique"):
         caption(spark, platform, model, request(table))

@@ -172,6 +172,8 @@ def test_a_migration_changes_no_row_and_no_dataset_version_and_can_be_undone(
 
     migrate(spark, home, dry_run=False)
     spark.sql(f"DELETE FROM {samples} WHERE source = '{source}'")
-    with pytest.raises(UserError, match=r"cannot be undone, because rows were written since.*DELETE at version"):
+    with pytest.raises(
+        UserError, match=r"cannot be undone, because rows were written after the migration.*DELETE at version"
+    ):
         undo(spark, home)
     assert read_home_format(home.root) == FORMAT

@@ -72,8 +72,8 @@ def read_evaluation_figures(
     outdated = [row["metric"] for row in last if row["metric"] in RELATIVE and row["tokenisation"] != TOKENISATION]
     if outdated:
         logger.warning(
-            "drift of %s is not checked, because the evaluation of version %s split texts into words by other rules: "
-            "run `lakesight evaluate` once",
+            "drift of %s is not checked, because the evaluation of model version %s split texts into words by other "
+            "rules: run `lakesight evaluate` for the model version with this release of Lakesight",
             " and ".join(sorted(outdated)),
             version,
         )

@@ -81,7 +81,7 @@ def check_source(platform: Platform, request: CaptionRequest) -> None:
         raise UserError(
             "the table cannot be read as a Delta table",
             where=request.source_table,
-            got=f"no table in {location}",
+            got=f"no Delta table in folder {location}",
             fix=f"name the folder of a Delta table, or one of {', '.join(known)}"
             if known
             else "run `lakesight ingest`",

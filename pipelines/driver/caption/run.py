@@ -141,9 +141,9 @@ class TooManyErrors(StageFailed):
             "too many pictures could not be captioned",
             where=f"{report.source_table} version {report.source_version}",
             got=f"{report.errors} of {processed} rows ({report.errors / processed:.1%}, "
-            f"allowed are {max_error_share:.1%})",
-            fix="all rows are written: read `error` in generated_captions, correct the cause, and run again with "
-            "--retry-errors",
+            f"--max-error-share is {max_error_share:.1%})",
+            fix="all results are written: read column `error` of table generated_captions, correct the cause, and run "
+            "the command again with --retry-errors",
         )
 
 
@@ -311,10 +311,10 @@ def _find_uncaptioned_rows(
     assert counts is not None
     if not counts["rows"] == counts["ids"] == counts["distinct"]:
         raise UserError(
-            "the ids are not unique",
+            "the ids of the rows to caption are not unique",
             where=f"column {request.id_column} of table {source.name}",
             got=f"{counts['rows']} rows, {counts['ids']} non-null ids, {counts['distinct']} distinct ids",
-            fix="name a column of unique values, or exclude rows with a condition",
+            fix="name a column with unique values, or exclude rows with --where",
         )
     todo = marked.where("is_done IS NULL OR may_differ").select("image_id", "image", F.col("sha256").alias("known"))
     return todo, RowCounts(counts["rows"], counts["todo"])
@@ -381,5 +381,5 @@ def check_request(model: ModelFiles, request: CaptionRequest) -> None:
             "the prompt leaves no room for a caption",
             where=f"model {model.name} version {model.version}",
             got=f"{len(prefix)} positions for picture and prompt, and max_new_tokens {settings.max_new_tokens}",
-            fix=f"shorten the prompt or lower max_new_tokens: the context is {config.decoder.context}",
+            fix=f"shorten the prompt or lower max_new_tokens: the context has {config.decoder.context} positions",
         )

@@ -77,8 +77,8 @@ def open_source_table(
     """
     if not TABLE_NAME.fullmatch(table):
         raise UserError(
-            "not a table name",
-            where="the table to caption",
+            "the name of the table to caption is not valid",
+            where="--table",
             got=table,
             fix="write the name as table, schema.table, catalog.schema.table, or delta.`/path`",
         )
@@ -173,7 +173,7 @@ def _read(spark: SparkSession, platform: Platform, name: str, version: int | Non
             f"table {name} cannot be read at version {pinned}",
             where=name,
             got=_first_line(error),
-            fix=f"the newest version is {newest}; DESCRIBE HISTORY lists them",
+            fix=f"choose a version that DESCRIBE HISTORY lists; the newest is {newest}",
         ) from None
 
 

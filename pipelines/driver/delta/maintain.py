@@ -74,9 +74,9 @@ def maintain(spark: SparkSession, platform: Platform, retain_hours: int = MIN_RE
     """
     if retain_hours < MIN_RETAIN_HOURS:
         raise UserError(
-            "the retention is too short",
+            "the retention time of old table versions is too short",
             where="--retain-hours",
-            got=f"{retain_hours}",
+            got=f"{retain_hours} hours",
             fix=f"set at least {MIN_RETAIN_HOURS} hours, because a running job may read an older table version",
         )
     started = time.monotonic()
@@ -96,7 +96,7 @@ def _maintain_table(spark: SparkSession, name: str, checks: Mapping[str, str], r
             optimized = spark.sql(f"OPTIMIZE {name}").collect()[0]["metrics"]
             break
         except CONFLICTS as error:
-            logger.info("%s: conflict with another writer, attempt %d of %d", name, attempt, ATTEMPTS)
+            logger.info("table %s: OPTIMIZE conflicted with another writer, attempt %d of %d", name, attempt, ATTEMPTS)
             if attempt == ATTEMPTS:
                 return TableMaintenance(table=name, postponed=str(error).partition("\n")[0][:300])
     with vacuum_logging(spark):

@@ -120,8 +120,8 @@ def undo(spark: SparkSession, platform: Platform) -> MigrationReport:
         raise UserError(
             "there is no migration to undo",
             where=str(path),
-            got="no record of a migration",
-            fix="nothing to do: the last migration was undone, or no migration was run",
+            got="the file does not exist",
+            fix="do nothing: no migration was run, or the last migration is already undone",
         )
     backup, before = read_json(path, Backup), read_home_format(platform.root)
     tables = [(table, name) for table, name in _existing(spark, platform) if table.name in backup.versions]
@@ -152,10 +152,10 @@ def _require_no_writes(spark: SparkSession, name: str, version: int) -> None:
     ]
     if written:
         raise UserError(
-            "the migration cannot be undone, because rows were written since",
+            "the migration cannot be undone, because rows were written after the migration",
             where=name,
             got=", ".join(written[:5]),
-            fix="keep the new format; to go back all the same, restore a copy of the home folder or of the tables",
+            fix="keep the new format, or restore a copy of the tables that was made before the migration",
         )
 
 

@@ -59,12 +59,17 @@ def retry_on_conflict(write: Callable[[], Result], where: str = "the tables it w
             return write()
         except CONFLICTS as error:
             conflict = error
-            logger.info("write conflict (%s), attempt %d of %d", type(error).__name__, attempt, MAX_ATTEMPTS)
+            logger.info(
+                "a write to a Delta table conflicted with another writer (%s), attempt %d of %d",
+                type(error).__name__,
+                attempt,
+                MAX_ATTEMPTS,
+            )
             if attempt < MAX_ATTEMPTS:
                 time.sleep(random.uniform(0, 0.5 * attempt))  # noqa: S311 (a random wait keeps writers apart)
     raise StageFailed(
-        f"the write conflicted with other writers {MAX_ATTEMPTS} times",
+        f"a write to a Delta table conflicted with other writers {MAX_ATTEMPTS} times",
         where=where,
         got=f"{type(conflict).__name__}: {conflict}"[:500],
-        fix="run the command again when fewer writers run: finished work is kept and no row is duplicated",
+        fix="run the command again when fewer jobs write to the table: finished work is kept, no row is duplicated",
     ) from conflict

@@ -42,10 +42,10 @@ def filter_rows(frame: DataFrame, condition: str, *, where: str) -> DataFrame:
         return analysed(frame.filter(condition)) if condition else frame
     except AnalysisException as error:  # includes ParseException
         raise UserError(
-            "the condition cannot be used",
+            "the SQL condition cannot be used",
             where=where,
             got=f"{condition} ({str(error).strip().splitlines()[0]})",
-            fix=f"write SQL on these columns: {', '.join(frame.columns)}",
+            fix=f"write a condition with these columns: {', '.join(frame.columns)}",
         ) from None
 
 
@@ -89,5 +89,7 @@ def run_or_guard(run: Callable[[], Result], run_guarded: Callable[[], Result]) -
     except Exception as error:
         if not worker_died(error):
             raise
-        logger.warning("a Python worker died while it decoded: its rows are decoded again in guarded processes")
+        logger.warning(
+            "a Python worker died while it decoded pictures: the pictures are decoded again in child processes"
+        )
     return run_guarded()

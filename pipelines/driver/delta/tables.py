@@ -162,7 +162,11 @@ def _has_commits(folder: Path) -> bool:
             return True
         with suppress(FileNotFoundError):  # raised if another process has removed the log folder
             if time.time() - log.stat().st_mtime > CREATION_TIMEOUT_S:
-                logger.warning("removing %s: it is at least %s seconds old and has no commit", log, CREATION_TIMEOUT_S)
+                logger.warning(
+                    "removing the log folder %s: it is at least %s seconds old and has no commit",
+                    log,
+                    CREATION_TIMEOUT_S,
+                )
                 shutil.rmtree(log)
             else:
                 time.sleep(0.1)

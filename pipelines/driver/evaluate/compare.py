@@ -104,9 +104,9 @@ def compare(
     title = f"{report.model_name}: version {names[0]} and version {names[1]} on {report.source} ({report.split})"
     about = (
         f"Metrics of version {names[0]} minus those of version {names[1]} on the same {report.rows} rows, with 95 % "
-        f"intervals of a paired bootstrap. Rows by word F1: {report.wins} won, {report.losses} lost, {report.ties} "
-        f"equal. Words are those of {report.tokenisation}. The page shows the rows that differ most, and some that are "
-        "equal."
+        f"intervals of a paired bootstrap. Word F1 of version {names[0]} is better on {report.wins} rows, "
+        f"worse on {report.losses} and equal on {report.ties}. Texts are split into words by {report.tokenisation}. "
+        "The page shows the rows that differ most, and some rows with equal word F1."
     )
     rows = [
         _gallery_row(pair, names, thumbnails.get(pair[0].image_id), group)

@@ -89,7 +89,7 @@ def tokenisation_of(metric: str) -> str | None:
 def describe_words(metrics: Iterable[str]) -> str:
     """Return a phrase that names the rules that split texts into words for metrics with these names."""
     coco = any(name.startswith(COCO_PREFIX) for name in metrics)
-    return TOKENISATION + (f"; for figures {COCO_PREFIX}* those of {COCO_TOKENISATION}" if coco else "")
+    return TOKENISATION + (f"; for metrics {COCO_PREFIX}* by {COCO_TOKENISATION}" if coco else "")
 
 
 def captioned(scored: Sequence[ScoredRow]) -> list[ScoredRow]:

@@ -376,7 +376,7 @@ def _write_pages(report: EvaluationReport, rows: Sequence[GalleryRow]) -> None:
     about = (
         f"{report.pictures} pictures, table version {report.dataset_version}. {_describe_settings(report)}"
         "Intervals are 95 % bootstrap intervals. "
-        f"Words are those of {describe_words(report.metrics)}. "
+        f"Texts are split into words by {describe_words(report.metrics)}. "
         "The page shows the worst and the best rows by word F1, and a sample of the others."
     )
     page = Page(

@@ -169,7 +169,7 @@ def test_an_invalid_request_is_refused_before_spark_starts(shop: Shop) -> None:
 
 
 def test_a_table_that_does_not_exist_and_a_missing_column_are_refused_without_spark(shop: Shop) -> None:
-    with pytest.raises(UserError, match=r"no table in .*nowhere"):
+    with pytest.raises(UserError, match=r"no Delta table in folder .*nowhere"):
         shop.find(source_table=f"delta.`{shop.folder}-nowhere`")
     with pytest.raises(UserError, match=r"no column 'fotos'.*choose one of id, photo"):
         shop.find(image_column="fotos")

@@ -255,7 +255,10 @@ def test_only_the_report_goes_to_stdout_even_if_child_processes_print() -> None:
         (["ask", "--prompt", "why?", "--draw", "x.png"], ["--draw can draw only on a single picture", "0 pictures"]),
         (["ask", "a.png", "b.png", "--draw", "x.png"], ["--draw can draw only on a single picture", "2 pictures"]),
         (["ask", "a.png", "--draw", "nowhere/x.png"], ["the drawing cannot be written", "no such folder"]),
-        (["ask", "a.png", "--draw", "x.txt"], ["the drawing cannot be written", "no picture format ends in '.txt'"]),
+        (
+            ["ask", "a.png", "--draw", "x.txt"],
+            ["the drawing cannot be written", "'.txt' is not the suffix of a picture format"],
+        ),
         (["ask", "no-such.png"], ["the picture cannot be read", "no-such.png", "No such file"]),
     ],
 )

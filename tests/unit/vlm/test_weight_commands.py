@@ -148,14 +148,14 @@ MISTAKES = {
     "no folder": (["--model", "mine"], "no folder"),
     "whole model and part": (
         ["vit", "--model", "mine", "--encoder", "vit"],
-        "a folder of the whole model and a folder of a part",
+        "a folder with the whole model and a folder with a part",
     ),
     "no such model": (["vit", "--model", "mime"], "did you mean 'mine'?"),
     "a value of the wrong type": (
         ["--encoder", "vit", "--model", "mine", "--set", "model.image.size=big"],
         "image.size",
     ),
-    "no such folder": (["--encoder", "nowhere", "--model", "mine"], "there is no such folder. Where: --encoder"),
+    "no such folder": (["--encoder", "nowhere", "--model", "mine"], "the folder does not exist. Where: --encoder"),
     "another family": (["--decoder", "vit", "--model", "mine"], "which is a family for the encoder"),
     "other sizes": (
         ["--encoder", "vit", "--model", "mine", "--set", "model.vision.transformer.depth=3"],

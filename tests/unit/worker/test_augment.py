@@ -161,7 +161,7 @@ def test_shape_and_type_are_kept_and_the_pixels_of_the_shard_are_not_modified() 
         ({"brightness": 1.5}, "train.augment.brightness: Input should be less than 1 (got 1.5)"),
         ({"contrast": -0.1}, "train.augment.contrast: Input should be greater than or equal to 0 (got -0.1)"),
         ({"flip": 2}, "train.augment.flip: Input should be less than or equal to 1 (got 2)"),
-        ({"scale": [0.9, 0.5]}, "train.augment: scale is [0.9, 0.5]: expected the smallest share (above 0), then"),
+        ({"scale": [0.9, 0.5]}, "train.augment: scale is [0.9, 0.5]: give the smallest share (above 0), then"),
         ({"scale": [0, 0.5]}, "train.augment: scale is [0, 0.5]"),
         ({"hue": 0.1}, "train.augment.hue: unknown key"),
         ({}, "train.augment: augment changes no picture"),

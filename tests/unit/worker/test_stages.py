@@ -116,7 +116,7 @@ def test_the_steps_of_a_run_are_the_sum_of_the_steps_of_its_stages() -> None:
 @pytest.mark.parametrize(
     ("setting", "problem"),
     [
-        ("train.steps=20", "steps is 20, but the stages have 450 in total: leave steps out"),
+        ("train.steps=20", "steps is 20, but the stages together have 450 steps: remove the key steps"),
         (
             "train.stages=[{steps: 5, groups: [{pattern: '.*', lr: 0}]}]",
             "every group has lr 0, so no parameter would learn",
@@ -124,7 +124,10 @@ def test_the_steps_of_a_run_are_the_sum_of_the_steps_of_its_stages() -> None:
         ("train.stages=[{steps: 5, groups: []}]", "train.stages.0.groups"),
         ("train.stages=[{steps: 5, groups: [{pattern: '(', lr: 1}]}]", "not a regular expression"),
         ("train.stages=[{groups: [{pattern: '.*', lr: 1}]}]", "train.stages.0.steps: missing"),
-        ("train.stages=[{steps: 5, groups: [{pattern: a, lr: 1}, {pattern: a, lr: 2}]}]", "a pattern occurs twice"),
+        (
+            "train.stages=[{steps: 5, groups: [{pattern: a, lr: 1}, {pattern: a, lr: 2}]}]",
+            "two groups have the same pattern",
+        ),
     ],
 )
 def test_invalid_stages_are_refused(setting: str, problem: str) -> None:
