@@ -74,7 +74,7 @@ def declared() -> Iterator[Requirement]:
 
 
 def runtime_dependencies() -> dict[str, Distribution | None]:
-    """Return all direct and indirect dependencies by name; None for a dependency that is not installed."""
+    """Return a dict from the name of each direct or indirect dependency to its installed package, or to None."""
     found: dict[str, Distribution | None] = {}
     waiting = [requirement for requirement in declared() if _applies(requirement, set())]
     while waiting:

@@ -12,7 +12,7 @@ from pipelines.scenes import broken_rows
 
 RUN = "demo"
 SHOWN_CAPTIONS = 5
-"""Number of captions printed at the end."""
+"""Number of captions that the command prints at the end."""
 
 
 def demo(

@@ -36,8 +36,9 @@ def doctor(
     """Check this machine or workspace and print fixes.
 
     On a laptop, the command checks Java, Python packages, Delta's jars, Spark's task slots, GPU, memory, disk space and
-    the home folder. In a workspace, it checks the runtime, packages, Volume, tables, experiment, model registry and
-    package index. It creates the tables, the experiment and the registered model if they do not exist.
+    the home folder. In a workspace, the command checks the runtime, packages, Volume, tables, experiment, model
+    registry and package index. The command creates the tables, the experiment and the registered model if they do not
+    exist.
 
     \b
     Examples:

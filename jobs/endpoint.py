@@ -58,7 +58,7 @@ def endpoint(
 
 
 def run_endpoint(job: Job, name: str | None) -> EndpointReport:
-    """Let an endpoint serve the champion.
+    """Make an endpoint of the workspace serve the champion.
 
     Raises:
         UserError: the platform has no endpoints, there is no champion, or the workspace refuses.

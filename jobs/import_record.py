@@ -40,7 +40,8 @@ class ImportRecord(Config):
 
     Attributes:
         request: what was imported, and how.
-        tokens: keys of the start and end tokens that the import has compared.
+        tokens: files and keys whose start or end token was compared with the tokenizer, such as `config.json:
+            eos_token_id`.
         report: report of the import; null while the checkpoint is not complete.
     """
 

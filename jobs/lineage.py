@@ -124,8 +124,8 @@ def _lineage(row: Mapping[str, Any], tags: Mapping[str, str]) -> CaptionLineage:
 def _tags(job: Job, name: str, number: str, run_id: str) -> dict[str, str]:
     """Return the tags of a model version, or an empty dict if the registry in use does not have the version.
 
-    The registry may have another model under the same name and number. The MLflow run id shows whether the version is
-    the right one.
+    The registry may have a different model under the same name and number. Only a version with the same MLflow run id
+    is the version that wrote the caption.
     """
     from pipelines.tracking.registry import resolve
 

@@ -111,7 +111,7 @@ def prepare_run(job: Job) -> RunFolder:
     config = job.config
     check_config(config)
     train_shards = run_shard(job, "train", config.model.image)
-    same_split = config.data.validate_on == "train"  # such as run seemore, which memorises three pictures
+    same_split = config.data.validate_on == "train"  # as in run seemore, which memorises three pictures
     validation_shards = train_shards if same_split else run_shard(job, config.data.validate_on, config.model.image)
     return prepare(config, job.platform, train_shards, validation_shards)
 
@@ -164,7 +164,8 @@ def run_train(job: Job) -> TrainReport:
 
 
 def register_checkpoint(job: Job, which: str, step: int) -> str:
-    """Return a version made from the checkpoint at step `step` of version `which`'s training. Register it if necessary.
+    """Return a version made from the checkpoint at step `step` of version `which`'s training. Register this version if
+    it is not registered yet.
 
     Raises:
         UserError: there is no version `which`, its run folder does not exist, or the run has not kept the checkpoint.

@@ -12,8 +12,8 @@ from pipelines.config import LocalPlatformConfig, SparkConfig, short_hash
 from pipelines.platform import Platform
 
 LONGEST_FIRST = ("spark in spark", "spark in e2e", "pipelines", "parallel")
-"""Test groups for pytest-xdist; the group that takes longest is first. Tests without a group run last, in the process
-that becomes free first.
+"""Test groups for pytest-xdist, in the order in which they start; the slowest group is first. Tests without a group run
+last, in the process that becomes free first.
 """
 
 

@@ -30,7 +30,7 @@ def atomic_write(path: Path, *, sync: bool = True) -> Iterator[Path]:
             files that are useless after a crash, such as heartbeats.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # `path.name` may already have the maximum length
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # `path.name` with a suffix might be too long
     try:
         yield temporary
         if sync:

@@ -312,8 +312,8 @@ def _open_header(data: bytes) -> Image.Image:
 def load_decoders() -> tuple[str, ...]:
     """Load Pillow's decoders, and return the formats of FORMATS that Pillow can decode. AVIF needs Pillow 11.3.
 
-    Loading takes a quarter of a second. A process that forks children to decode pictures therefore calls this function
-    first, so that the children need not load the decoders again.
+    Loading the decoders takes a quarter of a second. A process that forks children to decode pictures therefore calls
+    this function first, so that the children need not load the decoders again.
     """
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)

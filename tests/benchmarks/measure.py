@@ -92,7 +92,7 @@ def peak_by_process() -> Iterator[dict[str, int]]:
             with suppress(OSError):  # the process has ended meanwhile
                 name = Path(f"/proc/{pid}/cmdline").read_text()
                 kinds = {"driver": pid == os.getpid(), "JVM": "java" in name, "worker": "pyspark.daemon" in name}
-                # The kind of a child of the JVM is None until the child calls exec.
+                # A new child process of the JVM has no kind until it calls exec.
                 kind = next((kind for kind, is_it in kinds.items() if is_it), None)
                 if kind:
                     peaks[kind] = max(peaks[kind], int(fields[21]) * os.sysconf("SC_PAGE_SIZE"))

@@ -82,7 +82,9 @@ def test_the_pipeline_runs_without_home_and_asserts_with_few_open_files_and_a_pr
 
 
 def files_of_others(home: Path) -> list[Path]:
-    """List files that other users may read, except source files in a model version: MLflow copies their permissions."""
+    """List files that other users may read, except the source files in a model version, whose permissions MLflow
+    copies.
+    """
     found = [path for path in home.rglob("*") if path.stat().st_mode & 0o077]
     return [path for path in found if not re.search("/artifacts/(code|model.py)", path.as_posix())]
 

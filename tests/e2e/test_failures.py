@@ -143,7 +143,7 @@ def test_a_failing_run_ends_in_time_with_an_error_that_names_rank_and_cause_and_
 def remaining_processes(run: RunFolder) -> list[int]:
     """Return the process ids of ranks and launchers that are still running ten seconds after the end of the launch."""
     pids = [int(pid) for path in (run.path / "processes").iterdir() for pid in path.read_text().split()]
-    pids = [pid for pid in pids if pid != os.getpid()]  # this process is the launcher of ranks on its own host
+    pids = [pid for pid in pids if pid != os.getpid()]  # this test process launches the ranks on this host
     deadline = time.monotonic() + 10
     while (left := [pid for pid in pids if is_running(pid)]) and time.monotonic() < deadline:
         time.sleep(0.2)

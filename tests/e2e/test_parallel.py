@@ -33,7 +33,7 @@ ADAPTED = {"head", *(f"blocks.0.{name}" for name in ("attention.qkv", "attention
 
 
 class Launched(NamedTuple):
-    """Finished runs by name, and the temporary folder of the ranks that trained the runs.
+    """Folders of the finished runs, and the temporary folder of the ranks that trained the runs.
 
     Attributes:
         one_rank: runs `alone`, `routed` and `rewarded`, trained on one rank.

@@ -96,7 +96,7 @@ def page(address: str) -> Iterator[Page]:
 
 
 def test_a_person_judges_captions_on_the_page(page: Page, home: Path, tmp_path: Path) -> None:
-    assert page.locator("article").count() == 24  # the first page, least certain captions first
+    assert page.locator("article").count() == 24  # the first page has the least certain captions
     assert page.locator("article").first.locator("textarea").input_value() == "a red square"
     assert page.locator("article").nth(2).locator("textarea").input_value() == EVIL
     assert page.title() == "Captions of demo"

@@ -102,7 +102,7 @@ def attention_maps(
     prefix_1 = torch.tensor([len(request.prefix)], device=model.mean.device)
     with record_weights([*encoder, *pool, *resampler, *decoder]) as recorded:
         model.hidden_states(Batch(pixels_1HWC, tokens_1T, tokens_1T, prefix_1))
-    weights = [layer[0][0].float().cpu() for layer in recorded]  # (H, T, S) of each layer
+    weights = [layer[0][0].float().cpu() for layer in recorded]  # one tensor (H, T, S) per layer
     encoder_LHXX, rest = weights[: len(encoder)], weights[len(encoder) :]
     pool_HNP, rest = rest[: len(pool)], rest[len(pool) :]
     resampler_LHQS, decoder_LHTS = rest[: len(resampler)], rest[len(resampler) :]

@@ -166,7 +166,7 @@ def attention_weights(
         q_BHTD: queries.
         k_BKSD: keys.
         mask: bool mask, broadcastable to (B, H, T, S), True where query t attends to key s; None for all keys.
-        scale: factor of the scores.
+        scale: factor by which the scores are multiplied.
         soft_cap: bound of the scores, which tanh limits to (-soft_cap, soft_cap); None for no limit.
         causal: True for causal attention; `mask` must then be None.
     """

@@ -8,7 +8,9 @@ from vlm.layers.moe import MoeMlp
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return all linear layers by name, without the routers of experts, because router weights must stay in fp32."""
+    """Return a dict from name to linear layer, without the routers of experts, because router weights must stay in
+    fp32.
+    """
     routers = router_layers(model)
     return {
         name: module

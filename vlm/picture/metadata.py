@@ -117,7 +117,7 @@ class _Kept:
 
 
 def _choose(exif: bytes, xmp: bytes) -> int:
-    """Return the orientation in the EXIF data, or in the XMP data if EXIF has no orientation, or 1."""
+    """Return the orientation from the EXIF data, else the orientation from the XMP data, else 1."""
     return exif_orientation(exif) or xmp_orientation(xmp) or 1
 
 
@@ -125,8 +125,8 @@ def _choose(exif: bytes, xmp: bytes) -> int:
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yield the kind, start and end of each chunk up to the end chunk. In a truncated file, the last end exceeds the
-    data.
+    """Yield the kind, start and end of each chunk up to the end chunk. In a truncated file, the last chunk ends after
+    the data.
     """
     start = len(PNG_SIGNATURE)
     while start + 8 <= len(data):

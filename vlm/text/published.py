@@ -99,7 +99,7 @@ class PublishedTokenizer:
         return json.dumps({**config, "tokenizer": json.loads(self._backend.to_str())})
 
     def _character_ids(self, token: str) -> tuple[int, ...]:
-        """Return the ids of the single characters of a control token's text.
+        """Return the token ids that spell the text of a control token character by character.
 
         If BPE merges produce a control token from a text, `encode` replaces the control token with these ids.
         """
@@ -111,7 +111,7 @@ class PublishedTokenizer:
 def _parse(content: object) -> Backend:
     try:
         return Backend.from_str(json.dumps(content))
-    except Exception as error:  # the library raises plain Exception
+    except Exception as error:  # the library raises Exception itself, not a subclass
         raise ValueError(f"not a tokenizer of the tokenizers library: {error}") from error
 
 

@@ -26,7 +26,9 @@ from vlm.model import VisionLanguageModel
 from vlm.text.base import SLOT
 
 SCALE = 10.0
-"""Factor of the cosine in the logit of a pair. SigLIP learns this factor and initialises it with the same value."""
+"""Factor by which the logit of a pair multiplies the cosine of the two vectors. SigLIP learns this factor and
+initialises it with the same value.
+"""
 
 
 class Contrast:

@@ -84,7 +84,8 @@ def fit(
         model: model that returns the logits of the target positions of a Batch; wrapped in DDP for several ranks.
         optimizer: optimizer from `vlm.training.optim.build_adamw`.
         batches: for each step, this rank's share of the global batch as a sequence of parts, whose gradients are
-            accumulated. The number of parts is the same on all ranks. More and smaller parts need less memory.
+            accumulated. The number of parts is the same on all ranks. A larger number of smaller parts needs less
+            memory.
         start: number of the first step to take; the step with number 0 is the first of a new run.
         lr_schedule: function that returns the learning rate of a step; each group multiplies the rate by `lr_share`.
         grad_clip: largest gradient norm; a larger gradient is scaled down to this norm.

@@ -70,7 +70,7 @@ def reason_without_effect(path: str, reasons: Mapping[str, str]) -> str | None:
     """Return the reason why a key has no effect on the imported part, or None if no pattern matches the key.
 
     Args:
-        path: dotted path of the key.
+        path: dotted path of the key, such as `vision_config.hidden_size`.
         reasons: dict from shell patterns (`fnmatch`) to reasons. A pattern that begins with a slash matches a whole
             path. Any other pattern matches in every section, so `dropout` also matches `vision_config.dropout`.
     """

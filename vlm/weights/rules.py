@@ -181,7 +181,7 @@ def expand_rules(rules: Iterable[Rule], ours: Iterable[str]) -> Iterator[Rule]:
     """Replace the templates of all rules with full names, and yield the rules whose parameters the model has.
 
     Args:
-        rules: rules whose names are templates.
+        rules: conversion rules, in which tensor names are templates.
         ours: names of the model's parameters.
     """
     known = set(ours)

@@ -302,7 +302,7 @@ def test_a_finished_run_is_found_in_a_home_folder_that_was_moved(
     assert found.path == moved.folder("runs") / run.path.name
     assert finished_result(found)
     assert found.shard_folder(found.read_run().train_shards) == folder
-    assert found.shard_folder(str(laptop.folder("shards") / folder.name)) == folder  # as Lakesight 0.1.0 did
+    assert found.shard_folder(str(laptop.folder("shards") / folder.name)) == folder  # Lakesight 0.1.0 stored this path
 
 
 def test_a_run_of_the_first_release_is_found_by_its_name_and_belongs_to_the_code_that_finds_it(

@@ -70,7 +70,7 @@ def test_a_csv_line_is_split_as_by_the_csv_module_or_is_not_split(line: str) -> 
     except csv.Error:
         assert fields is None
     else:
-        if fields is None:  # an unquoted field ends with a lone quote
+        if fields is None:  # `split_line` refuses an unquoted field that ends with a quote
             assert re.search(r'[^",][^,]*"(,|$)', line)
             return
         assert fields == expected

@@ -252,7 +252,7 @@ def test_members_that_belong_to_no_row_are_left_out_and_members_with_odd_names_f
 def test_tar_members_whose_names_are_any_bytes_form_separate_rows(tmp_path: Path) -> None:
     """Reports: macrodata-labs/refiner 124, JD-P/simulacra-aesthetic-captions 1, webdataset/webdataset 330."""
     names = ["train.v1/0001.jpg", "new\nline/a\nb.jpg", "back\\slash.jpg", "\udce8.jpg", "\udce9.jpg", "22.05.jpg"]
-    names.insert(0, "BZh9.jpg")  # begins like a bz2 file
+    names.insert(0, "BZh9.jpg")  # the first bytes are those of a bz2 file
     records = rows_of(write_tar(tmp_path / "x.tar", dict.fromkeys(names, b"j")))
     assert [record.fields["__key__"] for record in records] == [
         "BZh9",

@@ -27,7 +27,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
 
 
 def elsewhere(**values: object) -> Lease:
-    """Return a lease as a process of another host writes it."""
+    """Return a lease in the form in which a process on another host writes it."""
     lease = Lease(host="elsewhere", pid=os.getpid(), boot="another kernel", owner="other", renewals=3)
     return lease.model_copy(update=values)
 

@@ -119,7 +119,7 @@ def test_routers_start_near_zero_and_experts_start_with_the_scale_of_linear_laye
         assert float(layer.noise.weight.std()) == pytest.approx(0.02, rel=0.3)
         up, *_, out = (weight for weight in layer.experts.parameters() if weight.ndim == 3)
         assert float(up.std()) == pytest.approx(width**-0.5, rel=0.1)
-        assert float(out.std()) == pytest.approx((16 * 2 * 2) ** -0.5, rel=0.1)  # 2 blocks of 2 branches each
+        assert float(out.std()) == pytest.approx((16 * 2 * 2) ** -0.5, rel=0.1)  # 2 blocks, each with 2 branches
 
 
 def test_a_dense_model_has_no_router_report() -> None:

@@ -38,7 +38,7 @@ SPACED = {
 UNSPACED = {
     "chinese": ("\u732b\u5750\u5728\u57ab\u5b50\u4e0a", 6),
     "japanese": ("\u732b\u304c\u30de\u30c3\u30c8\u306e\u4e0a", 5),  # Katakana letters in a row are one word
-    "thai": ("\u0e41\u0e21\u0e27\u0e19\u0e31\u0e48\u0e07", 5),  # marks belong to their letter
+    "thai": ("\u0e41\u0e21\u0e27\u0e19\u0e31\u0e48\u0e07", 5),  # a letter and its marks are one word
     "date": ("2026\u5e7411\u6708", 4),
 }
 

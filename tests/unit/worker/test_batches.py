@@ -205,7 +205,7 @@ def test_loader_threads_work_in_parallel_a_few_items_ahead_and_stop_when_the_ite
 
     def make(item: int) -> int:
         if item < 2:
-            barrier.wait()  # waits until both loader threads are here
+            barrier.wait()  # waits for the other loader thread
         made.append(item)
         return item
 

@@ -1,7 +1,7 @@
 """Gemma 1 and 2 (Gemma Team, 2024) in transformers.
 
 The files store each norm weight minus one. Our config key for this format is `norm.offset`. Gemma 2 also normalises the
-output of each branch, caps attention scores and logits, and uses sliding-window attention in every other layer.
+output of each branch, caps attention scores and logits, and uses sliding-window attention in every second layer.
 """
 
 from __future__ import annotations
@@ -138,7 +138,9 @@ def windows_of(config: ModelConfig) -> tuple[int | None, ...]:
 
 
 def windows_in(settings: Settings) -> tuple[Any, ...]:
-    """Return the attention window of each layer in config.json. By default, every other layer has a window."""
+    """Return the attention window of each layer in config.json. By default, only layers with an even number have a
+    window.
+    """
     kinds = settings.get("layer_types") or [
         "full_attention" if layer % 2 else "sliding_attention" for layer in range(settings["num_hidden_layers"])
     ]
