@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import shutil
 import sys
@@ -155,6 +156,26 @@ def open_job(run: str, platform: str, overrides: Sequence[str] | None, as_json: 
             yield job
         finally:
             job.stop()
+
+
+def open_notebook(run: str, workspace: Sequence[str], overrides: Sequence[str]) -> Job:
+    """Return a job for the cells of a notebook. The job prints to the notebook, and its Spark session is not stopped.
+
+    Args:
+        run: name of the run.
+        workspace: overrides that name resources of a workspace, which are used only on a Databricks cluster.
+        overrides: other overrides.
+
+    Raises:
+        UserError: the config is invalid, the platform cannot be opened, or a newer release of Lakesight wrote the home
+            folder.
+    """
+    on_databricks = "DATABRICKS_RUNTIME_VERSION" in os.environ
+    chosen = (*workspace, *overrides) if on_databricks else tuple(overrides)
+    config = load_run(run, platform="databricks" if on_databricks else "local", overrides=chosen)
+    job = Job(config, open_platform(config.platform), chosen, CommandOutput(sys.stdout, as_json=False))
+    check_home(job.platform.root)
+    return job
 
 
 def _check_free_space(platform: Platform) -> None:

@@ -1,4 +1,4 @@
-"""Tests that the walk-through notebook runs without changes and has the format of a Databricks notebook."""
+"""Tests that the notebooks run without changes, and that the walk-through has the format of a Databricks notebook."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from pyspark.sql import SparkSession
 
 from pipelines.platform import Platform
 
-NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "walkthrough.py"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+NOTEBOOK = NOTEBOOKS / "walkthrough.py"
+SHOWN_TABLE = re.compile(r"^\+[-+]+\n\|.*\n\+[-+]+\n((?:\|.*\n)+)\+[-+]+$", re.M)
+"""Table that Spark prints. The group is the rows of the table, of which there is at least one."""
 
 
 def test_the_walkthrough_has_the_format_of_a_databricks_notebook() -> None:
@@ -33,3 +36,19 @@ def test_the_walkthrough_runs_from_pictures_to_captions(
     assert ran["evaluation"].gallery.exists()
     assert captioned.captioned == captioned.considered > 0
     assert "generated" in capsys.readouterr().out
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(1200)
+def test_the_notebooks_for_a_workspace_run_in_order_and_show_a_table_with_rows(
+    platform: Platform, spark: SparkSession, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LAKESIGHT_HOME", str(platform.root))
+    monkeypatch.syspath_prepend(NOTEBOOKS / "workspace")
+    ran = {}
+    for path in sorted((NOTEBOOKS / "workspace").glob("[0-9]*.py")):
+        ran = runpy.run_path(str(path))
+        shown = capsys.readouterr().out
+        assert path.stem == "00_setup" or SHOWN_TABLE.findall(shown), path.name
+    assert ran["again"].nothing_new
+    assert (ran["trained"].trained, ran["promoted"].already) == (False, True)

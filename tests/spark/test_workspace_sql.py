@@ -1,7 +1,11 @@
-"""The SQL queries of docs/databricks.md replace the commands that cannot read the tables of a catalog."""
+"""The SQL queries of docs/databricks.md and of the quality dashboard run on the tables.
+
+The queries of the page replace the commands that cannot read the tables of a catalog.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +18,9 @@ from trained_models import corner_rows
 from pipelines.formats.tables import GENERATED_CAPTIONS, SAMPLES, VERDICTS
 from pipelines.platform import Platform
 
-DOCS = Path(__file__).parents[2] / "docs" / "databricks.md"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs" / "databricks.md"
+DASHBOARD = ROOT / "dashboards" / "quality.lvdash.json"
 
 
 def queries(schema: str, **values: str) -> list[str]:
@@ -63,3 +69,22 @@ def test_the_queries_of_the_docs_show_captions_and_decisions_and_write_a_verdict
     assert [(row["image_id"], row["verdict"], row["caption"]) for row in verdicts] == [(first, "corrected", "x")]
     assert bytes(verdicts[0]["image"]) == rows[0][2]
     assert [row["image_id"] for row in spark.sql(unjudged).collect()] == [second]
+
+
+def test_the_charts_of_the_dashboard_query_columns_that_exist(spark: SparkSession, platform: Platform) -> None:
+    dashboard = json.loads(DASHBOARD.read_text())
+    charts = [item["widget"] for page in dashboard["pages"] for item in page["layout"]]
+    database = spark.catalog.currentDatabase()
+    spark.catalog.setCurrentDatabase(platform.namespace)
+    try:
+        datasets = {each["name"]: spark.sql("".join(each["queryLines"])) for each in dashboard["datasets"]}
+        for chart in charts:
+            [query] = (each["query"] for each in chart["queries"])
+            fields = ", ".join(f"{field['expression']} AS `{field['name']}`" for field in query["fields"])
+            grouping = "" if query["disaggregated"] else "GROUP BY ALL"
+            rows = spark.sql(f"SELECT {fields} FROM {{rows}} {grouping}", rows=datasets[query["datasetName"]])
+            rows.collect()
+            drawn = re.findall(r'"fieldName": "([^"]+)"', json.dumps(chart["spec"]["encodings"]))
+            assert sorted(drawn) == sorted(rows.columns), chart["name"]
+    finally:
+        spark.catalog.setCurrentDatabase(database)

@@ -1,0 +1,37 @@
+# Databricks notebook source
+# MAGIC %md
+# MAGIC # Check the workspace
+# MAGIC
+# MAGIC The notebooks of this folder run one stage each, like the jobs of the bundle. Deploy the bundle first, which
+# MAGIC creates the schema, the Volume and the experiment. Then write the names of these resources into
+# MAGIC `notebook_settings.py`.
+# MAGIC
+# MAGIC * **In a workspace**, use a cluster with an ML runtime in dedicated access mode, and install the wheel on this
+# MAGIC   cluster (`%pip install /Volumes/.../lakesight-0.1.0-py3-none-any.whl`). Ranks and executors need the wheel,
+# MAGIC   too.
+# MAGIC * **On a laptop**, run `python notebooks/workspace/00_setup.py`.
+
+# COMMAND ----------
+
+from jobs.common import open_notebook
+from notebook_settings import RUN, SMALL, WORKSPACE
+
+job = open_notebook(RUN, WORKSPACE, SMALL)
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC ## Run all checks
+# MAGIC In a workspace, the checks test the runtime, the packages, the Volume, the tables, MLflow and the package
+# MAGIC index. The next notebooks need a workspace in which no check fails. The text after `fix:` says how to correct a
+# MAGIC problem.
+
+# COMMAND ----------
+
+from jobs.doctor import run_checks
+
+checks = run_checks(job.config)
+for check in checks:
+    print(f"{check.name:<12}{check.status:<6}{check.found}")
+    if check.fix:
+        print(f"{'':<18}fix: {check.fix}")

@@ -1,0 +1,34 @@
+# Databricks notebook source
+# MAGIC %md
+# MAGIC # Evaluate the model, also by slice
+# MAGIC
+# MAGIC The newest version captions pictures that were not used for training. Each metric has a 95 % interval. The
+# MAGIC caption of the most similar training picture and the best constant caption are baselines.
+
+# COMMAND ----------
+
+from jobs.common import open_notebook
+from notebook_settings import RUN, SMALL, WORKSPACE
+
+job = open_notebook(RUN, WORKSPACE, SMALL)
+spark = job.spark
+
+# COMMAND ----------
+
+from jobs.evaluate import run_evaluate
+
+evaluated = run_evaluate(job, "latest")
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC ## Slices with the lowest score
+# MAGIC A slice is a part of the pictures, such as pictures with long texts. The interval of a small slice is wide.
+
+# COMMAND ----------
+
+slices = spark.table(job.platform.table("evaluations")).where(
+    f"model_name = '{evaluated.model_name}' AND model_version = '{evaluated.model_version}' "
+    "AND metric = 'word_f1' AND slice IS NOT NULL"
+)
+slices.select("slice", "n", "value", "low", "high").orderBy("value").show(truncate=False)

@@ -1,0 +1,48 @@
+# Databricks notebook source
+# MAGIC %md
+# MAGIC # Caption a table, and serve the champion
+# MAGIC
+# MAGIC A Spark job captions the rows that the champion has not captioned yet. Each caption is stored with its model
+# MAGIC version, its table version and its settings.
+
+# COMMAND ----------
+
+from jobs.common import open_notebook
+from notebook_settings import RUN, SMALL, WORKSPACE
+
+job = open_notebook(RUN, WORKSPACE, SMALL)
+spark = job.spark
+
+# COMMAND ----------
+
+from jobs.caption import run_caption
+from jobs.pipeline import held_out
+
+captioned = run_caption(job, "champion", where=held_out(job))
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC ## Serve
+# MAGIC In a workspace, set `SERVE` to `True` to create or update a serving endpoint. The endpoint scales to zero when
+# MAGIC idle. The page `docs/databricks.md` shows the SQL query that calls the endpoint.
+
+# COMMAND ----------
+
+from jobs.endpoint import run_endpoint
+
+SERVE = False
+if SERVE:
+    print(run_endpoint(job, None))
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC ## Human texts and generated captions
+# MAGIC After 40 steps of training, the captions do not describe the pictures yet.
+
+# COMMAND ----------
+
+captions = spark.table(job.platform.table("generated_captions")).where(f"model_name = '{job.model_name}'")
+samples = spark.table(job.platform.table("samples"))
+captions.join(samples, "image_id").selectExpr("texts[0].text AS human", "caption AS generated").show(8, truncate=60)

@@ -1,0 +1,58 @@
+# Databricks notebook source
+# MAGIC %md
+# MAGIC # Monitor captions, and train again
+# MAGIC
+# MAGIC If the pictures of a table change, the quality of the captions may change. More errors and a lower
+# MAGIC log-probability of the captions are signs of such a drift. `caption` compares each job with the evaluation of
+# MAGIC the same version, and warns if the differences exceed the limits in section `drift` of the run config.
+
+# COMMAND ----------
+
+from jobs.common import open_notebook
+from notebook_settings import RUN, SMALL, WORKSPACE
+
+job = open_notebook(RUN, WORKSPACE, SMALL)
+spark = job.spark
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC ## Captions by day
+
+# COMMAND ----------
+
+captions = spark.table(job.platform.table("generated_captions")).where(f"model_name = '{job.model_name}'")
+by_day = captions.groupBy("model_version", captions.captioned_at.cast("date").alias("day")).agg(
+    {"caption": "count", "error": "count", "mean_logprob": "avg", "num_tokens": "avg"}
+)
+by_day.orderBy("day", "model_version").show()
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC ## Train again with new pictures
+# MAGIC `run_ingest` reads new files or rows of the source. With new pictures, `run_train` trains a new version, and
+# MAGIC the gate compares the new version with the champion on the same pictures. Without new pictures, the finished
+# MAGIC run is reused.
+
+# COMMAND ----------
+
+from jobs.ingest import run_ingest
+from jobs.promote import run_promote
+from jobs.train import run_train
+
+again = run_ingest(job)
+trained = run_train(job)
+promoted = run_promote(job, trained.model_version)
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC ## Metrics of all versions
+
+# COMMAND ----------
+
+evaluations = spark.table(job.platform.table("evaluations")).where(
+    f"model_name = '{job.model_name}' AND slice IS NULL AND metric IN ('word_f1', 'cider', 'blind_gap')"
+)
+evaluations.groupBy("model_version").pivot("metric").avg("value").orderBy("model_version").show()
