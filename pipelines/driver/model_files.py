@@ -16,11 +16,11 @@ class ModelFiles(Config):
     Attributes:
         folder: folder with the weights, config and tokenizer; executors see the folder under the same path.
         name: name of the registered model.
-        version: version of the registered model.
+        version: version number of the registered model.
         run_id: id of the MLflow run that trained the version.
         digest: digest of the files (`pipelines.formats.model_copy`), or empty if the files are not a recorded copy.
         remote: whether the folder is on a network drive, so that each host copies the folder once.
-        settings: generation settings of an evaluation; None for the generation settings of the version at temperature
+        settings: generation settings of an evaluation; None means the version's own generation settings at temperature
             0.
     """
 

@@ -50,9 +50,9 @@ class OldFolder(Config):
     """A folder or an HTML page that nothing needs any more.
 
     Attributes:
-        kind: kind of the folder.
+        kind: kind of the folder: 'run', 'checkpoint', 'shards' or 'report'.
         path: absolute path.
-        bytes: size of all files in the folder.
+        bytes: total size of all files in the folder, in bytes.
     """
 
     kind: Kind
@@ -64,7 +64,7 @@ def find_old_folders(platform: Platform, keep: int, needs: Needs) -> list[OldFol
     """Find the folders that `remove_folders` may remove. This function changes nothing.
 
     Args:
-        platform: platform with the folders.
+        platform: platform whose home folder contains the folders.
         keep: number of folders to keep in each group of similar folders; the newest folders are kept. Runs with the
             same name form a group, and so do shards that differ only in the table version, and reports on the same
             subject.

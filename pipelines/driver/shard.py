@@ -62,7 +62,7 @@ class ShardReport(Config):
     Attributes:
         folder: path of the folder.
         source: name of the data config.
-        split: split of the rows.
+        split: split of the rows: train, val or test.
         num_rows: number of pictures.
         content_hash: hash of the contents; equal training data has an equal hash.
         dataset_version: version of `samples` that last changed this source.
@@ -195,7 +195,7 @@ def write_mix(parts: Sequence[ShardFolder], shares: Sequence[float], shards: Pat
 def find_or_write(  # noqa: PLR0917 (as for `shard`)
     spark: SparkSession, platform: Platform, source: str, config: DataConfig, image: ImageConfig, split: Split
 ) -> ShardFolder:
-    """Return the shard folder of a source and split, as of the source's last change. Write a missing folder."""
+    """Return the shard folder of a source and split, as of the source's last change. Write the folder if missing."""
     version = read_versions(spark, platform, source)
     request = _request(platform, source, config, image, split, (version, table_id(spark, platform, SAMPLES)))
     folder = platform.folder("shards") / request.folder_name

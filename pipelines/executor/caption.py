@@ -78,7 +78,7 @@ def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Itera
     """Caption pictures and write the captions to files. Yield a row of the schema FILE_STATS_SCHEMA for each file.
 
     Args:
-        job: settings of the job.
+        job: settings of the caption job.
         batches: batches with the columns image_id (string), image (binary, base64 text, or a path) and known (SHA-256
             of the picture at its last captioning, or null). A picture whose SHA-256 equals `known` is not captioned
             again.
@@ -136,7 +136,7 @@ def _decode_picture(image: bytes | str | None, config: ImageConfig, limits: Limi
 
 
 def _describe_death(image: bytes | str | None, death: Death, limits: LimitsConfig) -> DecodedPicture:
-    """Return the result for a picture that crashed its decoder or exceeded the time limit: an error message."""
+    """Return an error message as the result for a picture that crashed the decoder or exceeded the time limit."""
     from vlm.captioner import DecodedPicture
 
     sha256 = hashlib.sha256(picture_bytes(image)).hexdigest()
@@ -144,7 +144,7 @@ def _describe_death(image: bytes | str | None, death: Death, limits: LimitsConfi
 
 
 def _join_batches(batches: Iterator[list[Picture]], size: int) -> Iterator[list[Picture]]:
-    """Join batches to batches of at least `size` rows, because an Arrow batch may have too few rows for the model."""
+    """Join small batches into batches of at least `size` rows, because Arrow batches may be too small for the model."""
     group: list[Picture] = []
     for batch in batches:
         group += batch

@@ -63,7 +63,7 @@ def split_into_chunks(items: Iterable[T], size_of: Callable[[T], int]) -> Iterat
 
 
 def run_guarded(items: Sequence[T], function: Callable[[T], R], on_death: Callable[[T, Death], R]) -> Iterator[R]:
-    """Yield the result of a function for each item, computed in a child process.
+    """Call a function in a child process for each item, and yield the results.
 
     Args:
         items: items for which the function is called, in the order of the results.
@@ -126,7 +126,7 @@ class _Child(Generic[T, R]):
 
 
 def _child_main(items: Sequence[T], function: Callable[[T], R], writer: Connection) -> None:
-    with suppress(OSError):  # Linux: if memory runs out, the kernel kills this process first
+    with suppress(OSError):  # on Linux, the kernel kills this process first if memory runs out
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     with suppress(BrokenPipeError):
         for item in items:

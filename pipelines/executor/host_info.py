@@ -34,7 +34,7 @@ PACKAGES = {
     "tokenizers": "tokenizers",
     "torch": "torch",
 }
-"""Distributions that a rank imports, each with the name of one module of the distribution."""
+"""Python distributions that a rank imports: a dict from the name of a distribution to one of its modules."""
 
 SOURCES = ("vlm", "pipelines/worker")
 """Packages whose sources are hashed as the training code."""

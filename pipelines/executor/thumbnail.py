@@ -47,7 +47,7 @@ def with_thumbnails(
 
 
 def make_thumbnails(pictures: Sequence[bytes | None], max_pixels: int = MAX_PIXELS) -> list[bytes | None]:
-    """Make thumbnails in a child process. The thumbnail of a picture that fails or crashes the decoder is None."""
+    """Make thumbnails in a child process. Return None for a picture that the decoder cannot read or that crashes it."""
     load_decoders()
     return list(run_guarded(pictures, partial(_make_thumbnail, max_pixels=max_pixels), lambda *_: None))
 

@@ -29,7 +29,7 @@ class MappedFile(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> MappedFile:
-        """Map a shard file.
+        """Map a shard file into memory.
 
         `pa.memory_map` is not used because it makes the kernel read a whole record batch for each row.
 

@@ -17,7 +17,7 @@ from pipelines.formats.run_folder import CaptionSamples, Metrics, RunFolder, rea
 
 T = TypeVar("T", Metrics, CaptionSamples)
 MAX_SAMPLED = 50
-"""Largest number of metric files that are read for curves: this many of validated steps, and this many of other steps.
+"""Largest number of metric files that are read for curves: this many for validated steps, and this many for others.
 
 Reading all metric files of a long run would take minutes.
 """

@@ -54,7 +54,7 @@ class Lease(Config):
     boot: str = ""
     """Boot id of the kernel, which is equal in all containers of a machine; empty in a file of an older version."""
     owner: str = ""
-    """Random id of the owner; empty in a file of an older version, which did not renew leases."""
+    """Random id of the owner; empty in a file from an older version of Lakesight, which did not renew leases."""
     renewals: int = 0
 
 

@@ -277,7 +277,7 @@ class Shards:
         return list(dict.fromkeys(texts)) if self.manifest.request.text_weights == "uniform" else texts
 
     def use_copy(self, file: int, copy: Path) -> None:
-        """Read the rows of one file from a local copy from now on. Other threads may read rows during this call."""
+        """From now on, read the rows of one file from a local copy. Other threads may read rows during this call."""
         self._mapped[file] = MappedFile.of(copy)
 
     def _file(self, number: int) -> MappedFile:

@@ -77,7 +77,8 @@ class Table:
         """Table properties for Delta.
 
         Deletion vectors are off, so that every Delta reader can read the table, including the package `deltalake`.
-        Delta collects statistics of scalar columns only, because it would copy each picture just to count nulls.
+        Delta collects statistics of scalar columns only. To count the nulls of a picture column, Delta would copy all
+        pictures.
         """
         feed = {"delta.enableChangeDataFeed": "true"} if self.followed else {}
         scalar = [c.name for c in self.columns if not (pa.types.is_nested(c.type) or pa.types.is_binary(c.type))]

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 MIN_JAVA = 17
 MIN_OPEN_FILES = 1024
-"""If the hard limit of open files is below this number, a failed start of Spark is blamed on the limit."""
+"""If the hard limit of open files is below this number, the error of a failed Spark start names the limit as cause."""
 LOOPBACK = "127.0.0.1"
 SAFE_PATH = "PYTHONSAFEPATH"
 SHORT_JOBS = (
@@ -218,7 +218,7 @@ def session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]:
     }
     if config.spark.master.startswith("local["):
         # Other users of this machine can connect to the loopback device. Without the secret that Spark draws for this
-        # session, Spark's ports would deserialize Java objects of anybody.
+        # session, Spark's ports would deserialize Java objects from anybody.
         settings |= {"spark.authenticate": "true"}
     if not config.spark.master.startswith("spark://"):
         settings |= {"spark.driver.host": LOOPBACK, "spark.driver.bindAddress": LOOPBACK}
@@ -261,7 +261,7 @@ def check_java() -> int:
 
 
 def _start_failure(log: Path, start: int, error: Exception) -> UserError:
-    """Return an error that explains a failed start with the lines that the JVM logged after byte `start`."""
+    """Return the error for a failed start of Spark, with the lines that the JVM logged after byte `start` of `log`."""
     printed = log.read_bytes()[start:].decode(errors="replace")
     if "unresolved dependency" in printed or "download failed" in printed:
         return UserError(

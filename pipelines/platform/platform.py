@@ -122,5 +122,5 @@ def user_name() -> str:
     """Return the name of this user, or the user id if the id has no name, as in many containers."""
     try:
         return getpass.getuser()
-    except (OSError, KeyError):  # a KeyError before Python 3.13
+    except (OSError, KeyError):  # Python 3.12 and earlier raise a KeyError
         return f"user {os.getuid()}"

@@ -1,4 +1,4 @@
-"""Differences between a classic Spark session and a Spark Connect session, such as a session on shared compute.
+"""Functions that hide the differences between classic Spark sessions and Spark Connect sessions (shared compute).
 
 A Connect session is a client of a Spark server. A Connect session has no SparkContext and no JVM, and analyses a query
 only when code asks for properties or rows of the query. All other code of Lakesight uses only the methods that both
@@ -135,8 +135,8 @@ def call_in_barrier_stage(
 ) -> list[dict[str, object]]:
     """Call a function in each task of a barrier stage, which occupies all slots at once. Return the results.
 
-    A classic session needs no package on executors for this. A Connect session has no RDDs, so the executors of such a
-    session need pyarrow.
+    With a classic session, this function needs no package on executors. A Connect session has no RDDs, so its
+    executors need pyarrow.
 
     Args:
         spark: Spark session.

@@ -70,7 +70,8 @@ class SourcePictures:
 
     def read(self, ids: Sequence[str]) -> dict[str, bytes]:
         """Read pictures by id. Leave out ids that the table does not contain, and rows without a readable picture."""
-        with self._lock:  # a server may run for days, and VACUUM removes files of versions that were current then
+        with self._lock:
+            # Read the newest version, because a server may run for days, and VACUUM removes files of older versions.
             self._table.update_incremental()
             rows = arrow_dataset(self._table)
         identity = pc.field(self._columns.id_column).cast(pa.string())

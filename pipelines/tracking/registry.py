@@ -40,7 +40,8 @@ CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 MOVE_TAG = "lakesight_move"
 TAG_PREFIX = "lakesight_"
 CHECKPOINT_TAG = "checkpoint"
-"""Tag of a model version with the name of its checkpoint. A version without this tag contains the last checkpoint."""
+"""Name of the tag in which a model version stores the name of its checkpoint. A version without this tag contains the
+last checkpoint."""
 MAX_TAG_CHARS = 1000
 
 
@@ -72,7 +73,7 @@ def register(run: RunFolder, run_id: str, platform: Platform, which: Register = 
     Args:
         run: run folder.
         run_id: id of the MLflow run.
-        platform: platform with the registry.
+        platform: platform whose model registry is used.
         which: checkpoint to register: `last`, `best`, or the step of the checkpoint.
 
     Raises:
@@ -176,9 +177,9 @@ def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
     """Look up a version of a registered model by number, alias or `latest`.
 
     Args:
-        platform: platform with the registry.
+        platform: platform whose model registry is used.
         name: full name of the registered model.
-        which: version number, alias, or `latest`.
+        which: version to look up: a version number, an alias, or `latest`.
 
     Raises:
         UserError: the model, version or alias does not exist. The error lists the existing versions and aliases.
@@ -200,7 +201,7 @@ def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
 
 
 def label(platform: Platform, version: ModelVersion) -> str:
-    """Return text that names a version and its registry in an error message."""
+    """Return a text for error messages that names a version and its registry."""
     return f"{_label(version)} in {redact_uri(platform.registry_uri)}"
 
 

@@ -47,7 +47,7 @@ MAX_PAUSE_SECONDS = 30.0
 DRAIN_SECONDS = 60.0
 MAX_TAG_CHARS = 5000
 FOLLOWER_ERRORS = (*REQUEST_ERRORS, UserError)
-"""Exceptions of a failed request, after which the follower sends the request again."""
+"""Exceptions after which the follower sends a failed request again."""
 
 
 class Tracking(Config):
@@ -69,7 +69,7 @@ def follow(run: RunFolder, config: RunConfig, platform: Platform, *, may_be_down
     Args:
         run: run folder.
         config: config of the run.
-        platform: platform with the tracking server.
+        platform: platform whose tracking server is used.
         may_be_down: whether the block executes even if the server is down.
 
     Raises:
@@ -123,7 +123,7 @@ def log_report(
     because MLflow would append the rows of the table again.
 
     Args:
-        platform: platform with the tracking server.
+        platform: platform whose tracking server is used.
         run_id: id of the MLflow run.
         name: name of the stage, such as 'evaluate'.
         metrics: metrics to log: a dict from the name to the value.

@@ -126,7 +126,7 @@ def _create_workspace_folder(folder: PurePosixPath) -> None:
 
 
 def unusable(platform: Platform, error: Exception) -> UserError:
-    """Return the error for a failed request to the tracking server, a TrackingDown if a later request may succeed."""
+    """Return the error for a failed request to the tracking server: TrackingDown if a later request may succeed."""
     what, where, got = "the MLflow tracking server cannot be used", redact_uri(platform.tracking_uri), first_line(error)
     workspace = platform.kind == "databricks"
     if is_outage(error):

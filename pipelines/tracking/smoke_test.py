@@ -30,7 +30,7 @@ def smoke_test_version(platform: Platform, version: ModelVersion, pictures: Sequ
     checked, and receives no credentials (see `child_environment`).
 
     Args:
-        platform: platform with the registry.
+        platform: platform whose model registry is used.
         version: model version to test.
         pictures: (bytes of the picture file, prompt) of each picture.
 

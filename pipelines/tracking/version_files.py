@@ -23,9 +23,9 @@ from vlm.files import file_digest
 logger = logging.getLogger(__name__)
 
 DIGEST_TAG = "digest"
-"""Tag of a model version with the digest of its model files."""
+"""Name of the tag that stores the digest of the model files of a model version."""
 EXECUTED_DIGEST_TAG = "executed_digest"
-"""Tag of a model version with the digest of all other files.
+"""Name of the tag that stores the digest of all other files of a model version.
 
 A version that an earlier release registered may lack this tag or both digest tags.
 """

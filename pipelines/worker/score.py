@@ -110,7 +110,7 @@ def validation_cider(captioner: Captioner, shards: Shards, num_rows: int, report
         captioner: captioner with the model, which must be in evaluation mode, and the tokenizer.
         shards: validation shards.
         num_rows: largest number of rows to caption.
-        report_progress: function to call after each batch.
+        report_progress: function that is called after each batch, to restart the timeout of the rank.
     """
     from pycocoevalcap.cider.cider import Cider  # only runs with train.score_every need the package
 

@@ -95,8 +95,8 @@ def compare_figures(
         rows: number of rows that the job captioned.
         evaluation: figures of the model version's last evaluation.
         limits: minimum number of rows, and the largest allowed change of each figure.
-        prompt: prompt of the caption job. If it is not empty, only the figures in PROMPT_INDEPENDENT are compared,
-            because an evaluation uses no prompt.
+        prompt: prompt of the caption job. If the prompt is not empty, only the figures in PROMPT_INDEPENDENT are
+            compared, because an evaluation uses no prompt.
     """
     if min(rows, evaluation.rows) < limits.min_rows:
         return {}

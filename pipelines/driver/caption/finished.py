@@ -30,7 +30,7 @@ IMAGE_TYPES = (pa.string(), pa.binary())
 
 
 def find_finished(platform: Platform, model: ModelFiles, request: CaptionRequest) -> CaptionReport | None:
-    """Return the report of the job if every row already has a caption, or None if this is false or only Spark can tell.
+    """Return the report of the job if every row already has a caption, or None if a row may have no caption.
 
     Raises:
         UserError: the request is invalid, as in `check_request`.

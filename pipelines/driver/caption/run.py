@@ -55,8 +55,8 @@ class CaptionRequest(Config):
     """Request to caption a table: the rows to caption, and the settings with which the model captions them.
 
     Attributes:
-        source_table: name of a Delta table, as `table` (in the platform's own schema), `schema.table`,
-            `catalog.schema.table`, or delta.`/path`.
+        source_table: name of a Delta table in one of four forms: `table` (in the platform's own schema),
+            `schema.table`, `catalog.schema.table`, or delta.`/path`.
         source_version: version of the source table, or None for the newest version.
         id_column: name of a column of unique, non-null ids.
         image_column: name of the column that holds the pictures as binary or base64 text, or their paths or URIs below
@@ -68,7 +68,7 @@ class CaptionRequest(Config):
         settings: decoding settings, or None for the decoding settings of the model's config.
         precision: number format in which the model computes, such as fp32.
         limits: size limits of a picture; a picture that exceeds a limit becomes a row with an error.
-        retry_errors: whether to caption again the rows that have an error.
+        retry_errors: whether rows that have an error are captioned again.
         remove_deleted: whether to remove the captions (by any model) of rows that the table no longer has.
         max_error_share: largest allowed share of errors among the rows that this job processes. If the share is larger,
             the job writes all rows and then fails.
@@ -104,8 +104,8 @@ class CaptionReport(Config):
         figures: statistics of the rows that this job captioned, from `CaptionStats.figures`: a dict from the name,
             such as 'words', to the value.
         tokenisation: name of the rules by which the figures split captions into words.
-        drift: comparison with the evaluation of the model version, by the name of the figure; empty if nothing was
-            compared.
+        drift: comparisons with the evaluation of the model version: a dict from the name of the figure to its `Drift`;
+            empty if nothing was compared.
     """
 
     source_table: str
@@ -159,7 +159,7 @@ def caption(
     request: CaptionRequest,
     progress: Progress = lambda count, total: nullcontext(),
 ) -> CaptionReport:
-    """Caption the rows that have no caption of this model version and these settings in `generated_captions`.
+    """Caption the rows for which `generated_captions` has no caption by this model version with these settings.
 
     A row whose picture has changed is captioned again. A row whose picture cannot be decoded is written with its error,
     and is captioned again only with `retry_errors`. If no row is left to caption, nothing is written. `progress` shows
@@ -364,7 +364,7 @@ def _remove_deleted(spark: SparkSession, platform: Platform, source: SourceTable
 
 
 def check_request(model: ModelFiles, request: CaptionRequest) -> None:
-    """Check what can be checked before Spark starts.
+    """Before Spark starts, check the parts of a request that do not depend on the table.
 
     Raises:
         UserError: the prompt leaves no space for a caption, there is no folder of the pictures, or the library for the

@@ -144,7 +144,7 @@ def compared_versions(rows: Mapping[int, int], newest: int) -> list[int]:
     and compared by their bytes. After that, these rows count as captioned from the newest version.
 
     Args:
-        rows: number of captioned rows for each table version from which rows were captioned.
+        rows: numbers of captioned rows: a dict from a version of the table to the number of rows captioned from it.
         newest: newest version of the table, which is captioned now.
     """
     earlier = sorted(rows.keys() - {newest}, key=lambda version: (-rows[version], version))

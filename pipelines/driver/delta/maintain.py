@@ -65,7 +65,7 @@ def maintain(spark: SparkSession, platform: Platform, retain_hours: int = MIN_RE
 
     Args:
         spark: Spark session.
-        platform: platform of the tables.
+        platform: platform that stores the tables.
         retain_hours: retention time in hours. VACUUM keeps the files of all table versions within the retention time.
 
     Raises:

@@ -28,8 +28,8 @@ def count_on_disk(table: DeltaTable, equal: Mapping[str, str | datetime], by: st
 
     Args:
         table: Delta table.
-        equal: required values: a dict, which is not empty, from the name of a column to the value.
-        by: column to group the rows by.
+        equal: required values: a non-empty dict from the name of a column to the value.
+        by: name of the column for whose values rows are counted.
     """
     counts: Counter[str] = Counter()
     for batch in arrow_dataset(table).to_batches(columns=[by], filter=_condition(equal)):

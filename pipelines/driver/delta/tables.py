@@ -60,7 +60,8 @@ def ensure_table(spark: SparkSession, platform: Platform, table: Table) -> bool:
                 add_checks(spark, name, table.checks)
     if not folder:
         check_format(int(table_properties(spark, name).get(PROPERTY, 0)), name)
-    elif not (exists or created):  # runs once per Spark session, without SHOW TBLPROPERTIES, which takes seconds
+    elif not (exists or created):
+        # The format is checked once per Spark session, and in the files, because SHOW TBLPROPERTIES takes seconds.
         check_table_format(DeltaTable(folder))
     add_columns(spark, platform, table)
     return created

@@ -34,7 +34,7 @@ def record_decision(
 
     Args:
         open_spark: function that returns the Spark session. The function is called only if a catalog manages the table.
-        platform: platform of the table.
+        platform: platform that stores the table.
         model: name of the registered model.
         version: model version that the decision is about.
         digest: digest of the files of this version.

@@ -64,8 +64,9 @@ PLOTTED = ("exact_match", "word_f1", "rouge_l", "bleu_4")
 
 @dataclass(frozen=True)
 class ModelCaption:
-    """Caption by the model `label`. `exact` says whether `text` equals a reference. `score` is word F1 from 0 to 1.
+    """Caption of a picture by the model named `label`.
 
+    `exact` says whether `text` equals a reference. `score` is word F1 from 0 to 1.
     `parts` has the consecutive parts of the text, each with a flag that says whether the part differs from the
     references.
     """

@@ -80,14 +80,14 @@ def best_f1(caption: Sequence[str], references: Iterable[Sequence[str]]) -> floa
 
 
 def tokenisation_of(metric: str) -> str | None:
-    """Return the name of the rules that split texts into words for a metric, or None for a metric without words."""
+    """Return the name of the rules by which a metric splits texts into words, or None if the metric ignores words."""
     if metric.startswith(COCO_PREFIX):
         return COCO_TOKENISATION
     return TOKENISATION if WORD_METRICS.fullmatch(metric) else None
 
 
 def describe_words(metrics: Iterable[str]) -> str:
-    """Return a phrase that names the rules that split texts into words for metrics with these names."""
+    """Return a phrase that names the rules by which the metrics with these names split texts into words."""
     coco = any(name.startswith(COCO_PREFIX) for name in metrics)
     return TOKENISATION + (f"; for metrics {COCO_PREFIX}* by {COCO_TOKENISATION}" if coco else "")
 

@@ -140,7 +140,7 @@ def evaluate(
 
     Args:
         spark: Spark session.
-        platform: platform of the tables and reports.
+        platform: platform that stores the tables and reports.
         model: files of the model version.
         shards_folder: shard folder of the split.
         train_folder: shard folder of the training split, for the nearest-neighbour baseline.
@@ -343,7 +343,7 @@ def read_thumbnails(samples: DataFrame, image_ids: Sequence[str]) -> dict[str, b
     """
     chosen = samples.where(samples.image_id.isin(list(image_ids))).select("image_id", "image")
     with bounded_batches(samples.sparkSession):
-        thumbnails = partial(with_thumbnails, column="image", max_pixels=sys.maxsize)  # ingest has checked sizes
+        thumbnails = partial(with_thumbnails, column="image", max_pixels=sys.maxsize)  # ingest checked sizes already
         rows = chosen.mapInArrow(thumbnails, "image_id string, thumbnail binary").collect()
     return {row["image_id"]: row["thumbnail"] and bytes(row["thumbnail"]) for row in rows}
 
@@ -353,7 +353,7 @@ def _gallery_rows(
 ) -> list[GalleryRow]:
     """Return the worst rows, the best rows and a sample of all other rows, with their thumbnails.
 
-    `slices` are the names of the slices of each row, by the key of the row.
+    `slices` maps the key of each row to the names of the row's slices.
     """
     shown = select_rows(scored)
     thumbnails = read_thumbnails(samples, [item.image_id for item, _ in shown])

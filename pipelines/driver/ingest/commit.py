@@ -24,7 +24,7 @@ KEPT_REASONS = ("decode_timeout", "decoder_crash")
 
 
 def write_samples(platform: Platform, plan: IngestPlan) -> NearReport:
-    """Write the usable pictures of a plan to `samples`.
+    """Write the usable pictures of an ingest plan to `samples`.
 
     Pictures that are near duplicates of each other get the same split.
 

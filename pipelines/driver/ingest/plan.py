@@ -47,7 +47,7 @@ class PlanTotals:
         conflicting: number of rows whose picture has the same id as a different picture.
         overfull: number of rows that would give a picture more texts than `data.limits.max_texts`.
         usable: number of rows that are neither refused nor conflicting nor overfull.
-        new: number of pictures that `samples` lacks.
+        new: number of pictures that are not yet in `samples`.
         updated: number of pictures in `samples` that get an additional text, or one more copy of a text.
         contributing: number of rows that add a new picture, or a text that the row's picture did not have.
     """

@@ -95,7 +95,7 @@ def inspect_quarantine(
 
     Args:
         select: function that queries the table.
-        platform: location of tables and reports.
+        platform: platform that stores the tables and reports.
         reasons: quarantine reasons (of tables.REASONS) to include; an empty sequence includes every reason.
         rows: number of rows to select per source and reason.
         pictures: whether to write a page with the pictures of the selected rows.
@@ -136,7 +136,8 @@ JOIN (
 ) AS chosen ON q.source = chosen.source AND q.source_row = chosen.source_row
 WHERE {included} ORDER BY q.source, q.reason, q.source_row
 """
-"""Queries in SQL that Spark and DataFusion both understand. The ranks are computed without the large payloads."""
+"""Queries in SQL that Spark and DataFusion both understand. The queries rank the rows without reading the large
+payloads."""
 _SHOWN = pa.schema(
     [pa.field(name, pa.string()) for name in ("source", "source_row", "reason", "detail", "payload")]
     + [pa.field("thumbnail", pa.binary())]

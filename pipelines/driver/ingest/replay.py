@@ -41,7 +41,7 @@ class ReplayReport(Config):
         new: number of rows that added a picture to `samples`.
         merged: number of rows that added a text to a picture.
         duplicates: number of valid rows that added nothing.
-        refused: number of rows that were refused again, by the reason of the new refusal.
+        refused: number of rows that were refused again, for each quarantine reason of the new refusals.
         seconds: duration of the replay, in seconds.
     """
 

@@ -1,8 +1,8 @@
 """Ingest stage: read a source of pictures and texts into `samples` and `quarantine`, and account for every row.
 
-Executors decode pictures (`pipelines.executor.ingest.decode`). The driver makes a plan from narrow columns and commits
-the writes. Pictures never reach the driver. An ingest is idempotent: a second run, a run after a crash, or a concurrent
-run adds nothing twice.
+Executors decode pictures (`pipelines.executor.ingest.decode`). The driver makes the ingest plan from narrow columns,
+and commits the writes. Pictures never reach the driver. An ingest is idempotent: a second run, a run after a crash, or
+a concurrent run adds nothing twice.
 
 - The id of a row contains a hash of the content of the row, so the row has the same id in every ingest.
 - The plan looks up what the tables already contain. If the input has no new content, the ingest writes to no table and
@@ -79,7 +79,7 @@ def ingest(
 
     Args:
         spark: Spark session. Two concurrent ingests need two Spark sessions.
-        platform: location of the tables.
+        platform: platform that stores the tables.
         source_name: name of the data config.
         config: data config of the source.
         refresh: whether to read all items again and replace all rows that the source has added before.

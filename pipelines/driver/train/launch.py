@@ -138,7 +138,8 @@ def _stderr_to_file(run: RunFolder) -> Iterator[None]:
 def _kill_leftover_ranks(run: RunFolder) -> None:
     """End the ranks that the launcher has left running on this host, first with SIGTERM and then with SIGKILL."""
     here = [rank for rank in run.read_ranks() if rank.host == socket.gethostname() and not rank.ended]
-    pids = [rank.pid for rank in here if start_ticks(rank.pid) == rank.start_ticks]  # a process id may be reused
+    # The start times are compared, because the process id of a rank that has ended may belong to another process now.
+    pids = [rank.pid for rank in here if start_ticks(rank.pid) == rank.start_ticks]
     for number in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + EXIT_SECONDS
         pids = [pid for pid in pids if _signal(pid, number)]

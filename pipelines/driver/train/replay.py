@@ -43,7 +43,8 @@ def replay_rank(run_folder: str) -> None:
 def replay_step(run: RunFolder, launch: Launch, spark: SparkSession, step: int) -> Replay:
     """Repeat the training from the last checkpoint before a step up to this step, and return the loss of each row.
 
-    The caller must own the run. The number of ranks is that of the run, because random numbers differ between ranks.
+    The caller must own the run. The replay has as many ranks as the run, because each rank draws different random
+    numbers.
 
     Raises:
         UserError: the run has no such step, or the cluster has too few slots.

@@ -57,7 +57,7 @@ def prepare(
 
     Args:
         config: resolved run config.
-        platform: location of the run folders, and number of ranks.
+        platform: platform that stores the run folder, and that says how many ranks to launch.
         train: report on the training shards.
         validate: report on the validation shards.
         code: description of the training code, by default of the installed code.

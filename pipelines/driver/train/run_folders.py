@@ -38,7 +38,7 @@ def find_folder(path: Path, config: RunConfig, code: TrainingCode) -> RunFolder:
     stored in the run.json of the folder, and from then on counts as the code of the run.
 
     Args:
-        path: path of the folder that the first code uses.
+        path: path of the run folder for the first version of the training code.
         config: resolved run config.
         code: description of the code that trains the run now.
     """

@@ -64,14 +64,14 @@ def decode_batches(batches: Iterator[pa.RecordBatch], read: Read, rules: DecodeR
 
     Args:
         batches: batches of raw rows, which `read` parses.
-        read: parser of the source.
+        read: function that parses raw rows of the source into records.
         rules: settings that decide whether a record becomes a sample.
     """
     yield from _batch_outcomes(decode_record(record, rules) for record in read(batches))
 
 
 def decode_guarded(batches: Iterator[pa.RecordBatch], read: Read, rules: DecodeRules) -> Iterator[pa.RecordBatch]:
-    """Decode rows like `decode_batches`, but in child processes. Refuse a row that crashes or hangs its child."""
+    """Decode rows like `decode_batches`, but in child processes. Refuse rows that crash or block these processes."""
     load_decoders()
     chunks = split_into_chunks(read(batches), _record_bytes)
     decode, refuse = partial(decode_record, rules=rules), partial(_refuse_deadly, rules=rules)

@@ -49,7 +49,7 @@ def fingerprint(image: Image.Image) -> bytes:
 
 
 def are_near_duplicates(left: Sequence[bytes], right: Sequence[bytes]) -> npt.NDArray[np.bool_]:
-    """Return an array whose element i says whether the fingerprints left[i] and right[i] are of near duplicates."""
+    """Return an array whose element i says whether left[i] and right[i] are the fingerprints of near duplicates."""
     a, b = (np.frombuffer(b"".join(side), np.uint8).reshape(-1, FINGERPRINT_BYTES) for side in (left, right))
     differing = np.unpackbits(a[:, :HASH_BYTES] ^ b[:, :HASH_BYTES], axis=1).sum(axis=1)
     colours = np.abs(a[:, HASH_BYTES:].astype(np.int16) - b[:, HASH_BYTES:]).max(axis=1)

@@ -76,7 +76,10 @@ class _TextStream(io.BufferedReader):
 
 
 def _peek(stream: IO[bytes]) -> tuple[IO[bytes], bytes]:
-    """Return a stream at the same position, and its next bytes. A later read raises an error after these bytes."""
+    """Return a stream at the same position, and its next bytes.
+
+    If the stream is damaged after these bytes, a later read of the returned stream raises the error.
+    """
     start, damage = b"", None
     try:
         while len(start) < HEAD_BYTES and (more := _read1(stream, HEAD_BYTES - len(start))):

@@ -1,6 +1,6 @@
 """Functions that draw the figures of an MLflow run: learning curve, blind gap, expert load, and lengths of captions.
 
-No function uses pyplot, because pyplot keeps global state. The functions import matplotlib themselves, because the
+No function uses pyplot, because pyplot keeps global state. matplotlib is imported inside the functions, because the
 import takes half a second.
 """
 

@@ -30,7 +30,7 @@ STAGES = {
     "caption": "Captioning jobs: one run for each job that captioned pictures. Parameters name the model version and "
     "the table, and the table `caption/drift.json` compares the captions with the evaluation of the version.",
 }
-"""Description of the MLflow experiment of each stage that has one experiment for all run configs."""
+"""For each stage that logs to one MLflow experiment for all run configs, the description of this experiment."""
 MODEL_DESCRIPTION = (
     "Versions of a model that writes captions for pictures. The alias `champion` is the version that captions tables, "
     "`previous` is the champion before it, and `challenger` was last submitted to the checks of `lakesight promote`. "
@@ -84,7 +84,7 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 def run_link(platform: Platform, text: str, experiment_id: str, run_id: str, tab: str = "") -> str:
     """Return a Markdown link to the page of a run. In a Databricks workspace, return the text without a link.
 
-    A workspace has other addresses and shows its own links.
+    A workspace uses other addresses for these pages, and shows links of its own.
     """
     return _link(platform, text, f"experiments/{experiment_id}/runs/{run_id}{tab}")
 

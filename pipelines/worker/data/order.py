@@ -4,7 +4,7 @@ The selection is a pure function of the step, so a run can resume at a step with
 
 Position k of epoch e is row `permute(k)`, where the permutation is keyed by (seed, e) and computed per position in
 O(1) time and memory. No list is shuffled, stored or replayed. At any step, after any restart and at any world size, a
-rank computes its slice of the same infinite sequence of rows.
+rank computes its part of the same infinite sequence of rows.
 
 The permutation of n rows is a Feistel network over the next power of four. A result outside [0, n) is mapped again
 until a result is inside [0, n). This method is called cycle walking (Black and Rogaway, "Ciphers with Arbitrary Finite

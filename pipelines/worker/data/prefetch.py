@@ -10,7 +10,7 @@ from vlm.batch import Batch
 
 
 def prefetch_to_device(batches: Iterator[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
-    """Yield the batches on the device.
+    """Copy each batch to the device and yield the copy.
 
     The next batch is copied to a GPU while the GPU computes the training step of the current batch.
 

@@ -150,7 +150,7 @@ class FileWriter:
         self._pending.append(self.last)
 
     def check(self) -> None:
-        """Raise the error of a file that could not be written. Do not wait for writes in progress.
+        """Raise the error of a file that could not be written. This method does not wait for writes in progress.
 
         Raises:
             OSError: a file could not be written.

@@ -36,7 +36,7 @@ from vlm.training.state import TrainingSnapshot, save_state, snapshot_training
 
 
 class ModelBuilder:
-    """Builder of the model of a run with its initial weights, which also loads and saves weights in checkpoints."""
+    """Builder that makes the model of a run with its initial weights, and loads and saves the weights."""
 
     def __init__(self, config: ModelConfig, settings: TrainConfig, tokenizer: Tokenizer) -> None:
         self.config, self.settings, self.tokenizer = config, settings, tokenizer

@@ -98,7 +98,7 @@ def train(run: RunFolder, env: RankEnv, monitor: RankMonitor, kind: type[Trainer
 
 @dataclass
 class Trainer:
-    """Training state of one rank, and the work after each training step."""
+    """Training state of one rank, with methods that train and that do the work after each training step."""
 
     run: RunFolder
     file: RunFile

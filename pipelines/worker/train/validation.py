@@ -54,7 +54,7 @@ def validate(
         batch_size: number of rows per batch of a rank.
         rank: number of this rank, 0 <= rank < world_size.
         world_size: number of ranks.
-        report_progress: function to call after each batch.
+        report_progress: function that is called after each batch, to restart the timeout of the rank.
 
     Raises:
         NotFiniteError: a loss is not finite, or all targets are masked. The error names the affected pictures of this

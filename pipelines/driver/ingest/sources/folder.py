@@ -1,7 +1,7 @@
 """Folder sources: a folder of picture files, and a captions file that names the picture files.
 
-The captions file is CSV, JSON lines or COCO captions JSON. The driver reads a COCO document, and executors read the
-other kinds. Executors open the pictures, so every executor must see the folder.
+The captions file is CSV, JSON lines or COCO captions JSON. The driver reads COCO captions JSON, and executors read CSV
+and JSON lines. Executors open the pictures, so every executor must see the folder.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def open_folder(
     """Open a folder. Each row of the captions file is one record. Pictures that no row names are passed over.
 
     In the ledger, an item is a row of the captions file, and the state of the item is the change token of its picture.
-    Only added rows and rows with a changed picture are read again.
+    Only new rows, and rows whose picture has changed, are read.
 
     Raises:
         UserError: the captions file does not exist, has an unknown format, or lacks a column.

@@ -1,4 +1,4 @@
-"""Files of lines: the driver reads the beginning of each file, and executors read the lines in byte ranges."""
+"""Text files: the driver reads the beginning of each file, and executors read the lines in byte ranges."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipelines.executor.ingest.storage import FILE_ERRORS, open_binary, require_
 from pipelines.executor.ingest.text_stream import HEAD_BYTES, is_plain, open_text
 
 COMPRESSION_SUFFIXES = ("", ".gz", ".bz2", ".zst", ".xz")
-"""Suffixes of compressed files of lines. The empty suffix stands for no compression. The suffix only selects files: the
+"""Suffixes of text files by compression. The empty suffix stands for no compression. The suffix only selects files: the
 content of a file tells how the file is compressed."""
 UNPACKED_SHARE = 4
 """Number of uncompressed bytes that are assumed per byte of a compressed file, to choose the number of tasks."""
@@ -32,11 +32,11 @@ ReadHead = Callable[[SourceFile, Layout], Layout]
 
 
 def read_layouts(files: Sequence[SourceFile], read: ReadHead, *, whole: bool = False) -> list[Layout]:
-    """Return the layout of each file. The layout of a file with a damaged beginning contains a problem.
+    """Return the layout of each file. If the beginning of a file is damaged, its layout has a `problem`.
 
     Args:
-        files: files of lines.
-        read: function that completes the layout of a file.
+        files: text files that are read line by line.
+        read: function that reads the beginning of a file and completes the file's layout.
         whole: whether to read every file as a whole, without splitting it into ranges.
     """
 
@@ -75,11 +75,11 @@ def whole_range(file: SourceFile, layout: Layout) -> Range:
 def load_ranges(
     spark: SparkSession, files: Sequence[SourceFile], layouts: Sequence[Layout]
 ) -> tuple[DataFrame, tuple[Layout, ...]]:
-    """Return the raw rows of files of lines (records.lines.RANGE), and the list of layouts that the rows refer to.
+    """Return the byte ranges of text files as raw rows (records.lines.RANGE), and the layouts to which the rows refer.
 
     Args:
         spark: Spark session.
-        files: files of lines.
+        files: text files that are read line by line.
         layouts: layout of each file.
     """
     distinct = tuple(dict.fromkeys(layouts))
@@ -96,7 +96,7 @@ def split_files(
     """Return the ranges of files as rows of RANGE.
 
     Args:
-        files: files of lines.
+        files: text files that are read line by line.
         layouts: layout of each file.
         distinct: list of all different layouts. A range refers to its layout by the index in this list.
         size: number of bytes of a range.

@@ -37,7 +37,7 @@ def open_source(spark: SparkSession, platform: Platform, name: str, config: Data
 
     Args:
         spark: Spark session.
-        platform: location of generated input.
+        platform: platform whose home folder holds generated input files.
         name: name of the data config.
         config: data config of the source.
         ingested: items that need not be read again, from `ledger.read_ledger`.
@@ -87,7 +87,7 @@ def open_unchanged(platform: Platform, name: str, config: DataConfig, ingested: 
     """Open a source without Spark. Return None if an item is pending, or if only Spark can tell.
 
     Args:
-        platform: location of generated input.
+        platform: platform whose home folder holds generated input files.
         name: name of the data config.
         config: data config of the source.
         ingested: items that need not be read again, from `ledger.select_last_versions`.
@@ -96,7 +96,7 @@ def open_unchanged(platform: Platform, name: str, config: DataConfig, ingested: 
         UserError: the input does not exist, has no file of the source's kind, or lacks a column.
     """
     if is_url(config.source.path):
-        return None  # an object store with many files would be listed twice
+        return None  # otherwise, an object store with many files would be listed twice
     given, config = config, generate_scenes(config, platform)
     match config.source:
         case TableSourceConfig() as source:

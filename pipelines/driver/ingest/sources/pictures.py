@@ -17,7 +17,7 @@ def read_named_pictures(config: DataConfig, read: Read, *, knows_files: bool) ->
 
     Args:
         config: data config of the source.
-        read: parser of the source.
+        read: function that parses raw rows of the source into records.
         knows_files: whether the raw rows have a column `path` with the path of the row's file. A relative location is
             then relative to the folder of this file.
 

@@ -252,7 +252,7 @@ def _open_feed(spark: SparkSession, source: TableSourceConfig, first: int, last:
 
 
 def _select_changed(frame: DataFrame, changes: DataFrame, name: str, source: TableSourceConfig) -> _Changes | None:
-    """Return the rows to read. If rows were updated or deleted, all current rows with the ids of these rows are read.
+    """Select the rows to read. If rows were updated or deleted, all current rows with the ids of these rows are read.
 
     Without ids, it is unknown whether another row has the picture of a deleted row, so all rows must be read.
 

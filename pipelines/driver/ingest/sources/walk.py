@@ -1,4 +1,4 @@
-"""Listing of the files below a path. Every entry is either found or passed over for a reason of a closed list.
+"""Listing of the files below a path. Every entry is either found, or passed over for one of a fixed list of reasons.
 
 The name of a file is never read as a pattern, and no file is left out without a reason. Spark, in contrast, silently
 leaves out files whose names begin with `_` or `.`, and reads `[1]` in a name as a pattern.
@@ -41,7 +41,7 @@ PASSED_OVER = {
 
 
 class PassedOver(NamedTuple):
-    """An entry below the path of a source that is not read. The name of a folder ends with a slash."""
+    """A file or folder, below the path of a source, that is not read. The name of a folder ends with a slash."""
 
     relative: str
     reason: str

@@ -20,7 +20,7 @@ WHOLE_NUMBER = re.compile(r"(-?[0-9]+)\.0*")
 
 
 def coco_columns(columns: ColumnNames) -> list[str]:
-    """Return the columns of the records of `coco_records`."""
+    """Return the names of the fields that each record of `coco_records` has."""
     return ["id", columns.image, "height", "width", columns.text]
 
 

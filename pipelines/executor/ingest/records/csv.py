@@ -82,7 +82,7 @@ def csv_rows(part: Range, *, multiline: bool, limit: int) -> Iterator[str | Long
 
 
 def _lines(part: Range, limit: int) -> Iterator[tuple[str | LongLine, bool]]:
-    """Yield the rows of a range in which every line is a row. Say of each row whether it begins inside a quoted field.
+    """Yield the rows of a range in which every line is a row, and whether each row begins inside a quoted field.
 
     The lines shortly before and after the range are read too, so that the result does not depend on the borders of
     ranges. A quote that is never closed affects only its own line.

@@ -62,7 +62,7 @@ def parse_captions(batches: Iterator[pa.RecordBatch], read: Read) -> Iterator[pa
 
     Args:
         batches: batches of raw rows, which `read` parses.
-        read: parser of the captions file.
+        read: function that parses raw rows of the captions file into records.
     """
     yield from store_records(read(batches))
 
@@ -80,7 +80,7 @@ def list_captions(
 
     Args:
         batches: batches of raw rows, which `read` parses.
-        read: parser of the captions file.
+        read: function that parses raw rows of the captions file into records.
         captions: path of the captions file.
         folder: folder of the pictures.
         column: field that names a picture file.

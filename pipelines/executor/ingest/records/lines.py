@@ -92,7 +92,7 @@ def range_records(batches: Iterator[pa.RecordBatch], layouts: Sequence[Layout], 
     Args:
         batches: batches of the schema RANGE.
         layouts: layouts of the files.
-        read: parser of one range.
+        read: function that parses one range into records.
     """
     for batch in batches:
         for row in batch.to_pylist():

@@ -29,7 +29,7 @@ MAX_VALUE_BYTES = 16 * 2**20
 MAX_PICTURE_BYTES = 32 * 2**20
 """Size in bytes up to which a picture is stored in `quarantine` even if the picture exceeds data.limits.max_bytes."""
 MAX_OTHERS_BYTES = 32 * 2**20
-"""Number of bytes of unused columns that are stored of a refused row. Values beyond this total are only described."""
+"""Largest total size of the unused columns of a refused row, in bytes. Values beyond this size are only described."""
 
 
 class _Range(NamedTuple):
@@ -108,7 +108,7 @@ def _open(part: _Range, columns: _Columns) -> ParquetColumns | str:
 
 
 def _describe_or_raise(error: Exception) -> str:
-    """Describe the damage of a file. Raise an error that is a fault of the machine, so that Spark retries the task."""
+    """Describe the damage of a file. Raise the error if it is a fault of the machine; Spark then retries the task."""
     if isinstance(error, MemoryError):
         raise error
     return " ".join(require_damage(error).split())
@@ -142,7 +142,7 @@ def _values(opened: ParquetColumns, group: int, name: str) -> Iterator[Fields]:
 
 
 def _find_problem(fields: Fields, image: str) -> Problem | None:
-    """Return the problem of a row with a value that is too large or cannot be represented in Python, else None."""
+    """If a value of a row is too large or cannot be represented in Python, return the problem, else None."""
     for name, value in fields.items():
         if isinstance(value, NotRepresentable):
             return Problem("malformed_record", f"column {name}: {value.what}")

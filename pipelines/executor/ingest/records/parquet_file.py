@@ -24,7 +24,7 @@ BATCH_ROWS = 1024
 DICTIONARY_BYTES = 64 * 2**20
 """Number of bytes up to which a column chunk whose values are in lists is read as an Arrow dictionary array.
 
-Arrow also adds values to the array's dictionary that are not in the dictionary page of the file.
+If the dictionary page of the file lacks a value, Arrow adds the value to the dictionary of the array.
 """
 
 SIGNATURE_BYTES = 28
@@ -100,8 +100,8 @@ class ParquetColumns:
         """Read a column of a row group.
 
         Args:
-            group: number of the row group.
-            position: position of the column.
+            group: number of the row group, from 0.
+            position: position of the column in the file, from 0.
             parts: names of the fields to read from a struct. If the struct lacks the first field, all fields are read.
 
         Raises:

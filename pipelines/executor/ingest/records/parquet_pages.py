@@ -93,7 +93,7 @@ def first_byte(chunk: Any) -> int:
 
 
 def _pages(file: IO[bytes], at: int, size: int, values: int) -> Iterator[_Page]:
-    """Yield the pages of a column chunk until the pages contain all bytes or all values of the chunk."""
+    """Yield the pages of a column chunk, up to the page with the last byte or the last value of the chunk."""
     end = at + size
     while at < end and values > 0:
         page, header_bytes = _read_header(file, at)

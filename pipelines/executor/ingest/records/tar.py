@@ -48,7 +48,10 @@ class Member(NamedTuple):
 
 
 class TarReader:
-    """Iterator over the members of a tar or of concatenated tars. Read a member's content before the next member."""
+    """Iterator over the members of a tar or of concatenated tars.
+
+    The content of a member can be read only until the next member is requested.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file

@@ -22,7 +22,7 @@ MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 """Pattern of <key>.<extension>. The extension begins after the first dot of the name. Hidden files do not match."""
 SYSTEM_FOLDER = re.compile(r"(?:^|/)__MACOSX/")
 MAX_MEMBERS = 1_000
-"""Largest number of members in a row."""
+"""Largest number of tar members that one row may have."""
 MAX_KEYS = 200_000
 """Number of keys that are remembered, to detect rows whose members are not consecutive in the tar."""
 SIDE_BYTES = 16 * 2**20

@@ -25,7 +25,7 @@ from pipelines.executor.ingest.storage import require_damage
 LOCAL_URI = re.compile(r"(?:file:(?://(?:localhost)?)?|dbfs:)(/.*)", re.DOTALL | re.IGNORECASE)
 """Pattern of a URI of a local file, or of a file on a Volume."""
 MAX_LISTED = 200_000
-"""Largest number of files in a folder among which another spelling of a missing file name is searched."""
+"""Largest number of entries of a folder that are searched for a name in another Unicode form."""
 
 
 class PictureFile(NamedTuple):
