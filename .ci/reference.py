@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from typer.testing import CliRunner
 
 from jobs.cli import COMMANDS, app
+from jobs.table_files import COMMANDS as COMMANDS_OF_TABLES
 from pipelines.config import RunConfig
 from pipelines.formats import champion_captions
 from pipelines.formats.tables import TABLES, sql_type
@@ -211,7 +212,8 @@ def tables() -> Iterator[str]:
     for each in TABLES:
         key = listed([f"`{name}`" for name in each.key], "and")
         identify = f"The {'columns' if each.key[1:] else 'column'} {key} {'identify' if each.key[1:] else 'identifies'}"
-        yield f"### Table {each.name}\n\n{each.comment}. {identify} a row.\n"
+        writer = f"`lakesight {COMMANDS_OF_TABLES[each.name]}` writes the table."
+        yield f"### Table {each.name}\n\n{each.comment}. {identify} a row. {writer}\n"
         yield table(
             ("column", "type", "null", "meaning"),
             [(f"`{c.name}`", sql_type(c.type), "yes" if c.nullable else "no", c.comment) for c in each.columns],

@@ -279,7 +279,7 @@ def load_checkpoint(folder: Path, precision: Precision) -> Captioner:
     try:
         return vlm.load(folder, precision=precision)
     except CheckpointError as error:
-        raise UserError(error.what, where=error.where, got=error.got, fix=error.fix) from None
+        raise UserError(error.what, where=error.where, got=error.problems, fix=error.fix) from None
 
 
 def stream_answer(job: Job, captioner: Captioner, request: Request, settings: GenerationConfig) -> Completion:

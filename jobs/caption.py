@@ -104,7 +104,7 @@ def caption(
             max_error_share=max_error_share,
         )
         job.output.report(report)
-        job.output.line("next", "lakesight show generated_captions --order 'captioned_at DESC' --gallery")
+        job.output.next("lakesight show generated_captions --order 'captioned_at DESC' --gallery")
 
 
 def run_caption(job: Job, which: str, **request: object) -> CaptionReport:

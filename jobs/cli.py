@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -160,12 +161,13 @@ def run(commands: typer.Typer) -> None:
         if end.code:
             raise
     except LakesightError as error:
-        _fail(str(error), error.exit_code)
+        _fail(error)
     except Exception as error:  # noqa: BLE001 outermost caller: every error gets a short message
         if file_error := _file_error(error):
-            _fail(str(file_error), file_error.exit_code)
+            _fail(file_error)
         traceback.print_exc()
-        _fail(f"\nlakesight failed with {type(error).__name__}: {_first_line(error)}", 1)
+        print(f"\nlakesight failed with {type(error).__name__}: {_first_line(error)}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -189,9 +191,16 @@ def _restore_default() -> None:
     _release_sigterm()
 
 
-def _fail(message: str, code: int) -> None:
-    print(message, file=sys.stderr)
-    sys.exit(code)
+def _fail(error: LakesightError) -> None:
+    """Print an error and exit: as one paragraph, or on a terminal with a line for each part."""
+    if sys.stderr.isatty():
+        from jobs.output import format_error, has_colours
+
+        width = shutil.get_terminal_size().columns
+        print(format_error(error, width, colours=has_colours(sys.stderr)), file=sys.stderr)
+    else:
+        print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
 
 
 def _first_line(error: Exception) -> str:

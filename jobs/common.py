@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -15,9 +16,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jobs.cli import WEIGHT_COMMANDS
 from jobs.output import CommandOutput, reserved_stdout
 from pipelines.config import RunConfig, available, load_run
-from pipelines.errors import UserError
+from pipelines.errors import LakesightError, UserError
 from pipelines.formats.format_version import check_home
 from pipelines.platform import Platform, open_platform
 from vlm.config import Precision
@@ -66,6 +68,8 @@ ImageRootOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object on stdout.")]
 
+WITHOUT_RUN = ("demo", *WEIGHT_COMMANDS)
+"""Commands that have no option --run."""
 MIN_FREE_BYTES = 256 * 2**20
 """Minimum free disk space, in bytes, to start a command. On a full disk, Spark errors would be unclear."""
 
@@ -99,13 +103,28 @@ class Job:
 
         Settings of Spark (`platform.spark.conf`) are left out, because they may be secrets.
         """
-        words = ["lakesight", name, "--run", self.config.name]
+        return f"lakesight {name} {self._options()}"
+
+    def _options(self) -> str:
+        words = ["--run", self.config.name]
         if self.config.chosen.platform != "local":
             words += ["--platform", self.config.chosen.platform]
         for override in self.overrides:
             if not override.strip().startswith("platform.spark.conf"):
                 words += ["--set", override]
         return shlex.join(words)
+
+    def add_run(self, text: str) -> str:
+        """Add the run to each command in an error message, such as "run `lakesight ingest` first".
+
+        Functions below the commands do not know the options of the command, but people copy the command.
+        """
+
+        def complete(found: re.Match[str]) -> str:
+            named = found["name"] in WITHOUT_RUN or "--run" in found["rest"]
+            return found[0] if named else f"`lakesight {found['name']}{found['rest']} {self._options()}`"
+
+        return re.sub(r"`lakesight (?P<name>[a-z-]+)(?P<rest>[^`]*)`", complete, text)
 
     def override(self, setting: str) -> None:
         """Add one override `key=value` and resolve the run config again."""
@@ -115,7 +134,7 @@ class Job:
     def finish(self, report: object, next_command: str) -> None:
         """Print the report as JSON if the user asked for JSON, then print the command to run next."""
         self.output.report(report)
-        self.output.line("next", self.command(next_command))
+        self.output.next(self.command(next_command))
 
     def stop(self) -> None:
         """Stop the Spark session if this command started the session. A Databricks session keeps running."""
@@ -154,6 +173,9 @@ def open_job(run: str, platform: str, overrides: Sequence[str] | None, as_json: 
         _check_free_space(job.platform)
         try:
             yield job
+        except LakesightError as error:
+            error.fix = job.add_run(error.fix)
+            raise
         finally:
             job.stop()
 

@@ -38,13 +38,19 @@ def compare(
     with open_job(run, platform, overrides, as_json) as job:
         report = run_compare(job, one, other)
         job.output.report(report)
-        job.output.line("next", next_command(job, report))
+        job.output.next(next_command(job, report))
 
 
 def next_command(job: Job, report: Comparison) -> str:
-    """Return the command to run next: `train` if the first version is worse than the other version, else `promote`."""
+    """Return the command to run next: `promote` unless the first version is worse than the other version.
+
+    After a lost comparison, the command trains twice as long. The steps of a run with stages are part of the stages, so
+    its curves are shown instead.
+    """
     difference = report.differences.get(job.config.gate.metric)
     if difference is not None and difference.high < 0:
+        if job.config.train.stages:
+            return "lakesight ui"
         return f"{job.command('train')} --set train.steps={2 * job.config.train.steps}"
     return f"{job.command('promote')} --version {report.one}"
 

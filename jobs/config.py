@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from jobs.common import JsonOption, PlatformOption, RunOption, SetOption, open_output
-from jobs.output import CommandOutput
+from jobs.output import CommandOutput, number
 from pipelines.config import available, load_model, load_run
 from vlm.config import Config, ModelConfig
 
@@ -39,7 +39,9 @@ class ModelSize(Config):
 def config(
     what: Annotated[
         Literal["run", "models"],
-        typer.Argument(help="run: print the config of the run. models: list the models in conf/model/."),
+        typer.Argument(
+            help="run: print the config of the run. models: list the models in conf/model/.", metavar="WHAT"
+        ),
     ] = "run",
     *,
     run: RunOption = "demo",
@@ -74,34 +76,38 @@ def _print_run(output: CommandOutput, run: str, platform: str, overrides: list[s
 def _print_models(output: CommandOutput) -> None:
     models = [measure_model(name, load_model(name)) for name in available("model")]
     output.text(
-        f"{'model':<16} {'parameters':>13} {'active':>13} {'encoder':>11} {'decoder':>13} {'GFLOP/sample':>12}  picture"
+        f"{'model':<15} {'parameters':>10} {'active':>8} {'encoder':>8} {'decoder':>8} {'GFLOP/sample':>12}  px, slots"
     )
     for model in models:
-        counts = f"{model.parameters:>13,} {model.active:>13,} {model.encoder:>11,} {model.decoder:>13,}"
-        picture = f"{model.image_size} px in {model.image_slots} slot{'s' * (model.image_slots > 1)}"
-        output.text(f"{model.name:<16} {counts} {model.flops / 1e9:>12,.3f}  {picture}")
+        total, *parts = map(_short, (model.parameters, model.active, model.encoder, model.decoder))
+        counts = f"{total:>10} " + " ".join(f"{part:>8}" for part in parts)
+        picture = f"{model.image_size}, {model.image_slots}"
+        output.text(f"{model.name:<15} {counts} {model.flops / 1e9:>12,.3f}  {picture}")
     output.report({"models": models})
 
 
-def measure_model(name: str, model: ModelConfig) -> ModelSize:
-    """Count the parameters and FLOPs of a model without allocating memory for the weights."""
-    import torch
+def _short(count: int) -> str:
+    """Format a number of parameters with three significant digits, such as `1.02 M`."""
+    size, unit = next(
+        (size, unit) for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")) if count >= size or unit == "K"
+    )
+    return f"{number(count / size)} {unit}"
 
+
+def measure_model(name: str, model: ModelConfig) -> ModelSize:
+    """Count the parameters and FLOPs of a model without building the model."""
+    from vlm.config.parameters import count_parameters
     from vlm.config.size import flops_per_sample, inactive_parameters
-    from vlm.factory import build_model
     from vlm.text import learn
 
     vocab_size = learn(model.text, ()).vocab_size if model.text.kind == "chars" else model.text.vocab_size
-    with torch.device("meta"):
-        built = build_model(model, vocab_size)
-    encoder, decoder = (sum(p.numel() for p in part.parameters()) for part in (built.encoder, built.decoder))
-    parameters = sum(p.numel() for p in built.parameters())
+    counts = count_parameters(model, vocab_size)
     return ModelSize(
         name=name,
-        parameters=parameters,
-        active=parameters - inactive_parameters(model),
-        encoder=encoder,
-        decoder=decoder,
+        parameters=sum(counts),
+        active=sum(counts) - inactive_parameters(model),
+        encoder=counts.encoder,
+        decoder=counts.decoder,
         image_size=model.image.size,
         image_slots=model.num_slots,
         flops=flops_per_sample(model, vocab_size),

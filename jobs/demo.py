@@ -47,7 +47,7 @@ def demo(
         )
         job.output.line("gallery", report.gallery)
         job.output.line("mlflow", "lakesight ui")
-        job.output.line("next", "lakesight show quarantine, or lakesight ask PICTURE")
+        job.output.next("lakesight quarantine --gallery", "lakesight ui")
         job.output.report(report)
 
 

@@ -45,7 +45,7 @@ def export_weights(
         try:
             report = write_weights(checkpoint, part, family, out)
         except CheckpointError as error:
-            raise UserError(error.what, where=error.where, got=error.got, fix=error.fix) from None
+            raise UserError(error.what, where=error.where, got=error.problems, fix=error.fix) from None
         output.line(report.part, f"{report.tensors} tensors in {report.folder} ({report.family})")
         output.line("files", ", ".join(report.files))
         for reason, names in report.without.items():
@@ -53,4 +53,5 @@ def export_weights(
         output.report(report)
         import_command = ["lakesight", "import-weights", "--model", "NAME", "--out", "FOLDER"]
         import_command += [str(out)] if part == "model" else [f"--{part}", str(out)]
-        output.line("next", f"load it in the other library, or import it again: {shlex.join(import_command)}")
+        output.line("", "to load in the other library, or to import again")
+        output.next(shlex.join(import_command))

@@ -76,7 +76,7 @@ def import_weights(
         report, tokens = _import_once(load_model(model, overrides or ()), folders, out, seed)
         _print_report(output, report, tokens)
         output.report(report)
-        output.line("next", shlex.join(["lakesight", "ask", "PICTURE", "--checkpoint", str(out)]))
+        output.next(shlex.join(["lakesight", "ask", "PICTURE", "--checkpoint", str(out)]))
 
 
 def _check_parts(folders: dict[Part, Path]) -> None:
@@ -146,7 +146,7 @@ def _write_checkpoint(
         with show_elapsed("reading weights"):
             model, report = load_weights(config, tokenizer.vocab_size, folders, seed=request.seed)
     except CheckpointError as error:
-        raise UserError(error.what, where=error.where, got=error.got, fix=error.fix) from None
+        raise UserError(error.what, where=error.where, got=error.problems, fix=error.fix) from None
     write_record(out, ImportRecord(request=request))
     save_model(out, model, tokenizer)
     return report, tuple(tokens)

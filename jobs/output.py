@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import TextIO
 
+import typer
 from pydantic_core import to_json
+
+from pipelines.errors import LakesightError
 
 LABEL_WIDTH = 12
 TEXT_WIDTH = 80
@@ -32,6 +37,40 @@ def number(value: float, *, signed: bool = False) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
+def has_colours(stream: TextIO) -> bool:
+    """Return whether a stream is a terminal whose user wants colours (see https://no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def format_error(error: LakesightError, width: int, *, colours: bool) -> str:
+    """Format an error for a terminal: one line for each part and for each problem, broken between words.
+
+    A command between backquotes stays in one line, so that it can be copied.
+    """
+    parts = {"error": (error.what,), "where": (error.where,), "got": error.problems, "fix": (error.fix,)}
+    lines = []
+    for label, texts in parts.items():
+        marked = typer.style(f"{label:<7}", fg="red" if label == "error" else None, bold=True) if colours else None
+        head = marked or f"{label:<7}"
+        for text in filter(None, texts):
+            item = f"- {text}" if len(texts) > 1 else text
+            for line in _wrap(item, width - 7, "  " if len(texts) > 1 else ""):
+                lines.append(f"{head}{line}".rstrip())
+                head = " " * 7
+    return "\n".join(lines)
+
+
+def _wrap(text: str, width: int, indent: str) -> list[str]:
+    """Break a text into lines of at most `width` characters, but break neither words nor commands in backquotes."""
+    kept = re.sub(r"`[^`\n]*`", lambda found: found[0].replace(" ", "\0"), text)
+    lines = []
+    for number, line in enumerate(kept.splitlines()):
+        first = indent if number else ""
+        whole = textwrap.TextWrapper(max(width, 20), first, indent, break_long_words=False, break_on_hyphens=False)
+        lines += whole.wrap(line) or [""]
+    return [line.replace("\0", " ") for line in lines]
+
+
 class CommandOutput:
     """Printer for the lines that people read and for the report of a command.
 
@@ -44,6 +83,7 @@ class CommandOutput:
     def __init__(self, out: TextIO, *, as_json: bool) -> None:
         self._out = out
         self._as_json = as_json
+        self._stream = sys.stderr if as_json else out
         self._started = time.monotonic()
 
     @property
@@ -53,7 +93,13 @@ class CommandOutput:
 
     def line(self, label: str, text: str) -> None:
         """Print one line for people: a label in a column of fixed width, then a text."""
-        self.text(f"{label:<{LABEL_WIDTH}}{text}")
+        padded = f"{label:<{LABEL_WIDTH}}"
+        self.text((typer.style(padded, bold=True) if label and has_colours(self._stream) else padded) + text)
+
+    def next(self, *commands: str) -> None:
+        """Print the commands that the user can run next, each on a line of its own."""
+        for label, command in zip(("next", *["or"] * (len(commands) - 1)), commands, strict=True):
+            self.line(label, command)
 
     def items(self, label: str, items: Sequence[str]) -> None:
         """Print a list for people: a label, then the items separated by commas, in lines of at most 80 columns."""
@@ -71,7 +117,7 @@ class CommandOutput:
 
     def text(self, text: str, end: str = "\n") -> None:
         """Print a text for people without adding a label."""
-        print(text, end=end, file=sys.stderr if self._as_json else self._out, flush=True)
+        print(text, end=end, file=self._stream, flush=True)
 
     def report(self, report: object) -> None:
         """Print the command's report (a pydantic model, or a dict of pydantic models) as JSON if `as_json` is set."""

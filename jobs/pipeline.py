@@ -69,7 +69,7 @@ def pipeline(
     """
     with open_job(run, platform, overrides, as_json) as job:
         job.output.report(run_pipeline(job))
-        job.output.line("next", "lakesight show generated_captions --gallery, or lakesight ui")
+        job.output.next("lakesight show generated_captions --gallery", "lakesight ui")
 
 
 def run_pipeline(job: Job) -> PipelineReport:

@@ -95,7 +95,7 @@ def run_promote(job: Job, which: str) -> PromotionReport:
         raise StageFailed(
             f"the model version is not promoted, for {len(verdict.reasons)} reason{'s' * (len(verdict.reasons) > 1)}",
             where=f"model {label}",
-            got="; ".join(verdict.reasons),
+            got=verdict.reasons,
             fix="look at the captions in the gallery of `lakesight evaluate`. Train longer, use another seed, or give "
             "the decoder more picture features (vision.select: patches). The limits are in section gate of the run",
         )

@@ -26,7 +26,10 @@ class Action(StrEnum):
 def quarantine(
     action: Annotated[
         Action,
-        typer.Argument(help="show: print refused rows of all sources. replay: check the run's refused rows again."),
+        typer.Argument(
+            help="show: print refused rows of all sources. replay: check the run's refused rows again.",
+            metavar="ACTION",
+        ),
     ] = Action.SHOW,
     *,
     reason: Annotated[

@@ -59,4 +59,4 @@ def review(
         app = open_app(reviewed, f"Captions of {job.model_name}", user_name())
         uvicorn.run(app, host=HOST, port=port, log_level="warning")
         job.output.line("judged", f"{len(reviewed.judged):,} of {len(reviewed.captions):,} captions")
-        job.output.line("next", "lakesight show verdicts, or lakesight ingest --run reviewed")
+        job.output.next("lakesight show verdicts", "lakesight ingest --run reviewed")

@@ -9,11 +9,22 @@ from typing import TYPE_CHECKING
 
 from jobs.common import Job
 from pipelines.errors import UserError
+from pipelines.formats.champion_captions import NAME as VIEW
+from pipelines.formats.tables import DECISIONS, EVALUATIONS, GENERATED_CAPTIONS, INGESTED, QUARANTINE, SAMPLES, VERDICTS
 from vlm.errors import did_you_mean
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from deltalake import DeltaTable
+
+COMMANDS = {
+    **dict.fromkeys((SAMPLES.name, QUARANTINE.name, INGESTED.name), "ingest"),
+    GENERATED_CAPTIONS.name: "caption",
+    EVALUATIONS.name: "evaluate",
+    VERDICTS.name: "review",
+    DECISIONS.name: "promote",
+}
+"""Command that writes the first rows of each table."""
 
 
 def open_table(job: Job, name: str, version: int | None) -> DeltaTable:
@@ -58,13 +69,15 @@ def _folder(job: Job, name: str) -> Path:
         )
     names = sorted(path.parent.name for path in job.platform.tables.glob("*/_delta_log"))
     if name not in names:
+        if name in COMMANDS:
+            fix = f"run `lakesight {COMMANDS[name]}` first, which writes the table"
+        else:
+            fix = f"name a table, a view or the path of a folder{did_you_mean(name, [*names, *COMMANDS, VIEW])}"
         raise UserError(
             f"there is no table {name!r}",
             where=str(job.platform.tables),
             got=f"tables: {', '.join(names)}" if names else "no tables at all",
-            fix=f"name one of these tables, or the path of a folder{did_you_mean(name, names)}"
-            if names
-            else "run `lakesight demo` or `lakesight ingest` first",
+            fix=fix,
         )
     return job.platform.tables / name
 
@@ -149,10 +162,10 @@ def champion_captions(job: Job) -> Relation:
     Raises:
         UserError: a table does not exist, or lacks a column because an earlier Lakesight version wrote the table.
     """
-    from pipelines.formats.champion_captions import TABLES, select
-    from pipelines.formats.tables import GENERATED_CAPTIONS
+    from pipelines.formats.champion_captions import TABLES as VIEW_TABLES
+    from pipelines.formats.champion_captions import select
 
-    tables = {name: open_table(job, name, None) for name in TABLES}
+    tables = {name: open_table(job, name, None) for name in VIEW_TABLES}
     existing = {field.name for field in tables[GENERATED_CAPTIONS.name].schema().fields}
     missing = [name for name in GENERATED_CAPTIONS.names if name not in existing]
     if missing:

@@ -223,7 +223,7 @@ def fill_tensors(tensors: Mapping[str, Tensor | TensorRows], path: Path) -> None
         raise CheckpointError(
             "the weights do not match the model",
             where=str(path),
-            got="; ".join(problems),
+            got=problems,
             fix="use the config that was saved with the weights",
         )
     with torch.no_grad(), safe_open(path, framework="pt") as file:
@@ -279,7 +279,7 @@ def verify_folder(folder: Path) -> None:
         raise CheckpointError(
             "the checkpoint is damaged",
             where=str(folder),
-            got="; ".join(problems),
+            got=problems,
             fix="remove this folder to continue from an earlier checkpoint",
         )
 

@@ -7,7 +7,7 @@ class of an error decides the exit code of the command that shows the error: 1 f
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class LakesightError(Exception):
@@ -16,7 +16,7 @@ class LakesightError(Exception):
     Args:
         what: clause that says what failed, such as "the picture cannot be decoded".
         where: file, row, table, rank or config path at which the failure happened.
-        got: value or state that was found.
+        got: value or state that was found, or a list of several problems.
         fix: what was expected, or what the user should do next.
     """
 
@@ -24,10 +24,21 @@ class LakesightError(Exception):
     permanent = False
     """True if the operation would fail again if it was repeated."""
 
-    def __init__(self, what: str, *, where: str = "", got: str = "", fix: str = "") -> None:
-        self.what, self.where, self.got, self.fix = what, where, got, fix
-        parts = [what, where and f"Where: {where}", got and f"Got: {got}", fix and f"Fix: {fix}"]
-        super().__init__(" ".join(part if part.endswith("?") else f"{part.rstrip('.')}." for part in parts if part))
+    def __init__(self, what: str, *, where: str = "", got: str | Sequence[str] = "", fix: str = "") -> None:
+        self.what, self.where, self.fix = what, where, fix
+        self.problems = (got,) if isinstance(got, str) else tuple(got)
+        super().__init__(what)
+
+    @property
+    def got(self) -> str:
+        """What was found, as one text."""
+        return "; ".join(self.problems)
+
+    def __str__(self) -> str:
+        """Return the message as one paragraph."""
+        parts = (("", self.what), ("Where: ", self.where), ("Got: ", self.got), ("Fix: ", self.fix))
+        texts = [label + text for label, text in parts if text]
+        return " ".join(text if text.endswith("?") else f"{text.rstrip('.')}." for text in texts)
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle the error with all its attributes, so that another process receives the same error."""

@@ -18,8 +18,8 @@ def config_error(problems: Iterable[str], where: str) -> ConfigError:
     return ConfigError(
         f"the configuration has {len(listed)} {noun}",
         where=where,
-        got="; ".join(listed),
-        fix="correct the YAML file or the --set option; `lakesight config` prints the values that a run uses",
+        got=listed,
+        fix="correct the YAML file or the --set option; `lakesight config --run demo` prints every key",
     )
 
 

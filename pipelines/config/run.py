@@ -299,12 +299,13 @@ def _find(kind: str, name: str, problems: list[str]) -> Path | None:
                     f"{path.name}"
                 )
                 return None
-        rule = ""
+        rule, new = "", f"; or write conf/{kind}/{name}.yml"
     else:
+        new = ""
         rule = ", because a name has at most 64 letters, digits, dots, _ and -, and begins with a letter or digit"
     names = available(kind)
     similar = did_you_mean(name, names)
-    problems.append(f"{kind}: no {kind} is called {name!r}{rule}{similar} (available: {', '.join(names)})")
+    problems.append(f"{kind}: no {kind} is called {name!r}{rule}{similar} (available: {', '.join(names)}{new})")
     return None
 
 

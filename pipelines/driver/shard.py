@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipelines.config import DataConfig, Split, short_hash
+from pipelines.driver.delta.on_disk import count_on_disk, has_rows
 from pipelines.driver.delta.settings import bounded_batches
 from pipelines.driver.delta.spark_errors import filter_rows, run_or_guard, translate_spark_errors
 from pipelines.driver.delta.tables import ensure_tables, open_tables, table_id
@@ -115,16 +116,25 @@ def find_finished(
     """Find the shards of one source and split without Spark, or return None if the shards are not written yet.
 
     The arguments are those of `shard`. If a catalog manages the tables, the result is always None.
+
+    Raises:
+        UserError: the split has no rows. Spark, which takes several seconds to start, would find the same.
     """
     started = time.monotonic()
     tables = open_tables(platform, SAMPLES)
     if tables is None:
+        if platform.tables and not (platform.tables / SAMPLES.name).exists():
+            raise _no_rows(platform.table(SAMPLES.name), source_name, split, config.shards.where, {})
         return None
     samples, parts = tables[SAMPLES.name], []
     for name in _sources(source_name, config, split):
         pin = read_versions_of_files(samples, name), str(samples.metadata().id)
-        folder = platform.folder("shards") / _request(platform, name, config, image, split, pin).folder_name
+        request = _request(platform, name, config, image, split, pin)
+        folder = platform.folder("shards") / request.folder_name
         if not (folder / MANIFEST).exists():
+            if not has_rows(samples, {"source": name, "split": split}):
+                counts = count_on_disk(samples, {"source": name}, "split")
+                raise _no_rows(request.table, name, split, request.where, counts)
             return None
         parts.append(ShardFolder(folder, Shards.open(folder).manifest, reused=True))
     return _report(platform, source_name, config, split, parts, started)
@@ -240,19 +250,25 @@ def _select_rows(spark: SparkSession, request: ShardRequest, version: int) -> Da
     rows = samples.filter(F.col("split") == request.split)
     if rows.isEmpty():
         counts = samples.groupBy("split").count().orderBy("split").collect()
-        selection = " that meet data.shards.where" if request.where else " of this source"
-        raise UserError(
-            f"the {request.split} split has no rows",
-            where=f"{request.table}, source {request.source}",
-            got=", ".join(f"{row['count']} in {row['split']}" for row in counts) or f"no rows{selection} at all",
-            fix="run `lakesight ingest` first, or change data.split, data.shards.where, data.validate_on or "
-            "data.evaluate_on",
-        )
+        found = {row["split"]: row["count"] for row in counts}
+        raise _no_rows(request.table, request.source, request.split, request.where, found)
     return rows.select(
         "image_id",
         "image",
         F.sort_array("texts").alias("texts"),  # sorted, so that shards do not depend on the order of the source's rows
         F.sha2(F.concat(F.lit(f"{request.seed}/"), "image_id"), 256).alias("shuffle_key"),
+    )
+
+
+def _no_rows(table: str, source: str, split: str, where: str, counts: Mapping[str, int]) -> UserError:
+    """Return the error for a split without rows. `counts` has the number of selected rows of each split with rows."""
+    selection = " that meet data.shards.where" if where else " of this source"
+    return UserError(
+        f"the {split} split has no rows",
+        where=f"{table}, source {source}",
+        got=", ".join(f"{count} in {each}" for each, count in counts.items()) or f"no rows{selection} at all",
+        fix="run `lakesight ingest` first, or change data.split, data.shards.where, data.validate_on or "
+        "data.evaluate_on",
     )
 
 

@@ -339,7 +339,8 @@ def _read_aliases(platform: Platform, client: MlflowClient, name: str) -> dict[s
         "there is no such registered model",
         where=redact_uri(platform.registry_uri),
         got=name,
-        fix=f"registered models: {', '.join(models)}" if models else "train one first: `lakesight pipeline`",
+        fix="train it first: `lakesight pipeline`"
+        + (f"; or choose the run of a registered model: {', '.join(models)}" if models else ""),
     )
 
 

@@ -68,7 +68,7 @@ def test_the_help_and_config_commands_load_no_heavy_library() -> None:
         "import sys; sys.argv = ['lakesight', *sys.argv[1:]]; from jobs.cli import main; main(); "
         f"print('loaded:', *sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)"
     )
-    for arguments in (["config"], ["config", "--run", "seemore", "--json"]):
+    for arguments in (["config", "models"], ["config", "--run", "seemore", "--json"]):
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, check=False
         )

@@ -80,7 +80,7 @@ def export_weights(
         raise CheckpointError(
             f"{family.name} has no tensor for some parameters of this {part}",
             where=str(checkpoint),
-            got="; ".join(describe_names("no tensor for", unmapped, similar_to=())),
+            got=describe_names("no tensor for", unmapped, similar_to=()),
             fix="export another part of the model, or choose another family",
         )
     out.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ def _find_family(name: str, part: Part, config: ModelConfig, checkpoint: Path) -
         raise CheckpointError(
             f"{name} cannot represent this {part}",
             where=str(checkpoint),
-            got="; ".join(mismatches),
+            got=mismatches,
             fix=f"export it as {' or '.join(fitting)}" if fitting else f"no known family can represent this {part}",
         )
     return family

@@ -114,7 +114,7 @@ def import_weights(
         raise CheckpointError(
             "the weights do not fit the model",
             where=", ".join(str(source.files.folder) for source in sources),
-            got="; ".join(problems),
+            got=problems,
             fix="choose the model config that belongs to these weights, or choose other weights",
         )
     filled = {name for source in sources for rule in source.plan.rules for name in rule.ours}
@@ -187,7 +187,7 @@ def _check_config(family: Family, config: ModelConfig, settings: Mapping[str, An
     raise CheckpointError(
         f"the weights are of family {family.name}, but the {family.part} of the model {difference}",
         where=str(folder),
-        got="; ".join(mismatches),
+        got=mismatches,
         fix="choose the model config that belongs to these weights, or change these values with --set; delete a key "
         "from config.json only if the key does not change what the model computes",
     )

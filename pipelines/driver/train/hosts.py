@@ -90,7 +90,7 @@ def check_compatible(hosts: Sequence[Host], driver_version: str) -> None:
         raise UserError(
             "packages that ranks need are missing",
             where="the Python interpreters of the ranks",
-            got="; ".join(f"no {', '.join(names)} on {_host_label(host)}" for host, names in lacking if names),
+            got=[f"no {', '.join(names)} on {_host_label(host)}" for host, names in lacking if names],
             fix=f"install lakesight {driver_version} and torch for that interpreter, on every host",
         )
     versions = _versions(hosts)
@@ -124,7 +124,7 @@ def check_gpus(hosts: Sequence[Host]) -> None:
         raise UserError(
             "the ranks would have no GPU",
             where="platform.use_gpu=true",
-            got="; ".join(found),
+            got=found,
             fix="start the training cluster on GPU nodes with a GPU runtime (gpu_node and gpu_runtime of the bundle); "
             "or train on CPUs with --set platform.use_gpu=false",
         )

@@ -78,7 +78,7 @@ def check_start_folder(folder: Path, config: ModelConfig) -> Path:
         raise UserError(
             "the model to start from differs from the run's model",
             where=f"train.start_from: {folder}",
-            got="; ".join(differing),
+            got=differing,
             fix="choose the run config of that model, or change these values of the run with --set",
         )
     return folder
@@ -105,7 +105,7 @@ def check_training_state(start: StartFolder, settings: TrainConfig) -> str:
         raise UserError(
             "the training to go on with had other settings",
             where=f"train.start_from: {start.folder}",
-            got="; ".join(differing),
+            got=differing,
             fix="use the same settings and more train.steps, or only the weights with train.start_state: weights",
         )
     done = read_training_step(start.folder)

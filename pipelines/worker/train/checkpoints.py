@@ -198,7 +198,7 @@ def _newest_intact(run: RunFolder) -> Path | None:
         raise CheckpointError(
             "no checkpoint of the run is intact",
             where=str(run.checkpoints),
-            got="; ".join(problems),
+            got=problems,
             fix="restore a checkpoint from a backup, or remove that folder to start the run from step 0",
         )
     return None
@@ -231,7 +231,7 @@ def check_settings(folder: Path, file: RunFile) -> None:
         raise UserError(
             "the checkpoint was trained with other settings than the run has now",
             where=str(folder),
-            got="; ".join(differing),
+            got=differing,
             fix="restore run.json to these settings; `lakesight train` creates a separate folder for other settings",
         )
 

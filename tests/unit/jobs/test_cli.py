@@ -249,7 +249,10 @@ def test_only_the_report_goes_to_stdout_even_if_child_processes_print() -> None:
         (["train", "--set", "train.stepz=1", "--set", "model.no=1"], ["2 problems", "train.stepz", "model.no"]),
         (["train", "--set", "platform.spark.master=moon"], ["platform.spark.master"]),
         (["ingest", "--platform", "cloud"], ["no platform is called 'cloud'", "databricks, local"]),
-        (["show", "samples"], ["no table 'samples'", "no tables at all", "lakesight demo"]),
+        (["show", "samples"], ["no table 'samples'", "no tables at all", "run `lakesight ingest --run demo` first"]),
+        (["lineage", "x", "--run", "emoji"], ["no table 'generated_captions'", "run `lakesight caption --run emoji`"]),
+        (["show", "generated"], ["no table 'generated'", "name a table, a view or the path of a folder"]),
+        (["shard", "--run", "emoji"], ["the train split has no rows", "run `lakesight ingest --run emoji` first"]),
         (["show", "samples", "--platform", "databricks"], ["platform.catalog: missing"]),
         (["ask"], ["there is nothing to ask", "neither a picture nor a prompt"]),
         (["ask", "--prompt", "why?", "--draw", "x.png"], ["--draw can draw only on a single picture", "0 pictures"]),
@@ -328,6 +331,9 @@ def test_config_models_reports_the_number_of_parameters_of_the_built_model() -> 
     built = build_model(nano, vocab_size=nano.text.vocab_size)  # type: ignore[union-attr]
     (counted,) = [model["parameters"] for model in listed if model["name"] == "nano"]
     assert counted == sum(p.numel() for p in built.parameters())
+    shown = lakesight("config", "models").stdout.splitlines()
+    assert [line for line in shown if len(line) > 80] == []
+    assert next(line for line in shown if line.startswith("nano ")).split()[1:3] == ["1.02", "M"]
 
 
 # ------------------------------------------------------------------------------------------------ ask

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
+import pty
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from local_platforms import open_local
 
-from jobs.common import Job
+from jobs.common import Job, open_job
 from jobs.compare import next_command
-from jobs.output import CommandOutput, number
+from jobs.output import CommandOutput, format_error, has_colours, number
 from pipelines.config import load_run
 from pipelines.driver.evaluate.bootstrap import Interval
 from pipelines.driver.evaluate.compare import Comparison
+from pipelines.errors import StageFailed, UserError
 
 
 @pytest.mark.parametrize(
@@ -85,3 +91,87 @@ def test_the_next_command_names_the_platform_file_and_no_setting_of_spark(
         config, open_local(monkeypatch, tmp_path / "home"), overrides, CommandOutput(io.StringIO(), as_json=False)
     )
     assert job.command("train") == "lakesight train --run demo --platform cluster --set train.steps=9"
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+WORDS = st.lists(st.text("abcdefgh.-", min_size=1, max_size=30), min_size=1, max_size=20).map(" ".join)
+
+
+@settings(max_examples=30, deadline=None)
+@given(WORDS, st.lists(WORDS, min_size=1, max_size=4), WORDS, st.integers(60, 120))
+def test_an_error_on_a_terminal_is_broken_between_words_and_lists_each_problem_on_a_line_of_its_own(
+    what: str, problems: list[str], fix: str, width: int
+) -> None:
+    shown = format_error(StageFailed(what, got=problems, fix=fix), width, colours=False)
+    lines = shown.splitlines()
+    assert all(len(line) <= width for line in lines)
+    starts = [line for line in lines if line[7:].startswith("- ")]
+    assert len(problems) == 1 or len(starts) >= len(problems)
+    words = " ".join(line[7:] for line in lines).replace("- ", " ").split()
+    assert words == " ".join([what, *problems, fix]).replace("- ", " ").split()
+
+
+def test_an_error_on_a_terminal_keeps_a_command_in_one_line_and_has_colours_only_if_they_are_wanted() -> None:
+    error = UserError("there is no such model", got="birds", fix="train it first: `lakesight pipeline --run birds` now")
+    lines = format_error(error, 40, colours=False).splitlines()
+    assert lines == [
+        "error  there is no such model",
+        "got    birds",
+        "fix    train it first:",
+        "       `lakesight pipeline --run birds`",
+        "       now",
+    ]
+    coloured = format_error(error, 40, colours=True)
+    assert coloured != "\n".join(lines)
+    assert re.sub(r"\x1b\[\d*m", "", coloured).splitlines() == lines
+
+
+def test_a_command_prints_the_parts_of_its_error_on_lines_of_a_terminal_in_colours_unless_no_color_is_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [sys.executable, "-c", "from jobs.cli import main; main()", "config", "--set", "train.stepz=1"]
+    environment = os.environ | {"NO_COLOR": "", "TERM": "xterm", "COLUMNS": "60", "LAKESIGHT_HOME": str(tmp_path)}
+    terminal, stderr = pty.openpty()
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment | path, stderr=stderr, stdout=subprocess.DEVNULL, check=False)
+    shown = os.read(terminal, 65536).decode()
+    lines = re.sub(r"\x1b\[\d*m", "", shown).splitlines()
+    assert done.returncode == 2
+    assert lines[:2] == ["error  the configuration has 1 problem", "where  run demo"]
+    assert all(len(line) <= 60 for line in lines)
+    assert any(line.endswith("train.stepz: unknown key, did you mean 'steps'?") for line in lines)
+    assert "\x1b[" in shown
+    with os.fdopen(stderr, "w") as stream:
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.delenv("NO_COLOR", raising=False)
+        assert has_colours(stream)
+        monkeypatch.setenv("NO_COLOR", "1")
+        assert not has_colours(stream)
+    os.close(terminal)
+
+
+@pytest.mark.parametrize(
+    ("fix", "shown"),
+    [
+        ("run `lakesight ingest` first", "run `lakesight ingest --run emoji --set train.seed=1` first"),
+        ("`lakesight quarantine replay`", "`lakesight quarantine replay --run emoji --set train.seed=1`"),
+        ("try `lakesight demo`", "try `lakesight demo`"),
+        ("`lakesight train --run birds`", "`lakesight train --run birds`"),
+        ("free disk space", "free disk space"),
+    ],
+)
+def test_the_commands_that_an_error_proposes_name_the_run_of_the_failed_command(
+    fix: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path))
+    with pytest.raises(UserError) as raised, open_job("emoji", "local", ["train.seed=1"], False):
+        raise UserError("it failed", fix=fix)
+    assert str(raised.value) == f"it failed. Fix: {shown}."
+
+
+def test_several_next_commands_are_printed_on_lines_of_their_own() -> None:
+    out = io.StringIO()
+    CommandOutput(out, as_json=False).next("lakesight ui", "lakesight demo")
+    assert out.getvalue() == "next        lakesight ui\nor          lakesight demo\n"

@@ -348,7 +348,7 @@ def test_the_error_for_an_unknown_model_version_or_alias_lists_the_existing_vers
     registry.set_alias(platform, registered, "champion")
     assert registry.resolve(platform, "tiny", "champion").version == "1"
     assert registry.resolve(platform, "tiny", "latest").version == "1"
-    with pytest.raises(UserError, match="registered models: tiny"):
+    with pytest.raises(UserError, match="the run of a registered model: tiny"):
         registry.resolve(platform, "tyni", "1")
     for which in ("7", "challenger"):
         with pytest.raises(UserError, match=r"versions: 1; aliases: champion \(= 1\)"):

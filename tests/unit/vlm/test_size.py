@@ -1,4 +1,4 @@
-"""Tests that the FLOPs computed from a config equal the FLOPs that torch counts in a forward pass."""
+"""Tests that the FLOPs and the numbers of parameters computed from a config are those of the built model."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from tiny_models import VARIANTS, tiny_model, tiny_pixels
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from vlm.config.parameters import ParameterCounts, count_parameters
 from vlm.config.size import flops_per_sample, peak_flops
 from vlm.text.base import SLOT
 
@@ -29,6 +30,15 @@ def test_flops_computed_from_the_config_equal_the_flops_that_torch_counts(
         x, media = model.embed(tokens, model.encode(tiny_pixels(1)))
         model.decoder.logits(model.decoder(x, mask=None, media=media)[:, -text:])
     assert flops_per_sample(model.config, tokenizer.vocab_size, text_length) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parameters_counted_from_the_config_equal_those_of_the_built_model(variant: str) -> None:
+    model, tokenizer = tiny_model(variant)
+    parts = (model.encoder, model.projector, model.fusion, model.decoder)
+    built = ParameterCounts(*(sum(parameter.numel() for parameter in part.parameters()) for part in parts))
+    assert count_parameters(model.config, tokenizer.vocab_size) == built
+    assert sum(built) == sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(

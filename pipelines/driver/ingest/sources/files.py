@@ -25,7 +25,7 @@ MIN_RANGE_BYTES, MAX_RANGE_BYTES = 4 * 2**20, 32 * 2**20
 MIN_TASKS = 32
 """Number of tasks for a small input, so that no core is idle. An input of less than MIN_TASKS * MIN_RANGE_BYTES bytes
 gets fewer tasks."""
-SET_PATH = "--set data.source.path=FILE_OR_FOLDER"
+SET_PATH = "name a file or folder with --set data.source.path=PATH"
 NO_ACCESS = "no access"
 """State of a file that may not be read. If the file becomes readable, its state changes, so the next ingest reads the
 file."""
