@@ -60,7 +60,7 @@ def _describe(name: str, value: Any) -> Iterator[str]:
 
 
 class _Annotation(str):
-    """Text of an annotation, as a string whose repr has no quotes, so that a printed signature has none."""
+    """Text of an annotation, as a string whose repr has no quotes, so that a printed signature contains no quotes."""
 
     def __repr__(self) -> str:
         return str(self)

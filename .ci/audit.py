@@ -74,7 +74,9 @@ def declared() -> Iterator[Requirement]:
 
 
 def runtime_dependencies() -> dict[str, Distribution | None]:
-    """Return a dict from the name of each direct or indirect dependency to its installed package, or to None."""
+    """Return all direct and indirect dependencies, as a dict from name to package; None if the package is not
+    installed.
+    """
     found: dict[str, Distribution | None] = {}
     waiting = [requirement for requirement in declared() if _applies(requirement, set())]
     while waiting:

@@ -101,7 +101,7 @@ def _import_once(
     other content is an error.
 
     Returns:
-        The report of the import, and the keys of the start and end tokens that were compared.
+        The report of the import, and the files and keys whose start or end token was compared with the tokenizer.
     """
     with show_elapsed("reading files"):
         request = describe_import(config, folders, seed)
@@ -134,7 +134,7 @@ def check_output_folder(out: Path) -> None:
 def _write_checkpoint(
     config: ModelConfig, folders: dict[Part, Path], out: Path, request: ImportRequest
 ) -> tuple[ImportReport, tuple[str, ...]]:
-    """Write the checkpoint, and return the report and the keys of the start and end tokens that were compared."""
+    """Write the checkpoint. Return the report, and the files and keys whose start or end token was compared."""
     from vlm.checkpoint import save_model
     from vlm.weights.load import import_weights as load_weights
     from vlm.weights.special_tokens import check_special_tokens

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PREPARED = ".prepared"
-"""Suffix of a file that stores a path: that of the run folder which the run's last `train --no-launch` has written."""
+"""Suffix of a file that stores the path of the newest run folder which `train --no-launch` has written for the run."""
 SHOWN_METRICS = ("train/loss", "train/cider", "val/loss", "val/blind_gap")
 
 
@@ -37,7 +37,7 @@ class TrainReport(Config):
     model_name: str
     model_version: str
     trained: bool
-    """True if the command trained; False if it reused a finished run with the same model, data and settings."""
+    """True if the command trained; False if a finished run with the same model, data and settings was reused."""
     steps: int
     world_size: int
     train_seconds: float

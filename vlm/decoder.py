@@ -106,7 +106,9 @@ class Decoder(nn.Module):
         return self.norm(x_BTW)
 
     def _masks(self, mask: Tensor | None, x_BTW: Tensor, keys: int) -> dict[int | None, Tensor | None]:
-        """Return a dict from each window size that the blocks use to the attention mask for this window size."""
+        """Build one attention mask for each window size that occurs in the blocks, and return a dict from size
+        to mask.
+        """
         masks: dict[int | None, Tensor | None] = {}
         for window in set(self.windows):
             if window is None or keys <= window:

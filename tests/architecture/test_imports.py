@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "pyspark", "delta", "deltalake", "mlflow"}
 
-# For each group of files: the file patterns, and the heavy libraries that an import of these files may load. One
-# process imports all files of a group, because importing torch takes seconds.
+# Dict from each group of files to the file patterns, and to the heavy libraries that an import of these files may load.
+# One process imports all files of a group, because importing torch takes seconds.
 LOADED = {
     "nothing": (
         [
@@ -30,8 +30,8 @@ LOADED = {
     "deltalake": (["pipelines/review/*.py"], {"deltalake"}),
 }
 
-# For each import contract in pyproject.toml (by id): a file, and an import statement that breaks the contract when a
-# test adds the statement to the file.
+# Dict from the id of each import contract in pyproject.toml to a file, and to an import statement that would break the
+# contract in this file.
 BREACHES = {
     "layers": ("pipelines/formats/tables.py", "import pipelines.driver.delta.tables"),
     "stages": ("pipelines/driver/shard.py", "import pipelines.driver.ingest.run"),

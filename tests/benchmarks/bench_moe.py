@@ -118,9 +118,7 @@ def ours(model: VisionLanguageModel, batch: Batch, *, bf16: bool) -> Callable[[]
 
 
 def one_mixture(layer: MoeMlp, theirs: nn.Module, tokens: int) -> dict[str, Callable[[], int]]:
-    """Return functions that run a mixture of experts forward and backward: three for Lakesight's, and one for
-    seemore's.
-    """
+    """Return four functions that run a mixture of experts forward and backward: three of Lakesight, one of seemore."""
     x_NW = torch.randn(tokens, WIDTH, requires_grad=True)
 
     def both_ways(forward: Callable[[], Tensor]) -> Callable[[], int]:

@@ -165,7 +165,7 @@ def follower(runs: Runs) -> None:
 
 
 def main() -> None:
-    """Measure the scaling, the checkpoints and the following of metrics, or act as a rank."""
+    """Measure the cost of a second rank, of checkpoints and of following metrics, or act as a rank."""
     if sys.argv[1:2] == [ADD_UP]:
         add_up(int(sys.argv[2]))
         return

@@ -36,7 +36,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "ingest": ("ingest", "--set", "data.source.path=scenes:400:1"),
     "shard": ("shard", "--set", "data.shards.rows=7"),
 }
-"""For each stage: a command that has new work to do in a home folder in which the pipeline has already run."""
+"""Dict from each stage to a command that still has work to do in a home folder in which the pipeline has run once."""
 FULL = [("ingest", "staged"), ("ingest", "warehouse"), ("shard", "shards")]
 
 

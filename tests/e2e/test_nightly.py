@@ -39,9 +39,7 @@ ROWS = 20
 
 
 def files() -> dict[str, str]:
-    """Return a dict from the name of each file that the page shows to its content. The first comment of a file is its
-    name.
-    """
+    """Return the files that the page shows, as a dict from name to content. The first comment of a file is its name."""
     named = [(re.search(r"^# (\w+\.\w+)", block, re.M), block) for kind, block in BLOCKS if kind in ("python", "sh")]
     return {name[1]: block for name, block in named if name}
 

@@ -119,7 +119,7 @@ def rewarded_run(folder: Path, ranks: int) -> RunFolder:
 
 
 SHARED = {"routed": routed_run, "rewarded": rewarded_run}
-"""Dict from the name of each run that is trained on one rank and on two ranks to the function that writes the run."""
+"""Runs that are trained both on one rank and on two ranks: a dict from name to the function that writes the run."""
 
 
 def save_base(folder: Path) -> Path:

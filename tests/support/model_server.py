@@ -42,7 +42,7 @@ class Serve(NamedTuple):
 
 
 BAD = {"%%%": "bad_base64", base64.b64encode(b"no picture").decode(): "not_an_image", "": "missing_field"}
-"""Invalid pictures, and the reason code in the answer to each picture."""
+"""Dict from invalid pictures to the reason code in the server's answer."""
 
 
 def register_random(platform: Platform, folder: Path, config: RunConfig) -> registry.ModelVersion:

@@ -11,7 +11,9 @@ COMPILER = shutil.which("gcc")
 
 
 class Volume(NamedTuple):
-    """A folder that acts as a Volume for processes with the variables `environment`, and the file of refused calls."""
+    """A folder that acts as a Volume for processes with the variables `environment`, and a file that lists refused
+    calls.
+    """
 
     folder: Path
     refusals: Path

@@ -38,9 +38,9 @@ class AttentionMaps:
     Attributes:
         text: the answer.
         spans: for each token, the index of its first character in the answer, and the index after its last character.
-        decoder_TLHN: attention weights of the decoder, from the position that predicts a token to the features of the
-            picture, by layer and head. In a model with image slots, the weights of a position also go to the text, so
-            their sum over the features is at most 1. In a model with cross-attention, the sum is 1.
+        decoder_TLHN: for each layer and head, the attention weights of the decoder from the position that predicts a
+            token to the features of the picture. In a model with image slots, the weights of a position also go to the
+            text, so their sum over the features is at most 1. In a model with cross-attention, the sum is 1.
         rollout_NP: how much each patch contributes to each feature, as a share from 0 to 1. The patches are in rows
             from top to bottom. The sum of a row is below 1 if the encoder also has a class token or registers.
     """

@@ -48,7 +48,8 @@ def generate(
 def stream(
     model: VisionLanguageModel, tokenizer: Tokenizer, request: Request, settings: GenerationConfig
 ) -> Iterator[Completion]:
-    """Generate one completion. Yield it after each token, with the part of the text that later tokens cannot change.
+    """Generate one completion, and yield the completion after each token, with the text that later tokens cannot
+    change.
 
     All yielded completions are the same object. Each yielded text begins with the previously yielded text, and the last
     text equals the text that `generate` returns. With beam search, the completion is yielded once, after the search has

@@ -186,7 +186,8 @@ def padded_matmul(x_AI: Tensor, weight_XOI: Tensor, groups: Groups) -> Tensor:
     """Compute `grouped_matmul` on any version of torch: pad the rows of each expert to the row count of the busiest
     expert.
 
-    The cost is X times the cost of the busiest expert, which is close to optimal for a balanced load.
+    The cost is the number of experts times the cost of the busiest expert, which is close to optimal for a balanced
+    load.
     """
     X, O, I = weight_XOI.shape  # noqa: E741
     loads_X = torch.diff(groups.ends_X, prepend=groups.ends_X.new_zeros(1))

@@ -1,7 +1,7 @@
 """Byte-level BPE tokenizer learned from captions (Sennrich et al., 2016), built with the `tokenizers` library.
 
 As in GPT-2, every byte is a token, so every text can be encoded. The library's ids are shifted up by the number of
-special tokens, so no text can encode to a special token.
+special tokens, so no text is encoded as a special token.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ def _read(folder: Path, base_sha256: str) -> AdapterFile:
 
 
 def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return a dict of the weights `down` and `up` of each adapted layer by full parameter name, without a copy."""
+    """Return a dict from full parameter name to weight, for the weights `down` and `up` of each adapted layer."""
     return {
         f"{name}.{part}": getattr(layer, part).detach()
         for name, layer in linear_layers(model).items()

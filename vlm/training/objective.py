@@ -73,7 +73,7 @@ class RouterReport:
 
 
 def routed_layers(model: nn.Module) -> dict[str, MoeMlp]:
-    """Return a dict from the name of each block with a mixture of experts to this mixture of experts."""
+    """Return a dict from block name to mixture of experts, for the blocks that have a mixture of experts."""
     return {name.removesuffix(".mlp"): part for name, part in model.named_modules() if isinstance(part, MoeMlp)}
 
 

@@ -22,8 +22,7 @@ The average is saved, resumed and sharded in the same way as the AdamW moments."
 
 
 def set_trainable(model: nn.Module, rates: Mapping[str, float]) -> None:
-    """Make each parameter trainable whose first matching pattern has a rate above zero, and freeze all other
-    parameters.
+    """Make a parameter trainable if its first matching pattern has a rate above zero, and freeze all other parameters.
 
     Args:
         model: model whose parameters become trainable or frozen.

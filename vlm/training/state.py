@@ -33,7 +33,7 @@ class TrainingSnapshot:
     If the model is sharded, the snapshot of a rank holds the part of each tensor that `written_tensors` describes.
 
     Attributes:
-        weights: dict from the name of a weight to the weight, for the whole model or for its adapter.
+        weights: weights of the whole model or of its adapter, as a dict from name to tensor.
         state: tensors of the optimizer state; each name has the form `<parameter>:<key>`, such as
             `head.weight:exp_avg`.
         step: number of completed steps, which is also the number of the next step.
@@ -50,7 +50,7 @@ def snapshot_training(
     """Copy to host memory the part of the weights and of the optimizer state that this rank writes (`written_tensors`).
 
     Args:
-        weights: dict from name to weight of the weights to copy, such as the result of `model_weights(model)`.
+        weights: weights to copy, as a dict from name to tensor, such as the result of `model_weights(model)`.
         model: model without its DDP wrapper.
         optimizer: optimizer that updates the model's parameters.
         step: number of completed steps.

@@ -238,7 +238,7 @@ def vision_transformer() -> tuple[ConfigField, ...]:
 
 
 def default_options() -> tuple[ConfigField, ...]:
-    """Return the config fields of general options of transformers that Lakesight supports with their defaults only."""
+    """Return the config fields of the general options of transformers for which Lakesight supports only the default."""
     return (
         required("is_encoder_decoder", False),
         required("is_decoder", False),

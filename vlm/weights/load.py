@@ -268,7 +268,7 @@ def _is_finite(tensor: Tensor) -> bool:
     """Return True if no value is NaN or infinite.
 
     If a value is NaN, the minimum and the maximum are NaN. `torch.isfinite` would allocate another tensor of the same
-    size. Although that tensor is freed immediately, the process would keep a part of the memory.
+    size. Although torch would free the other tensor immediately, the process would keep a part of the memory.
     """
     return tensor.numel() == 0 or all(math.isfinite(value) for value in torch.aminmax(tensor))
 

@@ -27,8 +27,8 @@ class LoadPlan:
 
     Attributes:
         rules: conversion rules that apply to the model, with full tensor names instead of templates.
-        tied: dict from the name of a tensor to the name of another tensor in the file of which it is a copy.
-        dropped: dict from the name of a tensor that the model does not need to the reason for leaving it out.
+        tied: names of tensors that are copies, as a dict from the name of the copy to the name of the original tensor.
+        dropped: tensors that the model does not need, as a dict from the name of the tensor to the reason.
         resampled: rules for position embedding tables whose resolution in the file is not the model's resolution.
         problems: one sentence per mismatch; empty if the file fits the model.
     """

@@ -156,7 +156,7 @@ def patch_projection(theirs: str, ours: str, patch_size: int) -> Rule:
 
 
 def position_table(rule: Rule, *, extra: int, mode: Literal["bicubic", "bilinear"] = "bicubic") -> Rule:
-    """Return a copy of a position embedding table's rule that allows an import to resample the table.
+    """Copy the rule of a position embedding table so that an import may resample the table, and return the copy.
 
     The table has `extra` rows first, then one row per patch of a square grid.
     """

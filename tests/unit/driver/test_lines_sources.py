@@ -74,7 +74,7 @@ def texts(records: list[Record], field: str = "text") -> list[Any]:
 
 
 def problems(records: list[Record]) -> dict[str, str]:
-    """Return a dict from the name of each file that cannot be read to the details of the problem."""
+    """Return the problems of files that cannot be read, as a dict from file name to details."""
     found = {record.file: record.problem for record in records if record.problem}
     assert {problem.reason for problem in found.values()} <= {"unreadable_file"}
     return {file: problem.detail for file, problem in found.items()}

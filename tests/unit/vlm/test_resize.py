@@ -189,7 +189,7 @@ UPRIGHT: dict[int, Callable[[Any], Any]] = {
     7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
     8: lambda a: a[:, ::-1].transpose(1, 0, 2),
 }
-"""Function that turns a stored array upright, by EXIF orientation (Exif 2.3, tag 0x0112)."""
+"""Dict from EXIF orientation (Exif 2.3, tag 0x0112) to the function that turns a stored array upright."""
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
