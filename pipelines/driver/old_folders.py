@@ -51,7 +51,7 @@ class OldFolder(Config):
 
     Attributes:
         kind: kind of the folder: 'run', 'checkpoint', 'shards' or 'report'.
-        path: absolute path.
+        path: absolute path of the folder or HTML page.
         bytes: total size of all files in the folder, in bytes.
     """
 

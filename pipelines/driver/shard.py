@@ -62,7 +62,7 @@ class ShardReport(Config):
 
     Attributes:
         folder: path of the folder.
-        source: name of the data config.
+        source: name of the source, which is the name of its data config.
         split: split of the rows: train, val or test.
         num_rows: number of pictures.
         content_hash: hash of the contents; equal training data has an equal hash.
@@ -174,7 +174,7 @@ def write_mix(parts: Sequence[ShardFolder], shares: Sequence[float], shards: Pat
     remaining draws.
 
     Args:
-        parts: shard folders with the same parent folder.
+        parts: shard folders to mix, which have the same parent folder.
         shares: shares of all parts after the first part. Each share is above 0, and their sum is below 1.
         shards: parent folder of the shard folders.
     """

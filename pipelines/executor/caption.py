@@ -47,11 +47,11 @@ class CaptionJob(Config):
         model_digest: digest of the model, or empty if it is not known.
         remote: whether `model_folder` is on a network.
         precision: number format in which the model computes, such as fp32.
-        prompt: text before the caption, which is the same for every picture.
+        prompt: text before the caption. All pictures have the same prompt.
         settings: decoding settings.
         limits: limits on the size and the decoding time of a picture.
         image_root: folder or URL of the pictures; None if the batches contain the pictures and not their paths.
-        threads: torch threads per task.
+        threads: number of torch threads in each Spark task.
         output_folder: folder of the caption files, which has the same path on every executor.
         rows_per_file: number of rows after which a task writes a file. A killed task loses only the rows after its last
             file.

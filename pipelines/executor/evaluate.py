@@ -39,7 +39,7 @@ class ScoreJob(Config):
         model_digest: digest of the model, or empty if it is not known.
         remote: whether `model_folder` is on a network.
         shards_folder: shard folder of the split to score.
-        threads: torch threads per task.
+        threads: number of torch threads in each Spark task.
         settings: generation settings, or None for the model's own settings at temperature 0.
     """
 

@@ -52,7 +52,7 @@ def assign_files(
 
     Args:
         batches: batches with the columns image_id, image (the bytes of a picture file) and texts.
-        request: description of the content of the shards.
+        request: shard request, which determines the content of the shards.
         first_keys: shuffle key of the first row of each file, in ascending order.
     """
     for batch in batches:
@@ -141,7 +141,7 @@ def write_files(
 
     Args:
         batches: batches of the schema SHUFFLED, sorted by file and shuffle key. One call receives all rows of a file.
-        request: description of the content of the shards.
+        request: shard request, which determines the content of the shards.
         folder: shard folder, an existing folder that has the same path on every executor.
         decoded: whether the column `image` already contains pixels.
         seconds: longest time to decode a picture, in seconds.

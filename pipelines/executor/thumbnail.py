@@ -26,7 +26,7 @@ def with_thumbnails(
     """Drop a column of pictures and append a column `thumbnail`: a JPEG file, or null if the picture is unusable.
 
     Args:
-        batches: batches with `column` and any other columns.
+        batches: Arrow batches with the column `column` and any other columns, which are kept.
         column: name of a column of pictures (binary) or of quarantine payloads (string). Payloads are truncated to
             SHOWN_CHARS characters and kept in a column of the same name before `thumbnail`.
         max_pixels: largest width times height of a picture. The thumbnail of a larger picture is null.

@@ -27,7 +27,7 @@ class CaptionStats(Config):
     """Sums over rows, where a row is a picture with a caption or with an error.
 
     Attributes:
-        captioned: number of rows with a caption.
+        captioned: number of rows for which the model generated a caption.
         errors: number of rows without a caption.
         changed: number of rows whose picture was captioned before and has changed since.
         words: number of words in all captions.

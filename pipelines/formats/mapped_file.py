@@ -60,8 +60,8 @@ class MappedFile(NamedTuple):
         """Return a record batch, and the stored picture of one of its rows as a view of the memory-mapped file.
 
         Args:
-            batch: number of the record batch in the file.
-            offset: number of the row in the record batch.
+            batch: number of the record batch in the file, from 0.
+            offset: number of the row in the record batch, from 0.
         """
         rows = self.batches.get_batch(batch)
         column = rows.column("pixels")

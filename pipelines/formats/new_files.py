@@ -57,7 +57,7 @@ class _StepFiles(Generic[T]):
         run: run folder.
         next_step: function that takes a step, and returns the first later step at which rank 0 writes a file.
         path: function that returns the path of the file of a step.
-        kind: class of the content of a file.
+        kind: class that describes the content of a file, such as `Metrics`.
         listed: function that takes a step, lists the folder, and reads the files of all later steps.
     """
 

@@ -18,7 +18,7 @@ class ReplayedRow(Config):
     """Row of a replayed training step.
 
     Attributes:
-        image_id: id of the picture.
+        image_id: id of the picture, as in the table `samples`.
         text: text on which the row is trained at this step.
         tokens: number of target tokens.
         loss: loss with the weights before the step, in nats per target token; null if the loss is NaN or infinite.

@@ -13,7 +13,7 @@ class RowScore:
 
     Attributes:
         row: index of the picture in the shards. Scores with the same index belong to the same picture.
-        image_id: id of the picture.
+        image_id: id of the picture, as in the table `samples`.
         prompt: prompt, or an empty string for a plain caption.
         references: reference texts of the prompt with repeats, at least one.
         caption: caption that the model generated, or None if the prompt leaves no room for a caption.

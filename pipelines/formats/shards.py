@@ -90,7 +90,7 @@ class Manifest(Config):
     Attributes:
         format: version of the shard format.
         request: request from which the folder was made; for a mix, the request of its first part.
-        files: entries of the shard files, in row order.
+        files: one entry for each shard file, in row order.
         parts: sources of a mix, or empty if there is only one source.
     """
 
@@ -143,7 +143,7 @@ def write_shard_file(folder: Path, index: int, request: ShardRequest, rows: Iter
     Args:
         folder: shard folder, which exists.
         index: number of the shard file.
-        request: request from which the folder is made.
+        request: shard request, which determines the content of the folder.
         rows: record batches with the columns of `shard_schema`, of any size, in row order.
     """
     schema = shard_schema(request)

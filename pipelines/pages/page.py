@@ -145,7 +145,7 @@ class Page:
     """Contents of a page, from top to bottom. The page has a filter if at least one card has groups.
 
     Attributes:
-        title: heading.
+        title: heading of the page.
         about: paragraph about the data, shown at the end of a page with a verdict, and below the heading otherwise.
         figures: numbers to show: a dict from the name to the value. The numbers are folded if the page has bars.
         tables: tables of numbers, which are folded.

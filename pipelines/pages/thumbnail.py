@@ -17,7 +17,7 @@ def make_thumbnail(data: bytes | None, *, side: int = SIDE, max_pixels: int = MA
     """Encode a small JPEG copy of a picture. Return None if `data` is None or if the picture cannot be decoded.
 
     Args:
-        data: bytes of a picture file, or None.
+        data: bytes of a picture file, or None if there is no picture.
         side: largest length of the thumbnail's longer side, in pixels.
         max_pixels: largest width times height of the picture. A larger picture is not decoded.
     """

@@ -140,7 +140,7 @@ def call_in_barrier_stage(
 
     Args:
         spark: Spark session.
-        function: function whose result can be written as JSON.
+        function: function to call. Its result must be convertible to JSON.
         tasks: number of tasks.
     """
     if not is_connect(spark):

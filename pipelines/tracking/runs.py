@@ -130,7 +130,7 @@ def log_report(
         files: paths of the files to log.
         tables: tables to log as MLflow artifacts: a dict from the file name to the columns (names and values).
         figures: figures to log: a dict from the file name to the figure.
-        inputs: datasets that the stage has read.
+        inputs: MLflow datasets that describe what the stage has read.
         sections: sections of the run's description to replace or append, by heading.
 
     Raises:

@@ -32,7 +32,7 @@ def smoke_test_version(platform: Platform, version: ModelVersion, pictures: Sequ
     Args:
         platform: platform whose model registry is used.
         version: model version to test.
-        pictures: (bytes of the picture file, prompt) of each picture.
+        pictures: pictures to caption, as pairs (bytes of the picture file, prompt).
 
     Raises:
         StageFailed: the version cannot be downloaded, or its files are not the registered files.

@@ -107,7 +107,7 @@ def validation_cider(captioner: Captioner, shards: Shards, num_rows: int, report
     All other generation settings are taken from the model.
 
     Args:
-        captioner: captioner with the model, which must be in evaluation mode, and the tokenizer.
+        captioner: captioner, whose model must be in evaluation mode.
         shards: validation shards.
         num_rows: largest number of rows to caption.
         report_progress: function that is called after each batch, to restart the timeout of the rank.

@@ -38,10 +38,10 @@ class SourceTable:
 
     Attributes:
         name: full name of the table.
-        version: version of the table.
+        version: version of the table that is read.
         rows: rows that meet the SQL condition of the request, with the columns image_id (string), image (binary,
             base64 text, or a path) and file (name of the data file that contains the row).
-        ids: the column image_id of all rows of the table.
+        ids: DataFrame with the column image_id of all rows of the table.
     """
 
     name: str
@@ -65,7 +65,7 @@ def open_source_table(
     Args:
         spark: Spark session.
         platform: platform whose schema holds the table if `table` names no schema.
-        table: name of the table.
+        table: name of the table to open.
         version: version at which the table is read, or None for the newest version.
         columns: names of the id column and of the picture column.
         where: SQL condition on the rows; an empty condition selects all rows.

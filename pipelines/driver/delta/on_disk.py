@@ -27,7 +27,7 @@ def count_on_disk(table: DeltaTable, equal: Mapping[str, str | datetime], by: st
     Rows are counted in batches, and files whose statistics exclude the values are not read.
 
     Args:
-        table: Delta table.
+        table: Delta table whose rows are counted.
         equal: required values: a non-empty dict from the name of a column to the value.
         by: name of the column for whose values rows are counted.
     """

@@ -44,7 +44,7 @@ def baseline_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
 
 
 def baselines(scored: Sequence[ScoredRow], metric: str) -> dict[str, list[ScoredRow]]:
-    """For each baseline, return the rows with the baseline's captions, for a comparison by one metric.
+    """For each baseline, return the rows with the captions of the baseline, to compare the model by one metric.
 
     The baselines are `constant`, and `neighbour` if every row has a neighbour.
     """

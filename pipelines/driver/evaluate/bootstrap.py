@@ -54,7 +54,7 @@ def interval_from_resamples(values_S: Floats) -> Interval:
 def measure(
     scored: Sequence[ScoredRow], *, further: Mapping[str, Metric] | None = None, seed: int = 0
 ) -> dict[str, Interval]:
-    """Compute all metrics of a split, with intervals.
+    """Compute all metrics of a split, with their confidence intervals.
 
     `error_share` is computed over all rows. All other metrics are computed over the rows with a caption.
 
@@ -92,8 +92,8 @@ def paired_metrics(
     """Compute the metrics of two models, and their differences, on the rows that both models captioned.
 
     Args:
-        one: scored rows of the first model.
-        other: scored rows of the second model.
+        one: rows that the first model has scored.
+        other: rows that the second model has scored.
         names: names of the metrics to compare; by default all metrics that both models have.
         seed: seed of the resampling in the paired bootstrap.
     """

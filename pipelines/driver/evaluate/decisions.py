@@ -37,7 +37,7 @@ def record_decision(
         platform: platform that stores the table.
         model: name of the registered model.
         version: model version that the decision is about.
-        digest: digest of the files of this version.
+        digest: digest of the files of this model version.
         action: decision about the model version: 'promote', 'refuse' or 'rollback'.
         champion: version of the current champion, or None if there is no champion.
         reasons: reasons why the model version was refused.

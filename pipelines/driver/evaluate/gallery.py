@@ -89,7 +89,7 @@ class GalleryRow:
     """One picture of the gallery.
 
     Attributes:
-        image_id: id of the picture.
+        image_id: id of the picture, as in the table `samples`.
         thumbnail: small JPEG file, or None if the picture cannot be decoded.
         prompt: text before the caption; a plain caption has an empty prompt.
         human: human captions (references), separated by slashes.
@@ -171,7 +171,7 @@ def bar_group(name: str, bars: Mapping[str, Interval], note: str = "") -> BarGro
     Args:
         name: name of the metric.
         bars: bars to draw: a dict from the name of a bar, such as 'model', to the value and interval of the metric.
-        note: text after the name of the metric.
+        note: text to show after the name of the metric.
     """
     largest = max(max(each.high, each.value) for each in bars.values())
     scale = 100 / max(largest, 1.0 if name in SHARES else 1e-9)

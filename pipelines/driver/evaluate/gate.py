@@ -57,7 +57,7 @@ def apply_gate(
     """Run every check of the gate. If a metric is missing or NaN, the check of that metric fails.
 
     Args:
-        gate: limits of the checks.
+        gate: config of the gate, with the limit of each check.
         report: evaluation of the model version.
         champion: evaluation of the current champion on the same split, or None if there is no champion.
         trial: result of loading and running the model version in a fresh process.

@@ -69,7 +69,7 @@ class EvaluationReport(Config):
     """Report on the evaluation of a model version on a split.
 
     Attributes:
-        source: name of the data config.
+        source: name of the source, which is the name of its data config.
         dataset_version: version of `samples` that last changed the source.
         model_digest: digest of the model's files; empty in a report that Lakesight 0.1.0 wrote.
         scores_hash: hash of everything that determines the scores, such as model files and pictures
@@ -82,12 +82,12 @@ class EvaluationReport(Config):
         settings: generation settings of the captions; null for the generation settings of the model version at
             temperature 0. A report with other settings is not merged into table `evaluations`.
         metrics: metrics of the whole split, including the metrics of the baselines (constant_*, neighbour_*).
-        columns: columns by which slices are made.
+        columns: names of the columns by whose values evaluation slices are made.
         slices: metrics of each slice, by `column=value`.
         slice_rows: number of rows of each slice; empty in reports of earlier versions.
         folder: folder of the scores, the report and the pages.
         gallery: HTML page that shows the worst rows, the best rows and a sample of all other rows.
-        gallery_png: PNG file that shows the sample.
+        gallery_png: PNG file that shows the sample of the rows.
         figures_png: PNG file with a bar chart of the metrics.
         reused: whether the whole report was read from an earlier evaluation.
         seconds: duration of the evaluation that computed the report, in seconds.
@@ -141,10 +141,10 @@ def evaluate(
     Args:
         spark: Spark session.
         platform: platform that stores the tables and reports.
-        model: files of the model version.
+        model: model version to evaluate, with the folder of its files.
         shards_folder: shard folder of the split.
         train_folder: shard folder of the training split, for the nearest-neighbour baseline.
-        columns: columns by which slices are made.
+        columns: names of the columns by whose values evaluation slices are made.
         with_java: whether to compute METEOR and COCO's figures, which need Java, if Java is installed. Java takes
             seconds to start.
 

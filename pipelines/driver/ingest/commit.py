@@ -119,9 +119,9 @@ def gone_pictures(outcomes: DataFrame, samples: DataFrame, quarantine: DataFrame
     the row was refused by accident (KEPT_REASONS) or if a replay has accepted the row.
 
     Args:
-        outcomes: decoded rows.
+        outcomes: decoded rows of the source, without pictures and payloads.
         samples: rows of `samples` to compare with the decoded rows.
-        quarantine: rows of the source in `quarantine`.
+        quarantine: rows of the table `quarantine` that belong to the source.
     """
     key = ["image_id", "sha256", "text"]
     current = outcomes.filter(F.col("reason").isNull()).select(*key[:2], F.explode("texts").alias("text"))

@@ -41,10 +41,10 @@ class IngestRequest:
     """Rows to ingest, and the settings of the ingest.
 
     Attributes:
-        source: name of the data config.
+        source: name of the source, which is the name of its data config.
         config: data config of the source.
         rows: raw rows, and the parser that executors apply to the raw rows.
-        ingest_id: id of the ingest, which all written rows carry.
+        ingest_id: id of the ingest, which is stored in all rows that the ingest writes.
         replace: whether the result replaces all rows of the source, so that the plan ignores existing rows.
     """
 

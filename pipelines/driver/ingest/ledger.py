@@ -35,7 +35,7 @@ class LedgerEntry(NamedTuple):
     """Values that all items of one ingest share.
 
     Attributes:
-        source: name of the data config.
+        source: name of the source, which is the name of its data config.
         rules: hash of the settings, from `hash_rules`.
         ingest_id: id of the ingest.
     """
@@ -86,7 +86,7 @@ def select_last_versions(entries: pa.Table, rules: str) -> pa.Table:
     If an item is a source table, only the table's last entry in the ledger counts.
 
     Args:
-        entries: rows of the ledger of one source.
+        entries: rows of the ledger that belong to one source.
         rules: hash of the settings, from `hash_rules`.
     """
     is_version = pc.starts_with(entries["state"], VERSION)

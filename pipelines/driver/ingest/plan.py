@@ -75,7 +75,7 @@ class IngestPlan:
         request: ingest request that the rows belong to.
         spill: spill folder with the pictures and payloads.
         outcomes: one decoded row per raw row, with narrow columns only (`executor.ingest.spill.NARROW`).
-        existing: rows of the source in `samples`.
+        existing: rows that `samples` already has for the source.
         pictures: planned pictures, one row per picture, from `plan_pictures`.
         totals: row counts and picture counts.
         stamp: values that all written rows have in common, such as the ingest_id.
@@ -185,7 +185,7 @@ def overfull_rows(outcomes: DataFrame, pictures: DataFrame) -> DataFrame:
     """Return the decoded rows that would give a picture more texts than `data.limits.max_texts`.
 
     Args:
-        outcomes: decoded rows.
+        outcomes: decoded rows of the source, without pictures and payloads.
         pictures: pictures from `plan_pictures`.
     """
     full = pictures.filter("full IS NOT NULL AND NOT conflicting").select("image_id", "sha256", "full")

@@ -26,9 +26,9 @@ class QuarantineCount(Config):
     """Number of rows in `quarantine` for one source and one quarantine reason.
 
     Attributes:
-        source: name of the data config.
+        source: name of the source, which is the name of its data config.
         reason: quarantine reason, one of tables.REASONS.
-        rows: number of rows.
+        rows: number of rows in `quarantine` for this source and reason.
         replayed: number of rows that a replay has accepted.
         latest: time at which the newest row was quarantined.
     """
@@ -94,7 +94,7 @@ def inspect_quarantine(
     """Count the rows of `quarantine` and select example rows of each source and reason.
 
     Args:
-        select: function that queries the table.
+        select: function that runs an SQL query on the table `quarantine`.
         platform: platform that stores the tables and reports.
         reasons: quarantine reasons (of tables.REASONS) to include; an empty sequence includes every reason.
         rows: number of rows to select per source and reason.

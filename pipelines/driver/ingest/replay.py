@@ -35,10 +35,10 @@ class ReplayReport(Config):
     """Result of a replay, with rows_in = new + merged + duplicates + the sum of `refused`.
 
     Attributes:
-        source: name of the data config.
+        source: name of the source, which is the name of its data config.
         reasons: quarantine reasons of the replayed rows.
         rows_in: number of replayed rows, which have one of the reasons and were not accepted by an earlier replay.
-        new: number of rows that added a picture to `samples`.
+        new: number of rows that added a new picture to `samples`.
         merged: number of rows that added a text to a picture.
         duplicates: number of valid rows that added nothing.
         refused: number of rows that were refused again, for each quarantine reason of the new refusals.

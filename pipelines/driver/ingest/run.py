@@ -59,7 +59,7 @@ class Written:
         totals: row counts and picture counts of the plan.
         reasons: number of rows added to `quarantine`, by quarantine reason.
         near: counts of near duplicates among the new pictures.
-        across: number of pictures with the same bytes in two splits.
+        across: number of pictures whose bytes occur in two splits of the source.
         removed: number of pictures removed from `samples`.
         unreadable: names of files that could not be read to their end, with the reasons; at most NAMED_FILES.
     """
@@ -80,7 +80,7 @@ def ingest(
     Args:
         spark: Spark session. Two concurrent ingests need two Spark sessions.
         platform: platform that stores the tables.
-        source_name: name of the data config.
+        source_name: name of the source, which is the name of its data config.
         config: data config of the source.
         refresh: whether to read all items again and replace all rows that the source has added before.
 

@@ -25,8 +25,8 @@ class Stamp:
     """Values that all rows written by one ingest plan share.
 
     Attributes:
-        source: name of the data config.
-        ingest_id: hash of the source and its files.
+        source: name of the source, which is the name of its data config.
+        ingest_id: id of the ingest, a hash of the source's name and of the state of its files or table.
         planned_at: time at which the plan was made. Each plan has a different time, so the time identifies its rows.
         base_version: version of `samples` that last changed the source when the plan was made.
     """
@@ -51,7 +51,7 @@ def merge_into(table: str, updates: DataFrame, key: str, source: str, *clauses: 
         table: full name of the table, whose alias is `target`.
         updates: new rows, whose alias is `updates`.
         key: column whose value is the same in a row of the table and in the update of this row.
-        source: name of the data config.
+        source: name of the source, which is the name of its data config.
         clauses: WHEN clauses of the merge, in SQL.
     """
     merge = (

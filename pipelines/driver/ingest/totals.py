@@ -22,8 +22,8 @@ class IngestReport(Config):
     """Result of an ingest, with rows_in = new + merged + duplicates + quarantined.
 
     Attributes:
-        source: name of the data config.
-        ingest_id: hash of the source and its files.
+        source: name of the source, which is the name of its data config.
+        ingest_id: id of the ingest, a hash of the source's name and of the state of its files or table.
         items: number of items that were read. An item is a file, a row of a folder's captions file, or a table.
         unchanged: number of items that were not read, because they were ingested before and have not changed.
         rows_in: number of raw rows that were read.

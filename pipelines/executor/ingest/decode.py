@@ -48,7 +48,7 @@ class DecodeRules:
         source: name of the data config, which is the prefix of image ids.
         columns: names of the source's columns for the picture, the text, the id and the prompt.
         limits: limits on the size of a picture, the length of a text and the decoding time.
-        split: rule that assigns a row to a split.
+        split: config of the rule that assigns a row to a split.
         near_duplicates: whether to compute the fingerprints that find near duplicates.
     """
 
@@ -63,7 +63,7 @@ def decode_batches(batches: Iterator[pa.RecordBatch], read: Read, rules: DecodeR
     """Decode rows into OUTCOME batches of bounded size, one outcome per record.
 
     Args:
-        batches: batches of raw rows, which `read` parses.
+        batches: Arrow batches of raw rows, which `read` parses.
         read: function that parses raw rows of the source into records.
         rules: settings that decide whether a record becomes a sample.
     """

@@ -45,7 +45,7 @@ def merge_texts(known: Sequence[Text], rows: Sequence[Sequence[Text]], max_texts
     """Merge the texts of rows with the known texts of a picture.
 
     Args:
-        known: texts of the picture in `samples`, with repeats.
+        known: texts that the picture already has in `samples`, with repeats.
         rows: texts of each row, in the order of the rows.
         max_texts: largest number of distinct texts of a picture, or None for any number. Rows are sorted by their
             texts, and accepted up to the first row that exceeds the limit. A later row is accepted only if the row adds

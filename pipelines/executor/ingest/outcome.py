@@ -36,7 +36,7 @@ class Refused(Exception):
 
     Attributes:
         stage: step of ingest that refused the row: read, decode or merge.
-        reason: element of `tables.REASONS`.
+        reason: quarantine reason, one of tables.REASONS.
         detail: exact description of the problem.
     """
 

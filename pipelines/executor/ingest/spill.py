@@ -33,7 +33,7 @@ def decode_and_spill(batches: Iterator[pa.RecordBatch], decode: Decode, folder: 
     """Decode rows, write their wide columns to a new file, and yield batches of the schema NARROW.
 
     Args:
-        batches: batches of raw rows, which `decode` decodes.
+        batches: Arrow batches of raw rows, which `decode` decodes.
         decode: function that yields OUTCOME batches.
         folder: spill folder, an existing folder that has the same path on every executor. A retried task writes a new
             file.

@@ -36,7 +36,7 @@ def assign_split(file: str, fields: Fields, sha256: str, config: SplitConfig) ->
         file: name of the row's file.
         fields: values of the row by column name.
         sha256: SHA-256 of the picture file, hexadecimal.
-        config: rule that assigns a row to a split.
+        config: config of the rule that assigns a row to a split.
 
     Raises:
         Refused: with the reason missing_field (the split is missing) or malformed_record (the split is unknown).

@@ -76,7 +76,7 @@ class _TextStream(io.BufferedReader):
 
 
 def _peek(stream: IO[bytes]) -> tuple[IO[bytes], bytes]:
-    """Return a stream at the same position, and its next bytes.
+    """Return the next bytes of a stream, and a stream that is still at the position before these bytes.
 
     If the stream is damaged after these bytes, a later read of the returned stream raises the error.
     """

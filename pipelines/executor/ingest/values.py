@@ -60,7 +60,7 @@ def to_text(value: object, what: str) -> str:
     """Convert a value to a text. A missing value becomes an empty text. Invalid UTF-8 in bytes becomes U+FFFD.
 
     Args:
-        value: a value of a row.
+        value: value from a row of a source, of any type.
         what: description of the value for the error message, such as "column title".
 
     Raises:

@@ -34,7 +34,7 @@ def shard_input(manifest: Manifest, context: str) -> DatasetInput:
     """Return the dataset of the rows in shards: table, table version, columns that ranks read, and number of rows.
 
     Args:
-        manifest: manifest of the shards.
+        manifest: manifest of the shard folder.
         context: what the rows are used for, such as 'training'; MLflow shows this word beside the dataset.
     """
     request = manifest.request
@@ -55,7 +55,7 @@ def table_input(
     Args:
         version: name and version number of the table.
         digest: hash that identifies the rows.
-        schema: columns of the rows.
+        schema: names and types of the columns of the rows.
         profile: description of the rows: a dict with the number of rows and the conditions by which they were
             selected.
         context: what the rows are used for, such as 'training'; MLflow shows this word beside the dataset.

@@ -56,8 +56,8 @@ class Augmenter:
 
         Args:
             rows: B rows of the shards.
-            texts: (prompt, text) that is shown with each row.
-            picks: index and epoch of each row.
+            texts: pair (prompt, text) that is shown with each row.
+            picks: index of each row in the shards, and epoch in which the row is shown.
         """
         numbers_BN = random_fractions(picks, NUMBERS, seed=self._seed)
         return [

@@ -69,7 +69,7 @@ class Collator:
 
         Args:
             rows: B rows of the shards.
-            texts: (prompt, text) to train on, for each row.
+            texts: pair (prompt, text) to train on, for each row.
         """
         (batch,) = self.collate_parts(rows, texts, len(rows))
         return batch
@@ -93,7 +93,7 @@ class Collator:
         Args:
             rows: P rows of the shards.
             sequences: token sequences of all answers, in the order of the rows, with equally many answers per row.
-            weights: weight of each sequence in the loss.
+            weights: weight of each token sequence in the loss.
         """
         batch = self._padded(rows, sequences)
         return replace(batch, weights_B=torch.tensor(weights), rows_per_picture=len(sequences) // len(rows))
@@ -203,7 +203,7 @@ def map_ahead(make: Callable[[S], T], items: Iterable[S], workers: int) -> Itera
 
     Args:
         make: pure function that is called with an item, in any order of the items.
-        items: items in the order of the results.
+        items: arguments for `make`. The results have the same order as the items.
         workers: number of threads. With 0 threads, `make` is called when the item's result is requested.
     """
     if not workers:

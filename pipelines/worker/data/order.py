@@ -142,7 +142,7 @@ def random_bits(picks: RowPicks, *, seed: int) -> UInt64s:
     """Compute 64 random bits for each row in its epoch.
 
     Args:
-        picks: rows and their epochs.
+        picks: indices of rows, and the epoch of each row.
         seed: seed of the run.
     """
     epochs, rows = picks.epochs.astype(np.uint64), picks.rows.astype(np.uint64)
@@ -153,7 +153,7 @@ def random_fractions(picks: RowPicks, count: int, *, seed: int) -> Float64s:
     """Compute random numbers in [0, 1) for each row in its epoch, in the shape [batch of the rank, count].
 
     Args:
-        picks: rows and their epochs.
+        picks: indices of rows, and the epoch of each row.
         count: number of random numbers per row. A larger count does not change the first numbers.
         seed: seed of the run.
     """

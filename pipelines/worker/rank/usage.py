@@ -60,7 +60,7 @@ def throughput(
     """Return the rates of a lap of the stopwatch, the TFLOP/s of all ranks together, and the model FLOPs utilisation.
 
     Args:
-        rates: result of `Stopwatch.lap`.
+        rates: result of `Stopwatch.lap`, with keys such as tokens_per_second.
         config: resolved config of the run.
         vocab_size: number of tokens of the vocabulary.
         world_size: number of ranks.

@@ -208,7 +208,7 @@ def find_training_state(checkpoint: Path | None, settings: TrainConfig) -> tuple
     """Return the folder of the training state from which a run continues, and the number of the next step.
 
     Args:
-        checkpoint: newest checkpoint of the run, if any.
+        checkpoint: newest checkpoint of the run, or None if there is no checkpoint.
         settings: settings of the run. With `start_state: training`, a new run continues from the state in `start_from`.
     """
     if checkpoint:

@@ -39,8 +39,8 @@ class SourceFile(NamedTuple):
     Attributes:
         path: path or URL that executors open.
         name: file name, or path relative to the source if the split of the file is in the name of its folder.
-        size: size in bytes.
-        modified: modification time in microseconds.
+        size: size of the file, in bytes.
+        modified: modification time of the file, in microseconds since the epoch.
         item: name of the file in the ledger.
         accessible: whether this process may read the file.
         partition: values of the partition columns, from folders such as `year=2024` between the source's path and the

@@ -38,7 +38,7 @@ def open_source(spark: SparkSession, platform: Platform, name: str, config: Data
     Args:
         spark: Spark session.
         platform: platform whose home folder holds generated input files.
-        name: name of the data config.
+        name: name of the source, which is the name of its data config.
         config: data config of the source.
         ingested: items that need not be read again, from `ledger.read_ledger`.
 
@@ -88,7 +88,7 @@ def open_unchanged(platform: Platform, name: str, config: DataConfig, ingested: 
 
     Args:
         platform: platform whose home folder holds generated input files.
-        name: name of the data config.
+        name: name of the source, which is the name of its data config.
         config: data config of the source.
         ingested: items that need not be read again, from `ledger.select_last_versions`.
 

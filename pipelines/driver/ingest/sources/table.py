@@ -252,9 +252,10 @@ def _open_feed(spark: SparkSession, source: TableSourceConfig, first: int, last:
 
 
 def _select_changed(frame: DataFrame, changes: DataFrame, name: str, source: TableSourceConfig) -> _Changes | None:
-    """Select the rows to read. If rows were updated or deleted, all current rows with the ids of these rows are read.
+    """Select the rows of the table that the ingest must read, given the rows of the change data feed.
 
-    Without ids, it is unknown whether another row has the picture of a deleted row, so all rows must be read.
+    If rows were updated or deleted, all current rows with the ids of these rows are read. If the source has no id
+    column, another row may have the picture of a deleted row, so all rows must be read.
 
     Raises:
         PySparkException, Py4JError: the feed lacks a column of the table, or a file of the feed cannot be read.

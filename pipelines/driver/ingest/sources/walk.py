@@ -53,10 +53,10 @@ class Found(NamedTuple):
     Attributes:
         path: path or URL that opens the file.
         relative: path below the listed folder, with slashes; the file name if the path of the source is this file.
-        size: size in bytes.
-        modified: modification time in microseconds.
+        size: size of the file, in bytes.
+        modified: modification time of the file, in microseconds since the epoch.
         accessible: whether this process may read the file.
-        named: whether the path of the source is this file.
+        named: whether the path of the source is the path of this file, and not of a folder.
     """
 
     path: str

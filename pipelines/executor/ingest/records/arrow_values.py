@@ -86,7 +86,7 @@ def _lengths(array: pa.Array) -> pa.Array:
 
 
 def _map_entries(array: pa.Array) -> pa.Array:
-    """Return the keys and values of all rows of a map as an array of structs."""
+    """Return the keys and values of all rows of a map array, as an array of structs."""
     start, end = array.offsets[0].as_py(), array.offsets[-1].as_py()
     return pa.StructArray.from_arrays(
         [array.keys.slice(start, end - start), array.items.slice(start, end - start)], names=["key", "value"]
@@ -187,11 +187,11 @@ class NotStored(dict[str, str]):
     A placeholder is neither a text nor a picture, so a replay refuses a row with a placeholder.
 
     Args:
-        what: description of the value.
+        what: text that describes the value, such as "5,000 bytes; at most 100 are allowed".
         value: array that contains only the value. Different strings or binaries give different hashes.
 
     Attributes:
-        what: description of the value.
+        what: text that describes the value, such as "5,000 bytes; at most 100 are allowed".
     """
 
     def __init__(self, what: str, value: pa.Array | None = None) -> None:
@@ -257,7 +257,7 @@ def picture_values(name: str, column: pa.Array, most: int) -> Iterator[dict[str,
 
     Args:
         name: name of the field; the path is in the field `<name>.path`.
-        column: column of pictures.
+        column: column whose values are pictures.
         most: largest size of a picture, in bytes.
     """
     for value in each_value(stored(column)):

@@ -48,7 +48,7 @@ def csv_records(
     """Parse the rows of CSV files. Blank lines are skipped.
 
     Args:
-        batches: batches of the schema `lines.RANGE`.
+        batches: Arrow batches of the schema `lines.RANGE`.
         layouts: layouts of the files, with the column names.
         multiline: whether quoted fields may contain line breaks. If so, every range is a whole file.
         limit: largest size of a row, in bytes.

@@ -61,7 +61,7 @@ def parse_captions(batches: Iterator[pa.RecordBatch], read: Read) -> Iterator[pa
     """Parse a captions file into batches of the schema RECORDS.
 
     Args:
-        batches: batches of raw rows, which `read` parses.
+        batches: Arrow batches of raw rows, which `read` parses.
         read: function that parses raw rows of the captions file into records.
     """
     yield from store_records(read(batches))
@@ -79,11 +79,11 @@ def list_captions(
     """Yield the rows of a captions file with the change tokens of their pictures, without opening a picture.
 
     Args:
-        batches: batches of raw rows, which `read` parses.
+        batches: Arrow batches of raw rows, which `read` parses.
         read: function that parses raw rows of the captions file into records.
         captions: path of the captions file.
         folder: folder of the pictures.
-        column: field that names a picture file.
+        column: name of the field that names the picture file of a row.
     """
     records = read(batches)
     while rows := [_caption_row(record, captions, folder, column) for record in islice(records, CAPTION_ROWS)]:
@@ -119,7 +119,7 @@ def folder_records(
     If consecutive records name the same picture, the picture is read once, and the records share one bytes object.
 
     Args:
-        batches: batches of raw rows, which `read` parses.
+        batches: Arrow batches of raw rows, which `read` parses.
         read: function that yields records of the captions file.
         folder: folder of the pictures.
         column: field that names a picture file, relative to the folder or to the subfolder.

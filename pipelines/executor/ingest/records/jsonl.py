@@ -25,7 +25,7 @@ def jsonl_records(batches: Iterator[pa.RecordBatch], layouts: Sequence[Layout], 
     """Parse JSON lines. Blank lines are skipped.
 
     Args:
-        batches: batches of the schema `lines.RANGE`.
+        batches: Arrow batches of the schema `lines.RANGE`.
         layouts: layouts of the files.
         limit: largest size of a line, in bytes.
     """

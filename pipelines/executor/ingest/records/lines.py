@@ -90,7 +90,7 @@ def range_records(batches: Iterator[pa.RecordBatch], layouts: Sequence[Layout], 
     """Read the records of byte ranges. After the last intact row of a damaged file, one record describes the damage.
 
     Args:
-        batches: batches of the schema RANGE.
+        batches: Arrow batches of the schema RANGE.
         layouts: layouts of the files.
         read: function that parses one range into records.
     """

@@ -39,7 +39,7 @@ class ParquetColumns:
         buffer_bytes: size of the read buffer of each column, in bytes.
 
     Attributes:
-        names: names of the columns.
+        names: names of the columns of the file.
     """
 
     def __init__(self, path: str, buffer_bytes: int = 2**20) -> None:

@@ -61,7 +61,7 @@ def page_sizes(file: IO[bytes], chunk: Any, *, in_lists: bool) -> PageSizes:
     A damaged page and all later pages are left out, because Arrow reports the damage when it reads the damaged page.
 
     Args:
-        file: Parquet file.
+        file: Parquet file, opened for reading.
         chunk: Arrow's metadata of the column chunk.
         in_lists: whether the values of the column are in lists.
     """

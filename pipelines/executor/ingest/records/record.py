@@ -55,7 +55,7 @@ def add_partition(fields: Fields, partition: Mapping[str, str | None]) -> Fields
     Args:
         fields: values of the row. A value in the row takes precedence over the value in the folder name, unless the
             value in the row is missing.
-        partition: values of the partition columns, by column name.
+        partition: values of the partition columns: a dict from the name of the column to the value.
     """
     return {**partition, **{name: v for name, v in fields.items() if name not in partition or not is_missing(v)}}
 

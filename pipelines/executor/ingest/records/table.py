@@ -45,7 +45,7 @@ def add_image_ids(batches: Iterator[pa.RecordBatch], source: str) -> Iterator[pa
     """Add the column `image_id` to batches with a column of ids. Leave out rows whose value is not a valid id.
 
     Args:
-        batches: batches with the column `key`.
+        batches: Arrow batches with the column `key`, which holds the ids.
         source: name of the data config, which is the prefix of image ids.
     """
     for batch in batches:
@@ -66,7 +66,7 @@ def payload_records(batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:
     """Restore the original records of `quarantine` rows. A row that ingest could not parse is refused again.
 
     Args:
-        batches: batches with the columns `source_row` and `payload`.
+        batches: Arrow batches with the columns `source_row` and `payload` of `quarantine`.
     """
     for batch in batches:
         for name, payload in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):

@@ -109,7 +109,7 @@ def picture_records(
         batches: batches that `read` parses. If the location is relative, the column `path` is the path of a row's file.
         read: function that parses raw rows of the source into records.
         location: folder or URL of the pictures. A relative folder is relative to the folder of the row's file.
-        column: column that names a picture.
+        column: name of the column that names the picture of a row.
         max_bytes: largest size of a picture to read, in bytes.
     """
     if is_absolute(location):
