@@ -72,7 +72,7 @@ class MappedFile(NamedTuple):
             start, end = np.frombuffer(offsets, np.int32, 2, 4 * offset).tolist()
         stored = data.slice(start, end - start)
         position = stored.address - self.address
-        into_page = position % mmap.PAGESIZE  # madvise takes a page-aligned start
+        into_page = position % mmap.PAGESIZE  # madvise needs a page-aligned start
         self.memory.madvise(mmap.MADV_WILLNEED, position - into_page, into_page + stored.size)
         return rows, stored
 

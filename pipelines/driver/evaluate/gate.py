@@ -89,7 +89,7 @@ def apply_gate(
 
 
 def _check_errors(gate: GateConfig, share: float, trial: Trial) -> GateCheck:
-    """Check the share of errors in the evaluation and the share of errors in the trial."""
+    """Check the share of errors in the evaluation and the share of errors in the smoke test (`trial`)."""
     tried = len(trial.errors) / trial.pictures if trial.pictures else 0.0
     found = (
         f"no caption for a share of {share:.3g} of the split and for {len(trial.errors)} of {trial.pictures} pictures "

@@ -63,7 +63,7 @@ class DecodedRows:
         request: ingest request that the rows belong to.
         spill: spill folder with the pictures and payloads.
         outcomes: one decoded row per raw row, with narrow columns only (`executor.ingest.spill.NARROW`, READ_ORDER).
-        rows_in: number of raw rows.
+        rows_in: number of raw rows of the input.
         refused: number of rows that executors refused.
     """
 

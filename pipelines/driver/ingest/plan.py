@@ -42,7 +42,7 @@ class PlanTotals:
     """Row counts and picture counts of a plan.
 
     Attributes:
-        rows_in: number of raw rows.
+        rows_in: number of raw rows of the input.
         refused: number of rows that executors refused.
         conflicting: number of rows whose picture has the same id as a different picture.
         overfull: number of rows that would give a picture more texts than `data.limits.max_texts`.

@@ -1,4 +1,4 @@
-"""Choice of the run folder: the folder of a run is found by everything that determines the outcome of the run.
+"""Choice of the run folder. Everything that determines the outcome of a run also determines the run's folder.
 
 The name of a folder contains a hash of the model, the settings and the data. The first version of the training code
 that trains a run uses the folder of this name, which is also the name that Lakesight 0.1.0 gave. Each other version of

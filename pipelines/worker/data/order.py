@@ -96,7 +96,7 @@ def permute(positions: Int64s, epochs: Int64s, *, num_rows: int, seed: int) -> I
     Args:
         positions: positions in the epoch, 0 <= position < num_rows.
         epochs: epoch of each position, in the same shape as `positions`.
-        num_rows: number of rows, at least 1.
+        num_rows: number of rows that are permuted, at least 1.
         seed: seed of the permutations, any integer.
     """
     half = max(MIN_HALF_BITS, -(-(num_rows - 1).bit_length() // 2))
