@@ -26,6 +26,9 @@ INSTALL = "pip install 'lakesight[local]'"
 PACKAGES = ("pyspark", "delta-spark", "deltalake", "mlflow", "torch", "pyarrow")
 
 
+COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
 def doctor(
     *,
     run: RunOption = "demo",
@@ -49,7 +52,7 @@ def doctor(
         config = load_run(run, platform=platform, overrides=overrides or ())
         checks = run_checks(config)
         for check in checks:
-            output.line(check.name, f"{check.status:<5} {check.found}")
+            output.line(check.name, f"{output.styled(f'{check.status:<5}', fg=COLOURS[check.status])} {check.found}")
             if check.fix:
                 output.line("", f"      fix: {check.fix}")
         failed = [check.name for check in checks if check.status == "fail"]

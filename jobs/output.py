@@ -14,7 +14,7 @@ import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from typing import TextIO
+from typing import Any, TextIO
 
 import typer
 from pydantic_core import to_json
@@ -93,8 +93,11 @@ class CommandOutput:
 
     def line(self, label: str, text: str) -> None:
         """Print one line for people: a label in a column of fixed width, then a text."""
-        padded = f"{label:<{LABEL_WIDTH}}"
-        self.text((typer.style(padded, bold=True) if label and has_colours(self._stream) else padded) + text)
+        self.text(self.styled(f"{label:<{LABEL_WIDTH}}", bold=True) + text)
+
+    def styled(self, text: str, **style: Any) -> str:
+        """Return a text with the arguments `style` of `typer.style` if the output has colours, else the text itself."""
+        return typer.style(text, **style) if text.strip() and has_colours(self._stream) else text
 
     def next(self, *commands: str) -> None:
         """Print the commands that the user can run next, each on a line of its own."""
