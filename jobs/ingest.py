@@ -149,4 +149,4 @@ def _print_report(job: Job, report: FullReport) -> None:
         job.output.line("", f"{report.removed:,} pictures removed because their source rows were changed or deleted")
     if report.nothing_new:
         job.output.line("", "nothing new")
-    job.output.line("", report.page)
+    job.output.line("page", report.page)

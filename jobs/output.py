@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 import sys
 import textwrap
 import time
@@ -64,7 +65,7 @@ def _wrap(text: str, width: int, indent: str) -> list[str]:
     """Break a text into lines of at most `width` characters, but break neither words nor commands in backquotes."""
     kept = re.sub(r"`[^`\n]*`", lambda found: found[0].replace(" ", "\0"), text)
     lines = []
-    for number, line in enumerate(kept.splitlines()):
+    for number, line in enumerate(kept.splitlines() or [""]):
         first = indent if number else ""
         whole = textwrap.TextWrapper(max(width, 20), first, indent, break_long_words=False, break_on_hyphens=False)
         lines += whole.wrap(line) or [""]
@@ -92,7 +93,13 @@ class CommandOutput:
         return time.monotonic() - self._started
 
     def line(self, label: str, text: str) -> None:
-        """Print one line for people: a label in a column of fixed width, then a text."""
+        """Print a label in a column of fixed width, then a text. On a terminal, a long text is broken between words."""
+        width = shutil.get_terminal_size().columns - LABEL_WIDTH
+        for line in _wrap(text, width, "") if self._stream.isatty() else [text]:
+            self._labelled(label, line)
+            label = ""
+
+    def _labelled(self, label: str, text: str) -> None:
         self.text(self.styled(f"{label:<{LABEL_WIDTH}}", bold=True) + text)
 
     def styled(self, text: str, **style: Any) -> str:
@@ -102,7 +109,7 @@ class CommandOutput:
     def next(self, *commands: str) -> None:
         """Print the commands that the user can run next, each on a line of its own."""
         for label, command in zip(("next", *["or"] * (len(commands) - 1)), commands, strict=True):
-            self.line(label, command)
+            self._labelled(label, command)
 
     def items(self, label: str, items: Sequence[str]) -> None:
         """Print a list for people: a label, then the items separated by commas, in lines of at most 80 columns."""

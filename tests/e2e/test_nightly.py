@@ -131,6 +131,26 @@ def test_the_commands_of_the_page_work_in_the_order_of_the_page(folder: Path) ->
     assert "nothing new" in run(folder, again, JAVA_HOME="/nonexistent").stdout, "without a JVM"
 
 
+def test_a_query_captions_pictures_by_the_function_of_the_page(folder: Path) -> None:
+    if not (folder / "shop" / "products").exists():
+        assert run(folder, [sys.executable, "to_delta.py"]).returncode == 0
+    done = run(folder, [sys.executable, "in_sql.py"])
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|A0" in line]
+    assert len(rows) == 5
+    assert all(caption and caption != "NULL" for _, caption in rows), rows
+
+
+def test_a_job_with_an_empty_home_folder_captions_with_the_champion_of_the_tracking_server(folder: Path) -> None:
+    if not (folder / "shop" / "products").exists():
+        assert run(folder, [sys.executable, "to_delta.py"]).returncode == 0
+    words = [*next(words for words in commands() if words[1] == "caption"), "--json"]
+    server = f"sqlite:///{folder}/.lakesight/mlflow.db"
+    done = run(folder, words, LAKESIGHT_HOME=str(folder / "elsewhere"), MLFLOW_TRACKING_URI=server)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["captioned"] == ROWS
+
+
 def test_the_nightly_script_reports_a_failure_and_refuses_to_start_while_an_earlier_job_runs(folder: Path) -> None:
     with (folder / "nightly.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -169,8 +169,9 @@ CUT_TEXTS = """cells => cells.map(cell => {
   text.selectNodeContents(cell);
   return [cell.innerText, text.getBoundingClientRect().right - cell.getBoundingClientRect().right];
 }).filter(([, excess]) => excess > 0.1)"""
-"""JavaScript that returns the texts that are wider than their cells, and by how many pixels. (`scrollWidth` is rounded to
-whole pixels, but a browser cuts a text that is a fraction of a pixel too wide.)"""
+"""JavaScript that returns the texts that are wider than their cells, and by how many pixels.
+
+`scrollWidth` of a table cell does not show that the text is cut off."""
 
 
 @pytest.mark.matrix

@@ -171,6 +171,27 @@ def test_the_commands_that_an_error_proposes_name_the_run_of_the_failed_command(
     assert str(raised.value) == f"it failed. Fix: {shown}."
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_line_on_a_terminal_is_broken_between_words_but_a_command_to_paste_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("NO_COLOR", "1")
+    out = Terminal()
+    printer = CommandOutput(out, as_json=False)
+    printer.line("ingest", "220 rows = 210 new + 10 quarantined")
+    printer.next("lakesight pipeline --run birds --set train.steps=150")
+    assert out.getvalue().splitlines() == [
+        "ingest      220 rows = 210 new + 10",
+        "            quarantined",
+        "next        lakesight pipeline --run birds --set train.steps=150",
+    ]
+
+
 def test_several_next_commands_are_printed_on_lines_of_their_own() -> None:
     out = io.StringIO()
     CommandOutput(out, as_json=False).next("lakesight ui", "lakesight demo")
