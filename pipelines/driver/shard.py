@@ -118,7 +118,7 @@ def find_finished(
     The arguments are those of `shard`. If a catalog manages the tables, the result is always None.
 
     Raises:
-        UserError: the split has no rows. Spark, which takes several seconds to start, would find the same.
+        UserError: the split has no rows. Spark would find the same result, but takes several seconds to start.
     """
     started = time.monotonic()
     tables = open_tables(platform, SAMPLES)

@@ -17,7 +17,7 @@ from pipelines.formats.run_folder import CaptionSamples, Metrics, RunFolder, rea
 
 T = TypeVar("T", Metrics, CaptionSamples)
 MAX_SAMPLED = 50
-"""Largest number of metric files that are read for curves: this many for validated steps, and this many for others.
+"""Largest number of metric files that are read for curves, separately for validated steps and for all other steps.
 
 Reading all metric files of a long run would take minutes.
 """

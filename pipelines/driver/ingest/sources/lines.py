@@ -18,8 +18,8 @@ from pipelines.executor.ingest.storage import FILE_ERRORS, open_binary, require_
 from pipelines.executor.ingest.text_stream import HEAD_BYTES, is_plain, open_text
 
 COMPRESSION_SUFFIXES = ("", ".gz", ".bz2", ".zst", ".xz")
-"""Suffixes of text files by compression. The empty suffix stands for no compression. The suffix only selects files: the
-content of a file tells how the file is compressed."""
+"""Suffixes of text files, one for each kind of compression. The empty suffix stands for no compression. The suffix only
+selects files: the content of a file tells how the file is compressed."""
 UNPACKED_SHARE = 4
 """Number of uncompressed bytes that are assumed per byte of a compressed file, to choose the number of tasks."""
 THREADS = 16

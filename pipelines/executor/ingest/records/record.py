@@ -35,7 +35,7 @@ class Record(NamedTuple):
         file: name of the row's file.
         fields: values of the row by column name.
         raw: text of the unparsed row, or None if the row could be parsed.
-        problem: problem because of which the row cannot become a sample, or None.
+        problem: reason why the row cannot become a sample, or None.
         source_row: identifier of a replayed row of `quarantine`, or None for a row that has no identifier yet.
         others: function that reads the unused columns of the row, or None if `fields` has all columns. The function is
             called only if the row is refused, because `quarantine` stores the whole row.
