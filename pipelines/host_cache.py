@@ -30,7 +30,7 @@ def user_cache_folder(kind: str, root: Path | None = None) -> Path:
             f"{kind} cannot be copied to local disk",
             where=str(root),
             got="the folder belongs to another user",
-            fix="remove it, or set TMPDIR to a folder of your own",
+            fix="remove the folder, or set TMPDIR to a folder of your own",
         )
     return root
 

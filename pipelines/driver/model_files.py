@@ -46,5 +46,5 @@ class ModelFiles(Config):
                 "the model's config cannot be read",
                 where=str(path),
                 got=type(error).__name__,
-                fix=f"remove {self.folder}: the next command downloads it from the registry again",
+                fix=f"remove {self.folder}: the next command downloads the model from the registry again",
             ) from None

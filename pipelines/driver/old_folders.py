@@ -74,7 +74,12 @@ def find_old_folders(platform: Platform, keep: int, needs: Needs) -> list[OldFol
         UserError: `keep` is below 1.
     """
     if keep < 1:
-        raise UserError("at least one folder of each kind stays", where="--keep", got=str(keep), fix="--keep 1 or more")
+        raise UserError(
+            "at least one folder of each kind must be kept",
+            where="--keep",
+            got=str(keep),
+            fix="set --keep to 1 or more",
+        )
     runs = _read_runs(platform.folder("runs"))
     old, kept = _split_runs(runs, keep, needs)
     found: list[tuple[Kind, Path]] = [("run", path) for path in old]

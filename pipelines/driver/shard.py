@@ -290,7 +290,7 @@ def _write_folder(rows: DataFrame, folder: Path, request: ShardRequest, seconds:
     expected = rows.count()
     if manifest.num_rows != expected or any(file.rows != request.rows for file in files[:-1]):
         raise StageFailed(
-            "the shards do not hold the rows of the table",
+            "the shards do not contain exactly the selected rows of the table",
             where=str(folder),
             got=f"{manifest.num_rows} rows in {len(files)} files, expected {expected}, {request.rows} per file",
             fix="this is a defect of Lakesight: please report it",

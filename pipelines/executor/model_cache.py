@@ -63,7 +63,7 @@ def _copy(files: list[Path], target: Path, digest: str) -> None:
             "a model cannot be copied to this host",
             where=str(files[0].parent),
             got=f"files with the digest {copied}, expected {digest}",
-            fix="run the command again: it compares the files with the registry and downloads them if they are damaged",
+            fix="run the command again, which downloads the model again if its files differ from the registry's",
         )
     partial.rename(target)
 

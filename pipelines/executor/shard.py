@@ -104,9 +104,9 @@ def _decode_row(
 def _fail_on_death(row: pa.RecordBatch, death: Death) -> pa.RecordBatch:
     image_id = row.column("image_id")[0].as_py()
     raise StageFailed(
-        "a picture of samples crashes its decoder",
+        "a picture in table samples crashes the process that decodes the picture",
         where=image_id,
-        got=f"the process that decoded it {death.how}",
+        got=f"the decoding process {death.how}",
         fix="upgrade Pillow, or delete the row of this image_id from samples",
     )
 
@@ -118,12 +118,12 @@ def _decode_picture(image_id: str, data: bytes, request: ShardRequest, seconds: 
         with time_limit(seconds):
             image, _ = open_image(data, max_pixels=sys.maxsize, min_side=1, draft_side=enough)
     except ImageError as error:
-        raise StageFailed("a picture of samples does not decode", where=image_id, got=str(error)) from error
+        raise StageFailed("a picture in table samples cannot be decoded", where=image_id, got=str(error)) from error
     except TimeLimitExceeded:
         raise StageFailed(
-            "a picture of samples does not decode in time",
+            "a picture in table samples takes too long to decode",
             where=image_id,
-            got=f"more than {seconds:g} seconds",
+            got=f"decoding takes more than {seconds:g} seconds",
             fix="raise data.limits.max_decode_seconds, or delete the row of this image_id from samples",
         ) from None
     return encode_pixels(to_pixels(image, request.image), request.encoding)

@@ -72,7 +72,7 @@ def read_home_format(root: Path) -> int:
             "the format of the home folder cannot be read",
             where=str(path),
             got=str(error).splitlines()[0],
-            fix=f'write {{"format": {FORMAT}}} into the file, if this release wrote the folder',
+            fix=f'if this release of Lakesight wrote the folder, write {{"format": {FORMAT}}} into the file',
         ) from None
 
 

@@ -52,7 +52,7 @@ class MappedFile(NamedTuple):
                     "the shards have more files than a process may open on this host",
                     where=str(path.parent),
                     got=f"{error.strerror}, with a limit of {limit:,} open files",
-                    fix="raise the limit (`ulimit -Hn`, vm.max_map_count), or data.shards.rows, for fewer files",
+                    fix="raise the limit (`ulimit -Hn`, vm.max_map_count), or raise data.shards.rows for fewer files",
                 ) from None
             raise damaged_shard(path, f"{type(error).__name__}: {error}") from error
 

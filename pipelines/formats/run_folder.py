@@ -385,10 +385,10 @@ def read_json(path: Path, kind: type[T]) -> T:
         ) from None
     except ValidationError as error:
         raise UserError(
-            f"{path.name} is not a {kind.__name__}",
+            f"{path.name} does not contain a valid {kind.__name__}",
             where=str(path),
             got=read_error_message(error),
-            fix="the file was written by another version or edited by hand: restore it or start a new run",
+            fix="restore the file, which was edited or written by another version of Lakesight; or start a new run",
         ) from None
 
 

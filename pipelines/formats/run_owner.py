@@ -120,7 +120,7 @@ def _take_lease(run: RunFolder, *, locked: bool) -> Lease:
 def _is_renewed(run: RunFolder, found: Lease) -> bool:
     """Watch a lease of another host, and return whether its owner still renews the lease."""
     log.info(
-        "watching for up to %.0f s whether process %d on host %s still trains %s",
+        "watching for up to %.0f s whether process %d on host %s still trains run %s",
         WATCH_SECONDS,
         found.pid,
         found.host,
@@ -150,7 +150,7 @@ def _renew(run: RunFolder, lease: Lease, ended: threading.Event, lost: threading
             renewals += 1
             write_json(run.launcher, lease.model_copy(update={"renewals": renewals}))
         except OSError as error:
-            log.warning("the lease of %s cannot be renewed (%s); trying again", run.path.name, error)
+            log.warning("the lease of run %s cannot be renewed (%s); trying again", run.path.name, error)
 
 
 def _read_lease(run: RunFolder) -> Lease | None:

@@ -289,7 +289,7 @@ class Shards:
     def _read(self, index: int, read: Callable[[MappedFile, int, int], T]) -> T:
         """Call `read` with the file of a row, the number of the record batch, and the row's offset in the batch."""
         if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
+            raise IndexError(f"there is no row {index} in {len(self)} rows")
         file = bisect_right(self._starts, index) - 1
         within = index - self._starts[file]
         mapped = self._file(file)
@@ -335,4 +335,4 @@ def verify_file(path: Path, file: ShardFile, copy: Path | None = None) -> None:
         StageFailed: the SHA-256 differs from the manifest entry.
     """
     if file_digest(copy or path) != file.sha256:
-        raise damaged_shard(path, "its SHA-256 differs from the manifest's")
+        raise damaged_shard(path, "the SHA-256 of the file differs from the SHA-256 in the manifest")

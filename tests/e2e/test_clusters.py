@@ -73,8 +73,8 @@ TWO_EACH = [("0,1", 0), ("0,1", 0), ("0,1", 1), ("0,1", 1)]
 @pytest.mark.parametrize(
     ("per_task", "expected", "refusal"),
     [
-        pytest.param("1", ONE_EACH, "4 tasks at once, 6 needed for 6 ranks.*platform.ranks to 4 or", id="one"),
-        pytest.param("2", TWO_EACH, "2 tasks at once, 3 needed for 6 ranks.*platform.ranks to 4 or", id="two"),
+        pytest.param("1", ONE_EACH, "4 task slots, but 6 ranks need 6.*platform.ranks to 4 or", id="one"),
+        pytest.param("2", TWO_EACH, "2 task slots, but 6 ranks need 3.*platform.ranks to 4 or", id="two"),
     ],
 )
 def test_each_of_four_ranks_on_two_executors_has_its_own_gpu(
@@ -96,7 +96,7 @@ def test_a_fraction_of_a_gpu_per_rank_is_refused_and_the_error_names_the_setting
     run = make_run()
     settings = gpu_settings(tmp_path, "0.25")
     ((_, refusal),) = run_drivers(tmp_path / "home", "local-cluster[1,2,1024]", [run], settings=settings)[0].items()
-    assert "cannot give each rank its GPU. Where: platform.ranks=2, spark.task.resource.gpu.amount=0.25" in refusal
+    assert "cannot give each rank its own GPU. Where: platform.ranks=2, spark.task.resource.gpu.amount=0.25" in refusal
     assert "start the training cluster with spark.task.resource.gpu.amount=1" in refusal
     assert not run.result.exists()
 

@@ -46,7 +46,7 @@ def test_the_hosts_of_executors_are_described_in_a_file_and_in_one_log_line(
         check_hosts(run, spark, platform.launch)
     (host,) = read_json(run.hosts, HostsFile).hosts  # the two executors have equal descriptions
     assert (host.name, host.packages["torch"]) == (socket.gethostname(), torch.__version__)
-    assert any(f"ranks run on {socket.gethostname()}; " in message for message in caplog.messages)
+    assert any(f"ranks run on these hosts: {socket.gethostname()}; " in message for message in caplog.messages)
 
 
 def test_packages_that_are_missing_on_executors_are_named_before_any_rank_starts(

@@ -39,16 +39,18 @@ STOPPED_BOUND = 180.0  # in seconds; torchrun waits 30 seconds for a process tha
 BESIDE, EXECUTORS = "beside the driver", "on executors"
 
 SILENT = (
-    r"rank {rank} (ended without a record at|has not responded since) step \d+"
-    r".*(no error in its log|it wrote no record)"
+    r"rank {rank} (ended without a failure record at|has not responded since) step \d+"
+    r".*(no error in its log|the silent rank was stopped)"
 )
-DAMAGED = r"rank \d (failed|ended without a record) at step [1-9]\d*.*a training shard is damaged.*shard-\d+\.arrow"
+DAMAGED = (
+    r"rank \d (failed|ended without a failure record) at step [1-9]\d*.*a training shard is damaged.*shard-\d+\.arrow"
+)
 SAID: dict[Kind, str] = {
     "raise": r"rank {rank} failed at step \d+.*ValueError: poison",
     "leave": r"rank {rank} failed at step \d+.*SystemExit: exited at step \d+ with exit code 3",
     "exit": SILENT,
     "kill": SILENT,
-    "stop": r"rank {rank} has not responded since step \d+.*rank \d waited .* s for other ranks.*it was stopped",
+    "stop": r"rank {rank} has not responded since step \d+.*rank \d waited .* s for other ranks.*rank was stopped",
     "hang": r"rank {rank} hung at step \d+.*made no progress for \d\d s",
     "deaf": r"rank {rank} hung at step \d+.*Timeout \(0:00:2",
     "nan": r"rank {rank} failed at step \d+.*training diverged.*the loss of rank {rank}\. Got: loss nan",

@@ -171,5 +171,5 @@ def press_ctrl_c(run: RunFolder) -> None:
 
 def test_too_few_task_slots_are_refused_before_ranks_start(platform: Platform, spark: SparkSession) -> None:
     assert not platform.launch.local_mode
-    with pytest.raises(UserError, match=r"too few slots for the ranks.*2 tasks at once, 3 needed"):
+    with pytest.raises(UserError, match=r"too few task slots for the ranks.*2 task slots, but 3 ranks need 3"):
         check_slots(spark, replace(platform.launch, ranks=3), seconds=0.5)

@@ -87,7 +87,7 @@ def test_ranks_that_lose_their_network_end_in_time_and_resume_when_the_network_i
         set_link("down")
         wait_for(lambda: len(run.read_failures()) == 2, seconds=60)
     error = diagnose_failure(run, 2, None)
-    assert re.fullmatch(r"the ranks lost their connections at step \d+", error.what)
+    assert re.fullmatch(r"the ranks lost their connections to each other at step \d+", error.what)
     assert error.where == f"hosts {', '.join(NAMES)}"
     assert re.fullmatch(
         r"rank \d waited 1\d s for other ranks in a collective, and all other ranks waited too", error.got

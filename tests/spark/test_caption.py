@@ -244,7 +244,7 @@ def test_option_retry_errors_captions_rows_with_errors_again_and_too_many_errors
 ) -> None:
     table = write(spark, tmp_path / "photos", [(0, picture(0)), (1, picture(1)), (2, b"no picture")])
     small = request(table, max_error_share=0.5, limits=LimitsConfig(max_pixels=100))
-    with pytest.raises(TooManyErrors, match=r"3 of 3 rows .100.0%, allowed are 50.0%.*--retry-errors"):
+    with pytest.raises(TooManyErrors, match=r"3 of 3 rows .100.0%, --max-error-share is 50.0%.*--retry-errors"):
         caption(spark, platform, model, small)
     assert [row["error"].partition(":")[0] for _, row in sorted(stored(spark, platform, model).items())] == [
         "too_large",

@@ -39,6 +39,8 @@ def test_a_picture_that_crashes_or_hangs_its_decoder_is_quarantined_by_the_inges
     table = platform.table("samples")
     victim = spark.table(table).where(f"source = '{source}' AND split = 'train'").first()["image_id"]  # type: ignore[index]
     spark.sql(f"UPDATE {table} SET image = X'{crashing_picture().hex()}' WHERE image_id = '{victim}'").collect()
-    with pytest.raises(StageFailed, match=f"crashes its decoder.*{victim}.*SIGSEGV.*delete") as caught:
+    with pytest.raises(
+        StageFailed, match=f"crashes the process that decodes the picture.*{victim}.*SIGSEGV.*delete"
+    ) as caught:
         shard(spark, platform, source, data, CrashingImage(size=8), "train")
     assert "\n" not in str(caught.value)

@@ -146,7 +146,7 @@ def test_a_second_evaluation_neither_computes_nor_writes_the_metrics_again(
     assert further.metrics == report.metrics
     assert (report.folder / "scores.parquet").stat().st_mtime_ns == scores, "another slice does not run the model"
     assert stored(spark, platform, report).items() > (whole | parts).items()
-    with pytest.raises(UserError, match=r"Got: colour\. Fix: choose from: image_id"):
+    with pytest.raises(UserError, match=r"Got: colour\. Fix: name one of these columns with --by: image_id"):
         evaluate(spark, platform, model, shards, shards, columns=["colour"])
 
 

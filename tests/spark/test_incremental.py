@@ -74,7 +74,7 @@ def test_only_new_and_rewritten_files_are_read_and_a_refresh_removes_rows_that_t
     assert sorted(texts_of(spark, platform, source).values()) == [["a"], ["d"]]
     write_csv(tmp_path / "a.csv", [[as_base64(b"no picture"), "b"]])
     second.unlink()
-    with pytest.raises(UserError, match="a refresh would leave nothing"):
+    with pytest.raises(UserError, match="a refresh would remove all rows of the source"):
         ingest(spark, platform, source, config, refresh=True)
     assert len(texts_of(spark, platform, source)) == 2
 

@@ -61,9 +61,9 @@ def test_an_append_that_delta_has_skipped_raises_a_write_conflict(
     stamp = Stamp(source, report.ingest_id, written, report.dataset_version)
     place = replace(platform, tables=None) if in_workspace else platform
     verify_append(spark, place, SAMPLES, stamp, 1)
-    with pytest.raises(WriteConflict, match="has 1 rows of this plan, expected 2"):
+    with pytest.raises(WriteConflict, match="has 1 rows of this ingest, expected 2"):
         verify_append(spark, place, SAMPLES, stamp, 2)
-    with pytest.raises(WriteConflict, match="has 0 rows of this plan, expected 1"):
+    with pytest.raises(WriteConflict, match="has 0 rows of this ingest, expected 1"):
         verify_append(spark, place, SAMPLES, replace(stamp, planned_at=datetime.now(UTC)), 1)
 
 

@@ -101,7 +101,7 @@ def test_the_error_for_a_dropped_table_names_the_table_and_a_refresh_creates_the
     shutil.rmtree(home.tables / "samples")
     for table in TABLES:  # the next command has a catalog without tables
         spark.sql(f"DROP TABLE IF EXISTS {home.table(table.name)}")
-    with pytest.raises(UserError, match="ingested before, but samples has no row of it"):
+    with pytest.raises(UserError, match="ingested before, but table samples has no row of this input"):
         ingest(spark, home, source, data(pictures))
     with pytest.raises(UserError, match="lakesight ingest"):
         shard(spark, home, source, data(pictures), ImageConfig(size=8), "train")

@@ -227,6 +227,6 @@ def test_a_picture_that_cannot_be_decoded_stops_the_shard_stage_and_is_named_in_
     path = write_csv(tmp_path / "a.csv", [[as_base64(png(4000 + n)), f"{n}"] for n in range(4)])
     ingest(spark, platform, source, config(path))
     spark.sql(f"UPDATE {platform.table(SAMPLES.name)} SET image = X'00' WHERE source = '{source}'").collect()
-    with pytest.raises(StageFailed, match=f"a picture of samples does not decode.*{source}/") as caught:
+    with pytest.raises(StageFailed, match=f"a picture in table samples cannot be decoded.*{source}/") as caught:
         shard(spark, platform, source, config(path, rows=rows), IMAGE, "train")
     assert "\n" not in str(caught.value)

@@ -154,8 +154,9 @@ def _run_java(module: str, arguments: Sequence[str], lines: Sequence[str]) -> li
         raise StageFailed(
             "a Java program of pycocoevalcap failed",
             where=" ".join(command),
-            got=f"exit code {done.returncode}, {len(answers)} answers to {len(lines)} lines: "
-            f"{done.stderr.decode(errors='replace')[-500:]}",
-            fix="install Java 8 or newer with 2 GB of memory, or remove Java from PATH to evaluate without its metrics",
+            got=f"exit code {done.returncode}, {len(answers)} output lines for {len(lines)} "
+            f"input lines: {done.stderr.decode(errors='replace')[-500:]}",
+            fix="install Java 8 or newer with 2 GB of memory, or remove Java from PATH to leave out the metrics "
+            "that need Java",
         )
     return answers

@@ -74,9 +74,9 @@ def compare(
     pairs = list(zip(*pair_rows(one.scores(), other.scores()), strict=True))
     if not pairs:
         raise StageFailed(
-            "the versions cannot be compared",
+            "the two model versions cannot be compared",
             where=f"{request.source}, split {request.split}",
-            got=f"no row that versions {one.model_version} and {other.model_version} both captioned",
+            got=f"no row has captions of both version {one.model_version} and version {other.model_version}",
             fix="evaluate both model versions on the same table version",
         )
     names = (one.model_version, other.model_version)

@@ -135,7 +135,9 @@ def _check_baseline(gate: GateConfig, gain: Interval | None, baseline: str, *, p
     some bootstrap samples then contain a single picture only, and the interval of a perfect model reaches zero.
     """
     if gain is None:
-        return GateCheck(passed=False, found=f"no comparison with {baseline}: {gate.metric} is not measured")
+        return GateCheck(
+            passed=False, found=f"no comparison with {baseline}, because the evaluation has no metric {gate.metric}"
+        )
     few = pictures < gate.min_pictures
     passed = (gain.value if few else gain.low) > 0
     than = "better than" if passed else "no better than"
@@ -154,7 +156,8 @@ def _check_champion(gate: GateConfig, difference: Interval | None, version: str,
     """
     if difference is None:
         return GateCheck(
-            passed=False, found=f"no comparison with the champion, version {version}: there are no common rows"
+            passed=False,
+            found=f"no comparison with the champion, version {version}, because no row has captions of both versions",
         )
     passed = difference.high >= 0
     change = f"{gate.metric} {_format_difference(difference)}"
@@ -181,9 +184,9 @@ def read_trial_pictures(spark: SparkSession, shards: Shards, count: int) -> list
     pictures = [(images[row.image_id], row.texts[0][0]) for row in rows if row.image_id in images]
     if rows and not pictures:
         raise StageFailed(
-            "there are no pictures to try the model version with",
+            "the model version cannot be tried, because table samples no longer has the pictures of the shards",
             where=f"{request.table}, source {request.source}, split {request.split}",
-            got=f"none of {len(rows)} pictures of the shards is in the table any more",
-            fix="run `lakesight promote` again: it writes and evaluates shards of the table's newest version",
+            got=f"none of the first {len(rows)} pictures of the shards is in the table",
+            fix="run `lakesight promote` again, which writes and evaluates shards of the newest table version",
         )
     return pictures

@@ -231,7 +231,7 @@ def _evaluate(
     with_caption = captioned(scored)
     if not with_caption:
         raise StageFailed(
-            "no row can be captioned",
+            "no row of the split can be captioned",
             where=f"{request.source}, split {request.split}",
             got="every prompt is too long for the model's context",
             fix="raise model.decoder.context, or lower model.generation.max_new_tokens, and train again",
@@ -309,10 +309,10 @@ def _check_columns(samples: DataFrame, request: ShardRequest, columns: Sequence[
     missing = [name for name in columns if not computed.get(name, {name}) <= set(samples.columns)]
     if missing:
         raise UserError(
-            "slices need a column of the table",
+            "an evaluation slice names a column that the table does not have",
             where=request.table,
             got=", ".join(missing),
-            fix=f"choose from: {', '.join([*samples.columns, *computed])}",
+            fix=f"name one of these columns with --by: {', '.join([*samples.columns, *computed])}",
         )
     return [name for name in columns if name not in computed]
 

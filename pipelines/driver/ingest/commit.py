@@ -65,7 +65,7 @@ def _add(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
         else:  # an append is faster: a merge would join all planned pictures with the table
             rows.writeTo(table).append()
             verify_append(spark, platform, SAMPLES, stamp, totals.new)
-    logger.info("%d new pictures, and %d earlier pictures with new texts", totals.new, totals.updated)
+    logger.info("added %d new pictures, and added new texts to %d earlier pictures", totals.new, totals.updated)
 
 
 def _replace(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
@@ -76,7 +76,7 @@ def _replace(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
     with uncompressed_parquet(spark), skip_if_changed_since(spark, stamp.source, stamp.base_version):
         rows.writeTo(table).overwrite(F.col("source") == stamp.source)
     verify_append(spark, platform, SAMPLES, stamp, totals.new)
-    logger.info("%d pictures replace the earlier pictures of the source", totals.new)
+    logger.info("replaced the earlier pictures of the source by %d pictures", totals.new)
 
 
 def _sample_rows(plan: IngestPlan, pictures: DataFrame) -> DataFrame:
@@ -108,7 +108,7 @@ def remove_gone(platform: Platform, decoded: DecodedRows, covered: Covered) -> i
     unchanged = "target.sha256 = updates.sha256 AND array_contains(target.texts, updates.text)"
     counts = merge_into(table, gone, "image_id", source, f"WHEN MATCHED AND {unchanged} THEN DELETE")
     assert counts is not None
-    logger.info("%d pictures removed, because their rows are gone or have changed", counts["num_deleted_rows"])
+    logger.info("removed %d pictures whose source rows were deleted or changed", counts["num_deleted_rows"])
     return int(counts["num_deleted_rows"])
 
 

@@ -198,5 +198,5 @@ def count_pictures_across_splits(outcomes: DataFrame) -> int:
     pictures = outcomes.filter(F.col("reason").isNull()).groupBy("sha256").agg(F.count_distinct("split").alias("n"))
     across = pictures.filter("n > 1").count()
     if across:
-        logger.warning("%d pictures have the same bytes in two splits of the source", across)
+        logger.warning("%d pictures occur, with the same bytes, in more than one split of the source", across)
     return across

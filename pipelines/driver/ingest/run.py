@@ -187,7 +187,7 @@ def _require_no_pictures(spark: SparkSession, platform: Platform, decoded: Decod
         raise UserError(
             "not one row of the table could be used, so the pictures of earlier ingests were kept",
             where=config.source.where,
-            got=f"{decoded.rows_in} rows, all of them bad",
+            got=f"all {decoded.rows_in} rows are bad",
             fix="inspect the refused rows with `lakesight quarantine`, and check data.source.columns",
         )
 
@@ -195,8 +195,8 @@ def _require_no_pictures(spark: SparkSession, platform: Platform, decoded: Decod
 def _require_usable_rows(totals: PlanTotals, config: DataConfig) -> None:
     if not totals.usable:
         raise UserError(
-            "a refresh would leave nothing: not one row of the input could be used",
+            "a refresh would remove all rows of the source, because not one row of the input can be used",
             where=config.source.where,
-            got=f"{totals.rows_in} rows, {totals.bad} of them bad",
-            fix="nothing was replaced; ingest without --refresh to write the bad rows to quarantine",
+            got=f"{totals.bad} of {totals.rows_in} rows are bad",
+            fix="ingest without --refresh, which writes the bad rows to quarantine; this refresh has replaced nothing",
         )

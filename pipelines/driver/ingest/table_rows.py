@@ -70,7 +70,9 @@ def verify_merge(row: Row | None, *, inserted: int, updated: int) -> None:
     """
     found = (row["num_inserted_rows"], row["num_updated_rows"]) if row else (0, 0)
     if found != (inserted, updated):
-        raise WriteConflict(f"{found[0]} rows inserted and {found[1]} updated, expected {inserted} and {updated}")
+        raise WriteConflict(
+            f"the merge inserted {found[0]} rows and updated {found[1]}, expected {inserted} and {updated}"
+        )
 
 
 def verify_append(spark: SparkSession, platform: Platform, table: Table, stamp: Stamp, expected: int) -> None:
@@ -83,7 +85,7 @@ def verify_append(spark: SparkSession, platform: Platform, table: Table, stamp: 
     ours: dict[str, str | datetime] = {"source": stamp.source, TIME_COLUMNS[table.name]: stamp.planned_at}
     written = count_rows(spark, platform, table, ours, by="source").get(stamp.source, 0)
     if written != expected:
-        raise WriteConflict(f"{table.name} has {written} rows of this plan, expected {expected}")
+        raise WriteConflict(f"table {table.name} has {written} rows of this ingest, expected {expected}")
 
 
 def count_rows(

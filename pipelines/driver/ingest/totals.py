@@ -93,8 +93,8 @@ class TooManyRefused(StageFailed):
             where=f"{where}, data {report.source}, ingest {report.ingest_id}",
             got=f"{report.refused} of {report.rows_in} rows ({report.refused / report.rows_in:.1%}, "
             f"data.limits.max_bad_share is {max_bad_share:.1%}); {_newly_quarantined(report)}",
-            fix="both tables are written. Inspect the bad rows with `lakesight quarantine`, fix the cause, then run "
-            "`lakesight quarantine replay --reason REASON` or ingest again",
+            fix="inspect the bad rows with `lakesight quarantine`, and fix the cause. Then run `lakesight quarantine "
+            "replay --reason REASON`, or ingest again. All rows of this ingest are written",
         )
 
 
@@ -118,10 +118,10 @@ def check_totals(report: IngestReport, config: DataConfig) -> None:
     total = report.new + report.merged + report.duplicates + report.quarantined
     if total != report.rows_in:
         raise StageFailed(
-            "the rows of an ingest do not add up",
+            "the row counts of an ingest do not add up",
             where=config.source.where,
-            got=f"{report.rows_in} in; {report.new} new + {report.merged} merged + {report.duplicates} duplicates + "
-            f"{report.quarantined} quarantined = {total}",
+            got=f"{report.rows_in} rows read; {report.new} new + {report.merged} merged + {report.duplicates} "
+            f"duplicates + {report.quarantined} quarantined = {total}",
             fix="this is a defect of Lakesight: please report it with the ingest's log",
         )
     if not any(report.splits.values()):
@@ -133,17 +133,17 @@ def check_totals(report: IngestReport, config: DataConfig) -> None:
 def _no_samples_error(report: IngestReport, config: DataConfig) -> UserError:
     if report.unchanged:
         return UserError(
-            "the whole input was ingested before, but samples has no row of it",
+            "the whole input was ingested before, but table samples has no row of this input",
             where=config.source.where,
             got=f"{report.unchanged} unchanged files or rows of captions",
-            fix="if the rows were deleted, `lakesight ingest --refresh` reads everything again",
+            fix="if the rows were deleted from samples, read the whole input again with `lakesight ingest --refresh`",
         )
     if not report.rows_in:
         return UserError(
             "the input has no rows",
             where=config.source.where,
             got="0 rows",
-            fix="add rows, or correct the path or the condition of the source",
+            fix="add rows to the input, or correct data.source.path (for a table also data.source.filter)",
         )
     return UserError(
         "not one row of the input could be used",

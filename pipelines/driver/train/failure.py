@@ -127,7 +127,7 @@ def _missing(run: RunFolder, rank: RankFile, waited: Failure) -> TrainingFailed:
         f"rank {rank.rank} {'hung at' if log_line else 'has not responded since'} step {_last_step(run, rank.rank)}",
         where=f"host {rank.host}, log {run.log(rank.rank)}",
         got=f"rank {waited.rank} {waited.message}; "
-        + (log_line or "it wrote no record: it was stopped, called os._exit, or its host is down"),
+        + (log_line or "the silent rank was stopped, called os._exit, or its host is down"),
         fix=f"{STACKS.format(run.failures)}; {_restart_hint(run)}",
     )
 
@@ -137,7 +137,7 @@ def _disconnected(run: RunFolder, failures: list[Failure], waited: Failure) -> T
     hosts = sorted({failure.host for failure in failures})
     network = "the network between these hosts, on all ports" if len(hosts) > 1 else "the loopback device of this host"
     return TrainingFailed(
-        f"the ranks lost their connections at step {waited.step}",
+        f"the ranks lost their connections to each other at step {waited.step}",
         where=f"hosts {', '.join(hosts)}",
         got=f"rank {waited.rank} {waited.message}, and all other ranks waited too",
         fix=f"check {network}; {STACKS.format(run.failures)}; {_restart_hint(run)}",
@@ -166,7 +166,7 @@ def _unexplained(run: RunFolder, rank: RankFile) -> TrainingFailed:
     if CRASH.search(log_line) and (damage := _damaged_shard(run)):
         log_line, fix = f"{log_line}; {damage.what}: {damage.where}, {damage.got}", f"{damage.fix}; {fix}"
     return TrainingFailed(
-        f"rank {rank.rank} ended without a record at step {_last_step(run, rank.rank)}",
+        f"rank {rank.rank} ended without a failure record at step {_last_step(run, rank.rank)}",
         where=f"host {rank.host}, process {rank.pid}, log {run.log(rank.rank)}",
         got=log_line or f"no error in its log, last heartbeat {last}: kill -9, out of memory, os._exit, or it hung",
         fix=fix,
@@ -187,7 +187,7 @@ def _damaged_shard(run: RunFolder) -> LakesightError | None:
 def _too_few(run: RunFolder, world_size: int, message: str) -> TrainingFailed:
     last = message.strip().splitlines()[-1]
     return TrainingFailed(
-        f"{len(run.read_ranks())} of {world_size} ranks started, and none wrote a result",
+        f"{len(run.read_ranks())} of {world_size} ranks started, and no rank wrote a result",
         where=f"host {socket.gethostname()}, log {run.launcher_log}",
         got=last[:500],
         fix="read the log; check that every host has this package installed and can see the run folder",

@@ -55,7 +55,7 @@ def check_hosts(run: RunFolder, spark: SparkSession, launch: Launch) -> None:
         check_gpus(hosts)
     check_code(hosts, run.read_run().code)
     write_json(run.hosts, HostsFile(hosts=tuple(hosts)))
-    log.info("ranks run on %s", summarize(hosts))
+    log.info("the ranks run on these hosts: %s", summarize(hosts))
 
 
 def _describe_executors(spark: SparkSession, tasks: int) -> list[dict[str, object]]:
@@ -91,7 +91,7 @@ def check_compatible(hosts: Sequence[Host], driver_version: str) -> None:
             "packages that ranks need are missing",
             where="the Python interpreters of the ranks",
             got=[f"no {', '.join(names)} on {_host_label(host)}" for host, names in lacking if names],
-            fix=f"install lakesight {driver_version} and torch for that interpreter, on every host",
+            fix=f"on every host, install lakesight {driver_version} and torch for the Python interpreter of the ranks",
         )
     versions = _versions(hosts)
     for name in EQUAL:
@@ -119,7 +119,7 @@ def check_gpus(hosts: Sequence[Host]) -> None:
         if not host.gpus:
             found.append(f"{host.driver or 'no GPU'} on {_host_label(host)}")  # `driver` may be an error of nvidia-smi
         elif not host.cuda:
-            found.append(f"torch {host.packages['torch']} without CUDA on {_host_label(host)}")
+            found.append(f"torch {host.packages['torch']} was built without CUDA on {_host_label(host)}")
     if found:
         raise UserError(
             "the ranks would have no GPU",
@@ -139,7 +139,7 @@ def check_code(hosts: Sequence[Host], code: TrainingCode | None) -> None:
     others = [host for host in hosts if code and host.code not in {"", code.digest}]
     if code and others:
         raise UserError(
-            "the ranks would train with other code than run.json names",
+            "the code on the hosts of the ranks differs from the code that run.json records",
             where="the Python interpreters of the ranks",
             got=_format_values([(code.digest, "the driver"), *((host.code, _host_label(host)) for host in others)]),
             fix="install the same build of lakesight on every host",

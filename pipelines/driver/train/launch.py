@@ -64,9 +64,9 @@ def check_slots(spark: SparkSession, launch: Launch, seconds: float = SLOT_SECON
         if time.monotonic() > deadline:
             per_task = launch.ranks // needed
             raise UserError(
-                "the cluster has too few slots for the ranks",
+                "the Spark cluster has too few task slots for the ranks",
                 where=f"Spark master {spark.conf.get('spark.master')}",
-                got=f"{slots} tasks at once, {needed} needed for {launch.ranks} ranks",
+                got=f"{slots} task slots, but {launch.ranks} ranks need {needed}",
                 fix=f"start more executors, or lower platform.ranks to {per_task * max(1, slots)} or fewer",
             )
         time.sleep(0.5)
@@ -88,7 +88,7 @@ def open_distributor(launch: Launch) -> TorchDistributor:
     except (RuntimeError, ValueError) as error:
         amount = SparkSession.active().conf.get(GPU_AMOUNT, None)
         raise UserError(
-            "the Spark session cannot give each rank its GPU",
+            "the Spark session cannot give each rank its own GPU",
             where=f"platform.ranks={launch.ranks}, {GPU_AMOUNT}={amount or ''}",
             got=str(error),
             fix=f"start the training cluster with {GPU_AMOUNT}=1, because ranks cannot share a GPU; "

@@ -53,7 +53,7 @@ def replay_step(run: RunFolder, launch: Launch, spark: SparkSession, step: int) 
     file = run.read_run()
     if not 0 <= step < file.config.train.steps:
         raise UserError(
-            "the run has no such step",
+            "the training run has no step with this number",
             where="--replay-step",
             got=str(step),
             fix=f"choose a step from 0 to {file.config.train.steps - 1}",

@@ -155,7 +155,7 @@ def launch(run: RunFolder, platform: Platform, spark: SparkSession, entry: RankE
         except TrainingFailed as error:
             root = root_failure(run)
             if reason := reason_not_to_restart(root, previous, restarts, run.read_run().config.train.max_restarts):
-                error.add_note(f"Attempts: {restarts + 1}. Not restarted: {reason}")
+                error.add_note(f"Training attempts: {restarts + 1}. Training was not restarted again, because {reason}")
                 raise
             log.warning("%s Restarting (%d).", error, restarts + 1)
         check_slots(spark, platform.launch, RETURN_SECONDS)
@@ -202,8 +202,8 @@ def _run_attempt(run: RunFolder, settings: Launch, spark: SparkSession, entry: R
         raise StageFailed(
             "the ranks did not form one group",
             where=str(run.result),
-            got=f"a result of {result.world_size} ranks",
-            fix=f"{settings.ranks} ranks were started: check the network between the hosts, then repeat the command",
+            got=f"{settings.ranks} ranks were started, but a group of {result.world_size} ranks wrote the result",
+            fix="check the network between the hosts, then repeat the command",
         )
     if error is not None:
         log.warning("the run is finished, but the launcher has reported an error: see %s", run.launcher_log)
@@ -219,9 +219,9 @@ def check_config(config: RunConfig) -> None:
     ranks, batch_size = config.platform.ranks, config.train.batch_size
     if batch_size % ranks:
         raise UserError(
-            "the global batch cannot be divided among the ranks",
+            "the global batch cannot be divided equally among the ranks",
             where="train.batch_size, platform.ranks",
-            got=f"{batch_size} rows for {ranks} ranks",
+            got=f"batch size {batch_size} for {ranks} ranks",
             fix=f"choose another batch size, for example with --set train.batch_size={ranks * -(-batch_size // ranks)}",
         )
     if config.train.start_from:

@@ -55,7 +55,9 @@ def find_folder(path: Path, config: RunConfig, code: TrainingCode) -> RunFolder:
     if own.run_file.exists():
         return own
     if config.train.resume_changed_code and (resumed := _newest_unfinished(path.parent, path.name)):
-        log.warning("resuming %s with changed code: %s", resumed.path.name, _changed_code(resumed.read_run(), code))
+        log.warning(
+            "resuming training run %s with changed code: %s", resumed.path.name, _changed_code(resumed.read_run(), code)
+        )
         return resumed
     _warn_of_unfinished_run(path.parent, config, code)
     return own
@@ -102,14 +104,21 @@ def _warn_of_unfinished_run(folder: Path, config: RunConfig, code: TrainingCode)
             return
         file = unfinished.read_run()
     except (UserError, OSError) as error:
-        log.warning("starting a new run; another run folder of %s is not resumed: %s", config.name, error)
+        log.warning(
+            "starting a new training run; an earlier run folder of %s cannot be resumed: %s", config.name, error
+        )
         return
     before, now = ({"model": c.model.model_dump(), "train": c.train.science()} for c in (file.config, config))
     changes = list(config_differences(before, now))
     if not changes and file.code is not None and file.code.digest != code.digest:
-        changes = [_changed_code(file, code), "to resume it all the same, add --set train.resume_changed_code=true"]
+        changes = [
+            _changed_code(file, code),
+            "to resume the unfinished run all the same, add --set train.resume_changed_code=true",
+        ]
     differences = "; ".join(changes) or "the data has changed"
-    log.warning("starting a new run; the unfinished %s is not resumed: %s", unfinished.path.name, differences)
+    log.warning(
+        "starting a new training run; the unfinished run %s is not resumed: %s", unfinished.path.name, differences
+    )
 
 
 def _changed_code(file: RunFile, code: TrainingCode) -> str:

@@ -58,16 +58,16 @@ def check_start_folder(folder: Path, config: ModelConfig) -> Path:
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise UserError(
-            "there is no model to start from",
+            "the folder in train.start_from has no complete model",
             where="train.start_from",
             got=f"{folder} has no {', no '.join(missing)}",
-            fix="give a folder with a complete model: a run's last checkpoint, or a version in models/ of the home",
+            fix="name a run's last checkpoint, or a model version's folder below models/ in the home folder",
         )
     try:
         saved = ModelConfig.model_validate_json((folder / "config.json").read_text(encoding="utf-8"))
     except ValidationError as error:
         raise UserError(
-            "the model to start from cannot be read",
+            "the model in train.start_from cannot be read",
             where=str(folder / "config.json"),
             got=read_error_message(error),
             fix="choose a folder that this version of Lakesight has written and nobody has edited",
@@ -76,10 +76,10 @@ def check_start_folder(folder: Path, config: ModelConfig) -> Path:
     differing = list(config_differences({"model": saved_model}, {"model": run_model}))
     if differing:
         raise UserError(
-            "the model to start from differs from the run's model",
+            "the model in train.start_from differs from the run's model",
             where=f"train.start_from: {folder}",
             got=differing,
-            fix="choose the run config of that model, or change these values of the run with --set",
+            fix="choose a run with the same model config, or change these values of the run with --set",
         )
     return folder
 
@@ -94,26 +94,26 @@ def check_training_state(start: StartFolder, settings: TrainConfig) -> str:
     missing = [name for name in STATE_FILES if not (start.folder / name).is_file()]
     if missing:
         raise UserError(
-            "there is no training to go on with",
+            "the folder in train.start_from has no training state to continue from",
             where="train.start_from",
             got=f"{start.folder} has no {', no '.join(missing)}",
-            fix="give a checkpoint of a run, or use only its weights with train.start_state: weights",
+            fix="name a run's checkpoint, or use only the weights of the folder with train.start_state: weights",
         )
     before = read_json(start.folder / "run.json", RunFile).config.train
     saved, now = ({"train": train.hashed_settings(exclude=FREE_SETTINGS)} for train in (before, settings))
     if differing := list(config_differences(saved, now)):
         raise UserError(
-            "the training to go on with had other settings",
+            "the training in train.start_from had other settings than this run",
             where=f"train.start_from: {start.folder}",
             got=differing,
-            fix="use the same settings and more train.steps, or only the weights with train.start_state: weights",
+            fix="use the same settings with more train.steps, or use only the weights with train.start_state: weights",
         )
     done = read_training_step(start.folder)
     if done >= settings.steps:
         raise UserError(
-            "the training to go on with has already taken all steps",
+            "the training in train.start_from has already taken all steps of this run",
             where="train.steps",
-            got=f"{settings.steps} steps, and {done} steps in {start.folder}",
-            fix="set train.steps to the number of steps of both runs together",
+            got=f"train.steps is {settings.steps}, and checkpoint {start.folder} has {done} steps",
+            fix="set train.steps to the total number of steps of both runs",
         )
     return file_digest(start.folder / STATE_FILES[0])

@@ -31,7 +31,7 @@ def warn_of_unknown(tokenizer: Tokenizer, texts: Iterable[str], which: str) -> N
         return
     shown = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:SHOWN]
     log.warning(
-        "%d of %d tokens of the %s are unknown (%.2f %%), with %d different ones: %s",
+        "%d of %d tokens of the %s are unknown to the tokenizer (%.2f %%). The %d different unknown texts include: %s",
         *(counts.total(), tokens, which, 100 * counts.total() / tokens, len(counts)),
         ", ".join(f"{piece!r} ({count})" for piece, count in shown),
     )

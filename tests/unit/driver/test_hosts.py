@@ -70,7 +70,7 @@ def test_equal_hosts_pass_without_a_warning_and_are_summarized_in_one_line(caplo
     [
         (
             [host("a"), host("b", packages={"numpy": "", "torch": ""})],
-            r"packages that ranks need are missing.*Got: no numpy, torch on host b \(python3\)\. Fix: install",
+            r"packages that ranks need are missing.*Got: no numpy, torch on host b \(python3\)\. Fix: on every host",
         ),
         (
             [host("a"), host("b", torch="2.6.0"), host("c")],
@@ -92,7 +92,7 @@ def test_incompatible_hosts_are_refused_and_named_in_the_error(hosts: list[Host]
     [
         ({"gpus": (), "driver": "", "cuda": ""}, "no GPU on host b"),
         ({"gpus": (), "driver": "nvidia-smi failed: no NVML"}, "nvidia-smi failed: no NVML on host b"),
-        ({"torch": "2.13.0+cpu", "cuda": ""}, r"torch 2\.13\.0\+cpu without CUDA on host b"),
+        ({"torch": "2.13.0+cpu", "cuda": ""}, r"torch 2\.13\.0\+cpu was built without CUDA on host b"),
     ],
 )
 def test_a_host_without_a_gpu_that_torch_can_use_is_refused_and_named(lacking: dict[str, Any], found: str) -> None:
@@ -116,5 +116,7 @@ def test_a_host_with_different_training_code_of_the_same_version_is_refused_and_
     code = read_code()
     assert describe_host()["code"] == code.digest
     check_code([host("a", code=code.digest), host("b")], code)  # host b has an earlier version, which reports no code
-    with pytest.raises(UserError, match=rf"other code .*{code.digest} on the driver; 0123 on host b"):
+    with pytest.raises(
+        UserError, match=rf"differs from the code that run.json records.*{code.digest} on the driver; 0123 on host b"
+    ):
         check_code([host("a", code=code.digest), host("b", code="0123")], code)

@@ -163,7 +163,7 @@ def no_spark() -> SparkSession:
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("train.batch_size=3", "cannot be divided"), ("train.start_from=nowhere", "no model to start from")],
+    [("train.batch_size=3", "cannot be divided"), ("train.start_from=nowhere", "has no complete model")],
 )
 def test_a_training_that_cannot_start_is_refused_before_spark_starts(
     platform: Platform, override: str, message: str

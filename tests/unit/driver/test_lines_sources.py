@@ -143,7 +143,7 @@ def test_of_two_columns_of_the_same_name_the_first_is_read_and_the_log_says_so(
     write(tmp_path, {"a.csv": "text,image,text,text\nfirst,p,second,third\n"})
     [record] = read_csv(tmp_path)
     assert record.fields == {"text": "first", "image": "p", "text2": "second", "text3": "third"}
-    assert any("several columns text" in message for message in caplog.messages)
+    assert any("several columns named text" in message for message in caplog.messages)
 
 
 def test_blanks_around_the_names_of_a_header_do_not_hide_a_column(tmp_path: Path) -> None:

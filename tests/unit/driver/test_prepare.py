@@ -137,10 +137,12 @@ def test_a_start_folder_with_a_different_model_is_refused_and_the_error_lists_al
     assert "model.decoder.transformer.depth is 3 in the saved config, 1 in the run" in message
     assert "model.vision.stem.kind is 'conv' in the saved config, 'patch' in the run" in message
     (base / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="model to start from cannot be read"):
+    with pytest.raises(UserError, match=r"the model in train\.start_from cannot be read"):
         prepare(tiny_run(start_from=str(base)), laptop, report, report)
     (base / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"no model to start from.*has no model\.safetensors"):
+    with pytest.raises(
+        UserError, match=r"the folder in train\.start_from has no complete model.*has no model\.safetensors"
+    ):
         prepare(tiny_run(start_from=str(base)), laptop, report, report)
 
 
@@ -158,7 +160,10 @@ def test_a_run_can_continue_only_an_earlier_run_with_the_same_settings_and_fewer
     def longer(**settings: Any) -> RunFolder:
         return prepare(tiny_run(start_from=str(base), start_state="training", **settings), laptop, report, report)
 
-    with pytest.raises(UserError, match=r"no training to go on with.*has no training\.safetensors, no training\.json"):
+    with pytest.raises(
+        UserError,
+        match=r"the folder in train\.start_from has no training state.*has no training\.safetensors, no training\.json",
+    ):
         longer(steps=20)
     (base / "training.safetensors").write_bytes(b"state")
     (base / "training.json").write_text('{"step": 12}')
@@ -167,7 +172,7 @@ def test_a_run_can_continue_only_an_earlier_run_with_the_same_settings_and_fewer
     assert first.tokenizer.read_bytes() == (base / "tokenizer.json").read_bytes()
     (base / "training.safetensors").write_bytes(b"other state")
     assert longer(steps=20, validate_every=3, log_every=1, stop=2) != first
-    with pytest.raises(UserError, match=r"already taken all steps.*12 steps, and 12 steps in"):
+    with pytest.raises(UserError, match=r"already taken all steps.*train\.steps is 12, and checkpoint .* has 12 steps"):
         longer()
     with pytest.raises(
         UserError, match=r"had other settings.*train\.batch_size is 4 in the saved config, 8 in the run"
@@ -183,7 +188,7 @@ def test_a_run_can_continue_only_an_earlier_run_with_the_same_settings_and_fewer
 def test_a_batch_size_that_ranks_cannot_divide_is_refused_and_the_error_names_a_valid_batch_size(
     laptop: Platform, report: ShardReport
 ) -> None:
-    with pytest.raises(UserError, match=r"5 rows for 2 ranks.*train\.batch_size=6"):
+    with pytest.raises(UserError, match=r"batch size 5 for 2 ranks.*train\.batch_size=6"):
         prepare(tiny_run(batch_size=5), laptop, report, report)
     assert not laptop.folder("runs").exists()
 
@@ -276,7 +281,7 @@ def test_an_unfinished_run_of_other_code_is_resumed_only_on_request_and_the_log_
     fresh = prepare(tiny_run(), laptop, report, report, changed(code))
     assert fresh != unfinished
     (message,) = caplog.messages
-    assert "changed in vlm/training/objective.py; to resume it all the same" in message
+    assert "changed in vlm/training/objective.py; to resume the unfinished run all the same" in message
     assert "--set train.resume_changed_code=true" in message
 
     other = changed(code, "vlm/model.py")
@@ -352,7 +357,8 @@ def test_words_that_the_vocabulary_lacks_are_logged_with_their_counts(caplog: py
     tokenizer = text.learn(WordsConfig(kind="words"), ["a red car", "a red bus"])
     warn_of_unknown(tokenizer, ["a red car"] * 3 + ["a blue car"], "validation texts")
     assert caplog.messages == [
-        "5 of 12 tokens of the validation texts are unknown (41.67 %), with 2 different ones: 'car' (4), 'blue' (1)"
+        "5 of 12 tokens of the validation texts are unknown to the tokenizer (41.67 %). "
+        "The 2 different unknown texts include: 'car' (4), 'blue' (1)"
     ]
     caplog.clear()
     warn_of_unknown(tokenizer, ["a red"], "validation texts")

@@ -72,5 +72,7 @@ def test_guarded_sharding_names_the_picture_that_crashes_or_hangs(deadly: Callab
 
 def test_sharding_names_a_picture_that_takes_too_long() -> None:
     slow = batches(encoded(picture(1, (1500, 1500))))
-    with pytest.raises(StageFailed, match=r"Where: s/0\. Got: more than 0\.002 seconds\. Fix: raise data\.limits"):
+    with pytest.raises(
+        StageFailed, match=r"Where: s/0\. Got: decoding takes more than 0\.002 seconds\. Fix: raise data\.limits"
+    ):
         list(assign_files_and_decode(iter(slow), REQUEST, [""], 0.002))

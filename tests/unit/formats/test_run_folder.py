@@ -59,7 +59,7 @@ def test_reading_a_missing_file_or_a_file_of_another_kind_is_a_user_error(run: R
     with pytest.raises(UserError, match=r"run\.json is missing"):
         run.read_run()
     write_json(run.run_file, {"rank": "x"})
-    with pytest.raises(UserError, match="is not a RunFile"):
+    with pytest.raises(UserError, match="does not contain a valid RunFile"):
         run.read_run()
 
 

@@ -114,7 +114,9 @@ def _distinct_names(names: Sequence[str], needed: Collection[str], file: SourceF
         unique = name or f"_c{index}"
         while unique in distinct:
             if name in needed:
-                logger.warning("%s has several columns %s: the first one is read", file.path, name)
+                logger.warning(
+                    "file %s has several columns named %s: only the first of these columns is read", file.path, name
+                )
             unique += str(index)
         distinct[unique] = None
     return tuple(distinct)

@@ -172,10 +172,10 @@ def _refuse_delta_tables(path: str, passed_over: Sequence[PassedOver]) -> None:
     for entry in passed_over:
         if entry.relative.rstrip("/").rpartition("/")[2] == "_delta_log":
             raise UserError(
-                "the path holds a Delta table, whose files also hold deleted rows",
+                "the input is the folder of a Delta table, whose files also contain deleted rows",
                 where=path,
                 got=f"the folder {entry.relative}",
-                fix="read the table with --set data.source.kind=table",
+                fix="read the folder as a Delta table: --set data.source.kind=table",
             )
 
 
@@ -218,7 +218,7 @@ def source_folder(config: DataConfig) -> Path:
     path = absolute_path(config.source.path)
     if is_url(path):
         raise UserError(
-            f"a source of kind {config.source.kind} is read as plain files",
+            f"a source of kind {config.source.kind} needs a folder, and cannot read a URL",
             where=config.source.path,
             got="a URL",
             fix="give a folder that every executor sees, such as a Volume (/Volumes/...) or a network drive",

@@ -182,7 +182,7 @@ def _captions_file(path: Path) -> SourceFile:
             "the captions file cannot be read",
             where=str(path),
             got=str(error.strerror),
-            fix="--set data.source.path=FOLDER and --set data.source.captions=FILE, relative to the folder",
+            fix="set data.source.path to a folder, and data.source.captions to a file path relative to this folder",
         ) from None
     modified = found.st_mtime_ns // 1000
     return SourceFile(str(path), path.name, found.st_size, modified, str(path), True, {})

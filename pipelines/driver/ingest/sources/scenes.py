@@ -28,10 +28,10 @@ def generate_scenes(config: DataConfig, platform: Platform) -> DataConfig:
     match = re.fullmatch(SCHEME + r"([1-9]\d{0,7})(?::(\d{1,9}))?", requested)
     if match is None or config.source.kind != "csv":
         raise UserError(
-            "the path of generated scenes is malformed",
+            "the path for generated scenes is malformed",
             where="data.source.path",
-            got=f"{requested} of kind {config.source.kind}",
-            fix="use scenes:COUNT or scenes:COUNT:SEED, with kind csv",
+            got=f"path {requested}, kind {config.source.kind}",
+            fix="set data.source.path to scenes:COUNT or scenes:COUNT:SEED, and data.source.kind to csv",
         )
     count, seed = int(match[1]), int(match[2] or 0)
     path = platform.folder("demo") / f"scenes-{count}-{seed}.csv"

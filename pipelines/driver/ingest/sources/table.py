@@ -138,7 +138,7 @@ def _last_version(ingested: pa.Table, table_id: str) -> int | None:
 
 def _require_name(source: TableSourceConfig) -> None:
     if not source.where:
-        fix = "--set data.source.table=CATALOG.SCHEMA.TABLE, or --set data.source.path=FOLDER"
+        fix = "name a table with --set data.source.table=CATALOG.SCHEMA.TABLE, or --set data.source.path=FOLDER"
         raise UserError("the run has no input", where="data.source.table", got="nothing", fix=fix)
 
 
@@ -176,10 +176,10 @@ def select_columns(frame: DataFrame, used: Sequence[str], file: str) -> DataFram
         column = _plain(frame, name, types[name])
         if column is None:
             raise UserError(
-                "a column of the table cannot be used",
+                "a column of the input table has a type that cannot be read",
                 where=f"column {name}",
                 got=f"type {types[name].simpleString()}",
-                fix="name a column of pictures, texts or ids",
+                fix="name a column that contains pictures, texts or ids",
             )
         needed.append(column.alias(f"used_{n}"))
     others = [_shortened(frame, name, kind).alias(name) for name, kind in types.items() if name not in used]
@@ -234,7 +234,9 @@ def _read_changes(
         changes = _open_feed(spark, source, last + 1, table.version)
         return _select_changed(table.frame, changes, name, source)
     except spark_errors() as error:
-        logger.info("the changes of %s after version %d cannot be read: all rows are read", source.where, last)
+        logger.info(
+            "the change data feed of table %s after version %d cannot be read, so all rows are read", source.where, last
+        )
         logger.debug("%s", error)
         return None
 
@@ -274,7 +276,7 @@ def _select_changed(frame: DataFrame, changes: DataFrame, name: str, source: Tab
     if not seen["old"]:
         return _Changes(added, None)
     if key is None or not isinstance(old.schema["key"].dataType, KEYS):
-        logger.info("%s has updated or deleted rows without ids: all rows are read", source.where)
+        logger.info("table %s has updated or deleted rows without ids, so all rows are read", source.where)
         return None
     touched = _with_image_ids(old, name).select("image_id").distinct()
     keys = frame.select(key_column.alias("key")).union(changes.select(key_column.alias("key")))

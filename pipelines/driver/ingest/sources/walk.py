@@ -83,7 +83,7 @@ def list_entries(path: str) -> list[Found | PassedOver]:
     if not os.path.exists(path) and (matches := _match(path)):  # noqa: PTH110
         logger.info("%s matches %s", path, ", ".join(printable(match) for match in matches[:LOGGED_MATCHES]))
         if len(matches) > LOGGED_MATCHES:
-            logger.info("%s matches %d files and folders in total", path, len(matches))
+            logger.info("pattern %s matches %d files and folders in total", path, len(matches))
         base = os.path.commonpath([os.path.dirname(match) for match in matches])  # noqa: PTH120
         return [entry for match in matches for entry in _list_match(match, os.path.relpath(match, base))]
     status = os.stat(path)  # noqa: PTH116
