@@ -183,7 +183,7 @@ class Captioner:
         prompts = [prompts] * len(images) if isinstance(prompts, str) else prompts
         if len(prompts) != len(images):
             raise UserError(
-                "each picture needs one prompt",
+                "the number of prompts differs from the number of pictures",
                 got=f"{len(images)} pictures and {len(prompts)} prompts",
                 fix="give as many prompts as pictures, or one string for all pictures",
             )
@@ -252,9 +252,9 @@ class Captioner:
         """
         if not len(images) == len(prompts) == len(answers):
             raise UserError(
-                "each answer needs one picture and one prompt",
+                "the lists of images, prompts and answers have different lengths",
                 got=f"{len(images)} pictures, {len(prompts)} prompts and {len(answers)} answers",
-                fix="give lists of equal length",
+                fix="give one picture and one prompt for each answer",
             )
         requests = [self.request([image], prompt) for image, prompt in zip(images, prompts, strict=True)]
         return answer_logprobs(self.model, self.tokenizer, requests, answers)
@@ -355,7 +355,7 @@ class Captioner:
         for index, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
             try:
                 if not isinstance(prompt, str):
-                    raise UserError("the prompt is not a text", got=f"a {type(prompt).__name__}", fix="give a string")
+                    raise UserError("the prompt is not a string", got=f"a {type(prompt).__name__}", fix="give a string")
                 prefix = prefix_ids(self.tokenizer, self.model.config.num_slots, prompt)
                 request = Request(prefix, (torch.tensor(picture),))
                 check_length(self.model, request, settings)

@@ -140,7 +140,10 @@ def _check_pooling(path: Path, version: int, config: ModelConfig) -> None:
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        "the weights cannot be read", where=str(path), got=str(error), fix="the file is damaged or not safetensors"
+        "the weights cannot be read",
+        where=str(path),
+        got=str(error),
+        fix="restore the file, which is damaged or not in safetensors format",
     )
 
 
@@ -157,7 +160,7 @@ def load_config(folder: Path) -> ModelConfig:
             "the model's config cannot be read",
             where=str(folder / CONFIG),
             got=read_error_message(error),
-            fix="a checkpoint folder holds " + ", ".join(MODEL_FILES),
+            fix="choose a checkpoint folder, which contains " + ", ".join(MODEL_FILES),
         ) from None
 
 
@@ -221,7 +224,7 @@ def fill_tensors(tensors: Mapping[str, Tensor | TensorRows], path: Path) -> None
     ]
     if problems:
         raise CheckpointError(
-            "the weights do not match the model",
+            "the weights do not match the model config",
             where=str(path),
             got=problems,
             fix="use the config that was saved with the weights",

@@ -99,4 +99,6 @@ class GatedCrossBlock(nn.Module):
 def _check_slots(is_slot_BT: Tensor, pictures: int, slots_per_picture: int) -> None:
     count = int(is_slot_BT.sum())
     if count != pictures * slots_per_picture:
-        raise ValueError(f"{count} image slots in a batch of {pictures} pictures with {slots_per_picture} slots each")
+        raise ValueError(
+            f"the batch has {count} image slots, but {pictures} pictures need {slots_per_picture} slots each"
+        )

@@ -61,7 +61,7 @@ def _quantize(model: VisionLanguageModel, precision: Precision) -> None:
     quantize_(model, _torchao_config(precision, model.mean.device), is_quantized)
     if skipped:
         log.warning(
-            "%d linear layers stay bf16 (%s ...): int4 needs inputs in multiples of %d and outputs in multiples of %d",
+            "%d linear layers (%s ...) stay bf16: int4 needs an input width divisible by %d and an output width by %d",
             len(skipped),
             skipped[0],
             INT4_GROUP_SIZE,

@@ -72,7 +72,7 @@ def delta_jars() -> Iterator[Jars]:
     jars = Jars(folder / f"{artifact}-{number}.txt").load()
     with ExitStack() as stack:
         if not jars.paths:
-            logger.info("resolving Delta Lake's jars; the first time downloads 90 MB")
+            logger.info("resolving the jars of Delta Lake; the first start downloads 90 MB")
             stack.enter_context(exclusive_lock(folder))
             if (jars := jars.load()).paths:
                 stack.close()

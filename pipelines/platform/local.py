@@ -126,7 +126,7 @@ def _local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
     _prepare_environment(config.spark.master)
     log = root / "logs" / "spark.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    logger.info("starting Spark on %s, log in %s", config.spark.master, log)
+    logger.info("starting Spark with master %s; its log is %s", config.spark.master, log)
     quiet_loggers()
     with delta_jars() as jars, log.open("ab") as sink:
         conf = SparkConf(loadDefaults=False).setAll(list((session_settings(config, root) | jars.settings()).items()))
@@ -160,7 +160,7 @@ def _require_same_home(spark: SparkSession, root: Path) -> SparkSession:
             "this process already runs a Spark session for another home folder",
             where=str(root),
             got=str(found),
-            fix="stop that session first, or use another process",
+            fix="stop the running Spark session first, or use another process",
         )
     return spark
 
@@ -267,13 +267,13 @@ def _start_failure(log: Path, start: int, error: Exception) -> UserError:
         return UserError(
             "Spark could not download the Delta Lake jars",
             where=str(log),
-            got="Maven Central did not serve them",
+            got="Maven Central did not serve the jars",
             fix="connect to the internet for the first start; later starts use Ivy's cache in the home folder",
         )
     _, open_files = resource.getrlimit(resource.RLIMIT_NOFILE)  # the JVM raises its limit to the hard limit
     if 0 <= open_files < MIN_OPEN_FILES:
         return UserError(
-            "Spark needs more open files than this process may have",
+            "Spark needs more open files than the limit of this process",
             where="the hard limit of open files (ulimit -Hn)",
             got=str(open_files),
             fix=f"raise the limit to {MIN_OPEN_FILES} or more, because Spark alone opens hundreds of jars",
@@ -285,5 +285,5 @@ def _start_failure(log: Path, start: int, error: Exception) -> UserError:
         "Spark did not start",
         where=str(log),
         got=got[:500],
-        fix="correct the cause (memory, master, a full disk); the log has the full output",
+        fix="read the log, and remove the cause, such as too little memory, a wrong master or a full disk",
     )

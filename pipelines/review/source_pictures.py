@@ -93,7 +93,7 @@ def open_source(platform: Platform, name: str) -> DeltaTable:
             "the pictures of the table cannot be read without Spark",
             where=name,
             got="a table of a catalog",
-            fix="name the table by its folder when you caption it: --table /path/of/the/table",
+            fix="caption the table under the path of its folder: `lakesight caption --table /path/of/the/table`",
         )
     try:
         return DeltaTable(location)
@@ -119,7 +119,7 @@ def read_pictures(platform: Platform, captions: Iterable[Mapping[str, Any]]) -> 
         try:
             pictures = SourcePictures(open_source(platform, name), columns).read(wanted)
         except UserError as error:
-            logger.warning("pictures are missing: %s", error)
+            logger.warning("captions are shown without pictures: %s", error)
             continue
         found |= {(name, image_id): picture for image_id, picture in pictures.items()}
     return found

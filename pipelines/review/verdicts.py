@@ -48,7 +48,7 @@ class CaptionVerdict(Config):
     @model_validator(mode="after")
     def _text_only_if_corrected(self) -> Self:
         if (self.verdict == "corrected") != bool(self.text.strip()):
-            raise ValueError("text is required for verdict corrected, and not allowed for others")
+            raise ValueError("give a text with verdict corrected, and no text with verdict good or bad")
         return self
 
     @property

@@ -51,7 +51,7 @@ def check_database(uri: str) -> None:
             sqlalchemy.inspect(connection).get_table_names()
     except (ImportError, NoSuchModuleError) as error:
         raise UserError(
-            "the driver of the tracking database is not installed",
+            "the Python driver of the tracking database is not installed",
             where=redact_uri(uri),
             got=first_line(error),
             fix=f"pip install {DRIVERS.get(dialect) or DRIVERS.get(kind, 'the driver')}",

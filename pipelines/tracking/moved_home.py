@@ -60,7 +60,9 @@ def follow_moved_home(platform: Platform) -> None:
                     got=str(error),
                     fix="end other commands that use this home folder, make the file writable, and try again",
                 ) from None
-            logger.info("the home folder was moved: MLflow finds artifacts in %s, no longer in %s", platform.root, old)
+            logger.info(
+                "the home folder was moved: MLflow now looks for artifacts in %s instead of %s", platform.root, old
+            )
 
 
 def _other_roots(store: sqlite3.Connection, platform: Platform) -> list[str]:

@@ -150,7 +150,7 @@ def _find_checkpoint(run: RunFolder, result: Result, which: Register) -> Path:
         raise UserError(
             "the run has no checkpoint of this step",
             where=str(run.checkpoints),
-            got=f"step {which}; there are checkpoints of the steps {kept}",
+            got=f"step {which}; the run has checkpoints of the steps {kept}",
             fix="choose one of these steps; train.keep_checkpoints says how many checkpoints a run keeps",
         )
     return run.checkpoint(which)
@@ -167,7 +167,7 @@ def _best_checkpoint(run: RunFolder, result: Result) -> str:
         raise UserError(
             "the best checkpoint of the run is not known",
             where=str(run.result),
-            got="a result of Lakesight 0.1.0, which does not name it",
+            got="Lakesight 0.1.0 wrote the result, which does not name the best checkpoint",
             fix="register the last checkpoint (train.register: last), or train again with another seed",
         )
     return result.best_checkpoint
@@ -195,7 +195,7 @@ def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
                 f"model {name} has no version or alias {which!r}",
                 where=redact_uri(platform.registry_uri),
                 got=which,
-                fix=f"versions: {', '.join(numbers) or 'none'}; aliases: {listed}",
+                fix=f"choose one of the versions: {', '.join(numbers) or 'none'}; aliases: {listed}",
             )
         return _read_version(client, name, number)
 
@@ -277,7 +277,7 @@ def plan_rollback(platform: Platform, name: str) -> AliasMove | None:
             f"model {name} has no previous champion to roll back to",
             where=redact_uri(platform.registry_uri),
             got=", ".join(f"{alias} = {version}" for alias, version in sorted(aliases.items())) or "no aliases",
-            fix="promote a second version first",
+            fix="promote a second version of the model before you roll back",
         )
     return AliasMove(kind="rollback", champion=aliases[PREVIOUS], previous=aliases[CHAMPION])
 

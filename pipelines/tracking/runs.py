@@ -83,7 +83,9 @@ def follow(run: RunFolder, config: RunConfig, platform: Platform, *, may_be_down
     except TrackingDown as error:
         if not may_be_down:
             raise
-        logger.warning("training starts without MLflow, and metrics wait in %s: %s", run.path, error)
+        logger.warning(
+            "training starts without MLflow, and keeps the metrics in %s until MLflow answers: %s", run.path, error
+        )
     follower.start()
     try:
         yield follower
@@ -100,8 +102,8 @@ def follow(run: RunFolder, config: RunConfig, platform: Platform, *, may_be_down
             "training succeeded, but not all of it could be logged to MLflow",
             where=redact_uri(platform.tracking_uri),
             got=_cause(error),
-            fix="start the server; then `lakesight train`, `evaluate`, `promote` or `caption` of this run logs the "
-            f"metrics and registers the model: all results are in {run.path}",
+            fix="start the MLflow server, and run `lakesight train`, `evaluate`, `promote` or `caption` of this run: "
+            f"the command logs the results, which are in {run.path}, and registers the model",
         ) from None
 
 
@@ -197,7 +199,7 @@ class Follower(threading.Thread):
                 pause = POLL_SECONDS
             except FOLLOWER_ERRORS as error:
                 pause = min(2 * pause, MAX_PAUSE_SECONDS)
-                logger.warning("metrics cannot be logged to MLflow (%s); retrying in %.0f s", _cause(error), pause)
+                logger.warning("metrics cannot be logged to MLflow (%s); next try in %.0f s", _cause(error), pause)
 
     def stop(self) -> None:
         """Stop the thread. Files that are not logged yet stay in the run folder."""
@@ -253,7 +255,10 @@ class Follower(threading.Thread):
         """Set the status of the MLflow run to FAILED or KILLED. If a request fails, only log a warning."""
         killed = isinstance(cause, KeyboardInterrupt)
         if (client := self.client) is None:
-            logger.warning("the failure of %s is not logged to MLflow, because the server is down", self._run.path)
+            logger.warning(
+                "training run %s failed, but the failure is not logged to MLflow, because the server is down",
+                self._run.path,
+            )
             return
         try:
             client.set_tag(self.run_id, CAUSE_TAG, (str(cause) or type(cause).__name__)[:MAX_TAG_CHARS])
@@ -262,7 +267,9 @@ class Follower(threading.Thread):
             client.set_terminated(self.run_id, "KILLED" if killed else "FAILED")
             self.drain(POLL_SECONDS)
         except FOLLOWER_ERRORS as error:
-            logger.warning("the final status of %s could not be logged to MLflow: %s", self._run.path, _cause(error))
+            logger.warning(
+                "the final status of training run %s could not be logged to MLflow: %s", self._run.path, _cause(error)
+            )
 
     def _log_metrics(self, client: MlflowClient, known: set[tuple[str, int]], *, listed: bool) -> None:
         if known:  # points are logged in step order, so only the last logged step can lack points

@@ -109,7 +109,7 @@ def experiment_id(client: MlflowClient, name: str, platform: Platform) -> str:
         raise UserError(
             "the MLflow experiment was deleted",
             where=f"{experiment_name} on {redact_uri(platform.tracking_uri)}",
-            fix=f"restore it: mlflow experiments restore --experiment-id {experiment.experiment_id}",
+            fix=f"restore the experiment: mlflow experiments restore --experiment-id {experiment.experiment_id}",
         )
     if KIND not in experiment.tags:  # an experiment of an earlier version of Lakesight
         for key, value in describe_experiment(name).items():

@@ -72,7 +72,9 @@ def check_all_files(folder: Path, tags: Mapping[str, str], where: str) -> None:
     if EXECUTED_DIGEST_TAG in tags:
         _require_equal(_executed_digest(folder), tags[EXECUTED_DIGEST_TAG], "code or settings of MLflow", where)
     else:
-        logger.warning("%s was registered without a digest of its code by an earlier release; it is not checked", where)
+        logger.warning(
+            "%s was registered by an earlier release without a digest of the code, so the code is not checked", where
+        )
 
 
 def _executed_digest(folder: Path) -> str:
@@ -92,8 +94,8 @@ def _executed(folder: Path) -> Iterator[Path]:
 def _require_equal(digest: str, registered: str, what: str, where: str) -> None:
     if digest != registered:
         raise StageFailed(
-            "the files of a model version are not the files that were registered",
+            "the files of a model version differ from the files that were registered",
             where=where,
-            got=f"other {what}: digest {digest}, registered with {registered}",
+            got=f"{what} with digest {digest}, registered with digest {registered}",
             fix="restore the artifacts of the version, or train again to register a new version",
         )

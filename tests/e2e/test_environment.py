@@ -92,7 +92,7 @@ def files_of_others(home: Path) -> list[Path]:
 def test_an_error_names_a_limit_of_open_files_that_is_too_low_for_spark(tmp_path: Path) -> None:
     done = run(tmp_path / "lakesight", "ingest", environment={}, prepare=forbid_more_files)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("Spark needs more open files than this process may have.")
+    assert done.stderr.splitlines()[-1].startswith("Spark needs more open files than the limit of this process.")
     assert f"Got: {OPEN_FILES}." in done.stderr
 
 

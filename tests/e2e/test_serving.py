@@ -84,5 +84,5 @@ def test_a_version_whose_code_was_changed_after_its_registration_is_not_served(
     finally:
         code.write_text(registered)
     assert done.returncode == 1, done.stderr
-    assert "are not the files that were registered" in done.stderr.splitlines()[-1]
+    assert "differ from the files that were registered" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "executed").exists()

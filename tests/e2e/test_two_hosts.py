@@ -98,4 +98,4 @@ def test_ranks_that_lose_their_network_end_in_time_and_resume_when_the_network_i
     with torchrun_on_both(run):
         wait_for(lambda: step_of(run.finished_checkpoints()[-1]) > done, seconds=120)
     assert step_of(run.finished_checkpoints()[-1]) > done
-    assert f"2 ranks, this one on cpu: from step {done} to" in run.log(1).read_text()
+    assert f"2 ranks, this rank on cpu, from step {done} to" in run.log(1).read_text()

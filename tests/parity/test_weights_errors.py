@@ -84,7 +84,10 @@ def test_import_refuses_decoder_weights_for_the_encoder(folder: Path) -> None:
 
 def test_weights_of_an_unknown_model_family_are_refused_with_a_list_of_the_known_families(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "mamba"}')
-    assert "config.json names mamba. Fix: families for the decoder: gemma, gemma2, gpt2" in refused(folder)
+    assert (
+        "config.json names mamba. Fix: choose weights of one of the families for the decoder: gemma, gemma2, gpt2"
+        in refused(folder)
+    )
 
 
 @pytest.mark.parametrize("size", [0, 4, 100, -1])

@@ -14,7 +14,7 @@ def _check_regex(pattern: str) -> str:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"not a regular expression: {error}") from None
+        raise ValueError(f"the pattern is not a regular expression: {error}") from None
     return pattern
 
 

@@ -41,9 +41,11 @@ class DecoderConfig(Config):
     @model_validator(mode="after")
     def _check_layer_scale(self) -> Self:
         if self.transformer.layer_scale is not None:
-            raise ValueError("layer_scale is supported in the encoder only: set it to null in the decoder")
+            raise ValueError("layer_scale is supported in the encoder only: set layer_scale to null in the decoder")
         if self.transformer.position.kind == "axial":
-            raise ValueError("position.kind: axial has two dimensions: use rotary or learned positions in the decoder")
+            raise ValueError(
+                "position.kind: axial is for patch grids only: use rotary or learned positions in the decoder"
+            )
         return self
 
 
@@ -125,8 +127,8 @@ class GenerationConfig(Config):
     def _check_beams_or_sampling(self) -> Self:
         if self.num_beams > 1 and self.temperature > 0:
             raise ValueError(
-                f"num_beams {self.num_beams} and temperature {self.temperature} exclude each other: beam search does "
-                "not sample. Set num_beams 1 or temperature 0"
+                f"num_beams {self.num_beams} and temperature {self.temperature} exclude each other, because beam "
+                "search does not sample: set num_beams 1 or temperature 0"
             )
         return self
 
@@ -151,7 +153,7 @@ class GenerationConfig(Config):
                     "there is no such generation setting",
                     where=where,
                     got=name + did_you_mean(name, GenerationConfig.model_fields),
-                    fix=f"settings: {', '.join(GenerationConfig.model_fields)}",
+                    fix=f"choose one of the settings {', '.join(GenerationConfig.model_fields)}",
                 )
         try:
             return GenerationConfig.model_validate(self.model_dump() | dict(changes))
@@ -160,7 +162,7 @@ class GenerationConfig(Config):
                 "the generation settings cannot be used",
                 where=where,
                 got=read_error_message(error),
-                fix="change the named setting, or the settings that exclude it",
+                fix="change the setting that the message names, or a setting that excludes this setting",
             ) from None
 
 
@@ -245,5 +247,5 @@ def read_model_config(config: ModelConfig | Mapping[str, Any] | str | Path) -> M
             "the model config cannot be used",
             where=where,
             got=got,
-            fix="docs/models.md lists the keys and their values",
+            fix="correct the config: docs/models.md lists the keys and their values",
         ) from None

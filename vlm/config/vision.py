@@ -49,7 +49,9 @@ class ConvStemConfig(Config):
     @model_validator(mode="after")
     def _check_blocks(self) -> Self:
         if self.blocks and len(self.blocks) != len(self.channels):
-            raise ValueError(f"blocks has {len(self.blocks)} numbers for {len(self.channels)} channels: give one each")
+            raise ValueError(
+                f"blocks has {len(self.blocks)} numbers, but channels has {len(self.channels)}: use equal lengths"
+            )
         return self
 
 
@@ -84,13 +86,15 @@ class VisionConfig(Config):
     @model_validator(mode="after")
     def _check_select_and_position(self) -> Self:
         if self.select == "cls" and not self.class_token:
-            raise ValueError("select: cls needs class_token: true")
+            raise ValueError("select: cls needs a class token: set class_token: true")
         if self.select == "attention" and self.transformer.mlp.kind != "plain":
-            raise ValueError("select: attention needs mlp.kind: plain: the pooling layer uses the same MLP config")
+            raise ValueError(
+                "select: attention needs mlp.kind: plain, because the pooling layer uses the same MLP config"
+            )
         if self.transformer.position.kind == "rotary":
-            raise ValueError("position.kind: rotary has one dimension: use axial or learned positions in the encoder")
+            raise ValueError("position.kind: rotary is for text only: use axial or learned positions in the encoder")
         if self.transformer.attention.windows != (None,):
-            raise ValueError("attention.windows is supported in the decoder only: set it to [null] in the encoder")
+            raise ValueError("attention.windows is supported in the decoder only: set windows to [null] in the encoder")
         return self
 
 

@@ -41,14 +41,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise YamlProblem(f"cannot be read: {error.strerror or error}") from None
     if len(data) > MAX_BYTES:
-        raise YamlProblem(f"got more than {MAX_BYTES:,} bytes, expected a config")
+        raise YamlProblem(f"the file has more than {MAX_BYTES:,} bytes, so it is not a config")
     value = parse_yaml(_decode(data))
     if value is None:
         return {}
     if not isinstance(value, dict):
         raise YamlProblem(f"got a {type(value).__name__}, expected a mapping")
     if wrong := [key for key in value if not isinstance(key, str)]:
-        raise YamlProblem(f"key {wrong[0]!r} is not a string, write it in quotes")
+        raise YamlProblem(f"key {wrong[0]!r} is not a string: write the key in quotes")
     return value
 
 

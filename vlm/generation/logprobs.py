@@ -60,8 +60,8 @@ def answer_logprobs(
             raise UserError(
                 "the answer does not fit the model's context",
                 where="log-probabilities",
-                got=f"{length} positions of picture, prompt and answer",
-                fix=f"shorten the prompt or the answer: the context is {context}",
+                got=f"picture, prompt and answer need {length} positions",
+                fix=f"shorten the prompt or the answer: the context has {context} positions",
             )
     found: list[AnswerLogprobs] = []
     for start in range(0, len(requests), BATCH_ROWS):

@@ -75,7 +75,7 @@ def check_length(model: VisionLanguageModel, request: Request, settings: Generat
             where="generation",
             got=f"{len(request.prefix)} positions for the picture and the prompt, plus "
             f"{settings.max_new_tokens} new tokens",
-            fix=f"shorten the prompt or max_new_tokens: the context is {context}",
+            fix=f"shorten the prompt or lower max_new_tokens: the context has {context} positions",
         )
 
 
@@ -94,7 +94,8 @@ def prefill(
         slots = sum(token == SLOT for token in request.prefix)
         if slots != len(request.pixels) * model.config.num_slots:
             raise ValueError(
-                f"{slots} image slots for {len(request.pixels)} pictures with {model.config.num_slots} slots each"
+                f"the request has {slots} image slots, but {len(request.pixels)} pictures need "
+                f"{model.config.num_slots} slots each"
             )
     device = model.mean.device
     T = max(len(request.prefix) for request in requests)

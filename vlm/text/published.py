@@ -112,7 +112,7 @@ def _parse(content: object) -> Backend:
     try:
         return Backend.from_str(json.dumps(content))
     except Exception as error:  # the library raises Exception itself, not a subclass
-        raise ValueError(f"not a tokenizer of the tokenizers library: {error}") from error
+        raise ValueError(f"the file is not a tokenizer of the library `tokenizers`: {error}") from error
 
 
 def _with_special_flags(backend: Backend, control: Sequence[str]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class WordTokenizer:
             raise ConfigError(
                 "no word is frequent enough for the vocabulary",
                 where="model.text.min_count",
-                got=f"{config.min_count}; the most frequent word occurs {max(counts.values())} times",
+                got=f"min_count {config.min_count}, but the most frequent word occurs {max(counts.values())} times",
                 fix="set a smaller model.text.min_count, or use text.kind bpe",
             )
         frequent.sort(key=lambda piece: (-counts[piece], piece))

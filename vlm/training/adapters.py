@@ -166,14 +166,14 @@ def _read(folder: Path, base_sha256: str) -> AdapterFile:
             "the adapter's config cannot be read",
             where=str(path),
             got=read_error_message(error),
-            fix=f"the folder of an adapter holds {ADAPTER} and {ADAPTER_CONFIG}",
+            fix=f"choose the folder of an adapter, which contains {ADAPTER} and {ADAPTER_CONFIG}",
         ) from None
     if file.base != base_sha256:
         raise CheckpointError(
             "the adapter was trained on other weights",
             where=str(path),
             got=f"weights with SHA-256 {base_sha256[:12]}, the adapter needs {file.base[:12]}",
-            fix="load the weights the adapter was trained on: train.start_from of the run names their folder",
+            fix="load the weights that the adapter was trained on, from the folder in train.start_from of its run",
         )
     return file
 
@@ -195,7 +195,8 @@ def _no_match_error(pattern: str, names: Iterable[str]) -> ConfigError:
         "the adapter's pattern matches no linear layer",
         where="train.adapter.pattern",
         got=pattern,
-        fix=(f"nearest: {', '.join(near)}; " if near else "") + f"it must match a whole name of: {', '.join(kinds)}",
+        fix=(f"nearest: {', '.join(near)}; " if near else "")
+        + f"the pattern must match a whole name of: {', '.join(kinds)}",
     )
 
 
@@ -207,7 +208,7 @@ def _reject_shared_weight(model: nn.Module, pattern: str, chosen: dict[str, nn.L
         others = [owner for owner in owners[id(layer.weight)] if owner != f"{name}.weight"]
         if others:
             raise ConfigError(
-                "the adapter's pattern matches a layer that shares its weight",
+                "the adapter's pattern matches a layer that shares its weight with another layer",
                 where="train.adapter.pattern",
                 got=f"{pattern} matches {name}, whose weight is also {others[0]}: merging would change both",
                 fix="narrow the pattern, for example decoder.blocks.*",

@@ -35,10 +35,11 @@ def set_trainable(model: nn.Module, rates: Mapping[str, float]) -> None:
     matched = {name: _first_match(name, rates) for name, _ in model.named_parameters()}
     if unused := [pattern for pattern in rates if pattern not in matched.values()]:
         raise ConfigError(
-            "a pattern is not the first match of any parameter",
+            "a pattern in train.stages has no effect, because it is not the first match of any parameter",
             where="train.stages",
             got=", ".join(unused),
-            fix="put it before wider patterns; it must match a whole name of: " + ", ".join(collapse_names(matched)),
+            fix="put the pattern before wider patterns; it must match a whole name of: "
+            + ", ".join(collapse_names(matched)),
         )
     for name, parameter in model.named_parameters():
         pattern = matched[name]

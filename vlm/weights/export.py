@@ -108,7 +108,7 @@ def _find_family(name: str, part: Part, config: ModelConfig, checkpoint: Path) -
     family = next((family for family in candidates if family.name == name), None)
     if family is None:
         raise CheckpointError(
-            f"a {part} cannot be exported as a family of this name",
+            f"--as names no model family in which a {part} can be exported",
             where="--as",
             got=name,
             fix="choose one of " + ", ".join(f.name for f in candidates),
@@ -117,7 +117,7 @@ def _find_family(name: str, part: Part, config: ModelConfig, checkpoint: Path) -
     if mismatches:
         fitting = [other.name for other in candidates if not other.mismatches(config, other.to_settings(config))]
         raise CheckpointError(
-            f"{name} cannot represent this {part}",
+            f"model family {name} cannot represent this {part}",
             where=str(checkpoint),
             got=mismatches,
             fix=f"export it as {' or '.join(fitting)}" if fitting else f"no known family can represent this {part}",

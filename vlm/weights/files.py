@@ -110,7 +110,7 @@ def _weight_files(folder: Path) -> list[Path]:
             "the weights are pickled, and loading a pickle can run any code that it contains",
             where=str(folder),
             got=", ".join(pickles),
-            fix="get the same weights as safetensors, which most publishers offer too",
+            fix="download the same weights in safetensors format, which most publishers also offer",
         )
     raise CheckpointError(
         "the folder has no weights, or several weight files without an index",
@@ -142,7 +142,7 @@ def _shards(folder: Path) -> list[Path]:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
-            "shards of the weights are missing",
+            "weight files that the index names are missing",
             where=str(folder),
             got=f"{len(missing)} of {len(names)}: {', '.join(missing)}",
             fix="download the missing files",

@@ -170,7 +170,8 @@ def find_family(settings: Mapping[str, Any], folder: Path, part: Part) -> Family
         f"the folder has no {part} of a known family",
         where=str(folder),
         got=f"config.json names {kind}" + "".join(f", which is a family for the {family.part}" for family in known[:1]),
-        fix=f"families for the {part}: " + ", ".join(family.name for family in families() if family.part == part),
+        fix=f"choose weights of one of the families for the {part}: "
+        + ", ".join(family.name for family in families() if family.part == part),
     )
 
 
@@ -254,7 +255,7 @@ def _read(source: Source, rule: Rule, model: nn.Module) -> list[Tensor]:
                 "the weights contain NaN or infinity",
                 where=f"{name} in {source.files.headers[source.names[name]].file}",
                 got=f"{int((~torch.isfinite(tensor)).sum()):,} of {tensor.numel():,} values are not finite",
-                fix="download the file again, or ask its publisher: the training of these weights has diverged",
+                fix="download the file again; if the values stay, choose other weights: their training diverged",
             )
     tensors = rule.read(list(read.values()))
     if rule in source.plan.resampled:

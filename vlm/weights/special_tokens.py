@@ -47,7 +47,7 @@ def check_special_tokens(folder: Path, tokenizer: Tokenizer) -> list[str]:
     different = [f"{key} in {file} is {value!r}" for file, key, value in found if not _equal(value, ours[key[:3]])]
     if different:
         raise CheckpointError(
-            "the folder names other start or end tokens than the tokenizer of the model",
+            "the start or end tokens in the folder differ from those of the model's tokenizer",
             where=str(folder),
             got=f"{'; '.join(different)}; the model has bos {ours['bos']} and eos {ours['eos']}",
             fix="set text.bos and text.eos of the model config, or make the files of the folder agree: a model has one "

@@ -126,7 +126,10 @@ class Collator:
             with self._count_lock:
                 self.num_truncated += 1
             if self.num_truncated == 1:
-                log.warning("the text of %s exceeds the context and is truncated (logged for the first only)", image_id)
+                log.warning(
+                    "the text of picture %s is longer than the context and is truncated (only the first is logged)",
+                    image_id,
+                )
         return TokenSequence(sequence[: self._context + 1], min(len(prefix), self._context))
 
 

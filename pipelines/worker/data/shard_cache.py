@@ -74,7 +74,7 @@ class ShardCopier(threading.Thread):
             self._copy_all(user_cache_folder("shards", self._root))
         except OSError as error:
             log.warning(
-                "copying shards to this host has stopped; other rows are read from the original files: %s", error
+                "copying shards to this host stopped, so the remaining rows are read from the original files: %s", error
             )
         except Exception as error:  # noqa: BLE001 raised in the training loop by `check`
             self._failure = error
@@ -97,7 +97,7 @@ class ShardCopier(threading.Thread):
                     continue
                 if not _make_room(root, entry.file.bytes, self._limit, own):
                     copied = len(entries) - len(missing) + count
-                    log.warning("there is room for %d of %d shard files in %s", copied, len(entries), root)
+                    log.warning("only %d of %d shard files fit into the cache folder %s", copied, len(entries), root)
                     return
                 _copy(entry)
                 _use_copy(entry)

@@ -33,7 +33,7 @@ class RankEnv:
                 "the process was not started as a rank",
                 where="environment variables",
                 got=f"no {', '.join(missing)}",
-                fix="start it with "
+                fix="start the process with "
                 "`PYTHONSAFEPATH=1 torchrun --nproc-per-node N -m pipelines.worker.main --run-dir DIR`",
             )
         rank, world_size, local_rank, local_world_size = (int(os.environ[name]) for name in names)

@@ -30,7 +30,7 @@ def pick_device(platform: PlatformConfig, env: RankEnv) -> torch.device:
         return torch.device("cuda", env.local_rank)
     if isinstance(platform, DatabricksPlatformConfig) and platform.use_gpu:
         raise UserError(
-            "a rank has no GPU",
+            "this host has fewer GPUs than ranks",
             where=f"host {socket.gethostname()}",
             got=f"{torch.cuda.device_count()} GPUs for {env.local_world_size} ranks",
             fix="run on a GPU cluster, or set platform.use_gpu=false",
@@ -85,7 +85,7 @@ def check_group(run: RunFolder, device: torch.device) -> int:
     hosts, identities = torch.stack(gathered).T.tolist()
     if len(set(identities)) > 1:
         raise UserError(
-            "the ranks do not belong to one run",
+            "the ranks read different run folders",
             where=str(run.path),
             got=f"{len(set(identities))} different run.json files among {len(identities)} ranks",
             fix="make the same run folder visible to all ranks, then start the run again",

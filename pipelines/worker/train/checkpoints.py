@@ -188,7 +188,7 @@ def _newest_intact(run: RunFolder) -> Path | None:
         try:
             verify_folder(folder)
         except CheckpointError as error:
-            log.warning("%s The checkpoint is renamed, and an earlier one is tried.", error)
+            log.warning("%s The checkpoint is renamed, and an earlier checkpoint is tried.", error)
             problems.append(f"{folder.name}: {error.got}")
             continue
         for damaged in finished[finished.index(folder) + 1 :]:
@@ -199,7 +199,7 @@ def _newest_intact(run: RunFolder) -> Path | None:
             "no checkpoint of the run is intact",
             where=str(run.checkpoints),
             got=problems,
-            fix="restore a checkpoint from a backup, or remove that folder to start the run from step 0",
+            fix="restore a checkpoint from a backup, or remove the folder of checkpoints to start from step 0",
         )
     return None
 
@@ -229,10 +229,10 @@ def check_settings(folder: Path, file: RunFile) -> None:
     differing = list(config_differences(_outcome_settings(saved), _outcome_settings(file)))
     if differing:
         raise UserError(
-            "the checkpoint was trained with other settings than the run has now",
+            "the settings of the run differ from the settings of its checkpoint",
             where=str(folder),
             got=differing,
-            fix="restore run.json to these settings; `lakesight train` creates a separate folder for other settings",
+            fix="restore these settings in run.json; for other settings, `lakesight train` creates a new folder",
         )
 
 

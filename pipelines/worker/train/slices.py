@@ -69,9 +69,9 @@ class CheckpointSlices:
         while missing := [rank for rank in range(self.world_size) if not self._path(rank, STATE).exists()]:
             if time.monotonic() > deadline:
                 raise UserError(
-                    "a rank has not written its slice of the checkpoint",
+                    "a rank has not written its part of the checkpoint",
                     where=str(self.folder),
-                    got=f"no slice of rank {', '.join(map(str, missing))} after {self.timeout_seconds} s",
+                    got=f"no files of rank {', '.join(map(str, missing))} after {self.timeout_seconds} s",
                     fix="make the same run folder visible to all ranks; if the storage is slow, raise "
                     "train.timeout_seconds",
                 )

@@ -80,10 +80,10 @@ def train(run: RunFolder, env: RankEnv, monitor: RankMonitor, kind: type[Trainer
     settings = file.config.train
     if settings.batch_size % env.world_size:
         raise UserError(
-            "the global batch cannot be divided among the ranks",
+            "the global batch cannot be divided equally among the ranks",
             where="train.batch_size",
-            got=f"{settings.batch_size} rows for {env.world_size} ranks",
-            fix="choose a multiple of the number of ranks",
+            got=f"batch size {settings.batch_size} for {env.world_size} ranks",
+            fix="set train.batch_size to a multiple of the number of ranks",
         )
     monitor.set_timeout(settings.timeout_seconds)
     device = pick_device(file.config.platform, env)
@@ -156,7 +156,7 @@ class Trainer:
             swap_average(optimizer)
         monitor.report_step(resume_step)
         log.info(
-            "training on %d ranks, this one on %s, from step %d to %d",
+            "training on %d ranks, this rank on %s, from step %d to %d",
             *(env.world_size, device, resume_step, settings.steps),
         )
         return cls(
@@ -190,7 +190,7 @@ class Trainer:
                 if stage.end > self.resume_step:
                     self._train_stage(stage, range(max(stage.first, self.resume_step), stage.end))
         if self.collator.num_truncated:
-            log.warning("%d texts exceeded the context and were truncated", self.collator.num_truncated)
+            log.warning("%d texts were longer than the model's context and were truncated", self.collator.num_truncated)
 
     def _train_stage(self, stage: Stage, steps: range) -> None:
         settings = self.file.config.train

@@ -121,7 +121,7 @@ def test_a_value_may_contain_an_equals_sign() -> None:
         ("train.best_by=cider", "train: best_by cider needs score_every"),
         ("train.start_state=training", "train: start_state training needs start_from"),
         ("train.adapter.pattern=decoder.*", "train: adapter needs start_from"),
-        ("train.adapter.pattern=decoder(", "train.adapter.pattern: not a regular expression: missing )"),
+        ("train.adapter.pattern=decoder(", "train.adapter.pattern: the pattern is not a regular expression: missing )"),
         ("data.split={val: 0.1}", "data.split: kind is missing"),
         ("data.source={kind: folder}", "data.source.captions: missing"),
         (
@@ -182,7 +182,7 @@ def test_conf_in_the_working_folder_takes_precedence_over_conf_in_the_package(
     [
         ("model: [", "own.yml: invalid YAML (line 1, column 9: while parsing a flow node, "),
         ("x: 1\nmodel: caf\udce9", "own.yml: invalid YAML (byte 0xe9 in line 2 is not UTF-8: save the file as UTF-8)"),
-        ("on: nano", "own.yml: key True is not a string, write it in quotes"),
+        ("on: nano", "own.yml: key True is not a string: write the key in quotes"),
         ("- demo", "own.yml: got a list, expected a mapping"),
         ("demo", "own.yml: got a str, expected a mapping"),
         ("", "own.yml: the file is empty: write the keys model, train and data"),
@@ -207,7 +207,7 @@ def test_conf_in_the_working_folder_takes_precedence_over_conf_in_the_package(
         ("model: nano\n---\nmodel: nano", "own.yml: invalid YAML (line 2, column 1: expected a single document"),
         ("gate: &g [*g]", "own.yml: invalid YAML (more than 50,000 values when aliases are expanded)"),
         (BOMB, "own.yml: invalid YAML (more than 50,000 values when aliases are expanded)"),
-        ("#" * 300_000, "own.yml: got more than 262,144 bytes, expected a config"),
+        ("#" * 300_000, "own.yml: the file has more than 262,144 bytes, so it is not a config"),
         (
             "data: 1.10\nmodel: nano\ntrain: demo",
             "run.data: got 1.1, which YAML does not read as a name: write the name in quotes",

@@ -104,5 +104,5 @@ def test_files_that_are_not_the_registered_files_are_refused(
         stored.write_text(stored.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     without_copy = registered.model_copy(update={"created_ms": 0})
     for _ in range(2):
-        with pytest.raises(StageFailed, match="are not the files that were registered"):
+        with pytest.raises(StageFailed, match="differ from the files that were registered"):
             download(platform, without_copy)

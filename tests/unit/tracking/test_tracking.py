@@ -386,7 +386,7 @@ def test_the_best_checkpoint_and_any_kept_checkpoint_can_be_registered_in_additi
     further = registry.register(run, registered.run_id, platform, 7)
     assert (further.version, further.tags.get("training_val_loss")) == ("3", None), "step 7 was not validated"
     with pytest.raises(
-        UserError, match=r"no checkpoint of this step.*step 9; there are checkpoints of the steps 7, 8, 12"
+        UserError, match=r"no checkpoint of this step.*step 9; the run has checkpoints of the steps 7, 8, 12"
     ):
         registry.register(run, registered.run_id, platform, 9)
 

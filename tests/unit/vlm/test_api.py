@@ -266,7 +266,7 @@ def test_logprobs_refuses_answers_that_do_not_fit_the_context_or_the_number_of_p
     (picture,) = pictures(1)
     with pytest.raises(UserError, match="does not fit the model's context"):
         captioner.logprobs([picture], [""], ["a" * 100])
-    with pytest.raises(UserError, match="lists of equal length"):
+    with pytest.raises(UserError, match="different lengths"):
         captioner.logprobs([picture], [""], ["a", "b"])
 
 

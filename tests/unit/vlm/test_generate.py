@@ -247,7 +247,7 @@ def test_generate_returns_an_empty_list_for_no_requests() -> None:
 def test_a_request_that_does_not_fit_the_context_is_an_error() -> None:
     model, tokenizer = tiny_model("plain")
     requests = [ask(model, tokenizer, [tiny_pixels(1)[0]], prompt) for prompt in ("", "what" * 9)]
-    with pytest.raises(UserError, match=r"does not fit the model's context.*the context is 48"):
+    with pytest.raises(UserError, match=r"does not fit the model's context.*the context has 48 positions"):
         generate(model, tokenizer, requests, GREEDY)
 
 
@@ -255,7 +255,7 @@ def test_a_request_whose_number_of_slots_does_not_match_its_pictures_is_an_error
     model, tokenizer = tiny_model("plain")
     one, two = tiny_pixels(2)
     prefix = prefix_ids(tokenizer, model.config.num_slots, "")
-    with pytest.raises(ValueError, match="4 image slots for 2 pictures"):
+    with pytest.raises(ValueError, match="has 4 image slots, but 2 pictures need"):
         generate(model, tokenizer, [Request(prefix, (one, two)), Request(prefix, ())], GREEDY)
 
 

@@ -70,7 +70,7 @@ def test_a_batch_with_a_wrong_number_of_slots_is_an_error() -> None:
         batch.labels_BT,
         batch.prefix_lengths_B,
     )
-    with pytest.raises(ValueError, match="0 image slots in a batch of 1 pictures with 4 slots each"):
+    with pytest.raises(ValueError, match="the batch has 0 image slots, but 1 pictures need 4 slots each"):
         model(broken)
 
 

@@ -110,7 +110,7 @@ def test_checkpoint_slices_of_all_ranks_are_joined_and_the_error_for_a_missing_s
     slices = CheckpointSlices(slices_of(run, 4), world_size=2, timeout_seconds=0)
     slices.write(0, snapshot(2))
     (joined := run.path / "joined").mkdir()
-    with pytest.raises(UserError, match=r"has not written its slice.*no slice of rank 1 after 0 s"):
+    with pytest.raises(UserError, match=r"has not written its part.*no files of rank 1 after 0 s"):
         slices.join(joined, 4)
     slices.write(1, snapshot(1))
     slices.join(joined, 4)

@@ -136,7 +136,7 @@ def test_copies_stay_below_the_size_limit_and_all_other_rows_are_read_from_the_o
         assert len(copies(root)) == 2
         assert contents(shards) == contents(source)
         [warning] = [record for record in caplog.records if record.levelno == logging.WARNING]
-        assert warning.getMessage() == f"there is room for 2 of 4 shard files in {root}"
+        assert warning.getMessage() == f"only 2 of 4 shard files fit into the cache folder {root}"
 
 
 def test_the_least_recently_used_copy_of_other_runs_is_evicted_first_and_stays_readable_if_mapped(
@@ -166,7 +166,7 @@ def test_nothing_is_copied_to_a_nearly_full_disk(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Disk(total, 0, total // 10 + largest_file(source) // 2))
     finished_copier(source, tmp_path / "cache").check()
     assert copies(tmp_path / "cache") == []
-    assert any("there is room for 0 of 4 shard files" in message for message in caplog.messages)
+    assert any("only 0 of 4 shard files fit" in message for message in caplog.messages)
 
 
 def test_a_full_disk_is_logged_once_and_training_continues(
@@ -182,8 +182,8 @@ def test_a_full_disk_is_logged_once_and_training_continues(
     assert copies(tmp_path / "cache") == []
     assert len(contents(source)) == FILES * 8
     [warning] = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert "copying shards to this host has stopped" in warning.getMessage()
-    assert "other rows are read from the original files: [Errno" in warning.getMessage()
+    assert "copying shards to this host stopped" in warning.getMessage()
+    assert "the remaining rows are read from the original files: [Errno" in warning.getMessage()
 
 
 def test_a_shard_file_that_differs_from_the_manifest_fails_the_training(source: Shards, tmp_path: Path) -> None:

@@ -68,8 +68,8 @@ def table(config: ModelConfig) -> WeightTable:
             *block_rules(config),
         ),
         drops=(
-            Drop("embeddings.position_ids", "position indices, a constant"),
-            Drop("post_layernorm.*", "the norm of the class token: the model has vision.post_norm false"),
+            Drop("embeddings.position_ids", "constant position indices"),
+            Drop("post_layernorm.*", "the norm of the class token, because vision.post_norm of the model is false"),
         ),
     )
     return tower.with_prefix("vision_model.").with_drops(

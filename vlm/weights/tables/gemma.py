@@ -212,7 +212,7 @@ def table(config: ModelConfig) -> WeightTable:
             rename("lm_head.weight", "decoder.head.weight"),
         ),
         ties=(Tie("lm_head.weight", "model.embed_tokens.weight", "decoder.head.weight"),),
-        drops=(Drop("model.*rotary_emb.inv_freq", "frequencies of the rotary angles, a constant"),),
+        drops=(Drop("model.*rotary_emb.inv_freq", "constant frequencies of the rotary angles"),),
     )
 
 

@@ -77,8 +77,8 @@ def table(_: ModelConfig) -> WeightTable:
         ),
         ties=(Tie("lm_head.weight", "transformer.wte.weight", "decoder.head.weight"),),
         drops=(
-            Drop("transformer.h.*.attn.bias", "the causal mask, a constant"),
-            Drop("transformer.h.*.attn.masked_bias", "the fill value of the causal mask, a constant"),
+            Drop("transformer.h.*.attn.bias", "the constant causal mask"),
+            Drop("transformer.h.*.attn.masked_bias", "the constant fill value of the causal mask"),
         ),
     )
 

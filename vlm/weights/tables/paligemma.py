@@ -42,7 +42,7 @@ def table(config: ModelConfig) -> WeightTable:
     vision, text = siglip.tower(config).with_prefix(VISION), gemma.table(config).with_prefix(TEXT)
     return WeightTable(
         rules=(*vision.rules, rename("multi_modal_projector.linear.*", "projector.*"), *text.rules),
-        drops=(*vision.drops, *text.drops, Drop("*.position_ids", "position indices, a constant")),
+        drops=(*vision.drops, *text.drops, Drop("*.position_ids", "constant position indices")),
         ties=text.ties,
     )
 

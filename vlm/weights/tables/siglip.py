@@ -62,8 +62,8 @@ def _shared_rules(config: ModelConfig) -> tuple[Rule, ...]:
 
 
 DROPS = (
-    Drop("embeddings.position_ids", "position indices, a constant"),
-    Drop("head.*", "the pooling query: vision.select of the model is not attention"),
+    Drop("embeddings.position_ids", "constant position indices"),
+    Drop("head.*", "the attention pooling, because vision.select of the model is not attention"),
 )
 WHOLE_MODEL_DROPS = (
     Drop("text_model.*", "the text tower"),

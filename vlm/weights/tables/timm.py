@@ -261,7 +261,7 @@ def table(config: ModelConfig) -> WeightTable:
             Drop("fc_norm.*", "the norm of the pooled mean, used for classification"),
             Drop("head.*", "the head of a classifier"),
             Drop("head_dist.*", "the head of a classifier"),
-            Drop("attn_pool.*", "the pooling query: vision.select of the model is not attention"),
+            Drop("attn_pool.*", "the attention pooling, because vision.select of the model is not attention"),
         ),
     )
 

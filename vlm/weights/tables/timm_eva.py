@@ -151,7 +151,7 @@ def _table(config: ModelConfig, *, separate_biases: bool) -> WeightTable:
     shared = timm.table(config)
     replaced = {name.replace("*", kind) for rule in own for name in rule.ours for kind in ("weight", "bias")}
     kept = [rule for rule in shared.rules if rule.ours[0].replace("*", "weight") not in replaced]
-    return WeightTable((*kept, *own), (*shared.drops, Drop("rope.*", "angles of the positions, a constant")))
+    return WeightTable((*kept, *own), (*shared.drops, Drop("rope.*", "constant angles of the positions")))
 
 
 def _family(name: str, pattern: str, *, separate_biases: bool) -> Family:
