@@ -165,8 +165,10 @@ def run(commands: typer.Typer) -> None:
     except Exception as error:  # noqa: BLE001 outermost caller: every error gets a short message
         if file_error := _file_error(error):
             _fail(file_error)
-        traceback.print_exc()
-        print(f"\nlakesight failed with {type(error).__name__}: {_first_line(error)}", file=sys.stderr)
+        from pipelines.platform import redact_uri
+
+        message = f"{traceback.format_exc()}\n\nlakesight failed with {type(error).__name__}: {_first_line(error)}"
+        print(redact_uri(message), file=sys.stderr)
         sys.exit(1)
 
 

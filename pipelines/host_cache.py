@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,16 +21,18 @@ def user_cache_folder(kind: str, root: Path | None = None) -> Path:
         root: folder to use, by default a folder in the system's temporary folder.
 
     Raises:
-        StageFailed: the folder belongs to another user, who could put other files into it.
+        StageFailed: the folder, or a link in its place, belongs to another user, who could replace the files in it, or
+            all users may write to the folder.
         OSError: the folder cannot be created.
     """
     root = root or Path(tempfile.gettempdir()) / f"lakesight-{kind}-{os.getuid()}"
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if root.stat().st_uid != os.getuid():
+    owners, mode = {root.stat().st_uid, root.lstat().st_uid}, root.stat().st_mode
+    if owners != {os.getuid()} or mode & stat.S_IWOTH:
         raise StageFailed(
             f"{kind} cannot be copied to local disk",
             where=str(root),
-            got="the folder belongs to another user",
+            got="every user may write to the folder" if mode & stat.S_IWOTH else "the folder belongs to another user",
             fix="remove the folder, or set TMPDIR to a folder of your own",
         )
     return root

@@ -12,10 +12,12 @@ could leave a half-removed folder that looks complete.
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -94,15 +96,16 @@ def find_old_folders(platform: Platform, keep: int, needs: Needs) -> list[OldFol
 
 
 def remove_folders(folders: Iterable[OldFolder]) -> None:
-    """Remove the folders that `find_old_folders` has found."""
+    """Remove the folders that `find_old_folders` has found, unless another command has just removed them."""
     for folder in folders:
         path = folder.path
-        if not path.name.startswith(TRASH):
-            path = path.rename(path.with_name(f"{TRASH}{path.name}"))
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        with suppress(FileNotFoundError):
+            if not path.name.startswith(TRASH):
+                path = path.rename(path.with_name(f"{TRASH}{path.name}"))
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _read_runs(folder: Path) -> dict[RunFolder, RunFile]:
@@ -135,7 +138,7 @@ def _may_be_training(run: RunFolder) -> bool:
     if run.unregistered.exists():
         return True
     files = [run.run_file, run.launcher, *run.path.glob("heartbeat/*")]
-    changed = max(path.stat().st_mtime for path in files if path.exists())
+    changed = max(map(_modified, files))
     return not run.result.exists() and time.time() - changed < RUNNING.total_seconds()
 
 
@@ -195,9 +198,22 @@ def _newest(items: Iterable[T], keep: int, subject: Callable[[T], str], file: Ca
     for item in items:
         groups[subject(item)].append(item)
     for group in groups.values():
-        yield from sorted(group, key=lambda item: file(item).stat().st_mtime)[-keep:]
+        yield from sorted(group, key=lambda item: _modified(file(item)))[-keep:]
+
+
+def _modified(path: Path) -> float:
+    """Return the modification time of a file, or 0 if another command has just removed the file."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.lstat().st_size for file in files if not file.is_dir())
+    """Return the size of a file or of all files in a folder, without files that another command has just removed."""
+    files = [Path(folder, name) for folder, _, names in os.walk(path) for name in names] if path.is_dir() else [path]
+    total = 0
+    for file in files:
+        with suppress(FileNotFoundError):
+            total += file.lstat().st_size
+    return total

@@ -56,7 +56,7 @@ class CaptionJob(Config):
         rows_per_file: number of rows after which a task writes a file. A killed task loses only the rows after its last
             file.
         constants: columns that have the same value in all rows: a dict from the name of the column to the value.
-        started_at: time at which the job started.
+        started_at: time at which the job started, or a later time (see `row_times`).
     """
 
     model_folder: Path

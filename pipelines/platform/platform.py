@@ -104,8 +104,11 @@ class Platform:
 
 
 def redact_uri(uri: str) -> str:
-    """Remove passwords (user information and query string) from a URI or from a message that contains a URI."""
-    return re.sub(r"\?\S*", "", re.sub(r"//[^/\s]*@", "//", uri))
+    """Remove passwords (user information and query string) from a URI or from a message that contains a URI.
+
+    SQLAlchemy accepts a password that contains a slash.
+    """
+    return re.sub(r"\?\S*", "", re.sub(r"//([^/\s]*|[^/\s:@]*:\S*)@", "//", uri))
 
 
 def sqlite_uri(file: Path) -> str:

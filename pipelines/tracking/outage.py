@@ -23,6 +23,8 @@ DATABASE_DOWN = re.compile(
     re.IGNORECASE,
 )
 """Pattern of the messages with which database drivers report a server that does not answer, starts or stops."""
+DATABASE_NOT_WRITABLE = re.compile("disk is full|disk I/O error|readonly database|No space left", re.IGNORECASE)
+"""Pattern of the messages for a database that cannot be written, because its disk is full or read-only."""
 
 
 class TrackingDown(UserError):

@@ -30,6 +30,7 @@ from pipelines.platform import Platform, redact_uri
 from pipelines.tracking.describe.notes import MODEL_DESCRIPTION, put_sections, version_link
 from pipelines.tracking.describe.training import add_sections, version_text
 from pipelines.tracking.logged_model import log_model
+from pipelines.tracking.outage import first_line, is_outage
 from pipelines.tracking.server import REQUEST_ERRORS, connect, unusable
 from pipelines.tracking.version_files import digest_tags
 from vlm.config import Config
@@ -391,8 +392,8 @@ def _registry_errors(platform: Platform, model: str) -> Iterator[None]:
         yield
     except MlflowException as error:
         raise StageFailed(
-            "the model registry rejected a request",
+            f"the model registry {'did not answer' if is_outage(error) else 'rejected'} a request",
             where=f"{model} in {redact_uri(platform.registry_uri)}",
-            got=str(error).splitlines()[0],
-            fix="check the model's name, your permissions, and the address of the registry",
+            got=first_line(error),
+            fix="run the command again when the registry answers, or check its address, the name and your permissions",
         ) from error

@@ -17,7 +17,7 @@ from pipelines.platform import Platform, redact_uri
 from pipelines.tracking.database import check_database
 from pipelines.tracking.describe.notes import KIND, describe_experiment
 from pipelines.tracking.moved_home import artifact_root, follow_moved_home
-from pipelines.tracking.outage import TrackingDown, first_line, http_status, is_outage
+from pipelines.tracking.outage import DATABASE_NOT_WRITABLE, TrackingDown, first_line, http_status, is_outage
 
 REQUEST_ERRORS = (MlflowException, OSError)
 """Exceptions of a failed request to the tracking server.
@@ -40,6 +40,7 @@ def connect(platform: Platform) -> MlflowClient:
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # urllib3's warnings repeat our errors
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # its tracebacks repeat our errors
     follow_moved_home(platform)
     # `mlflow.set_tracking_uri` and `mlflow.set_registry_uri` also set these environment variables. `platform.local` and
     # child processes would mistake the variables for settings of the user.
@@ -135,6 +136,8 @@ def unusable(platform: Platform, error: Exception) -> UserError:
             fix = "run the command again; if it fails again, check that the cluster can reach the workspace"
         return TrackingDown(what, where=where, got=got, fix=fix)
     fix = "correct MLFLOW_TRACKING_URI, or unset MLFLOW_TRACKING_URI to track in the Lakesight home folder"
+    if DATABASE_NOT_WRITABLE.search(got):
+        fix = "free disk space for the database, or make its folder writable, and run the same command again"
     if http_status(error) in (401, 403):
         fix = "check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
     if workspace:

@@ -14,7 +14,6 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -30,6 +29,7 @@ from pipelines.driver.caption.source_table import SourceTable, compared_versions
 from pipelines.driver.delta.map_in_arrow import spark_schema, task_threads
 from pipelines.driver.delta.model_rows import is_of_model
 from pipelines.driver.delta.retry import retry_on_conflict
+from pipelines.driver.delta.row_times import later_than, newest_time
 from pipelines.driver.delta.settings import bounded_batches
 from pipelines.driver.delta.spark_errors import translate_spark_errors
 from pipelines.driver.delta.tables import ensure_champion_captions, ensure_tables
@@ -178,8 +178,8 @@ def caption(
     ensure_tables(spark, platform)
     ensure_champion_captions(spark, platform)
     source = _open_source(spark, platform, request)
-    job, key = _create_job(spark, platform, model, request, source)
-    pending = PendingFiles(job.output_folder, key)
+    *_, key = caption_key(model, request, source.name)
+    pending = PendingFiles(pending_folder(platform, key), key)
     pending.open()
     with translate_spark_errors("the table could not be captioned", where=source.name):
         recovered = pending.merge(spark, platform)
@@ -187,6 +187,7 @@ def caption(
         todo, counts = _find_uncaptioned_rows(spark, captions, source, request)
         done = CaptionStats()
         if counts.todo:
+            job = _create_job(spark, platform, model, request, source)
             with progress(pending.num_rows, counts.todo):
                 done = _run_executors(spark, todo, counts.todo, job)
             pending.merge(spark, platform)
@@ -225,12 +226,15 @@ def _open_source(spark: SparkSession, platform: Platform, request: CaptionReques
 
 def _create_job(
     spark: SparkSession, platform: Platform, model: ModelFiles, request: CaptionRequest, source: SourceTable
-) -> tuple[CaptionJob, dict[str, str]]:
-    """Return the job for the executors, and the key that identifies the model by name and version number.
+) -> CaptionJob:
+    """Return the job for the executors.
 
-    The model's digest is not in the returned key, because the folder of the files must keep the name that the folder
-    had in Lakesight 0.1.0. Each row in a file has the digest of its own model.
+    The job's time is later than the times of all captions of the table by versions of the model. So the captions of
+    this job are the newest, even if the clock was set back.
     """
+    earlier = spark.table(platform.table(GENERATED_CAPTIONS.name)).where(
+        (F.col("source_table") == source.name) & (F.col("model_name") == model.name)
+    )
     settings, decoding, key = caption_key(model, request, source.name)
     constants = {
         "prompt": request.prompt,
@@ -240,7 +244,7 @@ def _create_job(
         "image_column": request.image_column,
         "image_root": request.image_root,
     }
-    job = CaptionJob(
+    return CaptionJob(
         model_folder=model.folder,
         model_digest=model.digest,
         remote=model.remote,
@@ -253,15 +257,18 @@ def _create_job(
         output_folder=pending_folder(platform, key),
         rows_per_file=ROWS_PER_FILE,
         constants=key | constants | {"run_id": model.run_id, "model_digest": model.digest or None},
-        started_at=datetime.now(UTC),
+        started_at=later_than(newest_time(earlier, "captioned_at")),
     )
-    return job, key
 
 
 def caption_key(
     model: ModelFiles, request: CaptionRequest, table: str
 ) -> tuple[GenerationConfig, dict[str, object], dict[str, str]]:
-    """Return the decoding settings, the values that identify them, and the key of the table's caption files."""
+    """Return the decoding settings, the values that identify them, and the key of the table's caption files.
+
+    The model's digest is not in the key, because the folder of the files must keep the name that the folder had in
+    Lakesight 0.1.0. Each row in a file has the digest of its own model.
+    """
     settings = request.settings or model.read_config().generation
     decoding = settings.hashed_settings() | {"precision": request.precision}
     key = {

@@ -158,11 +158,15 @@ def _has_commits(folder: Path) -> bool:
     log folder, because Delta cannot open a table whose log folder has no commit.
     """
     log = folder / "_delta_log"
+    modified, watched_since = 0.0, time.monotonic()
     while log.is_dir():
         if any(log.glob("[0-9]*.json")) or any(log.glob("[0-9]*.parquet")):
             return True
         with suppress(FileNotFoundError):  # raised if another process has removed the log folder
-            if time.time() - log.stat().st_mtime > CREATION_TIMEOUT_S:
+            if modified != (modified := log.stat().st_mtime):
+                watched_since = time.monotonic()
+            # If the clock was set back, the time of the last change may be in the future.
+            if max(time.time() - modified, time.monotonic() - watched_since) > CREATION_TIMEOUT_S:
                 logger.warning(
                     "removing the log folder %s: it is at least %s seconds old and has no commit",
                     log,

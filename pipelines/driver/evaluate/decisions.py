@@ -6,11 +6,11 @@ On a laptop the table is written as files, so a rollback needs no Spark. In a wo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
-from pipelines.formats.delta_files import open_or_create
+from pipelines.driver.delta.row_times import later_than, newest_time
+from pipelines.formats.delta_files import arrow_dataset, open_or_create
 from pipelines.formats.tables import DECISIONS
 from pipelines.platform import Platform, user_name
 
@@ -43,7 +43,7 @@ def record_decision(
         reasons: reasons why the model version was refused.
         figures: metrics that the decision is based on, as a JSON object.
     """
-    row = {
+    row: dict[str, Any] = {
         "decision_id": uuid4().hex,
         "model_name": model,
         "model_version": version,
@@ -52,16 +52,18 @@ def record_decision(
         "reasons": list(reasons),
         "figures": figures,
         "decided_by": user_name(),
-        "decided_at": datetime.now(UTC),
         "model_digest": digest,
     }
     if platform.tables is None:
         _append_to_catalog(open_spark(), platform, row)
         return
     import pyarrow as pa
+    import pyarrow.compute as pc
     from deltalake import write_deltalake
 
     table = open_or_create(platform.tables / DECISIONS.name, DECISIONS)
+    earlier = arrow_dataset(table).to_table(["decided_at"], pc.field("model_name") == model)["decided_at"]
+    row["decided_at"] = later_than(pc.max(earlier).as_py())
     write_deltalake(table, pa.Table.from_pylist([row], DECISIONS.arrow_schema), mode="append")
 
 
@@ -72,5 +74,8 @@ def _append_to_catalog(spark: SparkSession, platform: Platform, row: dict[str, A
     from pipelines.driver.delta.tables import ensure_tables
 
     ensure_tables(spark, platform)
+    name = platform.table(DECISIONS.name)
+    earlier = spark.table(name).where(F.col("model_name") == row["model_name"])
+    row["decided_at"] = later_than(newest_time(earlier, "decided_at"))
     new = spark.createDataFrame([tuple(row[name] for name in DECISIONS.names)], DECISIONS.ddl())
-    new.withColumn("decided_by", F.current_user()).writeTo(platform.table(DECISIONS.name)).append()
+    new.withColumn("decided_by", F.current_user()).writeTo(name).append()

@@ -7,7 +7,6 @@ only appends to the ledger. If an ingest is killed or runs twice, the worst cons
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -18,6 +17,7 @@ from pyspark.sql import functions as F
 
 from pipelines.config import DataConfig, short_hash
 from pipelines.driver.delta.on_disk import open_on_disk
+from pipelines.driver.delta.row_times import later_than, newest_time
 from pipelines.driver.ingest.table_rows import rows_of_source
 from pipelines.formats.delta_files import arrow_dataset
 from pipelines.formats.tables import INGESTED
@@ -105,7 +105,10 @@ def pending_items(items: pa.Table, ingested: pa.Table) -> pa.Table:
 
 def append_to_ledger(spark: SparkSession, platform: Platform, items: pa.Table, entry: LedgerEntry) -> None:
     """Append ITEMS to the ledger in one commit. An append has no conflict with other commits."""
-    columns = entry._asdict() | {"ingested_at": datetime.now(UTC)}
+    versions = rows_of_source(spark, platform, INGESTED.name, entry.source).filter(F.col("state").startswith(VERSION))
+    has_versions = pc.any(pc.starts_with(items["state"], VERSION)).as_py()
+    newest = newest_time(versions, "ingested_at") if has_versions else None
+    columns = entry._asdict() | {"ingested_at": later_than(newest)}
     rows = spark.createDataFrame(items).withColumns({name: F.lit(value) for name, value in columns.items()})
     rows.select(*INGESTED.names).writeTo(platform.table(INGESTED.name)).append()
 

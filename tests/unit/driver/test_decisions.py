@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
@@ -39,3 +40,21 @@ def test_without_a_jvm_decisions_are_appended_to_a_delta_table_in_a_folder(
     ]
     assert {(row["champion"], row["model_digest"], row["decided_by"]) for row in rows} == {("1", "d", user_name())}
     assert len({row["decision_id"] for row in rows}) == 2
+
+
+def test_a_decision_is_the_last_even_if_the_clock_was_ahead_at_an_earlier_decision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    platform = open_local(monkeypatch, tmp_path)
+    decide = partial(record_decision, no_spark, platform, digest="d", champion="1", action="promote")
+    decide(model="m", version="1")
+    assert platform.tables
+    table = DeltaTable(platform.tables / "decisions")
+    table.update({"decided_at": "decided_at + INTERVAL '1 year'"})
+    for version in ("2", "3"):
+        decide(model="m", version=version)
+    decide(model="other", version="4")
+    table.update_incremental()
+    rows = table.to_pyarrow_table().sort_by("decided_at").to_pylist()
+    assert [row["model_version"] for row in rows] == ["4", "1", "2", "3"]
+    assert rows[0]["decided_at"] < datetime.now(UTC) + timedelta(minutes=1), "other models are not affected"

@@ -167,3 +167,13 @@ def test_an_unfinished_run_with_files_from_the_future_is_kept(platform: Platform
     run_of(platform, 10, shards, finished=False)
     set_age(platform.folder("runs") / "tiny-10" / "run.json", -3 * LONG_AGO)
     assert old_names(platform) == {"runs/tiny-9"}
+
+
+def test_folders_that_another_command_has_just_removed_are_skipped(platform: Platform) -> None:
+    shards = shards_of(platform, 0)
+    for number in range(4):
+        run_of(platform, number, shards, finished=False)
+    found = find_old_folders(platform, 1, no_versions)
+    remove_folders(found[:1])
+    remove_folders(found)
+    assert {path.name for path in platform.folder("runs").iterdir()} == {"tiny-3"}

@@ -112,3 +112,21 @@ def test_a_cache_folder_of_another_user_is_refused(tmp_path: Path) -> None:
     os.chown(tmp_path / "near", 12345, 12345)
     with pytest.raises(StageFailed, match="another user"):
         local_copy(model(tmp_path / "far"), root=tmp_path / "near")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a link away")
+def test_a_link_that_another_user_has_put_in_place_of_the_cache_folder_is_refused(tmp_path: Path) -> None:
+    """Otherwise, the user could choose a folder of ours whose subfolders the cache then removes."""
+    (tmp_path / "valuable" / "work").mkdir(parents=True)
+    (tmp_path / "near").symlink_to(tmp_path / "valuable")
+    os.lchown(tmp_path / "near", 12345, 12345)
+    with pytest.raises(StageFailed, match="another user"):
+        local_copy(model(tmp_path / "far"), root=tmp_path / "near")
+    assert (tmp_path / "valuable" / "work").exists()
+
+
+def test_a_cache_folder_in_which_every_user_may_write_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "near").mkdir()
+    (tmp_path / "near").chmod(0o777)
+    with pytest.raises(StageFailed, match="every user may write"):
+        local_copy(model(tmp_path / "far"), root=tmp_path / "near")

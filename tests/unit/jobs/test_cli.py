@@ -212,16 +212,17 @@ def test_commands_work_for_a_user_without_a_name_and_without_a_home_folder(monke
     assert check_delta_jar().status == "ok"
 
 
-def test_an_unexpected_error_prints_a_traceback_and_the_error_message_as_last_line(
+def test_an_unexpected_error_prints_a_traceback_without_passwords_and_the_error_message_as_last_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["lakesight", "fail"])
     with pytest.raises(SystemExit) as end:
-        run(failing(ValueError("wrong\nsecond line")))
+        run(failing(ValueError("no answer of http://me:c4nary@host\nsecond line")))
     shown = capsys.readouterr().err
     assert end.value.code == 1
     assert "Traceback" in shown
-    assert shown.strip().splitlines()[-1] == "lakesight failed with ValueError: wrong"
+    assert shown.strip().splitlines()[-1] == "lakesight failed with ValueError: no answer of http://host"
+    assert "c4nary" not in shown
 
 
 def test_only_the_report_goes_to_stdout_even_if_child_processes_print() -> None:

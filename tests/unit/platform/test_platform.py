@@ -175,6 +175,7 @@ def test_a_missing_java_is_reported_before_pyspark_prints_a_traceback(tmp_path: 
         ("https://me:pass@word@host/x", "https://host/x"),
         ("postgresql://host/db?user=me&password=secret", "postgresql://host/db"),
         ("cannot reach //token@host/a?b=c today", "cannot reach //host/a today"),
+        ("postgresql+psycopg://me:pass/word@host/db", "postgresql+psycopg://host/db"),
         ("sqlite:////data/me@work/mlflow.db", "sqlite:////data/me@work/mlflow.db"),
     ],
 )

@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from pipelines.config import LocalPlatformConfig
 from pipelines.errors import UserError
 from pipelines.platform import Platform, local
 from pipelines.tracking.outage import TrackingDown
-from pipelines.tracking.server import connect
+from pipelines.tracking.server import connect, unusable
 
 
 @pytest.fixture
@@ -75,3 +76,11 @@ def test_a_database_server_that_gives_no_answer_is_an_outage(laptop: Platform) -
     with pytest.raises(TrackingDown, match="the tracking database cannot be used") as caught:
         connect(replace(laptop, tracking_uri=uri, registry_uri=uri))
     assert "c4nary" not in str(caught.value)
+
+
+@pytest.mark.parametrize("problem", ["database or disk is full", "attempt to write a readonly database"])
+def test_the_error_for_a_database_that_cannot_be_written_advises_to_free_space_or_to_change_permissions(
+    laptop: Platform, problem: str
+) -> None:
+    error = unusable(laptop, MlflowException(f"(sqlite3.OperationalError) {problem}\n[SQL: INSERT INTO runs ...]"))
+    assert f"Got: (sqlite3.OperationalError) {problem}. Fix: free disk space for the database" in str(error)

@@ -170,3 +170,10 @@ def test_an_unfinished_run_and_a_damaged_run_are_not_registered_and_do_not_stop_
     assert "tiny-2 is not registered" in capsys.readouterr().err
     with pytest.raises(UserError, match="there is no such registered model"):
         registry.resolve(platform, "tiny", "latest")
+
+
+def test_the_error_for_a_registry_that_does_not_answer_does_not_contain_its_password(platform: Platform) -> None:
+    with pytest.raises(StageFailed, match="the model registry did not answer a request") as caught:
+        registry.resolve(replace(platform, registry_uri="http://me:c4nary@127.0.0.1:1"), "tiny", "1")
+    assert "c4nary" not in str(caught.value)
+    assert "run the command again when the registry answers" in caught.value.fix

@@ -1,0 +1,27 @@
+"""Times of new rows, which are later than the times of earlier rows even if the clock was set back.
+
+Readers find the last decision on a model, the newest caption of a picture and the last ingest of a table by the times
+of the rows. If the clock was ahead when an earlier row was written, the rows of later jobs would not count as newer.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+
+def later_than(newest: datetime | None) -> datetime:
+    """Return the present time, or one microsecond after `newest` if the clock is not later than `newest`."""
+    now = datetime.now(UTC)
+    return now if newest is None or newest < now else newest + timedelta(microseconds=1)
+
+
+def newest_time(rows: DataFrame, column: str) -> datetime | None:
+    """Return the newest time in a column, or None if there are no rows."""
+    from pyspark.sql import functions as F
+
+    found: datetime | None = rows.agg(F.max(column)).toArrow()[0][0].as_py()
+    return found
