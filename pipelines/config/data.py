@@ -40,7 +40,7 @@ class ColumnNames(Config):
 
 
 class PlainColumns(ColumnNames):
-    """Names of the source's columns, with the usual defaults of tables and JSON lines."""
+    """Names of the source's columns, by default names that are usual in tables and JSON lines."""
 
     image: str = "image"
     text: str = "text"
@@ -214,8 +214,8 @@ class HashSplitConfig(Config):
     """Split by the SHA-256 of the picture. A picture's split never changes, and equal pictures share a split.
 
     Attributes:
-        val: share of the pictures that are put into the split val.
-        test: share of the pictures that are put into the split test.
+        val: share of the pictures that are put into the split `val` (validation).
+        test: share of the pictures that are put into the split `test`.
     """
 
     kind: Literal["hash"] = "hash"
