@@ -17,7 +17,7 @@ MAX_LENGTH = 100
 INTRODUCTION = """\
 # Python API
 
-The package `vlm` is a library of its own. It needs PyTorch, but neither Spark nor MLflow:
+The package `vlm` can be used without the rest of Lakesight. The package needs PyTorch, but neither Spark nor MLflow:
 `pip install 'lakesight[torch]'`.
 
 ```python
@@ -30,7 +30,7 @@ picture = Image.open("cat.png")
 print(captioner.caption([picture], max_new_tokens=30)[0].caption)
 ```
 
-`make api` writes this page from the docstrings. The tests run every example.
+`make api` writes this page from the docstrings of the package. The tests run all examples.
 """
 ORDER = ("load", "build", "Captioner", "CaptionResult", "AnswerLogprobs", "AttentionMaps", "GenerationConfig")
 """Names on the page, in this order. The page models.md describes the remaining public name, ModelConfig."""

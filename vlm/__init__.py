@@ -57,7 +57,7 @@ def load(path: str | Path, *, device: str | None = None, precision: str = "fp32"
 
     Raises:
         CheckpointError: the folder has no model, or its files are damaged or do not fit together.
-        ConfigError: there is no such precision, or the tokenizer of a published model does not fit.
+        ConfigError: the precision is unknown, or the tokenizer of a published model does not fit the model.
 
     Example:
         >>> import tempfile, vlm

@@ -98,9 +98,9 @@ def _read_file(path: Path) -> bytes:
 class Captioner:
     """Model and tokenizer that caption pictures and answer questions about pictures.
 
-    `vlm.load` and `vlm.build` return a captioner. A picture is a picture of Pillow, a `pathlib.Path`, the bytes of a
-    file, or base64 text. Every method takes generation settings as keyword arguments (`vlm.GenerationConfig`). A
-    setting that is not given has the value that is stored with the model.
+    `vlm.load` and `vlm.build` return a captioner. A picture may be a Pillow image, a `pathlib.Path`, the bytes of a
+    picture file, or base64 text. Every method takes generation settings as keyword arguments (`vlm.GenerationConfig`).
+    A setting that is not given has the value that is stored with the model.
 
     Example:
         >>> import vlm
@@ -153,15 +153,15 @@ class Captioner:
     ) -> list[CaptionResult]:
         """Caption pictures, and return one result for each picture, in the order of the pictures.
 
-        A picture that cannot be decoded or exceeds a limit causes an error in its row.
+        If a picture cannot be decoded or exceeds a limit, the result for this picture contains an error.
 
         Args:
             images: pictures to caption.
             prompts: one prompt for each picture, or one prompt for all pictures; an empty prompt asks for a plain
                 caption.
-            max_pixels: largest allowed number of pixels (width times height) of a file.
-            min_side: smallest allowed width and height of a file, in pixels.
-            max_bytes: largest allowed size of a file, in bytes.
+            max_pixels: largest allowed number of pixels (width times height) of a picture.
+            min_side: smallest allowed width and height of a picture, in pixels.
+            max_bytes: largest allowed size of a picture file, in bytes.
             **settings: generation settings, such as `temperature=0.7`.
 
         Raises:

@@ -137,10 +137,11 @@ class GenerationConfig(Config):
 
         Args:
             changes: dict from names of settings to their new values.
-            where: source of the settings, for the error message.
+            where: where the settings come from, which the error message says, such as "generation settings".
 
         Raises:
-            ConfigError: there is no setting of a name, a value is invalid, or settings exclude each other.
+            ConfigError: a name in `changes` is not the name of a setting, a value is invalid, or two settings exclude
+                each other.
 
         Example:
             >>> import vlm

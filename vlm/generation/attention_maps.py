@@ -33,16 +33,18 @@ from vlm.vision import VisionEncoder
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """Attention of each token of an answer to a picture.
+    """Attention maps of an answer, which say how much each token of the answer attends to each part of the picture.
 
     Attributes:
         text: the answer.
         spans: for each token, the index of its first character in the answer, and the index after its last character.
-        decoder_TLHN: for each layer and head, the attention weights of the decoder from the position that predicts a
-            token to the features of the picture. In a model with image slots, the weights of a position also go to the
-            text, so their sum over the features is at most 1. In a model with cross-attention, the sum is 1.
-        rollout_NP: how much each patch contributes to each feature, as a share from 0 to 1. The patches are in rows
-            from top to bottom. The sum of a row is below 1 if the encoder also has a class token or registers.
+        decoder_TLHN: attention weights of the decoder, by token, layer, head and picture feature. The weights of a
+            token are those of the position that predicts the token. In a model with image slots, this position also
+            attends to the text, so the sum of its weights over the features is at most 1. In a model with
+            cross-attention, the sum is 1.
+        rollout_NP: share of each feature that comes from each patch, from 0 to 1. The patches are ordered by the rows
+            of the picture, from top to bottom. The shares of a feature add up to less than 1 if the encoder also has a
+            class token or registers.
     """
 
     text: str
@@ -65,7 +67,7 @@ class AttentionMaps:
         return (self.decoder_TLHN.mean(dim=(1, 2)) @ self.rollout_NP).view(-1, side, side)
 
     def words(self) -> list[tuple[str, Tensor]]:
-        """Return the words of the answer, each with the mean attention (side, side) of the word's tokens.
+        """Return each word of the answer with the mean attention map (side, side) of its tokens.
 
         Example:
             >>> import vlm
