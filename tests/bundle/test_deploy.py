@@ -93,7 +93,9 @@ def deployment(tmp_path: Path) -> Iterator[Deployment]:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_cli_validates_plans_deploys_summarizes_and_destroys(deployment: Deployment, target: str) -> None:
+def test_the_databricks_cli_validates_plans_deploys_summarizes_and_destroys_the_bundle(
+    deployment: Deployment, target: str
+) -> None:
     count = RESOURCES[target]
     deployment.expect("validate --strict", target, "Validation OK!")
     deployment.expect("plan", target, f"Plan: {count} to add, 0 to change, 0 to delete, 0 unchanged")

@@ -92,7 +92,9 @@ def assert_complete(stage: str, home: Path) -> None:
 
 
 @pytest.mark.parametrize(("stage", "folder"), FULL)
-def test_a_full_disk_is_named_and_the_next_command_completes_the_work(home: Path, stage: str, folder: str) -> None:
+def test_the_error_for_a_full_disk_says_so_and_the_next_command_completes_the_work(
+    home: Path, stage: str, folder: str
+) -> None:
     (home / folder).mkdir(exist_ok=True)
     done = run_on_small_disk(command(*STAGES[stage]), home / folder, 24, environment(home))
     assert_one_paragraph(done, "No space left on device")

@@ -89,14 +89,16 @@ def files_of_others(home: Path) -> list[Path]:
     return [path for path in found if not re.search("/artifacts/(code|model.py)", path.as_posix())]
 
 
-def test_an_error_names_a_limit_of_open_files_that_is_too_low_for_spark(tmp_path: Path) -> None:
+def test_the_error_for_too_few_open_files_for_spark_names_the_limit(tmp_path: Path) -> None:
     done = run(tmp_path / "lakesight", "ingest", environment={}, prepare=forbid_more_files)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("Spark needs more open files than the limit of this process.")
     assert f"Got: {OPEN_FILES}." in done.stderr
 
 
-def test_if_shards_runs_or_the_registry_are_removed_the_next_stage_recreates_them_or_names_them(tmp_path: Path) -> None:
+def test_if_shards_runs_or_the_registry_were_removed_the_next_stage_recreates_or_names_the_removed_files(
+    tmp_path: Path,
+) -> None:
     home = tmp_path / "lakesight"
 
     def report(command: str) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def either(path: Path, first: str, second: str) -> str:
     return str(path)
 
 
-def test_two_spark_sessions_started_in_the_same_second_have_separate_executor_folders(
+def test_two_spark_sessions_that_start_in_the_same_second_have_separate_executor_folders(
     spark: SparkSession,
 ) -> None:
     """Check that the application id, after which Spark names executor folders, ends with the process id.

@@ -111,7 +111,7 @@ def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
     return runs_in(tmp_path, monkeypatch)
 
 
-def test_the_failure_matrix_has_forty_cells() -> None:
+def test_the_failure_matrix_has_at_least_forty_different_cases() -> None:
     assert len(set(cells())) == len(list(cells())) >= 40
     assert set(cells()) > SAMPLE
 

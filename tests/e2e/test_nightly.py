@@ -105,7 +105,7 @@ def run(folder: Path, words: list[str], **variables: str) -> subprocess.Complete
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
-def test_the_commands_of_the_page_work_in_the_order_of_the_page(folder: Path) -> None:
+def test_the_commands_of_the_nightly_page_succeed_in_the_order_of_the_page(folder: Path) -> None:
     assert run(folder, [sys.executable, "to_delta.py"]).returncode == 0
     printed: dict[str, str] = {}
     for words in commands():
@@ -163,7 +163,7 @@ def test_the_nightly_script_reports_a_failure_and_refuses_to_start_while_an_earl
     assert "shop/gone" in done.stdout
 
 
-def test_airflow_parses_the_dag_of_the_page(tmp_path: Path) -> None:
+def test_airflow_parses_the_dag_of_the_nightly_page(tmp_path: Path) -> None:
     python = os.environ.get("AIRFLOW_PYTHON")
     if not python:
         pytest.skip("AIRFLOW_PYTHON names no Python with Airflow (see CONTRIBUTING.md)")

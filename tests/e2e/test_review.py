@@ -95,7 +95,7 @@ def page(address: str) -> Iterator[Page]:
         yield tab
 
 
-def test_a_person_judges_captions_on_the_page(page: Page, home: Path, tmp_path: Path) -> None:
+def test_a_person_can_judge_captions_on_the_review_page(page: Page, home: Path, tmp_path: Path) -> None:
     assert page.locator("article").count() == 24  # the first page has the least certain captions
     assert page.locator("article").first.locator("textarea").input_value() == "a red square"
     assert page.locator("article").nth(2).locator("textarea").input_value() == EVIL
@@ -132,7 +132,7 @@ def test_a_person_judges_captions_on_the_page(page: Page, home: Path, tmp_path: 
     assert page.locator("article").count() == 3
 
 
-def test_requests_without_the_token_of_the_page_are_refused(address: str, home: Path) -> None:
+def test_the_review_server_refuses_requests_without_the_token_of_its_page(address: str, home: Path) -> None:
     said = {"image_id": "demo/00", "model_version": "1", "settings_hash": "h", "verdict": "good"}
 
     def answer(path: str, body: object = None, **headers: str) -> tuple[int, str]:

@@ -78,7 +78,7 @@ def torchrun_on_both(run: RunFolder) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("network")
-def test_ranks_that_lose_their_network_end_in_time_and_resume_when_the_network_is_back(
+def test_ranks_that_lose_the_network_end_in_time_and_the_run_resumes_when_the_network_is_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = runs_in(tmp_path, monkeypatch)(steps=100_000, validate_every=100_000, checkpoint_every=20, timeout_seconds=10)

@@ -34,7 +34,7 @@ SECONDS = 240
 """Time limit for an answer of the server, in seconds."""
 
 
-def test_modules_of_the_working_folder_do_not_shadow_those_of_the_mlflow_ui_and_sigterm_leaves_no_process(
+def test_modules_of_the_working_folder_do_not_shadow_modules_of_the_mlflow_ui_and_sigterm_leaves_no_process(
     tmp_path: Path, empty_database: Path
 ) -> None:
     home, folder, port = tmp_path / "home", tmp_path / "work", free_port()

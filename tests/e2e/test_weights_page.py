@@ -98,7 +98,7 @@ def run(folder: Path, words: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_commands_of_the_page_lead_from_published_weights_to_captions(folder: Path) -> None:
+def test_the_commands_of_the_weights_page_lead_from_published_weights_to_captions(folder: Path) -> None:
     printed: dict[str, str] = {}
     for words in COMMANDS:
         done = run(folder, words)

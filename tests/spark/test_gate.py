@@ -93,7 +93,7 @@ def refusal(job: Job, version: str) -> str:
     return str(refused.value)
 
 
-def test_the_files_of_the_table_version_that_shards_name_are_deleted_in_all_tests_of_this_file(job: Job) -> None:
+def test_vacuum_has_deleted_the_files_of_the_table_version_that_the_shards_name(job: Job) -> None:
     request = open_split(job, open_model(job, GOOD)).manifest.request
     pinned = job.spark.read.option("versionAsOf", request.table_version).table(request.table)
     with pytest.raises(StageFailed, match="VACUUM has removed files"), translate_spark_errors("reading", where="it"):
@@ -283,7 +283,7 @@ def test_the_lineage_and_the_decisions_of_a_model_are_shown_without_starting_a_j
     assert not {"spark"} & {*shell.__dict__, *other.__dict__}
 
 
-def test_the_attention_of_a_colour_is_on_the_corner_that_has_the_colour(job: Job) -> None:
+def test_the_attention_for_a_colour_word_is_on_the_corner_with_this_colour(job: Job) -> None:
     """By chance, a quarter of the pictures pass: a picture has four corners, and the model names the first corner."""
     captioner = vlm.load(open_model(job, GOOD).folder)
     first = [

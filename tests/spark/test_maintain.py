@@ -62,7 +62,7 @@ def test_maintenance_removes_old_files_without_changing_a_row_or_a_shard(
     assert (again.reused, again.folder) == (True, first.folder)
 
 
-def test_a_retention_time_below_one_week_is_refused(spark: SparkSession, platform: Platform) -> None:
+def test_maintain_refuses_a_retention_time_below_one_week(spark: SparkSession, platform: Platform) -> None:
     with pytest.raises(UserError, match=r"--retain-hours.*167.*at least 168"):
         maintain(spark, platform, retain_hours=167)
 

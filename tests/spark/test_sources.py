@@ -151,7 +151,7 @@ def write_webdataset(folder: Path) -> Written:
     ],
     ids=["jsonl", "parquet", "table", "folder", "paths", "coco", "webdataset"],
 )
-def test_every_row_of_every_kind_of_source_is_counted(
+def test_the_ingest_report_counts_every_row_of_every_kind_of_source(
     spark: SparkSession,
     platform: Platform,
     source: str,

@@ -34,7 +34,9 @@ NEEDED = (
 )
 
 
-def test_a_child_process_receives_what_it_needs_and_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_process_receives_the_environment_variables_that_it_needs_and_no_credentials(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for name in (*SECRETS, *NEEDED):
         monkeypatch.setenv(name, "value")
     environment = child_environment(RANK="1")
@@ -43,7 +45,7 @@ def test_a_child_process_receives_what_it_needs_and_no_credentials(monkeypatch: 
     assert not set(SECRETS) & environment.keys()
 
 
-def test_a_rank_forgets_the_credentials_of_the_executor_and_keeps_what_describes_the_rank(
+def test_a_rank_removes_the_credentials_of_the_executor_and_keeps_the_variables_that_describe_the_rank(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in (*SECRETS, *NEEDED, "MASTER_ADDR", "LOCAL_RANK"):

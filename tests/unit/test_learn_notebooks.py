@@ -60,7 +60,7 @@ def check_labels(figure: Figure) -> None:
     assert (overlaps, cut) == ([], []), figure.axes[0].get_title()
 
 
-def test_the_check_of_labels_finds_overlapping_labels_and_cut_labels() -> None:
+def test_the_check_of_notebook_figures_finds_overlapping_labels_and_cut_labels() -> None:
     figure = Figure(figsize=(2, 2), layout="constrained")
     figure.text(0.5, 0.5, "one")
     figure.subplots().set_title("a title")

@@ -131,7 +131,7 @@ CHANGES: dict[str, Callable[[Shop], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_caption_job_after_a_change_of_its_input_or_output_is_left_to_spark(change: str, shop: Shop) -> None:
+def test_a_caption_job_starts_spark_if_its_input_or_output_has_changed(change: str, shop: Shop) -> None:
     CHANGES[change](shop)
     assert shop.find() is None
 
@@ -144,11 +144,13 @@ OTHER: tuple[Mapping[str, object], ...] = (
 
 
 @pytest.mark.parametrize("request_", OTHER, ids=str)
-def test_a_caption_request_with_other_options_is_left_to_spark(request_: Mapping[str, object], shop: Shop) -> None:
+def test_a_caption_job_starts_spark_if_the_request_has_other_options(
+    request_: Mapping[str, object], shop: Shop
+) -> None:
     assert shop.find(**request_) is None
 
 
-def test_captions_of_another_model_do_not_count_but_captions_of_the_first_release_do(shop: Shop) -> None:
+def test_captions_of_another_model_are_not_reused_but_captions_of_the_first_release_are(shop: Shop) -> None:
     other = shop._replace(model=shop.model.model_copy(update={"digest": "e", "run_id": "other"}))
     assert other.find() is None
     other.caption([1, 2, 3], 0, model_digest=None, run_id="other")
@@ -156,7 +158,7 @@ def test_captions_of_another_model_do_not_count_but_captions_of_the_first_releas
     assert shop._replace(model=shop.model.model_copy(update={"version": "2"})).find() is None
 
 
-def test_a_table_with_deletion_vectors_is_left_to_spark(shop: Shop) -> None:
+def test_a_caption_job_starts_spark_for_a_table_with_deletion_vectors(shop: Shop) -> None:
     DeltaTable(shop.folder).alter.add_feature(TableFeatures.DeletionVectors, allow_protocol_versions_increase=True)
     assert shop.find() is None
 

@@ -161,7 +161,7 @@ def test_nearly_equal_captions_are_refused_unless_the_human_captions_are_equal_t
     assert apply_gate(GateConfig(), evaluated(tmp_path, same), None, WELL).checks["varied"].passed
 
 
-def test_three_pictures_that_are_captioned_word_for_word_are_not_refused(tmp_path: Path) -> None:
+def test_a_model_version_with_perfect_captions_of_only_three_pictures_is_not_refused(tmp_path: Path) -> None:
     perfect = [replace(row, neighbour=TRUTH[3]) for row in scored(list(TRUTH[:3]))]
     report = evaluated(tmp_path, perfect)
     result = apply_gate(GateConfig(), report, None, WELL)

@@ -93,7 +93,7 @@ def drop_table(platform: Platform, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [touch, add, remove_page, drop_table])
-def test_an_ingest_that_may_have_something_to_do_is_left_to_spark(
+def test_an_ingest_is_skipped_without_spark_only_if_its_input_and_settings_are_unchanged(
     platform: Platform, config: DataConfig, tmp_path: Path, change: object
 ) -> None:
     assert find_finished(platform, NAME, config) is None, "there are no tables"

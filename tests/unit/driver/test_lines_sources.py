@@ -84,7 +84,7 @@ def problems(records: list[Record]) -> dict[str, str]:
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("multiline", [False, True])
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
-def test_the_delimiter_the_encoding_and_the_line_ends_of_a_csv_file_are_detected_in_its_first_bytes(
+def test_delimiter_encoding_and_line_ends_are_detected_from_the_first_bytes_of_a_csv_file(
     tmp_path: Path, end: str, encoding: str, multiline: bool, delimiter: str
 ) -> None:
     rows = [["id", "image", "text"], *(["1", "p", f'"{n}{delimiter} caf\u00e9"'] for n in range(20))]
@@ -95,7 +95,7 @@ def test_the_delimiter_the_encoding_and_the_line_ends_of_a_csv_file_are_detected
 
 @settings(max_examples=60, deadline=None)
 @given(st.randoms(use_true_random=False))
-def test_a_written_csv_file_is_read_as_by_the_csv_module(rng: random.Random) -> None:
+def test_a_csv_file_of_any_rows_is_read_as_by_the_csv_module_of_python(rng: random.Random) -> None:
     delimiter, end, multiline = rng.choice(",;\t|"), rng.choice(["\n", "\r\n", "\r"]), rng.random() < 0.5
     quoting: Any = rng.choice([csv.QUOTE_ALL, csv.QUOTE_MINIMAL])
     letters = f"ab\u00e9\u6f22\U0001f600 \"{delimiter},'#\\" + (
@@ -123,21 +123,21 @@ def test_a_first_line_that_names_the_delimiter_is_not_the_header(tmp_path: Path,
     assert texts(read_csv(tmp_path)) == ["a,b"]
 
 
-def test_the_delimiter_of_csv_files_can_be_set(tmp_path: Path) -> None:
+def test_the_config_can_set_the_delimiter_of_csv_files(tmp_path: Path) -> None:
     write(tmp_path, {"a.csv": "image#text\np#a,b\n"})
     assert texts(read_csv(tmp_path, delimiter="#")) == ["a,b"]
     with pytest.raises(UserError, match="no column image, text"):
         read_csv(tmp_path)
 
 
-def test_the_column_that_is_named_exactly_is_read_whatever_the_other_columns_are_called(tmp_path: Path) -> None:
+def test_the_column_with_exactly_the_configured_name_is_read_among_columns_with_similar_names(tmp_path: Path) -> None:
     write(tmp_path, {"a.csv": ",image,text,Text,TEXT,text ,a.b,`c`,,,x,x\n0,p,right,1,2,3,4,5,6,7,8,9\n"})
     [record] = read_csv(tmp_path)
     assert (record.fields["text"], record.fields["_c0"], record.fields["a.b"]) == ("right", "0", "4")
     assert sorted(map(str, record.fields.values())) == sorted(["p", "right", *"0123456789"])
 
 
-def test_of_two_columns_of_the_same_name_the_first_is_read_and_the_log_says_so(
+def test_if_several_columns_have_the_same_name_the_first_column_is_read_and_a_warning_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(tmp_path, {"a.csv": "text,image,text,text\nfirst,p,second,third\n"})
@@ -146,7 +146,7 @@ def test_of_two_columns_of_the_same_name_the_first_is_read_and_the_log_says_so(
     assert any("several columns named text" in message for message in caplog.messages)
 
 
-def test_blanks_around_the_names_of_a_header_do_not_hide_a_column(tmp_path: Path) -> None:
+def test_a_column_is_found_although_its_name_in_the_header_has_blanks_around_it(tmp_path: Path) -> None:
     write(tmp_path, {"a.csv": "image , text\np, one\n"})
     assert texts(read_csv(tmp_path)) == [" one"]
     write(tmp_path, {"a.csv": "image, text\np, one\n"})
@@ -171,7 +171,7 @@ def test_a_file_without_a_required_column_is_refused_and_all_other_files_are_rea
     assert "ZIP" in found["zip.csv"]
 
 
-def test_a_column_that_no_file_has_is_an_error_of_the_whole_input(tmp_path: Path) -> None:
+def test_a_column_that_no_file_has_raises_an_error_instead_of_refusing_each_file(tmp_path: Path) -> None:
     write(tmp_path, {"a.csv": "image,caption\np,x\n", "b.csv": "caption,image\n"})
     with pytest.raises(UserError, match=r"no column text.*columns\.text=caption"):
         read_csv(tmp_path)
@@ -213,7 +213,7 @@ REPORTED = {
 
 
 @pytest.mark.parametrize("files", REPORTED.values(), ids=REPORTED)
-def test_a_csv_file_of_a_public_bug_report_of_another_reader_is_read(
+def test_csv_files_from_public_bug_reports_about_other_readers_are_read(
     tmp_path: Path, files: dict[str, str | bytes]
 ) -> None:
     assert texts(read_csv(write(tmp_path, files))) == ["one", "two"]
@@ -343,6 +343,8 @@ def test_an_integer_of_any_length_in_a_coco_document_does_not_stop_the_reader(tm
 
 
 @pytest.mark.parametrize("document", [[], {}, {"images": [], "annotations": None}, {"images": {}, "annotations": []}])
-def test_a_json_document_without_the_lists_of_coco_is_an_error(tmp_path: Path, document: object) -> None:
+def test_a_json_document_without_the_coco_lists_images_and_annotations_is_an_error(
+    tmp_path: Path, document: object
+) -> None:
     with pytest.raises(ValueError, match="without the lists"):
         coco(tmp_path, document)

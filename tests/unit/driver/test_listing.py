@@ -76,13 +76,13 @@ def test_a_folder_without_permission_is_passed_over_and_a_file_without_permissio
     assert [file.state for file in found.files] == [NO_ACCESS]
 
 
-def test_a_file_that_the_path_names_is_read_whatever_its_name_and_suffix(tmp_path: Path) -> None:
+def test_a_path_to_a_single_file_reads_that_file_whatever_its_name_and_suffix(tmp_path: Path) -> None:
     for name in (".hidden", "_metadata", "rows.txt", "a.csv.zip"):
         write(tmp_path, {name: "x"})
         assert [file.name for file in listing(tmp_path / name).files] == [name]
 
 
-def test_a_file_without_a_split_in_its_name_is_passed_over_if_the_name_decides_the_split(tmp_path: Path) -> None:
+def test_if_file_names_decide_the_split_a_file_without_a_split_in_its_name_is_passed_over(tmp_path: Path) -> None:
     write(tmp_path, {"train.csv": "x", "captions.csv": "x"})
     found = listing(tmp_path, split={"kind": "file"})
     assert [file.name for file in found.files] == ["train.csv"]
@@ -140,14 +140,14 @@ def test_braces_are_expanded_as_in_paths_of_spark() -> None:
     assert expand_braces("a{b}") == ["a{b}"]
 
 
-def test_partition_folders_give_the_values_of_columns(tmp_path: Path) -> None:
+def test_names_of_partition_folders_give_column_values(tmp_path: Path) -> None:
     path = "plain/day=2024-01-01/of=a%2Fb c/none=__HIVE_DEFAULT_PARTITION__/a=b=c/x.csv"
     write(tmp_path, {path: "x", "y.csv": "x"})
     by_name = {file.name: dict(file.partition) for file in listing(tmp_path).files}
     assert by_name == {"x.csv": {"day": "2024-01-01", "of": "a/b c", "none": None, "a": "b=c"}, "y.csv": {}}
 
 
-def test_the_ledger_names_a_file_and_its_state_as_earlier_versions_did(tmp_path: Path) -> None:
+def test_the_ledger_stores_the_same_name_and_state_of_a_file_as_earlier_versions(tmp_path: Path) -> None:
     write(tmp_path, {"a b.csv": "xyz"})
     os.utime(tmp_path / "a b.csv", ns=(0, 1_700_000_000_123_456_789))
     [file] = listing(tmp_path).files
@@ -157,7 +157,7 @@ def test_the_ledger_names_a_file_and_its_state_as_earlier_versions_did(tmp_path:
     assert (file.item, file.state) == (f"{tmp_path}/a b.csv", "3 bytes, 2023-11-14T22:13:20.123456Z")
 
 
-def test_urls_of_local_files_and_of_object_stores_are_listed(tmp_path: Path) -> None:
+def test_files_are_listed_from_urls_of_local_folders_and_of_object_stores(tmp_path: Path) -> None:
     write(tmp_path, {"a.csv": "x"})
     for url in (f"file:{tmp_path}", f"file://{tmp_path}/a.csv"):
         assert [file.path for file in listing(url).files] == [str(tmp_path / "a.csv")]

@@ -114,7 +114,7 @@ def test_running_runs_unregistered_runs_and_runs_from_which_another_run_started_
     assert old_names(platform) == {f"runs/{failed.path.name}"}
 
 
-def test_the_shard_folders_that_a_kept_training_mix_names_are_kept(platform: Platform) -> None:
+def test_shard_folders_are_kept_if_a_kept_mix_of_sources_reads_them(platform: Platform) -> None:
     parts = [shards_of(platform, version, "part") for version in (1, 2)]
     old = parts[0].manifest
     files = tuple(file.model_copy(update={"file": f"../part-1/{file.file}"}) for file in old.files)
@@ -126,7 +126,7 @@ def test_the_shard_folders_that_a_kept_training_mix_names_are_kept(platform: Pla
     assert old_names(platform) == {"shards/part-1"}
 
 
-def test_the_newest_reports_on_each_subject_are_kept(platform: Platform) -> None:
+def test_of_the_reports_on_the_same_subject_only_the_newest_are_kept(platform: Platform) -> None:
     reports = platform.folder("reports")
     reports.mkdir(parents=True)
     names = ["ingest-demo-1.html", "ingest-demo-2.html", "ingest-other-1.html", "compare-1-2.html", "compare-3-4.html"]
@@ -158,7 +158,7 @@ def test_a_folder_whose_removal_was_killed_is_removed_the_next_time(platform: Pl
     assert list(platform.folder("runs").iterdir()) == []
 
 
-def test_an_unfinished_run_with_files_from_the_future_is_kept(platform: Platform) -> None:
+def test_an_unfinished_run_whose_files_have_times_in_the_future_is_kept(platform: Platform) -> None:
     shards = shards_of(platform, 0)
     run_of(platform, 9, shards)
     ahead = run_of(platform, 1, shards, finished=False)

@@ -40,7 +40,7 @@ def one(fields: Fields | None = None, rules: DecodeRules = RULES) -> dict[str, A
     return outcome
 
 
-def test_good_row_keeps_its_picture_bytes_and_gets_an_id_from_the_hash_of_the_bytes() -> None:
+def test_a_good_row_keeps_its_picture_bytes_and_gets_an_id_from_the_hash_of_the_bytes() -> None:
     outcome = one()
     sha256 = hashlib.sha256(png(1)).hexdigest()
     assert outcome["image"] == png(1)
@@ -73,7 +73,7 @@ BAD: dict[str, Fields] = {
 
 
 @pytest.mark.parametrize("reason", BAD)
-def test_bad_row_has_a_reason_and_keeps_all_its_fields(reason: str) -> None:
+def test_a_refused_row_has_a_reason_and_keeps_all_its_fields(reason: str) -> None:
     fields: Fields = {"index": "7", IMAGE: GOOD, TEXT: "a bird", **BAD[reason]}
     [outcome] = decode([fields])
     assert outcome["reason"] == reason
@@ -156,7 +156,7 @@ def test_row_with_a_value_of_a_wrong_type_is_refused_with_a_reason(fields: Field
     assert "unexpected" not in outcome["detail"]
 
 
-def test_slow_picture_is_refused_and_the_next_picture_has_the_full_time_limit() -> None:
+def test_a_picture_that_takes_too_long_is_refused_and_the_next_picture_has_the_full_time_limit() -> None:
     rules = DecodeRules("birds", ColumnNames(), LimitsConfig(max_decode_seconds=0.002), HashSplitConfig())
     late = one({IMAGE: encoded(picture(1, (1500, 1500)), "PNG")}, rules)
     assert (late["reason"], late["detail"]) == ("decode_timeout", "more than 0.002 seconds")
@@ -179,7 +179,7 @@ def test_payload_of_a_refused_row_has_bytes_as_base64_and_can_be_decoded_again()
 @pytest.mark.parametrize(
     "text", ["caf\u00e9", "cafe\u0301", "  caf\u00e9 \n", "\0caf\u00e9\x07\x9f", "\rcafe\u0301\r\n"]
 )
-def test_texts_that_look_the_same_become_equal(text: str) -> None:
+def test_texts_that_look_the_same_are_stored_as_equal_texts(text: str) -> None:
     assert one({TEXT: text})["texts"] == [{"prompt": "", "text": "caf\u00e9"}]
 
 
@@ -201,7 +201,7 @@ def test_every_row_is_returned_exactly_once_as_a_sample_or_a_refusal(rows: list[
         assert outcome["reason"] is None or outcome["reason"] in REASONS
 
 
-def test_source_row_does_not_depend_on_position_or_column_order() -> None:
+def test_the_source_row_identifier_depends_neither_on_the_row_position_nor_on_the_column_order() -> None:
     first, second = decode([{IMAGE: "?", TEXT: "a"}, {IMAGE: "?", TEXT: "b"}])
     again, _ = decode([{TEXT: "b", IMAGE: "?"}, {TEXT: "c", IMAGE: "?"}])
     assert first["source_row"] != second["source_row"]
@@ -225,7 +225,7 @@ def test_base64_text_may_be_stored_in_a_column_of_bytes(prefix: str) -> None:
     assert outcomes[0]["sha256"] == outcomes[1]["sha256"] is not None
 
 
-def test_split_may_come_from_the_file_name() -> None:
+def test_the_split_of_a_row_may_come_from_the_file_name() -> None:
     rules = DecodeRules("birds", ColumnNames(), LIMITS, FileSplitConfig(kind="file"))
     [outcome] = decode([{IMAGE: GOOD, TEXT: "a bird"}], rules, file="val.csv.gz")
     assert outcome["split"] == "val"
@@ -254,11 +254,13 @@ def test_split_may_come_from_the_file_name() -> None:
         ("captions.csv", None),
     ],
 )
-def test_split_of_file_is_a_word_of_its_name_or_of_its_nearest_folder(name: str, split: str | None) -> None:
+def test_the_split_of_a_file_is_a_word_in_its_name_or_in_the_name_of_its_nearest_folder(
+    name: str, split: str | None
+) -> None:
     assert split_of_file(name) == split
 
 
-def test_split_may_come_from_a_column_and_an_unknown_split_is_refused() -> None:
+def test_the_split_of_a_row_may_come_from_a_column_and_an_unknown_split_is_refused() -> None:
     rules = DecodeRules("birds", ColumnNames(), LIMITS, ColumnSplitConfig(kind="column", column="of"))
     outcomes = {
         given: one({"of": given}, rules)

@@ -24,7 +24,7 @@ def read_picture(folder: Path, name: object, problem: Problem | None = None) -> 
     return record
 
 
-def test_picture_is_added_to_the_fields_of_its_row(tmp_path: Path) -> None:
+def test_the_picture_that_a_row_names_is_added_to_the_fields_of_the_row(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a b.png").write_bytes(b"bytes")
     record = read_picture(tmp_path, "in/a b.png")
@@ -34,7 +34,7 @@ def test_picture_is_added_to_the_fields_of_its_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["b.png", "", None, 7, "in", "../secret.png", "/etc/hostname", "in/../../secret.png", "a\0b", "x" * 300]
 )
-def test_picture_file_that_is_missing_or_outside_the_folder_is_a_problem_of_its_row(
+def test_a_picture_file_that_is_missing_or_outside_the_folder_is_a_problem_of_its_row(
     tmp_path: Path, name: object
 ) -> None:
     (tmp_path / "folder" / "in").mkdir(parents=True)
@@ -45,7 +45,7 @@ def test_picture_file_that_is_missing_or_outside_the_folder_is_a_problem_of_its_
     assert record.problem.reason == "missing_field"
 
 
-def test_picture_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+def test_a_picture_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(bytes(101))
     record = read_picture(tmp_path, "a.png")
     assert (record.fields[PICTURE], record.problem) == (
@@ -62,7 +62,7 @@ def test_no_picture_file_is_read_for_a_row_that_could_not_be_parsed(tmp_path: Pa
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that exists and cannot be read")
-def test_disk_error_fails_the_task_and_does_not_refuse_the_row() -> None:
+def test_a_disk_error_fails_the_task_and_does_not_refuse_the_row() -> None:
     with pytest.raises(OSError, match="Input/output error"):
         read_picture(Path("/proc/self"), "mem")
 
@@ -98,7 +98,7 @@ def test_pictures_are_searched_in_the_folder_and_then_beside_a_captions_file_in_
     assert [row["state"] == NO_PICTURE for row in listed] == [False, False, False, True, False]
 
 
-def test_link_that_leads_out_of_the_folder_brings_nothing_into_the_record(tmp_path: Path) -> None:
+def test_a_link_that_leads_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "private").mkdir()
     (tmp_path / "private" / "key.txt").write_bytes(b"secret")
     (tmp_path / "offered").mkdir()

@@ -31,7 +31,7 @@ REQUEST = ShardRequest(
 )
 
 
-def test_guarded_ingest_refuses_only_the_rows_that_crash_or_hang() -> None:
+def test_guarded_ingest_refuses_only_the_rows_whose_decoding_crashes_or_hangs() -> None:
     pictures = [png(1), crashing_picture(), png(2), hanging_picture(), b"no picture", png(3)]
     records = [Record("a.csv", {IMAGE: data, TEXT: "a bird"}) for data in pictures]
     rules = DecodeRules("birds", ColumnNames(), LimitsConfig(max_decode_seconds=SECONDS), HashSplitConfig())
@@ -55,7 +55,7 @@ def batches(*pictures: bytes) -> list[pa.RecordBatch]:
     return [pa.RecordBatch.from_pylist(rows)]
 
 
-def test_guarded_sharding_yields_the_rows_of_ordinary_sharding() -> None:
+def test_guarded_sharding_yields_the_same_rows_as_ordinary_sharding() -> None:
     rows = batches(png(1), png(2), png(3))
     [whole] = assign_files_and_decode(iter(rows), REQUEST, [""], SECONDS)
     guarded = assign_files_and_decode_guarded(iter(rows), REQUEST, [""], SECONDS)
@@ -65,7 +65,9 @@ def test_guarded_sharding_yields_the_rows_of_ordinary_sharding() -> None:
 @pytest.mark.parametrize(
     ("deadly", "message"), [(crashing_picture, "Where: s/1.*SIGSEGV"), (hanging_picture, "Where: s/1.*took too long")]
 )
-def test_guarded_sharding_names_the_picture_that_crashes_or_hangs(deadly: Callable[[], bytes], message: str) -> None:
+def test_guarded_sharding_names_the_picture_whose_decoding_crashes_or_hangs(
+    deadly: Callable[[], bytes], message: str
+) -> None:
     with pytest.raises(StageFailed, match=message):
         list(assign_files_and_decode_guarded(iter(batches(png(1), deadly(), png(2))), REQUEST, [""], SECONDS))
 

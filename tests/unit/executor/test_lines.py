@@ -111,7 +111,7 @@ def test_a_line_that_is_too_long_is_one_line_of_which_only_the_beginning_is_kept
     assert (long.size, len(long.head)) == (5 * 2**20, 64 * 2**10)
 
 
-def test_a_file_that_changes_its_line_ends_is_split_although_the_rest_looks_like_one_line() -> None:
+def test_a_file_with_one_kind_of_line_end_in_the_first_line_and_another_kind_later_is_split_at_both_kinds() -> None:
     rows = [b"%d" % number + b"x" * 1000 for number in range(4000)]
     pieces = list(split_stream(io.BytesIO(b"head\n" + b"\r".join(rows)), b"\n", limit=10**5))
     assert all(isinstance(piece, bytes) for piece in pieces)
@@ -171,7 +171,7 @@ def test_an_archive_and_a_file_that_ends_inside_a_character_are_reported_as_dama
         assert name in str(record.problem)
 
 
-def test_a_vanished_file_gives_one_record_and_a_fault_of_the_machine_is_raised(tmp_path: Path) -> None:
+def test_a_vanished_file_gives_one_record_with_the_problem_but_an_input_output_error_is_raised(tmp_path: Path) -> None:
     [record] = json_records(tmp_path / "gone.jsonl")
     assert record.problem is not None
     assert record.problem.reason == "unreadable_file"

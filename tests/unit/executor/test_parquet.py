@@ -121,7 +121,7 @@ def as_type(kind: pa.DataType, *numbers: int) -> pa.Array:
     ],
     ids=str,
 )
-def test_a_text_that_cannot_be_represented_refuses_its_row_only(tmp_path: Path, kind: pa.DataType) -> None:
+def test_only_the_row_of_a_text_that_cannot_be_represented_is_refused(tmp_path: Path, kind: pa.DataType) -> None:
     far = as_type(kind, 2**30 if kind.bit_width == 32 else 2**62, 0)
     bad, good = read(written(tmp_path, {"image": [BYTES] * 2, "text": far}, store_schema=True))
     assert bad.problem is not None
@@ -223,7 +223,7 @@ def test_files_of_other_writers_are_read(tmp_path: Path, compression: str) -> No
     dictionary=st.booleans(),
 )
 @settings(max_examples=15, deadline=None)
-def test_every_row_is_in_exactly_one_range(
+def test_every_row_of_a_parquet_file_is_in_exactly_one_range(
     tmp_path_factory: pytest.TempPathFactory, rows: int, group: int, step: int, page: int, dictionary: bool
 ) -> None:
     pictures = [bytes([row]) * (row * 7) for row in range(rows)]

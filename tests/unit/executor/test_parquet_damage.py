@@ -125,7 +125,7 @@ def test_a_file_with_encrypted_columns_gives_one_record_with_the_problem(tmp_pat
     assert "crypt" in detail
 
 
-def test_a_file_that_has_vanished_is_one_record(tmp_path: Path) -> None:
+def test_a_parquet_file_that_has_vanished_gives_one_record_with_the_problem(tmp_path: Path) -> None:
     [detail] = details(read_path(str(tmp_path / "gone.parquet"), size=9))
     assert "No such file" in detail
 
@@ -148,7 +148,7 @@ class BrokenDrive(MemoryFileSystem):  # type: ignore[misc]
         raise OSError(errno.EIO, "Input/output error")
 
 
-def test_files_are_read_from_urls_and_a_fault_of_the_storage_is_raised(tmp_path: Path) -> None:
+def test_parquet_files_are_read_from_urls_and_an_error_of_the_storage_is_raised(tmp_path: Path) -> None:
     content = three_groups(tmp_path).read_bytes()
     MemoryFileSystem().pipe("/folder/x.parquet", content)
     records = read_path("memory://folder/x.parquet", size=len(content))

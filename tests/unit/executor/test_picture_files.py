@@ -85,7 +85,7 @@ def folder(tmp_path: Path) -> Path:
         ("caf\u00e9.png", "caf%C3%A9.png"),
     ],
 )
-def test_file_is_found_by_every_spelling_of_its_name(folder: Path, on_disk: str, named: str) -> None:
+def test_a_picture_file_is_found_by_every_spelling_of_its_name(folder: Path, on_disk: str, named: str) -> None:
     (folder / on_disk).parent.mkdir(exist_ok=True)
     (folder / on_disk).write_bytes(b"picture")
     assert read(folder, named) == b"picture"
@@ -97,7 +97,7 @@ def test_a_picture_name_is_tried_unchanged_before_its_percent_escapes_are_decode
     assert (read(folder, "a%20b.png"), read(folder, "a b.png")) == (b"literal", b"unquoted")
 
 
-def test_file_may_be_named_by_its_absolute_path_or_by_its_uri(folder: Path) -> None:
+def test_a_picture_file_may_be_named_by_its_absolute_path_or_by_its_uri(folder: Path) -> None:
     (folder / "a b.png").write_bytes(b"picture")
     for name in (f"{folder}/a b.png", f"file://{folder}/a%20b.png", f"file:{folder}/a b.png"):
         assert read(folder, name) == b"picture"
@@ -127,7 +127,7 @@ def test_file_may_be_named_by_its_absolute_path_or_by_its_uri(folder: Path) -> N
         "file://elsewhere/a.png",
     ],
 )
-def test_no_name_leads_out_of_the_folder(folder: Path, name: str) -> None:
+def test_no_picture_name_reads_a_file_outside_the_folder(folder: Path, name: str) -> None:
     (folder / "out.png").symlink_to("../secret.png")
     (folder / "in" / "up").symlink_to(folder.parent)
     (folder / "chain.png").symlink_to("out.png")
@@ -167,7 +167,9 @@ def test_a_picture_name_that_leads_to_no_regular_file_is_refused(folder: Path) -
     st.text(max_size=30)
     | st.lists(st.sampled_from(["..", ".", "in", "up", "/", "\\", "%2e%2e", "secret.png"])).map("/".join)
 )
-def test_any_text_is_a_picture_of_the_folder_or_a_problem(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+def test_any_text_either_names_a_picture_of_the_folder_or_gives_a_problem(
+    tmp_path_factory: pytest.TempPathFactory, name: str
+) -> None:
     top = tmp_path_factory.getbasetemp() / "any"
     if not top.exists():
         (top / "offered" / "in").mkdir(parents=True)
@@ -180,7 +182,9 @@ def test_any_text_is_a_picture_of_the_folder_or_a_problem(tmp_path_factory: pyte
 @given(
     st.text(st.characters(exclude_characters="/\\%\0", exclude_categories=["Cs", "Cc", "Zs"]), min_size=1, max_size=30)
 )
-def test_name_is_found_in_either_unicode_form(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+def test_a_picture_is_found_if_its_name_and_its_file_use_different_unicode_normal_forms(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
     folder = tmp_path_factory.mktemp("forms")
     name = f"a{text}.png"
     (folder / unicodedata.normalize("NFD", name)).write_bytes(b"picture")
@@ -199,7 +203,7 @@ def records(batches: list[pa.RecordBatch], location: str) -> list[Record]:
     return list(picture_records(iter(batches), parse, location, "image", 100))
 
 
-def test_relative_root_is_relative_to_the_file_of_each_row(folder: Path) -> None:
+def test_a_relative_image_root_is_resolved_from_the_folder_of_the_file_of_each_row(folder: Path) -> None:
     for place in ("in", "."):
         (folder / place / "a.png").write_bytes(place.encode())
     (folder / "pictures").mkdir()
@@ -259,24 +263,28 @@ def test_an_unreadable_picture_is_a_problem_of_its_row_only(folder: Path) -> Non
     ],
     ids=["blank", "number", "list", "struct", "data URI", "long"],
 )
-def test_a_value_that_is_no_path_is_described_by_its_kind(folder: Path, named: object, problem: str) -> None:
+def test_the_problem_for_a_value_that_is_no_path_names_the_kind_of_the_value(
+    folder: Path, named: object, problem: str
+) -> None:
     found = PictureRoot(str(folder), 100).read(named)
     assert isinstance(found, Problem)
     assert f"{found.reason}: {found.detail}" == problem
 
 
-def test_a_root_that_does_not_exist_is_named_in_the_problem_of_a_row(folder: Path) -> None:
+def test_the_problem_of_a_row_names_an_image_root_that_does_not_exist(folder: Path) -> None:
     found = PictureRoot(f"{folder}/absent", 100).read("a.png")
     assert found == Problem("missing_field", f"image_root: there is no folder '{folder}/absent'")
 
 
-def test_struct_of_bytes_and_path_is_a_picture_or_a_path(folder: Path) -> None:
+def test_a_struct_gives_its_bytes_or_without_bytes_the_picture_at_its_path(folder: Path) -> None:
     (folder / "a.png").write_bytes(b"picture")
     batch = pa.RecordBatch.from_pydict({"image": [b"inside", None, None], "image.path": ["a.png", "a.png", None]})
     assert [record.fields[PICTURE] for record in records([batch], str(folder))] == [b"inside", b"picture", None]
 
 
-def test_batch_of_paths_becomes_small_batches_of_pictures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_of_paths_becomes_several_smaller_batches_of_pictures(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(root, "CHUNK_BYTES", 20)
     (folder / "a.png").write_bytes(b"picture 10")
     batch = pa.RecordBatch.from_pydict({"image_id": list("abcde"), "image": ["a.png", "a.png", "b.png", "a.png", None]})
@@ -301,6 +309,6 @@ def test_batch_of_paths_becomes_small_batches_of_pictures(folder: Path, monkeypa
         ("abfs://c@account/pictures", "adlfs"),
     ],
 )
-def test_root_that_cannot_be_read_is_refused_before_the_ingest(location: str, words: str) -> None:
+def test_an_image_root_that_cannot_be_read_is_refused_before_the_ingest(location: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         require_root(location)

@@ -108,7 +108,7 @@ def test_pictures_of_a_web_server_are_named_by_path_or_by_url(server: str) -> No
         ("file:///etc/hostname", "missing_field"),
     ],
 )
-def test_picture_that_cannot_be_read_is_a_problem_and_nothing_outside_of_the_root_is_asked_for(
+def test_a_picture_that_cannot_be_read_is_a_problem_and_no_url_outside_the_root_is_requested(
     server: str, name: str, words: str
 ) -> None:
     PictureServer.requested.clear()
@@ -118,14 +118,14 @@ def test_picture_that_cannot_be_read_is_a_problem_and_nothing_outside_of_the_roo
     assert all(path.startswith("/p/") and ".." not in path for path in PictureServer.requested)
 
 
-def test_reading_ends_at_the_time_limit(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_a_picture_from_a_url_ends_at_the_time_limit(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(urls, "READ_SECONDS", 0.2)
     started = time.monotonic()
     assert read(server, "slow") == "unreadable_file: not read within 0.2 seconds"
     assert time.monotonic() - started < 2
 
 
-def test_server_that_does_not_answer_fails_the_task_and_refuses_no_row() -> None:
+def test_a_server_that_does_not_answer_fails_the_task_and_refuses_no_row() -> None:
     with pytest.raises(ConnectionError, match="does not answer"):
         read("http://127.0.0.1:9/p", "a.png")
 

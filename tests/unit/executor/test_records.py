@@ -44,7 +44,7 @@ def fields(records: list[Record]) -> list[tuple[Any, ...]]:
 
 
 @given(st.lists(st.text(st.characters(exclude_characters="\r\n\0", codec="utf-8")), min_size=1))
-def test_output_of_a_csv_writer_is_split_into_its_fields(fields: list[str]) -> None:
+def test_a_csv_line_that_python_wrote_is_split_into_its_fields(fields: list[str]) -> None:
     file = io.StringIO()
     csv.writer(file, lineterminator="").writerow(fields)
     assert split_line(file.getvalue()) == fields
@@ -58,7 +58,9 @@ def spark_field(text: str) -> str:
 
 
 @given(st.lists(st.text(st.sampled_from('",\\ab '), min_size=1), min_size=1))
-def test_output_of_spark_is_split_into_its_fields_with_a_backslash_as_escape_character(fields: list[str]) -> None:
+def test_a_csv_line_that_spark_wrote_is_split_into_its_fields_with_backslash_as_escape_character(
+    fields: list[str],
+) -> None:
     assert split_line(",".join(map(spark_field, fields)), escape="\\") == fields
 
 
@@ -81,7 +83,7 @@ def test_a_csv_line_with_wrong_quotes_is_not_split(line: str) -> None:
     assert split_line(line) is None
 
 
-def test_rows_before_the_first_row_of_values_and_blank_rows_are_skipped(tmp_path: Path) -> None:
+def test_header_rows_and_blank_rows_are_skipped(tmp_path: Path) -> None:
     content = b"\n\xef\xbb\xbfid,text\n1,one\n \nid,text\n\xef\xbb\xbf2,\n"
     assert fields(parse(tmp_path, content, skip=2)) == [("1", "one"), ("id", "text"), ("2", None)]
     assert fields(parse(tmp_path, content, skip=2, start=20)) == [("id", "text"), ("2", None)]
@@ -89,7 +91,7 @@ def test_rows_before_the_first_row_of_values_and_blank_rows_are_skipped(tmp_path
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\r\r\n"])
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|", "\u00a6"])
-def test_every_line_end_and_delimiter_is_read(tmp_path: Path, end: str, delimiter: str) -> None:
+def test_csv_lines_with_every_line_end_and_delimiter_are_read(tmp_path: Path, end: str, delimiter: str) -> None:
     lines = [["1", "one"], ["2", f'"a{delimiter}b ""c"""'], ["", ""], ["3", "three"]]
     content = end.join(delimiter.join(line) for line in lines).encode()
     separator = b"\r" if end == "\r" else b"\n"
@@ -120,7 +122,7 @@ def test_line_breaks_in_quotes_are_read_as_by_the_csv_module(rows: list[list[str
     assert fields(records) == [tuple(value or None for value in row) for row in rows]
 
 
-def test_a_quote_that_is_never_closed_costs_only_its_own_line(tmp_path: Path) -> None:
+def test_a_quote_that_is_never_closed_damages_only_its_own_line(tmp_path: Path) -> None:
     content = b'1,one\n2,"open\n3,three\n4,four\n'
     assert fields(parse(tmp_path, content, multiline=True)) == [
         ("1", "one"),
@@ -146,7 +148,7 @@ BROKEN = [
 
 @pytest.mark.parametrize(("content", "expected"), BROKEN, ids=["tails", "last", "twice", "stray", "far", "inches"])
 @pytest.mark.parametrize("size", [7, 10**6])
-def test_a_line_that_begins_inside_a_quoted_field_is_refused_wherever_ranges_begin(
+def test_a_line_that_begins_inside_a_quoted_field_is_refused_for_any_division_of_the_file_into_ranges(
     tmp_path: Path, content: bytes, expected: list[tuple[str, str]], size: int
 ) -> None:
     starts = range(0, len(content), size)
@@ -158,7 +160,7 @@ def test_a_line_that_begins_inside_a_quoted_field_is_refused_wherever_ranges_beg
 
 
 @pytest.mark.parametrize("line", [b"1", b"1,one,more", b'1,"one', b'"1"x,one'])
-def test_malformed_csv_line_keeps_its_raw_text(tmp_path: Path, line: bytes) -> None:
+def test_a_malformed_csv_line_keeps_its_raw_text(tmp_path: Path, line: bytes) -> None:
     [record] = parse(tmp_path, line)
     assert record.raw == line.decode()
     assert record.problem is not None
@@ -196,7 +198,7 @@ def test_json_lines_are_parsed_and_blank_lines_are_skipped() -> None:
     ]
 
 
-def test_an_integer_of_any_length_does_not_refuse_a_json_line() -> None:
+def test_a_json_line_with_an_integer_of_any_length_is_read() -> None:
     digits = "7" * 5_000
     line = rf'{{"text": "\ud800", "n": {digits}, "m": [-{digits}, 2]}}'
     [record] = json_lines(line.encode())
@@ -204,7 +206,7 @@ def test_an_integer_of_any_length_does_not_refuse_a_json_line() -> None:
 
 
 @pytest.mark.parametrize("line", [b'{"a": 1', b"[1]", b"7", b"[" * 100_000, b"{'a': 1}"])
-def test_malformed_json_line_keeps_its_raw_text(line: bytes) -> None:
+def test_a_malformed_json_line_keeps_its_raw_text(line: bytes) -> None:
     bad, good = json_lines(line, b'{"a": 1}')
     assert (bad.raw, bad.fields) == (line.decode(), {})
     assert bad.problem is not None

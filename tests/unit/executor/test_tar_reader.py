@@ -56,7 +56,7 @@ def test_the_reader_finds_the_members_that_tarfile_has_written(members: dict[str
     assert found == written
 
 
-def test_content_that_is_not_read_is_skipped() -> None:
+def test_the_content_of_a_tar_member_is_skipped_if_it_is_not_read() -> None:
     reader = TarReader(io.BytesIO(pack(header("a", content=b"a" * 700), header("b", content=b"b"))))
     assert [member and member.name for member in reader] == ["a", "b", None]
 

@@ -36,7 +36,7 @@ def test_a_payload_is_truncated_and_its_picture_becomes_a_thumbnail() -> None:
     assert find_picture(payloads[0]) == png(1)
 
 
-def test_a_picture_that_crashes_its_decoder_gets_no_thumbnail() -> None:
+def test_a_picture_whose_decoding_crashes_gets_no_thumbnail() -> None:
     payload = json.dumps({"photo": as_base64(png(1))})
     reasons = ["decoder_crash", "decode_timeout", "too_small"]
     batch = pa.RecordBatch.from_pydict({"payload": [payload] * 3, "reason": reasons})
@@ -44,7 +44,7 @@ def test_a_picture_that_crashes_its_decoder_gets_no_thumbnail() -> None:
     assert [data is not None for data in out.column("thumbnail").to_pylist()] == [False, False, True]
 
 
-def test_a_picture_of_an_unknown_kind_that_crashes_or_hangs_costs_only_its_thumbnail(
+def test_a_picture_of_an_unknown_format_whose_decoding_crashes_or_hangs_loses_only_its_thumbnail(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(thumbnail, "MAX_SECONDS", 0.3)

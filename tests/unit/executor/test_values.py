@@ -64,7 +64,7 @@ def test_zero_and_false_and_words_such_as_null_are_values_and_not_missing(value:
 
 
 @pytest.mark.parametrize("missing", MISSING, ids=ascii)
-def test_a_missing_value_in_any_column_of_a_row_is_treated_as_missing(missing: Any) -> None:
+def test_every_kind_of_missing_value_is_recognised_in_every_column(missing: Any) -> None:
     assert outcome(**{IMAGE: missing})["reason"] == "missing_field"
     assert outcome(**{TEXT: missing})["reason"] == "empty_text"
     assert outcome(key=missing)["reason"] == "missing_field"
@@ -108,7 +108,7 @@ def test_an_id_becomes_a_clean_text_and_integral_numbers_are_written_as_integers
     ],
     ids=lambda value: ascii(value)[:20],
 )
-def test_value_that_is_no_id_is_refused(value: Any) -> None:
+def test_a_value_that_cannot_be_an_id_is_refused(value: Any) -> None:
     with pytest.raises(Refused) as refused:
         normalize_id(value)
     assert refused.value.reason == "malformed_record"
@@ -116,7 +116,7 @@ def test_value_that_is_no_id_is_refused(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [{"en": "a"}, {}, [["a"]], [{"en": "a"}], np.array(["a"]), np.array([NAN]), object()])
-def test_text_that_is_an_array_a_dict_or_a_nested_list_is_refused(value: Any) -> None:
+def test_an_array_a_dict_or_a_nested_list_in_place_of_a_text_is_refused(value: Any) -> None:
     for column in (TEXT, "asked", "of"):
         found = outcome(**{column: value})
         assert found["reason"] == "malformed_record"

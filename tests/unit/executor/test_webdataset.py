@@ -81,7 +81,7 @@ ROWS = {
 }
 
 
-def test_members_with_the_same_key_form_a_row(tmp_path: Path) -> None:
+def test_tar_members_with_the_same_key_form_one_row(tmp_path: Path) -> None:
     junk = {"README": b"no extension", "in/.DS_Store": b"hidden"}
     first, second, third = rows_of(write_tar(tmp_path / "x.tar", junk | ROWS))
     assert first.fields == {"__key__": "in/a", "__member__": None, PICTURE: None, "1.png": "p"}
@@ -281,7 +281,7 @@ def test_rows_whose_members_are_not_next_to_each_other_are_refused_and_never_mix
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_links_have_the_content_of_the_member_to_which_they_lead(tmp_path: Path, mode: str) -> None:
+def test_a_link_in_a_tar_has_the_content_of_the_member_that_the_link_names(tmp_path: Path, mode: str) -> None:
     with tarfile.open(tmp_path / "x.tar", mode) as tar:  # type: ignore[call-overload]
         add(tar, "before.jpg", linkname="in/a.jpg", type=tarfile.LNKTYPE)
         add(tar, "before.txt", b"before")
@@ -311,7 +311,7 @@ def test_links_have_the_content_of_the_member_to_which_they_lead(tmp_path: Path,
     }
 
 
-def test_member_that_is_no_plain_file_is_a_problem_of_its_row(tmp_path: Path) -> None:
+def test_a_tar_member_that_is_no_plain_file_is_a_problem_of_its_row(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         add(tar, "a.jpg", type=tarfile.CHRTYPE)
         add(tar, "b.jpg", b"ignored", type=b"Z")
@@ -338,7 +338,9 @@ def test_the_bytes_and_the_number_of_members_of_a_row_are_limited(tmp_path: Path
     assert last.fields[PICTURE] == b"j"
 
 
-def test_members_beyond_a_limit_are_described_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_tar_member_beyond_a_size_limit_only_size_and_hash_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(webdataset, "SIDE_BYTES", 10)
     [record] = rows_of(write_tar(tmp_path / "x.tar", {"a.jpg": b"j" * 99, "a.txt": b"a cat", "a.npy": bytes(6)}))
     digest = hashlib.sha256(bytes(6)).hexdigest()

@@ -61,7 +61,7 @@ def view(
     return sorted(read.to_pylist(), key=lambda row: (row["image_id"], row["prompt"]))
 
 
-def test_the_view_changes_after_promotions_and_rollbacks_but_not_after_refused_promotions(tmp_path: Path) -> None:
+def test_the_view_follows_promotions_and_rollbacks_but_not_refused_promotions(tmp_path: Path) -> None:
     captions = [CAPTION, CAPTION | {"model_version": "2", "caption": "blue"}]
     promoted = [decision("promote", "1", 0), decision("refuse", "2", 1)]
     assert [row["caption"] for row in view(tmp_path, captions, promoted)] == ["red"]
@@ -85,7 +85,7 @@ def test_the_view_leaves_out_errors_and_bad_captions_and_shows_corrections(tmp_p
     assert [(row["caption"], row["verdict"]) for row in corrected] == [("grey", "corrected")]
 
 
-def test_captions_of_another_registry_are_left_out_but_captions_and_decisions_without_a_digest_count(
+def test_the_view_leaves_out_captions_of_another_registry_but_uses_captions_and_decisions_without_a_digest(
     tmp_path: Path,
 ) -> None:
     captions = [CAPTION | {"image_id": "a"}, CAPTION | {"image_id": "b", "model_digest": "y"}]

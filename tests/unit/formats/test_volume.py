@@ -57,7 +57,9 @@ def test_shards_and_run_folders_are_written_and_read_on_a_volume(volume: Volume)
 
 
 @pytest.mark.parametrize("misuse", MISUSES)
-def test_the_stand_in_for_a_volume_refuses_the_calls_that_a_volume_refuses(volume: Volume, misuse: str) -> None:
+def test_the_simulated_volume_refuses_the_file_operations_that_a_real_volume_refuses(
+    volume: Volume, misuse: str
+) -> None:
     path = volume.folder / "misused"
     path.write_bytes(b"content")
     script = f"import mmap, os, sys\npath = sys.argv[1]\n{MISUSES[misuse]}"

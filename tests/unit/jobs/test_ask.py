@@ -108,7 +108,7 @@ def detector(tmp_path: Path) -> Path:
     [(("red.png",), ""), (("wide.png", "red.png"), ""), (("red.png", "wide.png"), "a cab"), ((), "a cab")],
     ids=["one", "two", "two-and-a-prompt", "none"],
 )
-def test_pictures_reach_the_model_in_the_given_order(
+def test_ask_gives_pictures_to_the_model_in_the_given_order(
     files: tuple[str, ...],
     prompt: str,
     random_model: tuple[Path, VisionLanguageModel, Tokenizer],

@@ -119,7 +119,7 @@ def test_weight_commands_have_no_run_option_and_show_an_example(name: str) -> No
 @pytest.mark.parametrize(
     "arguments", [["no-such-command"], ["train", "--no-such-option"], ["ui", "--port", "70000"], ["rollback", "x"]]
 )
-def test_a_command_line_that_cannot_be_parsed_exits_2(arguments: list[str]) -> None:
+def test_a_command_line_that_cannot_be_parsed_ends_with_exit_code_2(arguments: list[str]) -> None:
     done = lakesight(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert "Usage: " in done.stderr
@@ -266,7 +266,9 @@ def test_only_the_report_goes_to_stdout_even_if_child_processes_print() -> None:
         (["ask", "no-such.png"], ["the picture cannot be read", "no-such.png", "No such file"]),
     ],
 )
-def test_invalid_input_prints_one_paragraph_and_exits_2(arguments: list[str], expected: list[str]) -> None:
+def test_invalid_input_prints_one_paragraph_and_ends_with_exit_code_2(
+    arguments: list[str], expected: list[str]
+) -> None:
     assert_user_error(lakesight(*arguments), *expected)
 
 
@@ -296,7 +298,7 @@ def test_ui_prints_the_address_of_the_tracking_server_without_the_password() -> 
     assert "secret" not in done.stderr
 
 
-def test_doctor_exits_1_and_reports_failed_checks_with_fixes() -> None:
+def test_doctor_reports_failed_checks_with_fixes_and_ends_with_exit_code_1() -> None:
     done = lakesight("doctor", "--json", JAVA_HOME="/nonexistent")
     report = json.loads(done.stdout)
     checks = {check["name"]: check for check in report["checks"]}

@@ -31,7 +31,7 @@ from pipelines.errors import StageFailed, UserError
         *((1234.5, "1,234"), (-86.8, "-86.8"), (0.00012345, "0.000123"), (float("nan"), "nan"), (float("inf"), "inf")),
     ],
 )
-def test_numbers_are_printed_as_people_write_them(value: float, text: str) -> None:
+def test_numbers_are_printed_with_few_digits_and_without_an_exponent(value: float, text: str) -> None:
     assert number(value) == text
 
 
@@ -65,7 +65,7 @@ def test_lists_are_printed_completely_in_lines_of_at_most_80_columns(items: list
         (0.1, 0.3, "lakesight promote --run demo --version 2"),
     ],
 )
-def test_the_suggested_next_command_does_not_promote_a_version_that_lost_the_comparison(
+def test_the_suggested_next_command_promotes_no_version_that_is_worse_in_the_comparison(
     low: float, high: float, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_run("demo")

@@ -99,7 +99,7 @@ def test_a_runtime_before_spark_4_is_refused(version: str, status: str) -> None:
     assert check_runtime(version).status == status
 
 
-def test_a_module_is_found_although_its_distribution_has_another_name() -> None:
+def test_preflight_finds_a_module_whose_distribution_has_another_name() -> None:
     assert check_module("yaml", "").status == "ok"
     assert check_module("no_such_module", "do this") == DoctorCheck(
         name="no_such_module", status="fail", found="No module named 'no_such_module'", fix="do this"

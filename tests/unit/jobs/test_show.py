@@ -130,13 +130,15 @@ def test_show_selects_sorts_and_writes_rows_of_any_table(shop: None, tmp_path: P
         (["champion_captions", "--version", "1"], ["a view has no versions"]),
     ],
 )
-def test_a_selection_that_show_cannot_make_is_a_user_error(
+def test_show_raises_a_user_error_for_rows_that_cannot_be_selected(
     shop: None, arguments: list[str], expected: list[str]
 ) -> None:
     assert_user_error(lakesight("show", *arguments), *expected)
 
 
-def test_show_says_how_to_upgrade_captions_of_an_earlier_version_for_the_view(shop: None, home: Path) -> None:
+def test_show_of_the_view_names_the_command_that_upgrades_a_captions_table_of_an_earlier_version(
+    shop: None, home: Path
+) -> None:
     old = DeltaTable(home / "warehouse" / "generated_captions").to_pyarrow_table().drop(["image_root"])
     write_deltalake(home / "warehouse" / "generated_captions", old, mode="overwrite", schema_mode="overwrite")
     assert_user_error(lakesight("show", "champion_captions"), "no column image_root", "lakesight maintain")

@@ -96,7 +96,7 @@ def test_settings_of_spark_are_passed_to_the_session_and_are_neither_stored_nor_
         ("hadoop.fs.s3a.endpoint", "local[*]", "begin with 'spark.'"),
     ],
 )
-def test_a_setting_of_spark_that_would_have_no_effect_or_break_a_promise_is_refused(
+def test_a_spark_setting_that_lakesight_itself_sets_is_refused_with_the_reason(
     name: str, master: str, reason: str
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(reason)) as refused:

@@ -68,7 +68,7 @@ def test_models_of_two_registries_with_the_same_name_and_number_have_separate_ve
 
 
 @pytest.mark.parametrize("table", [GENERATED_CAPTIONS, VERDICTS])
-def test_tables_of_the_first_release_without_a_digest_are_reviewed(table: Table, tmp_path: Path) -> None:
+def test_captions_of_the_first_release_which_have_no_model_digest_can_be_reviewed(table: Table, tmp_path: Path) -> None:
     without = {each.name: "model_digest" if each is table else "" for each in (GENERATED_CAPTIONS, VERDICTS)}
     captions = write(tmp_path, GENERATED_CAPTIONS, [CAPTION], without[GENERATED_CAPTIONS.name])
     write(tmp_path, VERDICTS, [VERDICT], without[VERDICTS.name])

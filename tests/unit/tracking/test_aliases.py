@@ -105,7 +105,9 @@ def move_and_kill(platform: Platform, kind: Kind, last: int) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["promote", "rollback"])
-def test_a_move_killed_between_any_two_writes_is_completed_by_the_next_run(laptop: Platform, kind: Kind) -> None:
+def test_an_alias_move_that_was_killed_between_any_two_writes_is_completed_by_the_next_run(
+    laptop: Platform, kind: Kind
+) -> None:
     kills = 0
     for last in range(6):
         reset(laptop)
@@ -122,7 +124,7 @@ def test_an_interrupted_promotion_can_be_rolled_back(laptop: Platform) -> None:
     assert state(laptop) == ({"champion": "2", "previous": "3"}, False)
 
 
-def test_a_move_that_was_recorded_but_not_started_is_dropped(laptop: Platform) -> None:
+def test_an_alias_move_that_was_recorded_but_not_started_is_dropped(laptop: Platform) -> None:
     reset(laptop)
     assert move_and_kill(laptop, "promote", 1)
     assert state(laptop) == (BEFORE, True)
@@ -166,12 +168,12 @@ def kill_at_random_moments(platform: Platform, kind: Kind, kills: int) -> None:
         check_and_complete(platform, kind)
 
 
-def test_aliases_survive_a_kill_at_a_random_moment(laptop: Platform) -> None:
+def test_aliases_are_consistent_after_a_kill_at_a_random_moment(laptop: Platform) -> None:
     kill_at_random_moments(laptop, "promote", 1)
 
 
 @pytest.mark.faults
 @pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["promote", "rollback"])
-def test_aliases_survive_kills_at_random_moments(laptop: Platform, kind: Kind) -> None:
+def test_aliases_are_consistent_after_many_kills_at_random_moments(laptop: Platform, kind: Kind) -> None:
     kill_at_random_moments(laptop, kind, 10)

@@ -38,14 +38,14 @@ def refused(platform: Platform) -> str:
 @pytest.mark.parametrize(
     "content", [b"garbage" * 1000, b"SQLite format 3\x00" + b"\xff" * 5000], ids=["text", "header"]
 )
-def test_a_file_that_is_no_database_is_reported(laptop: Platform, content: bytes) -> None:
+def test_a_tracking_file_that_is_no_database_is_reported(laptop: Platform, content: bytes) -> None:
     (laptop.root / "mlflow.db").write_bytes(content)
     message = refused(laptop)
     assert "the tracking database cannot be used" in message
     assert "restore the file from a backup" in message
 
 
-def test_a_locked_database_is_reported(laptop: Platform, empty_database: Path) -> None:
+def test_a_locked_tracking_database_is_reported(laptop: Platform, empty_database: Path) -> None:
     shutil.copy(empty_database, laptop.root / "mlflow.db")
     with sqlite3.connect(laptop.root / "mlflow.db", isolation_level=None) as holder:
         holder.execute("BEGIN EXCLUSIVE")
@@ -63,7 +63,7 @@ def test_a_locked_database_is_reported(laptop: Platform, empty_database: Path) -
         ("postgresql://me:c4nary@127.0.0.1:port/db", "check host, port, user, password"),
     ],
 )
-def test_a_missing_driver_and_a_wrong_address_are_reported_without_the_password(
+def test_a_missing_database_driver_and_a_wrong_address_are_reported_without_the_password(
     laptop: Platform, uri: str, said: str
 ) -> None:
     message = refused(replace(laptop, tracking_uri=uri, registry_uri=uri))

@@ -44,7 +44,9 @@ def registered(platform: Platform, folder: Path) -> registry.ModelVersion:
     return register_random(platform, folder, tiny_run())
 
 
-def test_download_fetches_the_weights_once(platform: Platform, registered: registry.ModelVersion) -> None:
+def test_the_weights_of_a_model_version_are_downloaded_only_once(
+    platform: Platform, registered: registry.ModelVersion
+) -> None:
     folder, digest = download(platform, registered)
     assert sorted(path.name for path in folder.iterdir()) == sorted((*MODEL_FILES, RECORD))
     assert digest == registered.tags["digest"]
@@ -97,7 +99,7 @@ def test_a_model_version_whose_copy_was_damaged_or_replaced_is_downloaded_again(
     assert download(offline, registered).folder == folder
 
 
-def test_files_that_are_not_the_registered_files_are_refused(
+def test_a_downloaded_model_version_whose_files_differ_from_the_registered_files_is_refused(
     platform: Platform, registered: registry.ModelVersion
 ) -> None:
     for stored in (platform.root / "mlartifacts").rglob("artifacts/config.json"):

@@ -95,7 +95,7 @@ def test_every_form_of_a_good_picture_and_every_missing_prompt_gives_the_same_ca
     assert set(answers) == {(answers[0][0], None)}
 
 
-def test_every_bad_cell_is_an_error_of_its_row(model: Any) -> None:
+def test_every_bad_cell_of_a_request_gives_an_error_in_its_row(model: Any) -> None:
     rows = [(image, "") for image in BAD] + [(TEXT, prompt) for prompt in BAD_PROMPTS]
     for row, (caption, error) in zip(rows, predict(model, rows), strict=True):
         assert caption is None, ascii(row)[:80]

@@ -81,7 +81,7 @@ PLANTS = {
 }
 
 
-def test_the_files_of_a_version_are_those_that_were_registered(
+def test_the_unchanged_files_of_a_model_version_pass_the_check_of_digests(
     platform: Platform, registered: registry.ModelVersion, tmp_path: Path
 ) -> None:
     folder = registry.download_files(platform, registered, tmp_path)
@@ -92,7 +92,7 @@ def test_the_files_of_a_version_are_those_that_were_registered(
     check_all_files(folder, registered.tags, "here")
 
 
-def test_a_version_of_an_earlier_release_without_digests_is_executed_with_a_warning(
+def test_a_model_version_of_an_earlier_release_without_digests_is_executed_with_a_warning(
     platform: Platform, registered: registry.ModelVersion, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = registry.download_files(platform, registered, tmp_path)
@@ -101,7 +101,7 @@ def test_a_version_of_an_earlier_release_without_digests_is_executed_with_a_warn
 
 
 @pytest.mark.parametrize("plant", PLANTS.values(), ids=PLANTS)
-def test_nothing_of_a_version_is_executed_if_its_files_are_not_those_that_were_registered(
+def test_no_code_of_a_model_version_is_executed_if_its_files_differ_from_the_registered_files(
     platform: Platform, registered: registry.ModelVersion, tmp_path: Path, plant: Callable[[Path, str], None]
 ) -> None:
     [settings] = (platform.root / "mlartifacts").rglob("MLmodel")

@@ -128,7 +128,7 @@ def test_the_expert_load_becomes_metrics_and_a_plot_of_the_last_step(platform: P
         assert picture.tobytes() == last.tobytes()
 
 
-def test_sample_captions_become_a_table_with_pictures(platform: Platform, run: RunFolder) -> None:
+def test_sample_captions_are_logged_as_an_mlflow_table_with_pictures(platform: Platform, run: RunFolder) -> None:
     with followed(run, platform) as run_id:
         log_samples(run, 6)
     with runs.follow(run, CONFIG, platform):
@@ -186,7 +186,7 @@ def test_an_outage_during_training_loses_no_metric(platform: Platform, run: RunF
     assert steps(client, run_id) == [0, 2, 4]
 
 
-def test_points_that_a_failed_request_has_stored_are_not_logged_again(platform: Platform, run: RunFolder) -> None:
+def test_points_that_a_failed_request_stored_in_mlflow_are_not_logged_again(platform: Platform, run: RunFolder) -> None:
     """SQLite itself drops repeated points, so a mock client checks that no repeated point is sent."""
     client = create_autospec(MlflowClient, instance=True)
     client.get_run.return_value.data.metrics = {"loss": 0.5}
@@ -355,7 +355,7 @@ def test_the_error_for_an_unknown_model_version_or_alias_lists_the_existing_vers
             registry.resolve(platform, "tiny", which)
 
 
-def test_the_smoke_test_runs_in_a_fresh_process_and_finds_pickles(
+def test_the_smoke_test_loads_the_model_in_a_new_process_and_refuses_pickles(
     platform: Platform, registered: registry.ModelVersion, tmp_path: Path
 ) -> None:
     folder = registry.download_files(platform, registered, tmp_path)

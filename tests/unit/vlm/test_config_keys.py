@@ -91,7 +91,7 @@ def names_key(sentences: list[str], path: str) -> bool:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_each_changed_key_of_a_config_is_refused_by_name_or_has_no_effect(name: str) -> None:
+def test_each_changed_key_of_a_published_config_is_named_in_an_error_or_has_no_effect_on_the_model(name: str) -> None:
     family, model = family_of(name), MODELS[name]
     settings = json.loads(json.dumps(family.to_settings(model)))
     assert family.mismatches(model, settings) == []
@@ -241,7 +241,7 @@ IMPORTED_ONLY = {"timm_eva": "vit_small_patch16_dinov3", "timm_rope": "vit_small
 
 
 @pytest.mark.parametrize("name", IMPORTED_ONLY)
-def test_a_family_that_is_only_imported_compares_positions_and_refuses_unknown_keys(name: str) -> None:
+def test_a_weight_family_that_cannot_be_exported_compares_positions_and_refuses_unknown_keys(name: str) -> None:
     family, settings = family_of(name), {"architecture": IMPORTED_ONLY[name], "num_features": 16}
     position = {"kind": "axial", "coordinates": "centred" if name == "timm_eva" else "index"}
     first = {"first": "row" if name == "timm_eva" else "column"}

@@ -91,7 +91,7 @@ def test_the_router_adds_noise_only_in_training_and_the_seed_decides_the_noise()
     assert not torch.equal(outputs[0], outputs[2])
 
 
-def test_the_router_noise_has_the_learned_scale() -> None:
+def test_the_scale_of_the_router_noise_is_learned() -> None:
     layer = make_layer(noisy=True).train()
     assert layer.noise is not None
     x_NW = torch.randn(1, 16).expand(4000, 16)
@@ -126,7 +126,7 @@ def test_the_router_computes_in_fp32_under_autocast() -> None:
     torch.testing.assert_close(rounded.float(), plain, rtol=0.1, atol=0.1)
 
 
-def test_only_a_training_pass_stores_the_routing_and_pop_routing_clears_it() -> None:
+def test_only_a_training_pass_stores_the_routing_and_pop_routing_clears_the_stored_routing() -> None:
     layer = make_layer(noisy=False)
     layer.train()(torch.randn(3, 7, 16))
     layer.eval()(torch.randn(5, 16))

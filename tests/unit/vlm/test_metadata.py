@@ -265,7 +265,7 @@ def test_a_jpeg_with_several_pictures_decodes_to_the_first_picture_and_its_forma
     assert same(image, decoded_by_pillow(data))
 
 
-def test_the_tables_of_a_jpeg_may_stand_in_any_order() -> None:
+def test_a_jpeg_decodes_with_its_tables_in_any_order() -> None:
     data = encoded(SHOWN, "JPEG")
     parts = {data[at : at + 2]: at for at in range(len(data)) if data[at : at + 2] in (b"\xff\xdb", b"\xff\xc0")}
     tables, frame = parts[b"\xff\xdb"], parts[b"\xff\xc0"]

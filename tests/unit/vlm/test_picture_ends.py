@@ -87,14 +87,14 @@ def test_a_webp_without_its_last_padding_byte_decodes(size: tuple[int, int]) -> 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 @pytest.mark.parametrize("bits", [8, 10, 12])
-def test_a_16_bit_picture_of_few_bits_is_scaled_to_full_range(kind: str, bits: int) -> None:
+def test_a_16_bit_picture_that_uses_few_bits_is_scaled_to_the_full_range(kind: str, bits: int) -> None:
     levels = np.linspace(0, 2**bits - 1, 64 * 64).astype(np.uint16).reshape(64, 64)
     shown = np.asarray(opened(encoded(Image.fromarray(levels), kind)))
     assert (shown.min(), shown.max()) == (0, 255)
     assert np.array_equal(shown[..., 0], levels >> (bits - 8))
 
 
-def test_a_16_bit_picture_of_more_than_12_bits_is_scaled_from_16_bits() -> None:
+def test_a_16_bit_picture_that_uses_more_than_12_bits_is_scaled_from_16_bits() -> None:
     levels = np.array([[0, 4096], [300, 40]], np.uint16)
     assert np.asarray(opened(encoded(Image.fromarray(levels))))[..., 0].tolist() == [[0, 16], [1, 0]]
 
@@ -111,7 +111,7 @@ def deep_png(samples: npt.NDArray[np.uint16]) -> bytes:
 
 
 @pytest.mark.parametrize(("bits", "shift"), [(8, 0), (10, 2), (12, 4), (13, 8), (16, 8)])
-def test_a_colour_png_of_16_bits_is_scaled_to_full_range_if_it_uses_few_bits(bits: int, shift: int) -> None:
+def test_a_colour_png_of_16_bits_that_uses_few_bits_is_scaled_to_the_full_range(bits: int, shift: int) -> None:
     samples = np.random.default_rng(bits).integers(0, 2**bits, (20, 30, 3)).astype(np.uint16)
     samples[0, 0] = 2**bits - 1
     assert np.array_equal(np.asarray(opened(deep_png(samples))), samples >> shift)

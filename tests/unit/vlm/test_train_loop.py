@@ -254,7 +254,7 @@ def test_every_parameter_gets_a_gradient_from_every_batch(variant: str) -> None:
     assert sorted(with_gradient) == sorted([name for name, _ in model.named_parameters()] * 2)
 
 
-def test_a_frozen_encoder_gets_no_update_no_optimizer_state_and_no_backward_pass() -> None:
+def test_a_frozen_encoder_is_not_updated_and_has_neither_optimizer_state_nor_a_backward_pass() -> None:
     model, tokenizer, _ = fresh("plain")
     set_trainable(model, RATES)
     optimizer = build_adamw(model, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1, rates=RATES)
@@ -268,7 +268,7 @@ def test_a_frozen_encoder_gets_no_update_no_optimizer_state_and_no_backward_pass
     assert features == [False, False]
 
 
-def test_function_mix_gives_every_seed_step_and_rank_different_low_32_bits() -> None:
+def test_the_seed_function_mix_gives_different_low_32_bits_for_every_seed_step_and_rank() -> None:
     seeds = [mix(s, t, r) for s in range(8) for t in range(50) for r in range(8)]
     assert len({seed & 0xFFFFFFFF for seed in seeds}) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
@@ -328,7 +328,9 @@ def test_loading_a_truncated_weights_file_is_an_error(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
-def test_a_checkpoint_of_a_newer_format_is_refused_and_one_without_a_format_version_is_loaded(tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_newer_format_is_refused_and_a_checkpoint_without_a_format_version_is_loaded(
+    tmp_path: Path,
+) -> None:
     model, tokenizer = tiny_model("plain")
     save_model(tmp_path, model, tokenizer)
     path = tmp_path / "model.safetensors"

@@ -179,7 +179,9 @@ def test_a_thread_that_does_not_stop_delays_a_failed_rank_by_a_few_seconds_only(
         (ValueError("timed out waiting"), False),
     ],
 )
-def test_only_a_broken_collective_or_an_interrupt_is_a_consequence(error: BaseException, expected: bool) -> None:
+def test_only_a_broken_collective_operation_or_an_interrupt_is_recorded_as_a_consequence(
+    error: BaseException, expected: bool
+) -> None:
     assert is_consequence(error) is expected
 
 

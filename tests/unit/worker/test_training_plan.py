@@ -20,7 +20,7 @@ def row_of(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["base", "flamingo", "paligemma"])
-def test_bytes_of_a_step_and_of_a_checkpoint_follow_from_the_weights(name: str) -> None:
+def test_the_page_states_bytes_per_step_and_per_checkpoint_that_follow_from_the_number_of_weights(name: str) -> None:
     weights = measure_model(name, load_model(name)).parameters
     seconds = ", ".join(f"{8 * weights / (rate / 8):.2f}" for rate in (25e9, 100e9, 400e9))
     assert row_of(f"`{name}`") == [

@@ -88,7 +88,7 @@ def test_validation_reads_each_picture_of_a_batch_once_however_many_texts_it_has
     assert sorted(read) == list(range(ROWS))
 
 
-def test_the_human_text_beside_a_sample_caption_is_not_always_the_first_text_of_the_picture(tmp_path: Path) -> None:
+def test_the_human_text_shown_with_a_sample_caption_is_not_always_the_first_text_of_the_picture(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", rows=4, texts=2)
     config = tiny_model_config()
     tokenizer = text.learn(config.text, [])
