@@ -246,7 +246,7 @@ config = {
     "generation": {"max_new_tokens": 8},
 }
 encoder = vlm.build(config).model.encoder
-print("one vector for each place:", tuple(encoder.position.shape))
+print("position vectors, one for each patch:", tuple(encoder.position.shape))
 
 order = np.random.default_rng(0).permutation(64)
 shuffled_pixels = join(patches[order].reshape(64, 192))
@@ -265,8 +265,8 @@ with_positions = change()
 with torch.no_grad():
     encoder.position.zero_()
 without_positions = change()
-print(f"change with positions:    {with_positions:.4f}")
-print(f"change without positions: {without_positions:.7f}")
+print(f"change of the output with position vectors:    {with_positions:.4f}")
+print(f"change of the output without position vectors: {without_positions:.7f}")
 assert with_positions > 0.001 > 1e-5 > without_positions
 
 figure, axes = plt.subplots(1, 2, figsize=(4.4, 2.4))

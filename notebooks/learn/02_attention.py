@@ -90,7 +90,7 @@ by_matrix = shares @ v
 
 difference = (by_loop - by_matrix).abs().max().item()
 print("shares:", tuple(shares.shape), " values:", tuple(v.shape), " output:", tuple(by_matrix.shape))
-print(f"loop and matrices differ by at most {difference:.1e}")
+print(f"results of loop and matrices differ by at most {difference:.1e}")
 assert difference < 1e-5
 
 # COMMAND ----------
@@ -227,7 +227,7 @@ for _ in range(300):
 test = torch.randint(LETTERS, (500, LENGTH))
 with torch.no_grad():
     right = (forward(test)[:, BACK:].argmax(-1) == test[:, :-BACK]).float().mean().item()
-print(f"right on new sequences: {right:.0%}, a guess: {1 / LETTERS:.0%}")
+print(f"correct answers on new sequences: {right:.0%}; a random guess: {1 / LETTERS:.0%}")
 assert right > 0.95
 
 plt.figure()
@@ -252,7 +252,7 @@ with torch.no_grad(), record_weights([attention]) as recorded:
     forward(test)
 seen = recorded[0][0].mean(dim=(0, 1))  # mean over the 500 sequences and the single head
 stripe = seen.diagonal(-BACK).min().item()
-print(f"smallest share of the right place: {stripe:.2f}")
+print(f"smallest share of the right position: {stripe:.2f}")
 assert stripe > 0.5
 
 plt.figure(figsize=(3.6, 3.2))

@@ -143,8 +143,8 @@ def pair_loss(text):
 
 
 by_pairs = pair_loss(validation_ids)
-print(f"loss of a pure guess:    {guess:.2f}")
-print(f"loss of a table of pairs: {by_pairs:.2f}")
+print(f"loss of a pure guess:               {guess:.2f}")
+print(f"loss of a table of character pairs: {by_pairs:.2f}")
 assert by_pairs < guess
 
 # COMMAND ----------
@@ -283,7 +283,7 @@ plt.legend(fontsize=8)
 
 best = min(on_validation)
 print(f"best loss on unseen text: {best:.2f}")
-print(f"last losses: poems {on_train[-1]:.2f}, unseen text {on_validation[-1]:.2f}")
+print(f"last losses: training poems {on_train[-1]:.2f}, unseen text {on_validation[-1]:.2f}")
 assert on_train[-1] < by_pairs < guess
 assert abs(best - by_pairs) < 0.5
 assert on_validation[-1] > best + 0.3  # it rises again

@@ -149,7 +149,7 @@ assert torch.equal(sequence[0, :16], features[0])  # the slots hold the vectors 
 
 tokens_of_caption = np.mean([len(tokenizer.encode(caption)) + 1 for caption in captions])  # and an end token
 blind_floor = math.log(6 * 3 * 5) / tokens_of_caption
-print(f"{tokens_of_caption:.1f} tokens a caption")
+print(f"{tokens_of_caption:.1f} tokens per caption")
 print(f"best loss of a blind writer: {blind_floor:.2f} for each token")
 assert math.isclose(math.log(90), 4.5, abs_tol=0.01)
 
@@ -237,9 +237,9 @@ early = seeing[:, 0] == 60
 gap_early = (seeing[early, 2] - seeing[early, 1]).item()
 gap = seeing[-1, 2] - seeing[-1, 1]
 gap_blind = blind[-1, 2] - blind[-1, 1]
-print(f"gap after 60 steps: {gap_early:.2f} (loss {seeing[early, 1].item():.2f})")
-print(f"gap at the end:     {gap:.2f} (loss {seeing[-1, 1]:.2f})")
-print(f"gap, blind model:   {gap_blind:.2f} (loss {blind[-1, 1]:.2f})")
+print(f"blind gap after 60 steps: {gap_early:.2f} (loss {seeing[early, 1].item():.2f})")
+print(f"blind gap at the end:     {gap:.2f} (loss {seeing[-1, 1]:.2f})")
+print(f"blind gap, blind model:   {gap_blind:.2f} (loss {blind[-1, 1]:.2f})")
 assert abs(gap_early) < 0.1  # the loss has fallen from 5.7, and the model still sees nothing
 assert gap > 0.4
 assert seeing[-1, 1] < blind_floor - 0.1  # better than any blind writer can be
@@ -269,7 +269,7 @@ exact = np.mean([r.caption == c for r, c in zip(captioner.caption(pictures[1500:
 exact_blind = np.mean(
     [r.caption == c for r, c in zip(blind_captioner.caption(pictures[1500:]), captions[1500:], strict=True)]
 )
-print(f"exactly right: {exact:.0%} of 100, blind model {exact_blind:.0%}")
+print(f"exactly right captions: {exact:.0%} of 100; by the blind model: {exact_blind:.0%}")
 assert exact > 0.2 > exact_blind
 
 # COMMAND ----------

@@ -155,7 +155,7 @@ fast, fast_logits, fast_count = write_with_cache()
 difference = (slow_logits - fast_logits).abs().max().item()
 print("caption:", tokenizer.decode(fast))
 print(f"logits differ by at most {difference:.0e}")
-print(f"computed positions: {slow_count} without, {fast_count} with cache")
+print(f"computed positions: {slow_count} without cache, {fast_count} with cache")
 assert slow == fast
 assert difference < 1e-4
 assert fast_count == len(request.prefix) + len(fast) - 1

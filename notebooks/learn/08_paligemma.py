@@ -264,9 +264,9 @@ true = [to_loc(box) for box in boxes[1500:]]
 scores = [iou(each[0], box) if each else 0.0 for each, box in zip(found, true, strict=True)]
 control = [iou(each[0], box) if each else 0.0 for each, box in zip(found, true[1:] + true[:1], strict=True)]
 shapes = np.mean([text == thing.shape for text, thing in zip(ask("what shape is it?"), things[1500:], strict=True)])
-print(f"IoU with the thing:          {np.mean(scores):.2f}")
-print(f"IoU with another picture's:  {np.mean(control):.2f}")
-print(f"shape right: {shapes:.0%}, a guess: {1 / len(SHAPES):.0%}")
+print(f"IoU with the thing of the prompt: {np.mean(scores):.2f}")
+print(f"IoU with another picture's thing: {np.mean(control):.2f}")
+print(f"correct shapes: {shapes:.0%}; a random guess: {1 / len(SHAPES):.0%}")
 assert np.mean(scores) > 0.3
 assert np.mean(scores) > 2 * np.mean(control)
 assert shapes > 0.6
