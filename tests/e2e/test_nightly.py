@@ -163,6 +163,39 @@ def test_the_nightly_script_reports_a_failure_and_refuses_to_start_while_an_earl
     assert "shop/gone" in done.stdout
 
 
+METASTORE = """
+from pipelines.config import load_run
+from pipelines.platform import open_platform
+
+spark = open_platform(load_run("birds", platform="metastore").platform).open_spark()
+spark.sql("CREATE SCHEMA shop")
+spark.sql("CREATE TABLE shop.products USING DELTA AS SELECT * FROM delta.`shop/products`")
+spark.stop()
+"""
+
+
+def test_a_table_of_a_hive_metastore_is_captioned_and_only_one_home_folder_uses_the_metastore(folder: Path) -> None:
+    if not (folder / "shop" / "products").exists():
+        assert run(folder, [sys.executable, "to_delta.py"]).returncode == 0
+    (folder / "conf" / "platform").mkdir()
+    settings = {"spark.sql.catalogImplementation": "hive"}
+    settings["spark.hadoop.javax.jdo.option.ConnectionURL"] = f"jdbc:derby:;databaseName={folder}/metastore;create=true"
+    config = {"kind": "local", "spark": {"conf": settings}}
+    (folder / "conf" / "platform" / "metastore.yml").write_text(json.dumps(config))
+    created = run(folder, [sys.executable, "-c", METASTORE])
+    assert created.returncode == 0, created.stderr
+    words = [*next(words for words in commands() if words[1] == "caption"), "--platform", "metastore", "--json"]
+    words[words.index("--table") + 1] = "shop.products"
+    done = run(folder, words)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["captioned"], report["errors"]) == (ROWS, 0)
+    server = f"sqlite:///{folder}/.lakesight/mlflow.db"
+    refused = run(folder, words, LAKESIGHT_HOME=str(folder / "other home"), MLFLOW_TRACKING_URI=server)
+    assert refused.returncode == 2
+    assert "schema lakesight of the metastore belongs to another home folder" in refused.stderr
+
+
 def test_airflow_parses_the_dag_of_the_nightly_page(tmp_path: Path) -> None:
     python = os.environ.get("AIRFLOW_PYTHON")
     if not python:

@@ -8,12 +8,14 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 from pyspark.sql import SparkSession
 
 from pipelines.driver.delta.on_disk import open_on_disk
+from pipelines.errors import UserError
 from pipelines.formats import champion_captions
 from pipelines.formats.delta_files import check_table_format
 from pipelines.formats.format_version import FORMAT, PROPERTY, check_format, write_home_format
@@ -36,9 +38,23 @@ def ensure_tables(spark: SparkSession, platform: Platform) -> None:
     """
     if platform.tables is not None:
         spark.sql(f"CREATE SCHEMA IF NOT EXISTS {platform.namespace} LOCATION {_quoted(platform.tables)}")
+        if spark.conf.get("spark.sql.catalogImplementation", "in-memory") == "hive":
+            _check_schema(spark, platform.namespace, platform.tables)
     created = [ensure_table(spark, platform, table) for table in TABLES]
     if all(created):
         write_home_format(platform.root, FORMAT)
+
+
+def _check_schema(spark: SparkSession, schema: str, folder: Path) -> None:
+    """Check that the schema in a Hive metastore, which several home folders may share, has its tables in `folder`."""
+    found = urlsplit(spark.catalog.getDatabase(schema).locationUri).path
+    if Path(unquote(found)) != folder.resolve():
+        raise UserError(
+            f"schema {schema} of the metastore belongs to another home folder",
+            where=str(folder),
+            got=found,
+            fix="set LAKESIGHT_HOME to the folder that contains this schema, or use another metastore",
+        )
 
 
 def ensure_table(spark: SparkSession, platform: Platform, table: Table) -> bool:
