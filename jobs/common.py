@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated
 
@@ -82,6 +82,8 @@ class Job:
     platform: Platform
     overrides: tuple[str, ...]
     output: CommandOutput
+    shown: set[str] = field(default_factory=set)
+    """Shard folders that the output has named. Several stages of one command use the same folder."""
 
     @cached_property
     def spark(self) -> SparkSession:

@@ -132,6 +132,8 @@ def _print_report(job: Job, report: FullReport) -> None:
         f"{report.rows_in:,} rows = {report.new:,} new + {report.merged:,} merged + "
         f"{report.duplicates:,} duplicates + {report.quarantined:,} quarantined",
     )
+    if report.splits:
+        job.output.line("splits", ", ".join(f"{count:,} {split}" for split, count in report.splits.items()))
     if report.near_duplicates.pictures:
         near = report.near_duplicates
         job.output.line("", f"{near.pictures:,} near-duplicates, {near.across_splits:,} of these in another split")

@@ -14,6 +14,7 @@ from pipelines.errors import StageFailed
 from vlm.config import Config
 
 if TYPE_CHECKING:
+    from pipelines.config import RunConfig
     from pipelines.driver.evaluate.gate import GateResult
     from pipelines.tracking.registry import ModelVersion
 
@@ -60,6 +61,20 @@ def promote(
         job.finish(run_promote(job, choose_version(job, version, checkpoint)), "caption")
 
 
+def advice(config: RunConfig, pictures: int) -> str:
+    """Return what to do after the gate has refused a version that was evaluated on a number of pictures."""
+    text = (
+        "look at the captions in the gallery of `lakesight evaluate`. Train longer, use another seed, or give the "
+        "decoder more picture features (vision.select: patches). The limits are in section gate of the run"
+    )
+    split = config.data.evaluate_on
+    if pictures < config.gate.min_pictures and split != "train":
+        share = f"set data.split.{split} to a larger share" if config.data.split.kind == "hash" else "give it more rows"
+        few = f"the split {split} has too few pictures ({pictures}) to judge a model: {share} in the YAML file of the "
+        return f"{few}run, run `lakesight ingest --refresh`, and train again. Otherwise, {text}"
+    return text
+
+
 def run_promote(job: Job, which: str) -> PromotionReport:
     """Run the promote stage: check the gate, record the decision, then move the aliases.
 
@@ -96,8 +111,7 @@ def run_promote(job: Job, which: str) -> PromotionReport:
             f"the model version is not promoted, for {len(verdict.reasons)} reason{'s' * (len(verdict.reasons) > 1)}",
             where=f"model {label}",
             got=verdict.reasons,
-            fix="look at the captions in the gallery of `lakesight evaluate`. Train longer, use another seed, or give "
-            "the decoder more picture features (vision.select: patches). The limits are in section gate of the run",
+            fix=advice(job.config, verdict.pictures),
         )
     promote(job.platform, version)
     job.output.line("promote", f"{label} is the champion now" + (f", after {champion.version}" if champion else ""))

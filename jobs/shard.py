@@ -42,6 +42,8 @@ def run_shard(job: Job, split: Split, image: ImageConfig) -> ShardReport:
     if report is None:
         with show_elapsed(f"shard {split}"):
             report = shard(job.spark, job.platform, job.source, job.config.data, image, split)
-    outcome = "reused" if report.reused else "written"
-    job.output.line("shard", f"{report.num_rows:,} {split} rows of version {report.dataset_version}, {outcome}")
+    if report.folder not in job.shown:
+        job.shown.add(report.folder)
+        outcome = "reused" if report.reused else "written"
+        job.output.line("shard", f"{report.num_rows:,} {split} rows of version {report.dataset_version}, {outcome}")
     return report

@@ -153,7 +153,7 @@ def _report(  # noqa: PLR0917 (each argument is one part of a report)
         found = write_mix(parts, list(config.mix.values()), platform.folder("shards"))
     manifest = found.manifest
     how = "found" if found.reused else "new"
-    logger.info("%s %s: %d rows in %s (%s)", source_name, split, manifest.num_rows, found.folder, how)
+    logger.debug("%s %s: %d rows in %s (%s)", source_name, split, manifest.num_rows, found.folder, how)
     return ShardReport(
         folder=str(found.folder),
         source=source_name,

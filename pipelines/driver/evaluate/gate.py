@@ -37,12 +37,14 @@ class GateResult(Config):
     """Results of all checks of a model version, by name, and the metrics that the checks used.
 
     Attributes:
+        pictures: number of pictures that were captioned.
         tokenisation: name of the rules that split texts into words for the gate's metric; None if the metric ignores
             words.
     """
 
     checks: dict[str, GateCheck]
     figures: dict[str, Interval]
+    pictures: int
     tokenisation: str | None
 
     @property
@@ -71,13 +73,14 @@ def apply_gate(
         "looks": _check_blind_gap(gate, metrics.get("blind_gap")),
     }
     scored = report.scores()
+    pictures = len({row.row for row in scored})
     rows_of = baselines(captioned(scored), gate.metric)
     if "constant" in gate.baselines:
         checks["varied"] = _check_varied(gate, captioned(scored))
     for name in gate.baselines:
         if name in rows_of:
             gain = metric_differences(scored, rows_of[name], names=[gate.metric]).get(gate.metric)
-            checks[name] = _check_baseline(gate, gain, BASELINES[name], pictures=len({row.row for row in scored}))
+            checks[name] = _check_baseline(gate, gain, BASELINES[name], pictures=pictures)
             figures |= {f"over_{name}": gain} if gain else {}
     if champion:
         difference = metric_differences(scored, champion.scores(), names=[gate.metric]).get(gate.metric)
@@ -85,7 +88,7 @@ def apply_gate(
         checks["champion"] = _check_champion(gate, difference, champion.model_version, rows)
         if difference:
             figures["over_champion"] = difference
-    return GateResult(checks=checks, figures=figures, tokenisation=tokenisation_of(gate.metric))
+    return GateResult(checks=checks, figures=figures, pictures=pictures, tokenisation=tokenisation_of(gate.metric))
 
 
 def _check_errors(gate: GateConfig, share: float, trial: Trial) -> GateCheck:

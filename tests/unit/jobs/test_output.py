@@ -18,6 +18,7 @@ from local_platforms import open_local
 from jobs.common import Job, open_job
 from jobs.compare import next_command
 from jobs.output import CommandOutput, format_error, has_colours, number
+from jobs.promote import advice
 from pipelines.config import load_run
 from pipelines.driver.evaluate.bootstrap import Interval
 from pipelines.driver.evaluate.compare import Comparison
@@ -91,6 +92,23 @@ def test_the_next_command_names_the_platform_file_and_no_setting_of_spark(
         config, open_local(monkeypatch, tmp_path / "home"), overrides, CommandOutput(io.StringIO(), as_json=False)
     )
     assert job.command("train") == "lakesight train --run demo --platform cluster --set train.steps=9"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ([], "set data.split.test to a larger share"),
+        (["data.split={kind: column}"], "the split test has too few pictures (4) to judge a model: give it more rows"),
+        (["gate.min_pictures=4"], None),
+        (["data.evaluate_on=train"], None),
+    ],
+)
+def test_a_refused_version_that_was_judged_by_few_pictures_leads_to_more_pictures(
+    changes: list[str], expected: str | None
+) -> None:
+    text = advice(load_run("demo", overrides=changes), pictures=4)
+    assert (expected or "look at the captions in the gallery") in text
+    assert ("too few pictures" in text) == bool(expected)
 
 
 # ------------------------------------------------------------------------------------------------ errors
