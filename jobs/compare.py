@@ -67,9 +67,9 @@ def run_compare(job: Job, one: str, other: str) -> Comparison:
     for name in SHOWN_METRICS:
         if name in report.differences:
             difference = report.differences[name]
-            interval = f"({difference.low:+.3f} to {difference.high:+.3f})"
-            values = f"{report.one_metrics[name].value:7.3f} {report.other_metrics[name].value:7.3f}"
-            job.output.line("", f"{name:<12} {values} {difference.value:+7.3f}  {interval}")
+            interval = f"({difference.low:+z.3f} to {difference.high:+z.3f})"
+            values = f"{report.one_metrics[name].value:z7.3f} {report.other_metrics[name].value:z7.3f}"
+            job.output.line("", f"{name:<12} {values} {difference.value:+z7.3f}  {interval}")
     job.output.line("", f"texts are split into words by {report.tokenisation}")
     job.output.line(
         "rows",

@@ -175,11 +175,13 @@ def run_evaluate(
         if name in report.metrics:
             metric = report.metrics[name]
             baselines = "  ".join(
-                f"{baseline} {report.metrics[key].value:.3f}"
+                f"{baseline} {report.metrics[key].value:z.3f}"
                 for baseline in ("constant", "neighbour")
                 if (key := f"{baseline}_{name}") in report.metrics
             )
-            job.output.line("", f"{name:<12} {metric.value:7.3f}  ({metric.low:.3f} to {metric.high:.3f})  {baselines}")
+            job.output.line(
+                "", f"{name:<12} {metric.value:z7.3f}  ({metric.low:z.3f} to {metric.high:z.3f})  {baselines}"
+            )
     job.output.line("", f"texts are split into words by {describe_words(report.metrics)}")
     job.output.line("gallery", str(report.gallery))
     return report

@@ -4,20 +4,44 @@ from __future__ import annotations
 
 import socket
 import subprocess
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
+from pipelines.background_thread import in_background
 from pipelines.child_process import end_group
 from pipelines.errors import UserError
 
 HOST = "127.0.0.1"
+POLL_SECONDS = 0.2
 
 
-def run_server(command: list[str], environment: Mapping[str, str], folder: Path) -> int:
-    """Run a server until it ends. If this process is interrupted, end the server and all processes of the server."""
+def run_server(
+    command: list[str], environment: Mapping[str, str], folder: Path, port: int, ready: Callable[[], None]
+) -> int:
+    """Run a server until it ends, and return its exit code.
+
+    If this process is interrupted, end the server and all processes of the server.
+
+    Args:
+        command: command that starts the server.
+        environment: environment variables of the server.
+        folder: working folder of the server.
+        port: port on which the server will listen.
+        ready: function that is called once, when the server accepts connections. A large server needs many seconds.
+    """
+
+    def wait_for_port(ended: threading.Event) -> None:
+        while not ended.wait(POLL_SECONDS):
+            with suppress(OSError), socket.create_connection((HOST, port), timeout=1):
+                ready()
+                return
+
     server = subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True)  # noqa: S603 our own
     try:
-        return server.wait()
+        with in_background(wait_for_port, "port"):
+            return server.wait()
     finally:
         end_group(server)
 

@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -42,11 +43,14 @@ def serve(
         check_port_free(port)
         chosen = resolve(job.platform, job.model_name, version)
         folder = download_checked(job.platform, chosen, Path(temporary))
-        job.output.line("serve", f"{chosen.name} version {chosen.version}: http://{HOST}:{port}/invocations")
+        job.output.line("serve", f"starting {chosen.name} version {chosen.version}")
         command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", str(folder)]
         command += ["--env-manager", "local", "--host", HOST, "--port", str(port)]
         # MLflow starts `uvicorn` from PATH. Without PYTHONSAFEPATH, the working folder would come first on sys.path.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         with suppress(KeyboardInterrupt):  # Ctrl-C is the usual way to stop a server
-            code = run_server(command, child_environment(PYTHONSAFEPATH="1", PATH=path), Path(temporary))
+            environment = child_environment(PYTHONSAFEPATH="1", PATH=path)
+            address = f"http://{HOST}:{port}/invocations  (Ctrl-C stops it)"
+            ready = partial(job.output.line, "serve", address)
+            code = run_server(command, environment, Path(temporary), port, ready)
             raise StageFailed("the model server stopped", got=f"exit code {code}", fix="read MLflow's messages above")

@@ -142,7 +142,7 @@ def run_train(job: Job) -> TrainReport:
             show_progress("train", poll_training(run, config.train), config.train.steps),
         ):
             result = reused or launch(run, job.platform, job.spark)
-        figures = "  ".join(f"{name} {result.metrics[name]:.3f}" for name in SHOWN_METRICS if name in result.metrics)
+        figures = "  ".join(f"{name} {result.metrics[name]:z.3f}" for name in SHOWN_METRICS if name in result.metrics)
         detail = f"finished run reused: {run.path}" if reused else f"{result.world_size} ranks, {result.seconds:.0f} s"
         job.output.line("train", f"{result.step:,} steps, {detail}")
         job.output.line("", figures)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import suppress
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -45,7 +46,8 @@ def ui(
         follow_moved_home(job.platform)
         check_port_free(port)
         # Without the parameter, MLflow shows its pages for agents to a user who opens MLflow for the first time.
-        job.output.line("ui", f"http://{HOST}:{port}/#/experiments?{VIEW}  (Ctrl-C stops it)")
+        address = f"http://{HOST}:{port}/#/experiments?{VIEW}  (Ctrl-C stops it)"
+        job.output.line("ui", "starting MLflow")
         command = [
             sys.executable,
             "-m",
@@ -66,5 +68,7 @@ def ui(
             # Without PYTHONSAFEPATH, the server would put its working folder, the home folder, first on sys.path, and
             # a file in the home folder could shadow a module.
             environment = os.environ | {"PYTHONSAFEPATH": "1"}
-            code = run_server(command, environment, job.platform.root)
+            code = run_server(
+                command, environment, job.platform.root, port, ready=partial(job.output.line, "ui", address)
+            )
             raise StageFailed("the MLflow UI stopped", got=f"exit code {code}", fix="read the MLflow messages above")

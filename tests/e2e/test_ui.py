@@ -79,8 +79,9 @@ def serve(home: Path, folder: Path) -> Iterator[tuple[str, str]]:
         )
         try:
             assert wait_for_page(f"http://127.0.0.1:{port}/health", server) == 200, (folder / "log").read_text()
-            [printed] = re.findall(r"^ui +(http\S+)", (folder / "log").read_text(), re.M)
-            yield f"http://127.0.0.1:{port}", printed
+            while not (printed := re.findall(r"^ui +(http\S+)", (folder / "log").read_text(), re.M)):
+                time.sleep(0.1)
+            yield f"http://127.0.0.1:{port}", printed[0]
         finally:
             server.terminate()
             server.wait(60)

@@ -141,7 +141,7 @@ def _verdict(report: Comparison) -> str:
 def _bars(report: Comparison, name: str) -> BarGroup:
     difference = report.differences[name]
     bars = {f"version {report.one}": report.one_metrics[name], f"version {report.other}": report.other_metrics[name]}
-    return bar_group(name, bars, f": {difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})")
+    return bar_group(name, bars, f": {difference.value:+z.3f} ({difference.low:+z.3f} to {difference.high:+z.3f})")
 
 
 def _groups(pairs: Sequence[Pair], names: tuple[str, str]) -> dict[str, list[Pair]]:

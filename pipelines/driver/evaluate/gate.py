@@ -109,7 +109,7 @@ def _check_blind_gap(gate: GateConfig, gap: Interval | None) -> GateCheck:
         found = "the blind gap is unknown: a split of one picture has none"
         return GateCheck(passed=False, found=found)
     passed = gap.value >= gate.min_blind_gap
-    found = f"a blind gap of {gap.value:.3f} nats per token, limit {gate.min_blind_gap:g}"
+    found = f"a blind gap of {gap.value:z.3f} nats per token, limit {gate.min_blind_gap:g}"
     return GateCheck(passed=passed, found=found if passed else f"it does not use its pictures: {found}")
 
 
@@ -149,7 +149,7 @@ def _check_baseline(gate: GateConfig, gain: Interval | None, baseline: str, *, p
 
 
 def _format_difference(difference: Interval) -> str:
-    return f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
+    return f"{difference.value:+z.3f} ({difference.low:+z.3f} to {difference.high:+z.3f})"
 
 
 def _check_champion(gate: GateConfig, difference: Interval | None, version: str, rows: int) -> GateCheck:

@@ -15,18 +15,21 @@ import subprocess
 import sys
 import urllib.request
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import typer
 from command_server import assert_user_error, run_command
+from open_sockets import free_port
 from PIL import Image
 from typer.testing import CliRunner
 
 from jobs.cli import COMMANDS as ALL_COMMANDS
 from jobs.cli import INTERACTIVE_COMMANDS, STAGE_COMMANDS, WEIGHT_COMMANDS, Commands, app, main, run
 from jobs.doctor import check_delta_jar
+from jobs.local_server import run_server
 from pipelines.config import load_model
 from pipelines.errors import StageFailed
 from pipelines.platform import user_name
@@ -290,6 +293,17 @@ def test_a_port_in_use_is_reported_before_a_server_starts() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         assert_user_error(lakesight("ui", "--port", str(port)), f"127.0.0.1:{port}", "Address already in use")
+
+
+def test_the_address_of_a_server_is_announced_only_when_the_server_accepts_connections(tmp_path: Path) -> None:
+    code = "import socket, sys, time\ntime.sleep(0.5)\nsocket.create_server(('127.0.0.1', int(sys.argv[1]))).accept()"
+    port, answered = free_port(), []
+    command = [sys.executable, "-c", code, str(port)]
+    ready = partial(answered.append, "ready")
+    assert run_server(command, os.environ, tmp_path, port, ready) == 0, "the server ends after the first connection"
+    assert answered == ["ready"]
+    assert run_server([sys.executable, "-c", "pass"], os.environ, tmp_path, port, ready) == 0
+    assert answered == ["ready"], "a server that never listens is not announced"
 
 
 def test_ui_prints_the_address_of_the_tracking_server_without_the_password() -> None:
