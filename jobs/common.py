@@ -123,7 +123,7 @@ class Job:
         """
 
         def complete(found: re.Match[str]) -> str:
-            named = found["name"] in WITHOUT_RUN or "--run" in found["rest"]
+            named = found["name"] in WITHOUT_RUN or "--run" in found["rest"] or self._options() == "--run demo"
             return found[0] if named else f"`lakesight {found['name']}{found['rest']} {self._options()}`"
 
         return re.sub(r"`lakesight (?P<name>[a-z-]+)(?P<rest>[^`]*)`", complete, text)

@@ -33,7 +33,7 @@ def decisions(
                 f"by {row['decided_by']}"
             )
             for reason in row["reasons"]:
-                job.output.text(f"    {reason}")
+                job.output.hanging("    - ", reason)
         job.output.report({"decisions": found})
 
 

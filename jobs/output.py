@@ -94,13 +94,14 @@ class CommandOutput:
 
     def line(self, label: str, text: str) -> None:
         """Print a label in a column of fixed width, then a text. On a terminal, a long text is broken between words."""
-        width = shutil.get_terminal_size().columns - LABEL_WIDTH
-        for line in _wrap(text, width, "") if self._stream.isatty() else [text]:
-            self._labelled(label, line)
-            label = ""
+        self.hanging(f"{label:<{LABEL_WIDTH}}", text, bold=True)
 
-    def _labelled(self, label: str, text: str) -> None:
-        self.text(self.styled(f"{label:<{LABEL_WIDTH}}", bold=True) + text)
+    def hanging(self, head: str, text: str, **style: Any) -> None:
+        """Print the beginning of a line in a style, then a text. On a terminal, break the text and indent its lines."""
+        width = shutil.get_terminal_size().columns - len(head)
+        for line in _wrap(text, width, "") if self._stream.isatty() else [text]:
+            self.text(self.styled(head, **style) + line)
+            head = " " * len(head)
 
     def styled(self, text: str, **style: Any) -> str:
         """Return a text with the arguments `style` of `typer.style` if the output has colours, else the text itself."""
@@ -109,7 +110,7 @@ class CommandOutput:
     def next(self, *commands: str) -> None:
         """Print the commands that the user can run next, each on a line of its own."""
         for label, command in zip(("next", *["or"] * (len(commands) - 1)), commands, strict=True):
-            self._labelled(label, command)
+            self.text(self.styled(f"{label:<{LABEL_WIDTH}}", bold=True) + command)
 
     def items(self, label: str, items: Sequence[str]) -> None:
         """Print a list for people: a label, then the items separated by commas, in lines of at most 80 columns."""

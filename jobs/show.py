@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs.common import ImageRootOption, Job, JsonOption, PlatformOption, RunOption, SetOption, WhereOption, open_job
+from jobs.output import TEXT_WIDTH
 from jobs.table_files import Relation, champion_captions, count_rows, open_table, table_relation
 from pipelines.errors import UserError
 from pipelines.formats.champion_captions import NAME as VIEW
@@ -227,7 +228,9 @@ def _print(job: Job, report: TableReport) -> None:
         job.output.text(f"\nrow {number}")
         for name, value in row.items():
             text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False).strip('"')
-            job.output.text(f"  {name:<{width}}  {text if len(text) <= WIDTH else text[: WIDTH - 3] + '...'}")
+            # On a terminal, a text is broken between words, but base64 has no words.
+            limit = WIDTH if " " in text else max(20, TEXT_WIDTH - width - 4)
+            job.output.hanging(f"  {name:<{width}}  ", text if len(text) <= limit else f"{text[: limit - 3]}...")
     for label, path in (("gallery", report.gallery), ("output", report.output)):
         if path:
             job.output.text("")

@@ -195,8 +195,8 @@ def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
             raise UserError(
                 f"model {name} has no version or alias {which!r}",
                 where=redact_uri(platform.registry_uri),
-                got=which,
-                fix=f"choose one of the versions: {', '.join(numbers) or 'none'}; aliases: {listed}",
+                got=f"versions: {', '.join(numbers) or 'none'}; aliases: {listed}",
+                fix="choose one of these" + ("; or run `lakesight promote` first" if which == CHAMPION else ""),
             )
         return _read_version(client, name, number)
 

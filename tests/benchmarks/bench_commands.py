@@ -20,7 +20,7 @@ from PIL import Image
 import vlm
 from pipelines.config import load_model
 
-ROUNDS = 5
+ROUNDS = 3
 DATA = ("--set", "data.source.path=scenes:200")
 COMMANDS = {
     "--help": 0.4,

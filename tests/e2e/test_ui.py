@@ -120,8 +120,7 @@ def test_the_pages_of_mlflow_explain_the_run_its_curves_the_model_and_the_model_
 
         def open_tab(address: str, text: str) -> str:
             tab.goto(address)
-            tab.get_by_text(text).first.wait_for(state="attached")
-            tab.wait_for_load_state("networkidle")
+            tab.get_by_text(text).first.wait_for(state="attached")  # pages load data again and again
             tab.screenshot(path=tmp_path / f"{re.sub(r'[^a-z]+', '-', text.lower())}-{width}.png")
             return tab.inner_text("body")
 

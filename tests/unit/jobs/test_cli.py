@@ -253,7 +253,7 @@ def test_only_the_report_goes_to_stdout_even_if_child_processes_print() -> None:
         (["train", "--set", "train.stepz=1", "--set", "model.no=1"], ["2 problems", "train.stepz", "model.no"]),
         (["train", "--set", "platform.spark.master=moon"], ["platform.spark.master"]),
         (["ingest", "--platform", "cloud"], ["no platform is called 'cloud'", "databricks, local"]),
-        (["show", "samples"], ["no table 'samples'", "no tables at all", "run `lakesight ingest --run demo` first"]),
+        (["show", "samples"], ["no table 'samples'", "no tables at all", "run `lakesight ingest` first"]),
         (["lineage", "x", "--run", "emoji"], ["no table 'generated_captions'", "run `lakesight caption --run emoji`"]),
         (["show", "generated"], ["no table 'generated'", "name a table, a view or the path of a folder"]),
         (["shard", "--run", "emoji"], ["the train split has no rows", "run `lakesight ingest --run emoji` first"]),
@@ -297,7 +297,8 @@ def test_a_port_in_use_is_reported_before_a_server_starts() -> None:
 
 def test_the_address_of_a_server_is_announced_only_when_the_server_accepts_connections(tmp_path: Path) -> None:
     code = "import socket, sys, time\ntime.sleep(0.5)\nsocket.create_server(('127.0.0.1', int(sys.argv[1]))).accept()"
-    port, answered = free_port(), []
+    port = free_port()
+    answered: list[str] = []
     command = [sys.executable, "-c", code, str(port)]
     ready = partial(answered.append, "ready")
     assert run_server(command, os.environ, tmp_path, port, ready) == 0, "the server ends after the first connection"
