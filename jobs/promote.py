@@ -89,6 +89,7 @@ def run_promote(job: Job, which: str) -> PromotionReport:
     version = resolve(job.platform, job.model_name, which)
     label = f"{version.name} version {version.version}"
     if champion and champion.version == version.version:
+        _record_champion(job, version)
         job.output.line("promote", f"{label} is already the champion")
         return PromotionReport(model_name=version.name, model_version=version.version, already=True, found={})
     version = set_alias(job.platform, version, CHALLENGER)
@@ -125,6 +126,27 @@ def run_promote(job: Job, which: str) -> PromotionReport:
         found=found,
         tokenisation=verdict.tokenisation,
     )
+
+
+def _record_champion(job: Job, champion: ModelVersion) -> None:
+    """Record the champion if table `decisions` names another version.
+
+    Otherwise the view `champion_captions` would show captions of a version whose promotion or rollback was recorded,
+    but not carried out, because the command was killed or the registry did not answer.
+    """
+    from pipelines.driver.evaluate.decisions import record_decision, recorded_champion
+
+    if recorded_champion(lambda: job.spark, job.platform, champion.name) != champion.version:
+        record_decision(
+            lambda: job.spark,
+            job.platform,
+            model=champion.name,
+            version=champion.version,
+            digest=open_model(job, champion.version).digest,
+            action="promote",
+            champion=champion.version,
+            reasons=["it is the champion in the registry, and the last recorded decision was not carried out"],
+        )
 
 
 def check_gate(job: Job, version: ModelVersion, champion: ModelVersion | None) -> GateResult:

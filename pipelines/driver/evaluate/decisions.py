@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
+CHAMPION_ACTIONS = ("promote", "rollback")
+"""Actions that make a version the champion."""
+
+
 def record_decision(
     open_spark: Callable[[], SparkSession],
     platform: Platform,
@@ -65,6 +69,30 @@ def record_decision(
     earlier = arrow_dataset(table).to_table(["decided_at"], pc.field("model_name") == model)["decided_at"]
     row["decided_at"] = later_than(pc.max(earlier).as_py())
     write_deltalake(table, pa.Table.from_pylist([row], DECISIONS.arrow_schema), mode="append")
+
+
+def recorded_champion(open_spark: Callable[[], SparkSession], platform: Platform, model: str) -> str | None:
+    """Return the version that the last promotion or rollback in table `decisions` made the champion, if there is one.
+
+    The champion in the registry is a different version if a command was killed after it had recorded a decision.
+    """
+    import pyarrow.compute as pc
+
+    columns = ["model_version", "decided_at"]
+    if platform.tables is None:
+        from pyspark.sql import functions as F
+
+        from pipelines.driver.delta.tables import ensure_tables
+
+        ensure_tables(open_spark(), platform)
+        made = (F.col("model_name") == model) & F.col("action").isin(*CHAMPION_ACTIONS)
+        found = open_spark().table(platform.table(DECISIONS.name)).where(made).select(*columns).toArrow()
+    else:
+        table = open_or_create(platform.tables / DECISIONS.name, DECISIONS)
+        is_made = (pc.field("model_name") == model) & pc.field("action").isin(CHAMPION_ACTIONS)
+        found = arrow_dataset(table).to_table(columns, is_made)
+    versions = found.sort_by("decided_at")["model_version"].to_pylist()
+    return str(versions[-1]) if versions else None
 
 
 def _append_to_catalog(spark: SparkSession, platform: Platform, row: dict[str, Any]) -> None:

@@ -1,17 +1,25 @@
-"""Tests of downloaded model versions: a copy is used only if it is intact and comes from the current model registry."""
+"""Tests of model versions: a downloaded copy is used only if it is intact and comes from the current model registry,
+and table `decisions` names the champion of the registry."""
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import shutil
 from pathlib import Path
 
 import pytest
+from deltalake import DeltaTable
 from model_server import register_random
+from pyspark.sql import SparkSession
 from tiny_runs import tiny_run
 
+from jobs.common import Job
+from jobs.output import CommandOutput
+from jobs.promote import run_promote
 from pipelines.config import LocalPlatformConfig
+from pipelines.driver.evaluate.decisions import record_decision, recorded_champion
 from pipelines.errors import StageFailed
 from pipelines.formats.model_copy import RECORD
 from pipelines.formats.run_folder import RunFolder
@@ -108,3 +116,22 @@ def test_a_downloaded_model_version_whose_files_differ_from_the_registered_files
     for _ in range(2):
         with pytest.raises(StageFailed, match="differ from the files that were registered"):
             download(platform, without_copy)
+
+
+def test_a_promotion_that_was_recorded_but_not_carried_out_is_corrected_in_the_table_of_decisions(
+    platform: Platform, registered: registry.ModelVersion
+) -> None:
+    def no_spark() -> SparkSession:
+        raise AssertionError("a JVM would start")
+
+    opened = dataclasses.replace(platform, open_spark=no_spark)
+    job = Job(tiny_run(), opened, (), CommandOutput(io.StringIO(), as_json=False))
+    registry.promote(platform, registered)
+    record_decision(
+        no_spark, opened, model=registered.name, version="9", digest="d", action="promote", champion=registered.version
+    )
+    for _ in range(2):
+        assert run_promote(job, "champion").already
+    assert recorded_champion(no_spark, opened, registered.name) == registered.version
+    assert opened.tables
+    assert DeltaTable(opened.tables / "decisions").to_pyarrow_table().num_rows == 2
