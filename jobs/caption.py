@@ -66,7 +66,7 @@ def caption(
     ] = False,
     max_error_share: Annotated[
         float,
-        typer.Option("--max-error-share", min=0, max=1, help="Fail above this share of errors.", metavar="SHARE"),
+        typer.Option("--max-error-share", min=0, max=1, help="Largest share of rows that may fail.", metavar="SHARE"),
     ] = 1.0,
     run: RunOption = "demo",
     platform: PlatformOption = "local",

@@ -27,7 +27,7 @@ CheckpointOption = Annotated[
     typer.Option(
         "--checkpoint",
         min=1,
-        help="Evaluate the checkpoint at this step of the version's training, and register it as a version first.",
+        help="Register the checkpoint of this training step as a new version, and use that version.",
         metavar="STEP",
     ),
 ]

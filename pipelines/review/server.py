@@ -45,7 +45,7 @@ def open_app(review: Review, title: str, reviewer: str) -> Starlette:
             show = _SHOW.validate_python(query.get("show", "open"))
             number = max(1, int(query.get("page", "1")))
         except ValueError:
-            return PlainTextResponse("show must be open, judged or all; page must be a number", 400)
+            return PlainTextResponse("parameter show must be open, judged or all; parameter page must be a number", 400)
         words = query.get("words", "")
         found = review.find(show, words)
         nonce = secrets.token_urlsafe(12)

@@ -139,7 +139,7 @@ def rendered() -> str:
     return text
 
 
-def test_the_reference_page_is_what_the_code_defines(rendered: str) -> None:
+def test_the_reference_page_equals_the_page_that_is_generated_from_the_code(rendered: str) -> None:
     assert REFERENCE["PAGE"].read_text(encoding="utf-8") == rendered, "run: python .ci/reference.py"
 
 

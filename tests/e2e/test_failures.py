@@ -40,7 +40,7 @@ BESIDE, EXECUTORS = "beside the driver", "on executors"
 
 SILENT = (
     r"rank {rank} (ended without a failure record at|has not responded since) step \d+"
-    r".*(no error in its log|the silent rank was stopped)"
+    r".*(no error in the rank's log|the silent rank was stopped)"
 )
 DAMAGED = (
     r"rank \d (failed|ended without a failure record) at step [1-9]\d*.*a training shard is damaged.*shard-\d+\.arrow"

@@ -131,7 +131,7 @@ def test_the_commands_of_the_nightly_page_succeed_in_the_order_of_the_page(folde
     assert "nothing new" in run(folder, again, JAVA_HOME="/nonexistent").stdout, "without a JVM"
 
 
-def test_a_query_captions_pictures_by_the_function_of_the_page(folder: Path) -> None:
+def test_an_sql_query_captions_pictures_with_the_function_of_the_nightly_page(folder: Path) -> None:
     if not (folder / "shop" / "products").exists():
         assert run(folder, [sys.executable, "to_delta.py"]).returncode == 0
     done = run(folder, [sys.executable, "in_sql.py"])

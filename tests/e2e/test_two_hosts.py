@@ -90,7 +90,7 @@ def test_ranks_that_lose_the_network_end_in_time_and_the_run_resumes_when_the_ne
     assert re.fullmatch(r"the ranks lost their connections to each other at step \d+", error.what)
     assert error.where == f"hosts {', '.join(NAMES)}"
     assert re.fullmatch(
-        r"rank \d waited 1\d s for other ranks in a collective, and all other ranks waited too", error.got
+        r"rank \d waited 1\d s for other ranks in a collective operation, and all other ranks waited too", error.got
     )
 
     set_link("up")

@@ -28,7 +28,7 @@ def rows(number: int) -> pa.Table:
     return pa.Table.from_pylist([{"id": number, "image": png(number), "text": f"x{number}"}])
 
 
-def test_a_caption_from_the_future_is_replaced_when_its_picture_changes(
+def test_a_caption_with_a_time_in_the_future_is_replaced_when_its_picture_changes(
     spark: SparkSession, platform: Platform, tmp_path: Path
 ) -> None:
     prepare(tmp_path)
@@ -64,7 +64,7 @@ def test_the_last_ingest_of_a_table_counts_although_an_earlier_ingest_has_a_time
 
 
 @pytest.mark.timeout(60)
-def test_a_log_folder_from_the_future_without_a_commit_counts_as_left_by_a_killed_process_if_it_does_not_change(
+def test_a_log_folder_without_a_commit_that_does_not_change_is_replaced_although_its_time_is_in_the_future(
     spark: SparkSession, platform: Platform, tmp_path: Path
 ) -> None:
     spark.sql(f"CREATE SCHEMA lakesight_clock LOCATION '{tmp_path}'")

@@ -84,7 +84,7 @@ def test_the_notebook_has_the_format_of_databricks_and_calls_only_functions_that
         "def helper(): ...",
     ],
 )
-def test_a_wrong_import_call_attribute_or_table_name_is_found(code: str) -> None:
+def test_a_wrong_import_call_attribute_or_table_name_in_a_notebook_is_found(code: str) -> None:
     assert len(list(mistakes(code))) == 1
 
 

@@ -168,7 +168,8 @@ def _unexplained(run: RunFolder, rank: RankFile) -> TrainingFailed:
     return TrainingFailed(
         f"rank {rank.rank} ended without a failure record at step {_last_step(run, rank.rank)}",
         where=f"host {rank.host}, process {rank.pid}, log {run.log(rank.rank)}",
-        got=log_line or f"no error in its log, last heartbeat {last}: kill -9, out of memory, os._exit, or it hung",
+        got=log_line
+        or f"no error in the rank's log, last heartbeat {last}: kill -9, out of memory, os._exit, or a hang",
         fix=fix,
     )
 

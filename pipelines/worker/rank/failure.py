@@ -197,7 +197,7 @@ class RankMonitor:
         if not _is_waiting(_main_frame()):
             self._end("Hung", f"made no progress for {seconds:.0f} s (train.timeout_seconds)", 1, consequence=False)
         if seconds > self._timeout + WAITING_EXTRA_SECONDS:
-            self._end("Waited", f"waited {seconds:.0f} s for other ranks in a collective", 1)
+            self._end("Waited", f"waited {seconds:.0f} s for other ranks in a collective operation", 1)
 
     def _end(self, name: str, message: str, code: int, *, consequence: bool = True) -> None:
         frame = _main_frame()

@@ -42,7 +42,7 @@ def test_without_a_jvm_decisions_are_appended_to_a_delta_table_in_a_folder(
     assert len({row["decision_id"] for row in rows}) == 2
 
 
-def test_a_decision_is_the_last_even_if_the_clock_was_ahead_at_an_earlier_decision(
+def test_a_new_decision_is_the_last_although_an_earlier_decision_has_a_time_in_the_future(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     platform = open_local(monkeypatch, tmp_path)

@@ -131,7 +131,7 @@ def test_an_error_on_a_terminal_is_broken_between_words_and_lists_each_problem_o
     assert words == " ".join([what, *problems, fix]).replace("- ", " ").split()
 
 
-def test_an_error_on_a_terminal_keeps_a_command_in_one_line_and_has_colours_only_if_they_are_wanted() -> None:
+def test_an_error_on_a_terminal_keeps_a_command_in_one_line_and_has_colours_only_on_request() -> None:
     error = UserError("there is no such model", got="birds", fix="train it first: `lakesight pipeline --run birds` now")
     lines = format_error(error, 40, colours=False).splitlines()
     assert lines == [
@@ -194,7 +194,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_line_on_a_terminal_is_broken_between_words_but_a_command_to_paste_is_not(
+def test_lines_on_a_terminal_are_broken_between_words_but_commands_are_not_broken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "40")

@@ -43,6 +43,8 @@ def test_hash64s_of_array_columns_equals_hash64_of_integers(values: list[int]) -
         ((2**64 + 5,), 3567305580077179309),
     ],
 )
-def test_mix_returns_the_same_seeds_as_in_earlier_versions(numbers: tuple[int, ...], seed: int) -> None:
+def test_the_seed_function_mix_returns_the_same_seeds_as_in_earlier_versions(
+    numbers: tuple[int, ...], seed: int
+) -> None:
     """Compare with fixed values, because a change of `mix` would change the random numbers of every existing run."""
     assert mix(*numbers) == seed

@@ -33,7 +33,7 @@ def test_flops_computed_from_the_config_equal_the_flops_that_torch_counts(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_parameters_counted_from_the_config_equal_those_of_the_built_model(variant: str) -> None:
+def test_the_number_of_parameters_counted_from_the_config_equals_the_number_in_the_built_model(variant: str) -> None:
     model, tokenizer = tiny_model(variant)
     parts = (model.encoder, model.projector, model.fusion, model.decoder)
     built = ParameterCounts(*(sum(parameter.numel() for parameter in part.parameters()) for part in parts))
