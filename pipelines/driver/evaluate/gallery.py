@@ -249,9 +249,9 @@ def write_figures(
 ) -> None:
     """Write a bar chart that shows the metrics of the model and the baselines, and word F1 of each slice."""
     bars = {
-        NAMES.get(f"{prefix}{name}", f"{name}, {prefix.rstrip('_')}"): metrics[f"{prefix}{name}"]
+        f"{NAMES.get(name, name)}{label}": metrics[f"{prefix}{name}"]
         for name in PLOTTED
-        for prefix in ("", "constant_", "neighbour_")
+        for prefix, label in (("", ""), ("constant_", ", best constant"), ("neighbour_", ", nearest neighbour"))
         if f"{prefix}{name}" in metrics
     } | {f"word F1, {name}": part["word_f1"] for name, part in slices.items()}
     figure = Figure(figsize=(8, 1 + 0.26 * len(bars)), dpi=100, layout="constrained")
@@ -277,7 +277,7 @@ def _format(metric: Interval, signed: bool = False) -> FormattedValue:
 
 def _digits(value: float, signed: bool) -> str:
     """Format a number with three decimals, or without decimals if the number is 100 or more."""
-    return f"{value:{'+' if signed else ''},.{0 if abs(value) >= 100 else 3}f}"
+    return f"{value:{'+' if signed else ''}z,.{0 if abs(value) >= 100 else 3}f}"
 
 
 def _wrap(text: str) -> str:

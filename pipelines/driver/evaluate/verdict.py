@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from pipelines.config import GateConfig
 from pipelines.driver.evaluate.bootstrap import Interval
 from pipelines.driver.evaluate.gallery import NAMES
 
@@ -60,4 +61,8 @@ def _pictures(metrics: Mapping[str, Interval]) -> str:
     if gap is None:
         return ""
     value = f"blind gap {gap.value:.3g} nats per token"
-    return f"; the model uses its pictures ({value})" if gap.low > 0 else f"; the model ignores its pictures ({value})"
+    if gap.low > 0:
+        return f"; the model uses its pictures ({value})"
+    if gap.value < GateConfig().min_blind_gap:
+        return f"; the model ignores its pictures ({value})"
+    return f"; these pictures are too few to say whether the model uses its pictures ({value})"

@@ -28,6 +28,10 @@ def metrics(**values: float) -> dict[str, Interval]:
             "(blind gap 0.05 nats per token).",
         ),
         (metrics(word_f1=0.5, constant_word_f1=0.2), "(word F1 0.5) are better than the best constant caption (0.2)."),
+        (
+            metrics(word_f1=0.5, constant_word_f1=0.2) | {"blind_gap": Interval(value=0.381, low=-0.249, high=1.659)},
+            "; these pictures are too few to say whether the model uses its pictures (blind gap 0.381 nats per token).",
+        ),
         (metrics(loss=1.0), "The captions of 2,000 pictures were not compared with a baseline."),
     ],
 )
