@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from vlm.errors import did_you_mean
 if TYPE_CHECKING:
     import pyarrow as pa
     from deltalake import DeltaTable
+
+logger = logging.getLogger(__name__)
 
 COMMANDS = {
     **dict.fromkeys((SAMPLES.name, QUARANTINE.name, INGESTED.name), "ingest"),
@@ -175,4 +178,26 @@ def champion_captions(job: Job) -> Relation:
             got=f"no column {', '.join(missing)}",
             fix=f"run `{job.command('maintain')}` once, which adds the columns and changes no row",
         )
-    return Relation(tables, f"({select()}) AS shown")
+    return Relation(tables, f"({select(champions=_promoted_elsewhere(job, tables))}) AS shown")
+
+
+def _promoted_elsewhere(job: Job, tables: Mapping[str, DeltaTable]) -> dict[str, str]:
+    """Return the champions, by model, of captioned models that were promoted in other home folders.
+
+    The model registry knows these champions. The table `decisions` has a row about every other champion.
+    """
+    from pipelines.formats.delta_files import query
+
+    sql = (
+        f"SELECT DISTINCT model_name FROM {GENERATED_CAPTIONS.name} WHERE model_name NOT IN "  # noqa: S608
+        f"(SELECT model_name FROM {DECISIONS.name} WHERE action IN ('promote', 'rollback'))"
+    )
+    found = {}
+    for name in query(tables, sql).read_all()["model_name"].to_pylist():
+        from pipelines.tracking.registry import CHAMPION, resolve
+
+        try:
+            found[name] = resolve(job.platform, name, CHAMPION).version
+        except UserError as error:
+            logger.warning("the captions of model %s are not shown: %s", name, error)
+    return found

@@ -7,6 +7,9 @@ understand.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from pipelines.formats.delta_files import quoted_text
 from pipelines.formats.tables import DECISIONS, GENERATED_CAPTIONS, VERDICTS
 
 NAME = "champion_captions"
@@ -44,7 +47,7 @@ SELECT {columns} FROM (
   JOIN (
     SELECT model_name, model_version, model_digest,
       ROW_NUMBER() OVER (PARTITION BY model_name ORDER BY decided_at DESC, decision_id) AS age
-    FROM {decisions} WHERE action IN ('promote', 'rollback')
+    FROM {decisions} WHERE action IN ('promote', 'rollback'){others}
   ) AS champions
     ON champions.age = 1 AND captions.model_name = champions.model_name
     AND captions.model_version = champions.model_version
@@ -59,6 +62,16 @@ SELECT {columns} FROM (
 """
 
 
-def select(prefix: str = "") -> str:
-    """Return the SELECT statement of the view. `prefix` is put before the names of the tables, such as `schema.`."""
-    return _SELECT.format(columns=", ".join(COLUMNS), **{name: f"{prefix}{name}" for name in TABLES}).strip()
+def select(prefix: str = "", champions: Mapping[str, str] | None = None) -> str:
+    """Return the SELECT statement of the view.
+
+    Args:
+        prefix: text before the names of the tables, such as `schema.`.
+        champions: versions of the champions, by model, about which the table `decisions` has no row.
+    """
+    others = "".join(
+        f"\n    UNION ALL SELECT {quoted_text(name)}, {quoted_text(version)}, CAST(NULL AS VARCHAR), 1"
+        for name, version in (champions or {}).items()
+    )
+    names = {name: f"{prefix}{name}" for name in TABLES}
+    return _SELECT.format(columns=", ".join(COLUMNS), others=others, **names).strip()

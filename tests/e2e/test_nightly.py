@@ -149,6 +149,9 @@ def test_a_job_with_an_empty_home_folder_captions_with_the_champion_of_the_track
     done = run(folder, words, LAKESIGHT_HOME=str(folder / "elsewhere"), MLFLOW_TRACKING_URI=server)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["captioned"] == ROWS
+    exported = [*next(words for words in commands() if "champion_captions" in words), "--json"]
+    shown = run(folder, exported, LAKESIGHT_HOME=str(folder / "elsewhere"), MLFLOW_TRACKING_URI=server)
+    assert json.loads(shown.stdout)["num_rows"] == ROWS, shown.stderr
 
 
 def test_the_nightly_script_reports_a_failure_and_refuses_to_start_while_an_earlier_job_runs(folder: Path) -> None:

@@ -49,13 +49,14 @@ def view(
     captions: Sequence[Mapping[str, Any]],
     decisions: Sequence[Mapping[str, Any]],
     verdicts: Sequence[Mapping[str, Any]] = (),
+    champions: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     def table(kind: Table, rows: Sequence[Mapping[str, Any]]) -> DeltaTable:
         write_deltalake(folder / kind.name, pa.Table.from_pylist(list(rows), kind.arrow_schema), mode="overwrite")
         return DeltaTable(folder / kind.name)
 
     found = [(GENERATED_CAPTIONS, captions), (DECISIONS, decisions), (VERDICTS, verdicts)]
-    read = query({kind.name: table(kind, rows) for kind, rows in found}, select()).read_all()
+    read = query({kind.name: table(kind, rows) for kind, rows in found}, select(champions=champions)).read_all()
     assert read.column_names == list(COLUMNS)
     assert not any(pa.types.is_string_view(field.type) for field in read.schema), "pyarrow's CSV writer refuses views"
     return sorted(read.to_pylist(), key=lambda row: (row["image_id"], row["prompt"]))
@@ -70,6 +71,13 @@ def test_the_view_follows_promotions_and_rollbacks_but_not_refused_promotions(tm
     promoted.append(decision("rollback", "1", 3))
     assert [row["caption"] for row in view(tmp_path, captions, promoted)] == ["red"]
     assert view(tmp_path, captions, []) == []
+
+
+def test_the_view_shows_captions_of_a_champion_about_which_there_is_no_decision(tmp_path: Path) -> None:
+    captions = [CAPTION, CAPTION | {"model_version": "2", "caption": "blue"}]
+    captions += [caption | {"model_name": "it's"} for caption in captions]
+    rows = view(tmp_path, captions, [decision("promote", "1", 0)], champions={"it's": "2"})
+    assert sorted((row["model_name"], row["caption"]) for row in rows) == [("it's", "blue"), ("m", "red")]
 
 
 def test_the_view_leaves_out_errors_and_bad_captions_and_shows_corrections(tmp_path: Path) -> None:
