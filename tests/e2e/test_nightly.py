@@ -172,7 +172,7 @@ from pipelines.platform import open_platform
 
 spark = open_platform(load_run("birds", platform="metastore").platform).open_spark()
 spark.sql("CREATE SCHEMA shop")
-spark.sql("CREATE TABLE shop.products USING DELTA AS SELECT * FROM delta.`shop/products`")
+spark.read.format("delta").load("shop/products").write.format("delta").saveAsTable("shop.products")
 spark.stop()
 """
 
