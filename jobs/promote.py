@@ -69,9 +69,12 @@ def advice(config: RunConfig, pictures: int) -> str:
     )
     split = config.data.evaluate_on
     if pictures < config.gate.min_pictures and split != "train":
-        share = f"set data.split.{split} to a larger share" if config.data.split.kind == "hash" else "give it more rows"
-        few = f"the split {split} has too few pictures ({pictures}) to judge a model: {share} in the YAML file of the "
-        return f"{few}run, run `lakesight ingest --refresh`, and train again. Otherwise, {text}"
+        few = f"the split {split} has too few pictures ({pictures}) to judge a model: "
+        if config.data.split.kind == "hash":
+            few += "under data, set split: {kind: hash, val: 0.1, test: 0.1} with larger shares in the run's YAML file"
+        else:
+            few += "give it more rows"
+        return f"{few}, run `lakesight ingest --refresh`, and train again. Otherwise, {text}"
     return text
 
 

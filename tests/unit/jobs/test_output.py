@@ -97,7 +97,7 @@ def test_the_next_command_names_the_platform_file_and_no_setting_of_spark(
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ([], "set data.split.test to a larger share"),
+        ([], "set split: {kind: hash, val: 0.1, test: 0.1} with larger shares"),
         (["data.split={kind: column}"], "the split test has too few pictures (4) to judge a model: give it more rows"),
         (["gate.min_pictures=4"], None),
         (["data.evaluate_on=train"], None),
