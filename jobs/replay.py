@@ -50,7 +50,7 @@ def run_replay(job: Job, run: RunFolder, step: int) -> ReplayReport:
     from pipelines.formats.run_owner import own_run
 
     with own_run(run):
-        found = replay_step(run, job.platform.launch, job.spark, step)
+        found = replay_step(run, job.platform.launch, lambda: job.spark, step)
     pictures = [ReplayedPicture(rank=each.rank, **row.model_dump()) for each in found.ranks for row in each.rows]
     pictures.sort(key=lambda picture: -math.inf if picture.loss is None else -picture.loss)
     report = ReplayReport(

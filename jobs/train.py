@@ -141,7 +141,7 @@ def run_train(job: Job) -> TrainReport:
             follow(run, config, job.platform, may_be_down=reused is None) as follower,
             show_progress("train", poll_training(run, config.train), config.train.steps),
         ):
-            result = reused or launch(run, job.platform, job.spark)
+            result = reused or launch(run, job.platform, lambda: job.spark)
         figures = "  ".join(f"{name} {result.metrics[name]:z.3f}" for name in SHOWN_METRICS if name in result.metrics)
         detail = f"finished run reused: {run.path}" if reused else f"{result.world_size} ranks, {result.seconds:.0f} s"
         job.output.line("train", f"{result.step:,} steps, {detail}")

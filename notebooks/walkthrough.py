@@ -86,7 +86,7 @@ from pipelines.tracking.runs import follow
 
 run = prepare(config, platform, train_shards, validation_shards)
 with own_run(run), follow(run, config, platform) as follower:
-    result = finished_result(run) or launch(run, platform, spark)
+    result = finished_result(run) or launch(run, platform, lambda: spark)
 version = register(run, follower.run_id, platform)
 print(result.metrics)
 print(version)

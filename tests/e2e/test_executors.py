@@ -21,10 +21,13 @@ from pyspark.sql import SparkSession
 from tiny_runs import tiny_run, write_run, write_shards
 
 from pipelines.driver.train.hosts import check_hosts
+from pipelines.driver.train.launch import check_slots
 from pipelines.driver.train.run import launch
 from pipelines.errors import UserError
 from pipelines.formats.run_folder import HostsFile, Result, RunFolder, read_json
 from pipelines.platform import Launch, Platform
+
+pytestmark = pytest.mark.matrix  # the executors are processes, whose JVMs take half a minute to start
 
 
 def make_python(folder: Path, *without: str) -> Path:
@@ -43,7 +46,7 @@ def test_the_hosts_of_executors_are_described_in_a_file_and_in_one_log_line(
     shards = write_shards(tmp_path / "shards", rows=4)
     run = write_run(tmp_path / "run", tiny_run(), shards, shards)
     with caplog.at_level(logging.INFO):
-        check_hosts(run, spark, platform.launch)
+        check_hosts(run, lambda: spark, platform.launch)
     (host,) = read_json(run.hosts, HostsFile).hosts  # the two executors have equal descriptions
     assert (host.name, host.packages["torch"]) == (socket.gethostname(), torch.__version__)
     assert any(f"ranks run on these hosts: {socket.gethostname()}; " in message for message in caplog.messages)
@@ -58,7 +61,7 @@ def test_packages_that_are_missing_on_executors_are_named_before_any_rank_starts
     bare = f"env -u PYTHONPATH {second}"  # with PYTHONPATH, the interpreter would find the package
     monkeypatch.setattr(spark.sparkContext, "pythonExec", either(tmp_path / "either", str(first), bare))
     with pytest.raises(UserError, match="packages that ranks need are missing") as caught:
-        launch(run, platform, spark)
+        launch(run, platform, lambda: spark)
     here = socket.gethostname()
     assert sorted(caught.value.got.split("; ")) == [
         f"no lakesight on host {here} ({second})",
@@ -78,7 +81,7 @@ def test_executors_with_different_torch_versions_are_named_before_any_rank_start
     (site / "torch" / "version.py").write_text('__version__ = "2.6.0"; cuda = None')
     monkeypatch.setattr(spark.sparkContext, "pythonExec", either(tmp_path / "either", sys.executable, str(other)))
     with pytest.raises(UserError, match="different versions of torch") as caught:
-        launch(run, platform, spark)
+        launch(run, platform, lambda: spark)
     here = socket.gethostname()
     assert set(caught.value.got.split("; ")) == {
         f"2.6.0 on host {here} ({other})",
@@ -96,7 +99,7 @@ def test_a_host_without_a_gpu_is_named_before_any_rank_starts(
     on_gpus = replace(platform, launch=Launch(2, local_mode=True, use_gpu=True))
     run = RunFolder(tmp_path / "run")
     with pytest.raises(UserError, match=r"no devices were found on host .* Fix: .*use_gpu=false"):
-        launch(run, on_gpus, spark)
+        launch(run, on_gpus, lambda: spark)
     assert run.read_ranks() == []
 
 
@@ -104,13 +107,12 @@ WITHOUT = ("pyspark", "py4j", "delta", "mlflow", "databricks", "grpc")
 """Name prefixes of packages that a node of AI Runtime may lack. The prefix `delta` also excludes deltalake."""
 
 
-@pytest.mark.matrix
 def test_the_ai_runtime_script_gives_the_same_weights_as_torchdistributor_without_java_spark_and_mlflow(
     spark: SparkSession, platform: Platform, tmp_path: Path
 ) -> None:
     shards = write_shards(tmp_path / "shards", rows=24)
     config = tiny_run(steps=6)
-    expected = launch(write_run(tmp_path / "runs" / "distributor", config, shards, shards), platform, spark)
+    expected = launch(write_run(tmp_path / "runs" / "distributor", config, shards, shards), platform, lambda: spark)
 
     run = write_run(tmp_path / "runs" / "tiny", config, shards, shards)
     (tmp_path / "runs" / "tiny.prepared").write_text(f"{run.path}\n")
@@ -151,3 +153,9 @@ def test_two_spark_sessions_that_start_in_the_same_second_have_separate_executor
     of the other session could then no longer import modules from the folder.
     """
     assert spark.sparkContext.applicationId.endswith(f"-{os.getpid()}")
+
+
+def test_too_few_task_slots_are_refused_before_ranks_start(platform: Platform, spark: SparkSession) -> None:
+    assert not platform.launch.local_mode
+    with pytest.raises(UserError, match=r"too few task slots for the ranks.*2 task slots, but 3 ranks need 3"):
+        check_slots(lambda: spark, replace(platform.launch, ranks=3), seconds=0.5)

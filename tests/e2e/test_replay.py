@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
-from tiny_runs import runs_in
+from tiny_runs import no_spark, runs_in
 
 from pipelines.config import OptimizerConfig
 from pipelines.driver.train.failure import diagnose_failure
@@ -19,7 +18,6 @@ from pipelines.platform import Launch
 pytestmark = [pytest.mark.faults, pytest.mark.matrix]
 
 TWO_RANKS = Launch(2, local_mode=True, use_gpu=False)
-NO_SPARK = cast("Any", None)  # ranks on this host do not use the Spark session
 
 
 def files_of(run: RunFolder) -> dict[str, bytes]:
@@ -30,9 +28,9 @@ def test_a_replayed_step_has_the_loss_that_training_logged_and_does_not_change_t
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = runs_in(tmp_path, monkeypatch)(log_every=1, checkpoint_every=8)
-    assert run_ranks(run, NO_SPARK, TWO_RANKS, run_rank) is None
+    assert run_ranks(run, no_spark, TWO_RANKS, run_rank) is None
     before = files_of(run)
-    found = replay_step(run, TWO_RANKS, NO_SPARK, 10)
+    found = replay_step(run, TWO_RANKS, no_spark, 10)
     assert files_of(run) == before
     assert (found.from_step, found.error) == (8, "")
     rows = [row for rank in found.ranks for row in rank.rows]
@@ -40,18 +38,18 @@ def test_a_replayed_step_has_the_loss_that_training_logged_and_does_not_change_t
     loss = sum((row.loss or 0) * row.tokens for row in rows) / sum(row.tokens for row in rows)
     assert loss == pytest.approx(read_json(run.metrics(11), Metrics).values["train/loss"], rel=1e-5)
     with pytest.raises(UserError, match="choose a step from 0 to 11"):
-        replay_step(run, TWO_RANKS, NO_SPARK, 12)
+        replay_step(run, TWO_RANKS, no_spark, 12)
 
 
 def test_the_error_of_a_diverged_training_names_the_pictures_and_a_replay_shows_their_losses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = runs_in(tmp_path, monkeypatch)(optimizer=OptimizerConfig(lr=1e30, warmup_steps=0))
-    error = run_ranks(run, NO_SPARK, TWO_RANKS, run_rank)
+    error = run_ranks(run, no_spark, TWO_RANKS, run_rank)
     failed = str(diagnose_failure(run, 2, error))
     assert "training diverged" in failed
     assert "`lakesight train --replay-step 1`" in failed
-    found = replay_step(run, TWO_RANKS, NO_SPARK, 1)
+    found = replay_step(run, TWO_RANKS, no_spark, 1)
     assert "training diverged" in found.error
     [named] = [rank for rank in found.ranks if f"pictures of rank {rank.rank}: " in failed]
     assert ", ".join(row.image_id for row in named.rows) in failed

@@ -1,4 +1,4 @@
-"""Tests of training with torchrun or with ranks on the driver: results, checkpoints, and resuming."""
+"""Tests of training without Spark, with torchrun or with ranks on the driver: results, checkpoints, and resuming."""
 
 from __future__ import annotations
 
@@ -17,18 +17,15 @@ from typing import Any
 
 import pytest
 from processes import is_running, torchrun
-from pyspark.sql import SparkSession
 from rank_faults import Fault, faulty_rank
-from tiny_runs import MakeRun, runs_in
+from tiny_runs import MakeRun, no_spark, runs_in
 
-from pipelines.driver.train.launch import check_slots
 from pipelines.driver.train.run import launch
-from pipelines.errors import UserError
 from pipelines.formats.run_folder import Result, RunFolder, read_json
 from pipelines.platform import Launch, Platform
 
 # One process runs all tests of this file, so that the uninterrupted run is trained only once.
-pytestmark = pytest.mark.xdist_group("spark in e2e")
+pytestmark = pytest.mark.xdist_group("training")
 
 
 @pytest.fixture
@@ -111,11 +108,11 @@ KILLS = [(POINTS.randrange(60), POINTS.randrange(3)) for _ in range(20)]
     [pytest.param(*kill, marks=pytest.mark.matrix if index else []) for index, kill in enumerate(KILLS)],
 )
 def test_a_run_that_is_killed_and_restarts_equals_the_uninterrupted_run_bit_for_bit(
-    whole: RunFolder, make_run: MakeRun, platform: Platform, spark: SparkSession, step: int, rank: int
+    whole: RunFolder, make_run: MakeRun, platform: Platform, step: int, rank: int
 ) -> None:
     three_ranks = replace(platform, launch=Launch(3, local_mode=True, use_gpu=False))
     broken = make_run(fault=Fault(kind="kill", rank=rank, step=step), max_restarts=1, **WHOLE)
-    assert launch(broken, three_ranks, spark, faulty_rank).step == 60
+    assert launch(broken, three_ranks, no_spark, faulty_rank).step == 60
 
     assert (broken.path / "struck.json").exists()
     assert step < 20 or re.search(r"from step [1-9]\d* to 60", broken.log(0).read_text())
@@ -123,6 +120,7 @@ def test_a_run_that_is_killed_and_restarts_equals_the_uninterrupted_run_bit_for_
     assert_equal(whole, broken)
 
 
+@pytest.mark.matrix
 def test_a_damaged_checkpoint_is_renamed_and_the_run_resumes_from_the_previous_checkpoint(
     whole: RunFolder, tmp_path: Path
 ) -> None:
@@ -150,13 +148,14 @@ def assert_equal(whole: RunFolder, other: RunFolder) -> None:
 
 
 @pytest.mark.faults
+@pytest.mark.matrix
 def test_interrupting_a_launch_ends_its_ranks_and_leaves_a_run_that_can_be_resumed(
-    make_run: MakeRun, two_ranks: Platform, spark: SparkSession
+    make_run: MakeRun, two_ranks: Platform
 ) -> None:
     run = make_run(**ENDLESS)
     threading.Thread(target=press_ctrl_c, args=(run,), daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
-        launch(run, two_ranks, spark)
+        launch(run, two_ranks, no_spark)
     assert not any(is_running(rank.pid) for rank in run.read_ranks())
     assert run.finished_checkpoints()
     assert not run.result.exists()
@@ -167,9 +166,3 @@ def press_ctrl_c(run: RunFolder) -> None:
     while not run.finished_checkpoints():
         time.sleep(0.1)
     os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_too_few_task_slots_are_refused_before_ranks_start(platform: Platform, spark: SparkSession) -> None:
-    assert not platform.launch.local_mode
-    with pytest.raises(UserError, match=r"too few task slots for the ranks.*2 task slots, but 3 ranks need 3"):
-        check_slots(spark, replace(platform.launch, ranks=3), seconds=0.5)

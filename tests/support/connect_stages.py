@@ -102,7 +102,7 @@ def _repeat_with_other_texts(pictures: Path) -> None:
 def train(spark: SparkSession, platform: Platform, training: ShardReport, validation: ShardReport) -> list[object]:
     """Train on two ranks that TorchDistributor starts on executors, and return metrics and a hash of the weights."""
     run = prepare(tiny_run(steps=6), platform, training, validation)
-    result = launch(run, platform, spark)
+    result = launch(run, platform, lambda: spark)
     weights = hashlib.sha256((Path(result.checkpoint) / "model.safetensors").read_bytes()).hexdigest()
     return [result.step, result.world_size, result.metrics["val/loss"], weights]
 

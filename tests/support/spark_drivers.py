@@ -149,7 +149,7 @@ def main() -> None:
             platform.launch, ranks=run.read_run().world_size, use_gpu=spark.conf.get(GPU_AMOUNT, None) is not None
         )
         try:
-            launch(run, replace(platform, launch=ranks), spark, placed_rank)
+            launch(run, replace(platform, launch=ranks), lambda: spark, placed_rank)
         except UserError as error:
             refused[run.path.name] = str(error)
     spark.stop()

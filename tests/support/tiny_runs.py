@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +36,15 @@ from vlm import text
 from vlm.config import Config, ModelConfig
 from vlm.text.base import Tokenizer
 
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (240, 240, 240)}
+
+
+def no_spark() -> SparkSession:
+    """Fail the test. Pass this function to `launch` where ranks on the driver's host must not start Spark."""
+    raise AssertionError("ranks on the driver's host need no Spark session")
 
 
 def tiny_model_config() -> ModelConfig:

@@ -11,7 +11,7 @@ import logging
 import socket
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -35,7 +35,7 @@ HostValue = tuple[str, str]
 """A pair of a value, such as a package version, and the host that reports the value."""
 
 
-def check_hosts(run: RunFolder, spark: SparkSession, launch: Launch) -> None:
+def check_hosts(run: RunFolder, open_spark: Callable[[], SparkSession], launch: Launch) -> None:
     """Describe every host that ranks will run on, check that the hosts are compatible, and write hosts.json.
 
     Raises:
@@ -46,7 +46,7 @@ def check_hosts(run: RunFolder, spark: SparkSession, launch: Launch) -> None:
     if launch.local_mode:
         described = [host_info.describe_host()]
     else:
-        described = _describe_executors(spark, open_distributor(launch).num_tasks)
+        described = _describe_executors(open_spark(), open_distributor(launch).num_tasks)
     # Executors that share a host and a Python interpreter return equal host descriptions.
     distinct = {host.model_dump_json(): host for host in map(Host.model_validate, described)}
     hosts = [distinct[key] for key in sorted(distinct)]

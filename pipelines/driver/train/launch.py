@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from pipelines.child_process import start_ticks
@@ -43,13 +43,13 @@ def run_rank(run_folder: str) -> None:
     importlib.import_module("pipelines.worker.main").run_rank(run_folder)
 
 
-def check_slots(spark: SparkSession, launch: Launch, seconds: float = SLOT_SECONDS) -> None:
+def check_slots(open_spark: Callable[[], SparkSession], launch: Launch, seconds: float = SLOT_SECONDS) -> None:
     """Check that the cluster can run all tasks of the ranks at once. Ranks on the driver's host need no slots.
 
     Spark itself would retry for ten minutes before it reports missing slots.
 
     Args:
-        spark: Spark session whose executors run the ranks.
+        open_spark: function that returns the Spark session whose executors run the ranks.
         launch: number and location of the ranks.
         seconds: time to wait for executors that have not registered yet, in seconds.
 
@@ -58,7 +58,7 @@ def check_slots(spark: SparkSession, launch: Launch, seconds: float = SLOT_SECON
     """
     if launch.local_mode:
         return
-    needed = open_distributor(launch).num_tasks
+    spark, needed = open_spark(), open_distributor(launch).num_tasks
     deadline = time.monotonic() + seconds
     while (slots := count_slots(spark)) < needed:
         if time.monotonic() > deadline:
@@ -96,7 +96,9 @@ def open_distributor(launch: Launch) -> TorchDistributor:
         ) from None
 
 
-def run_ranks(run: RunFolder, spark: SparkSession, launch: Launch, entry: RankEntry) -> Exception | None:
+def run_ranks(
+    run: RunFolder, open_spark: Callable[[], SparkSession], launch: Launch, entry: RankEntry
+) -> Exception | None:
     """Run all ranks until they end, and return the exception of the launcher, if any.
 
     When this function returns, no rank is running on this host.
@@ -110,7 +112,7 @@ def run_ranks(run: RunFolder, spark: SparkSession, launch: Launch, entry: RankEn
     failures: tuple[type[Exception], ...] = (RuntimeError, UnicodeDecodeError, *spark_errors())
     distributor = open_distributor(launch)
     try:
-        with cancel_if_slots_are_lost(spark, distributor.num_tasks), _stderr_to_file(run):
+        with cancel_if_slots_are_lost(open_spark(), distributor.num_tasks), _stderr_to_file(run):
             distributor.run(entry, str(run.path))
     except failures as error:
         log.debug("the launcher failed", exc_info=True)

@@ -15,6 +15,8 @@ from pipelines.formats.run_folder import RunFolder, read_json, step_of, write_js
 from pipelines.platform import Launch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pyspark.sql import SparkSession
 
 SHARD_FOLDERS = ("train_shards", "validate_shards")
@@ -40,7 +42,7 @@ def replay_rank(run_folder: str) -> None:
     importlib.import_module("pipelines.worker.main").replay_rank(run_folder)
 
 
-def replay_step(run: RunFolder, launch: Launch, spark: SparkSession, step: int) -> Replay:
+def replay_step(run: RunFolder, launch: Launch, open_spark: Callable[[], SparkSession], step: int) -> Replay:
     """Repeat the training from the last checkpoint before a step up to this step, and return the loss of each row.
 
     The caller must own the run. The replay has as many ranks as the run, because each rank draws different random
@@ -59,7 +61,7 @@ def replay_step(run: RunFolder, launch: Launch, spark: SparkSession, step: int) 
             fix=f"choose a step from 0 to {file.config.train.steps - 1}",
         )
     launch = replace(launch, ranks=file.world_size)
-    check_slots(spark, launch)
+    check_slots(open_spark, launch)
     copy = RunFolder(run.path / "replay")
     shutil.rmtree(copy.path, ignore_errors=True)
     try:
@@ -72,7 +74,7 @@ def replay_step(run: RunFolder, launch: Launch, spark: SparkSession, step: int) 
         if file.config.train.rewards_cider:
             shutil.copyfile(run.cider, copy.cider)
         write_json(replay_request(copy), ReplayRequest(step=step))
-        error = run_ranks(copy, spark, launch, replay_rank)
+        error = run_ranks(copy, open_spark, launch, replay_rank)
         wait_for_failure_records(copy)
         root = root_failure(copy)
         done = all(replayed_rows(copy, rank).exists() for rank in range(launch.ranks))

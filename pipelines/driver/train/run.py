@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -129,7 +129,9 @@ def _stored_path(folder: str, run: RunFolder, platform: Platform) -> str:
     return os.path.relpath(folder, run.path) if inside else folder
 
 
-def launch(run: RunFolder, platform: Platform, spark: SparkSession, entry: RankEntry = run_rank) -> Result:
+def launch(
+    run: RunFolder, platform: Platform, open_spark: Callable[[], SparkSession], entry: RankEntry = run_rank
+) -> Result:
     """Train from the last checkpoint to the end of the run, and restart the ranks after transient failures.
 
     The caller must own the run (`run_owner.own_run`), because ranks of two launches would overwrite the same files.
@@ -137,8 +139,8 @@ def launch(run: RunFolder, platform: Platform, spark: SparkSession, entry: RankE
     Args:
         run: run folder made by `prepare`.
         platform: number, location and device of the ranks.
-        spark: Spark session. The executors of the session run the ranks, except in local mode, in which the driver's
-            host runs the ranks.
+        open_spark: function that returns the Spark session whose executors run the ranks. In local mode, the driver's
+            host runs the ranks, and the function is not called.
         entry: function that each rank runs; each rank imports the function by name.
 
     Raises:
@@ -147,18 +149,18 @@ def launch(run: RunFolder, platform: Platform, spark: SparkSession, entry: RankE
             The message names the rank, its host and the cause.
         KeyboardInterrupt: the user interrupted the run. The ranks have been ended, and the run can be launched again.
     """
-    check_slots(spark, platform.launch)
+    check_slots(open_spark, platform.launch)
     restarts, previous = 0, None
     while True:
         try:
-            return _run_attempt(run, platform.launch, spark, entry)
+            return _run_attempt(run, platform.launch, open_spark, entry)
         except TrainingFailed as error:
             root = root_failure(run)
             if reason := reason_not_to_restart(root, previous, restarts, run.read_run().config.train.max_restarts):
                 error.add_note(f"Training attempts: {restarts + 1}. Training was not restarted again, because {reason}")
                 raise
             log.warning("%s Restarting (%d).", error, restarts + 1)
-        check_slots(spark, platform.launch, RETURN_SECONDS)
+        check_slots(open_spark, platform.launch, RETURN_SECONDS)
         restarts, previous = restarts + 1, root
 
 
@@ -178,7 +180,7 @@ def reason_not_to_restart(root: Failure | None, previous: Failure | None, restar
     return f"train.max_restarts is {allowed}" if restarts >= allowed else ""
 
 
-def _run_attempt(run: RunFolder, settings: Launch, spark: SparkSession, entry: RankEntry) -> Result:
+def _run_attempt(run: RunFolder, settings: Launch, open_spark: Callable[[], SparkSession], entry: RankEntry) -> Result:
     """Run all ranks once and return the result of the run.
 
     Raises:
@@ -187,11 +189,11 @@ def _run_attempt(run: RunFolder, settings: Launch, spark: SparkSession, entry: R
     """
     run.archive_attempt()
     try:
-        check_hosts(run, spark, settings)
+        check_hosts(run, open_spark, settings)
     except StageFailed as lost:  # an executor was lost; the next attempt may get a new executor
         raise TrainingFailed(lost.what, where=lost.where, got=lost.got, fix=lost.fix) from lost
     damaged = set(run.damaged_checkpoints())
-    error = run_ranks(run, spark, settings, entry)
+    error = run_ranks(run, open_spark, settings, entry)
     for folder in sorted({*run.damaged_checkpoints()} - damaged):
         log.warning("a damaged checkpoint was renamed to %s; the run resumed from an earlier checkpoint", folder)
     result = finished_result(run)

@@ -177,6 +177,7 @@ def test_the_neighbour_baseline_is_scored_like_a_model_and_left_out_if_a_row_has
 
 
 @pytest.mark.skipif(not has_java(), reason="COCO's tokenizer and METEOR are Java programs")
+@pytest.mark.matrix  # the test starts six Java programs
 def test_coco_metrics_equal_the_metrics_of_pycocoevalcap_if_references_are_repeated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -78,7 +78,7 @@ def test_all_files_are_inside_a_home_folder_whose_name_must_be_escaped_in_urls(o
     assert {"mlflow.db", "mlartifacts", "runs", "shards"} <= {path.name for path in original.iterdir()}
 
 
-@pytest.mark.parametrize("name", ["moved home", ODD + " again", "plain"])
+@pytest.mark.parametrize("name", ["moved home", ODD + " again", pytest.param("plain", marks=pytest.mark.matrix)])
 def test_a_model_of_a_moved_home_is_found_and_its_training_run_is_continued(
     original: Path, tmp_path: Path, name: str
 ) -> None:
