@@ -2,7 +2,7 @@
 # MAGIC %md
 # MAGIC # 1. Pictures become patches
 # MAGIC
-# MAGIC A language model reads a *sequence*: one word after the other. A picture is not a sequence. It is a square of
+# MAGIC A language model reads a *sequence*: one word after the other. A picture is not a sequence, but a square of
 # MAGIC coloured dots. This notebook shows how a vision-language model turns a picture into a sequence, so that the same
 # MAGIC kind of network can read both.
 # MAGIC
@@ -86,16 +86,16 @@ plt.title("64 patches and their places in the sequence", fontsize=10)
 # MAGIC %md
 # MAGIC ## From a patch to a vector
 # MAGIC
-# MAGIC From here on we use PyTorch (`torch`), in which an array is called a *tensor*. It works like NumPy, and it can
+# MAGIC From here on we use PyTorch (`torch`), in which an array is called a *tensor*. PyTorch works like NumPy and can
 # MAGIC also compute gradients, which training needs. `@` multiplies matrices, as in NumPy.
 # MAGIC
 # MAGIC A patch is 8 x 8 x 3 = 192 numbers. The network works with lists of numbers, called *vectors*, of a length that
 # MAGIC we choose. That length is the *width* of the network. We need a rule that turns 192 numbers into, for example,
 # MAGIC 32.
 # MAGIC
-# MAGIC The simplest rule is a *linear layer*. Each of the 32 new numbers is a weighted sum of the 192 old ones. The
+# MAGIC The simplest rule is a *linear layer*. Each of the 32 new numbers is a weighted sum of the 192 old numbers. The
 # MAGIC layer is a table of 32 x 192 *weights*, and the computation is one matrix product. At the start, the weights are
-# MAGIC random. Training, which comes below, finds useful ones.
+# MAGIC random. Training, which comes below, finds useful weights.
 
 # COMMAND ----------
 
@@ -114,8 +114,8 @@ print("vectors:           ", tuple(vectors.shape))
 # MAGIC
 # MAGIC In the library `vlm`, this layer is `PatchStem`, in `vlm/vision.py`. It is a *convolution*: a small window that
 # MAGIC slides over the picture and computes weighted sums. Our window is as large as a patch and slides by a whole
-# MAGIC patch, so the windows never overlap. Then a convolution is the same as cutting and multiplying. We do not only
-# MAGIC say so. We give the layer our weights and compare the results.
+# MAGIC patch, so the windows never overlap. Then a convolution is the same as cutting and multiplying. To prove this,
+# MAGIC we give the layer our weights and compare the results.
 # MAGIC
 # MAGIC Three small things in the code: `permute` changes the order of the axes, `[None]` adds an axis of length 1,
 # MAGIC because layers expect a list of pictures, and `torch.no_grad()` tells PyTorch that we do not train inside the
@@ -143,17 +143,19 @@ assert difference < 1e-4
 # MAGIC %md
 # MAGIC ## What do 32 numbers keep of a patch?
 # MAGIC
-# MAGIC Random weights are a bad summary. Let us *train* good ones. We add a second linear layer that tries to draw the
-# MAGIC patch again from its vector. The better the drawing, the more the vector has kept. Training repeats three steps:
+# MAGIC Random weights give a bad summary of a patch. Let us *train* good weights. We add a second linear layer that
+# MAGIC tries to draw the patch again from its vector. The better the drawing, the more the vector has kept. Training
+# MAGIC repeats three steps:
 # MAGIC
 # MAGIC 1. Compute the *loss*, one number that says how wrong the result is. Here it is the mean squared difference
 # MAGIC    between the drawing and the patch.
-# MAGIC 2. Compute the *gradient*. It says for each weight in which direction the loss grows. PyTorch does it for us
-# MAGIC    (`loss.backward()`).
+# MAGIC 2. Compute the *gradient*. The gradient says for each weight in which direction the loss grows. PyTorch computes
+# MAGIC    the gradient for us (`loss.backward()`).
 # MAGIC 3. Move each weight a small step in the opposite direction (`optimizer.step()`). The *optimizer* decides how
 # MAGIC    far. `lr`, the *learning rate*, is the basic length of a step.
 # MAGIC
-# MAGIC This is all that "learning" means in these notebooks. Larger models have more weights, but the same three steps.
+# MAGIC These three steps are all that "learning" means in these notebooks. Larger models have more weights, but the
+# MAGIC same three steps.
 
 # COMMAND ----------
 
@@ -226,11 +228,12 @@ for axis in axes.flat:
 # MAGIC
 # MAGIC One thing is lost when we cut: a vector does not say *where* its patch was. The blocks that follow (notebook 2)
 # MAGIC treat the patches like a bag of puzzle pieces. The remedy is simple. Every place of the grid gets a vector of
-# MAGIC its own, the *position embedding*. It is added to the patch's vector, and it is trained like all other weights.
+# MAGIC its own, the *position embedding*. The position embedding is added to the patch's vector and trained like all
+# MAGIC other weights.
 # MAGIC
 # MAGIC `vlm.build` makes a whole model from a config. We take its *encoder* (the part that reads pictures). Then we
 # MAGIC shuffle the patches of the picture and look at the mean of the encoder's outputs. Without positions, the mean
-# MAGIC cannot change. With positions, it does.
+# MAGIC cannot change. With positions, the mean changes.
 
 # COMMAND ----------
 
@@ -281,7 +284,7 @@ for axis, shown, title in zip(axes, (pixels, shuffled_pixels), ("original", "shu
 # MAGIC ## What you have seen
 # MAGIC
 # MAGIC * A picture (64, 64, 3) becomes a sequence of 64 vectors: cut, flatten, multiply by a table of weights.
-# MAGIC * In the library, one convolution (`PatchStem`) does all three.
+# MAGIC * In the library, one convolution (`PatchStem`) does all three steps.
 # MAGIC * Training means: compute a loss, compute its gradient, move the weights a little.
 # MAGIC * Position embeddings tell the network where each patch was.
 # MAGIC

@@ -4,8 +4,8 @@
 # MAGIC
 # MAGIC After notebook 1, a picture is a sequence of vectors, and each vector knows only its own patch. To describe a
 # MAGIC picture, the vectors must exchange information: "is there a star left of the circle?" needs both patches.
-# MAGIC *Attention* is the part of the network that does it. You will compute it with a plain Python loop, then with
-# MAGIC matrices, and then see that the layer of the library gives the same numbers.
+# MAGIC *Attention* is the part of the network in which vectors exchange information. You will compute it with a plain
+# MAGIC Python loop, then with matrices, and then see that the layer of the library gives the same numbers.
 
 # COMMAND ----------
 
@@ -25,12 +25,12 @@ torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for
 # MAGIC ## A dictionary with soft keys
 # MAGIC
 # MAGIC A Python `dict` finds the value of the key that is *equal* to a query. Attention is a dictionary whose keys need
-# MAGIC not be equal. It compares the query with all keys, and returns a mixture of the values. Keys that are more
-# MAGIC similar contribute more.
+# MAGIC not be equal. Attention compares the query with all keys, and returns a mixture of the values. Keys that are
+# MAGIC more similar contribute more.
 # MAGIC
 # MAGIC Similarity is measured with the *dot product*: multiply two vectors number by number, and add up. Vectors that
-# MAGIC point in the same direction have a large dot product. *Softmax* then turns similarities into shares: all
-# MAGIC positive, and together 1. It takes e to the power of each number, and divides by the sum.
+# MAGIC point in the same direction have a large dot product. *Softmax* then turns similarities into shares, which are
+# MAGIC positive numbers with the sum 1. Softmax takes e to the power of each number, and divides by the sum.
 # MAGIC
 # MAGIC Below, a query asks "what is warm?". Keys and query have two numbers: (warmth, size).
 
@@ -66,8 +66,8 @@ assert abs(sum(shares) - 1) < 1e-9
 # MAGIC * the *key*: what this position can be found by;
 # MAGIC * the *value*: what this position passes on.
 # MAGIC
-# MAGIC Because the sequence attends to itself, this is called *self-attention*. Here it is as a loop over 6 positions
-# MAGIC with vectors of width 16.
+# MAGIC Because the sequence attends to itself, this is called *self-attention*. The next cell computes self-attention
+# MAGIC in a loop over 6 positions with vectors of width 16.
 
 # COMMAND ----------
 
@@ -130,9 +130,9 @@ assert largest["with the division"][-1] < 0.4
 # MAGIC ## No looking ahead: the causal mask
 # MAGIC
 # MAGIC A model that writes text predicts the next word. If a position could look at later positions, it would read the
-# MAGIC answer. The *causal mask* forbids it: the scores of later positions become minus infinity, and softmax turns
-# MAGIC these into a share of zero. In the picture, a row is a position that looks, and a column is a position that is
-# MAGIC looked at.
+# MAGIC answer. The *causal mask* forbids this: the scores of later positions become minus infinity, and softmax turns
+# MAGIC these scores into shares of zero. In the picture, a row is a position that looks, and a column is a position
+# MAGIC that is looked at.
 
 # COMMAND ----------
 
@@ -153,7 +153,8 @@ assert causal[0, 0] == 1  # the first position has only itself
 # MAGIC %md
 # MAGIC ## The layer of the library
 # MAGIC
-# MAGIC `vlm.layers.attention.Attention` is the layer that all models here use. It differs in three ways from ours:
+# MAGIC `vlm.layers.attention.Attention` is the layer that all models here use. This layer differs from our code in
+# MAGIC three ways:
 # MAGIC
 # MAGIC * It has several *heads*. Each head has its own queries, keys and values and works on its own share of the
 # MAGIC   width, so a position can look at different places for different reasons.
@@ -195,9 +196,8 @@ assert difference < 1e-5
 # MAGIC vectors that are trained), one attention layer, and a linear layer that gives a score to each of the 8 letters.
 # MAGIC A step takes a *batch* of 64 sequences at once.
 # MAGIC
-# MAGIC The loss is the *cross-entropy*. It is minus the
-# MAGIC logarithm of the share that the network gives to the right letter: 0 if it is sure and right, and log 8 = 2.08
-# MAGIC for a pure guess.
+# MAGIC The loss is the *cross-entropy*: minus the logarithm of the share that the network gives to the right letter.
+# MAGIC The loss is 0 if the network is sure and right, and log 8 = 2.08 for a pure guess.
 
 # COMMAND ----------
 
@@ -243,8 +243,8 @@ plt.legend()
 # MAGIC ## Where does it look?
 # MAGIC
 # MAGIC `record_weights` makes a layer keep its shares. The picture shows what training has found: a stripe three places
-# MAGIC below the diagonal. Nobody told the layer this rule. The gradient did. Rows 0 to 2 were never trained, so they
-# MAGIC look anywhere.
+# MAGIC below the diagonal. Nobody told the layer this rule. Training found the rule. Rows 0 to 2 were never trained, so
+# MAGIC they look anywhere.
 
 # COMMAND ----------
 

@@ -3,8 +3,9 @@
 # MAGIC # 3. A decoder that writes characters
 # MAGIC
 # MAGIC The second half of a vision-language model is a *decoder*: a network that reads the beginning of a text and
-# MAGIC predicts what comes next. Applied again and again to its own output, it writes. This notebook trains a small
-# MAGIC decoder on a few old poems, one character at a time, and watches it learn letters, then words, then lines.
+# MAGIC predicts what comes next. Applied again and again to its own output, a decoder writes a text. This notebook
+# MAGIC trains a small decoder on a few old poems, one character at a time, and watches it learn letters, then words,
+# MAGIC then lines.
 # MAGIC
 # MAGIC The poems are in the public domain and stand in this notebook, so nothing is downloaded.
 
@@ -95,9 +96,9 @@ print(f"{len(TEXT)} characters, {len(lines)} lines")
 # MAGIC %md
 # MAGIC ## Characters become numbers
 # MAGIC
-# MAGIC A network computes with numbers, so each character gets one, its *token id*. The part that translates is the
-# MAGIC *tokenizer*. Ours has one token for each character. Larger models use tokens for frequent pieces of words
-# MAGIC (notebook 4).
+# MAGIC A network computes with numbers, so each character gets a number, its *token id*. The part that translates is
+# MAGIC the *tokenizer*. Our tokenizer has one token for each character. Larger models use tokens for frequent pieces of
+# MAGIC words (notebook 4).
 # MAGIC
 # MAGIC We keep the last 15 % of the text away from training. On this *validation* text we measure whether the decoder
 # MAGIC has learned English, or has only learned the poems by heart.
@@ -120,8 +121,8 @@ print(f"{tokenizer.vocab_size} tokens; {len(train_ids)} characters to learn from
 # MAGIC %md
 # MAGIC ## Two simple writers to beat
 # MAGIC
-# MAGIC How good is good? The *loss* of a writer is minus the logarithm of the share that it gives to the character that
-# MAGIC really comes next, as a mean over a text (see notebook 2). Two simple writers give us a scale:
+# MAGIC Which loss is good? The *loss* of a writer is minus the logarithm of the share that it gives to the character
+# MAGIC that really comes next, as a mean over a text (see notebook 2). Two simple writers give us a scale:
 # MAGIC
 # MAGIC * **A pure guess** gives every character the same share. Its loss is the logarithm of the number of characters.
 # MAGIC * **A table of pairs** counts which character follows which, and knows nothing else.
@@ -162,7 +163,7 @@ assert by_pairs < guess
 # MAGIC
 # MAGIC In the config, `width` is the length of the vectors, `depth` is the number of blocks, and `mlp_width` is the
 # MAGIC length of the vectors inside an MLP. `dropout` sets a tenth of the numbers to zero during training, at random,
-# MAGIC which makes it a little harder to learn by heart. The part `vision` is required, but not used here.
+# MAGIC so that the decoder learns less by heart. The part `vision` is required, but not used here.
 # MAGIC
 # MAGIC `position: rotary` says how the decoder knows the order: it rotates queries and keys by an angle that depends on
 # MAGIC the position. Then their dot product depends on the distance of two positions.
@@ -214,7 +215,7 @@ assert abs(start_loss - guess) < 0.3
 # MAGIC A training step takes 24 random pieces of 48 characters. One piece is 48 exercises at once, because the causal
 # MAGIC mask lets every position predict its next character without seeing it. Every 50 steps we measure the loss on the
 # MAGIC validation text, and let the decoder write a line. `write` draws each character at random, and prefers likely
-# MAGIC ones (notebook 6 explains `temperature`). `train()` and `eval()` switch dropout on and off.
+# MAGIC characters (notebook 6 explains `temperature`). `train()` and `eval()` switch dropout on and off.
 
 # COMMAND ----------
 
@@ -266,8 +267,8 @@ for step in range(STEPS + 1):
 # MAGIC
 # MAGIC The loss on the poems falls and falls. The loss on the unseen text falls too, to about the level of the table of
 # MAGIC pairs, and then it *rises*. From there on, the decoder no longer learns English. It learns the poems by heart.
-# MAGIC This is *overfitting*. It has one honest cure: more data. With 1,500 characters, no setting of the training
-# MAGIC helps for long.
+# MAGIC This is *overfitting*. Overfitting has one honest cure: more data. With 1,500 characters, no setting of the
+# MAGIC training helps for long.
 
 # COMMAND ----------
 
@@ -292,7 +293,7 @@ assert on_validation[-1] > on_train[-1] + 0.5  # learned by heart
 # COMMAND ----------
 
 # MAGIC %md
-# MAGIC It really knows its poems. Give it the beginning of a line, always take the most likely character (a
+# MAGIC The decoder really knows its poems. Give it the beginning of a line, always take the most likely character (a
 # MAGIC *temperature* near zero), and it goes on as the poet did, or slides into another poem:
 
 # COMMAND ----------
@@ -305,7 +306,8 @@ print(write("Tyger Tyger, ", 90, temperature=0.01))
 # MAGIC ## What you have seen
 # MAGIC
 # MAGIC * A decoder predicts the next token from all earlier ones. Writing is predicting, again and again.
-# MAGIC * A loss means little alone. Compare it with a guess, with a simple writer, and with the loss on unseen text.
+# MAGIC * A loss means little alone. Compare a loss with a guess, with a simple writer, and with the loss on unseen
+# MAGIC   text.
 # MAGIC * A model with many weights learns few texts by heart. That is why Lakesight always measures on rows that
 # MAGIC   training has not seen.
 # MAGIC
@@ -355,8 +357,8 @@ print(write("Tyger Tyger, ", 90, temperature=0.01))
 # MAGIC assert kinds["mlp"] > kinds["attention"] > kinds["other"]
 # MAGIC ```
 # MAGIC
-# MAGIC In the MLPs. This stays so in large models, which is why notebook 5 looks for a way to have many MLPs and use
-# MAGIC few.
+# MAGIC Most weights are in the MLPs. The same is true for large models, which is why notebook 5 looks for a way to have
+# MAGIC many MLPs and use few.
 # MAGIC
 # MAGIC </details>
 # MAGIC

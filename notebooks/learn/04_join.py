@@ -3,9 +3,9 @@
 # MAGIC # 4. Join them: a model that describes pictures
 # MAGIC
 # MAGIC Notebook 1 turned a picture into a sequence of vectors. Notebook 3 trained a decoder that writes. This notebook
-# MAGIC joins them into a *vision-language model*. It also shows the trap of this field: such a model can have a low
-# MAGIC loss, write perfect sentences, and **ignore the picture completely**. You will see how to notice it with one
-# MAGIC number.
+# MAGIC joins them into a *vision-language model*. The notebook also shows the trap of this field: a vision-language
+# MAGIC model can have a low loss, write perfect sentences, and **ignore the picture completely**. You will see how a
+# MAGIC single number reveals this.
 
 # COMMAND ----------
 
@@ -62,14 +62,14 @@ for axis, picture, caption in zip(axes, pictures, captions, strict=False):
 # MAGIC The model has four parts, and you know two of them:
 # MAGIC
 # MAGIC 1. The **encoder** turns a picture into 16 vectors, one for each patch.
-# MAGIC 2. The **projector** is a linear layer. It translates the vectors of the encoder into the "language" of the
-# MAGIC    decoder: the space of its token embeddings.
+# MAGIC 2. The **projector**, a linear layer, translates the vectors of the encoder into the "language" of the decoder:
+# MAGIC    the space of its token embeddings.
 # MAGIC 3. The **fusion** puts the 16 vectors in front of the text. Such a place in the sequence is called an *image
 # MAGIC    slot*.
 # MAGIC 4. The **decoder** reads slots and text as one sequence, and predicts the next token.
 # MAGIC
-# MAGIC A config describes all of it. The tokenizer (`kind: bpe`) learns frequent pieces of words from the captions, so
-# MAGIC a caption needs far fewer tokens than characters.
+# MAGIC A config describes the whole model. The tokenizer (`kind: bpe`) learns frequent pieces of words from the
+# MAGIC captions, so a caption needs far fewer tokens than characters.
 
 # COMMAND ----------
 
@@ -158,7 +158,7 @@ assert math.isclose(math.log(90), 4.5, abs_tol=0.01)
 # MAGIC %md
 # MAGIC ## The blind gap
 # MAGIC
-# MAGIC How do we notice? Show the model a **wrong** picture, from another row, and compare the losses:
+# MAGIC How do we notice a blind model? Show the model a **wrong** picture, from another row, and compare the losses:
 # MAGIC
 # MAGIC > blind gap = loss with wrong pictures - loss with the right pictures
 # MAGIC
@@ -172,7 +172,7 @@ assert math.isclose(math.log(90), 4.5, abs_tol=0.01)
 # MAGIC picture.
 # MAGIC
 # MAGIC We train twice. The second model gets pictures that do not belong to the captions, so that there is nothing to
-# MAGIC see. It shows what a blind model looks like.
+# MAGIC see. This second model shows what a blind model looks like.
 
 # COMMAND ----------
 
@@ -218,9 +218,10 @@ blind = train(blind_captioner, 160, right_pictures=False)
 # COMMAND ----------
 
 # MAGIC %md
-# MAGIC In both panels, the loss falls steeply in the first 60 steps. This is grammar. It ends at the dashed line, the
-# MAGIC best loss of a blind writer, and **up to here both models look the same**. Then the left model discovers that
-# MAGIC the picture helps. The two curves part. The distance between them is the blind gap.
+# MAGIC In both panels, the loss falls steeply in the first 60 steps. In these steps, the models learn grammar. The
+# MAGIC steep fall ends at the dashed line, the best loss of a blind writer, and **up to here both models look the
+# MAGIC same**. Then the left model discovers that the picture helps. The two curves part. The distance between them is
+# MAGIC the blind gap.
 
 # COMMAND ----------
 
@@ -302,8 +303,8 @@ for axis in axes:
 # MAGIC ## What you have seen
 # MAGIC
 # MAGIC * Encoder, projector, fusion and decoder make a model. Picture vectors stand in the sequence like words.
-# MAGIC * A low loss and good grammar do not prove that a model sees. The blind gap does.
-# MAGIC * A model learns the language first and the pictures later. Who stops too early gets a blind model.
+# MAGIC * A low loss and good grammar do not prove that a model sees. A blind gap above zero proves it.
+# MAGIC * A model learns the language first and the pictures later. If training stops too early, the model is blind.
 # MAGIC
 # MAGIC ## Exercises
 # MAGIC

@@ -77,8 +77,8 @@ assert torch.allclose(table.sum(dim=1), torch.ones(10))
 # MAGIC
 # MAGIC The obvious program loops over the experts: take the tokens of an expert, apply the MLP, multiply by the gate,
 # MAGIC add up. A graphics card is slow at such loops. The library sorts the tokens by expert and computes all experts
-# MAGIC with one grouped matrix product (`dispatch`). Both must give the same numbers. `naive_experts` is the loop, kept
-# MAGIC to check this.
+# MAGIC with one grouped matrix product (`dispatch`). Both must give the same numbers. `naive_experts` is the loop,
+# MAGIC which the library keeps as a check.
 
 # COMMAND ----------
 
@@ -124,8 +124,8 @@ assert all_weights[-1] == 16 * used[-1]
 # MAGIC
 # MAGIC A router that sends a token to an expert trains this expert. The expert becomes better, so the router sends it
 # MAGIC more tokens. The rich get richer, and other experts never learn. The remedy is a second loss, the *load-balance
-# MAGIC loss*. It is 1 if all experts get equally many tokens, and grows if a few get more. It is added to the normal
-# MAGIC loss with a small weight, `balance_weight`.
+# MAGIC loss*. This loss is 1 if all experts get equally many tokens, and grows if a few experts get more. The
+# MAGIC load-balance loss is added to the normal loss with a small weight, `balance_weight`.
 # MAGIC
 # MAGIC We train the model of notebook 4 twice, with 6 experts in each block of the decoder: once with the balance loss,
 # MAGIC and once without. To make the trap visible in a minute, both routers start with weights that are three times as
@@ -200,9 +200,9 @@ results = {weight: train(weight) for weight in (0.0, 0.05)}
 
 # MAGIC %md
 # MAGIC Each colour is an expert, and the height of its band is its load. Without the balance loss, two experts do
-# MAGIC nearly all of the work, and the weights of the others are wasted. With it, all experts work. The loss of the
-# MAGIC captions is about the same after so few steps; the idle experts are a loss for the future, because they cannot
-# MAGIC learn.
+# MAGIC nearly all of the work, and the weights of the others are wasted. With the balance loss, all experts work. The
+# MAGIC loss of the captions is about the same after so few steps; the idle experts are a loss for the future, because
+# MAGIC they cannot learn.
 
 # COMMAND ----------
 
@@ -230,8 +230,8 @@ assert (without < 0.08).sum() >= 2 > (balanced < 0.03).sum()
 # MAGIC
 # MAGIC Nobody tells the experts what to become. We caption some unseen scenes with the balanced model, and count which
 # MAGIC expert gets which kind of token. If the columns differ, the experts have
-# MAGIC specialised. (A *hook* is a function that PyTorch calls each time before a layer runs. Ours looks at the input
-# MAGIC of the layer.)
+# MAGIC specialised. (A *hook* is a function that PyTorch calls each time before a layer runs. Our hook looks at the
+# MAGIC input of the layer.)
 
 # COMMAND ----------
 

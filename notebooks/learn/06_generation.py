@@ -2,8 +2,8 @@
 # MAGIC %md
 # MAGIC # 6. Writing: cache, beams and sampling
 # MAGIC
-# MAGIC A trained decoder gives a share to each possible next token. That is all it does. To get a text, somebody must
-# MAGIC choose a token, append it, and ask again. This notebook looks at that somebody:
+# MAGIC All that a trained decoder does is to give a share to each possible next token. To get a text, a program must
+# MAGIC choose a token, append the token, and ask again. This notebook answers three questions about such a program:
 # MAGIC
 # MAGIC * How does the model avoid reading everything again for each token? (*key-value cache*)
 # MAGIC * Is the best next token always the best start of a text? (*beam search*)
@@ -41,7 +41,7 @@ torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for
 # MAGIC | `a star that is red` | 20 % |
 # MAGIC
 # MAGIC Look at the first word: 60 % of the captions begin with `a`. But the most frequent *caption* begins with `one`.
-# MAGIC Keep this in mind. We train the small model of notebook 4 on such captions. It takes about 20 seconds.
+# MAGIC Keep this in mind. We train the small model of notebook 4 on such captions. The training takes about 20 seconds.
 
 # COMMAND ----------
 
@@ -112,9 +112,9 @@ plt.title(f"{colour} {shape}", fontsize=10)
 # MAGIC ## Write without reading again: the cache
 # MAGIC
 # MAGIC The simple way to write: append the new token and run the model over the whole sequence again. But the causal
-# MAGIC mask promises that earlier positions never change (notebook 2, exercise 3). So their keys and values can be
-# MAGIC kept, in a *key-value cache*. A step then computes only the one new position. We write the same caption both
-# MAGIC ways.
+# MAGIC mask promises that earlier positions never change (notebook 2, exercise 3). So the keys and values of earlier
+# MAGIC positions can be kept, in a *key-value cache*. A step then computes only the one new position. We write the same
+# MAGIC caption both ways.
 
 # COMMAND ----------
 
@@ -209,10 +209,10 @@ assert first["a"] > first["one"] > 0.25
 # MAGIC %md
 # MAGIC ## Beam search
 # MAGIC
-# MAGIC *Greedy* writing takes the best token in each step. Here it takes `a`, and then three ways to go on divide the
-# MAGIC share among them. It cannot go back. *Beam search* keeps several beginnings alive, here three, and extends all
-# MAGIC of them. The share of a whole text is the product of the shares of its tokens. With logarithms, the product
-# MAGIC becomes a sum.
+# MAGIC *Greedy* writing takes the best token in each step. Here greedy writing takes `a`, and then three ways to go on
+# MAGIC divide the share among them. Greedy writing cannot go back. *Beam search* keeps several beginnings alive, here
+# MAGIC three, and extends all of them. The share of a whole text is the product of the shares of its tokens. With
+# MAGIC logarithms, the product becomes a sum.
 # MAGIC
 # MAGIC We search by hand, draw the tree, and compare with the library. Thick lines lead to the best caption.
 
@@ -273,8 +273,8 @@ axis.set_title("beginnings that stay alive, with their shares", fontsize=10)
 # MAGIC * `top_k` keeps the k largest shares.
 # MAGIC * `top_p` keeps the largest shares that together reach p.
 # MAGIC
-# MAGIC `filter_scores` of the library does all three. We look at a model that is less sure than ours: six tokens with
-# MAGIC these shares.
+# MAGIC The function `filter_scores` of the library applies all three settings. We look at a model that is less sure
+# MAGIC than ours: six tokens with these shares.
 
 # COMMAND ----------
 
@@ -379,8 +379,8 @@ assert frequencies[1.7][-1] > frequencies[1.0][-1]
 # MAGIC assert captioner.caption([picture], stop=["a"])[0].caption == ""
 # MAGIC ```
 # MAGIC
-# MAGIC A stop string ends the text before it. It does not make the model choose another word. Here the text ends at
-# MAGIC once.
+# MAGIC A stop string ends the text before it. A stop string does not make the model choose another word. Here the text
+# MAGIC ends at once.
 # MAGIC
 # MAGIC </details>
 # MAGIC

@@ -2,13 +2,14 @@
 # MAGIC %md
 # MAGIC # 7. Frozen towers and a projector
 # MAGIC
-# MAGIC Training a large encoder and a large decoder from nothing needs millions of pictures. Others have done it, and
-# MAGIC publish the weights: a *vision transformer* (ViT) that knows pictures, and GPT-2, a decoder that knows English.
-# MAGIC Neither has ever met the other. The cheapest vision-language model joins them with a small projector, and trains
-# MAGIC **only the projector**. The two towers stay *frozen*: their weights never change.
+# MAGIC Training a large encoder and a large decoder from nothing needs millions of pictures. Others have trained such
+# MAGIC parts and published the weights: a *vision transformer* (ViT) that knows pictures, and GPT-2, a decoder that
+# MAGIC knows English. The two were never trained together. The cheapest vision-language model joins them with a small
+# MAGIC projector, and trains **only the projector**. The two towers stay *frozen*: their weights never change.
 # MAGIC
-# MAGIC This notebook shows that it works, and why the towers must be trained ones. It needs no download: we first train
-# MAGIC two small towers of our own, each for itself, as their publishers would.
+# MAGIC This notebook shows that a trained projector is enough, and why the towers must have trained weights. The
+# MAGIC notebook needs no download: we first train two small towers of our own, each for itself, as their publishers
+# MAGIC would.
 
 # COMMAND ----------
 
@@ -90,9 +91,9 @@ test = make_batch(range(1500, 1600))
 # MAGIC %md
 # MAGIC ## Tower 1: an encoder that has seen pictures, but no text
 # MAGIC
-# MAGIC A published ViT has usually learned to sort pictures into classes. Ours learns to name the number of the colour,
-# MAGIC of the shape and of the place. These are numbers, not words. The linear layer that names them is thrown away
-# MAGIC afterwards.
+# MAGIC A published ViT has usually learned to sort pictures into classes. Our encoder learns to name the number of the
+# MAGIC colour, of the shape and of the place. These are numbers, not words. The linear layer that names them is thrown
+# MAGIC away afterwards.
 
 # COMMAND ----------
 
@@ -228,7 +229,8 @@ plt.xlabel("weights (grey: frozen)")
 # MAGIC the same number of steps, and measure the blind gap (notebook 4) on unseen rows:
 # MAGIC
 # MAGIC * **towers**: both towers as trained above, frozen; only the projector learns.
-# MAGIC * **random encoder**: the same, but the encoder has random weights. It is frozen too, so it never learns to see.
+# MAGIC * **random encoder**: the same, but the encoder has random weights. This encoder is frozen too, so it never
+# MAGIC   learns to see.
 # MAGIC * **from nothing**: all weights random, and all of them learn.
 
 # COMMAND ----------
@@ -293,8 +295,8 @@ assert final["towers"] > final["random encoder"] + 0.2
 # MAGIC %md
 # MAGIC With trained towers, the few weights of the projector are enough to let a decoder speak about what an encoder
 # MAGIC sees. With a random encoder, the same projector finds much less to translate. So the knowledge is in the towers.
-# MAGIC The model that starts from nothing learns too, because our task is tiny and it may change all of its weights.
-# MAGIC With real photographs and real language, it would need millions of pictures first.
+# MAGIC The model that starts from nothing learns too, because our task is tiny and the model may change all of its
+# MAGIC weights. With real photographs and real language, such a model would need millions of pictures first.
 # MAGIC
 # MAGIC Captions of the frozen towers for unseen pictures:
 

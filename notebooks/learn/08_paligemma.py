@@ -71,8 +71,9 @@ assert torch.equal(masks["prefix"][PREFIX:, PREFIX:], masks["causal"][PREFIX:, P
 # MAGIC ## Pictures with questions
 # MAGIC
 # MAGIC Each scene has one thing. We ask two questions about it: "detect" wants the box around the thing, and "what
-# MAGIC shape is it?" wants its shape. A box is four numbers: top, left, bottom, right. PaliGemma counts them in 1,024
-# MAGIC steps over the picture, whatever the picture's size. We round to 16 steps, because our pictures are small.
+# MAGIC shape is it?" wants its shape. A box is four numbers: top, left, bottom, right. PaliGemma counts these numbers
+# MAGIC in 1,024 steps over the picture, whatever the picture's size. We round to 16 steps, because our pictures are
+# MAGIC small.
 
 # COMMAND ----------
 
@@ -143,8 +144,8 @@ print("top, left, bottom, right:", region[:4])
 # MAGIC
 # MAGIC The model is that of notebook 4, with `mask: {kind: prefix}`. Before training, we check what the mask does. We
 # MAGIC change the last token of the *prompt*, and look which positions of the sequence notice. With a causal mask, the
-# MAGIC picture stands before the prompt and cannot know the question. With a prefix mask, it can: the picture is read
-# MAGIC *with the question in mind*.
+# MAGIC picture stands before the prompt and cannot know the question. With a prefix mask, the picture can know the
+# MAGIC question: the picture is read *with the question in mind*.
 
 # COMMAND ----------
 
@@ -214,7 +215,7 @@ assert rows_of_plot["prefix"][:last].all()
 # MAGIC ## Train, and measure with IoU
 # MAGIC
 # MAGIC A box is rarely exactly right. *Intersection over union* (IoU) measures how well two boxes agree: the area that
-# MAGIC both cover, divided by the area that at least one covers. It is 1 for equal boxes and 0 for boxes that do not
+# MAGIC both cover, divided by the area that at least one covers. IoU is 1 for equal boxes and 0 for boxes that do not
 # MAGIC touch. As a control, we compare each box with the box of *another* picture: a model that always gives the same
 # MAGIC box would not notice.
 
