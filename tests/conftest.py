@@ -11,7 +11,7 @@ from local_platforms import open_local
 from pipelines.config import LocalPlatformConfig, SparkConfig, short_hash
 from pipelines.platform import Platform
 
-LONGEST_FIRST = ("spark in spark", "spark in e2e", "pipelines", "parallel")
+LONGEST_FIRST = ("spark in spark", "pipelines", "training", "parallel")
 """Test groups for pytest-xdist, in the order in which they start; the slowest group is first. Tests without a group run
 last, in the process that becomes free first.
 """

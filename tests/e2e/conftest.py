@@ -1,4 +1,4 @@
-"""The Spark session of the tests in this folder, whose executors run in separate processes."""
+"""The Spark session of the slow tests in this folder, whose executors are processes. `make test` never opens it."""
 
 from __future__ import annotations
 
