@@ -57,7 +57,7 @@ def open_table(job: Job, name: str, version: int | None) -> DeltaTable:
             f"table {name!r} has no version {version}",
             where=latest.table_uri,
             got=str(error).splitlines()[0],
-            fix=f"the latest version is {latest.version()}",
+            fix=f"choose an earlier version: the latest version is {latest.version()}",
         ) from None
 
 

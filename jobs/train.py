@@ -187,7 +187,7 @@ def register_checkpoint(job: Job, which: str, step: int) -> str:
         )
     with own_run(run):
         version = register(run, trained.run_id, job.platform, step)
-    job.output.line("register", f"step {step:,} is {version.name} version {version.version}")
+    job.output.line("register", f"checkpoint of step {step:,}: {version.name} version {version.version}")
     return version.version
 
 
@@ -221,4 +221,4 @@ def register_finished_runs(job: Job) -> None:
         except TrackingDown:
             raise
         except LakesightError as error:
-            logger.warning("the model of %s is not registered: %s", run.path, error)
+            logger.warning("the model of training run %s is not registered: %s", run.path, error)

@@ -273,7 +273,7 @@ def _start_failure(log: Path, start: int, error: Exception) -> UserError:
     _, open_files = resource.getrlimit(resource.RLIMIT_NOFILE)  # the JVM raises its limit to the hard limit
     if 0 <= open_files < MIN_OPEN_FILES:
         return UserError(
-            "Spark needs more open files than the limit of this process",
+            "Spark needs more open files than this process may open",
             where="the hard limit of open files (ulimit -Hn)",
             got=str(open_files),
             fix=f"raise the limit to {MIN_OPEN_FILES} or more, because Spark alone opens hundreds of jars",

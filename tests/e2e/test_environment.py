@@ -92,7 +92,7 @@ def files_of_others(home: Path) -> list[Path]:
 def test_the_error_for_too_few_open_files_for_spark_names_the_limit(tmp_path: Path) -> None:
     done = run(tmp_path / "lakesight", "ingest", environment={}, prepare=forbid_more_files)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("Spark needs more open files than the limit of this process.")
+    assert done.stderr.splitlines()[-1].startswith("Spark needs more open files than this process may open.")
     assert f"Got: {OPEN_FILES}." in done.stderr
 
 

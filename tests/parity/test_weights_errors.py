@@ -134,7 +134,7 @@ def test_import_error_names_missing_shards(folder: Path, tmp_path: Path) -> None
     index.write_text('{"weight_map": {"wte": "../model.safetensors"}}')
     assert "names files outside its folder. Where: " + str(index) + ". Got: ../model.safetensors" in refused(shards)
     index.write_text("{}")
-    assert "index of the shards cannot be read" in refused(shards)
+    assert "index of the weight files cannot be read" in refused(shards)
 
 
 def test_weights_of_lower_precision_are_converted_to_the_data_type_of_the_model(folder: Path) -> None:

@@ -88,7 +88,7 @@ def rows_of(path: Path) -> list[list[str]]:
         return list(csv.reader(file))
 
 
-def test_scene_can_be_parsed_from_its_caption() -> None:
+def test_a_generated_scene_can_be_parsed_from_its_caption() -> None:
     for scene, _ in scenes(300):
         assert parse(scene.caption) == scene
 

@@ -126,7 +126,7 @@ def _shards(folder: Path) -> list[Path]:
         names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(
-            "the index of the shards cannot be read",
+            "the index of the weight files cannot be read",
             where=str(path),
             got=f"{type(error).__name__}: {error}",
             fix="download the file again: its weight_map must name the file of each tensor",
@@ -134,10 +134,10 @@ def _shards(folder: Path) -> list[Path]:
     elsewhere = [name for name in names if Path(name).name != name]
     if elsewhere:
         raise CheckpointError(
-            "the index of the shards names files outside its folder",
+            "the index of the weight files names files outside its folder",
             where=str(path),
             got=", ".join(elsewhere),
-            fix="download the folder again from a trusted publisher: shards must be in the folder of the index",
+            fix="download the folder again from a trusted publisher: weight files must be in the folder of the index",
         )
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:

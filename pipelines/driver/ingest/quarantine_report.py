@@ -110,7 +110,7 @@ def inspect_quarantine(
     selected = examples.to_pylist()
     page = platform.folder("reports") / "quarantine.html"
     if pictures:
-        charts = [Chart("rows by source and reason", {f"{c.source}: {c.reason}": c.rows for c in counts})]
+        charts = [Chart("quarantined rows by source and reason", {f"{c.source}: {c.reason}": c.rows for c in counts})]
         galleries = [
             Gallery(f"{count.source}: {count.reason}", [card_of(row) for row in selected if _belongs_to(row, count)])
             for count in counts

@@ -55,7 +55,7 @@ def changed_settings(config: RunConfig) -> dict[str, str]:
     try:
         files = load_run(config.name, platform=config.chosen.platform)
     except ConfigError as error:
-        logger.info("the changed settings of run %s are not known: %s", config.name, error)
+        logger.info("it is not known which settings of run %s differ from the config files: %s", config.name, error)
         return {}
     present, before = (json.loads(each.to_json()) for each in (config, files))
     changes = (change for section in SECTIONS for change in _differences(before[section], present[section], section))

@@ -82,7 +82,7 @@ def test_an_override_with_null_clears_an_optional_value() -> None:
     assert load_run("demo", overrides=overrides).data.source.columns.id is None
 
 
-def test_the_last_of_several_overrides_of_a_key_takes_effect() -> None:
+def test_if_a_key_is_overridden_several_times_the_last_value_is_used() -> None:
     assert load_run("demo", overrides=["train.steps=1", "train.steps=2"]).train.steps == 2
 
 

@@ -83,7 +83,9 @@ def test_end_of_word_suffixes_decode_to_spaces(tokenizers: dict[str, Tokenizer])
 
 
 @pytest.mark.parametrize("special", [False, True], ids=["plain", "flagged-special"])
-def test_each_region_token_in_a_text_is_one_id_and_survives_decoding(tmp_path: Path, special: bool) -> None:
+def test_each_region_token_in_a_text_is_encoded_to_one_id_and_decoded_to_the_same_token(
+    tmp_path: Path, special: bool
+) -> None:
     config = published(tmp_path, "byte_fallback")
     byte_fallback(special_regions=special).save(config.path)
     tokenizer = text.learn(config, ())

@@ -51,7 +51,7 @@ def test_every_point_of_the_model_input_maps_to_a_point_of_the_picture(
 
 
 @given(sides, sides, st.integers(8, 900))
-def test_a_cropped_picture_fills_the_square_and_a_padded_picture_stays_whole(
+def test_in_mode_crop_the_picture_fills_the_square_and_in_mode_pad_the_whole_picture_is_kept(
     width: int, height: int, size: int
 ) -> None:
     crop, pad = (compute_resize(width, height, config(size, {"resize": mode})) for mode in ("crop", "pad"))
