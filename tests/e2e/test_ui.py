@@ -122,7 +122,7 @@ def test_the_pages_of_mlflow_explain_the_run_its_curves_the_model_and_the_model_
             tab.goto(address)
             tab.get_by_text(text).first.wait_for(state="attached")  # pages load data again and again
             tab.screenshot(path=tmp_path / f"{re.sub(r'[^a-z]+', '-', text.lower())}-{width}.png")
-            return tab.inner_text("body")
+            return " ".join(tab.inner_text("body").split())
 
         assert printed.startswith(server)
         assert "Model registry" in open_tab(printed, "lakesight/tiny"), "not the view of model training"
@@ -133,7 +133,7 @@ def test_the_pages_of_mlflow_explain_the_run_its_curves_the_model_and_the_model_
         shown = tab.locator("img[src*='learning_curve.png']")
         shown.wait_for(state="attached")
         tab.wait_for_function(f"({loaded})(document.querySelector(\"img[src*='learning_curve.png']\"))")
-        curves = open_tab(f"{server}/#/experiments/{experiment}/runs/{run_id}/model-metrics?{view}", "val (2)")
+        curves = open_tab(f"{server}/#/experiments/{experiment}/runs/{run_id}/model-metrics?{view}", "val(2)")
         assert curves.index("train (1)") < curves.index("val (2)"), "the page begins with other charts"
         assert "evaluate" not in curves
         assert "alias champion" in open_tab(f"{server}/#/models/tiny?{view}", "lakesight promote").replace("`", "")
