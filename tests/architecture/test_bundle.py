@@ -107,7 +107,7 @@ def test_every_job_parameter_is_declared_and_used() -> None:
         assert used == {parameter["name"] for parameter in job["parameters"]}, key
 
 
-def test_all_resources_have_different_keys() -> None:
+def test_all_resources_of_the_bundle_have_different_keys() -> None:
     keys = [*JOBS, *(key for group in BUNDLE["resources"].values() for key in group)]
     assert sorted(keys) == sorted(set(keys))
 

@@ -95,7 +95,7 @@ def page(address: str) -> Iterator[Page]:
         yield tab
 
 
-def test_a_person_can_judge_captions_on_the_review_page(page: Page, home: Path, tmp_path: Path) -> None:
+def test_a_person_can_review_captions_on_the_review_page(page: Page, home: Path, tmp_path: Path) -> None:
     assert page.locator("article").count() == 24  # the first page has the least certain captions
     assert page.locator("article").first.locator("textarea").input_value() == "a red square"
     assert page.locator("article").nth(2).locator("textarea").input_value() == EVIL

@@ -247,7 +247,7 @@ def test_a_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-def test_the_folder_name_depends_on_every_field_of_the_request() -> None:
+def test_the_name_of_a_shard_folder_depends_on_every_field_of_the_shard_request() -> None:
     changes: list[dict[str, object]] = [
         {"table": "other.samples"},
         {"table_id": "recreated"},

@@ -185,7 +185,7 @@ def inputs(client: MlflowClient, run_id: str) -> dict[str, tuple[dict[str, str],
     return found
 
 
-def test_the_datasets_of_a_run_have_schema_and_profile(platform: Platform, run: RunFolder) -> None:
+def test_the_mlflow_datasets_of_a_run_have_a_schema_and_a_profile(platform: Platform, run: RunFolder) -> None:
     with runs.follow(run, tiny_run(), platform) as follower:
         pass
     found = inputs(connect(platform), follower.run_id)

@@ -48,7 +48,7 @@ def test_scaling_figures_on_the_page_follow_from_compute_and_network_bytes(nodes
     ]
 
 
-def test_the_page_states_the_smallest_rows_per_gpu_that_hide_communication() -> None:
+def test_the_page_states_the_smallest_number_of_rows_per_gpu_that_hides_communication() -> None:
     base = measure_model("base", load_model("base"))
     least = 8 * base.parameters / LINK / (3 * base.flops / GPU)
     assert f"Below {least:.0f} rows per GPU" in PAGE

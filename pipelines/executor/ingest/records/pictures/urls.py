@@ -52,7 +52,7 @@ def require_readable(root: str) -> None:
     scheme, server = scheme_of(root), urlsplit(root).netloc
     if scheme not in (*WEB, *STORES) or not server or "::" in root or (scheme in WEB and "@" in server):
         raise UserError(
-            "pictures cannot be read from this place",
+            "pictures cannot be read from this folder or URL",
             where="image_root",
             got=root,
             fix=f"give a folder, or a URL with one of the schemes {', '.join((*WEB, *STORES))} and with a host",
