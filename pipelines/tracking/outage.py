@@ -23,8 +23,11 @@ DATABASE_DOWN = re.compile(
     re.IGNORECASE,
 )
 """Pattern of the messages with which database drivers report a server that does not answer, starts or stops."""
-DATABASE_NOT_WRITABLE = re.compile("disk is full|disk I/O error|readonly database|No space left", re.IGNORECASE)
-"""Pattern of the messages for a database that cannot be written, because its disk is full or read-only."""
+DISK_PROBLEM = re.compile(
+    r"(\[Errno \d+\] )?(No space left on device|Read-only file system)"
+    r"|\([\w.]+\) (database or disk is full|disk I/O error|attempt to write a readonly database)"
+)
+"""Pattern of the messages for files that cannot be written because their disk is full or read-only."""
 
 
 class TrackingDown(UserError):
@@ -48,6 +51,12 @@ def is_outage(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error message without passwords, cut after 300 characters."""
     return redact_uri((str(error) or type(error).__name__).splitlines()[0])[:300]
+
+
+def disk_problem(error: BaseException) -> str:
+    """Return the message that names a full or read-only disk in an error or its causes, or an empty string."""
+    found = (DISK_PROBLEM.search(str(cause)) for cause in _causes(error))
+    return next((match[0] for match in found if match), "")
 
 
 def http_status(error: BaseException) -> int:

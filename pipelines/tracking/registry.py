@@ -24,14 +24,13 @@ from mlflow.entities.model_registry import ModelVersion as MlflowVersion
 from mlflow.exceptions import MlflowException
 
 from pipelines.config.train import Register
-from pipelines.errors import StageFailed, UserError
+from pipelines.errors import UserError
 from pipelines.formats.run_folder import Metrics, Result, RunFolder, read_json, step_of
 from pipelines.platform import Platform, redact_uri
 from pipelines.tracking.describe.notes import MODEL_DESCRIPTION, put_sections, version_link
 from pipelines.tracking.describe.training import add_sections, version_text
 from pipelines.tracking.logged_model import log_model
-from pipelines.tracking.outage import first_line, is_outage
-from pipelines.tracking.server import REQUEST_ERRORS, connect, unusable
+from pipelines.tracking.server import REQUEST_ERRORS, connect, registry_failure, unusable
 from pipelines.tracking.version_files import digest_tags
 from vlm.config import Config
 
@@ -391,9 +390,4 @@ def _registry_errors(platform: Platform, model: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        raise StageFailed(
-            f"the model registry {'did not answer' if is_outage(error) else 'rejected'} a request",
-            where=f"{model} in {redact_uri(platform.registry_uri)}",
-            got=first_line(error),
-            fix="run the command again when the registry answers, or check its address, the name and your permissions",
-        ) from error
+        raise registry_failure(platform, model, error) from error

@@ -12,12 +12,12 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipelines.errors import UserError
+from pipelines.errors import StageFailed, UserError
 from pipelines.platform import Platform, redact_uri
 from pipelines.tracking.database import check_database
 from pipelines.tracking.describe.notes import KIND, describe_experiment
 from pipelines.tracking.moved_home import artifact_root, follow_moved_home
-from pipelines.tracking.outage import DATABASE_NOT_WRITABLE, TrackingDown, first_line, http_status, is_outage
+from pipelines.tracking.outage import TrackingDown, disk_problem, first_line, http_status, is_outage
 
 REQUEST_ERRORS = (MlflowException, OSError)
 """Exceptions of a failed request to the tracking server.
@@ -25,6 +25,10 @@ REQUEST_ERRORS = (MlflowException, OSError)
 Exceptions of the packages `requests` and `databricks.sdk` are OSErrors.
 """
 
+DISK_FIX = (
+    "free disk space for the tracking database, its artifacts and temporary files (TMPDIR), or make their folders "
+    "writable, and run the same command again"
+)
 CHECK_TIMEOUT = ("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 """Timeout of the first request, in seconds. MLflow's default timeout of two minutes would let users wait too long."""
 
@@ -136,10 +140,23 @@ def unusable(platform: Platform, error: Exception) -> UserError:
             fix = "run the command again; if it fails again, check that the cluster can reach the workspace"
         return TrackingDown(what, where=where, got=got, fix=fix)
     fix = "correct MLFLOW_TRACKING_URI, or unset MLFLOW_TRACKING_URI to track in the Lakesight home folder"
-    if DATABASE_NOT_WRITABLE.search(got):
-        fix = "free disk space for the database, or make its folder writable, and run the same command again"
+    if problem := disk_problem(error):
+        got, fix = problem, DISK_FIX
     if http_status(error) in (401, 403):
         fix = "check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
     if workspace:
         fix = "correct what the workspace's answer names, or grant the identity that runs this command access to it"
     return UserError(what, where=where, got=got, fix=fix)
+
+
+def registry_failure(platform: Platform, model: str, error: Exception) -> StageFailed:
+    """Return the error for a failed request to the model registry, or for files of a model that cannot be copied."""
+    where = f"{model} in {redact_uri(platform.registry_uri)}"
+    if problem := disk_problem(error):
+        return StageFailed("the files of a model cannot be copied", where=where, got=problem, fix=DISK_FIX)
+    return StageFailed(
+        f"the model registry {'did not answer' if is_outage(error) else 'rejected'} a request",
+        where=where,
+        got=first_line(error),
+        fix="run the command again when the registry answers, or check its address, the name and your permissions",
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import sqlite3
 import time
@@ -15,7 +17,7 @@ from pipelines.config import LocalPlatformConfig
 from pipelines.errors import UserError
 from pipelines.platform import Platform, local
 from pipelines.tracking.outage import TrackingDown
-from pipelines.tracking.server import connect, unusable
+from pipelines.tracking.server import connect, registry_failure, unusable
 
 
 @pytest.fixture
@@ -83,4 +85,16 @@ def test_the_error_for_a_database_that_cannot_be_written_advises_to_free_space_o
     laptop: Platform, problem: str
 ) -> None:
     error = unusable(laptop, MlflowException(f"(sqlite3.OperationalError) {problem}\n[SQL: INSERT INTO runs ...]"))
-    assert f"Got: (sqlite3.OperationalError) {problem}. Fix: free disk space for the database" in str(error)
+    assert f"Got: (sqlite3.OperationalError) {problem}. Fix: free disk space for the tracking database" in str(error)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_the_error_for_a_model_that_cannot_be_copied_to_a_full_or_read_only_disk_names_the_disk(
+    laptop: Platform, number: int
+) -> None:
+    """MLflow says only that a file of the code cannot be copied."""
+    error = MlflowException("Failed to copy the specified code path")
+    error.__cause__ = OSError(number, os.strerror(number), "source.py")
+    message = str(registry_failure(laptop, "model m", error))
+    assert message.startswith("the files of a model cannot be copied. Where: model m in sqlite:")
+    assert f"Got: [Errno {number}] {os.strerror(number)}. Fix: free disk space" in message
