@@ -91,7 +91,8 @@ def _show_rows(job: Job, reasons: list[str], rows: int, *, pictures: bool) -> No
         for row in report.rows:
             if (row.source, row.reason) == (count.source, count.reason):
                 payload = row.payload if len(row.payload) <= WIDTH else row.payload[: WIDTH - 3] + "..."
-                job.output.text(f"    {row.source_row}  {row.detail}\n      {payload}")
+                job.output.hanging(f"    {row.source_row}  ", row.detail)
+                job.output.hanging("      ", payload)
     if report.gallery:
         job.output.line("gallery", report.gallery)
     job.output.report(report)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 from pictures import encoded, picture
 
+from pipelines.driver.ingest.quarantine_report import card_of
 from pipelines.pages.page import Card, CardText, Chart, FormattedValue, Gallery, Page, write_page
 
 EVIL = '<script>alert("x")</script>'
@@ -38,3 +40,10 @@ def test_bar_lengths_are_proportional_and_zero_is_allowed(tmp_path: Path) -> Non
     assert [percent for _, _, percent in Chart("zero", {"a": 0}).bars] == [0.0]
     html = write(tmp_path / "page.html", Page("t", "a", charts=[chart]))
     assert "width: 25.0%" in html
+
+
+def test_the_card_of_a_refused_row_shows_its_texts_but_not_the_base64_of_its_picture() -> None:
+    payload = json.dumps({"image": "iVBORw0KGgo" * 100, "text": "a red square"})
+    row = {"source_row": "a.csv#1", "thumbnail": None, "payload": payload, "reason": "empty_text", "detail": "no text"}
+    (text,) = card_of(row).texts
+    assert text.text == '{"image": "iVBORw0KGgoiVBORw0KGgoiV...", "text": "a red square"}'
