@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import os
+import re
 import shutil
 import signal
 import sys
@@ -60,8 +61,11 @@ COMMANDS = STAGE_COMMANDS | INTERACTIVE_COMMANDS | WEIGHT_COMMANDS
 used.
 """
 
-JAVA_PERMISSION_ERRORS = ("(Permission denied)", "(Read-only file system)", "DELTA_CANNOT_CREATE_LOG_PATH")
-"""Texts that the message of a Java exception contains if a file or folder is not writable."""
+DISK_FULL = re.compile("No space left on device")
+NOT_WRITABLE = re.compile(
+    r"\(Permission denied\)|Permission denied \(os error|Read-only file system|DELTA_CANNOT_CREATE_LOG_PATH"
+)
+"""Pattern of the messages of Java and Rust libraries for a file or folder that is not writable."""
 
 
 class Interrupted(LakesightError):
@@ -215,18 +219,24 @@ def _first_line(error: Exception) -> str:
 def _file_error(error: Exception) -> UserError | None:
     """Return a short error if the cause of an exception is a full disk or a missing write permission; otherwise None.
 
-    Spark reports these two causes only in the text of a Java exception, so this function also searches the text.
+    Libraries in Java and Rust report these two causes only in a text, so this function also searches the text.
     """
-    number = error.errno if isinstance(error, OSError) else None
-    got = _first_line(error)
-    if number == errno.ENOSPC or "No space left on device" in str(error):
-        return UserError("the disk is full", got=got, fix="free disk space and run the same command again")
-    where = str(error.filename or "") if isinstance(error, OSError) else ""
-    if number in {errno.EACCES, errno.EPERM, errno.EROFS} or any(sign in str(error) for sign in JAVA_PERMISSION_ERRORS):
+    number, where = (error.errno, str(error.filename or "")) if isinstance(error, OSError) else (None, "")
+    if number == errno.ENOSPC or DISK_FULL.search(str(error)):
+        got, fix = _line_with(DISK_FULL, error), "free disk space and run the same command again"
+        return UserError("the disk is full", where=where, got=got, fix=fix)
+    if number in {errno.EACCES, errno.EPERM, errno.EROFS} or NOT_WRITABLE.search(str(error)):
         return UserError(
             "a file or folder is not writable",
             where=where,
-            got=str(error.strerror) if isinstance(error, OSError) else got,
+            got=os.strerror(number) if number else _line_with(NOT_WRITABLE, error),
             fix="change its permissions, or set LAKESIGHT_HOME to a writable folder",
         )
     return None
+
+
+def _line_with(pattern: re.Pattern[str], error: Exception) -> str:
+    """Return the first line of an error message that contains a pattern, or else the first line."""
+    found = next((line for line in str(error).splitlines() if pattern.search(line)), _first_line(error))
+    # delta-rs draws a red arrow before each cause
+    return re.sub("\x1b\\[[0-9]*m|\N{DOWNWARDS ARROW WITH TIP RIGHTWARDS}", "", found).removeprefix(": ").strip()

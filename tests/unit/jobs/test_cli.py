@@ -154,6 +154,8 @@ def failing(error: BaseException) -> typer.Typer:
         (RuntimeError("java.io.IOException: No space left on device"), 2, "the disk is full"),
         (PermissionError(errno.EACCES, "Permission denied", "shards"), 2, "Where: shards. Got: Permission denied."),
         (RuntimeError("Py4J:\n: java.io.IOException: x (Permission denied)"), 2, "Got: java.io.IOException: x (Perm"),
+        (OSError("delta-rs\n \x1b[31m\u21b3\x1b[0m Read-only file system (os error 30)"), 2, "Got: Read-only file"),
+        (OSError("delta-rs\n \x1b[31m\u21b3\x1b[0m No space left on device (os error 28)"), 2, "Got: No space left"),
     ],
 )
 def test_an_error_is_printed_as_one_paragraph_and_sets_the_exit_code(
