@@ -136,9 +136,10 @@ def run_train(job: Job) -> TrainReport:
     with own_run(run):
         run.unregistered.touch()
         reused = finished_result(run)
+        logged = config.model_copy(update={"model": run.read_run().config.model})  # may have other generation settings
         # A reused run is logged to MLflow too, because MLflow may not have received the run's last metrics.
         with (
-            follow(run, config, job.platform, may_be_down=reused is None) as follower,
+            follow(run, logged, job.platform, may_be_down=reused is None) as follower,
             show_progress("train", poll_training(run, config.train), config.train.steps),
         ):
             result = reused or launch(run, job.platform, lambda: job.spark)
@@ -147,7 +148,9 @@ def run_train(job: Job) -> TrainReport:
         job.output.line("train", f"{result.step:,} steps, {detail}")
         job.output.line("", figures)
         with show_elapsed("register"):
-            version: ModelVersion = register(run, follower.run_id, job.platform, config.train.register_)
+            version: ModelVersion = register(
+                run, follower.run_id, job.platform, config.train.register_, config.model.generation
+            )
         run.unregistered.unlink(missing_ok=True)
     job.output.line("register", f"{version.name} version {version.version}")
     return TrainReport(
@@ -173,7 +176,9 @@ def register_checkpoint(job: Job, which: str, step: int) -> str:
     from pipelines.driver.train.run_folders import finished_result
     from pipelines.formats.run_folder import RunFolder
     from pipelines.formats.run_owner import own_run
-    from pipelines.tracking.registry import register, resolve
+    from pipelines.tracking.download import download
+    from pipelines.tracking.registry import GENERATION_TAG, register, resolve
+    from vlm.checkpoint import load_config
 
     register_finished_runs(job)
     trained = resolve(job.platform, job.model_name, which)
@@ -185,8 +190,11 @@ def register_checkpoint(job: Job, which: str, step: int) -> str:
             got="the folder has no finished training run",
             fix=f"choose a version that was trained in this home folder, or run `{job.command('train')}`",
         )
+    generation = None
+    if GENERATION_TAG in trained.tags:
+        generation = load_config(download(job.platform, trained).folder).generation
     with own_run(run):
-        version = register(run, trained.run_id, job.platform, step)
+        version = register(run, trained.run_id, job.platform, step, generation)
     job.output.line("register", f"checkpoint of step {step:,}: {version.name} version {version.version}")
     return version.version
 

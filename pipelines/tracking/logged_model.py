@@ -73,7 +73,7 @@ def log_model(client: MlflowClient, checkpoint: Path, run_id: str) -> str:
             run_id=run_id,
             model_id=logged.model_id,
             python_model=str(Path(__file__).with_name("model.py")),
-            artifacts={file: (checkpoint / file).absolute().as_uri() for file in MODEL_FILES},
+            artifacts={file: (checkpoint / file).resolve().as_uri() for file in MODEL_FILES},
             code_paths=[package.__path__[0] for package in (vlm, pipelines)],
             signature=signature(settings),
             input_example=_example(),

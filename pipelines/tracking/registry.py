@@ -25,14 +25,15 @@ from mlflow.exceptions import MlflowException
 
 from pipelines.config.train import Register
 from pipelines.errors import UserError
-from pipelines.formats.run_folder import Metrics, Result, RunFolder, read_json, step_of
+from pipelines.formats.run_folder import Result, RunFolder, read_json, step_of
 from pipelines.platform import Platform, redact_uri
+from pipelines.tracking.checkpoints import files_to_register, find_checkpoint, metrics_of
 from pipelines.tracking.describe.notes import MODEL_DESCRIPTION, put_sections, version_link
 from pipelines.tracking.describe.training import add_sections, version_text
 from pipelines.tracking.logged_model import log_model
 from pipelines.tracking.server import REQUEST_ERRORS, connect, registry_failure, unusable
 from pipelines.tracking.version_files import digest_tags
-from vlm.config import Config
+from vlm.config import Config, GenerationConfig
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,9 @@ TAG_PREFIX = "lakesight_"
 CHECKPOINT_TAG = "checkpoint"
 """Name of the tag in which a model version stores the name of its checkpoint. A version without this tag contains the
 last checkpoint."""
+GENERATION_TAG = "generation"
+"""Name of the tag in which a model version stores a hash of its generation settings, if they differ from those of its
+checkpoint."""
 MAX_TAG_CHARS = 1000
 
 
@@ -67,7 +71,13 @@ class AliasMove(Config):
     previous: str | None
 
 
-def register(run: RunFolder, run_id: str, platform: Platform, which: Register = "last") -> ModelVersion:
+def register(
+    run: RunFolder,
+    run_id: str,
+    platform: Platform,
+    which: Register = "last",
+    generation: GenerationConfig | None = None,
+) -> ModelVersion:
     """Register a checkpoint of a finished run, or return the version that was registered for this checkpoint before.
 
     Args:
@@ -75,6 +85,7 @@ def register(run: RunFolder, run_id: str, platform: Platform, which: Register = 
         run_id: id of the MLflow run.
         platform: platform whose model registry is used.
         which: checkpoint to register: `last`, `best`, or the step of the checkpoint.
+        generation: generation settings of the version; None for those of the checkpoint.
 
     Raises:
         UserError: the run is not finished, or the checkpoint is missing or incomplete.
@@ -83,18 +94,20 @@ def register(run: RunFolder, run_id: str, platform: Platform, which: Register = 
     client = connect(platform)
     file, result = run.read_run(), read_json(run.result, Result)
     name = platform.model_name(file.config.name)
-    with _registry_errors(platform, f"model {name}"):
+    checkpoint = find_checkpoint(run, result, which)
+    with _registry_errors(platform, f"model {name}"), files_to_register(checkpoint, generation) as files:
         _create_model(client, name)
-        checkpoint = _find_checkpoint(run, result, which)
         for version in list_versions(client, name):
             registered = version.tags.get(f"{TAG_PREFIX}{CHECKPOINT_TAG}", Path(result.checkpoint).name)
-            if (version.run_id, registered) == (run_id, checkpoint.name):
+            settings = version.tags.get(f"{TAG_PREFIX}{GENERATION_TAG}", "")
+            if (version.run_id, registered, settings) == (run_id, checkpoint.name, files.generation):
                 return _read_version(client, name, version.version)
-        model_id = log_model(client, checkpoint, run_id)
+        model_id = log_model(client, files.folder, run_id)
         is_last = checkpoint.name == Path(result.checkpoint).name
-        metrics = result.metrics if is_last else _metrics_of(run, checkpoint)
+        metrics = result.metrics if is_last else metrics_of(run, checkpoint)
         tags = {
-            **digest_tags(checkpoint, model_id),
+            **digest_tags(files.folder, model_id),
+            **({GENERATION_TAG: files.generation} if files.generation else {}),
             CHECKPOINT_TAG: checkpoint.name,
             "run": run.path.name,
             "table_version": str(file.dataset_version),
@@ -133,44 +146,6 @@ def ensure_model(platform: Platform, name: str) -> None:
         _create_model(connect(platform), name)
     except REQUEST_ERRORS as error:
         raise unusable(platform, error) from None
-
-
-def _find_checkpoint(run: RunFolder, result: Result, which: Register) -> Path:
-    """Return the folder of a checkpoint of a finished run.
-
-    Raises:
-        UserError: the run has no checkpoint of the step.
-    """
-    if which == "last":
-        return run.checkpoints / Path(result.checkpoint).name
-    if which == "best":
-        return run.checkpoints / Path(_best_checkpoint(run, result)).name
-    if run.checkpoint(which) not in run.finished_checkpoints():
-        kept = ", ".join(str(step_of(folder)) for folder in run.finished_checkpoints())
-        raise UserError(
-            "the run has no checkpoint of this step",
-            where=str(run.checkpoints),
-            got=f"step {which}; the run has checkpoints of the steps {kept}",
-            fix="choose one of these steps; train.keep_checkpoints says how many checkpoints a run keeps",
-        )
-    return run.checkpoint(which)
-
-
-def _metrics_of(run: RunFolder, checkpoint: Path) -> dict[str, float]:
-    """Return the metrics at the step of a checkpoint, or no metrics if the step was neither logged nor validated."""
-    path = run.metrics(step_of(checkpoint))
-    return read_json(path, Metrics).values if path.exists() else {}
-
-
-def _best_checkpoint(run: RunFolder, result: Result) -> str:
-    if not result.best_checkpoint:
-        raise UserError(
-            "the best checkpoint of the run is not known",
-            where=str(run.result),
-            got="Lakesight 0.1.0 wrote the result, which does not name the best checkpoint",
-            fix="register the last checkpoint (train.register: last), or train again with another seed",
-        )
-    return result.best_checkpoint
 
 
 def resolve(platform: Platform, name: str, which: str) -> ModelVersion:

@@ -14,7 +14,13 @@ from pipelines.driver.train.failure import diagnose_failure, root_failure, wait_
 from pipelines.driver.train.hosts import check_hosts
 from pipelines.driver.train.launch import check_slots, run_rank, run_ranks
 from pipelines.driver.train.local_ranks import RankEntry
-from pipelines.driver.train.run_folders import earlier_code, find_folder, finished_result, hash_run
+from pipelines.driver.train.run_folders import (
+    earlier_code,
+    find_folder,
+    finished_result,
+    hash_run,
+    keep_generation,
+)
 from pipelines.driver.train.start_from import (
     StartFolder,
     check_start_folder,
@@ -54,6 +60,7 @@ def prepare(
 
     The tokenizer is trained on the texts of the training shards, or copied from `train.start_from`. The name of the run
     folder depends on everything that determines the outcome of the run, so the same command finds the same run folder.
+    A command that only changes generation settings finds it too (`keep_generation`).
 
     Args:
         config: resolved run config.
@@ -77,8 +84,13 @@ def prepare(
             settings["start_state"] = check_training_state(start, config.train)
         resolved = config.train.model_copy(update={"start_from": str(start.folder)})
         config = config.model_copy(update={"train": resolved})
-    identity = hash_run(config.model, settings, train.content_hash, validate.content_hash)
-    run = find_folder(platform.folder("runs") / f"{config.name}-{identity}", config, code)
+
+    def path_of(config: RunConfig) -> Path:
+        identity = hash_run(config.model, settings, train.content_hash, validate.content_hash)
+        return platform.folder("runs") / f"{config.name}-{identity}"
+
+    config = keep_generation(config, code, path_of)
+    run = find_folder(path_of(config), config, code)
     if finished_result(run) is not None and run.tokenizer.exists():
         return run
     file = RunFile(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,43 @@ SHOWN_FILES = 5
 def hash_run(model: ModelConfig, settings: Mapping[str, Any], train: str, validate: str) -> str:
     """Return the hash of a run's model, the run's settings, and the content hashes of the run's shards."""
     return short_hash(model.hashed_settings(), settings, train, validate, NAMING)
+
+
+def keep_generation(config: RunConfig, code: TrainingCode, path_of: Callable[[RunConfig], Path]) -> RunConfig:
+    """Return the config with the generation settings of a run that has learned, or is learning, the same model.
+
+    Generation settings change nothing that is learned, except if captions are scored or rewarded while training. The
+    name of a run folder contains them, because Lakesight 0.1.0 named folders so.
+
+    Args:
+        config: resolved run config.
+        code: code that trains the run now.
+        path_of: function that returns the path of the folder of a config.
+
+    Returns:
+        The unchanged config if there is no such run, or if there is a run with the generation settings of the config.
+    """
+    own, train = path_of(config), config.train
+    if train.rewards_cider or train.score_every or _has_run(own, code):
+        return config
+    for file in sorted(own.parent.glob(f"{escape(config.name)}-*/run.json")):
+        try:
+            generation = RunFolder(file.parent).read_run().config.model.generation
+            other = config.model_copy(update={"model": config.model.model_copy(update={"generation": generation})})
+            if _has_run(path_of(other), code):
+                return other
+        except (UserError, OSError):
+            continue  # a folder of another program or of an incompatible version
+    return config
+
+
+def _has_run(path: Path, code: TrainingCode) -> bool:
+    """Return whether there is a run of this version of the training code in the folder of this path."""
+    first, own = RunFolder(path), RunFolder(path.with_name(f"{path.name}-{code.digest}"))
+    if not first.run_file.exists():
+        return False
+    trained_by = first.read_run().code
+    return trained_by is None or trained_by.digest == code.digest or own.run_file.exists()
 
 
 def find_folder(path: Path, config: RunConfig, code: TrainingCode) -> RunFolder:

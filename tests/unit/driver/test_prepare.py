@@ -68,6 +68,27 @@ def test_equal_runs_share_a_run_folder_and_different_runs_have_different_run_fol
     assert run.path.name.startswith("tiny-")
 
 
+def test_a_run_with_other_generation_settings_keeps_its_folder_unless_captions_are_scored_while_training(
+    laptop: Platform, report: ShardReport
+) -> None:
+    def run_with(settings: dict[str, Any], **train: Any) -> RunFolder:
+        model = tiny_run().model.model_dump() | {"generation": {"max_new_tokens": 16} | settings}
+        return prepare(tiny_run(model=model, **train), laptop, report, report)
+
+    run = run_with({})
+    before = run.run_file.read_bytes()
+    for settings in ({"num_beams": 3}, {"max_new_tokens": 4, "repetition_penalty": 1.2}):
+        assert run_with(settings) == run
+    assert run.run_file.read_bytes() == before, "run.json keeps the settings with which the run was started"
+    assert run_with({"num_beams": 3}, seed=1) != run
+    scored = run_with({}, score_every=6)
+    assert run_with({"num_beams": 3}, score_every=6) != scored
+    changed_code = read_code().model_copy(update={"digest": "0123"})
+    model = tiny_run().model.model_dump() | {"generation": {"num_beams": 3, "max_new_tokens": 16}}
+    retrained = prepare(tiny_run(model=model), laptop, report, report, changed_code)
+    assert retrained.read_run().config.model.generation.num_beams == 3, "changed code trains with the present settings"
+
+
 def test_the_run_folder_has_the_document_frequencies_only_if_a_stage_rewards_cider(
     laptop: Platform, report: ShardReport, tmp_path: Path
 ) -> None:

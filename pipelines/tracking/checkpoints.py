@@ -1,0 +1,82 @@
+"""Choice of the checkpoint of a run that is registered, and of the files of its version."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from pipelines.config import short_hash
+from pipelines.config.train import Register
+from pipelines.errors import UserError
+from pipelines.formats.run_folder import Metrics, Result, RunFolder, read_json, step_of
+from pipelines.tracking.logged_model import MODEL_FILES
+from vlm.config import GenerationConfig, ModelConfig
+
+
+def find_checkpoint(run: RunFolder, result: Result, which: Register) -> Path:
+    """Return the folder of a checkpoint of a finished run.
+
+    Raises:
+        UserError: the run has no checkpoint of the step.
+    """
+    if which == "last":
+        return run.checkpoints / Path(result.checkpoint).name
+    if which == "best":
+        return run.checkpoints / Path(_best_checkpoint(run, result)).name
+    if run.checkpoint(which) not in run.finished_checkpoints():
+        kept = ", ".join(str(step_of(folder)) for folder in run.finished_checkpoints())
+        raise UserError(
+            "the run has no checkpoint of this step",
+            where=str(run.checkpoints),
+            got=f"step {which}; the run has checkpoints of the steps {kept}",
+            fix="choose one of these steps; train.keep_checkpoints says how many checkpoints a run keeps",
+        )
+    return run.checkpoint(which)
+
+
+def metrics_of(run: RunFolder, checkpoint: Path) -> dict[str, float]:
+    """Return the metrics at the step of a checkpoint, or no metrics if the step was neither logged nor validated."""
+    path = run.metrics(step_of(checkpoint))
+    return read_json(path, Metrics).values if path.exists() else {}
+
+
+def _best_checkpoint(run: RunFolder, result: Result) -> str:
+    if not result.best_checkpoint:
+        raise UserError(
+            "the best checkpoint of the run is not known",
+            where=str(run.result),
+            got="Lakesight 0.1.0 wrote the result, which does not name the best checkpoint",
+            fix="register the last checkpoint (train.register: last), or train again with another seed",
+        )
+    return result.best_checkpoint
+
+
+class FilesToRegister(NamedTuple):
+    """Folder of the model files of a version, and a hash of the generation settings that replace the checkpoint's.
+
+    The hash is empty if the version has the generation settings of its checkpoint.
+    """
+
+    folder: Path
+    generation: str
+
+
+@contextmanager
+def files_to_register(checkpoint: Path, generation: GenerationConfig | None) -> Iterator[FilesToRegister]:
+    """Yield the files of a version. With other generation settings than the checkpoint's, only config.json differs."""
+    file = checkpoint / "config.json"
+    config = ModelConfig.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if config is None or generation is None or generation == config.generation:
+        yield FilesToRegister(checkpoint, "")
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name in MODEL_FILES:
+            if name != file.name and (checkpoint / name).is_file():
+                (folder / name).symlink_to((checkpoint / name).absolute())
+        changed = config.model_copy(update={"generation": generation})
+        (folder / file.name).write_text(changed.model_dump_json(indent=2), encoding="utf-8")
+        yield FilesToRegister(folder, short_hash(generation.hashed_settings()))
