@@ -114,7 +114,7 @@ def test_the_commands_of_the_nightly_page_succeed_in_the_order_of_the_page(folde
         printed.setdefault(words[1], done.stdout)
     assert f"{ROWS} rows of delta.`{folder}/shop/products` = {ROWS} captioned" in printed["caption"]
     assert "birds version 1 is the champion again" in printed["rollback"]
-    page = next((folder / ".lakesight" / "reports").glob("generated_captions-*.html")).read_text()
+    page = (folder / ".lakesight" / "reports" / "generated_captions-v1.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 5
     forgotten = DeltaTable(folder / ".lakesight" / "warehouse" / "generated_captions").to_pyarrow_table().num_rows
     (folder / "forget.py").write_text(files()["forget.py"].replace("'3'", "'1'"))
