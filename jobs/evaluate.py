@@ -122,8 +122,8 @@ def evaluate_version(
 ) -> EvaluationReport:
     """Evaluate a version and store the metrics in MLflow and in the version's tags, or reuse an evaluation.
 
-    If the generation settings differ from the version's own settings, the metrics are stored neither in MLflow nor in
-    tags.
+    If the generation settings differ from the version's own settings, the metrics are written neither to MLflow nor to
+    the version's tags.
     """
     from jobs.log_evaluation import LOGGED_METRICS, log_evaluation
     from pipelines.driver.evaluate.run import COLUMNS, evaluate

@@ -135,7 +135,8 @@ assert right[2] > 0.6
 # MAGIC learned to ignore the beginning of its sequence cannot be helped by any projector.
 # MAGIC
 # MAGIC So our decoder reads notes and the sentence that belongs to them: 16 words in any order, most of them "and",
-# MAGIC then the caption. `and star and purple middle and ...` is followed by `a large purple star in the middle`.
+# MAGIC then the caption. For example, the note `and star and purple middle and ...` comes before the caption
+# MAGIC `a large purple star in the middle`.
 
 # COMMAND ----------
 

@@ -103,7 +103,7 @@ def said(captioner: Captioner, files: list[bytes]) -> list[str | None]:
 
 
 def stored_bytes(captioner: Captioner) -> int:
-    """Count the bytes of all stored weights. Weights that several modules share count once."""
+    """Count the bytes of all stored weights. A weight that several modules share is counted only once."""
     tensors = {t.data_ptr(): t.numel() * t.element_size() for p in captioner.model.parameters() for t in parts(p)}
     return sum(tensors.values())
 

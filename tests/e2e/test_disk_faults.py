@@ -30,7 +30,7 @@ FULL = [
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home folder in which the pipeline has run once. Tests work in copies of this folder."""
+    """Run the pipeline once and return its home folder. Each test gets its own copy of this folder."""
     home = tmp_path_factory.mktemp("finished") / "home"
     report(["pipeline"], home)
     return home

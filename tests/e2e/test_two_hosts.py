@@ -78,7 +78,7 @@ def torchrun_on_both(run: RunFolder) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("network")
-def test_ranks_that_lose_the_network_end_in_time_and_the_run_resumes_when_the_network_is_back(
+def test_ranks_without_a_network_fail_at_their_timeout_and_a_new_launch_resumes_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = runs_in(tmp_path, monkeypatch)(steps=100_000, validate_every=100_000, checkpoint_every=20, timeout_seconds=10)

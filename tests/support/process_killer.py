@@ -100,7 +100,7 @@ def run_with_kill(kind: ProcessKind, rng: random.Random, window: KillWindow, job
         if killed:
             return result
         window.seconds = 1.2 * (time.monotonic() - started)
-    raise AssertionError("eight jobs ended before their kill")
+    raise AssertionError("in all eight attempts, the job ended before a process was killed")
 
 
 def start_script(script: ModuleType, home: Path, folder: Path) -> subprocess.Popen[bytes]:

@@ -41,7 +41,7 @@ class ReplayReport(Config):
         new: number of rows that added a new picture to `samples`.
         merged: number of rows that added a text to a picture.
         duplicates: number of valid rows that added nothing.
-        refused: number of rows that were refused again, for each quarantine reason of the new refusals.
+        refused: rows that the replay refused again: a dict from the new quarantine reason to the number of rows.
         seconds: duration of the replay, in seconds.
     """
 

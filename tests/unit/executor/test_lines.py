@@ -88,7 +88,7 @@ def test_a_value_in_the_row_takes_precedence_over_the_value_of_the_partition_fol
     st.sampled_from([b"\n", b"\r"]),
     st.integers(1, 12),
 )
-def test_every_line_of_a_file_is_read_once_whatever_the_line_ends_and_the_size_of_the_ranges(
+def test_every_line_is_read_exactly_once_for_any_line_ends_and_any_size_of_the_byte_ranges(
     lines: list[bytes], ends: list[bytes], ended: bool, separator: bytes, size: int
 ) -> None:
     pairs = list(zip(lines, ends, strict=False))
@@ -103,7 +103,7 @@ def test_every_line_of_a_file_is_read_once_whatever_the_line_ends_and_the_size_o
     assert [line for one in found if (line := one.strip(b"\r\n"))] == written
 
 
-def test_a_line_that_is_too_long_is_one_line_of_which_only_the_beginning_is_kept() -> None:
+def test_only_the_beginning_of_a_line_over_the_limit_is_kept() -> None:
     content = b"first\n" + b"x" * (5 * 2**20) + b"\nlast"
     first, long, last = split_stream(io.BytesIO(content), b"\n", limit=1000)
     assert (first, last) == (b"first", b"last")
@@ -111,7 +111,7 @@ def test_a_line_that_is_too_long_is_one_line_of_which_only_the_beginning_is_kept
     assert (long.size, len(long.head)) == (5 * 2**20, 64 * 2**10)
 
 
-def test_a_file_with_one_kind_of_line_end_in_the_first_line_and_another_kind_later_is_split_at_both_kinds() -> None:
+def test_a_file_that_mixes_two_kinds_of_line_ends_is_split_at_both() -> None:
     rows = [b"%d" % number + b"x" * 1000 for number in range(4000)]
     pieces = list(split_stream(io.BytesIO(b"head\n" + b"\r".join(rows)), b"\n", limit=10**5))
     assert all(isinstance(piece, bytes) for piece in pieces)
@@ -119,7 +119,7 @@ def test_a_file_with_one_kind_of_line_end_in_the_first_line_and_another_kind_lat
 
 
 @pytest.mark.parametrize("kind", COMPRESSIONS)
-def test_compression_is_detected_from_the_content_and_a_file_may_consist_of_several_compressed_parts(
+def test_a_compressed_file_is_recognised_by_its_content_and_may_have_several_compressed_parts(
     tmp_path: Path, kind: str
 ) -> None:
     compress = COMPRESSIONS[kind]

@@ -1,10 +1,10 @@
 """Tests of pictures that rows name by path: any spelling of a name is found, and no path leads out of the folder.
 
-Public bug reports that these tests and those of folder sources repeat: the metadata.csv of Hugging Face's imagefolder
-in a subfolder, or with another name (huggingface/datasets 4069, 6442 and 7663), captions without their pictures
-(huggingface/datasets 5761 and 7337, AIChallenger/AI_Challenger_2017 26), names in the other Unicode form
-(mucommander/mucommander 900, cryptomator/fuse-nio-adapter 27), blanks and non-ASCII in paths (apache/spark 24855,
-broadinstitute/gatk 4337).
+Public bug reports (GitHub issues) that these tests and those of folder sources repeat: the metadata.csv of Hugging
+Face's imagefolder in a subfolder, or with another name (huggingface/datasets#4069, #6442 and #7663), captions without
+their pictures (huggingface/datasets#5761 and #7337, AIChallenger/AI_Challenger_2017#26), names in the other Unicode
+form (mucommander/mucommander#900, cryptomator/fuse-nio-adapter#27), blanks and non-ASCII in paths (apache/spark#24855,
+broadinstitute/gatk#4337).
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def test_pictures_become_small_jpegs_and_other_bytes_become_null() -> None:
     assert none == [None, None]
 
 
-def test_a_payload_is_truncated_and_its_picture_becomes_a_thumbnail() -> None:
+def test_the_stored_text_of_a_refused_row_is_shortened_and_a_thumbnail_of_its_picture_is_added() -> None:
     payloads = [json.dumps({"text": "a bird", "photo": as_base64(png(1)), "x": 1}), "1,not json", '{"a": 1}']
     batch = pa.RecordBatch.from_pydict({"payload": payloads, "reason": ["x"] * 3})
     [out] = with_thumbnails(iter([batch]), "payload")

@@ -1,18 +1,18 @@
 """Tests of WebDataset tars: members with the same key form a row, and a damaged tar keeps its complete rows.
 
-Public bug reports that these tests repeat, with the verdict on this parser before its rewrite:
+Public bug reports (GitHub issues) that these tests repeat, with the verdict on this parser before its rewrite:
 
-- Rows were lost or mixed without an error: a damaged header ends the tar (python/cpython 84934), a tar that was not
-  closed (webdataset/webdataset 32), hard and symbolic links (flapdoodle-oss/de.flapdoodle.embed.process 70,
-  mxmlnkn/ratarmount 28, python/cpython 73798 and 122736), concatenated tars (libarchive/libarchive 1620), line breaks
-  in names of folders (JD-P/simulacra-aesthetic-captions 1), keys of bytes that are not UTF-8 (webdataset/webdataset
-  330).
-- Rows were refused, and the error now names the cause: members of a row that are not neighbours (webdataset/webdataset
-  140, 258 and 407, ray-project/ray 44068), dots in names (webdataset/webdataset 237, huggingface/datasets 6880 and
-  7144, mlfoundations/open_clip 480, huggingface/datasets 7055).
-- The parser was already right: truncated tars (webdataset/webdataset 142, JoeLeelyf/OVO-Bench 18), dots in folders
-  (macrodata-labs/refiner 124), one name twice (webdataset/webdataset 157 and 173), `._` files (alexa/massive 8), gaps
-  in the numbers of shards (rom1504/img2dataset 174), several extensions (webdataset/webdataset 288).
+- Rows were lost or mixed without an error: a damaged header ends the tar (python/cpython#84934), a tar that was not
+  closed (webdataset/webdataset#32), hard and symbolic links (flapdoodle-oss/de.flapdoodle.embed.process#70,
+  mxmlnkn/ratarmount#28, python/cpython#73798 and #122736), concatenated tars (libarchive/libarchive#1620), line breaks
+  in names of folders (JD-P/simulacra-aesthetic-captions#1), keys of bytes that are not UTF-8
+  (webdataset/webdataset#330).
+- Rows were refused, and the error now names the cause: members of a row that are not neighbours
+  (webdataset/webdataset#140, #258 and #407, ray-project/ray#44068), dots in names (webdataset/webdataset#237,
+  huggingface/datasets#6880 and #7144, mlfoundations/open_clip#480, huggingface/datasets#7055).
+- The parser was already right: truncated tars (webdataset/webdataset#142, JoeLeelyf/OVO-Bench#18), dots in folders
+  (macrodata-labs/refiner#124), one name twice (webdataset/webdataset#157 and #173), `._` files (alexa/massive#8), gaps
+  in the numbers of shards (rom1504/img2dataset#174), several extensions (webdataset/webdataset#288).
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ def test_members_that_belong_to_no_row_are_left_out_and_members_with_odd_names_f
 
 
 def test_tar_members_whose_names_are_any_bytes_form_separate_rows(tmp_path: Path) -> None:
-    """Reports: macrodata-labs/refiner 124, JD-P/simulacra-aesthetic-captions 1, webdataset/webdataset 330."""
+    """GitHub issues: macrodata-labs/refiner#124, JD-P/simulacra-aesthetic-captions#1, webdataset/webdataset#330."""
     names = ["train.v1/0001.jpg", "new\nline/a\nb.jpg", "back\\slash.jpg", "\udce8.jpg", "\udce9.jpg", "22.05.jpg"]
     names.insert(0, "BZh9.jpg")  # the first bytes are those of a bz2 file
     records = rows_of(write_tar(tmp_path / "x.tar", dict.fromkeys(names, b"j")))

@@ -220,7 +220,7 @@ def test_base64_may_have_white_space_a_data_url_prefix_url_safe_letters_or_missi
         "data:image/png;name=a b;charset=utf-8; base64,AAE=",
     ],
 )
-def test_base64_with_odd_padding_a_percent_escape_a_byte_order_mark_or_a_data_url_is_decoded(text: str) -> None:
+def test_base64_text_in_an_unusual_but_unambiguous_form_is_decoded(text: str) -> None:
     assert picture_bytes(text) == b"\x00\x01"
 
 

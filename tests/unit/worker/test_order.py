@@ -147,7 +147,7 @@ def test_the_row_order_is_the_same_in_every_version_of_the_code() -> None:
     assert (random_fractions(picks, 2, seed=-2) * 1e6).astype(int).tolist() == [[601109, 114547], [1050, 792469]]
 
 
-def test_random_numbers_of_rows_are_distinct_and_uniform() -> None:
+def test_the_random_numbers_drawn_for_the_rows_are_distinct_and_uniformly_distributed() -> None:
     rows, epochs = (positions.ravel() for positions in np.meshgrid(np.arange(100), np.arange(20)))
     numbers = random_fractions(RowPicks(rows, epochs), 8, seed=1)
     assert len(np.unique(numbers)) == numbers.size

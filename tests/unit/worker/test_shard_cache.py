@@ -197,7 +197,7 @@ def test_a_shard_file_that_differs_from_the_manifest_fails_the_training(source: 
 
 
 def start(source: Shards, root: Path, seconds: float) -> subprocess.Popen[str]:
-    """Start a process that copies each file in at least `seconds`.
+    """Start a process that takes at least `seconds` to copy one file.
 
     Return when the process is about to copy the first file.
     """
