@@ -68,14 +68,14 @@ def references(node: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("file", JOB_FILES, ids=lambda file: file.name)
-def test_a_job_file_contains_one_valid_job_with_the_name_of_the_file(file: Path) -> None:
+def test_every_job_file_defines_exactly_one_valid_job_and_the_job_has_the_name_of_the_file(file: Path) -> None:
     key, settings = read_job(file)
     assert file.name == f"{key}.job.yml"
     job = Job.from_dict(settings)
     assert job.as_dict().keys() == settings.keys()
 
 
-def test_every_include_pattern_finds_files_and_every_job_file_is_included() -> None:
+def test_every_include_pattern_of_the_bundle_matches_files_and_every_job_file_is_included() -> None:
     found = [set(ROOT.glob(pattern)) for pattern in BUNDLE["include"]]
     assert all(found)
     assert set(JOB_FILES) == set().union(*found)
@@ -107,7 +107,7 @@ def test_every_job_parameter_is_declared_and_used() -> None:
         assert used == {parameter["name"] for parameter in job["parameters"]}, key
 
 
-def test_all_resources_of_the_bundle_have_different_keys() -> None:
+def test_no_two_resources_of_the_bundle_have_the_same_resource_key() -> None:
     keys = [*JOBS, *(key for group in BUNDLE["resources"].values() for key in group)]
     assert sorted(keys) == sorted(set(keys))
 
@@ -123,7 +123,7 @@ def test_every_referenced_resource_exists_in_the_bundle() -> None:
 
 
 @pytest.mark.parametrize("target", BUNDLE["targets"])
-def test_every_target_has_a_whole_number_of_ranks_on_each_worker(target: str) -> None:
+def test_in_every_bundle_target_the_number_of_ranks_is_divisible_by_the_number_of_workers(target: str) -> None:
     values = {name: variable.get("default") for name, variable in BUNDLE["variables"].items()}
     values |= BUNDLE["targets"][target].get("variables", {})
     assert values["ranks"] % values["workers"] == 0
@@ -145,7 +145,9 @@ def test_a_shared_deployment_belongs_to_one_service_principal_and_protects_its_d
 
 
 @pytest.mark.parametrize("key", JOBS)
-def test_every_job_starts_with_the_preflight_on_cpus_and_has_limits_and_notifications(key: str) -> None:
+def test_every_job_begins_with_the_preflight_task_on_a_cpu_cluster_and_has_time_limits_and_notifications(
+    key: str,
+) -> None:
     job = JOBS[key]
     first, *others = job["tasks"]
     assert (first["task_key"], first["job_cluster_key"]) == ("preflight", "cpu")
@@ -185,7 +187,9 @@ def fill(text: str, parameters: dict[str, str]) -> str:
     return re.sub(r"\{\{job\.parameters\.(\w+)\}\}", lambda match: parameters[match[1]], text)
 
 
-def test_tasks_refer_to_bundle_resources_so_that_each_developer_has_a_separate_schema_and_experiment() -> None:
+def test_tasks_name_the_schema_and_the_experiment_by_bundle_references_and_so_each_developer_has_separate_ones() -> (
+    None
+):
     for _, _, task in tasks():
         parameters = task["python_wheel_task"]["parameters"]
         if parameters[0] in WITHOUT_RUN:
@@ -196,7 +200,7 @@ def test_tasks_refer_to_bundle_resources_so_that_each_developer_has_a_separate_s
 
 
 @pytest.mark.parametrize("key", ["pipeline", "finetune"])
-def test_each_training_rank_has_a_whole_gpu(key: str) -> None:
+def test_every_training_rank_of_a_job_gets_a_whole_gpu(key: str) -> None:
     (cluster,) = [c for c in JOBS[key]["job_clusters"] if c["job_cluster_key"] == "gpu"]
     assert cluster["new_cluster"]["spark_conf"]["spark.task.resource.gpu.amount"] == "1"
     assert {task["job_cluster_key"] for _, name, task in tasks() if name == "train"} == {"gpu"}
@@ -275,7 +279,7 @@ def test_workflows_pin_every_github_action_to_an_exact_version() -> None:
     assert [action for action in used if not re.fullmatch(r"[\w-]+/[\w-]+@v\d+\.\d+\.\d+", action)] == []
 
 
-def test_the_finetune_job_trains_the_imported_checkpoint_and_is_otherwise_the_same_as_the_pipeline_job() -> None:
+def test_the_finetune_job_equals_the_pipeline_job_except_that_it_trains_the_imported_checkpoint() -> None:
     own, pipeline = (
         {name: task["python_wheel_task"]["parameters"] for job, name, task in tasks() if job == key}
         for key in ("finetune", "pipeline")

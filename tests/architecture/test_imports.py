@@ -55,7 +55,7 @@ def modules(patterns: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("libraries", LOADED)
-def test_importing_a_package_loads_no_library_that_is_missing_in_its_process(libraries: str) -> None:
+def test_importing_a_package_loads_no_library_that_the_process_of_this_package_lacks(libraries: str) -> None:
     patterns, allowed = LOADED[libraries]
     code = f"import sys, {', '.join(modules(patterns))}; print(*sorted({HEAVY - allowed!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)

@@ -71,7 +71,7 @@ def test_modules_and_folders_of_a_package_have_no_circular_imports(folder: Path)
 
 
 @pytest.mark.parametrize("folder", PACKAGES, ids=relative)
-def test_the_docstring_of_a_package_has_two_or_three_sentences(folder: Path) -> None:
+def test_every_package_has_a_docstring_of_two_or_three_sentences(folder: Path) -> None:
     docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
     sentences = re.findall(r"[.!?](?=\s|$)", docstring)
     assert 2 <= len(sentences) <= 3, docstring

@@ -177,7 +177,7 @@ def request_of(name: str) -> ShardRequest:
     )
 
 
-def test_this_file_lists_every_shipped_run_and_model() -> None:
+def test_every_run_and_model_that_lakesight_ships_has_its_hash_listed_in_this_file() -> None:
     assert set(RUNS) == set(available("run"))
     assert set(MODELS) == set(available("model"))
 

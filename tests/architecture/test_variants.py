@@ -57,7 +57,7 @@ def test_names_of_models_occur_only_in_conf_and_not_in_code() -> None:
 ORDINARY = {"vit", "clip", "nano", "base", "tiny", "emoji", "photo", "small"}
 
 
-def test_the_model_library_names_model_families_only_in_vlm_weights() -> None:
+def test_the_model_library_contains_names_of_model_families_only_in_the_package_vlm_weights() -> None:
     tables = {file.stem for file in (ROOT / "vlm/weights/tables").glob("[a-z]*.py")}
     families = {part for name in {*available("model"), *tables} for part in name.split("_")} - ORDINARY
     assert {"gpt2", "gemma", "siglip"} <= families
@@ -81,7 +81,7 @@ TWINS = {"photo_base": "photo_small"}
 
 
 @pytest.mark.parametrize("name", sorted(set(available("model")) - {"emoji", "photo_small"}))
-def test_every_model_has_a_tiny_version_with_parts_of_the_same_kinds(name: str) -> None:
+def test_every_model_config_has_a_tiny_variant_whose_parts_are_of_the_same_kinds(name: str) -> None:
     twin = name if name.endswith("_tiny") else TWINS.get(name, f"{name}_tiny")
     original, tiny = (kinds_of(load_model(each).model_dump(exclude={"text"})) for each in (name, twin))
     assert original == tiny

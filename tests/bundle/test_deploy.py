@@ -93,7 +93,7 @@ def deployment(tmp_path: Path) -> Iterator[Deployment]:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_databricks_cli_validates_plans_deploys_summarizes_and_destroys_the_bundle(
+def test_the_databricks_cli_accepts_the_bundle_in_every_command_from_validate_to_destroy(
     deployment: Deployment, target: str
 ) -> None:
     count = RESOURCES[target]
@@ -117,7 +117,9 @@ def test_the_databricks_cli_validates_plans_deploys_summarizes_and_destroys_the_
         assert len(left) == 8
 
 
-def test_staging_and_prod_can_share_a_workspace_and_each_target_starts_two_job_runs(deployment: Deployment) -> None:
+def test_staging_and_prod_can_be_deployed_to_one_workspace_and_the_jobs_of_both_can_be_started(
+    deployment: Deployment,
+) -> None:
     for target in ("staging", "prod"):
         deployment.expect("deploy", target, "15 created")
         for run in ("demo", "emoji"):
@@ -151,7 +153,9 @@ def include_ai_runtime(settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_job_for_ai_runtime_is_deployed_if_the_bundle_includes_the_job(deployment: Deployment, target: str) -> None:
+def test_the_ai_runtime_job_is_deployed_only_if_the_bundle_includes_the_job_file(
+    deployment: Deployment, target: str
+) -> None:
     for name in ("ai_runtime.yml", "ai_runtime.sh"):
         shutil.copy(ROOT / "jobs" / name, deployment.folder / "jobs")
     deployment.edit(include_ai_runtime)
@@ -167,7 +171,7 @@ def test_the_job_for_ai_runtime_is_deployed_if_the_bundle_includes_the_job(deplo
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_dashboard_is_deployed_if_the_bundle_includes_it_and_reads_the_schema_of_the_target(
+def test_an_included_dashboard_is_deployed_and_queries_the_schema_of_its_target(
     deployment: Deployment, target: str
 ) -> None:
     shutil.copytree(ROOT / "dashboards", deployment.folder / "dashboards")
@@ -236,7 +240,9 @@ REFUSALS: dict[str, tuple[Callable[[dict[str, Any]], object], dict[str, str], st
 
 @pytest.mark.faults
 @pytest.mark.parametrize("fault", REFUSALS)
-def test_a_deployment_that_a_workspace_refuses_fails_with_the_reason(deployment: Deployment, fault: str) -> None:
+def test_if_the_workspace_refuses_a_deployment_the_command_fails_and_prints_the_reason(
+    deployment: Deployment, fault: str
+) -> None:
     change, variables, message = REFUSALS[fault]
     deployment.edit(change)
     done = deployment.run("deploy", "dev", **variables)

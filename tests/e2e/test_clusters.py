@@ -37,13 +37,17 @@ def assert_trained_separately(first: RunFolder, second: RunFolder) -> None:
     assert losses[0] != losses[1]
 
 
-def test_two_runs_at_the_same_time_with_ranks_on_the_driver_stay_separate(make_run: MakeRun, tmp_path: Path) -> None:
+def test_two_simultaneous_trainings_with_ranks_on_the_driver_do_not_affect_each_other(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
     runs = [make_run(f"seed-{seed}", seed=seed, **FEW) for seed in range(2)]
     assert run_drivers(tmp_path / "home", "local[1]", *([run] for run in runs)) == [{}, {}]
     assert_trained_separately(*runs)
 
 
-def test_two_runs_at_the_same_time_on_a_standalone_cluster_stay_separate(make_run: MakeRun, tmp_path: Path) -> None:
+def test_two_simultaneous_trainings_on_a_standalone_cluster_do_not_affect_each_other(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
     runs = [make_run(f"seed-{seed}", seed=seed, **FEW) for seed in range(2)]
     with standalone_cluster(tmp_path, workers=2, cores=2, cores_per_application=2) as master:
         assert run_drivers(tmp_path / "home", master, *([run] for run in runs)) == [{}, {}]
@@ -129,7 +133,7 @@ except StageFailed as error:
 """
 
 
-def test_a_spark_stage_that_waits_for_task_slots_fails_when_a_host_is_lost(tmp_path: Path) -> None:
+def test_a_training_that_waits_for_free_task_slots_fails_when_a_host_is_lost(tmp_path: Path) -> None:
     one_each = standalone_cluster(tmp_path, workers=2, cores=1, cores_per_application=2)
     with one_each as master, started_processes() as start:
         command = [sys.executable, "-c", CHECK_HOSTS, master, str(tmp_path / "run")]

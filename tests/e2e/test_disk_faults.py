@@ -60,7 +60,7 @@ def assert_complete(stage: str, home: Path) -> None:
 
 
 @pytest.mark.parametrize(("stage", "folder", "free_kib"), FULL)
-def test_a_full_disk_is_named_and_the_next_command_completes_the_work(
+def test_the_error_names_the_full_disk_and_the_next_command_completes_the_work(
     home: Path, stage: str, folder: str, free_kib: int
 ) -> None:
     (home / folder).mkdir(exist_ok=True)

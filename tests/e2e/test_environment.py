@@ -68,7 +68,7 @@ def run(
 
 
 @pytest.mark.parametrize("name", ENVIRONMENTS)
-def test_the_pipeline_runs_without_home_and_asserts_with_few_open_files_and_a_private_umask(
+def test_the_pipeline_runs_in_restricted_environments_and_other_users_can_read_none_of_its_files(
     tmp_path: Path, name: str
 ) -> None:
     home = tmp_path / "lakesight"
@@ -96,7 +96,7 @@ def test_the_error_for_too_few_open_files_for_spark_names_the_limit(tmp_path: Pa
     assert f"Got: {OPEN_FILES}." in done.stderr
 
 
-def test_if_shards_runs_or_the_registry_were_removed_the_next_stage_recreates_or_names_the_removed_files(
+def test_the_next_stage_recreates_removed_shards_runs_or_registry_files_or_names_them_in_its_error(
     tmp_path: Path,
 ) -> None:
     home = tmp_path / "lakesight"

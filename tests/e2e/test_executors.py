@@ -52,7 +52,7 @@ def test_the_hosts_of_executors_are_described_in_a_file_and_in_one_log_line(
     assert any(f"ranks run on these hosts: {socket.gethostname()}; " in message for message in caplog.messages)
 
 
-def test_packages_that_are_missing_on_executors_are_named_before_any_rank_starts(
+def test_no_rank_starts_if_executors_lack_packages_and_the_error_names_the_packages(
     spark: SparkSession, platform: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunFolder(tmp_path / "run")
@@ -70,7 +70,7 @@ def test_packages_that_are_missing_on_executors_are_named_before_any_rank_starts
     assert run.read_ranks() == []
 
 
-def test_executors_with_different_torch_versions_are_named_before_any_rank_starts(
+def test_no_rank_starts_if_torch_versions_differ_and_the_error_names_the_executors(
     spark: SparkSession, platform: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunFolder(tmp_path / "run")
@@ -90,7 +90,7 @@ def test_executors_with_different_torch_versions_are_named_before_any_rank_start
     assert run.read_ranks() == []
 
 
-def test_a_host_without_a_gpu_is_named_before_any_rank_starts(
+def test_no_rank_starts_if_a_host_has_no_gpu_and_the_error_names_the_host(
     spark: SparkSession, platform: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (smi := tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho no devices were found\nexit 6\n")
@@ -155,7 +155,7 @@ def test_two_spark_sessions_that_start_in_the_same_second_have_separate_executor
     assert spark.sparkContext.applicationId.endswith(f"-{os.getpid()}")
 
 
-def test_too_few_task_slots_are_refused_before_ranks_start(platform: Platform, spark: SparkSession) -> None:
+def test_no_rank_starts_if_spark_has_too_few_task_slots_for_the_ranks(platform: Platform, spark: SparkSession) -> None:
     assert not platform.launch.local_mode
     with pytest.raises(UserError, match=r"too few task slots for the ranks.*2 task slots, but 3 ranks need 3"):
         check_slots(lambda: spark, replace(platform.launch, ranks=3), seconds=0.5)

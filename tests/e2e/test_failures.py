@@ -118,7 +118,7 @@ def test_the_failure_matrix_has_at_least_forty_different_cases() -> None:
 @pytest.mark.parametrize(
     "cell", [pytest.param(c, id=str(c), marks=[] if c in SAMPLE else pytest.mark.matrix) for c in cells()]
 )
-def test_a_failing_run_ends_in_time_with_an_error_that_names_rank_and_cause_and_leaves_no_process(
+def test_a_failing_training_ends_before_its_deadline_and_its_error_names_the_rank_and_the_cause(
     request: pytest.FixtureRequest, make_run: MakeRun, platform: Platform, cell: Cell
 ) -> None:
     how = Launch(2, local_mode=True, use_gpu=False) if cell.where == BESIDE else platform.launch

@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 
-def test_ranks_listen_on_the_loopback_device_only_and_pickles_sent_to_their_ports_change_nothing(
+def test_ranks_listen_on_the_loopback_device_only_and_ignore_pickles_sent_to_their_ports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = runs_in(tmp_path, monkeypatch)()
@@ -30,7 +30,7 @@ def test_ranks_listen_on_the_loopback_device_only_and_pickles_sent_to_their_port
 
 
 @pytest.mark.matrix
-def test_pickles_in_the_store_of_the_ranks_are_not_loaded_and_only_this_user_can_open_the_store(
+def test_ranks_load_no_pickle_from_their_rendezvous_store_and_no_other_user_can_open_this_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = runs_in(tmp_path, monkeypatch)(timeout_seconds=1)

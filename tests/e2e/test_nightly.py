@@ -131,7 +131,7 @@ def test_the_commands_of_the_nightly_page_succeed_in_the_order_of_the_page(folde
     assert "nothing new" in run(folder, again, JAVA_HOME="/nonexistent").stdout, "without a JVM"
 
 
-def test_an_sql_query_captions_pictures_with_the_function_of_the_nightly_page(folder: Path) -> None:
+def test_the_caption_function_on_the_nightly_page_captions_pictures_in_an_sql_query(folder: Path) -> None:
     if not (folder / "shop" / "products").exists():
         assert run(folder, [sys.executable, "to_delta.py"]).returncode == 0
     done = run(folder, [sys.executable, "in_sql.py"])
@@ -177,7 +177,9 @@ spark.stop()
 """
 
 
-def test_a_table_of_a_hive_metastore_is_captioned_and_only_one_home_folder_uses_the_metastore(folder: Path) -> None:
+def test_a_table_of_a_hive_metastore_is_captioned_and_a_second_home_folder_cannot_use_the_metastore(
+    folder: Path,
+) -> None:
     if not (folder / "shop" / "products").exists():
         assert run(folder, [sys.executable, "to_delta.py"]).returncode == 0
     (folder / "conf" / "platform").mkdir()

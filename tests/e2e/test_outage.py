@@ -83,7 +83,7 @@ PICTURES = ["--set", "data.source.path=scenes:40:0"]
 
 @pytest.mark.matrix
 @pytest.mark.faults
-def test_training_starts_without_the_server_and_a_server_that_starts_late_gets_all_metrics_and_the_model(
+def test_a_tracking_server_that_starts_after_the_training_gets_all_metrics_and_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: Path
 ) -> None:
     (tmp_path / "mlflow.db").write_bytes(empty_database.read_bytes())

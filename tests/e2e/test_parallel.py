@@ -147,7 +147,9 @@ def losses(run: RunFolder) -> list[float]:
     return [m.values["train/loss"] for m in run.read_metrics() if "train/loss" in m.values]
 
 
-def test_more_ranks_microbatches_fsdp_or_local_shards_change_losses_only_by_rounding(launched: Launched) -> None:
+def test_neither_more_ranks_nor_smaller_microbatches_nor_fsdp_change_the_losses_by_more_than_rounding(
+    launched: Launched,
+) -> None:
     alone = launched.one_rank["alone"]
     ddp, parts, fsdp, plain = (launched.two_ranks[name] for name in ("ddp", "parts", "fsdp", "plain"))
     assert not launched.copied_by_one_rank
@@ -162,7 +164,7 @@ def test_more_ranks_microbatches_fsdp_or_local_shards_change_losses_only_by_roun
     assert list(launched.temporary.glob(f"{COPIES}/lock")), "the run with cache_gib copied its shards"
 
 
-def test_a_checkpoint_of_ddp_continues_under_fsdp_and_vice_versa(launched: Launched, tmp_path: Path) -> None:
+def test_a_training_with_ddp_can_be_continued_with_fsdp_and_vice_versa(launched: Launched, tmp_path: Path) -> None:
     ddp, fsdp = launched.two_ranks["ddp"], launched.two_ranks["fsdp"]
     crossed = {
         other: back_at_half(run, tmp_path / f"from-{run.path.name}", other)
@@ -213,7 +215,7 @@ def test_a_mixture_of_experts_has_the_same_metrics_and_weights_on_one_rank_and_o
         assert weights[1][name] == pytest.approx(expected, abs=1e-4), name
 
 
-def test_self_critical_training_takes_the_same_steps_on_one_rank_and_on_two_ranks(launched: Launched) -> None:
+def test_self_critical_training_computes_the_same_steps_on_one_rank_as_on_two_ranks(launched: Launched) -> None:
     runs = [launched.one_rank["rewarded"], launched.two_ranks["rewarded"]]
     alone, together = ([m.values for m in run.read_metrics() if "train/cider" in m.values] for run in runs)
     assert len(alone) == 3

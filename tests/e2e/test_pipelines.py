@@ -156,7 +156,7 @@ def test_a_demo_runs_every_stage(demos: Ran) -> None:
     assert Path(report["gallery"]).stat().st_size > 10_000
 
 
-def test_a_second_demo_repeats_no_work(demos: Ran) -> None:
+def test_a_second_demo_in_the_same_home_folder_repeats_no_work(demos: Ran) -> None:
     first, second, *_ = demos.reports
     assert second["nothing_new"]
     assert "nothing new: this command ingested no row, trained no step and captioned no picture" in demos.log
@@ -190,7 +190,7 @@ def test_train_prepares_a_run_for_ranks_that_another_program_starts(home: Path, 
 
 @pytest.mark.matrix
 @pytest.mark.usefixtures("demos")
-def test_train_ends_early_and_registers_the_checkpoint_with_the_best_cider(home: Path) -> None:
+def test_a_training_that_stops_early_registers_its_checkpoint_with_the_best_cider(home: Path) -> None:
     stalled = ["train.optimizer.lr=1e-9", "train.batch_size=8", "train.steps=60", "train.validate_rows=4"]
     chosen = ["train.score_every=10", "train.checkpoint_every=10", "train.best_by=cider", "train.stop=2"]
     settings = [word for value in (*stalled, *chosen) for word in ("--set", value)]
@@ -226,7 +226,7 @@ def test_a_pipeline_with_ranks_started_by_torchrun_runs_from_pictures_to_caption
     assert not report["trained"], "the finished run is found"
 
 
-def test_modules_in_the_working_folder_with_names_of_our_packages_are_not_imported(
+def test_a_module_in_the_working_folder_with_the_name_of_a_lakesight_package_is_not_imported(
     demos: Ran, user_folder: Path
 ) -> None:
     """No process (driver, Spark's Python workers, ranks, smoke test of a version) imports a user module."""

@@ -44,7 +44,7 @@ def at(platform: Platform, uri: str) -> Platform:
     return replace(platform, tracking_uri=uri, registry_uri=uri)
 
 
-def test_a_wrong_password_and_an_unknown_database_are_errors_and_a_stopped_server_is_an_outage(
+def test_a_wrong_password_or_database_name_is_an_error_but_a_stopped_database_server_is_an_outage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path / "home"))
@@ -82,7 +82,7 @@ def run_of(person: Path, process: subprocess.Popen[str]) -> RunFolder:
     return RunFolder(found[0].parent)
 
 
-def test_two_people_run_the_pipeline_at_once_while_mlflow_and_postgresql_are_killed_and_restarted(
+def test_two_pipelines_run_at_once_although_mlflow_and_postgresql_are_killed_and_restarted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port, people = free_port(), [tmp_path / name for name in ("ada", "bob")]

@@ -42,7 +42,7 @@ def model_config() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_a_rank_of_a_sharded_model_needs_the_memory_of_its_slice(
+def test_a_rank_of_a_sharded_model_needs_only_memory_for_its_own_slice_of_the_weights(
     ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Blocks of a megabyte or more go back to the system as soon as they are freed.

@@ -24,7 +24,7 @@ def files_of(run: RunFolder) -> dict[str, bytes]:
     return {str(path.relative_to(run.path)): path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
 
 
-def test_a_replayed_step_has_the_loss_that_training_logged_and_does_not_change_the_run(
+def test_replaying_a_training_step_gives_the_logged_loss_and_does_not_change_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = runs_in(tmp_path, monkeypatch)(log_every=1, checkpoint_every=8)
@@ -41,7 +41,7 @@ def test_a_replayed_step_has_the_loss_that_training_logged_and_does_not_change_t
         replay_step(run, TWO_RANKS, no_spark, 12)
 
 
-def test_the_error_of_a_diverged_training_names_the_pictures_and_a_replay_shows_their_losses(
+def test_the_error_of_a_diverged_training_names_the_pictures_and_a_step_replay_shows_their_losses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = runs_in(tmp_path, monkeypatch)(optimizer=OptimizerConfig(lr=1e30, warmup_steps=0))

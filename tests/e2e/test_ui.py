@@ -34,7 +34,7 @@ SECONDS = 240
 """Time limit for an answer of the server, in seconds."""
 
 
-def test_modules_of_the_working_folder_do_not_shadow_modules_of_the_mlflow_ui_and_sigterm_leaves_no_process(
+def test_the_mlflow_ui_imports_no_module_from_the_working_folder_and_leaves_no_process_after_sigterm(
     tmp_path: Path, empty_database: Path
 ) -> None:
     home, folder, port = tmp_path / "home", tmp_path / "work", free_port()
@@ -105,7 +105,7 @@ def write_training(home: Platform, folder: Path) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("width", [1280, 360])
-def test_the_pages_of_mlflow_explain_the_run_its_curves_the_model_and_the_model_version(
+def test_the_mlflow_pages_of_a_run_and_of_a_model_version_explain_what_they_show(
     tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
     home = open_local(monkeypatch, tmp_path / "home", database=empty_database)

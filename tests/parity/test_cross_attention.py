@@ -175,7 +175,9 @@ ROWS = ([0, 3], [0], [5], [0, 1])
 
 
 @pytest.mark.parametrize("rows", [ROWS, ROWS[:1], ROWS[1:3]])
-def test_interleaved_pictures_and_text_give_the_same_logits_as_in_idefics(rows: tuple[list[int], ...]) -> None:
+def test_cross_attention_to_pictures_between_texts_gives_the_same_logits_as_idefics(
+    rows: tuple[list[int], ...],
+) -> None:
     original, model = theirs(), ours()
     copy_decoder(model.decoder, original)
     T, most = 8, max(len(positions) for positions in rows)

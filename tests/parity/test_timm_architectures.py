@@ -143,7 +143,7 @@ def problems(name: str) -> list[str]:
     return [*family.mismatches(ours, published_settings(name, theirs)), *plan.problems]
 
 
-def test_every_vit_architecture_of_timm_is_accepted_or_refused_because_of_one_unsupported_feature() -> None:
+def test_every_vit_architecture_of_timm_is_accepted_or_refused_with_the_unsupported_feature_named() -> None:
     refused = {name: found for name in NAMES if (found := problems(name))}
     unexplained = {
         name: found

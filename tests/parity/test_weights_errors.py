@@ -147,7 +147,7 @@ def without_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
 
 
-def test_a_tied_tensor_may_be_stored_under_either_of_its_names_or_under_both(folder: Path) -> None:
+def test_weights_are_imported_if_a_tied_tensor_is_stored_under_one_of_its_names_or_under_both(folder: Path) -> None:
     edit_tensors(folder, without_head)
     expected, _ = load(OURS, folder, "decoder")
 

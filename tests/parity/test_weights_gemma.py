@@ -84,7 +84,7 @@ def test_gemma_gives_the_original_logits_after_import_and_export(version: int, t
 
 
 @pytest.mark.parametrize(("published", "expected"), [(2, 1), (1, 2)])
-def test_import_error_names_the_gemma_versions_of_the_weights_and_the_model(
+def test_the_import_error_for_another_gemma_version_names_the_versions_of_the_weights_and_of_the_model(
     published: int, expected: int, tmp_path: Path
 ) -> None:
     publish(original_of(published), tmp_path / "published")

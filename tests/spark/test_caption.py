@@ -80,7 +80,7 @@ def numbers(report: CaptionReport) -> tuple[int, int, int, int]:
     return report.considered, report.already, report.captioned, report.errors
 
 
-def test_each_row_gets_one_caption_with_lineage_or_an_error_if_its_picture_is_bad(
+def test_each_row_gets_a_caption_with_its_lineage_or_the_error_of_its_picture(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
     good = [(n, picture(n)) for n in range(70)]
@@ -146,7 +146,7 @@ def test_only_rows_without_a_caption_of_the_model_version_and_the_settings_are_c
     assert (model.folder / "model.safetensors").read_bytes() in [copy.read_bytes() for copy in copies]
 
 
-def test_base64_pictures_are_captioned_and_rows_of_two_tables_with_equal_ids_have_separate_captions(
+def test_rows_with_equal_ids_in_two_tables_of_base64_pictures_have_separate_captions(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
     encoded = [(n, base64.b64encode(picture(n)).decode()) for n in range(3)]
@@ -159,7 +159,7 @@ def test_base64_pictures_are_captioned_and_rows_of_two_tables_with_equal_ids_hav
     assert numbers(caption(spark, platform, model, request(other))) == (1, 0, 1, 0)
 
 
-def test_pictures_named_by_path_are_captioned_and_an_unreadable_picture_gives_a_row_with_an_error(
+def test_pictures_that_a_table_names_by_path_are_captioned_and_an_unreadable_picture_gets_an_error(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
     (tmp_path / "in").mkdir()
@@ -184,7 +184,7 @@ def test_pictures_named_by_path_are_captioned_and_an_unreadable_picture_gives_a_
         caption(spark, platform, model, request(table, image_root=str(tmp_path / "gone")))
 
 
-def test_the_view_champion_captions_has_the_same_rows_with_and_without_spark(
+def test_the_view_champion_captions_returns_the_same_rows_when_read_with_and_without_spark(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
     assert platform.tables
@@ -239,7 +239,7 @@ def test_a_picture_is_captioned_again_after_a_change_but_not_after_a_move_to_ano
     assert commits(spark, platform) == before
 
 
-def test_option_retry_errors_captions_rows_with_errors_again_and_too_many_errors_fail_the_job(
+def test_rows_with_errors_are_captioned_again_with_option_retry_errors_and_too_many_errors_fail_the_job(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
     table = write(spark, tmp_path / "photos", [(0, picture(0)), (1, picture(1)), (2, b"no picture")])
@@ -256,7 +256,7 @@ def test_option_retry_errors_captions_rows_with_errors_again_and_too_many_errors
     assert {number for number, row in stored(spark, platform, model).items() if row["error"]} == {"2"}
 
 
-def test_two_concurrent_caption_jobs_write_each_caption_once_after_a_job_was_cancelled(
+def test_after_a_cancelled_caption_job_two_concurrent_caption_jobs_write_each_caption_only_once(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipelines.driver.caption.run.ROWS_PER_FILE", 128)  # 12 tasks, of which the first two end

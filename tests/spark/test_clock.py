@@ -64,7 +64,7 @@ def test_the_last_ingest_of_a_table_counts_although_an_earlier_ingest_has_a_time
 
 
 @pytest.mark.timeout(60)
-def test_a_log_folder_without_a_commit_that_does_not_change_is_replaced_although_its_time_is_in_the_future(
+def test_a_log_folder_without_a_commit_that_stays_unchanged_is_replaced_even_if_its_time_is_in_the_future(
     spark: SparkSession, platform: Platform, tmp_path: Path
 ) -> None:
     spark.sql(f"CREATE SCHEMA lakesight_clock LOCATION '{tmp_path}'")

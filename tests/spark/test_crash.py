@@ -21,7 +21,7 @@ def config(path: Path) -> DataConfig:
     return data.model_copy(update={"limits": CrashingLimits(max_decode_seconds=1.5)})
 
 
-def test_a_picture_that_crashes_or_hangs_its_decoder_is_quarantined_by_the_ingest_and_named_by_the_shard_stage(
+def test_a_picture_that_crashes_or_hangs_its_decoder_is_quarantined_at_ingest_and_named_in_the_shard_error(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     good = [[as_base64(png(5000 + n)), f"picture {n}"] for n in range(40)]

@@ -21,7 +21,7 @@ MIN_READ_SHARE = 0.95
 
 @pytest.mark.parametrize("count", [10, pytest.param(80, marks=[pytest.mark.faults, pytest.mark.matrix])])
 @pytest.mark.parametrize("kind", SOURCES)
-def test_every_row_that_a_naive_reader_reads_is_a_sample_or_is_refused_or_its_file_is_named(
+def test_no_row_that_a_naive_reader_finds_is_lost_without_a_report(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path, kind: str, count: int
 ) -> None:
     drawn = draw_source(kind, tmp_path / "in", count, seed=21 + count)

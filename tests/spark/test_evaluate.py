@@ -84,7 +84,7 @@ def stored(spark: SparkSession, platform: Platform, report: EvaluationReport) ->
     return {(row["slice"], row["metric"]): row["value"] for row in rows}
 
 
-def test_metrics_from_executors_equal_the_metrics_of_a_plain_loop_over_the_rows(
+def test_metrics_computed_on_executors_equal_metrics_computed_in_a_plain_loop_over_the_rows(
     report: EvaluationReport, model: ModelFiles, shards: Path
 ) -> None:
     captioner = load_captioner(str(model.folder))

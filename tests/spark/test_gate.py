@@ -147,7 +147,7 @@ def test_model_versions_that_ignore_pictures_or_are_worse_are_refused_and_a_roll
     assert all(row["decided_by"] for row in trail)
 
 
-def test_drift_of_pictures_is_logged_and_fails_the_caption_job_if_the_config_says_so(
+def test_a_caption_job_logs_drift_of_its_pictures_and_fails_if_the_config_asks_for_failure(
     job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     evaluate_version(job, good := open_model(job, GOOD), open_split(job, good))
@@ -219,7 +219,7 @@ def test_two_model_versions_are_compared_on_the_same_rows_and_no_model_version_i
     assert len([name for name in logged if "/" not in name]) <= 8
 
 
-def test_the_pages_of_an_evaluation_and_a_comparison_work_in_a_browser(
+def test_the_evaluation_page_and_the_comparison_page_open_in_a_browser_without_errors(
     job: Job, report: Comparison, tmp_path: Path
 ) -> None:
     worse = open_model(job, WORSE)
@@ -276,7 +276,7 @@ def test_the_lineage_and_the_decisions_of_a_model_are_shown_without_starting_a_j
     assert not {"spark"} & {*shell.__dict__, *other.__dict__}
 
 
-def test_the_attention_for_a_colour_word_is_on_the_corner_with_this_colour(job: Job) -> None:
+def test_the_attention_of_a_colour_word_is_highest_in_the_corner_that_has_this_colour(job: Job) -> None:
     """By chance, a quarter of the pictures pass: a picture has four corners, and the model names the first corner."""
     captioner = vlm.load(open_model(job, GOOD).folder)
     first = [

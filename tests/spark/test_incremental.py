@@ -50,7 +50,7 @@ def texts_of(spark: SparkSession, platform: Platform, source: str) -> dict[str, 
     return {row["image_id"].partition("/")[2]: [pair["text"] for pair in row["texts"]] for row in rows}
 
 
-def test_only_new_and_rewritten_files_are_read_and_a_refresh_removes_rows_that_the_input_lacks(
+def test_an_ingest_reads_only_new_and_changed_files_and_a_refresh_removes_rows_that_the_input_lacks(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     config = data({"path": str(tmp_path)})
@@ -162,7 +162,7 @@ def test_pictures_whose_rows_were_deleted_from_a_table_without_a_change_data_fee
     assert sorted(texts_of(spark, platform, source)) == ["1", "3"]
 
 
-def test_all_rows_of_a_table_are_read_if_its_changes_are_unknown_and_no_row_if_only_files_were_rewritten(
+def test_a_table_is_read_completely_if_its_changes_are_unknown_and_not_at_all_if_only_files_were_rewritten(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     write_deltalake(tmp_path, rows_of(1, 2, key="k.id"), configuration=FEED)
@@ -289,7 +289,7 @@ def test_an_ingest_makes_a_new_plan_after_a_conflict_and_two_concurrent_ingests_
     assert spark.table(platform.table("quarantine")).where(f"source = '{twice}'").count() == 1
 
 
-def test_rows_in_the_spill_folder_are_computed_once_and_do_not_change_with_the_source_table(
+def test_rows_in_the_spill_folder_are_computed_once_and_stay_unchanged_when_the_source_table_changes(
     spark: SparkSession, tmp_path: Path
 ) -> None:
     spill = SpillFolder(tmp_path / "a {folder} of [mine] *")

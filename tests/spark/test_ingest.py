@@ -93,7 +93,7 @@ def test_every_kind_of_bad_row_is_quarantined_with_all_fields_and_good_rows_are_
     assert bytes(kept['picture "11", with a comma']["image"]) == png(11)
 
 
-def test_a_second_ingest_adds_no_row_and_no_table_version_and_a_grown_file_adds_only_its_new_rows(
+def test_a_repeated_ingest_of_a_file_adds_only_rows_that_were_appended_to_the_file(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     rows = [[as_base64(png(n)), f"picture {n}"] for n in range(30, 33)]
@@ -126,7 +126,7 @@ def test_a_second_ingest_adds_no_row_and_no_table_version_and_a_grown_file_adds_
     assert {row["ingest_id"] for row in kept.values()} == {first.ingest_id, second.ingest_id}
 
 
-def test_the_texts_of_all_rows_of_a_picture_are_merged_in_their_order_with_repeats(
+def test_the_texts_of_all_rows_of_a_picture_are_merged_in_row_order_and_repeats_are_kept(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     image = as_base64(png(40))
@@ -168,7 +168,7 @@ def test_new_pictures_with_conflicting_ids_are_quarantined_and_the_picture_in_sa
     assert sorted(payloads, key=lambda row: str(row[TEXT])) == [dict(zip(header, row, strict=True)) for row in fights]
 
 
-def test_the_split_may_come_from_the_file_name_and_csv_files_without_a_split_in_the_name_are_ignored(
+def test_the_file_name_can_give_the_split_and_csv_files_without_a_split_in_their_name_are_ignored_then(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     header = (TEXT, IMAGE)
@@ -181,7 +181,7 @@ def test_the_split_may_come_from_the_file_name_and_csv_files_without_a_split_in_
     assert report.equal_pictures_across_splits == 1
 
 
-def test_a_damaged_file_is_one_quarantined_row_and_the_file_is_read_again_after_it_was_corrected(
+def test_a_damaged_file_is_quarantined_as_one_row_and_is_read_again_after_a_repair(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     rows = [[as_base64(png(110 + n)), f"row {n}"] for n in range(9)]
@@ -229,7 +229,7 @@ def test_all_rows_of_every_csv_dialect_are_read_for_any_partitioning_of_the_file
     assert kept == {text for _, text in rows} | {"caf\ufffd"}
 
 
-def test_csv_files_that_spark_writes_are_read_as_spark_reads_them(
+def test_a_csv_file_that_spark_wrote_gives_the_same_rows_as_spark_reads_from_it(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     said = ['say "hi"', 'C:\\dir "x"', "end\\", "end\\,", 'a\\\\"b', '"', '\\"', "\\", 'q",\\', 'two\nlines "\\"']
@@ -292,7 +292,7 @@ def test_the_ingest_counts_of_random_rows_equal_the_counts_of_a_simple_loop(
     ],
     ids=["missing", "empty", "header-only", "no-column", "nearest-column", "no-columns", "all-bad"],
 )
-def test_an_unusable_input_raises_an_error_whose_message_is_one_paragraph(
+def test_an_ingest_of_an_unusable_input_raises_an_error_with_a_message_of_one_paragraph(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path, content: str | None, message: str
 ) -> None:
     path = tmp_path / "a.csv"
@@ -322,7 +322,7 @@ def test_the_test_split_of_the_emoji_dataset_is_read(spark: SparkSession, platfo
     assert report.splits == {"test": 620}
 
 
-def test_the_dataset_version_of_a_source_changes_only_if_its_rows_change_or_after_a_manual_commit(
+def test_only_changed_rows_or_a_manual_commit_change_the_dataset_version_of_a_source(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     path = write_csv(tmp_path / "a.csv", [[as_base64(png(80)), "a"], [as_base64(png(81)), "b"]])

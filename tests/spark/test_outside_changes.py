@@ -51,7 +51,7 @@ def read(home: Platform, table: str) -> list[dict[str, Any]]:
     return rows
 
 
-def test_new_shards_and_captions_follow_rows_that_other_programs_delete_or_add(
+def test_the_next_shards_and_captions_include_rows_that_other_programs_added_and_omit_deleted_rows(
     spark: SparkSession, home: Platform, source: str, tmp_path: Path
 ) -> None:
     pictures = tmp_path / "pictures"
@@ -75,7 +75,7 @@ def test_new_shards_and_captions_follow_rows_that_other_programs_delete_or_add(
     assert (again.captioned, again.already) == (2, ROWS - 2)
 
 
-def test_a_column_that_other_programs_have_added_is_null_in_new_rows_and_kept_in_old_rows(
+def test_a_table_column_that_another_program_added_is_kept_in_old_rows_and_null_in_new_rows(
     spark: SparkSession, home: Platform, source: str, tmp_path: Path
 ) -> None:
     pictures = tmp_path / "pictures"

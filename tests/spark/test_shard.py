@@ -126,7 +126,7 @@ def test_shuffling_encoded_pictures_writes_the_same_files_as_shuffling_decoded_p
     assert (second.reused, second.folder, second.content_hash) == (False, first.folder, first.content_hash)
 
 
-def test_a_shard_folder_left_by_a_crash_is_cleaned_and_written_again(
+def test_a_shard_folder_that_a_crash_left_incomplete_is_emptied_and_written_again(
     spark: SparkSession, platform: Platform, filled: tuple[str, Path]
 ) -> None:
     source, path = filled
@@ -145,7 +145,7 @@ def test_a_shard_folder_left_by_a_crash_is_cleaned_and_written_again(
     assert fresh.exists(), "another writer may be writing it"
 
 
-def test_new_rows_lead_to_a_new_shard_folder_and_the_old_shard_folder_is_kept(
+def test_new_rows_are_written_to_a_new_shard_folder_and_the_old_shard_folder_is_kept(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     rows = [[as_base64(png(3000 + n)), f"picture {n}"] for n in range(12)]
@@ -221,7 +221,7 @@ def test_sharding_an_empty_split_raises_an_error_that_names_the_splits_with_rows
 @pytest.mark.parametrize(
     "rows", [pytest.param(50, id="shuffled pixels"), pytest.param(1, id="shuffled pictures", marks=pytest.mark.matrix)]
 )
-def test_a_picture_that_cannot_be_decoded_stops_the_shard_stage_and_is_named_in_the_error(
+def test_the_shard_stage_fails_at_a_picture_that_cannot_be_decoded_and_the_error_names_the_picture(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path, rows: int
 ) -> None:
     path = write_csv(tmp_path / "a.csv", [[as_base64(png(4000 + n)), f"{n}"] for n in range(4)])

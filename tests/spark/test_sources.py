@@ -218,7 +218,7 @@ def test_the_cost_of_a_plan_grows_linearly_with_the_number_of_texts_of_a_picture
     assert time.monotonic() - started < 30, "the square of the number of texts takes minutes"
 
 
-def test_rows_that_give_a_picture_too_many_texts_are_quarantined_and_replayed_with_a_higher_limit(
+def test_rows_over_the_limit_of_texts_of_a_picture_are_quarantined_and_accepted_after_the_limit_is_raised(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     rows = [{"image": as_base64(png(62)), "text": text} for text in ("d", "a", "b", "c", ["a", "b"], list("wxyz"))]
@@ -240,7 +240,7 @@ def test_rows_that_give_a_picture_too_many_texts_are_quarantined_and_replayed_wi
     assert sorted(pair["text"] for pair in kept["texts"]) == ["a", "a", "b", "b", "c", "d"]
 
 
-def test_too_many_refused_rows_fail_the_ingest_after_all_rows_are_written_and_refused_rows_are_replayed(
+def test_an_ingest_with_too_many_refused_rows_fails_only_after_all_rows_are_written(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     said = [["a", "b"], ["b"], ["b", "c", "y" * 30]]
@@ -291,7 +291,7 @@ def test_too_many_refused_rows_fail_the_ingest_after_all_rows_are_written_and_re
     assert [pair["text"] for pair in kept["texts"]] == ["a", "b", "b", "c", "y" * 30]
 
 
-def test_a_reencoded_picture_is_a_near_duplicate_and_gets_the_split_of_the_original_picture(
+def test_a_picture_that_was_encoded_again_gets_the_split_of_the_original_picture(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     table = platform.table("samples")

@@ -71,7 +71,7 @@ def test_the_queries_of_the_docs_show_captions_and_decisions_and_write_a_verdict
     assert [row["image_id"] for row in spark.sql(unjudged).collect()] == [second]
 
 
-def test_the_charts_of_the_dashboard_query_columns_that_exist(spark: SparkSession, platform: Platform) -> None:
+def test_every_column_that_a_dashboard_chart_queries_exists(spark: SparkSession, platform: Platform) -> None:
     dashboard = json.loads(DASHBOARD.read_text())
     charts = [item["widget"] for page in dashboard["pages"] for item in page["layout"]]
     database = spark.catalog.currentDatabase()

@@ -77,7 +77,7 @@ def test_the_value_of_an_override_gets_the_type_of_its_field() -> None:
     assert run.train.optimizer.betas == (0.8, 0.9)
 
 
-def test_an_override_with_null_clears_an_optional_value() -> None:
+def test_an_override_with_the_value_null_removes_an_optional_setting() -> None:
     overrides = ["data.source.columns.id=key", "data.source.columns.id=null"]
     assert load_run("demo", overrides=overrides).data.source.columns.id is None
 
@@ -86,7 +86,7 @@ def test_if_a_key_is_overridden_several_times_the_last_value_is_used() -> None:
     assert load_run("demo", overrides=["train.steps=1", "train.steps=2"]).train.steps == 2
 
 
-def test_a_value_may_contain_an_equals_sign() -> None:
+def test_the_value_of_an_override_may_contain_an_equals_sign() -> None:
     assert load_run("demo", overrides=["data.source.path=/data/day=1/x.csv"]).data.source.path == "/data/day=1/x.csv"
 
 
@@ -245,7 +245,7 @@ RUN = "model: nano\ntrain: demo\ndata: demo  # \u6df1\n"
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 @pytest.mark.parametrize("name", ["birds.v2", "a-b_c.D.1", "7", "x" * 64])
-def test_a_run_file_of_any_name_and_with_any_byte_order_mark_is_read(
+def test_a_run_file_is_read_whatever_its_file_name_is_and_even_with_a_byte_order_mark(
     encoding: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "conf" / "run").mkdir(parents=True)
@@ -336,7 +336,7 @@ class Whole(Config):
     added: Annotated[Part | None, ADDED_LATER] = None
 
 
-def test_a_setting_that_was_added_in_a_later_version_is_hashed_only_if_it_is_set() -> None:
+def test_a_setting_that_an_earlier_version_lacked_changes_the_hash_of_a_config_only_if_it_is_set() -> None:
     unused = {"part": {"old": 1}, "parts": ({"old": 1}, {"old": 2}), "named": {"a": {"old": 1}}}
     assert Whole().hashed_settings(exclude={"left_out"}) == unused
     used = Whole(parts=(Part(), Part(new=(5,))), named={"a": Part(new=(6,))}, added=Part())
@@ -344,7 +344,7 @@ def test_a_setting_that_was_added_in_a_later_version_is_hashed_only_if_it_is_set
     assert used.hashed_settings() == expected | {"named": {"a": {"old": 1, "new": (6,)}}, "added": {"old": 1}}
 
 
-def test_the_folder_of_named_pictures_is_hashed_only_if_it_is_set_and_is_allowed_only_for_sources_of_rows() -> None:
+def test_the_setting_image_root_is_hashed_only_if_set_and_is_refused_for_the_kinds_folder_and_webdataset() -> None:
     plain, named = ({"kind": "jsonl", "path": "x"} | root for root in ({}, {"image_root": "."}))
     configs = [DataConfig.model_validate({"source": source}) for source in (plain, named)]
     assert "image_root" not in configs[0].source.hashed_settings()

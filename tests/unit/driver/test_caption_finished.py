@@ -144,13 +144,15 @@ OTHER: tuple[Mapping[str, object], ...] = (
 
 
 @pytest.mark.parametrize("request_", OTHER, ids=str)
-def test_a_caption_job_starts_spark_if_the_request_has_other_options(
+def test_a_caption_job_starts_spark_if_its_options_differ_from_those_of_the_finished_job(
     request_: Mapping[str, object], shop: Shop
 ) -> None:
     assert shop.find(**request_) is None
 
 
-def test_captions_of_another_model_are_not_reused_but_captions_of_the_first_release_are(shop: Shop) -> None:
+def test_a_caption_job_reuses_captions_of_the_first_lakesight_release_but_not_those_of_another_model(
+    shop: Shop,
+) -> None:
     other = shop._replace(model=shop.model.model_copy(update={"digest": "e", "run_id": "other"}))
     assert other.find() is None
     other.caption([1, 2, 3], 0, model_digest=None, run_id="other")
@@ -170,7 +172,7 @@ def test_an_invalid_request_is_refused_before_spark_starts(shop: Shop) -> None:
         shop.find(prompt="where " * 50)
 
 
-def test_a_table_that_does_not_exist_and_a_missing_column_are_refused_without_spark(shop: Shop) -> None:
+def test_a_missing_table_or_a_missing_column_is_refused_without_starting_spark(shop: Shop) -> None:
     with pytest.raises(UserError, match=r"no Delta table in folder .*nowhere"):
         shop.find(source_table=f"delta.`{shop.folder}-nowhere`")
     with pytest.raises(UserError, match=r"no column 'fotos'.*choose one of id, photo"):

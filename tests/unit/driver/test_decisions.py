@@ -22,7 +22,7 @@ def no_spark() -> SparkSession:
 
 
 @pytest.mark.parametrize("digest_is_known", [True, False], ids=["new table", "table of the first release"])
-def test_without_a_jvm_decisions_are_appended_to_a_delta_table_in_a_folder(
+def test_decisions_are_appended_to_a_delta_table_in_a_folder_without_starting_a_jvm(
     digest_is_known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     platform = open_local(monkeypatch, tmp_path)
@@ -42,7 +42,7 @@ def test_without_a_jvm_decisions_are_appended_to_a_delta_table_in_a_folder(
     assert len({row["decision_id"] for row in rows}) == 2
 
 
-def test_a_new_decision_is_the_last_although_an_earlier_decision_has_a_time_in_the_future(
+def test_a_new_decision_counts_as_the_latest_even_if_an_earlier_decision_has_a_time_in_the_future(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     platform = open_local(monkeypatch, tmp_path)

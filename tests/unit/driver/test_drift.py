@@ -26,7 +26,7 @@ SAID = st.lists(
 
 
 @given(st.lists(SAID, min_size=1, max_size=5))
-def test_the_statistics_of_parts_of_the_captions_add_up_to_the_statistics_of_all_captions(
+def test_caption_statistics_computed_in_parts_add_up_to_the_statistics_of_all_captions(
     parts: list[list[str]],
 ) -> None:
     tallies = [[CaptionStats.from_caption(text, -0.25) for text in part] for part in parts]
@@ -40,7 +40,7 @@ def test_the_statistics_of_parts_of_the_captions_add_up_to_the_statistics_of_all
     assert whole.figures()["mean_logprob"] == pytest.approx(-0.25)
 
 
-def test_distinct_words_are_counted_in_a_fixed_number_of_captions() -> None:
+def test_the_number_of_distinct_words_is_counted_in_a_sample_of_fixed_size() -> None:
     rng = np.random.default_rng(0)
     captions = [f"a w{rng.geometric(0.05)} v{number % 7}" for number in range(500)]
     expected = np.mean(
@@ -57,7 +57,7 @@ def test_distinct_words_are_counted_in_a_fixed_number_of_captions() -> None:
     )
 
 
-def test_a_caption_job_without_rows_has_no_figures_and_if_every_row_fails_the_only_figure_is_error_share() -> None:
+def test_a_caption_job_whose_rows_all_failed_has_only_the_figure_error_share() -> None:
     assert CaptionStats().figures() == sum_stats([]).figures() == {}
     assert CaptionStats(errors=3).figures() == {"error_share": 1.0}
 
@@ -83,7 +83,7 @@ def test_figures_that_differ_by_more_than_their_limit_are_reported_as_drift(
     assert {name for name, drift in found.items() if drift.beyond} == beyond
 
 
-def test_jobs_with_few_rows_are_not_compared_and_jobs_with_a_prompt_are_compared_only_by_pictures_and_errors() -> None:
+def test_caption_jobs_with_few_rows_are_not_checked_for_drift_and_jobs_with_a_prompt_only_in_part() -> None:
     dark, limits = BEFORE | {"brightness": 0.0, "words": 1.0}, DriftConfig()
     measure = EvaluationFigures(figures=BEFORE, rows=300)
     assert compare_figures(dark, 99, measure, limits, prompt="") == {}

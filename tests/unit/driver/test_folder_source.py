@@ -7,7 +7,7 @@ from pathlib import Path
 from pipelines.driver.ingest.sources.folder import passed_over
 
 
-def test_files_that_no_row_names_are_passed_over_with_a_reason(tmp_path: Path) -> None:
+def test_a_picture_file_that_no_row_names_is_reported_as_passed_over(tmp_path: Path) -> None:
     folder = (tmp_path / "offered").resolve()
     (folder / "in").mkdir(parents=True)
     for name in ("named.png", "in/named.png", "in/UNNAMED.JPG", "captions.csv", "README.md", ".hidden.png"):

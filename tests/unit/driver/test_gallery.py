@@ -79,7 +79,7 @@ def test_captions_cannot_inject_html(tmp_path: Path) -> None:
     assert [tag for tag, _ in Tags(page).tags if tag in ("img", "script")] == ["img", "script"]
 
 
-def test_right_and_wrong_captions_are_marked_by_text_and_by_colour(tmp_path: Path) -> None:
+def test_the_gallery_marks_right_and_wrong_captions_with_a_word_as_well_as_with_a_colour(tmp_path: Path) -> None:
     page = write(tmp_path / "gallery.html", [row(1, exact=True), row(2, exact=False, caption="a blue circle")])
     figures = [attributes["class"] for tag, attributes in Tags(page).tags if tag == "figure"]
     assert figures == ["good", "bad"]
@@ -88,7 +88,7 @@ def test_right_and_wrong_captions_are_marked_by_text_and_by_colour(tmp_path: Pat
     assert "format=&lt;PNG&gt;" in page
 
 
-def test_the_png_gallery_accepts_captions_with_any_characters(tmp_path: Path) -> None:
+def test_a_gallery_in_png_format_can_show_captions_with_any_characters(tmp_path: Path) -> None:
     rows = [row(n, exact=bool(n % 2), caption="$x^{2$ " + "long " * 40) for n in range(5)]
     write_png(tmp_path / "gallery.png", "tiny $1 version", rows)
     with Image.open(tmp_path / "gallery.png") as image:
@@ -117,14 +117,12 @@ TEXTS = st.text("ab .,\n<", max_size=12)
 
 @settings(max_examples=40)
 @given(TEXTS, st.lists(TEXTS, min_size=1, max_size=3))
-def test_marking_words_keeps_the_text_and_marks_no_word_of_a_caption_that_equals_a_reference(
-    caption: str, references: list[str]
-) -> None:
+def test_no_word_is_marked_in_a_caption_that_equals_a_human_caption(caption: str, references: list[str]) -> None:
     assert "".join(text for text, _ in mark_differences(caption, references)) == caption
     assert not any(marked for _, marked in mark_differences(caption, [*references, caption]))
 
 
-def test_words_that_the_most_similar_human_caption_lacks_are_marked() -> None:
+def test_the_gallery_marks_words_of_a_caption_that_the_most_similar_human_caption_lacks() -> None:
     human = ["a small red square", "a large blue circle left of a star"]
     marked = [text for text, differs in mark_differences("A large green circle, left of a star", human) if differs]
     assert marked == ["green"]
@@ -132,7 +130,7 @@ def test_words_that_the_most_similar_human_caption_lacks_are_marked() -> None:
     assert [text for text, differs in mark_differences("two dogs", human) if differs] == ["two", "dogs"]
 
 
-def test_bars_of_a_share_are_scaled_from_0_to_1_and_all_other_bars_to_the_largest_value() -> None:
+def test_bars_that_show_a_share_are_scaled_from_0_to_1_and_other_bars_to_the_largest_value() -> None:
     def exactly(value: float, reach: float = 0.0) -> Interval:
         return Interval(value=value, low=value - reach, high=value + reach)
 
@@ -146,7 +144,9 @@ def test_bars_of_a_share_are_scaled_from_0_to_1_and_all_other_bars_to_the_larges
     assert [(bar.percent, bar.value.text) for bar in gap.bars] == [(0.0, "-1.000")]
 
 
-def test_slices_are_sorted_by_the_numbers_in_their_names_and_show_their_row_counts(tmp_path: Path) -> None:
+def test_the_gallery_sorts_evaluation_slices_by_the_numbers_in_their_names_and_shows_their_row_counts(
+    tmp_path: Path,
+) -> None:
     names = ["size=16", "size=8", "length=10 to 12", "size=100", "length=9 to 10"]
     ordered = ["length=9 to 10", "length=10 to 12", "size=8", "size=16", "size=100"]
     assert sorted(names, key=natural_key) == ordered
@@ -176,7 +176,7 @@ CUT_TEXTS = """cells => cells.map(cell => {
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_verdict_figures_and_filter_fit_on_one_screen_of_a_phone(
+def test_the_top_of_the_gallery_page_fits_on_the_screen_of_a_phone(
     tmp_path: Path, scheme: Literal["light", "dark"]
 ) -> None:
     names = ("cider", "word_f1", "exact_match", "rouge_l")

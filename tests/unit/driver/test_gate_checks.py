@@ -82,14 +82,14 @@ def good(count: int = 40, wrong: int = 4) -> list[str | None]:
     return ["a thing" if row < wrong else TRUTH[row % 4] for row in range(count)]
 
 
-def test_a_good_model_version_passes_and_every_check_is_reported(tmp_path: Path) -> None:
+def test_the_gate_accepts_a_good_model_version_and_reports_every_check(tmp_path: Path) -> None:
     result = apply_gate(GateConfig(), evaluated(tmp_path, scored(good())), None, WELL)
     assert result.reasons == ()
     assert list(result.checks) == ["loads", "errors", "looks", "varied", "constant", "neighbour"]
     assert result.figures["word_f1"].value == pytest.approx(0.94)
 
 
-def test_a_bad_model_version_is_refused_with_every_reason(tmp_path: Path) -> None:
+def test_the_gate_refuses_a_bad_model_version_and_lists_every_reason(tmp_path: Path) -> None:
     captions: list[str | None] = ["a thing"] * 38 + [None, None]
     champion = evaluated(tmp_path, scored(good()), "1")
     trial = Trial(failure="it does not load in a fresh process: boom", pictures=0, errors=())
@@ -126,7 +126,7 @@ def test_the_limits_of_the_checks_come_from_the_gate_config(
     assert [name for name, check in result.checks.items() if not check.passed] == refused
 
 
-def test_a_model_version_that_is_no_better_than_a_baseline_is_refused_if_the_gate_config_names_the_baseline(
+def test_a_model_version_no_better_than_a_baseline_that_the_gate_config_names_is_refused(
     tmp_path: Path,
 ) -> None:
     report = evaluated(tmp_path, [replace(row, caption=row.neighbour) for row in scored(good())])
@@ -150,7 +150,9 @@ def test_the_constant_caption_is_chosen_by_the_metric_of_the_gate(tmp_path: Path
     )
 
 
-def test_nearly_equal_captions_are_refused_unless_the_human_captions_are_equal_too(tmp_path: Path) -> None:
+def test_a_model_version_whose_captions_are_nearly_all_equal_is_refused_unless_the_human_captions_are_too(
+    tmp_path: Path,
+) -> None:
     names = [f"{colour} number {n}" for n in range(25) for colour in ("red", "blue", "green", "white")]
     rows = [replace(row, references=(names[row.row],)) for row in scored([*["a red number"] * 96, *names[96:]])]
     said = apply_gate(GateConfig(min_distinct=0.06), evaluated(tmp_path, rows), None, WELL).checks["varied"]
@@ -184,7 +186,7 @@ def test_the_blind_gap_check_fails_if_the_blind_gap_is_missing_or_nan(tmp_path: 
     assert any("a blind gap of nan" in reason for reason in broken.reasons)
 
 
-def test_a_model_version_and_the_champion_are_compared_on_the_rows_that_both_captioned(tmp_path: Path) -> None:
+def test_a_model_version_and_the_champion_are_compared_only_on_rows_that_both_have_captioned(tmp_path: Path) -> None:
     champion = evaluated(tmp_path, scored(good(60, wrong=0))[20:], "1")
     result = apply_gate(GateConfig(), evaluated(tmp_path, scored(good(40, wrong=0))), champion, WELL)
     assert result.reasons == ()

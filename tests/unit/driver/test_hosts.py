@@ -82,7 +82,7 @@ def test_equal_hosts_pass_without_a_warning_and_are_summarized_in_one_line(caplo
         ),
     ],
 )
-def test_incompatible_hosts_are_refused_and_named_in_the_error(hosts: list[Host], message: str) -> None:
+def test_incompatible_hosts_are_refused_and_the_error_names_the_hosts(hosts: list[Host], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_compatible(hosts, "0.1.0")
 
@@ -95,7 +95,9 @@ def test_incompatible_hosts_are_refused_and_named_in_the_error(hosts: list[Host]
         ({"torch": "2.13.0+cpu", "cuda": ""}, r"torch 2\.13\.0\+cpu was built without CUDA on host b"),
     ],
 )
-def test_a_host_without_a_gpu_that_torch_can_use_is_refused_and_named(lacking: dict[str, Any], found: str) -> None:
+def test_a_host_without_a_gpu_that_torch_can_use_is_refused_and_the_error_names_the_host(
+    lacking: dict[str, Any], found: str
+) -> None:
     check_gpus([host("a")])
     with pytest.raises(UserError, match=rf"would have no GPU.*Got: {found} \(python3\)\. Fix: .*use_gpu=false"):
         check_gpus([host("a"), host("b", **lacking)])
@@ -112,7 +114,7 @@ def test_harmless_differences_between_hosts_are_logged_as_warnings(caplog: pytes
     ]
 
 
-def test_a_host_with_different_training_code_of_the_same_version_is_refused_and_named() -> None:
+def test_a_host_with_different_training_code_but_the_same_version_is_refused_and_the_error_names_the_host() -> None:
     code = read_code()
     assert describe_host()["code"] == code.digest
     check_code([host("a", code=code.digest), host("b")], code)  # host b has an earlier version, which reports no code

@@ -29,7 +29,7 @@ def test_all_files_that_were_read_with_the_same_settings_count_as_ingested() -> 
     ]
 
 
-def test_a_table_counts_as_ingested_only_with_the_version_and_settings_of_its_last_ingest() -> None:
+def test_a_table_counts_as_ingested_only_if_its_version_and_the_settings_equal_those_of_the_last_ingest() -> None:
     """A pinned older version or other settings change what `samples` holds, so an earlier ingest is outdated."""
     older = entries(("t", "version 7", "now"), ("t", "version 3", "now"), ("u", "version 1", "now"))
     assert select_last_versions(older, "now") == items_table([("t", "version 3"), ("u", "version 1")])

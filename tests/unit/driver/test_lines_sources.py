@@ -84,7 +84,7 @@ def problems(records: list[Record]) -> dict[str, str]:
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("multiline", [False, True])
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
-def test_delimiter_encoding_and_line_ends_are_detected_from_the_first_bytes_of_a_csv_file(
+def test_the_format_of_a_csv_file_is_detected_from_its_first_bytes(
     tmp_path: Path, end: str, encoding: str, multiline: bool, delimiter: str
 ) -> None:
     rows = [["id", "image", "text"], *(["1", "p", f'"{n}{delimiter} caf\u00e9"'] for n in range(20))]
@@ -95,7 +95,7 @@ def test_delimiter_encoding_and_line_ends_are_detected_from_the_first_bytes_of_a
 
 @settings(max_examples=60, deadline=None)
 @given(st.randoms(use_true_random=False))
-def test_a_csv_file_of_any_rows_is_read_as_by_the_csv_module_of_python(rng: random.Random) -> None:
+def test_a_csv_file_of_random_rows_gives_the_same_rows_as_the_csv_module_of_python(rng: random.Random) -> None:
     delimiter, end, multiline = rng.choice(",;\t|"), rng.choice(["\n", "\r\n", "\r"]), rng.random() < 0.5
     quoting: Any = rng.choice([csv.QUOTE_ALL, csv.QUOTE_MINIMAL])
     letters = f"ab\u00e9\u6f22\U0001f600 \"{delimiter},'#\\" + (
@@ -118,19 +118,21 @@ def test_a_csv_file_of_any_rows_is_read_as_by_the_csv_module_of_python(rng: rand
 
 
 @pytest.mark.parametrize("first", ["sep=;\n", "\n \nsep=;\r\n\n", '"sep=;"\n'])
-def test_a_first_line_that_names_the_delimiter_is_not_the_header(tmp_path: Path, first: str) -> None:
+def test_a_first_line_that_only_declares_the_csv_delimiter_is_not_read_as_the_header(
+    tmp_path: Path, first: str
+) -> None:
     write(tmp_path, {"a.csv": f"{first}image;text\np;a,b\n"})
     assert texts(read_csv(tmp_path)) == ["a,b"]
 
 
-def test_the_config_can_set_the_delimiter_of_csv_files(tmp_path: Path) -> None:
+def test_the_csv_delimiter_can_be_set_in_the_config(tmp_path: Path) -> None:
     write(tmp_path, {"a.csv": "image#text\np#a,b\n"})
     assert texts(read_csv(tmp_path, delimiter="#")) == ["a,b"]
     with pytest.raises(UserError, match="no column image, text"):
         read_csv(tmp_path)
 
 
-def test_the_column_with_exactly_the_configured_name_is_read_among_columns_with_similar_names(tmp_path: Path) -> None:
+def test_of_columns_with_similar_names_the_column_with_exactly_the_configured_name_is_read(tmp_path: Path) -> None:
     write(tmp_path, {"a.csv": ",image,text,Text,TEXT,text ,a.b,`c`,,,x,x\n0,p,right,1,2,3,4,5,6,7,8,9\n"})
     [record] = read_csv(tmp_path)
     assert (record.fields["text"], record.fields["_c0"], record.fields["a.b"]) == ("right", "0", "4")
@@ -146,14 +148,14 @@ def test_if_several_columns_have_the_same_name_the_first_column_is_read_and_a_wa
     assert any("several columns named text" in message for message in caplog.messages)
 
 
-def test_a_column_is_found_although_its_name_in_the_header_has_blanks_around_it(tmp_path: Path) -> None:
+def test_a_column_is_found_even_if_its_name_in_the_header_has_blanks_around_it(tmp_path: Path) -> None:
     write(tmp_path, {"a.csv": "image , text\np, one\n"})
     assert texts(read_csv(tmp_path)) == [" one"]
     write(tmp_path, {"a.csv": "image, text\np, one\n"})
     assert texts(read_csv(tmp_path, columns={"text": " text"}), " text") == [" one"]
 
 
-def test_a_file_without_a_required_column_is_refused_and_all_other_files_are_read(tmp_path: Path) -> None:
+def test_a_file_without_a_required_column_is_refused_and_the_other_files_of_the_source_are_read(tmp_path: Path) -> None:
     whole = gzip.compress(b"image,text\n" + b"p,lost\n" * 1000)
     files: dict[str, str | bytes] = {"a.csv": "image,text\np,one\n", "b.csv": "picture,text\np,two\n"}
     files |= {
@@ -219,7 +221,7 @@ def test_csv_files_from_public_bug_reports_about_other_readers_are_read(
     assert texts(read_csv(write(tmp_path, files))) == ["one", "two"]
 
 
-def test_rows_before_trailing_garbage_of_a_gzip_file_are_read(tmp_path: Path) -> None:
+def test_the_rows_of_a_gzip_file_are_read_even_if_garbage_follows_the_compressed_data(tmp_path: Path) -> None:
     """Reported as lhotse-speech/lhotse/pull/564."""
     records = read_csv(write(tmp_path, {"a.csv.gz": gzip.compress(b"image,text\np,one\n") + b"garbage"}))
     assert texts(records) == ["one"]
@@ -250,7 +252,7 @@ def test_files_of_an_object_store_are_read_through_fsspec() -> None:
     assert [record.fields.get("k") for record in records] == [None, *["1"] * 20]
 
 
-def test_pictures_that_rows_name_are_found_beside_the_file_of_the_row(tmp_path: Path) -> None:
+def test_a_picture_that_a_row_names_is_searched_beside_the_file_that_contains_the_row(tmp_path: Path) -> None:
     write(tmp_path, {"a/x.csv": "image,text\n1.png,a\n", "b/x.csv": "image,text\n1.png,b\n"})
     write(tmp_path, {"a/1.png": "A", "b/1.png": "B"})
     files = list_files(config_of(tmp_path, kind="csv"), SUFFIXES).files
@@ -343,8 +345,6 @@ def test_an_integer_of_any_length_in_a_coco_document_does_not_stop_the_reader(tm
 
 
 @pytest.mark.parametrize("document", [[], {}, {"images": [], "annotations": None}, {"images": {}, "annotations": []}])
-def test_a_json_document_without_the_coco_lists_images_and_annotations_is_an_error(
-    tmp_path: Path, document: object
-) -> None:
+def test_a_coco_document_must_contain_the_lists_images_and_annotations(tmp_path: Path, document: object) -> None:
     with pytest.raises(ValueError, match="without the lists"):
         coco(tmp_path, document)

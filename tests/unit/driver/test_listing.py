@@ -38,7 +38,9 @@ def write(folder: Path, files: Mapping[str, str]) -> None:
         (folder / name).write_text(content)
 
 
-def test_every_entry_below_a_folder_is_read_or_passed_over_with_a_reason(tmp_path: Path) -> None:
+def test_every_entry_of_the_input_folder_is_either_read_or_reported_as_passed_over_with_a_reason(
+    tmp_path: Path,
+) -> None:
     names = ["a.csv", "_shop.csv", "B.CSV", "sub/deep/c.csv.gz", "_sub/d.csv", "year=2024/e.csv", "shop[1].csv"]
     others = {
         "empty.csv": ("", "empty"),
@@ -64,7 +66,7 @@ def test_every_entry_below_a_folder_is_read_or_passed_over_with_a_reason(tmp_pat
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
-def test_a_folder_without_permission_is_passed_over_and_a_file_without_permission_has_a_separate_state(
+def test_a_folder_that_may_not_be_read_is_passed_over_and_a_file_that_may_not_be_read_is_listed_as_such(
     tmp_path: Path,
 ) -> None:
     write(tmp_path, {"a.csv": "x", "closed/b.csv": "x"})
@@ -76,20 +78,22 @@ def test_a_folder_without_permission_is_passed_over_and_a_file_without_permissio
     assert [file.state for file in found.files] == [NO_ACCESS]
 
 
-def test_a_path_to_a_single_file_reads_that_file_whatever_its_name_and_suffix(tmp_path: Path) -> None:
+def test_a_file_that_the_input_path_names_directly_is_read_even_if_its_name_has_an_unknown_suffix(
+    tmp_path: Path,
+) -> None:
     for name in (".hidden", "_metadata", "rows.txt", "a.csv.zip"):
         write(tmp_path, {name: "x"})
         assert [file.name for file in listing(tmp_path / name).files] == [name]
 
 
-def test_if_file_names_decide_the_split_a_file_without_a_split_in_its_name_is_passed_over(tmp_path: Path) -> None:
+def test_a_file_without_a_split_in_its_name_is_passed_over_if_file_names_decide_the_split(tmp_path: Path) -> None:
     write(tmp_path, {"train.csv": "x", "captions.csv": "x"})
     found = listing(tmp_path, split={"kind": "file"})
     assert [file.name for file in found.files] == ["train.csv"]
     assert reasons(found) == {"captions.csv": "no_split"}
 
 
-def test_the_name_of_a_listed_file_includes_the_folder_if_only_the_folder_name_has_a_split(tmp_path: Path) -> None:
+def test_a_listed_file_is_named_with_its_folder_if_only_the_folder_name_contains_the_split(tmp_path: Path) -> None:
     write(tmp_path, {"data/train/0.csv": "x", "test/val.csv": "x", "other/1.csv": "x"})
     found = listing(tmp_path, split={"kind": "file"})
     assert [(file.name, split_of_file(file.name)) for file in found.files] == [
@@ -102,7 +106,7 @@ def test_the_name_of_a_listed_file_includes_the_folder_if_only_the_folder_name_h
 
 @settings(max_examples=40, deadline=None)
 @given(st.text(st.sampled_from("a[]{},*?!#%:;+&= ~\\'\"\u00e9e\u0301\n-^$"), min_size=1, max_size=12))
-def test_the_name_of_a_listed_file_is_never_used_as_a_pattern(name: str) -> None:
+def test_wildcards_in_the_name_of_a_listed_file_are_taken_literally(name: str) -> None:
     with TemporaryDirectory() as folder:
         write(Path(folder), {"other.csv": "x"})
         file = Path(folder, f"{name}.csv")
@@ -122,7 +126,7 @@ def test_a_file_whose_name_is_not_utf_8_is_listed_and_its_name_can_be_stored(tmp
     assert Path(file.path).read_text() == "x"
 
 
-def test_a_path_with_wildcards_is_a_pattern_if_no_file_or_folder_has_this_path(
+def test_a_path_with_wildcards_is_a_pattern_only_if_no_file_or_folder_has_exactly_this_path(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(tmp_path, {f"in [1]/{name}": "x" for name in ("a1.csv", "a2.csv", "b1.csv", "c/d/1.csv", "a.txt")})
@@ -135,19 +139,19 @@ def test_a_path_with_wildcards_is_a_pattern_if_no_file_or_folder_has_this_path(
     assert [file.name for file in listing(tmp_path / "in [1]" / "[!a]*" / "**" / "*.csv").files] == ["1.csv"]
 
 
-def test_braces_are_expanded_as_in_paths_of_spark() -> None:
+def test_braces_in_an_input_path_are_expanded_as_spark_expands_them() -> None:
     assert set(expand_braces("a{b,c{d,e}}f")) == {"abf", "acdf", "acef"}
     assert expand_braces("a{b}") == ["a{b}"]
 
 
-def test_names_of_partition_folders_give_column_values(tmp_path: Path) -> None:
+def test_the_names_of_partition_folders_become_column_values(tmp_path: Path) -> None:
     path = "plain/day=2024-01-01/of=a%2Fb c/none=__HIVE_DEFAULT_PARTITION__/a=b=c/x.csv"
     write(tmp_path, {path: "x", "y.csv": "x"})
     by_name = {file.name: dict(file.partition) for file in listing(tmp_path).files}
     assert by_name == {"x.csv": {"day": "2024-01-01", "of": "a/b c", "none": None, "a": "b=c"}, "y.csv": {}}
 
 
-def test_the_ledger_stores_the_same_name_and_state_of_a_file_as_earlier_versions(tmp_path: Path) -> None:
+def test_the_ledger_entry_of_a_file_is_the_same_as_in_earlier_versions_of_lakesight(tmp_path: Path) -> None:
     write(tmp_path, {"a b.csv": "xyz"})
     os.utime(tmp_path / "a b.csv", ns=(0, 1_700_000_000_123_456_789))
     [file] = listing(tmp_path).files
@@ -199,7 +203,7 @@ def test_parquet_files_of_a_delta_table_are_refused_because_the_table_decides_wh
         listing(tmp_path, (".parquet",), source={"kind": "parquet"})
 
 
-def test_a_report_names_at_most_a_thousand_passed_over_files_and_counts_all_of_them(tmp_path: Path) -> None:
+def test_a_report_counts_all_files_that_were_passed_over_but_names_at_most_a_thousand(tmp_path: Path) -> None:
     write(tmp_path, {f"{n:04}.txt": "x" for n in range(1_200)} | {"a.csv": "x", "z.csv": ""})
     fields = describe_passed_over(listing(tmp_path).passed_over)
     assert fields["passed_over_count"] == {"other_kind": 1_200, "empty": 1}

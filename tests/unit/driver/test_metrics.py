@@ -95,7 +95,7 @@ def test_a_split_of_one_picture_has_no_blind_gap_and_no_cider() -> None:
     assert metrics["exact_match"].value == 0
 
 
-def test_an_interval_contains_the_metric_and_depends_on_the_seed_and_is_narrower_with_more_pictures() -> None:
+def test_a_confidence_interval_contains_its_metric_and_becomes_narrower_with_more_pictures() -> None:
     rng = np.random.default_rng(0)
 
     def sample(n: int) -> list[ScoredRow]:
@@ -112,7 +112,7 @@ def test_an_interval_contains_the_metric_and_depends_on_the_seed_and_is_narrower
     assert measure(few, seed=1)["exact_match"] != small
 
 
-def test_questions_about_one_picture_are_resampled_together() -> None:
+def test_the_bootstrap_resamples_all_questions_about_one_picture_together() -> None:
     items = [
         ScoredRow(**vars(item) | {"row": item.row // 10}) for item in scored([["y"]] * 100, ["y"] * 50 + ["n"] * 50)
     ]
@@ -155,21 +155,21 @@ def test_the_words_of_a_text_are_lower_case_and_have_no_punctuation(text: str, e
     assert words(text) == expected
 
 
-def test_score_metrics_are_computed_over_rows_with_a_caption_and_error_share_over_all_rows() -> None:
+def test_rows_without_a_caption_count_in_the_error_share_but_not_in_the_score_metrics() -> None:
     metrics = measure([*scored(TRUTH, MADE), replace(scored(TRUTH, MADE)[0], row=9, caption=None)])
     wanted = {"token_accuracy": 0.8, "blank_gap": 0.25, "noise_gap": 1.0, "tokens": 6.0, "captions_per_second": 4.0}
     assert {name: metrics[name].value for name in wanted} == pytest.approx(wanted)
     assert metrics["error_share"].value == pytest.approx(0.2)
 
 
-def test_the_distinct_metrics_are_shares_of_different_captions_words_and_word_pairs() -> None:
+def test_the_distinct_metrics_are_the_shares_of_different_words_word_pairs_and_captions() -> None:
     metrics = measure(scored([["x"]] * 3, ["a b", "a b", "a c"]))
     assert metrics["distinct"].value == pytest.approx(2 / 3)
     assert metrics["distinct_1"].value == pytest.approx(3 / 6)
     assert metrics["distinct_2"].value == pytest.approx(2 / 3)
 
 
-def test_the_neighbour_baseline_is_scored_like_a_model_and_left_out_if_a_row_has_no_neighbour() -> None:
+def test_the_neighbour_baseline_is_left_out_if_any_row_has_no_neighbour() -> None:
     rows = scored(TRUTH, MADE)
     metrics, same = measure(rows), measure([replace(row, caption=row.neighbour) for row in rows])
     assert metrics["neighbour_cider"] == same["cider"]
@@ -178,7 +178,7 @@ def test_the_neighbour_baseline_is_scored_like_a_model_and_left_out_if_a_row_has
 
 @pytest.mark.skipif(not has_java(), reason="COCO's tokenizer and METEOR are Java programs")
 @pytest.mark.matrix  # the test starts six Java programs
-def test_coco_metrics_equal_the_metrics_of_pycocoevalcap_if_references_are_repeated(
+def test_coco_metrics_equal_those_of_pycocoevalcap_even_if_a_picture_repeats_a_reference_caption(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Compare our metrics with pycocoevalcap's. Some texts have punctuation that only the tokenizer of pycocoevalcap
@@ -215,7 +215,7 @@ def test_every_metric_that_compares_words_names_the_tokenisation() -> None:
     assert {name for name in metrics if tokenisation_of(name) is None} == without
 
 
-def test_the_interval_of_a_paired_difference_excludes_zero_although_the_intervals_of_the_models_overlap() -> None:
+def test_a_paired_difference_can_be_significant_even_if_the_intervals_of_the_two_models_overlap() -> None:
     """Compare two models whose captions differ in the first 10 rows and are equal in the other 90 rows."""
     rng = np.random.default_rng(3)
     easy = rng.random(100) < 0.5
@@ -237,7 +237,7 @@ def test_rows_that_only_one_model_captioned_are_not_compared() -> None:
     assert metric_differences(one[:1], other[1:]) == {}
 
 
-def test_slices_cover_all_rows_and_numeric_columns_are_sliced_by_quartile() -> None:
+def test_evaluation_slices_cover_all_rows_and_a_numeric_column_is_sliced_by_its_quartiles() -> None:
     rows = scored([["y"]] * 40, ["y" if n % 4 == 0 else "n" for n in range(40)])
     formats = {f"x/{n}": "PNG" if n % 4 == 0 else "JPEG" for n in range(40)}
     found = slice_metrics(

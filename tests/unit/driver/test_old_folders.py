@@ -60,7 +60,7 @@ def old_names(platform: Platform, keep: int = 1, needs=no_versions) -> set[str]:
     }
 
 
-def test_the_newest_runs_of_each_name_are_kept_together_with_their_shards(platform: Platform) -> None:
+def test_the_newest_runs_of_each_run_name_and_their_shards_are_kept(platform: Platform) -> None:
     for number in range(4):
         run_of(platform, number, shards_of(platform, number))
     assert old_names(platform, keep=2) == {"runs/tiny-0", "runs/tiny-1", "shards/tiny-0", "shards/tiny-1"}
@@ -100,7 +100,9 @@ def test_a_run_whose_model_versions_are_on_another_tracking_server_is_kept_compl
     assert old_names(platform, needs=lambda run: None) == set()
 
 
-def test_running_runs_unregistered_runs_and_runs_from_which_another_run_started_are_kept(platform: Platform) -> None:
+def test_a_run_is_kept_while_it_trains_or_waits_for_registration_or_is_the_start_of_another_run(
+    platform: Platform,
+) -> None:
     shards = shards_of(platform, 0)
     base = run_of(platform, 0, shards)
     waiting, training, failed = (
@@ -114,7 +116,7 @@ def test_running_runs_unregistered_runs_and_runs_from_which_another_run_started_
     assert old_names(platform) == {f"runs/{failed.path.name}"}
 
 
-def test_shard_folders_are_kept_if_a_kept_mix_of_sources_reads_them(platform: Platform) -> None:
+def test_a_shard_folder_is_kept_as_long_as_a_kept_mix_reads_it(platform: Platform) -> None:
     parts = [shards_of(platform, version, "part") for version in (1, 2)]
     old = parts[0].manifest
     files = tuple(file.model_copy(update={"file": f"../part-1/{file.file}"}) for file in old.files)
@@ -126,7 +128,7 @@ def test_shard_folders_are_kept_if_a_kept_mix_of_sources_reads_them(platform: Pl
     assert old_names(platform) == {"shards/part-1"}
 
 
-def test_of_the_reports_on_the_same_subject_only_the_newest_are_kept(platform: Platform) -> None:
+def test_only_the_newest_reports_on_each_subject_are_kept(platform: Platform) -> None:
     reports = platform.folder("reports")
     reports.mkdir(parents=True)
     names = ["ingest-demo-1.html", "ingest-demo-2.html", "ingest-other-1.html", "compare-1-2.html", "compare-3-4.html"]
@@ -150,7 +152,7 @@ def test_folders_of_other_programs_and_unreadable_folders_are_kept(platform: Pla
         find_old_folders(platform, 0, no_versions)
 
 
-def test_a_folder_whose_removal_was_killed_is_removed_the_next_time(platform: Platform) -> None:
+def test_a_folder_whose_removal_was_interrupted_is_removed_by_the_next_cleanup(platform: Platform) -> None:
     run = run_of(platform, 1, shards_of(platform, 1))
     run.path.rename(run.path.with_name(".removed-tiny-1"))
     assert old_names(platform) == {"runs/.removed-tiny-1"}

@@ -21,7 +21,7 @@ def test_the_number_of_compared_table_versions_does_not_grow_with_the_number_of_
     assert nights not in compared
 
 
-def test_all_earlier_captioned_table_versions_are_compared_if_there_are_only_a_few() -> None:
+def test_a_caption_job_compares_all_earlier_captioned_table_versions_if_there_are_only_a_few() -> None:
     assert set(compared_versions({1: 5, 2: 5, 9: 1}, 9)) == {1, 2}
 
 

@@ -89,7 +89,7 @@ def test_a_run_with_other_generation_settings_keeps_its_folder_unless_captions_a
     assert retrained.read_run().config.model.generation.num_beams == 3, "changed code trains with the present settings"
 
 
-def test_the_run_folder_has_the_document_frequencies_only_if_a_stage_rewards_cider(
+def test_the_run_folder_contains_document_frequencies_only_if_a_training_stage_rewards_cider(
     laptop: Platform, report: ShardReport, tmp_path: Path
 ) -> None:
     stage = {"steps": 12, "groups": [{"pattern": ".*", "lr": 1e-3}], "objective": {"kind": "cider"}}
@@ -145,7 +145,7 @@ def test_the_name_of_the_run_folder_depends_on_the_content_of_the_start_folder(
     assert relative.tokenizer.read_bytes() == (base / "tokenizer.json").read_bytes()
 
 
-def test_a_start_folder_with_a_different_model_is_refused_and_the_error_lists_all_differences(
+def test_starting_from_weights_of_a_different_model_is_refused_and_the_error_lists_all_differences(
     laptop: Platform, report: ShardReport, base: Path
 ) -> None:
     other = tiny_run().model.model_dump()
@@ -167,7 +167,7 @@ def test_a_start_folder_with_a_different_model_is_refused_and_the_error_lists_al
         prepare(tiny_run(start_from=str(base)), laptop, report, report)
 
 
-def test_generation_settings_of_the_start_folder_may_differ_from_the_settings_of_the_run(
+def test_a_run_may_start_from_weights_whose_generation_settings_differ_from_its_own(
     laptop: Platform, report: ShardReport, base: Path
 ) -> None:
     other = tiny_run().model.model_dump() | {"generation": {"max_new_tokens": 3}}
@@ -265,7 +265,7 @@ def changed(code: TrainingCode, name: str = "vlm/training/objective.py") -> Trai
     return code.model_copy(update={"files": files, "digest": short_hash(files)})
 
 
-def test_the_recorded_code_of_a_run_consists_of_the_model_library_and_the_code_of_ranks(
+def test_the_code_recorded_for_a_run_is_the_model_library_and_the_code_that_ranks_execute(
     laptop: Platform, report: ShardReport
 ) -> None:
     code = read_code()
@@ -276,7 +276,7 @@ def test_the_recorded_code_of_a_run_consists_of_the_model_library_and_the_code_o
     assert changed(code).different_files(code) == ["vlm/training/objective.py"]
 
 
-def test_a_finished_run_is_found_by_the_same_code_and_trained_again_by_changed_code(
+def test_a_finished_run_is_reused_if_its_code_is_unchanged_and_trained_again_if_the_code_has_changed(
     laptop: Platform, report: ShardReport
 ) -> None:
     code = read_code()
@@ -331,7 +331,7 @@ def test_a_finished_run_is_found_in_a_home_folder_that_was_moved(
     assert found.shard_folder(str(laptop.folder("shards") / folder.name)) == folder  # Lakesight 0.1.0 stored this path
 
 
-def test_a_run_of_the_first_release_is_found_by_its_name_and_belongs_to_the_code_that_finds_it(
+def test_a_run_of_the_first_lakesight_release_is_found_by_its_name_and_counts_as_a_run_of_the_current_code(
     laptop: Platform, report: ShardReport
 ) -> None:
     code = read_code()

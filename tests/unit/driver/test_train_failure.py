@@ -84,7 +84,7 @@ def test_the_root_cause_is_the_earliest_failure_record_that_is_not_a_consequence
     assert "the traceback" in error.__notes__[0]
 
 
-def test_if_all_failure_records_are_consequences_the_rank_without_a_failure_record_is_at_fault(run: RunFolder) -> None:
+def test_if_all_failure_records_are_consequences_the_rank_without_a_record_is_blamed(run: RunFolder) -> None:
     write_failed_rank(run, 0, 1.0, consequence=True)
     write_started_rank(run, 1, step=9)
     write_started_rank(run, 2, ended=True)
@@ -114,7 +114,7 @@ def test_after_a_rank_crashed_the_shards_are_verified_and_a_damaged_file_is_name
     assert error.got.startswith("Fatal Python error: Segmentation fault")
 
 
-def test_of_two_ranks_without_a_failure_record_the_rank_with_the_earlier_heartbeat_is_at_fault(run: RunFolder) -> None:
+def test_if_two_ranks_left_no_failure_record_the_rank_with_the_earlier_last_heartbeat_is_blamed(run: RunFolder) -> None:
     write_started_rank(run, 1)
     time.sleep(0.01)
     write_started_rank(run, 0)
@@ -146,7 +146,7 @@ def test_a_rank_without_a_failure_record_that_other_ranks_waited_for_is_reported
     assert "the silent rank was stopped" in error.got
 
 
-def test_if_all_ranks_waited_for_each_other_the_network_is_at_fault(run: RunFolder) -> None:
+def test_if_every_rank_waited_for_another_rank_the_network_is_blamed(run: RunFolder) -> None:
     write_failed_rank(run, 0, 1.0, consequence=True, exception="Waited", message="waited 60 s for other ranks")
     write_failed_rank(run, 1, 2.0, consequence=True, exception="SIGTERM", waiting=True)
     error = diagnose_failure(run, 2, None)
@@ -208,7 +208,7 @@ def test_ranks_that_never_started_are_reported_with_the_error_of_the_launcher(ru
     assert "No module named" in error.got
 
 
-def test_the_driver_waits_for_failure_records_of_ranks_on_other_hosts_but_not_on_its_own_host(
+def test_the_driver_waits_for_late_failure_records_only_from_ranks_on_other_hosts(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train_failure, "RECORD_SECONDS", 300)  # a busy machine needs seconds to start a process
