@@ -78,7 +78,7 @@ def test_the_check_of_notebook_figures_finds_overlapping_labels_and_cut_labels()
     "source",
     [pytest.param(each, id=each.stem, marks=() if each.stem in SHORT else pytest.mark.matrix) for each in SOURCES],
 )
-def test_the_notebook_and_its_solutions_run_and_print_only_readable_lines(source: Path) -> None:
+def test_a_learning_notebook_and_its_solutions_run_without_errors_and_print_only_short_lines(source: Path) -> None:
     outputs = LEARN["run_cells"](source, check_labels)
     lines = [line for shown in outputs for line in printed(shown)]
     assert lines
@@ -86,7 +86,7 @@ def test_the_notebook_and_its_solutions_run_and_print_only_readable_lines(source
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda each: each.stem)
-def test_the_page_has_the_cells_of_its_notebook_and_prints_no_object_addresses(source: Path) -> None:
+def test_the_docs_page_of_a_notebook_has_all_cells_of_the_notebook_and_prints_no_object_address(source: Path) -> None:
     page = read_page(source)
     cells = LEARN["read_cells"](source)
     empty = LEARN["to_notebook"](cells, [[] for _ in cells])

@@ -93,7 +93,7 @@ def test_a_generated_scene_can_be_parsed_from_its_caption() -> None:
         assert parse(scene.caption) == scene
 
 
-def test_sizes_colours_and_relation_can_be_recognised_in_the_picture() -> None:
+def test_the_sizes_and_colours_and_the_relation_of_a_scene_are_recognisable_in_its_picture() -> None:
     for scene, image in scenes(300):
         objects, relation = recognise(image)
         assert (objects, relation) == ([(o.size, o.colour) for o in scene.objects], scene.relation), scene.caption
@@ -132,7 +132,7 @@ def test_an_existing_file_with_the_same_bytes_is_not_written_again(tmp_path: Pat
     assert len(rows_of(path)) == 101
 
 
-def test_the_summary_states_the_number_of_good_rows_broken_rows_and_duplicates(tmp_path: Path) -> None:
+def test_the_summary_of_generated_scenes_counts_good_rows_and_broken_rows_and_duplicates(tmp_path: Path) -> None:
     summary = write_scenes(tmp_path / "scenes.csv", 1200, 0)
     header, *rows = rows_of(tmp_path / "scenes.csv")
     assert header == ["", "b64string_images", "caption"]
@@ -163,7 +163,7 @@ def test_a_path_that_is_not_writable_raises_a_user_error(tmp_path: Path) -> None
         write_scenes(tmp_path / "file" / "scenes.csv", 10, 0)
 
 
-def test_a_generated_file_is_found_as_ingested_after_its_home_folder_was_moved() -> None:
+def test_a_generated_file_counts_as_ingested_even_after_its_home_folder_was_moved() -> None:
     ledger = pa.table(
         {"item": ["file:/old/demo/scenes-9-0.csv", "file:/old/demo/scenes-19-0.csv"], "state": ["s", "t"]}
     )

@@ -59,7 +59,7 @@ def describe(number: int, death: Death) -> str:
     return f"{number} {death.how} {death.timed_out}"
 
 
-def test_an_item_that_ends_its_child_process_loses_only_its_own_result() -> None:
+def test_if_an_item_ends_its_child_process_only_the_result_of_this_item_is_lost() -> None:
     started = time.monotonic()
     results = list(run_guarded(range(13), double, describe))
     faults = {
@@ -73,7 +73,7 @@ def test_an_item_that_ends_its_child_process_loses_only_its_own_result() -> None
     assert time.monotonic() - started < 20
 
 
-def test_a_crash_at_the_last_item_or_at_the_only_item_loses_only_that_item() -> None:
+def test_if_the_last_or_the_only_item_crashes_its_child_process_only_this_item_is_lost() -> None:
     assert list(run_guarded([1, 3], double, describe)) == ["2", "3 was ended by SIGSEGV False"]
     assert list(run_guarded([3], double, describe)) == ["3 was ended by SIGSEGV False"]
     assert list(run_guarded([], double, describe)) == []
@@ -103,11 +103,11 @@ def test_a_child_process_is_ended_if_its_results_are_no_longer_read() -> None:
         os.kill(child, 0)
 
 
-def test_large_results_of_a_child_process_arrive_completely() -> None:
+def test_large_results_are_received_completely_from_a_child_process() -> None:
     assert [len(result) for result in run_guarded([1, 2], lambda n: bytes(n * 2**22), lambda *_: b"")] == [2**22, 2**23]
 
 
-def test_no_timer_runs_after_a_time_limit_has_ended() -> None:
+def test_no_timer_keeps_running_after_the_guarded_code_has_ended() -> None:
     with time_limit(60):
         assert signal.getitimer(signal.ITIMER_VIRTUAL)[0] > 60
     assert signal.getitimer(signal.ITIMER_REAL) == signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)

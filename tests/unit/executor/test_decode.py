@@ -40,7 +40,7 @@ def one(fields: Fields | None = None, rules: DecodeRules = RULES) -> dict[str, A
     return outcome
 
 
-def test_a_good_row_keeps_its_picture_bytes_and_gets_an_id_from_the_hash_of_the_bytes() -> None:
+def test_a_good_row_keeps_its_picture_bytes_and_its_image_id_is_computed_from_their_hash() -> None:
     outcome = one()
     sha256 = hashlib.sha256(png(1)).hexdigest()
     assert outcome["image"] == png(1)
@@ -51,7 +51,7 @@ def test_a_good_row_keeps_its_picture_bytes_and_gets_an_id_from_the_hash_of_the_
     assert outcome["reason"] is None
 
 
-def test_image_id_comes_from_the_id_column_and_prompt_comes_from_the_prompt_column() -> None:
+def test_the_image_id_is_read_from_the_id_column_and_the_prompt_from_the_prompt_column() -> None:
     rules = DecodeRules("birds", ColumnNames(id="key", prompt="question"), LIMITS, HashSplitConfig())
     outcome = one({"key": " 17 ", "question": " which bird? "}, rules)
     assert outcome["image_id"] == "birds/17"
@@ -84,7 +84,7 @@ def test_a_refused_row_has_a_reason_and_keeps_all_its_fields(reason: str) -> Non
     assert outcome["image_id"] is None
 
 
-def test_a_refused_row_records_the_id_that_its_picture_would_have() -> None:
+def test_a_refused_row_records_the_image_id_that_its_picture_would_have() -> None:
     by_content = f"birds/{hashlib.sha256(png(1)).hexdigest()[:24]}"
     assert one({TEXT: " "})["claimed_id"] == by_content
     assert one({IMAGE: "!"})["claimed_id"] is None
@@ -108,13 +108,13 @@ def test_row_that_could_not_be_parsed_keeps_its_raw_text() -> None:
     assert outcome["payload"] == "one,two,three"
 
 
-def test_samples_and_refusals_keep_an_existing_source_row_identifier() -> None:
+def test_a_sample_or_a_refused_row_keeps_a_source_row_identifier_that_it_already_has() -> None:
     rows: list[Fields] = [{IMAGE: GOOD, TEXT: "a bird"}, {IMAGE: "?", TEXT: "a bird"}]
     [out] = decoded([Record("a.csv", fields, source_row=f"a.csv#{n}") for n, fields in enumerate(rows)])
     assert out.column("source_row").to_pylist() == ["a.csv#0", "a.csv#1"]
 
 
-def test_row_with_an_unexpected_error_is_refused_with_the_cause() -> None:
+def test_a_row_that_causes_an_unexpected_error_is_refused_and_its_refusal_contains_the_error() -> None:
     rules = DecodeRules("birds", ColumnNames(), cast(LimitsConfig, None), HashSplitConfig())
     outcome = one(rules=rules)
     assert outcome["reason"] == "malformed_record"
@@ -125,7 +125,7 @@ def texts(outcome: dict[str, Any]) -> list[tuple[str, str]]:
     return [(pair["prompt"], pair["text"]) for pair in outcome["texts"]]
 
 
-def test_row_may_have_many_texts_with_one_prompt_per_text_or_one_prompt_for_all_texts() -> None:
+def test_a_row_with_many_texts_may_have_one_prompt_per_text_or_one_prompt_for_all_texts() -> None:
     assert texts(one({TEXT: ["a", " b ", None, "", "a", 3]})) == [("", "a"), ("", "b"), ("", "a"), ("", "3")]
     asked = DecodeRules("birds", ColumnNames(prompt="question"), LIMITS, HashSplitConfig())
     answers: Fields = {TEXT: ["yes", "two"]}
@@ -150,7 +150,9 @@ def test_row_may_have_many_texts_with_one_prompt_per_text_or_one_prompt_for_all_
         ({IMAGE: bytes(50_001)}, "too_large"),
     ],
 )
-def test_row_with_a_value_of_a_wrong_type_is_refused_with_a_reason(fields: Fields, reason: str) -> None:
+def test_a_row_with_a_value_of_a_wrong_type_is_refused_and_its_refusal_contains_the_reason(
+    fields: Fields, reason: str
+) -> None:
     outcome = one(fields)
     assert outcome["reason"] == reason
     assert "unexpected" not in outcome["detail"]
@@ -169,7 +171,7 @@ def test_picture_as_bytes_equals_the_same_picture_as_base64() -> None:
     assert coded == plain
 
 
-def test_payload_of_a_refused_row_has_bytes_as_base64_and_can_be_decoded_again() -> None:
+def test_a_refused_row_is_stored_with_its_bytes_as_base64_and_can_be_decoded_again() -> None:
     outcome = one({IMAGE: b"words", "when": datetime(2026, 1, 2, tzinfo=UTC), "n": 1.5})
     again = json.loads(outcome["payload"])
     assert again == {IMAGE: as_base64(b"words"), TEXT: "a bird", "when": "2026-01-02 00:00:00+00:00", "n": 1.5}
@@ -209,7 +211,7 @@ def test_the_source_row_identifier_depends_neither_on_the_row_position_nor_on_th
     assert second["source_row"].startswith("a.csv#")
 
 
-def test_splits_by_hash_have_the_configured_shares() -> None:
+def test_splits_that_are_chosen_by_hash_have_the_configured_shares_of_the_pictures() -> None:
     hashes = [hashlib.sha256(str(n).encode()).hexdigest() for n in range(20_000)]
     counts = Counter(split_of_hash(sha256, HashSplitConfig(val=0.1, test=0.2)) for sha256 in hashes)
     assert counts["test"] == pytest.approx(4000, rel=0.05)
@@ -293,7 +295,7 @@ def test_output_batches_have_a_limited_size_in_bytes() -> None:
 
 
 @pytest.mark.parametrize("captions", [5, 20])
-def test_a_picture_that_consecutive_rows_share_is_decoded_once_for_any_number_of_rows(captions: int) -> None:
+def test_a_picture_is_decoded_only_once_for_any_number_of_consecutive_rows_with_this_picture(captions: int) -> None:
     _decode_picture.cache_clear()
     pictures = [png(1), png(2)]
     outcomes = decode([{IMAGE: image, TEXT: f"{n}"} for image in pictures for n in range(captions)])

@@ -63,7 +63,9 @@ def test_picture_of_any_size_has_a_fingerprint(size: tuple[int, int]) -> None:
 
 
 @given(st.integers(0, MASK), st.sets(st.integers(0, 63), max_size=MAX_DIFFERING_BITS))
-def test_hashes_of_near_duplicates_share_a_candidate_key(bits: int, differing: set[int]) -> None:
+def test_near_duplicates_share_at_least_one_key_by_which_candidate_pairs_are_found(
+    bits: int, differing: set[int]
+) -> None:
     other = bits ^ sum(1 << bit for bit in differing)
     assert any((bits ^ other) & mask & MASK == 0 for mask in KEY_MASKS)
     assert {(mask & MASK).bit_count() for mask in KEY_MASKS} <= {25, 26}

@@ -34,9 +34,7 @@ def test_the_picture_that_a_row_names_is_added_to_the_fields_of_the_row(tmp_path
 @pytest.mark.parametrize(
     "name", ["b.png", "", None, 7, "in", "../secret.png", "/etc/hostname", "in/../../secret.png", "a\0b", "x" * 300]
 )
-def test_a_picture_file_that_is_missing_or_outside_the_folder_is_a_problem_of_its_row(
-    tmp_path: Path, name: object
-) -> None:
+def test_a_row_whose_picture_file_is_missing_or_outside_the_folder_gets_a_problem(tmp_path: Path, name: object) -> None:
     (tmp_path / "folder" / "in").mkdir(parents=True)
     (tmp_path / "secret.png").write_bytes(b"secret")
     record = read_picture(tmp_path / "folder", name)
@@ -67,9 +65,7 @@ def test_a_disk_error_fails_the_task_and_does_not_refuse_the_row() -> None:
         read_picture(Path("/proc/self"), "mem")
 
 
-def test_pictures_are_searched_in_the_folder_and_then_beside_a_captions_file_in_a_subfolder(
-    tmp_path: Path,
-) -> None:
+def test_pictures_are_searched_in_the_folder_and_then_beside_a_captions_file_in_a_subfolder(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "a.png").write_bytes(b"beside")
     (tmp_path / "b.png").write_bytes(b"folder")
@@ -109,7 +105,9 @@ def test_a_link_that_leads_out_of_the_folder_is_not_read(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("captions", [5, 20])
-def test_a_picture_that_several_rows_name_is_read_once_for_any_number_of_rows(tmp_path: Path, captions: int) -> None:
+def test_a_picture_file_is_read_only_once_for_any_number_of_rows_that_name_this_file(
+    tmp_path: Path, captions: int
+) -> None:
     (tmp_path / "a.png").write_bytes(b"bytes")
 
     def read(_: Iterator[pa.RecordBatch]) -> Iterator[Record]:

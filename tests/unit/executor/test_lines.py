@@ -69,7 +69,7 @@ def json_records(path: Path, limit: int = LIMIT) -> list[Record]:
     return list(jsonl_records(raw_rows(path), [Layout()], limit))
 
 
-def test_a_value_in_the_row_takes_precedence_over_the_value_of_the_partition_folder(tmp_path: Path) -> None:
+def test_a_column_value_in_the_row_takes_precedence_over_the_value_in_the_partition_folder_name(tmp_path: Path) -> None:
     partition = '{"split": "val", "n": null, "year": "2024"}'
     (tmp_path / "a.csv").write_text("split,n\ntrain,1\n,2\n \t,\n")
     (tmp_path / "a.jsonl").write_text('{"split": "train", "n": "1"}\n{"split": null, "n": "2"}\n{"split": " \\t"}\n')
@@ -132,7 +132,7 @@ def test_a_compressed_file_is_recognised_by_its_content_and_may_have_several_com
 
 
 @pytest.mark.parametrize("kind", COMPRESSIONS)
-def test_rows_before_damage_are_read_and_the_damage_gives_one_record_that_names_the_file(
+def test_rows_before_the_damaged_part_of_a_file_are_read_and_one_record_reports_the_damage(
     tmp_path: Path, kind: str
 ) -> None:
     rows = [b'{"row": %d, "noise": "%s"}\n' % (number, os.urandom(40).hex().encode()) for number in range(5_000)]
@@ -171,7 +171,7 @@ def test_an_archive_and_a_file_that_ends_inside_a_character_are_reported_as_dama
         assert name in str(record.problem)
 
 
-def test_a_vanished_file_gives_one_record_with_the_problem_but_an_input_output_error_is_raised(tmp_path: Path) -> None:
+def test_a_vanished_file_gives_one_record_with_a_problem_but_an_input_output_error_is_raised(tmp_path: Path) -> None:
     [record] = json_records(tmp_path / "gone.jsonl")
     assert record.problem is not None
     assert record.problem.reason == "unreadable_file"
@@ -186,7 +186,7 @@ def test_a_vanished_file_gives_one_record_with_the_problem_but_an_input_output_e
         json_records(tmp_path / "drive that was disconnected" / "a.jsonl")
 
 
-def test_a_file_whose_layout_has_a_problem_gives_one_record_with_the_problem(tmp_path: Path) -> None:
+def test_a_file_with_a_problem_in_its_layout_gives_a_single_record_that_describes_the_problem(tmp_path: Path) -> None:
     [record] = jsonl_records(raw_rows(tmp_path / "a"), [Layout(problem="the file has no column image")], LIMIT)
     assert record.problem is not None
     assert record.problem.detail == "the file has no column image"
@@ -201,7 +201,9 @@ def test_an_open_text_file_is_closed_with_its_stream(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"x", b'"', b'a,"'], ids=repr)
-def test_a_small_file_that_unpacks_to_one_endless_line_needs_bounded_memory(tmp_path: Path, content: bytes) -> None:
+def test_memory_stays_bounded_for_a_small_file_that_decompresses_to_one_endless_line(
+    tmp_path: Path, content: bytes
+) -> None:
     unpacked, limit = 32 * 2**20, 2**20
     path = tmp_path / "bomb.csv.gz"
     path.write_bytes(gzip.compress(content * (unpacked // len(content)), 1))

@@ -22,7 +22,7 @@ def flat(rows: Rows) -> list[Text]:
 
 @settings(max_examples=60, deadline=None)
 @given(ROWS, ROWS)
-def test_a_text_that_two_ingests_repeat_is_kept_as_often_as_in_the_ingest_with_more_repeats(
+def test_a_text_repeated_in_two_ingests_is_kept_as_often_as_in_the_ingest_with_more_repeats(
     first: Rows, second: Rows
 ) -> None:
     known = merge_texts([], first, None).new_texts
@@ -34,7 +34,7 @@ def test_a_text_that_two_ingests_repeat_is_kept_as_often_as_in_the_ingest_with_m
 
 @settings(max_examples=60, deadline=None)
 @given(ROWS, ROWS, st.integers(1, 4))
-def test_rows_are_accepted_in_the_order_of_their_texts_up_to_the_largest_number_of_different_texts(
+def test_rows_of_a_picture_are_accepted_in_text_order_up_to_the_limit_of_different_texts(
     rows: Rows, earlier: Rows, max_texts: int
 ) -> None:
     """Merge the rows one after another, as in the definition of the merge."""

@@ -121,7 +121,9 @@ def as_type(kind: pa.DataType, *numbers: int) -> pa.Array:
     ],
     ids=str,
 )
-def test_only_the_row_of_a_text_that_cannot_be_represented_is_refused(tmp_path: Path, kind: pa.DataType) -> None:
+def test_a_text_that_cannot_be_represented_causes_the_refusal_of_its_own_row_only(
+    tmp_path: Path, kind: pa.DataType
+) -> None:
     far = as_type(kind, 2**30 if kind.bit_width == 32 else 2**62, 0)
     bad, good = read(written(tmp_path, {"image": [BYTES] * 2, "text": far}, store_schema=True))
     assert bad.problem is not None
@@ -203,7 +205,7 @@ def test_the_unused_columns_of_a_row_do_not_depend_on_the_order_in_which_rows_ar
 
 
 @pytest.mark.parametrize("compression", ["snappy", "gzip", "zstd", "brotli", "lz4", "none"])
-def test_files_of_other_writers_are_read(tmp_path: Path, compression: str) -> None:
+def test_parquet_files_from_other_writers_are_read(tmp_path: Path, compression: str) -> None:
     columns = {"image": [BYTES], "text": ["a"], "t": pa.array([dt.datetime(2024, 1, 2)], pa.timestamp("us"))}
     spark = written(tmp_path, columns, compression=compression, use_deprecated_int96_timestamps=True)
     assert [others(record) for record in read(spark)] == [{"t": dt.datetime(2024, 1, 2)}]
@@ -234,7 +236,9 @@ def test_every_row_of_a_parquet_file_is_in_exactly_one_range(
     assert [(record.fields["image"], record.fields["text"]) for record in records] == expected
 
 
-def test_a_column_may_come_from_the_partition_folder_and_a_value_in_the_row_takes_precedence(tmp_path: Path) -> None:
+def test_a_missing_column_is_read_from_the_partition_folder_but_a_value_in_the_row_takes_precedence(
+    tmp_path: Path,
+) -> None:
     own = {"split": ["of the file", None, " "], "n": [1, None, 2]}
     path = written(tmp_path, {"image": [BYTES] * 3, "text": ["a", "b", "c"], **own})
     partition = {"split": "val", "n": "7", "year": None}

@@ -67,7 +67,7 @@ def test_a_damaged_row_group_loses_only_its_own_rows_and_gives_one_record(tmp_pa
     assert texts == [f"t{row}" for row in (*range(10), *range(20, 30))]
 
 
-def test_a_damaged_unused_column_costs_no_row_and_is_described_in_a_refused_row(tmp_path: Path) -> None:
+def test_damage_in_an_unused_column_loses_no_row_and_a_refused_row_describes_the_damage(tmp_path: Path) -> None:
     path = three_groups(tmp_path)
     overwrite(path, 1, 2)
     records = read(path)
@@ -97,7 +97,7 @@ def test_no_damaged_byte_makes_rows_disappear_silently(tmp_path: Path, seed: int
         (["text"], "no column image"),
     ],
 )
-def test_a_file_without_a_used_column_gives_one_record_that_lists_the_columns_of_the_file(
+def test_a_file_that_lacks_a_needed_column_gives_one_record_that_lists_the_columns_of_the_file(
     tmp_path: Path, names: list[str], what: str
 ) -> None:
     path = written(tmp_path, pa.Table.from_arrays([pa.array(["a"])] * len(names), names=names))
@@ -165,7 +165,7 @@ def repeated(value: Any, times: int) -> pa.Array:
     return pa.DictionaryArray.from_arrays(pa.array([0] * times, pa.int32()), pa.array([value]))
 
 
-def test_a_value_that_is_too_large_is_described_and_all_other_values_are_read(tmp_path: Path) -> None:
+def test_a_value_that_is_too_large_is_replaced_by_a_description_and_all_other_values_are_read(tmp_path: Path) -> None:
     large = "x" * (17 * 2**20)
     texts = pa.array(["a", large, large[:-1] + "y", "b"])
     records = read(written(tmp_path, {"image": [BYTES] * 4, "text": texts, "n": range(4)}))
@@ -196,7 +196,7 @@ BOMBS = {
 
 @pytest.mark.faults
 @pytest.mark.parametrize("name", BOMBS)
-def test_memory_depends_on_the_size_of_a_file_and_not_on_the_sizes_that_the_file_claims(
+def test_memory_depends_on_the_real_size_of_a_parquet_file_and_not_on_sizes_stated_in_the_file(
     tmp_path: Path, name: str
 ) -> None:
     columns = {"image": [BYTES] * 40, "text": [f"t{row}" for row in range(40)]} | BOMBS[name]

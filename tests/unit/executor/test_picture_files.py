@@ -146,7 +146,9 @@ def test_links_inside_the_folder_are_followed(folder: Path) -> None:
     assert read(folder, "loop.png") == "missing_field: the folder has no file 'loop.png': the link leads nowhere"
 
 
-def test_a_picture_name_that_differs_only_in_case_is_refused_and_the_problem_has_the_right_name(folder: Path) -> None:
+def test_a_picture_name_in_wrong_upper_or_lower_case_is_refused_and_the_problem_shows_the_right_name(
+    folder: Path,
+) -> None:
     (folder / "in" / "IMG_1.JPG").write_bytes(b"picture")
     detail = "the folder has no file 'in/img_1.jpg', did you mean 'IMG_1.JPG'?"
     assert read(folder, "in/img_1.jpg") == f"missing_field: {detail}"
@@ -167,7 +169,7 @@ def test_a_picture_name_that_leads_to_no_regular_file_is_refused(folder: Path) -
     st.text(max_size=30)
     | st.lists(st.sampled_from(["..", ".", "in", "up", "/", "\\", "%2e%2e", "secret.png"])).map("/".join)
 )
-def test_any_text_either_names_a_picture_of_the_folder_or_gives_a_problem(
+def test_any_text_in_a_picture_cell_either_names_a_picture_in_the_folder_or_gives_a_problem(
     tmp_path_factory: pytest.TempPathFactory, name: str
 ) -> None:
     top = tmp_path_factory.getbasetemp() / "any"
@@ -215,7 +217,7 @@ def test_a_relative_image_root_is_resolved_from_the_folder_of_the_file_of_each_r
     assert [record.fields[PICTURE] for record in records(batches, str(folder))] == [b"."] * 3
 
 
-def test_csv_json_lines_and_parquet_rows_may_name_pictures(folder: Path) -> None:
+def test_a_row_of_a_csv_json_lines_or_parquet_file_may_name_its_picture_by_path(folder: Path) -> None:
     (folder / "in" / "a.png").write_bytes(b"picture")
     rows = [{"image": "a.png", "text": "a"}, {"image": "b.png", "text": "b"}]
     (folder / "in" / "x.csv").write_text("image,text\na.png,a\nb.png,b\n")
@@ -263,7 +265,7 @@ def test_an_unreadable_picture_is_a_problem_of_its_row_only(folder: Path) -> Non
     ],
     ids=["blank", "number", "list", "struct", "data URI", "long"],
 )
-def test_the_problem_for_a_value_that_is_no_path_names_the_kind_of_the_value(
+def test_if_a_picture_cell_holds_no_path_the_problem_names_the_type_of_the_value(
     folder: Path, named: object, problem: str
 ) -> None:
     found = PictureRoot(str(folder), 100).read(named)
@@ -276,13 +278,13 @@ def test_the_problem_of_a_row_names_an_image_root_that_does_not_exist(folder: Pa
     assert found == Problem("missing_field", f"image_root: there is no folder '{folder}/absent'")
 
 
-def test_a_struct_gives_its_bytes_or_without_bytes_the_picture_at_its_path(folder: Path) -> None:
+def test_a_picture_struct_without_bytes_gives_the_picture_at_its_path(folder: Path) -> None:
     (folder / "a.png").write_bytes(b"picture")
     batch = pa.RecordBatch.from_pydict({"image": [b"inside", None, None], "image.path": ["a.png", "a.png", None]})
     assert [record.fields[PICTURE] for record in records([batch], str(folder))] == [b"inside", b"picture", None]
 
 
-def test_a_batch_of_paths_becomes_several_smaller_batches_of_pictures(
+def test_a_batch_of_picture_paths_is_split_into_smaller_batches_when_the_pictures_are_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(root, "CHUNK_BYTES", 20)

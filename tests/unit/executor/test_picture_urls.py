@@ -75,7 +75,7 @@ def read(root: str, name: object) -> bytes | str:
     return found if isinstance(found, bytes) else f"{found.reason}: {found.detail}"
 
 
-def test_pictures_of_a_web_server_are_named_by_path_or_by_url(server: str) -> None:
+def test_a_row_may_name_a_picture_on_a_web_server_by_path_or_by_url(server: str) -> None:
     assert read(server, "a.png") == b"/p/a.png"
     assert read(server, "./in/a b#1.png") == b"/p/./in/a%20b%231.png"
     assert read(server, "a%20b.png?size=1") == b"/p/a%20b.png?size=1"
@@ -108,7 +108,7 @@ def test_pictures_of_a_web_server_are_named_by_path_or_by_url(server: str) -> No
         ("file:///etc/hostname", "missing_field"),
     ],
 )
-def test_a_picture_that_cannot_be_read_is_a_problem_and_no_url_outside_the_root_is_requested(
+def test_no_url_outside_the_image_root_is_requested_and_an_unreadable_picture_is_a_problem(
     server: str, name: str, words: str
 ) -> None:
     PictureServer.requested.clear()
@@ -125,7 +125,7 @@ def test_reading_a_picture_from_a_url_ends_at_the_time_limit(server: str, monkey
     assert time.monotonic() - started < 2
 
 
-def test_a_server_that_does_not_answer_fails_the_task_and_refuses_no_row() -> None:
+def test_if_the_picture_server_does_not_answer_the_task_fails_and_no_row_is_refused() -> None:
     with pytest.raises(ConnectionError, match="does not answer"):
         read("http://127.0.0.1:9/p", "a.png")
 
@@ -156,7 +156,7 @@ def store() -> Iterator[MemoryFileSystem]:
     urls._store.cache_clear()
 
 
-def test_pictures_of_an_object_store_are_named_by_key_or_by_url(store: MemoryFileSystem) -> None:
+def test_a_row_may_name_a_picture_in_an_object_store_by_its_key_or_by_its_url(store: MemoryFileSystem) -> None:
     assert read("gs://b/p", "a.png") == b"b/p/a.png"
     assert read("gs://b/p/", "in\\a b.png") == b"b/p/in/a b.png"
     assert read("gs://b/p", "in/a%20b.png") == b"b/p/in/a b.png"

@@ -100,7 +100,7 @@ def test_csv_lines_with_every_line_end_and_delimiter_are_read(tmp_path: Path, en
         assert fields(records) == [("1", "one"), ("2", f'a{delimiter}b "c"'), (None, None), ("3", "three")]
 
 
-def test_lines_of_one_file_may_end_in_different_ways_and_a_quoted_carriage_return_is_text(tmp_path: Path) -> None:
+def test_one_csv_file_may_mix_line_ends_and_a_quoted_carriage_return_belongs_to_the_text(tmp_path: Path) -> None:
     content = b'1,one\r2,"a\rb"\r\n3,three\n4,four\r'
     expected = [("1", "one"), ("2", "a\rb"), ("3", "three"), ("4", "four")]
     assert fields(parse(tmp_path, content)) == expected
@@ -148,7 +148,7 @@ BROKEN = [
 
 @pytest.mark.parametrize(("content", "expected"), BROKEN, ids=["tails", "last", "twice", "stray", "far", "inches"])
 @pytest.mark.parametrize("size", [7, 10**6])
-def test_a_line_that_begins_inside_a_quoted_field_is_refused_for_any_division_of_the_file_into_ranges(
+def test_a_line_that_begins_inside_a_quoted_field_is_refused_wherever_the_byte_ranges_begin(
     tmp_path: Path, content: bytes, expected: list[tuple[str, str]], size: int
 ) -> None:
     starts = range(0, len(content), size)
@@ -238,14 +238,14 @@ def test_invalid_utf_8_in_a_table_changes_only_its_own_row() -> None:
     assert [record.fields["text"] for record in records] == ["caf\ufffd", None, "x"]
 
 
-def test_payloads_of_refused_rows_are_parsed_again() -> None:
+def test_the_stored_text_of_a_refused_row_can_be_parsed_again() -> None:
     payloads = {"source_row": ["a#b.csv#0f", "a.csv#1e"], "payload": ['{"id": "1"}', '1,"x']}
     good, bad = payload_records(iter([pa.RecordBatch.from_pydict(payloads)]))
     assert good == Record("a#b.csv", {"id": "1"}, source_row="a#b.csv#0f")
     assert (bad.raw, bad.source_row, bad.problem is None) == ('1,"x', "a.csv#1e", False)
 
 
-def test_unused_columns_of_a_delta_table_are_read_only_for_refused_rows_and_may_hold_anything() -> None:
+def test_unused_columns_of_a_delta_table_are_read_only_for_refused_rows_and_may_hold_invalid_values() -> None:
     far, kind = 400_000_000_000_000_000, pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     others = pa.StructArray.from_arrays(
         [

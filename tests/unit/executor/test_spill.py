@@ -39,7 +39,7 @@ def spill(images: Batches, folder: Path) -> pa.Table:
 
 @settings(deadline=None)  # the first example takes longer because of library imports
 @given(PICTURES, st.randoms(use_true_random=False), st.integers(1, 4))
-def test_every_row_gets_its_own_picture_and_payload(
+def test_every_row_read_from_the_spill_folder_gets_its_own_picture_and_its_own_stored_text(
     tmp_path_factory: pytest.TempPathFactory, images: Batches, random: Random, size: int
 ) -> None:
     folder = tmp_path_factory.mktemp("spill")
@@ -53,7 +53,7 @@ def test_every_row_gets_its_own_picture_and_payload(
     assert back == [(names[n], f"of {names[n]}", expected[n]) for n in chosen]
 
 
-def test_spill_folder_is_removed_at_the_end_and_stale_spill_folders_are_removed_at_the_next_start(
+def test_a_spill_folder_is_removed_at_the_end_of_its_ingest_or_else_at_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path))

@@ -62,7 +62,7 @@ def test_the_content_of_a_tar_member_is_skipped_if_it_is_not_read() -> None:
 
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
-def test_huge_extended_header_is_a_problem_of_its_member_and_is_not_kept_in_memory(kind: bytes) -> None:
+def test_a_huge_extended_tar_header_is_a_problem_of_its_member_and_is_not_kept_in_memory(kind: bytes) -> None:
     huge = header("x", kind, bytes(HEADER_BYTES + 1) * 40)
     content = pack(header("a", content=b"a"), huge, header("b", content=b"b"), header("c", content=b"c"))
     tracemalloc.start()
@@ -80,7 +80,7 @@ def test_huge_extended_header_is_a_problem_of_its_member_and_is_not_kept_in_memo
 @pytest.mark.parametrize(
     "record", [b"9 a=b", b"0 a=b\n", b"-5 a=b\n", b"999999 path=x\n", b"x path=y\n", b"9 path x\n"]
 )
-def test_damaged_extended_header_is_a_problem_of_its_member(record: bytes) -> None:
+def test_a_damaged_extended_tar_header_is_a_problem_of_its_member_only(record: bytes) -> None:
     [(member, _), (after, _)] = read(pack(header("x", tarfile.XHDTYPE, record), header("a"), header("b")))
     assert member.problem == "a damaged extended header"
     assert after == Member("b", 0)
@@ -94,7 +94,7 @@ def test_a_member_that_claims_an_absurd_size_counts_as_damage(size: int) -> None
         list(reader)
 
 
-def test_a_size_in_an_extended_header_replaces_the_size_in_the_plain_header() -> None:
+def test_the_size_in_an_extended_tar_header_takes_precedence_over_the_size_in_the_plain_header() -> None:
     large = header("x", tarfile.XHDTYPE, b"12 size=700\n")
     [(first, content), (second, _)] = read(pack(large, header("a") + b"a" * 700 + bytes(324), header("b")))
     assert (first, content, second.name) == (Member("a", 700), b"a" * 700, "b")
@@ -114,7 +114,7 @@ def test_a_sparse_member_is_reported_as_a_problem_and_the_next_member_is_read() 
 
 @settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=40), st.integers(0, 4_000))
-def test_damaged_bytes_raise_no_error_other_than_a_tar_error(noise: bytes, at: int) -> None:
+def test_reading_damaged_tar_bytes_raises_no_error_other_than_a_tar_error(noise: bytes, at: int) -> None:
     content = bytearray(
         pack(header("a.jpg", content=b"a" * 600), header("x", tarfile.XHDTYPE, b"9 a=b\n"), header("b.jpg"))
     )

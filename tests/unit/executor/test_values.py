@@ -59,7 +59,7 @@ def test_the_missing_values_of_all_libraries_are_recognised(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", PRESENT, ids=ascii)
-def test_zero_and_false_and_words_such_as_null_are_values_and_not_missing(value: Any) -> None:
+def test_zero_and_false_and_words_such_as_null_do_not_count_as_missing_values(value: Any) -> None:
     assert is_missing(value) is False
 
 
@@ -141,7 +141,7 @@ def test_texts_bytes_and_numbers_are_stored_as_clean_text(text: Any, expected: s
     assert outcome(**{TEXT: text})["texts"] == [{"prompt": "what?", "text": expected}]
 
 
-def test_bytes_of_texts_and_ids_are_the_same_after_a_replay_of_the_payload() -> None:
+def test_texts_and_ids_that_were_stored_as_bytes_are_the_same_after_a_replay_of_their_row() -> None:
     fields = {"key": UUID.bytes, "asked": [b"what?", None], "of": b"val", TEXT: [b"caf\xc3\xa9", b"\xff"]}
     refused = outcome(**{IMAGE: "?"}, **fields)
     again = parse_json_object(refused["payload"])
@@ -160,7 +160,7 @@ def test_bytes_that_hold_only_a_byte_order_mark_count_as_a_missing_value() -> No
     assert outcome(**{TEXT: mark})["reason"] == "empty_text"
 
 
-def test_lone_surrogate_anywhere_in_a_row_is_stored_as_a_replacement_character() -> None:
+def test_a_lone_surrogate_in_any_field_of_a_row_is_stored_as_a_replacement_character() -> None:
     found = outcome(**{"further \ud800": "\udfff", TEXT: " "})
     assert found["reason"] == "empty_text"
     assert '"further \ufffd": "\ufffd"' in found["payload"]
@@ -204,7 +204,9 @@ VALUES = st.one_of(ANY, st.lists(st.one_of(ANY, st.lists(ANY, max_size=2)), max_
 
 @settings(max_examples=60, deadline=None)
 @given(key=VALUES, text=VALUES, asked=VALUES, of=VALUES)
-def test_a_row_of_any_odd_values_gives_one_outcome_that_can_be_stored(key: Any, text: Any, asked: Any, of: Any) -> None:
+def test_a_row_with_arbitrary_values_gives_exactly_one_outcome_and_the_outcome_can_be_stored(
+    key: Any, text: Any, asked: Any, of: Any
+) -> None:
     found = outcome(key=key, asked=asked, of=of, **{TEXT: text})
     assert (found["image_id"] is None) == (found["reason"] is not None)
     assert not (found["detail"] or "").startswith("unexpected")
@@ -213,7 +215,7 @@ def test_a_row_of_any_odd_values_gives_one_outcome_that_can_be_stored(key: Any, 
 
 @settings(max_examples=60, deadline=None)
 @given(VALUES)
-def test_ids_are_bounded_normalised_and_free_of_control_characters(value: Any) -> None:
+def test_ids_are_normalised_and_have_a_limited_length_and_no_control_character(value: Any) -> None:
     try:
         found = normalize_id(value)
     except Refused:

@@ -95,7 +95,7 @@ def test_tar_members_with_the_same_key_form_one_row(tmp_path: Path) -> None:
     )
 
 
-def test_tars_may_be_compressed_and_a_task_may_read_several_tars(tmp_path: Path) -> None:
+def test_one_task_can_read_several_tars_and_each_tar_may_be_compressed(tmp_path: Path) -> None:
     paths = write_tar(tmp_path / "x.tar.gz", ROWS, "w:gz"), write_tar(tmp_path / "y.tar", ROWS)
     assert [record.fields["__key__"] for record in rows_of(*paths)] == ["in/a", "in/b", "in/c"] * 2
 
@@ -120,7 +120,7 @@ def test_problem_of_a_tar_member_affects_only_the_row_of_the_member(
 
 
 @pytest.mark.parametrize("content", [b"[1]", b"null", b"", b"{cut", b"7", b"\xff"])
-def test_json_member_that_is_no_object_is_a_problem_only_if_the_config_names_one_of_its_columns(
+def test_a_json_member_that_is_no_object_is_a_problem_only_if_the_config_names_one_of_its_columns(
     tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_tar(tmp_path / "x.tar", {"a.png": b"p", "a.txt": b"x", "a.json": content})
@@ -164,7 +164,7 @@ def test_file_that_is_not_a_tar_becomes_one_refused_row(tmp_path: Path) -> None:
     assert record.raw == "x.tar from row 1 on"
 
 
-def test_tar_that_may_not_be_read_becomes_one_refused_row(tmp_path: Path) -> None:
+def test_a_tar_without_read_permission_becomes_one_refused_row(tmp_path: Path) -> None:
     [record] = rows_of(tmp_path / "gone.tar")
     assert record.problem == Problem(
         "unreadable_file", "the tar ends or is damaged after 0 rows: No such file or directory"
@@ -191,7 +191,7 @@ def test_concatenated_tars_are_read_to_the_end(tmp_path: Path) -> None:
     assert "bytes that are no tar follow its end mark" in rest.problem.detail
 
 
-def test_tar_that_is_cut_between_two_rows_is_reported(tmp_path: Path) -> None:
+def test_a_tar_that_was_cut_between_two_rows_is_reported(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", {"a.png": b"p", "a.txt": b"x", "b.png": b"p"})
     path.write_bytes(path.read_bytes()[:2_048])
     *_, last = rows_of(path)
@@ -229,7 +229,7 @@ def test_a_text_member_in_any_encoding_is_decoded_to_the_original_text(text: str
     assert decode_text(text.encode(encoding)) == text
 
 
-def test_members_that_belong_to_no_row_are_left_out_and_members_with_odd_names_form_rows(tmp_path: Path) -> None:
+def test_tar_members_that_belong_to_no_row_are_ignored_and_members_with_odd_names_form_rows(tmp_path: Path) -> None:
     members = {
         "__MACOSX/._a.jpg": b"resource fork",
         "__MACOSX/b.jpg": b"resource fork",
@@ -249,7 +249,7 @@ def test_members_that_belong_to_no_row_are_left_out_and_members_with_odd_names_f
     assert not (tmp_path.parent / "up").exists()
 
 
-def test_tar_members_whose_names_are_any_bytes_form_separate_rows(tmp_path: Path) -> None:
+def test_tar_members_with_line_breaks_or_invalid_utf_8_in_their_names_form_separate_rows(tmp_path: Path) -> None:
     """GitHub issues: macrodata-labs/refiner#124, JD-P/simulacra-aesthetic-captions#1, webdataset/webdataset#330."""
     names = ["train.v1/0001.jpg", "new\nline/a\nb.jpg", "back\\slash.jpg", "\udce8.jpg", "\udce9.jpg", "22.05.jpg"]
     names.insert(0, "BZh9.jpg")  # the first bytes are those of a bz2 file
@@ -267,7 +267,7 @@ def test_tar_members_whose_names_are_any_bytes_form_separate_rows(tmp_path: Path
     assert "an extension begins at the first dot" in str(records[-1].problem)
 
 
-def test_rows_whose_members_are_not_next_to_each_other_are_refused_and_never_mixed(tmp_path: Path) -> None:
+def test_a_row_whose_tar_members_are_not_next_to_each_other_is_refused(tmp_path: Path) -> None:
     members = {"a.jpg": b"a", "b.jpg": b"b", "a.txt": b"a", "b.txt": b"b"}
     records = rows_of(write_tar(tmp_path / "x.tar", members))
     assert [(record.fields["__key__"], record.fields.get("txt")) for record in records] == [
@@ -281,7 +281,7 @@ def test_rows_whose_members_are_not_next_to_each_other_are_refused_and_never_mix
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_a_link_in_a_tar_has_the_content_of_the_member_that_the_link_names(tmp_path: Path, mode: str) -> None:
+def test_a_link_in_a_tar_is_read_as_the_member_that_the_link_names(tmp_path: Path, mode: str) -> None:
     with tarfile.open(tmp_path / "x.tar", mode) as tar:  # type: ignore[call-overload]
         add(tar, "before.jpg", linkname="in/a.jpg", type=tarfile.LNKTYPE)
         add(tar, "before.txt", b"before")
@@ -325,7 +325,7 @@ def test_a_tar_member_that_is_no_plain_file_is_a_problem_of_its_row(tmp_path: Pa
     assert (good.problem, good.fields[PICTURE]) == (None, b"j")
 
 
-def test_the_bytes_and_the_number_of_members_of_a_row_are_limited(tmp_path: Path) -> None:
+def test_a_row_in_a_tar_has_a_limited_number_of_members_and_of_bytes(tmp_path: Path) -> None:
     many = {f"b.{n}": b"" for n in range(1_100)}
     large = {f"c.e{n}": bytes(900) for n in range(40)}
     *_, last = records = rows_of(write_tar(tmp_path / "x.tar", {"a.jpg": b"j"} | many | large | {"d.jpg": b"j"}))
@@ -338,7 +338,7 @@ def test_the_bytes_and_the_number_of_members_of_a_row_are_limited(tmp_path: Path
     assert last.fields[PICTURE] == b"j"
 
 
-def test_of_a_tar_member_beyond_a_size_limit_only_size_and_hash_are_kept(
+def test_only_the_size_and_the_hash_of_a_tar_member_over_the_size_limit_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(webdataset, "SIDE_BYTES", 10)

@@ -62,7 +62,9 @@ def view(
     return sorted(read.to_pylist(), key=lambda row: (row["image_id"], row["prompt"]))
 
 
-def test_the_view_follows_promotions_and_rollbacks_but_not_refused_promotions(tmp_path: Path) -> None:
+def test_the_view_champion_captions_changes_after_a_promotion_or_rollback_but_not_after_a_refused_promotion(
+    tmp_path: Path,
+) -> None:
     captions = [CAPTION, CAPTION | {"model_version": "2", "caption": "blue"}]
     promoted = [decision("promote", "1", 0), decision("refuse", "2", 1)]
     assert [row["caption"] for row in view(tmp_path, captions, promoted)] == ["red"]
@@ -73,14 +75,16 @@ def test_the_view_follows_promotions_and_rollbacks_but_not_refused_promotions(tm
     assert view(tmp_path, captions, []) == []
 
 
-def test_the_view_shows_captions_of_a_champion_about_which_there_is_no_decision(tmp_path: Path) -> None:
+def test_the_view_champion_captions_works_for_a_champion_without_any_recorded_decision(tmp_path: Path) -> None:
     captions = [CAPTION, CAPTION | {"model_version": "2", "caption": "blue"}]
     captions += [caption | {"model_name": "it's"} for caption in captions]
     rows = view(tmp_path, captions, [decision("promote", "1", 0)], champions={"it's": "2"})
     assert sorted((row["model_name"], row["caption"]) for row in rows) == [("it's", "blue"), ("m", "red")]
 
 
-def test_the_view_leaves_out_errors_and_bad_captions_and_shows_corrections(tmp_path: Path) -> None:
+def test_the_view_champion_captions_omits_errors_and_captions_judged_bad_and_shows_corrected_captions(
+    tmp_path: Path,
+) -> None:
     newer = CAPTION | {"settings_hash": "new", "caption": "green", "captioned_at": START + timedelta(days=1)}
     failed = CAPTION | {"image_id": "b", "caption": None, "error": "not_an_image"}
     question = CAPTION | {"prompt": "where", "settings_hash": "q", "caption": "left"}
@@ -93,9 +97,7 @@ def test_the_view_leaves_out_errors_and_bad_captions_and_shows_corrections(tmp_p
     assert [(row["caption"], row["verdict"]) for row in corrected] == [("grey", "corrected")]
 
 
-def test_the_view_leaves_out_captions_of_another_registry_but_uses_captions_and_decisions_without_a_digest(
-    tmp_path: Path,
-) -> None:
+def test_the_view_champion_captions_omits_captions_that_belong_to_another_registry(tmp_path: Path) -> None:
     captions = [CAPTION | {"image_id": "a"}, CAPTION | {"image_id": "b", "model_digest": "y"}]
     captions.append(CAPTION | {"image_id": "c", "model_digest": None})
     assert [row["image_id"] for row in view(tmp_path, captions, [decision("promote", "1", 0)])] == ["a", "c"]
@@ -104,7 +106,7 @@ def test_the_view_leaves_out_captions_of_another_registry_but_uses_captions_and_
 
 @settings(max_examples=10, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("xyz"), st.integers(0, 3), st.booleans())))
-def test_each_picture_and_prompt_occurs_once_with_its_newest_caption(
+def test_the_view_champion_captions_has_one_row_per_picture_and_prompt_with_the_newest_caption(
     tmp_path_factory: pytest.TempPathFactory, drawn: list[tuple[str, str, int, bool]]
 ) -> None:
     captions = [
@@ -129,7 +131,7 @@ def test_each_picture_and_prompt_occurs_once_with_its_newest_caption(
     )
 
 
-def test_a_query_reads_files_in_their_order_and_refuses_invalid_sql(tmp_path: Path) -> None:
+def test_a_query_reads_parquet_files_in_the_given_order_and_refuses_invalid_sql(tmp_path: Path) -> None:
     for number in range(8):
         write_deltalake(tmp_path / "t", pa.table({"Number": [number]}), mode="append")
     table = DeltaTable(tmp_path / "t")

@@ -59,9 +59,7 @@ def test_a_reader_of_a_running_training_opens_only_new_files_and_lists_no_folder
     assert {path for path in calls.opened if "heartbeat" not in path} == {str(run.metrics(30)), str(run.samples(28))}
 
 
-def test_metric_files_after_a_missing_file_are_found_as_soon_as_the_rank_is_past_the_missing_step(
-    run: RunFolder,
-) -> None:
+def test_metric_files_after_a_missing_file_are_found_once_the_rank_has_passed_the_missing_step(run: RunFolder) -> None:
     write(run, 20, 21)  # this run continues an earlier run, so its first file is the file of step 20
     assert read(run) == []
     write_heartbeat(run, 0, 22)

@@ -55,7 +55,7 @@ def test_a_failed_write_keeps_the_previous_file(run: RunFolder) -> None:
     assert [path.name for path in run.path.iterdir()] == ["tracking.json"]
 
 
-def test_reading_a_missing_file_or_a_file_of_another_kind_is_a_user_error(run: RunFolder) -> None:
+def test_reading_a_missing_json_file_or_a_file_of_another_kind_is_a_user_error(run: RunFolder) -> None:
     with pytest.raises(UserError, match=r"run\.json is missing"):
         run.read_run()
     write_json(run.run_file, {"rank": "x"})

@@ -43,7 +43,7 @@ def test_a_run_that_another_process_owns_is_refused_and_the_error_names_the_proc
     assert not run.launcher.exists()
 
 
-def test_a_lease_of_this_host_does_not_block_a_run_although_its_process_id_is_in_use_again(run: RunFolder) -> None:
+def test_a_stale_lease_of_this_host_does_not_block_a_run_even_if_its_process_id_is_in_use_again(run: RunFolder) -> None:
     write_json(run.launcher, elsewhere(boot=run_owner._boot_id(), pid=1))
     started = time.monotonic()
     with own_run(run):
@@ -58,7 +58,7 @@ def test_a_lease_of_an_older_version_or_a_damaged_lease_does_not_block_a_run(run
         assert read_json(run.launcher, Lease).pid == os.getpid()
 
 
-def test_a_lease_that_another_host_renews_is_respected_whatever_the_clocks_say(run: RunFolder) -> None:
+def test_a_lease_that_another_host_renews_is_respected_even_if_the_clocks_of_the_hosts_differ(run: RunFolder) -> None:
     write_json(run.launcher, elsewhere())
     os.utime(run.launcher, (0, 0))  # the clock of the other host is decades behind
     threading.Timer(0.2, lambda: write_json(run.launcher, elsewhere(renewals=4))).start()
@@ -67,7 +67,7 @@ def test_a_lease_that_another_host_renews_is_respected_whatever_the_clocks_say(r
     assert read_json(run.launcher, Lease) == elsewhere(renewals=4)
 
 
-def test_a_lease_that_another_host_no_longer_renews_is_taken_over_whatever_the_clocks_say(run: RunFolder) -> None:
+def test_a_lease_that_another_host_no_longer_renews_is_taken_over_even_if_the_clocks_differ(run: RunFolder) -> None:
     write_json(run.launcher, elsewhere())
     ahead = time.time() + 1e6
     os.utime(run.launcher, (ahead, ahead))

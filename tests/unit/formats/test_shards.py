@@ -83,7 +83,7 @@ def write(folder: Path, template: ShardRequest, total: int, size: int = 17) -> S
 
 @settings(deadline=None, max_examples=15)
 @given(total=st.integers(1, 400), rows=st.sampled_from([1, 63, BATCH_ROWS, 65, 150]), size=st.integers(1, 90))
-def test_every_row_is_found_whatever_the_sizes_of_files_and_batches(
+def test_every_row_of_the_shards_is_found_for_any_file_size_and_batch_size(
     tmp_path_factory: pytest.TempPathFactory, total: int, rows: int, size: int
 ) -> None:
     shards = write(tmp_path_factory.mktemp("shards"), request(rows=rows), total, size)
@@ -155,7 +155,7 @@ print(len({shards.row(index).image_id for index in range(len(shards))}))
     ("hard", "expected"),
     [(4096, "^150\n$"), (100, "more files than a process may open on this host.*limit of 100 open")],
 )
-def test_the_limit_of_open_files_is_raised_or_an_error_reports_the_limit(
+def test_opening_many_shard_files_raises_the_open_file_limit_or_fails_with_an_error_that_states_the_limit(
     tmp_path: Path, hard: int, expected: str
 ) -> None:
     write(tmp_path, request(rows=1), 150)
@@ -203,7 +203,7 @@ def test_texts_are_read_in_row_order_with_their_prompts(tmp_path: Path) -> None:
     ]
 
 
-def test_a_pickle_of_shards_contains_only_their_path(tmp_path: Path) -> None:
+def test_pickling_a_shards_object_stores_only_the_path_of_the_shard_folder(tmp_path: Path) -> None:
     shards = write(tmp_path, request(), 10)
     shards.row(0)
     pickled = pickle.dumps(shards)
@@ -239,7 +239,7 @@ def test_a_damaged_folder_is_refused_on_opening(tmp_path: Path, damage: str) -> 
         Shards.open(tmp_path)
 
 
-def test_a_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
+def test_a_shard_manifest_in_another_format_version_is_refused(tmp_path: Path) -> None:
     write(tmp_path, request(), 5)
     path = tmp_path / "manifest.json"
     path.write_text(path.read_text().replace('"format": 2', '"format": 1'))

@@ -35,7 +35,7 @@ def test_type_without_an_sql_name_is_an_error() -> None:
         sql_type(pa.float16())
 
 
-def test_every_image_reason_is_a_quarantine_reason() -> None:
+def test_every_reason_of_an_image_error_is_also_a_quarantine_reason() -> None:
     assert set(IMAGE_REASONS) < set(REASONS)
     assert len(set(REASONS)) == len(REASONS)
 

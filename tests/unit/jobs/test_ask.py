@@ -108,7 +108,7 @@ def detector(tmp_path: Path) -> Path:
     [(("red.png",), ""), (("wide.png", "red.png"), ""), (("red.png", "wide.png"), "a cab"), ((), "a cab")],
     ids=["one", "two", "two-and-a-prompt", "none"],
 )
-def test_ask_gives_pictures_to_the_model_in_the_given_order(
+def test_lakesight_ask_passes_pictures_to_the_model_in_the_given_order(
     files: tuple[str, ...],
     prompt: str,
     random_model: tuple[Path, VisionLanguageModel, Tokenizer],
@@ -156,7 +156,7 @@ def test_no_boxes_are_reported_for_an_answer_about_several_pictures(
     assert report["regions"] == []
 
 
-def test_ask_with_draw_fails_and_prints_the_answer_if_the_answer_has_no_boxes(
+def test_lakesight_ask_with_draw_prints_the_answer_and_fails_if_the_answer_has_no_boxes(
     random_model: tuple[Path, VisionLanguageModel, Tokenizer], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(StageFailed, match=r"the answer names no region .*, so --draw drew nothing") as caught:
@@ -202,7 +202,7 @@ def test_equal_labels_have_equal_colours_and_degenerate_boxes_can_be_drawn() -> 
         ("https://example.org/a.png", "download the picture"),
     ],
 )
-def test_an_endless_file_and_a_file_that_is_no_picture_are_refused_in_one_paragraph(
+def test_lakesight_ask_refuses_a_file_that_is_no_picture_and_an_endless_file_with_one_paragraph(
     name: str, got: str, tmp_path: Path, random_model: tuple[Path, VisionLanguageModel, Tokenizer]
 ) -> None:
     os.mkfifo(tmp_path / "pipe")
@@ -238,7 +238,7 @@ def loop_in_c(*_: object, **__: object) -> None:
     deque(itertools.repeat(0), maxlen=0)
 
 
-def test_ask_follows_decoding_settings_and_refuses_other_overrides_of_the_model(
+def test_lakesight_ask_accepts_overrides_of_decoding_settings_and_refuses_other_model_overrides(
     random_model: tuple[Path, VisionLanguageModel, Tokenizer], ask_in_process: AskInProcess
 ) -> None:
     folder = random_model[0]
@@ -266,7 +266,7 @@ def test_the_attention_of_each_word_is_drawn_and_reported(
         assert drawn.tobytes() == expected.tobytes()
 
 
-def test_a_panel_highlights_the_patches_of_its_word_and_shows_the_part_of_the_picture_that_the_model_sees() -> None:
+def test_each_attention_panel_highlights_the_patches_of_its_word_in_the_part_that_the_model_sees() -> None:
     maps = AttentionMaps(
         text="left right",
         spans=((0, 4), (4, 10)),
@@ -285,7 +285,7 @@ def test_a_panel_highlights_the_patches_of_its_word_and_shows_the_part_of_the_pi
     assert join_panels([seen] * 7).size == (5 * (PANEL + 8) + 8, 2 * (PANEL + 28) + 8)
 
 
-def test_option_attention_needs_exactly_one_picture_and_an_answer_without_words_is_reported(
+def test_option_attention_is_refused_with_several_pictures_and_fails_if_the_answer_has_no_words(
     random_model: tuple[Path, VisionLanguageModel, Tokenizer], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = random_model[0]

@@ -205,7 +205,7 @@ def test_sigterm_interrupts_a_command_as_ctrl_c_does_and_ends_a_forked_child_at_
     assert int(printed) == signal.SIGTERM  # exit status of a child process that SIGTERM has ended
 
 
-def test_commands_work_for_a_user_without_a_name_and_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_work_for_a_user_whose_name_and_home_folder_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(_: int) -> None:
         raise KeyError("getpwuid(): uid not found")
 
@@ -325,7 +325,7 @@ def test_doctor_reports_failed_checks_with_fixes_and_ends_with_exit_code_1() -> 
     assert done.stderr.strip().splitlines()[-1].startswith("this machine is not ready. Got: java")
 
 
-def test_doctor_compares_task_slots_with_ranks() -> None:
+def test_command_doctor_compares_the_number_of_task_slots_with_the_number_of_ranks() -> None:
     overrides = ["--set", "platform.spark.master=local-cluster[1,1,1024]", "--set", "platform.ranks=3"]
     done = lakesight("doctor", "--json", *overrides)
     checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}

@@ -42,7 +42,7 @@ def test_an_endpoint_of_a_model_version_that_does_not_exist_is_refused(client: W
         serve_version(client, "captions", MODEL, "3")
 
 
-def test_the_error_of_command_endpoint_on_a_laptop_names_the_command_serve(
+def test_the_error_of_command_endpoint_on_a_laptop_suggests_the_command_serve(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path_factory.mktemp("home")))

@@ -170,7 +170,7 @@ def test_this_file_tests_every_generation_setting_with_a_value_that_changes_the_
 
 @pytest.mark.parametrize("surface", SURFACES)
 @pytest.mark.parametrize("name", CASES)
-def test_commands_the_registered_model_and_its_server_follow_every_generation_setting(
+def test_every_generation_setting_is_applied_by_all_commands_and_by_the_registered_model_and_its_server(
     surface: str, name: str, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LAKESIGHT_HOME", str(world.folder / "home"))
@@ -195,7 +195,7 @@ def test_an_invalid_setting_in_a_request_is_refused_and_the_error_names_the_sett
             surface(world, settings, None)
 
 
-def test_a_command_line_option_has_the_effect_of_an_override_for_any_value() -> None:
+def test_a_generation_option_on_the_command_line_has_the_same_effect_as_the_override_of_its_setting() -> None:
     seen: list[Sequence[str] | None] = []
 
     def command(*, overrides: list[str] | None = None) -> None:
@@ -213,7 +213,7 @@ def test_a_command_line_option_has_the_effect_of_an_override_for_any_value() -> 
 
 
 @pytest.mark.parametrize("command", [ask, caption, evaluate])
-def test_commands_that_caption_have_an_option_for_each_setting(command: Callable[..., None]) -> None:
+def test_every_command_that_captions_has_an_option_for_each_generation_setting(command: Callable[..., None]) -> None:
     registered = typer.main.get_command(app).commands[command.__name__]  # type: ignore[attr-defined]
     options = {option for parameter in registered.params for option in parameter.opts}
     assert {f"--{name.replace('_', '-')}" for name in CASES} <= options

@@ -42,7 +42,7 @@ def test_a_printed_change_has_a_sign_unless_the_change_is_zero() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.floats(-1e12, 1e12))
-def test_a_printed_number_has_no_exponent_and_is_close_to_the_number(value: float) -> None:
+def test_a_number_is_printed_without_an_exponent_and_with_a_small_rounding_error(value: float) -> None:
     text = number(value)
     assert "e" not in text
     assert float(text.replace(",", "")) == pytest.approx(value, rel=0.006, abs=1e-9)
@@ -80,7 +80,7 @@ def test_the_suggested_next_command_promotes_no_version_that_is_worse_in_the_com
     assert next_command(job, report) == command.format(2 * config.train.steps)
 
 
-def test_the_next_command_names_the_platform_file_and_no_setting_of_spark(
+def test_the_suggested_next_command_names_the_platform_file_and_no_setting_of_spark(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "conf" / "platform").mkdir(parents=True)
@@ -103,7 +103,7 @@ def test_the_next_command_names_the_platform_file_and_no_setting_of_spark(
         (["data.evaluate_on=train"], None),
     ],
 )
-def test_a_refused_version_that_was_judged_by_few_pictures_leads_to_more_pictures(
+def test_if_a_version_judged_by_few_pictures_is_refused_the_suggested_next_step_is_to_use_more_pictures(
     changes: list[str], expected: str | None
 ) -> None:
     text = advice(load_run("demo", overrides=changes), pictures=4)
@@ -119,7 +119,7 @@ WORDS = st.lists(st.text("abcdefgh.-", min_size=1, max_size=30), min_size=1, max
 
 @settings(max_examples=30, deadline=None)
 @given(WORDS, st.lists(WORDS, min_size=1, max_size=4), WORDS, st.integers(60, 120))
-def test_an_error_on_a_terminal_is_broken_between_words_and_lists_each_problem_on_a_line_of_its_own(
+def test_an_error_on_a_terminal_is_wrapped_between_words_and_has_one_line_for_each_problem(
     what: str, problems: list[str], fix: str, width: int
 ) -> None:
     shown = format_error(StageFailed(what, got=problems, fix=fix), width, colours=False)
@@ -131,7 +131,7 @@ def test_an_error_on_a_terminal_is_broken_between_words_and_lists_each_problem_o
     assert words == " ".join([what, *problems, fix]).replace("- ", " ").split()
 
 
-def test_an_error_on_a_terminal_keeps_a_command_in_one_line_and_has_colours_only_on_request() -> None:
+def test_an_error_on_a_terminal_does_not_wrap_commands_and_has_colours_only_if_requested() -> None:
     error = UserError("there is no such model", got="birds", fix="train it first: `lakesight pipeline --run birds` now")
     lines = format_error(error, 40, colours=False).splitlines()
     assert lines == [
@@ -146,7 +146,7 @@ def test_an_error_on_a_terminal_keeps_a_command_in_one_line_and_has_colours_only
     assert re.sub(r"\x1b\[\d*m", "", coloured).splitlines() == lines
 
 
-def test_a_command_prints_the_parts_of_its_error_on_lines_of_a_terminal_in_colours_unless_no_color_is_set(
+def test_error_parts_are_coloured_on_a_terminal_unless_the_environment_variable_no_color_is_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = [sys.executable, "-c", "from jobs.cli import main; main()", "config", "--set", "train.stepz=1"]
@@ -194,7 +194,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_lines_on_a_terminal_are_broken_between_words_but_commands_are_not_broken(
+def test_lines_on_a_terminal_are_wrapped_between_words_but_commands_are_never_wrapped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "40")
@@ -210,7 +210,7 @@ def test_lines_on_a_terminal_are_broken_between_words_but_commands_are_not_broke
     ]
 
 
-def test_several_next_commands_are_printed_on_lines_of_their_own() -> None:
+def test_each_of_several_suggested_next_commands_is_printed_on_a_separate_line() -> None:
     out = io.StringIO()
     CommandOutput(out, as_json=False).next("lakesight ui", "lakesight demo")
     assert out.getvalue() == "next        lakesight ui\nor          lakesight demo\n"

@@ -108,12 +108,12 @@ FAULTS = {
 }
 
 
-def test_a_healthy_workspace_has_no_fault(place: Place) -> None:
+def test_the_preflight_reports_no_fault_in_a_healthy_workspace(place: Place) -> None:
     assert place.failures() == {}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_preflight_finds_a_planted_fault_and_only_this_fault(place: Place, fault: str) -> None:
+def test_the_preflight_reports_exactly_the_fault_that_was_planted(place: Place, fault: str) -> None:
     planted = FAULTS[fault]
     planted.plant(place)
     failures = place.failures()

@@ -63,7 +63,7 @@ def test_all_runs_of_a_deployment_share_the_experiment_of_the_deployment(workspa
 @pytest.mark.parametrize(
     ("call", "check"), [("experiments/create", "experiment"), ("registered-models/create", "model")]
 )
-def test_a_request_that_mlflow_refuses_is_a_failed_check_with_the_reason(
+def test_if_mlflow_refuses_a_request_the_preflight_check_fails_and_states_the_reason(
     workspace: Workspace, call: str, check: str
 ) -> None:
     workspace.denied = {call}
@@ -74,7 +74,7 @@ def test_a_request_that_mlflow_refuses_is_a_failed_check_with_the_reason(
     assert "MLFLOW_TRACKING_URI" not in found.fix
 
 
-def test_a_tracking_server_that_does_not_answer_is_a_warning(
+def test_the_preflight_only_warns_about_a_tracking_server_that_does_not_answer(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path))
@@ -82,7 +82,7 @@ def test_a_tracking_server_that_does_not_answer_is_a_warning(
     assert {check.status for check in mlflow_checks(load_run("demo")).values()} == {"warn"}
 
 
-def test_the_preflight_outside_a_workspace_names_runtime_and_volume_and_never_the_packages_of_a_laptop(
+def test_outside_a_workspace_the_preflight_names_the_missing_runtime_and_volume_and_suggests_no_laptop_packages(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("jobs.preflight.RUNTIME_MODULES", ("no_such_module",))
@@ -95,7 +95,7 @@ def test_the_preflight_outside_a_workspace_names_runtime_and_volume_and_never_th
 @pytest.mark.parametrize(
     ("version", "status"), [("18.0", "ok"), ("17.3", "ok"), ("16.4", "fail"), ("client.2", "fail")]
 )
-def test_a_runtime_before_spark_4_is_refused(version: str, status: str) -> None:
+def test_the_preflight_refuses_a_databricks_runtime_with_a_spark_version_below_4(version: str, status: str) -> None:
     assert check_runtime(version).status == status
 
 
@@ -145,5 +145,5 @@ def test_the_version_of_mlflow_is_known_where_only_mlflow_skinny_is_installed(mo
     assert logged_model._public_version("numpy") == installed("numpy")
 
 
-def test_mlflow_connects_to_the_workspace(workspace: Workspace) -> None:
+def test_in_a_workspace_mlflow_connects_to_the_tracking_server_of_the_workspace(workspace: Workspace) -> None:
     assert connect(open_platform(workspace_run().platform)).search_experiments() == []

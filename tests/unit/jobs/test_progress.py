@@ -12,7 +12,7 @@ import pytest
 from jobs import progress
 
 
-def test_a_line_appears_regularly_without_a_terminal_even_if_progress_cannot_be_counted(
+def test_without_a_terminal_a_progress_line_is_printed_regularly_even_if_progress_cannot_be_counted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(progress, "LINE_EVERY", 0.01)
@@ -26,9 +26,7 @@ def test_a_line_appears_regularly_without_a_terminal_even_if_progress_cannot_be_
     assert all(line.startswith("evaluate 0:00 elapsed") for line in lines[:3])
 
 
-def test_a_bar_on_a_terminal_shows_the_time_left(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_progress_bar_on_a_terminal_shows_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True

@@ -96,7 +96,7 @@ def shop(home: Path, tmp_path: Path) -> None:
         write_deltalake(home / "warehouse" / table.name, pa.Table.from_pylist(found, table.arrow_schema))
 
 
-def test_show_finds_the_pictures_of_captions_in_the_table_that_was_captioned(shop: None) -> None:
+def test_show_reads_the_pictures_beside_captions_from_the_table_that_was_captioned(shop: None) -> None:
     done = lakesight("show", "generated_captions", "--gallery", "--json")
     page = Path(json.loads(done.stdout)["gallery"]).read_text()
     assert page.count("data:image/jpeg;base64,") == 1

@@ -33,7 +33,7 @@ def test_a_page_is_self_contained_and_data_cannot_inject_html(tmp_path: Path) ->
     assert re.findall(r'<figure class="(\w+)"', html) == ["good", "bad"]
 
 
-def test_bar_lengths_are_proportional_and_zero_is_allowed(tmp_path: Path) -> None:
+def test_the_length_of_a_bar_on_a_page_is_proportional_to_its_value_and_may_be_zero(tmp_path: Path) -> None:
     chart = Chart("rows", {"a": 4000, "b": 1000, "c": 0})
     assert list(chart.bars) == [("a", "4,000", 100.0), ("b", "1,000", 25.0), ("c", "0", 0.0)]
     assert list(Chart("none", {}).bars) == []

@@ -21,7 +21,7 @@ def jar(folder: Path, name: str) -> Path:
     return path
 
 
-def test_recorded_jars_are_loaded_until_a_jar_is_missing(tmp_path: Path) -> None:
+def test_recorded_jars_are_loaded_only_if_none_of_their_files_is_missing(tmp_path: Path) -> None:
     paths = [jar(tmp_path / "with space", name) for name in ("a.jar", "b.jar")]
     with delta_jars() as first:
         assert "io.delta:delta-spark_" in first.settings()["spark.jars.packages"]

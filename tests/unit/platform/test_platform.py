@@ -34,7 +34,7 @@ def any_platform(request: pytest.FixtureRequest, home: Path) -> Platform:
     return open_platform(LocalPlatformConfig() if request.param == "local" else WORKSPACE)
 
 
-def test_both_platforms_have_every_field(any_platform: Platform) -> None:
+def test_every_field_of_the_platform_is_set_in_a_workspace_and_on_a_laptop(any_platform: Platform) -> None:
     assert callable(any_platform.open_spark)
     assert any_platform.table("samples") == f"{any_platform.namespace}.samples"
     folders = {any_platform.folder(kind) for kind in ("shards", "runs", "models", "reports", "demo")}
@@ -65,7 +65,7 @@ def test_all_names_in_a_workspace_contain_catalog_and_schema() -> None:
     assert platform.tables is None
 
 
-def test_settings_of_spark_are_passed_to_the_session_and_are_neither_stored_nor_printed_nor_hashed(
+def test_spark_settings_reach_the_session_but_are_neither_stored_nor_printed_nor_hashed(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONSAFEPATH", "1")

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[3]
 CLASSIC_ONLY = re.compile(r"[sS]parkContext|\._j\w+|(from|import) py4j|delta\.tables import DeltaTable|\.rdd\b")
 
 
-def test_only_package_platform_uses_functions_that_a_spark_connect_session_lacks() -> None:
+def test_functions_that_spark_connect_lacks_are_used_only_in_the_package_platform() -> None:
     found = {
         f"{file.relative_to(ROOT)}: {line.strip()}"
         for folder in ("pipelines", "jobs")

@@ -56,7 +56,9 @@ def stored(folder: Path) -> list[tuple[str | None, str]]:
     return sorted(((row["model_digest"], row["verdict"]) for row in rows), key=str)
 
 
-def test_models_of_two_registries_with_the_same_name_and_number_have_separate_verdicts(tmp_path: Path) -> None:
+def test_verdicts_are_separate_for_model_versions_of_two_registries_with_the_same_name_and_number(
+    tmp_path: Path,
+) -> None:
     captions = write(tmp_path, GENERATED_CAPTIONS, [CAPTION | {"model_digest": digest} for digest in ("x", "y")])
     pictures = write(tmp_path, SAMPLES, [SAMPLE])
     review = Review(captions, pictures, tmp_path / "verdicts", table="samples", model="m")
@@ -86,7 +88,7 @@ def rewrite_and_vacuum(folder: Path) -> None:
     DeltaTable(folder).vacuum(retention_hours=0, enforce_retention_duration=False, dry_run=False)
 
 
-def test_a_running_review_and_show_survive_the_removal_of_the_files_of_older_versions(tmp_path: Path) -> None:
+def test_a_running_review_and_command_show_still_work_after_vacuum_of_older_table_versions(tmp_path: Path) -> None:
     captions = write(tmp_path, GENERATED_CAPTIONS, [CAPTION])
     pictures = write(tmp_path, SAMPLES, [SAMPLE])
     review = Review(captions, pictures, tmp_path / "verdicts", table="samples", model="m")

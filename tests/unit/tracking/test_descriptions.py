@@ -88,7 +88,7 @@ def test_the_mlflow_name_of_a_run_lists_settings_that_differ_from_the_config_fil
     assert len(run_name(long)) <= MAX_NAME_CHARS + len(" and 2 more")
 
 
-def test_a_run_whose_config_files_were_removed_still_has_a_name(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_whose_config_files_were_removed_still_gets_its_mlflow_name(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         assert changed_settings(tiny_run()) == {}
     assert any("no run is called 'tiny'" in message for message in caplog.messages)
@@ -118,7 +118,9 @@ def test_a_description_is_not_longer_than_the_limit_of_an_mlflow_tag() -> None:
     assert len(put_sections("", {"A": "x" * 9000})) == MAX_NOTE_CHARS
 
 
-def test_experiments_open_in_the_training_view_even_if_an_earlier_version_created_them(platform: Platform) -> None:
+def test_mlflow_opens_an_experiment_in_the_training_view_even_if_an_earlier_lakesight_version_created_it(
+    platform: Platform,
+) -> None:
     client = connect(platform)
     client.create_experiment(platform.experiment("old"), tags={NOTE: "written by hand"})
     for name in ("old", "new", "caption"):
@@ -156,7 +158,9 @@ def test_the_run_the_model_and_the_model_version_have_descriptions_with_links_to
     assert len([key for key in logged.data.tags if key.startswith("lakesight.")]) <= 6
 
 
-def test_a_note_that_a_person_has_written_survives_a_resumed_run(platform: Platform, run: RunFolder) -> None:
+def test_a_note_that_a_person_wrote_in_mlflow_is_kept_when_the_run_is_resumed(
+    platform: Platform, run: RunFolder
+) -> None:
     with runs.follow(run, tiny_run(), platform) as follower:
         pass
     client = connect(platform)

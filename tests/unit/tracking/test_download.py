@@ -73,7 +73,7 @@ def test_a_model_version_of_another_registry_with_the_same_name_and_number_has_a
         assert download(platform, registered.model_copy(update=other)).folder != folder
 
 
-def test_a_run_that_is_logged_to_two_servers_in_turn_has_one_mlflow_run_and_one_version_on_each(
+def test_a_run_logged_to_two_servers_in_turn_has_one_mlflow_run_and_one_model_version_on_each_server(
     platform: Platform, folder: Path, registered: registry.ModelVersion, empty_database: Path, tmp_path: Path
 ) -> None:
     uri = f"sqlite:///{shutil.copy(empty_database, tmp_path / 'other.db')}"
@@ -118,7 +118,7 @@ def test_a_downloaded_model_version_whose_files_differ_from_the_registered_files
             download(platform, without_copy)
 
 
-def test_a_promotion_that_was_recorded_but_not_carried_out_is_corrected_in_the_table_of_decisions(
+def test_a_decision_for_a_promotion_that_was_not_carried_out_is_corrected_in_the_decisions_table(
     platform: Platform, registered: registry.ModelVersion
 ) -> None:
     def no_spark() -> SparkSession:

@@ -73,7 +73,7 @@ def original(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> 
     return home
 
 
-def test_all_files_are_inside_a_home_folder_whose_name_must_be_escaped_in_urls(original: Path) -> None:
+def test_all_files_are_written_inside_the_home_folder_even_if_its_name_must_be_escaped_in_urls(original: Path) -> None:
     assert [path.name for path in original.parent.iterdir()] == [ODD]
     assert {"mlflow.db", "mlartifacts", "runs", "shards"} <= {path.name for path in original.iterdir()}
 
@@ -103,7 +103,7 @@ def test_a_model_of_a_moved_home_is_found_and_its_training_run_is_continued(
         assert mlflow.pyfunc.load_model("models:/tiny/1").metadata
 
 
-def test_a_copy_of_a_home_uses_its_own_artifacts_while_the_original_still_exists(
+def test_a_copied_home_folder_uses_its_own_artifacts_while_the_original_still_exists(
     original: Path, tmp_path: Path
 ) -> None:
     copy = tmp_path / "copy"
@@ -114,7 +114,7 @@ def test_a_copy_of_a_home_uses_its_own_artifacts_while_the_original_still_exists
     assert {location.partition("/mlartifacts")[0] for location in locations(original)} == {original.as_uri()}
 
 
-def test_artifacts_of_another_home_or_a_symbolic_link_to_a_home_do_not_change_stored_locations(
+def test_opening_a_home_folder_by_a_symbolic_link_or_without_its_artifacts_keeps_the_stored_locations(
     original: Path, tmp_path: Path
 ) -> None:
     before = locations(original)
@@ -129,7 +129,7 @@ def test_artifacts_of_another_home_or_a_symbolic_link_to_a_home_do_not_change_st
 
 
 @pytest.mark.parametrize("url", ["s3a://bucket/home", "gs://bucket", "dbfs:/home", "file:///home"])
-def test_a_home_that_is_a_url_is_refused_in_one_paragraph(
+def test_a_url_as_home_folder_is_refused_with_an_error_of_one_paragraph(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -15,7 +15,7 @@ from vlm.checkpoint import load_config
 
 
 @pytest.mark.matrix  # registers two versions
-def test_a_checkpoint_with_other_generation_settings_is_another_version_with_the_same_weights(
+def test_registering_other_generation_settings_makes_another_model_version_with_the_same_weights(
     tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     platform, config = open_local(monkeypatch, tmp_path / "home", database=empty_database), tiny_run()

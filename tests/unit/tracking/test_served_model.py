@@ -88,14 +88,12 @@ def predict(model: Any, rows: list[tuple[Any, Any]]) -> list[tuple[str | None, s
     return list(zip(answers["caption"], answers["error"], strict=True))
 
 
-def test_every_form_of_a_good_picture_and_every_missing_prompt_gives_the_same_caption(
-    model: Any,
-) -> None:
+def test_every_form_of_a_good_picture_and_every_missing_prompt_gives_the_same_caption(model: Any) -> None:
     answers = predict(model, [(image, "") for image in GOOD] + [(TEXT, prompt) for prompt in NO_PROMPT])
     assert set(answers) == {(answers[0][0], None)}
 
 
-def test_every_bad_cell_of_a_request_gives_an_error_in_its_row(model: Any) -> None:
+def test_a_bad_cell_in_a_serving_request_gives_an_error_only_in_its_row(model: Any) -> None:
     rows = [(image, "") for image in BAD] + [(TEXT, prompt) for prompt in BAD_PROMPTS]
     for row, (caption, error) in zip(rows, predict(model, rows), strict=True):
         assert caption is None, ascii(row)[:80]
@@ -105,7 +103,9 @@ def test_every_bad_cell_of_a_request_gives_an_error_in_its_row(model: Any) -> No
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(GOOD + BAD), st.sampled_from(NO_PROMPT + BAD_PROMPTS)), max_size=6))
-def test_good_rows_get_their_caption_whatever_the_other_rows_hold(model: Any, rows: list[tuple[Any, Any]]) -> None:
+def test_a_good_row_of_a_request_gets_the_same_caption_for_any_content_of_the_other_rows(
+    model: Any, rows: list[tuple[Any, Any]]
+) -> None:
     ((caption, _),) = predict(model, [(TEXT, "")])
     for (image, prompt), answer in zip(rows, predict(model, rows), strict=True):
         good = any(image is each for each in GOOD) and any(prompt is each for each in NO_PROMPT)
@@ -120,5 +120,5 @@ def test_a_prompt_that_is_a_number_or_bytes_is_read_as_its_text(model: Any) -> N
     assert answers[2] == answers[3]
 
 
-def test_a_request_without_rows_has_an_empty_answer(model: Any) -> None:
+def test_a_serving_request_without_rows_gets_an_empty_answer(model: Any) -> None:
     assert predict(model, []) == []
