@@ -115,7 +115,7 @@ def test_training_changes_only_adapter_weights_and_the_optimizer_holds_only_adap
     assert num_moments == 2 * sum(p.numel() for p in trained)
 
 
-def test_an_adapter_of_a_layer_after_the_last_router_can_be_trained() -> None:
+def test_an_adapter_in_a_layer_after_the_last_router_can_be_trained() -> None:
     model, tokenizer = tiny_model("routed")
     add_adapter(model, AdapterConfig(pattern="decoder.head"))
     reports = learn(model, adamw(model), itertools.repeat(tiny_batch(model, tokenizer, TEXTS), 10))
@@ -223,7 +223,7 @@ def test_a_resumed_adapter_training_equals_the_uninterrupted_training_and_ends_w
     torch.testing.assert_close(plain(batches[0]), model.eval()(batches[0]), atol=1e-5, rtol=1e-5)
 
 
-def test_a_run_with_start_from_starts_with_the_weights_of_the_given_folder(base: Path) -> None:
+def test_a_run_with_the_setting_start_from_begins_with_the_weights_of_the_given_folder(base: Path) -> None:
     _, tokenizer = tiny_model("plain")
     config = ModelConfig.model_validate_json((base / "config.json").read_text())
     model = ModelBuilder(config, TrainConfig(start_from=str(base)), tokenizer).model(CPU)

@@ -49,7 +49,9 @@ def captioner() -> Captioner:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_the_examples_of_the_docstrings_give_the_shown_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_in_the_docstrings_give_the_results_that_are_shown_there(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     failed, tried = doctest.testmod(importlib.import_module(name))
     assert (failed, tried > 0) == (0, True)
@@ -83,7 +85,7 @@ def test_the_api_page_equals_the_page_that_is_generated_from_the_docstrings() ->
     assert headings >= {name for name, _ in public_functions()}
 
 
-def test_the_code_lines_of_the_readme_caption_a_picture(
+def test_the_code_example_in_the_readme_runs_and_captions_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (lines,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
@@ -101,7 +103,7 @@ def test_the_code_lines_of_the_readme_caption_a_picture(
 # ------------------------------------------------------------------------------------------------ load and build
 
 
-def test_load_accepts_a_checkpoint_folder_a_run_folder_and_an_mlflow_model_folder(tmp_path: Path) -> None:
+def test_the_function_load_accepts_a_checkpoint_folder_or_run_folder_or_mlflow_model_folder(tmp_path: Path) -> None:
     expected, other = Captioner(*tiny_model("plain")), Captioner(*tiny_model("plain", seed=2))
     expected.save(tmp_path / "checkpoint")
     other.save(tmp_path / "run" / "checkpoints" / "step_000900")
@@ -114,7 +116,7 @@ def test_load_accepts_a_checkpoint_folder_a_run_folder_and_an_mlflow_model_folde
     assert other.caption(pictures(1))[0].caption != caption
 
 
-def test_a_given_precision_and_device_are_used_or_refused(tmp_path: Path) -> None:
+def test_the_api_loads_a_model_in_the_given_precision_and_on_the_given_device(tmp_path: Path) -> None:
     save_model(tmp_path, *tiny_model("plain"))
     assert vlm.load(str(tmp_path), precision="bf16").model.mean.dtype == torch.bfloat16
     assert vlm.load(tmp_path, device="meta").model.mean.device.type == "meta"
@@ -137,13 +139,13 @@ def test_a_folder_without_a_complete_model_is_refused_and_the_error_names_the_fo
     assert str(folder) in str(caught.value)
 
 
-def test_a_published_folder_that_holds_only_a_decoder_is_refused_and_the_error_says_so(tmp_path: Path) -> None:
+def test_a_folder_with_published_weights_of_only_a_decoder_is_refused_and_the_error_says_so(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(CheckpointError, match="gpt2, which is a family for the decoder"):
         vlm.load(tmp_path)
 
 
-def test_build_accepts_a_config_a_mapping_or_a_file_and_does_not_change_the_random_state() -> None:
+def test_the_function_build_accepts_a_config_or_mapping_or_file_and_keeps_the_random_state() -> None:
     config = tiny_config("plain")
     state = torch.random.get_rng_state()
     built = [vlm.build(given, seed=3) for given in (config, config.model_dump())]
@@ -163,7 +165,7 @@ def test_build_refuses_an_invalid_config(config: Any) -> None:
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-def test_a_picture_has_the_same_caption_as_an_image_object_a_file_bytes_and_base64(
+def test_a_picture_gets_the_same_caption_in_every_form_in_which_the_api_accepts_pictures(
     captioner: Captioner, tmp_path: Path
 ) -> None:
     picture = pictures(1)[0]
@@ -175,7 +177,7 @@ def test_a_picture_has_the_same_caption_as_an_image_object_a_file_bytes_and_base
     assert results[0].error is None
 
 
-def test_a_picture_opened_with_pillow_is_turned_upright_in_the_same_way_as_its_file(
+def test_a_picture_opened_with_pillow_is_turned_upright_just_as_its_file_would_be(
     captioner: Captioner, tmp_path: Path
 ) -> None:
     exif = Image.Exif()
@@ -186,7 +188,7 @@ def test_a_picture_opened_with_pillow_is_turned_upright_in_the_same_way_as_its_f
     assert torch.equal(opened, torch.rot90(tiny_pixels(1)[0], -1))
 
 
-def test_a_missing_or_broken_picture_is_an_error_of_its_row_or_is_raised_by_calls_with_a_single_picture(
+def test_a_bad_picture_gives_an_error_in_its_row_and_is_raised_by_calls_with_a_single_picture(
     captioner: Captioner, tmp_path: Path
 ) -> None:
     data = as_file(Image.effect_noise((300, 300), 90))
@@ -215,7 +217,7 @@ def test_a_single_prompt_applies_to_all_pictures_and_a_wrong_number_of_prompts_i
         captioner.caption([one], ["a", "b"])
 
 
-def test_a_misspelled_or_invalid_setting_is_refused_by_every_call(captioner: Captioner) -> None:
+def test_every_api_function_refuses_a_misspelled_or_invalid_setting(captioner: Captioner) -> None:
     picture = pictures(1)[0]
     for call in (lambda **s: captioner.caption([picture], **s), lambda **s: captioner.stream(picture, **s)):
         with pytest.raises(ConfigError, match="did you mean 'temperature'"):
@@ -227,7 +229,9 @@ def test_a_misspelled_or_invalid_setting_is_refused_by_every_call(captioner: Cap
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 3}, {"num_beams": 3}, {"stop": ["a"]}])
-def test_the_joined_pieces_of_a_stream_equal_the_caption(captioner: Captioner, settings: dict[str, Any]) -> None:
+def test_the_streamed_pieces_of_a_caption_joined_together_equal_the_whole_caption(
+    captioner: Captioner, settings: dict[str, Any]
+) -> None:
     picture = pictures(1)[0]
     pieces = list(captioner.stream(picture, "what", **settings))
     assert "".join(pieces) == captioner.caption([picture], "what", **settings)[0].caption
@@ -243,7 +247,9 @@ def test_a_stream_reads_several_pictures_in_order(captioner: Captioner) -> None:
 
 
 @pytest.mark.parametrize("variant", ["plain", "prefix", "looking"])
-def test_the_logprobs_of_an_answer_equal_the_logprobs_at_its_generation(variant: str) -> None:
+def test_the_function_logprobs_returns_for_an_answer_the_values_that_were_computed_at_its_generation(
+    variant: str,
+) -> None:
     captioner = Captioner(*tiny_model(variant))
     seen, prompts = pictures(3), ["", "what", "a"]
     requests = [captioner.request([picture], prompt) for picture, prompt in zip(seen, prompts, strict=True)]

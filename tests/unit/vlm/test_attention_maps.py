@@ -22,7 +22,7 @@ def ask(model: VisionLanguageModel, tokenizer: Tokenizer, prompt: str = "") -> t
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_explicit_attention_equals_the_fused_kernel_and_its_weights_sum_to_one(variant: str) -> None:
+def test_explicit_attention_equals_the_fused_attention_kernel_and_its_weights_sum_to_one(variant: str) -> None:
     model, tokenizer = tiny_model(variant)
     batch = tiny_batch(model, tokenizer, [("", "a cat"), ("what is it", "b"), ("a", "")])
     layers = [part for part in model.modules() if isinstance(part, Attention | CrossAttention)]
@@ -39,7 +39,7 @@ def test_explicit_attention_equals_the_fused_kernel_and_its_weights_sum_to_one(v
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("prompt", ["", "what is it"])
-def test_every_kind_of_model_has_a_map_of_its_patches_for_each_token(variant: str, prompt: str) -> None:
+def test_models_of_every_kind_give_for_each_token_an_attention_map_over_the_patches(variant: str, prompt: str) -> None:
     model, tokenizer = tiny_model(variant)
     request, completion = ask(model, tokenizer, prompt)
     maps = attention_maps(model, tokenizer, request, completion)
@@ -54,7 +54,7 @@ def test_every_kind_of_model_has_a_map_of_its_patches_for_each_token(variant: st
     assert [word for word, _ in maps.words()] == completion.text.split()
 
 
-def test_the_maps_are_the_weights_of_the_positions_that_predict_the_tokens() -> None:
+def test_the_attention_map_of_a_token_shows_the_attention_weights_at_the_position_that_predicts_the_token() -> None:
     """The queries and keys of the first layer are computed here from the embeddings, without the model's attention."""
     model, tokenizer = tiny_model("plain")
     request, completion = ask(model, tokenizer, "what")
@@ -75,14 +75,14 @@ def test_the_maps_are_the_weights_of_the_positions_that_predict_the_tokens() -> 
             assert torch.allclose(maps.decoder_TLHN[token, 0, head], weights[:slots], atol=1e-5)
 
 
-def test_the_rollout_of_two_layers_is_the_product_of_attention_and_residual_connections() -> None:
+def test_the_attention_rollout_of_two_layers_multiplies_their_attention_with_residual_connections() -> None:
     first = torch.tensor([[[1.0, 0.0], [0.5, 0.5]], [[1.0, 0.0], [0.5, 0.5]]])
     second = torch.tensor([[[0.0, 1.0], [0.0, 1.0]]])
     expected = torch.tensor([[0.5, 0.5], [0.0, 1.0]]) @ torch.tensor([[1.0, 0.0], [0.25, 0.75]])
     assert torch.allclose(rollout([first, second]), expected)
 
 
-def test_a_feature_that_merges_a_square_of_patches_gives_each_of_these_patches_an_equal_share() -> None:
+def test_the_attention_of_a_feature_that_merges_several_patches_is_divided_equally_among_them() -> None:
     """A projector whose linear layer is a mean over the patches of a square gives the same shares."""
     shuffle = PixelShuffle(16, 16, factor=2)
     with torch.no_grad():

@@ -28,7 +28,7 @@ def files(count: int) -> list[bytes | str | None]:
 
 
 @pytest.mark.parametrize("changes", [{}, {"temperature": 1.0, "seed": 5}, {"num_beams": 3}])
-def test_a_caption_does_not_depend_on_prompts_of_other_lengths_in_the_batch(changes: dict[str, object]) -> None:
+def test_a_caption_does_not_depend_on_the_lengths_of_other_prompts_in_the_batch(changes: dict[str, object]) -> None:
     captioner = Captioner(*tiny_model("other"))
     settings = SETTINGS | changes
     images, prompts = files(12), ["", "what", "a long question", "why"] * 3
@@ -66,7 +66,9 @@ def test_a_caption_ends_before_the_first_stop_string() -> None:
     assert cut.caption == free.caption[: free.caption.index(word)]
 
 
-def test_a_batch_has_a_limited_number_of_rows_and_of_positions_over_all_beams(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_captioner_limits_the_rows_of_a_batch_and_the_positions_of_all_beams(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(captioner_module, "BATCH_ROWS", 5)
     monkeypatch.setattr(captioner_module, "BATCH_POSITIONS", 200)
     model, tokenizer = tiny_model("plain")

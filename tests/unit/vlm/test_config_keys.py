@@ -181,7 +181,7 @@ HARMLESS: list[tuple[str, str, Any]] = [
 
 
 @pytest.mark.parametrize(("name", "path", "value"), HARMLESS)
-def test_a_key_without_effect_is_accepted_with_any_value(name: str, path: str, value: Any) -> None:
+def test_a_published_config_key_without_any_effect_is_accepted_with_any_value(name: str, path: str, value: Any) -> None:
     family, model = family_of(name), MODELS[name]
     settings = json.loads(json.dumps(family.to_settings(model)))
     assert family.mismatches(model, changed(settings, path, value)) == []
@@ -241,7 +241,7 @@ IMPORTED_ONLY = {"timm_eva": "vit_small_patch16_dinov3", "timm_rope": "vit_small
 
 
 @pytest.mark.parametrize("name", IMPORTED_ONLY)
-def test_a_weight_family_that_cannot_be_exported_compares_positions_and_refuses_unknown_keys(name: str) -> None:
+def test_import_for_a_family_without_export_compares_positions_and_refuses_unknown_config_keys(name: str) -> None:
     family, settings = family_of(name), {"architecture": IMPORTED_ONLY[name], "num_features": 16}
     position = {"kind": "axial", "coordinates": "centred" if name == "timm_eva" else "index"}
     first = {"first": "row" if name == "timm_eva" else "column"}

@@ -68,7 +68,7 @@ def test_training_lowers_the_contrastive_loss_in_addition_to_the_caption_loss() 
     assert reports[-1].loss < 0.5 * reports[0].loss
 
 
-def test_with_weight_zero_no_contrastive_loss_is_reported_and_the_caption_loss_of_each_step_is_unchanged() -> None:
+def test_a_contrastive_loss_of_weight_zero_is_not_reported_and_changes_no_caption_loss() -> None:
     _, reports = train(0.0, steps=3)
     _, tiny = train(1e-12, steps=3)
     assert [report.contrastive for report in reports] == [None] * 3

@@ -47,7 +47,7 @@ def gradients(experts: PlainExperts | GatedExperts, x_NW: Tensor, gates_NK: Tens
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", ["plain", "gated"])
 @pytest.mark.parametrize("chosen", CHOSEN)
-def test_dispatch_equals_the_reference_loop_over_experts(
+def test_sending_tokens_to_experts_in_groups_equals_a_plain_loop_over_the_experts(
     chosen: str, kind: str, bias: bool, widths: tuple[int, int]
 ) -> None:
     experts = make_experts(kind, *widths, bias=bias)
@@ -126,7 +126,7 @@ def test_the_router_computes_in_fp32_under_autocast() -> None:
     torch.testing.assert_close(rounded.float(), plain, rtol=0.1, atol=0.1)
 
 
-def test_only_a_training_pass_stores_the_routing_and_pop_routing_clears_the_stored_routing() -> None:
+def test_the_routing_is_stored_only_in_a_training_pass_and_is_removed_by_pop_routing() -> None:
     layer = make_layer(noisy=False)
     layer.train()(torch.randn(3, 7, 16))
     layer.eval()(torch.randn(5, 16))

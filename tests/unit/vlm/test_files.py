@@ -10,7 +10,7 @@ import pytest
 from vlm.files import atomic_write
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_temporary_file(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file_in_place_and_no_temporary_file_behind(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text("old")
 

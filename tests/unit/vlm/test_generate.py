@@ -84,7 +84,7 @@ def test_generation_with_the_cache_equals_generation_without_the_cache(variant: 
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_request_gets_the_same_completion_alone_and_in_a_padded_batch_of_sixteen_requests(variant: str) -> None:
+def test_a_request_gets_the_same_completion_alone_as_in_a_padded_batch_of_sixteen_requests(variant: str) -> None:
     model, tokenizer = tiny_model(variant)
     requests = mixed_requests(model, tokenizer, 16)
     beams = SHORT.model_copy(update={"num_beams": 3})
@@ -143,7 +143,7 @@ def test_the_seeds_decide_the_samples_and_top_1_sampling_equals_greedy_decoding(
     assert sampled(top_k=1) == sampled(temperature=0.0) == sampled(top_p=1e-6) == sampled(min_p=1.0)
 
 
-def test_the_random_number_decides_the_sampled_token_and_tokens_of_probability_zero_are_never_sampled() -> None:
+def test_a_token_of_probability_zero_is_never_sampled_for_any_random_number() -> None:
     scores = torch.tensor([-torch.inf, 0.0, -torch.inf, math.log(3), -torch.inf]).expand(5, -1)
     numbers = torch.tensor([0.0, 0.2499, 0.2501, 0.9999, 1 - 2**-53], dtype=torch.float64)
     assert sample_tokens(scores, numbers).tolist() == [1, 1, 3, 3, 3]
@@ -159,7 +159,7 @@ def test_suppressed_tokens_are_never_generated(changes: dict[str, object]) -> No
 
 
 @pytest.mark.parametrize("changes", [{}, {"repetition_penalty": 3.0}, {"temperature": 0.0, "num_beams": 3}])
-def test_logprobs_are_the_models_log_probabilities_before_repetition_penalty_and_filters(
+def test_logprobs_are_log_probabilities_before_the_repetition_penalty_and_the_sampling_filters(
     changes: dict[str, object],
 ) -> None:
     model, tokenizer = tiny_model("plain")
@@ -212,7 +212,7 @@ def test_a_completion_ends_before_the_first_stop_string(num_beams: int) -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"temperature": 1.0}, {"num_beams": 2}])
-def test_stream_yields_the_same_tokens_as_generate(changes: dict[str, object]) -> None:
+def test_the_function_stream_yields_the_same_tokens_as_the_function_generate(changes: dict[str, object]) -> None:
     model, tokenizer = tiny_model("other")
     settings = GREEDY.model_copy(update=changes)
     for picture in tiny_pixels(4):
@@ -222,7 +222,7 @@ def test_stream_yields_the_same_tokens_as_generate(changes: dict[str, object]) -
         assert (last.tokens, last.text) == (answer.tokens, answer.text)
 
 
-def test_stream_yields_the_first_token_after_one_pass_of_the_decoder() -> None:
+def test_the_function_stream_yields_the_first_token_after_a_single_pass_of_the_decoder() -> None:
     model, tokenizer = tiny_model("other")
     passes: list[int] = []
     model.decoder.register_forward_pre_hook(lambda _, inputs: passes.append(1))
@@ -231,7 +231,7 @@ def test_stream_yields_the_first_token_after_one_pass_of_the_decoder() -> None:
     assert len(passes) == 1
 
 
-def test_a_large_repetition_penalty_prevents_tokens_of_the_prompt_and_repeated_tokens() -> None:
+def test_a_large_repetition_penalty_prevents_repetition_of_earlier_tokens_and_of_prompt_tokens() -> None:
     model, tokenizer = tiny_model("plain")
     requests = [ask(model, tokenizer, [picture], "what") for picture in tiny_pixels(8)]
     for answer in generate(model, tokenizer, requests, GREEDY.model_copy(update={"repetition_penalty": 1e6})):
@@ -240,7 +240,7 @@ def test_a_large_repetition_penalty_prevents_tokens_of_the_prompt_and_repeated_t
         assert len(set(tokens)) == len(set("what")) + len(answer.tokens)
 
 
-def test_generate_returns_an_empty_list_for_no_requests() -> None:
+def test_the_function_generate_returns_an_empty_list_for_an_empty_list_of_requests() -> None:
     assert generate(*tiny_model("plain"), [], GREEDY) == []
 
 
@@ -251,7 +251,7 @@ def test_a_request_that_does_not_fit_the_context_is_an_error() -> None:
         generate(model, tokenizer, requests, GREEDY)
 
 
-def test_a_request_whose_number_of_slots_does_not_match_its_pictures_is_an_error() -> None:
+def test_a_request_with_another_number_of_image_slots_than_its_pictures_need_is_an_error() -> None:
     model, tokenizer = tiny_model("plain")
     one, two = tiny_pixels(2)
     prefix = prefix_ids(tokenizer, model.config.num_slots, "")

@@ -51,13 +51,13 @@ def test_a_known_format_that_pillow_cannot_identify_is_rejected_as_unsupported(d
 
 
 @pytest.mark.parametrize("data", [b"", b"x", b"a sentence and no picture"])
-def test_bytes_of_no_known_format_are_rejected_as_not_an_image(data: bytes) -> None:
+def test_bytes_in_no_known_picture_format_are_rejected_with_the_reason_not_an_image(data: bytes) -> None:
     assert rejection(data) == "not_an_image"
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
 @pytest.mark.parametrize("share", [0.03, 0.5, 0.9])
-def test_a_picture_file_that_was_cut_at_any_point_is_rejected_as_truncated(kind: str, share: float) -> None:
+def test_a_picture_file_that_was_cut_at_any_byte_is_rejected_as_truncated(kind: str, share: float) -> None:
     data = encoded(picture(1, (64, 64)), kind)
     assert rejection(data[: max(12, int(len(data) * share))]) == "truncated_image"
 
@@ -123,11 +123,11 @@ def test_a_picture_of_any_mode_or_transparency_decodes_to_the_visible_colour(
     assert np.abs(np.array(image).astype(int) - colour).max() <= 1
 
 
-def test_a_picture_with_float_pixels_is_rejected_as_unsupported() -> None:
+def test_a_picture_with_float_pixels_is_rejected_as_an_unsupported_format() -> None:
     assert rejection(encoded(Image.new("F", (8, 8), 0.5), "TIFF")) == "unsupported_format"
 
 
-def test_a_jpeg_decoded_at_reduced_size_is_at_least_as_large_as_the_draft_side_and_hardly_differs() -> None:
+def test_a_jpeg_decoded_at_reduced_size_is_no_smaller_than_requested_and_hardly_differs() -> None:
     config = ImageConfig(size=60)
     whole = picture(3, (500, 250)).resize((60, 30)).resize((500, 250))
     data = encoded(whole, "JPEG", quality=95)
@@ -150,7 +150,7 @@ def test_an_animation_decodes_to_its_first_frame() -> None:
     ("resize", "corner", "middle"),
     [("stretch", RED, (0, 0, 255)), ("crop", (0, 0, 255), (0, 0, 255)), ("pad", WHITE, (0, 0, 255))],
 )
-def test_the_resize_mode_stretches_crops_or_pads_the_picture(
+def test_a_picture_is_stretched_or_cropped_or_padded_as_the_resize_mode_says(
     resize: str, corner: tuple[int, int, int], middle: tuple[int, int, int]
 ) -> None:
     wide = Image.new("RGB", (120, 40), RED)
@@ -198,7 +198,7 @@ def test_base64_text_of_too_many_bytes_is_rejected_before_decoding() -> None:
     *(st.booleans() for _ in range(3)),
     st.sampled_from([1, 4, 7, 76, 100]),
 )
-def test_base64_may_have_white_space_a_data_url_prefix_url_safe_letters_or_missing_padding(
+def test_base64_text_is_decoded_with_white_space_or_a_url_prefix_or_without_padding(
     data: bytes, space: str, url: bool, padded: bool, safe: bool, width: int
 ) -> None:
     body = base64.urlsafe_b64encode(data).decode() if safe else as_base64(data)
@@ -225,7 +225,7 @@ def test_base64_text_in_an_unusual_but_unambiguous_form_is_decoded(text: str) ->
 
 
 @pytest.mark.parametrize("empty", [None, "", " \n", b""])
-def test_an_empty_picture_cell_is_rejected_as_missing_field(empty: str | bytes | None) -> None:
+def test_an_empty_picture_cell_is_rejected_with_the_reason_missing_field(empty: str | bytes | None) -> None:
     with pytest.raises(ImageError) as caught:
         picture_bytes(empty)
     assert caught.value.reason == "missing_field"

@@ -63,7 +63,7 @@ def test_attention_equals_the_attention_formula_head_by_head(
 
 @pytest.mark.parametrize("soft_cap", [None, 0.5])
 @pytest.mark.parametrize("rotary", [False, True])
-def test_cached_attention_over_pieces_of_a_sequence_equals_attention_over_the_whole_sequence(
+def test_attention_computed_piece_by_piece_with_the_cache_equals_attention_over_the_whole_sequence(
     rotary: bool, soft_cap: float | None
 ) -> None:
     layer, x_BTW = make_attention(2, soft_cap), torch.randn(2, 9, 24)
@@ -118,7 +118,7 @@ def test_axial_rotation_makes_dot_products_depend_on_the_distance_in_rows_and_in
     assert torch.equal(quarter, cos[extra, :2] if first == "row" else cos[extra, 2:]), "a column changes no row angle"
 
 
-def test_a_tensor_of_positions_gives_the_same_rotary_angles_as_a_slice_of_positions() -> None:
+def test_rotary_angles_are_the_same_for_positions_given_as_a_tensor_or_as_a_slice() -> None:
     rotary, x = Rotary(8, 64, 10_000.0), torch.randn(2, 3, 5, 8)
     rows = torch.tensor([[4, 5, 6, 7, 8], [0, 0, 0, 1, 2]])
     by_row = apply_rotary(x, rotary(rows, torch.float32))
@@ -153,7 +153,7 @@ def test_attention_mask_builds_the_masks_that_the_docstring_of_its_module_shows(
     assert attention_mask(torch.ones(1, 3).bool(), torch.zeros(1, 3, dtype=torch.long)).all()
 
 
-def test_stochastic_depth_skips_branches_at_their_rate_and_keeps_the_mean_and_the_evaluation_output() -> None:
+def test_stochastic_depth_skips_branches_at_the_configured_rate_and_keeps_the_mean_output() -> None:
     torch.manual_seed(0)
     norms = torch.nn.Identity(), torch.nn.Identity()
     mlp = PlainMlp(24, 8, torch.nn.GELU(), bias=True, out_width=24)

@@ -217,13 +217,13 @@ PNG_EXTRAS = {
 
 
 @pytest.mark.parametrize("name", PNG_EXTRAS)
-def test_a_png_decodes_to_its_pixels_whatever_its_metadata_chunks_hold(name: str) -> None:
+def test_the_metadata_chunks_of_a_png_never_change_its_pixels(name: str) -> None:
     assert same(opened(png_with(PNG_EXTRAS[name])), SHOWN)
     data = encoded(SHOWN)
     assert same(opened(data[:-12] + PNG_EXTRAS[name] + data[-12:]), SHOWN)
 
 
-def test_a_png_with_a_wrong_checksum_of_its_transparency_keeps_the_transparency() -> None:
+def test_a_png_keeps_its_transparency_even_if_the_checksum_of_the_transparency_is_wrong() -> None:
     data = encoded(SHOWN.convert("P"), transparency=bytes(range(256)))
     at = data.index(b"tRNS")
     check = at + 4 + int.from_bytes(data[at - 4 : at], "big")
@@ -234,7 +234,7 @@ def test_a_png_with_a_wrong_checksum_of_its_transparency_keeps_the_transparency(
         opened(header)
 
 
-def test_a_png_whose_pixels_are_split_by_another_chunk_is_complete() -> None:
+def test_a_png_with_another_chunk_between_its_pixel_chunks_is_decoded_completely() -> None:
     data = encoded(SHOWN)
     at = data.index(b"IDAT") + 4
     pixels = data[at : at + int.from_bytes(data[at - 8 : at - 4], "big")]
@@ -254,7 +254,7 @@ JPEG_EXTRAS = {
 
 
 @pytest.mark.parametrize("name", JPEG_EXTRAS)
-def test_a_jpeg_decodes_to_its_pixels_whatever_its_metadata_segments_hold(name: str) -> None:
+def test_the_metadata_segments_of_a_jpeg_never_change_its_pixels(name: str) -> None:
     assert same(opened(jpeg_with(JPEG_EXTRAS[name])), without_bytes("JPEG"))
 
 
@@ -265,7 +265,7 @@ def test_a_jpeg_with_several_pictures_decodes_to_the_first_picture_and_its_forma
     assert same(image, decoded_by_pillow(data))
 
 
-def test_a_jpeg_decodes_with_its_tables_in_any_order() -> None:
+def test_a_jpeg_is_decoded_for_any_order_of_its_tables() -> None:
     data = encoded(SHOWN, "JPEG")
     parts = {data[at : at + 2]: at for at in range(len(data)) if data[at : at + 2] in (b"\xff\xdb", b"\xff\xc0")}
     tables, frame = parts[b"\xff\xdb"], parts[b"\xff\xc0"]
@@ -275,13 +275,13 @@ def test_a_jpeg_decodes_with_its_tables_in_any_order() -> None:
 
 
 @pytest.mark.parametrize("flags", [0x00, 0x0C, 0x3E])
-def test_a_webp_decodes_to_its_pixels_whatever_its_metadata_chunks_hold(flags: int) -> None:
+def test_the_metadata_chunks_of_a_webp_never_change_its_pixels(flags: int) -> None:
     extra = ((b"EXIF", b"garbage"), (b"XMP ", b"<" * 2**21), (b"ICCP", b""), (b"abcd", b"odd"))
     assert same(opened(webp_with(*extra, flags=flags & ~0x02)), without_bytes("WEBP"))
     assert same(opened(webp_with(*extra) + b"garbage at the end"), without_bytes("WEBP"))
 
 
-def test_a_tiff_decodes_to_its_pixels_whatever_its_metadata_tags_hold() -> None:
+def test_the_metadata_tags_of_a_tiff_never_change_its_pixels() -> None:
     data = encoded(SHOWN, "TIFF", exif=exif_of(6), compression="tiff_lzw")
     (at,) = struct.unpack_from("<I", data, 4)
     (count,) = struct.unpack_from("<H", data, at)
@@ -309,7 +309,7 @@ TEXTS = st.binary(max_size=80)
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_random_metadata_inserted_anywhere_changes_no_pixel(data: st.DataObject) -> None:
+def test_random_metadata_inserted_anywhere_into_a_picture_file_changes_no_pixel(data: st.DataObject) -> None:
     names = [b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf", b"acTL", b"gAMA", b"sBIT", b"bKGD", b"hIST", b"prVt"]
     extra = b"".join(
         chunk(data.draw(st.sampled_from(names)), data.draw(TEXTS), wrong=data.draw(st.booleans()))

@@ -34,7 +34,7 @@ def test_the_logits_of_a_position_do_not_depend_on_later_answer_tokens(variant: 
     assert not torch.allclose(model(one)[3], model(two)[3])
 
 
-def test_picture_positions_attend_to_the_prompt_only_in_a_prefix_lm() -> None:
+def test_only_in_a_prefix_lm_do_picture_positions_attend_to_the_prompt() -> None:
     for variant, attends in (("other", False), ("prefix", True)):
         model, tokenizer = tiny_model(variant)
         one, two = (tiny_batch(model, tokenizer, [(prompt, "z")]) for prompt in ("abc", "abd"))
@@ -44,7 +44,7 @@ def test_picture_positions_attend_to_the_prompt_only_in_a_prefix_lm() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_prediction_of_the_first_answer_token_depends_on_the_picture(variant: str) -> None:
+def test_the_predicted_first_answer_token_depends_on_the_picture(variant: str) -> None:
     model, tokenizer = tiny_model(variant)
     batch = tiny_batch(model, tokenizer, [("", "a"), ("", "a")])
     first = model(batch)[0::2]
@@ -52,7 +52,7 @@ def test_the_prediction_of_the_first_answer_token_depends_on_the_picture(variant
 
 
 @pytest.mark.parametrize("select", ["patches", "mean", "cls"])
-def test_the_selection_of_encoder_features_determines_the_number_of_slots(select: str) -> None:
+def test_the_number_of_image_slots_follows_from_the_selection_of_encoder_features(select: str) -> None:
     config = tiny_config("plain")
     vision = config.vision.model_copy(update={"select": select})
     config = config.model_copy(update={"vision": vision})
@@ -61,7 +61,7 @@ def test_the_selection_of_encoder_features_determines_the_number_of_slots(select
     assert config.num_slots == (4 if select == "patches" else 1)
 
 
-def test_a_batch_with_a_wrong_number_of_slots_is_an_error() -> None:
+def test_a_batch_with_a_wrong_number_of_image_slots_is_an_error() -> None:
     model, tokenizer = tiny_model("plain")
     batch = tiny_batch(model, tokenizer, [("", "a")])
     broken = Batch(

@@ -50,7 +50,7 @@ JPEGS = jpegs()
 
 
 @pytest.mark.parametrize("name", JPEGS)
-def test_a_jpeg_without_its_end_marker_decodes_if_and_only_if_no_pixel_is_missing(name: str) -> None:
+def test_a_jpeg_without_its_end_marker_is_decoded_only_if_no_pixel_is_missing(name: str) -> None:
     data = JPEGS[name]
     whole = opened(data)
     assert same(opened(data[:-2]), whole)
@@ -72,13 +72,13 @@ def test_a_progressive_jpeg_that_ends_between_two_scans_is_truncated() -> None:
 
 
 @pytest.mark.parametrize(("kind", "end"), [("PNG", 12), ("PNG", 16), ("GIF", 1), ("GIF", 2)])
-def test_a_png_or_gif_without_its_end_marker_decodes(kind: str, end: int) -> None:
+def test_a_png_or_gif_without_its_end_marker_is_decoded(kind: str, end: int) -> None:
     data = encoded(SMOOTH, kind)
     assert same(opened(data[:-end]), opened(data))
 
 
 @pytest.mark.parametrize("size", [(47, 5), (48, 5), (1, 1)])
-def test_a_webp_without_its_last_padding_byte_decodes(size: tuple[int, int]) -> None:
+def test_a_webp_without_its_last_padding_byte_is_decoded(size: tuple[int, int]) -> None:
     for seed in range(8):
         data = encoded(picture(seed, size), "WEBP", lossless=True)
         odd = int.from_bytes(data[16:20], "little") % 2
@@ -87,14 +87,16 @@ def test_a_webp_without_its_last_padding_byte_decodes(size: tuple[int, int]) -> 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 @pytest.mark.parametrize("bits", [8, 10, 12])
-def test_a_16_bit_picture_that_uses_few_bits_is_scaled_to_the_full_range(kind: str, bits: int) -> None:
+def test_the_values_of_a_16_bit_grey_picture_that_uses_few_bits_are_scaled_to_the_full_range(
+    kind: str, bits: int
+) -> None:
     levels = np.linspace(0, 2**bits - 1, 64 * 64).astype(np.uint16).reshape(64, 64)
     shown = np.asarray(opened(encoded(Image.fromarray(levels), kind)))
     assert (shown.min(), shown.max()) == (0, 255)
     assert np.array_equal(shown[..., 0], levels >> (bits - 8))
 
 
-def test_a_16_bit_picture_that_uses_more_than_12_bits_is_scaled_from_16_bits() -> None:
+def test_the_values_of_a_16_bit_picture_that_uses_more_than_12_bits_are_scaled_as_16_bit_values() -> None:
     levels = np.array([[0, 4096], [300, 40]], np.uint16)
     assert np.asarray(opened(encoded(Image.fromarray(levels))))[..., 0].tolist() == [[0, 16], [1, 0]]
 
@@ -111,7 +113,9 @@ def deep_png(samples: npt.NDArray[np.uint16]) -> bytes:
 
 
 @pytest.mark.parametrize(("bits", "shift"), [(8, 0), (10, 2), (12, 4), (13, 8), (16, 8)])
-def test_a_colour_png_of_16_bits_that_uses_few_bits_is_scaled_to_the_full_range(bits: int, shift: int) -> None:
+def test_the_values_of_a_16_bit_colour_png_that_uses_few_bits_are_scaled_to_the_full_range(
+    bits: int, shift: int
+) -> None:
     samples = np.random.default_rng(bits).integers(0, 2**bits, (20, 30, 3)).astype(np.uint16)
     samples[0, 0] = 2**bits - 1
     assert np.array_equal(np.asarray(opened(deep_png(samples))), samples >> shift)
@@ -120,7 +124,7 @@ def test_a_colour_png_of_16_bits_that_uses_few_bits_is_scaled_to_the_full_range(
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "YCbCr", "LAB", "I;16"])
-def test_a_picture_that_is_converted_in_bands_has_the_same_pixels(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_converting_a_picture_band_by_band_gives_the_same_pixels(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = SMOOTH.copy()
     source.putalpha(SMOOTH.convert("L"))
     if mode == "LAB":

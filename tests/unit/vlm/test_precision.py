@@ -66,7 +66,9 @@ def test_every_model_variant_computes_similar_logits_in_lower_precision(variant:
 
 @pytest.mark.parametrize(("precision", "bits"), [(Precision.INT8, 8), (Precision.INT4, 4)])
 @torch.inference_mode()
-def test_quantized_linear_layers_take_the_expected_number_of_bits_per_weight(precision: Precision, bits: int) -> None:
+def test_a_quantized_linear_layer_stores_the_expected_number_of_bits_per_weight(
+    precision: Precision, bits: int
+) -> None:
     model = wide_model()
     model.decoder.blocks[0].mlp.up.weight.fill_(0.5)  # type: ignore[union-attr,operator]
     x = torch.randn(5, 64)
@@ -90,7 +92,7 @@ def test_layers_that_int4_does_not_support_stay_in_bf16_and_cause_a_warning(capl
     assert len(list(stored(linears(model)["encoder.blocks.0.attention.qkv"].weight))) == 2
 
 
-def test_routers_stay_in_fp32_in_lower_precision() -> None:
+def test_expert_routers_stay_in_fp32_if_a_model_is_loaded_in_lower_precision() -> None:
     model, _ = tiny_model("routed")
     set_precision(model, Precision.INT8)
     kept = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
@@ -102,7 +104,7 @@ def test_routers_stay_in_fp32_in_lower_precision() -> None:
     }
 
 
-def test_rotary_tables_stay_in_fp32_in_lower_precision() -> None:
+def test_rotary_tables_stay_in_fp32_if_a_model_is_loaded_in_lower_precision() -> None:
     model, _ = tiny_model("other")
     assert model.decoder.rotary is not None
     set_precision(model, Precision.BF16)

@@ -108,33 +108,33 @@ TURNED_JPEGS = {
 
 
 @pytest.mark.parametrize("report", SHOWN_PNGS)
-def test_a_png_of_a_public_bug_report_decodes_to_its_pixels(report: str) -> None:
+def test_a_png_from_a_public_bug_report_is_decoded_to_its_original_pixels(report: str) -> None:
     assert opened(SHOWN_PNGS[report]).tobytes() == SHOWN.tobytes()
 
 
 @pytest.mark.parametrize("report", SHOWN_JPEGS)
-def test_a_jpeg_of_a_public_bug_report_decodes_to_its_pixels(report: str) -> None:
+def test_a_jpeg_from_a_public_bug_report_is_decoded_to_its_original_pixels(report: str) -> None:
     assert opened(SHOWN_JPEGS[report]).tobytes() == opened(JPEG).tobytes()
 
 
 @pytest.mark.parametrize("report", TURNED_JPEGS)
-def test_a_jpeg_of_a_public_bug_report_is_turned_by_its_orientation(report: str) -> None:
+def test_a_jpeg_from_a_public_bug_report_is_turned_by_its_exif_orientation(report: str) -> None:
     upright = opened(JPEG).transpose(Image.Transpose.ROTATE_270)
     assert opened(TURNED_JPEGS[report]).tobytes() == upright.tobytes()
 
 
-def test_gifs_of_public_bug_reports_decode_to_their_pixels() -> None:
+def test_gifs_from_public_bug_reports_are_decoded_to_their_original_pixels() -> None:
     empty = "47494638396101000100800000FFFFFF00000021FE002C00000000010001000002024401003B"
     assert opened(bytes.fromhex(empty)).getpixel((0, 0)) == (255, 255, 255), "Pillow 1718"
     assert opened(GIF[:-1]).tobytes() == opened(GIF).tobytes(), "image-gif 138"
 
 
-def test_a_tiff_whose_xmp_holds_numbers_decodes_to_its_pixels() -> None:
+def test_a_tiff_whose_xmp_metadata_is_stored_as_numbers_is_decoded_to_its_original_pixels() -> None:
     data = encoded(SHOWN, "TIFF", tiffinfo={700: 7})
     assert opened(data).tobytes() == SHOWN.tobytes(), "Pillow 8790"
 
 
-def test_a_bmp_with_colour_masks_decodes_to_its_pixels() -> None:
+def test_a_bmp_with_colour_masks_is_decoded_to_its_original_pixels() -> None:
     masks = struct.pack("<4I", 0xFF000000, 0xFF0000, 0xFF00, 0xFF)
     header = struct.pack("<IiiHHIIiiII", 124, 1, 1, 1, 32, 3, 4, 0, 0, 0, 0) + masks + bytes(68)
     data = b"BM" + struct.pack("<IHHI", 142, 0, 0, 138) + header + bytes([255, 3, 2, 1])

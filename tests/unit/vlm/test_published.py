@@ -50,7 +50,7 @@ texts = st.lists(pieces | st.text(max_size=4)).map("".join)
 
 @pytest.mark.parametrize("which", MAKE)
 @given(caption=texts)
-def test_text_never_encodes_to_a_control_token(tokenizers: dict[str, Tokenizer], which: str, caption: str) -> None:
+def test_no_text_is_encoded_to_a_control_token(tokenizers: dict[str, Tokenizer], which: str, caption: str) -> None:
     tokenizer = tokenizers[which]
     ids = tokenizer.encode(caption.encode("utf-8", "ignore").decode())
     assert not control_ids(tokenizer) & set(ids)
@@ -77,7 +77,7 @@ def test_an_empty_text_encodes_to_an_empty_list_and_an_empty_list_decodes_to_an_
     assert tokenizer.decode([]) == tokenizer.decode([tokenizer.bos_id, tokenizer.eos_id]) == ""
 
 
-def test_end_of_word_suffixes_decode_to_spaces(tokenizers: dict[str, Tokenizer]) -> None:
+def test_suffixes_that_mark_the_end_of_a_word_are_decoded_to_spaces(tokenizers: dict[str, Tokenizer]) -> None:
     tokenizer = tokenizers["word_ends"]
     assert tokenizer.decode([tokenizer.bos_id, *tokenizer.encode("a  Cat\nsat"), tokenizer.eos_id]) == "a cat sat"
 
@@ -95,7 +95,7 @@ def test_each_region_token_in_a_text_is_encoded_to_one_id_and_decoded_to_the_sam
     assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id, tokenizer.pad_id]) == answer
 
 
-def test_special_tokens_of_the_tokenizer_file_are_split_by_encoding_and_skipped_by_decoding(
+def test_special_tokens_in_a_text_are_encoded_as_plain_text_and_special_token_ids_are_skipped_in_decoding(
     tokenizers: dict[str, Tokenizer],
 ) -> None:
     tokenizer = tokenizers["byte_fallback"]
@@ -125,7 +125,7 @@ def test_a_control_token_without_special_flag_in_the_file_is_still_a_control_tok
     assert tokenizer.decode([4, *tokenizer.encode("cat"), 4]) == "cat"
 
 
-def test_an_unknown_character_is_omitted_if_the_tokenizer_file_maps_it_to_the_end_token(tmp_path: Path) -> None:
+def test_a_character_that_the_tokenizer_file_maps_to_the_end_token_is_omitted(tmp_path: Path) -> None:
     config = published(tmp_path, "word_ends")
     vocab = {"a": 0, "b": 1, STARTOFTEXT: 2, ENDOFTEXT: 3}
     Backend(models.BPE(vocab=vocab, merges=[], unk_token=ENDOFTEXT)).save(config.path)

@@ -55,7 +55,7 @@ def test_the_answer_to_a_segment_prompt_is_parsed_into_boxes_with_sixteen_outlin
         (f"{box_tokens(1, 2, 3, 4)}{box_tokens(5, 6, 7, 8)} cat", [Region(1, 2, 3, 4, ""), Region(5, 6, 7, 8, "cat")]),
     ],
 )
-def test_incomplete_boxes_are_skipped(text: str, found: list[Region]) -> None:
+def test_the_box_parser_skips_incomplete_boxes(text: str, found: list[Region]) -> None:
     assert parse_regions(text) == found
 
 
@@ -68,7 +68,7 @@ pieces = st.one_of(
 
 
 @given(st.lists(pieces, max_size=40).map("".join), st.sampled_from(["stretch", "crop", "pad"]))
-def test_in_any_text_the_parser_finds_only_boxes_inside_the_picture(text: str, resize: str) -> None:
+def test_the_box_parser_finds_in_any_text_only_boxes_inside_the_picture(text: str, resize: str) -> None:
     config = ImageConfig.model_validate({"size": 224, "resize": resize})
     for region in parse_regions(text):
         box = to_box(region, compute_resize(640, 481, config))
@@ -77,7 +77,7 @@ def test_in_any_text_the_parser_finds_only_boxes_inside_the_picture(text: str, r
         assert len(region.codes) in (0, 16)
 
 
-def test_region_tokens_are_exactly_1024_locations_and_128_codes() -> None:
+def test_the_region_tokens_are_exactly_1024_location_tokens_and_128_outline_codes() -> None:
     names = [f"<loc{n:04d}>" for n in range(10_000)] + [f"<seg{n:03d}>" for n in range(1000)]
     assert sum(REGION_TOKEN.fullmatch(name) is not None for name in names) == 1024 + 128
     assert REGION_TOKEN.fullmatch("<loc1023>")

@@ -51,7 +51,7 @@ def test_every_point_of_the_model_input_maps_to_a_point_of_the_picture(
 
 
 @given(sides, sides, st.integers(8, 900))
-def test_in_mode_crop_the_picture_fills_the_square_and_in_mode_pad_the_whole_picture_is_kept(
+def test_resize_mode_crop_fills_the_square_with_the_picture_and_mode_pad_keeps_the_whole_picture(
     width: int, height: int, size: int
 ) -> None:
     crop, pad = (compute_resize(width, height, config(size, {"resize": mode})) for mode in ("crop", "pad"))
@@ -169,7 +169,7 @@ def test_a_picture_of_every_mode_decodes_to_the_visible_colour(name: str) -> Non
         assert image.getpixel((6, 4)) == WHITE
 
 
-def test_every_colour_mode_that_pillow_reads_from_tiff_and_png_is_tested() -> None:
+def test_the_tests_cover_every_colour_mode_that_pillow_reads_from_tiff_and_png_files() -> None:
     rejected = {"I", "F"}  # test_image.py tests the rejection of float pictures
     of_tiff = {mode for mode, _ in TiffImagePlugin.OPEN_INFO.values()}
     of_png = {mode for mode, _ in PngImagePlugin._MODES.values()}

@@ -73,7 +73,7 @@ def loss_of(logits_NX: Tensor, top_k: int = 2) -> tuple[float, float, float, tup
     return float(loss), report.balance, report.z, report.load["decoder.blocks.0"]
 
 
-def test_the_balance_loss_is_one_for_an_even_load_and_num_experts_over_top_k_for_the_worst_load() -> None:
+def test_the_balance_loss_is_one_for_an_even_expert_load_and_largest_if_all_tokens_choose_the_same_experts() -> None:
     even = torch.eye(4).repeat(5, 1) + torch.eye(4).roll(1, 0).repeat(5, 1)
     loss, balance, z, load = loss_of(even)
     assert load == (0.25, 0.25, 0.25, 0.25)

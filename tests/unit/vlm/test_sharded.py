@@ -59,7 +59,7 @@ def local_rows(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*_tiny.yml")), ids=lambda path: path.stem)
-def test_the_initial_rows_of_all_ranks_together_equal_the_initial_weights_of_an_unsharded_model(path: Path) -> None:
+def test_the_initial_weights_of_a_sharded_model_equal_those_of_an_unsharded_model(path: Path) -> None:
     config = tiny(path.stem)
     torch.manual_seed(5)
     whole = build_model(config, VOCABULARY)
@@ -78,7 +78,7 @@ def test_the_initial_rows_of_all_ranks_together_equal_the_initial_weights_of_an_
         assert torch.equal(buffers[name], buffer), name
 
 
-def test_a_rank_keeps_only_its_rows_and_draws_the_initial_values_of_one_parameter_at_a_time() -> None:
+def test_a_rank_initialises_one_parameter_at_a_time_and_keeps_only_its_own_rows() -> None:
     config = tiny()
     whole = build_model(config, VOCABULARY)
     sizes = [p.numel() for p in whole.parameters()]
@@ -103,7 +103,7 @@ class _LargestSum(torch.overrides.TorchFunctionMode):
         return made
 
 
-def test_each_rank_of_a_sharded_model_reads_its_rows_from_the_checkpoint_of_an_unsharded_model(tmp_path: Path) -> None:
+def test_each_rank_of_a_sharded_model_reads_its_own_rows_from_an_unsharded_checkpoint(tmp_path: Path) -> None:
     config = tiny()
     whole = build_model(config, VOCABULARY)
     save_model(tmp_path, whole, learn(config.text, ()))

@@ -43,7 +43,7 @@ def streamed(tokenizer: Tokenizer, tokens: list[int], stop: list[str]) -> tuple[
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.sampled_from(sorted(TOKENIZERS)), ANSWERS, STOPS, st.lists(st.integers(0, 10**6), max_size=6))
-def test_streamed_text_is_a_growing_beginning_of_the_whole_text(
+def test_every_streamed_text_is_a_beginning_of_the_next_text_and_of_the_whole_text(
     which: str, answer: str, stop: list[str], other: list[int]
 ) -> None:
     tokenizer = TOKENIZERS[which]
@@ -56,14 +56,14 @@ def test_streamed_text_is_a_growing_beginning_of_the_whole_text(
 
 
 @pytest.mark.parametrize("which", sorted(TOKENIZERS))
-def test_complete_words_are_streamed_before_the_answer_ends(which: str) -> None:
+def test_the_words_of_an_answer_are_streamed_as_soon_as_they_are_complete(which: str) -> None:
     tokenizer = TOKENIZERS[which]
     texts, whole = streamed(tokenizer, tokenizer.encode("a cat"), ["never"])
     assert whole == "a cat"
     assert next(shown for shown in texts if shown) != whole
 
 
-def test_an_empty_prompt_of_paligemma_ends_with_a_line_break(tmp_path: Path) -> None:
+def test_an_empty_prompt_for_paligemma_is_encoded_as_a_line_break(tmp_path: Path) -> None:
     plain = text.learn(published(tmp_path, "byte_fallback"), ())
     paligemma = text.learn(published(tmp_path, "byte_fallback", newline_after_empty_prompt=True), ())
     assert prefix_ids(plain, 2, "") == [-1, -1, plain.bos_id]

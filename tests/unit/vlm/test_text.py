@@ -25,7 +25,7 @@ def test_bpe_decoding_restores_any_encoded_text(caption: str) -> None:
 
 
 @pytest.mark.parametrize("tokenizer", [BPE, CHARS])
-def test_no_text_encodes_to_a_special_token(tokenizer: Tokenizer) -> None:
+def test_no_text_is_encoded_to_a_special_token(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("<image><bos><eos><pad> a \x00\x01")
     assert min(ids) >= NUM_SPECIAL
     assert max(ids) < tokenizer.vocab_size
@@ -56,7 +56,7 @@ def test_the_error_for_a_damaged_tokenizer_file_names_the_file(tmp_path: Path) -
         text.load(tmp_path / "tokenizer.json")
 
 
-def test_a_sequence_has_image_slots_start_token_prompt_answer_and_end_token() -> None:
+def test_a_sequence_consists_of_image_slots_then_start_token_then_prompt_then_answer_then_end_token() -> None:
     prefix = prefix_ids(CHARS, 3, "red")
     assert prefix == [SLOT] * 3 + [CHARS.bos_id] + CHARS.encode("red\n")
     assert prefix_ids(CHARS, 2, "") == [SLOT] * 2 + [CHARS.bos_id]

@@ -100,7 +100,7 @@ def test_a_resumed_training_loop_equals_an_uninterrupted_training_loop_bit_for_b
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-def test_label_smoothing_changes_the_gradient_as_its_formula_says_and_not_the_reported_loss() -> None:
+def test_label_smoothing_changes_the_gradient_by_its_formula_but_not_the_reported_loss() -> None:
     reports: list[StepReport] = []
     for share in (0.0, 0.3):
         model, tokenizer, optimizer = fresh("other")
@@ -137,7 +137,7 @@ def test_a_batch_whose_targets_are_all_masked_stops_training_before_the_weights_
     assert torch.equal(model.decoder.head.weight, before)
 
 
-def test_every_parameter_is_in_exactly_one_group_and_embeddings_and_1d_parameters_have_no_weight_decay() -> None:
+def test_embeddings_and_1d_parameters_have_no_weight_decay_and_each_parameter_is_in_one_group() -> None:
     model, _, _ = fresh("other")
     decayed, free = (set(map(id, group["params"])) for group in parameter_groups(model, 0.1))  # type: ignore[call-overload]
     assert not decayed & free
@@ -178,7 +178,7 @@ def test_the_decay_of_a_warmup_stable_decay_schedule_starts_at_the_configured_st
 RATES = {"encoder.*": 0.0, ".*norm.*": 1e-3, "(projector|decoder).*": 4e-3}
 
 
-def test_parameters_without_a_matching_pattern_are_frozen_and_the_first_match_sets_the_rate() -> None:
+def test_the_first_matching_pattern_sets_the_rate_of_a_parameter_and_without_a_match_it_is_frozen() -> None:
     model, _, _ = fresh("plain")
     set_trainable(model, RATES)
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -197,7 +197,7 @@ def test_parameters_without_a_matching_pattern_are_frozen_and_the_first_match_se
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_step_with_gradient_accumulation_and_recomputed_blocks_equals_a_plain_step(variant: str) -> None:
+def test_gradient_accumulation_and_recomputed_blocks_do_not_change_a_training_step(variant: str) -> None:
     ends, saved = [], []
     for rows, recompute in ((9, False), (9, True), (2, True)):
         model, tokenizer, optimizer = fresh(variant)
@@ -222,7 +222,7 @@ def test_a_step_with_gradient_accumulation_and_recomputed_blocks_equals_a_plain_
 
 
 @pytest.mark.matrix  # compiling the blocks with the C++ compiler takes half a minute
-def test_compiled_blocks_train_like_eager_blocks_and_are_compiled_only_for_training() -> None:
+def test_compiled_blocks_train_as_uncompiled_blocks_do_and_are_compiled_only_for_training() -> None:
     from torch._dynamo.utils import counters  # a slow import that only this test needs
 
     counters.clear()
@@ -284,7 +284,7 @@ def test_a_loaded_model_equals_the_saved_model(variant: str, tmp_path: Path) -> 
     assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json"}
 
 
-def test_the_error_of_loading_weights_of_another_model_lists_all_differences(tmp_path: Path) -> None:
+def test_loading_weights_of_another_model_raises_an_error_that_lists_all_differences(tmp_path: Path) -> None:
     plain, tokenizer = tiny_model("plain")
     save_model(tmp_path, plain, tokenizer)
     other, _ = tiny_model("other")
@@ -296,7 +296,7 @@ def test_the_error_of_loading_weights_of_another_model_lists_all_differences(tmp
     assert "encoder.position has shape (1, 5, 16), the model (1, 16, 16)" in message
 
 
-def test_verify_folder_reports_missing_truncated_and_changed_files(tmp_path: Path) -> None:
+def test_the_function_verify_folder_reports_missing_or_truncated_or_changed_files(tmp_path: Path) -> None:
     def write() -> Path:
         with atomic_folder(tmp_path / "step_000001") as folder:
             (folder / "a").write_bytes(b"aaaa")
@@ -357,7 +357,7 @@ def test_an_old_checkpoint_whose_attention_pooling_read_other_tokens_is_refused_
             load_model(tmp_path / variant)
 
 
-def test_the_moving_average_equals_its_formula_and_replaces_the_weights_only_inside_averaged_weights() -> None:
+def test_the_moving_average_replaces_the_weights_only_inside_the_context_averaged_weights() -> None:
     weight, idle = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([weight, idle], lr=0.5)
     expected = None

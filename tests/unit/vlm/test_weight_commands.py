@@ -92,9 +92,7 @@ def test_a_symbolic_link_to_a_missing_file_is_an_error_that_names_the_link() -> 
     assert not Path("out").exists()
 
 
-def test_an_import_succeeds_on_repetition_after_a_full_disk_interrupted_the_first_attempt(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_import_that_a_full_disk_interrupted_succeeds_when_it_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     report("export-weights", "trained", *DECODER, "--out", "gpt2")
     command = ["import-weights", "--model", "mine", "--decoder", "gpt2", "--out", "out"]
 
@@ -110,7 +108,7 @@ def test_an_import_succeeds_on_repetition_after_a_full_disk_interrupted_the_firs
     assert imported["parameters"] == sum(p.numel() for p in load_model(Path("out"))[0].parameters())
 
 
-def test_parameters_that_an_import_initialises_depend_only_on_the_seed() -> None:
+def test_the_values_of_parameters_that_an_import_initialises_depend_only_on_the_seed() -> None:
     report("export-weights", "trained", *DECODER, "--out", "gpt2")
     weights = {}
     for seed, out in ((1, "a"), (1, "b"), (2, "c")):

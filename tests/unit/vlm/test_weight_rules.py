@@ -83,7 +83,9 @@ def test_weight_rules_apply_only_to_parameters_that_the_model_has() -> None:
 
 
 @given(before=st.integers(2, 6), after=st.integers(2, 6), extra=st.integers(0, 3))
-def test_resampling_a_position_table_keeps_extra_rows_and_constant_values(before: int, after: int, extra: int) -> None:
+def test_resampling_a_position_table_keeps_its_extra_rows_and_leaves_constant_values_constant(
+    before: int, after: int, extra: int
+) -> None:
     rule = position_table(rename("a", "b"), extra=extra)
     assert rule.grid is not None
     table = torch.cat((random(1, extra, 2), torch.full((1, before**2, 2), 3.0)), dim=1)
@@ -120,7 +122,7 @@ def header(*shape: int) -> TensorHeader:
     return TensorHeader(shape, "F32", Path())
 
 
-def test_tensor_names_that_differ_only_in_the_block_number_are_merged() -> None:
+def test_error_messages_merge_tensor_names_that_differ_only_in_the_block_number() -> None:
     names = ["h.0.a", "h.1.a", "h.2.a", "h.0.b", "h.2.b", "h.4.c", "d"]
     assert merge_block_names(names) == ("d", "h.{0..2}.a", "h.{0,2}.b", "h.4.c")
 

@@ -44,7 +44,7 @@ UNSPACED = {
 
 
 @pytest.mark.parametrize("text", SPACED.values(), ids=SPACED)
-def test_words_between_spaces_keep_their_marks(text: str) -> None:
+def test_words_between_spaces_keep_their_combining_marks(text: str) -> None:
     wanted = unicodedata.normalize("NFC", text).split()
     assert words(text) == words(unicodedata.normalize("NFD", text)) == wanted
     assert words(f"\u201c{text}\u201d \u2014 {text}!") == 2 * wanted
@@ -56,7 +56,7 @@ def test_in_scripts_without_spaces_each_character_with_its_marks_is_a_word(text:
     assert "".join(words(text)) == text
 
 
-def test_text_of_symbols_is_split_into_symbols() -> None:
+def test_a_text_that_consists_only_of_symbols_is_split_into_single_symbols() -> None:
     family = "\U0001f469\u200d\U0001f469\u200d\U0001f467"
     assert words(f"\U0001f431 {family}") == ["\U0001f431", family]
     assert words("a \U0001f431") == ["a"]
@@ -72,7 +72,7 @@ def test_ascii_texts_have_the_same_words_as_in_earlier_versions(text: str) -> No
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(categories=["L", "M", "N", "P", "Zs", "Cf"]), max_size=20))
-def test_words_contain_no_white_space_and_lose_no_letter(text: str) -> None:
+def test_the_words_of_a_text_contain_all_its_letters_and_no_white_space(text: str) -> None:
     """Metrics join words by spaces and later split the joined text again."""
     found = words(text)
     assert " ".join(found).split() == found

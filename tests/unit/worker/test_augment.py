@@ -50,7 +50,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
     return write_shards(tmp_path_factory.mktemp("augment") / "shards", rows=10, texts=2)
 
 
-def test_pictures_do_not_depend_on_the_number_of_ranks_or_workers_or_on_the_first_step(
+def test_augmented_pictures_do_not_depend_on_the_number_of_ranks_or_workers_or_on_the_first_step(
     shards: Shards,
 ) -> None:
     whole = samples(shards)
@@ -66,7 +66,7 @@ def test_without_augmentation_pixels_equal_the_pixels_of_the_shards(shards: Shar
     assert tiny_run().train.augment is None
 
 
-def test_augmentation_is_limited_by_the_shown_text_and_not_by_other_texts_of_the_picture(shards: Shards) -> None:
+def test_only_the_shown_text_of_a_picture_limits_its_augmentation(shards: Shards) -> None:
     stored = {shards.row(index).pixels.tobytes() for index in range(len(shards))}
     pictures = samples(shards, config=AugmentConfig(flip=1, sided_words=("x",)))
     assert {text.endswith(" x") for _, text in pictures} == {True, False}
@@ -103,7 +103,7 @@ def test_words_that_prevent_flipping_can_be_set_for_other_languages() -> None:
     assert [(pixels == PICTURE).all() for pixels in augmented(config, "\u092c\u093e\u090f\u0901 x")] == [True] * EPOCHS
 
 
-def test_the_area_of_a_crop_is_within_the_configured_scale_and_its_position_varies() -> None:
+def test_an_augmentation_crop_has_an_area_within_the_configured_scale_and_a_random_position() -> None:
     row = np.linspace(0, 255, 96)
     picture = np.stack([np.tile(row, (96, 1)), np.tile(row, (96, 1)).T, np.zeros((96, 96))], axis=-1).astype(np.uint8)
     crops = augmented(AugmentConfig(scale=(0.25, 0.64)), picture=picture)
@@ -145,7 +145,7 @@ def test_brightness_contrast_and_saturation_each_change_only_their_own_property(
     assert (values[:, changed].max(axis=0) > 1.2).all()
 
 
-def test_shape_and_type_are_kept_and_the_pixels_of_the_shard_are_not_modified() -> None:
+def test_augmentation_keeps_shape_and_type_and_does_not_modify_the_pixels_in_the_shard() -> None:
     square = PICTURE[:, :16]  # the pictures of shards are square
     before = square.copy()
     before.flags.writeable = False  # the pixels of a memory-mapped file are also read-only
@@ -184,7 +184,7 @@ def test_augment_settings_change_the_identity_of_a_run_only_when_they_are_set() 
     assert tiny_run(augment={"flip": 0.5}).train.science()["augment"]["flip"] == 0.5
 
 
-def test_vertical_flips_and_quarter_turns_are_drawn_independently_and_keep_every_pixel() -> None:
+def test_vertical_flips_and_quarter_turns_are_chosen_independently_and_keep_every_pixel() -> None:
     square = PICTURE[:, :16]
     turned = [np.rot90(square, turns).tobytes() for turns in range(4)]
     flipped = [np.rot90(square[::-1], turns).tobytes() for turns in range(4)]

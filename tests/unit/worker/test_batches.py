@@ -49,7 +49,7 @@ def spell(ids: torch.Tensor) -> str:
     return TOKENIZER.decode(ids[ids != IGNORE].tolist())
 
 
-def test_labels_are_the_answer_and_the_end_token_and_nothing_else() -> None:
+def test_only_the_tokens_of_the_answer_and_the_end_token_are_labels() -> None:
     batch = collate(("what?", "a cat"), ("", "dog"))
     labels = batch.labels_BT
     assert [spell(row_T) for row_T in labels] == ["a cat", "dog"]
@@ -58,7 +58,7 @@ def test_labels_are_the_answer_and_the_end_token_and_nothing_else() -> None:
     assert batch.prefix_lengths_B.tolist() == [SLOTS + 1 + len("what?\n"), SLOTS + 1]
 
 
-def test_each_label_is_the_next_token() -> None:
+def test_the_label_at_each_position_is_the_next_token() -> None:
     batch = collate(("", "a cat"), ("", "elephant"))
     for tokens_T, labels_T in zip(batch.tokens_BT, batch.labels_BT, strict=True):
         (positions,) = torch.where(labels_T[:-1] != IGNORE)
@@ -120,7 +120,9 @@ def test_a_repeated_text_is_drawn_more_often_unless_the_weights_are_uniform(tmp_
     assert len(hashes) == 2, "runs with other weights are other runs"
 
 
-def test_a_mix_draws_each_source_by_its_share_in_an_order_independent_of_ranks_and_restarts(tmp_path: Path) -> None:
+def test_a_mix_draws_each_source_by_its_share_and_its_order_does_not_depend_on_ranks_or_restarts(
+    tmp_path: Path,
+) -> None:
     own, other = (write_shards(tmp_path / str(rows), rows=rows, seed=rows) for rows in (12, 4))
     packed = [ShardFolder(shards.folder, shards.manifest, reused=True) for shards in (own, other)]
     shards = Shards.open(write_mix(packed, [0.5], tmp_path).folder)
@@ -141,7 +143,7 @@ def test_a_mix_draws_each_source_by_its_share_in_an_order_independent_of_ranks_a
     assert [halves[n // 4 % 2][n // 8 * 4 + n % 4] for n in range(48)] == whole
 
 
-def test_parts_of_a_batch_are_sorted_by_length_and_padded_separately(tmp_path: Path) -> None:
+def test_a_batch_is_sorted_by_length_and_its_parts_are_padded_separately(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", rows=16, texts=20)
 
     in_parts = single_rank_batches(shards, 16, rows_at_once=6)
@@ -164,7 +166,7 @@ def test_parts_of_a_batch_are_sorted_by_length_and_padded_separately(tmp_path: P
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_prefetched_batches_are_on_the_gpu_and_unchanged(tmp_path: Path) -> None:
+def test_prefetching_moves_batches_to_the_gpu_and_does_not_change_their_content(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", rows=16)
 
     copied = prefetch_to_device(single_rank_batches(shards, 8, pinned=True), torch.device("cuda"))
@@ -173,9 +175,7 @@ def test_prefetched_batches_are_on_the_gpu_and_unchanged(tmp_path: Path) -> None
         assert all(copy.is_cuda and torch.equal(copy.cpu(), original) for copy, original in tensors)
 
 
-def test_batches_do_not_depend_on_the_number_of_ranks_or_workers_or_on_the_first_step(
-    tmp_path: Path,
-) -> None:
+def test_batches_do_not_depend_on_the_number_of_ranks_or_workers_or_on_the_first_step(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", rows=10, texts=2)
 
     whole = global_batches(shards, TOKENIZER, range(8))
@@ -199,7 +199,7 @@ def test_an_error_of_a_loader_thread_is_raised_when_its_batch_is_due(workers: in
         next(fetched)
 
 
-def test_loader_threads_work_in_parallel_a_few_items_ahead_and_stop_when_the_iterator_is_closed() -> None:
+def test_loader_threads_work_a_few_items_ahead_and_stop_when_the_iterator_is_closed() -> None:
     before, made = threading.active_count(), []
     barrier = threading.Barrier(2, timeout=20)
 

@@ -67,7 +67,7 @@ STALLED: dict[str, Any] = {
 }
 
 
-def test_training_ends_when_the_metric_has_not_improved_and_a_resumed_run_ends_at_the_same_step(make_run: Any) -> None:
+def test_early_stopping_ends_an_interrupted_and_resumed_run_at_the_same_step(make_run: Any) -> None:
     whole = make_run("whole", **STALLED)
     train(whole).write_result()
     result = finished_result(whole)
@@ -94,7 +94,7 @@ def test_training_ends_when_the_metric_has_not_improved_and_a_resumed_run_ends_a
     )
 
 
-def test_training_continues_while_the_metric_improves_within_the_patience(make_run: Any) -> None:
+def test_training_does_not_stop_early_while_the_metric_improves_within_the_patience(make_run: Any) -> None:
     run = make_run("run", steps=40, score_every=4, best_by="cider", stop=2)
     stop = EarlyStop(run, run.read_run().config.train, 0)
     for cider, reached in ((0.1, False), (0.0, False), (0.2, False), (0.2, False), (0.1, True)):
@@ -118,7 +118,7 @@ def test_ending_or_resuming_a_run_of_many_steps_does_not_read_the_metrics_of_all
     assert {int(Path(path).stem) for path in calls.opened} <= {20, 39, 40}
 
 
-def test_choosing_checkpoints_by_cider_requires_scores_and_unused_settings_change_no_run_identity() -> None:
+def test_choosing_checkpoints_by_cider_is_refused_if_captions_are_not_scored_during_training() -> None:
     run = tiny_run().model_dump(mode="json", by_alias=True)
     run["train"]["best_by"] = "cider"
     with pytest.raises(ConfigError, match="best_by cider needs score_every"):

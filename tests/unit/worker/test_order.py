@@ -37,7 +37,9 @@ def test_every_epoch_visits_every_row_once(num_rows: int, epoch: int, seed: int)
 
 @given(num_rows=st.integers(2**40, 2**46), seed=seeds)
 @settings(max_examples=20, deadline=None)
-def test_permuting_one_position_among_trillions_takes_almost_no_memory(num_rows: int, seed: int) -> None:
+def test_computing_one_position_of_a_permutation_of_trillions_of_rows_takes_almost_no_memory(
+    num_rows: int, seed: int
+) -> None:
     positions = np.array([0, 1, num_rows // 2, num_rows - 1])
     rows = permute(positions, np.zeros(4, np.int64), num_rows=num_rows, seed=seed)
     assert len(set(rows.tolist())) == 4
@@ -62,7 +64,7 @@ def test_all_permutations_of_a_few_rows_are_equally_likely(num_rows: int) -> Non
     assert chi_square < freedom + 4 * (2 * freedom) ** 0.5
 
 
-def test_neighbouring_rows_are_not_neighbours_in_the_row_order() -> None:
+def test_rows_that_are_neighbours_in_the_shards_are_not_neighbours_in_the_training_order() -> None:
     order = np.array(epoch_of(10_000, 0, 7))
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.05
 
@@ -75,7 +77,7 @@ def test_neighbouring_rows_are_not_neighbours_in_the_row_order() -> None:
     seed=st.integers(0, 9),
 )
 @settings(max_examples=50, deadline=None)
-def test_the_slices_of_all_ranks_together_equal_the_batch_of_a_single_rank(
+def test_the_slices_of_a_batch_on_all_ranks_together_equal_the_batch_on_a_single_rank(
     step: int, share: int, world_size: int, num_rows: int, seed: int
 ) -> None:
     batch_size = 12 * share
@@ -104,7 +106,7 @@ def test_512_ranks_share_a_billion_rows_and_a_restart_with_256_ranks_continues_a
         assert 0 <= mine.min() < 10**9 // 1000 < 999 * 10**9 // 1000 < mine.max() < 10**9, "from all data"
 
 
-def test_batches_continue_across_the_end_of_an_epoch() -> None:
+def test_a_batch_at_the_end_of_an_epoch_continues_with_rows_of_the_next_epoch() -> None:
     picks = [pick_rows(step, rank=0, world_size=1, batch_size=4, num_rows=6, seed=3) for step in range(3)]
     assert [part.epochs.tolist() for part in picks] == [[0, 0, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1]]
     rows = np.concatenate([part.rows for part in picks])
@@ -116,7 +118,7 @@ parts = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, 
 
 @given(parts=parts, seed=st.integers(0, 9))
 @settings(max_examples=40, deadline=None)
-def test_a_mix_draws_each_part_by_its_share_and_repeats_no_row_before_all_rows_of_the_part_are_drawn(
+def test_a_mix_draws_each_part_by_its_share_and_all_rows_of_a_part_once_before_any_row_again(
     parts: list[tuple[int, int]], seed: int
 ) -> None:
     sizes, draws = ([pair[n] for pair in parts] for n in range(2))

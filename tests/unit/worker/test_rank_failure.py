@@ -89,7 +89,7 @@ def test_an_error_is_recorded_with_step_and_traceback(run: RunFolder) -> None:
     assert not failure.consequence
 
 
-def test_a_restarted_rank_removes_its_old_record(run: RunFolder) -> None:
+def test_a_restarted_rank_removes_the_failure_record_of_its_earlier_attempt(run: RunFolder) -> None:
     assert start_rank(run, "raise ValueError").wait() == 1
     assert set(run.failures.iterdir()) == {run.failure(0), run.stacks(0)}
     assert start_rank(run, "monitor.report_step(7)").wait() == 0
@@ -104,14 +104,14 @@ def test_a_rank_that_calls_sys_exit_is_recorded_as_failed(run: RunFolder, code: 
     assert not failure_record(run).consequence
 
 
-def test_a_rank_that_calls_os_exit_leaves_no_failure_record_and_no_end_mark(run: RunFolder) -> None:
+def test_a_rank_that_calls_os_exit_writes_neither_a_failure_record_nor_its_end_mark(run: RunFolder) -> None:
     assert start_rank(run, "os._exit(0)").wait() == 0
     assert run.read_failures() == []
     assert not run.read_ranks()[0].ended
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_recorded_while_the_main_thread_is_blocked_in_c_code(
+def test_a_signal_is_recorded_even_while_the_main_thread_is_blocked_in_c_code(
     run: RunFolder, number: signal.Signals
 ) -> None:
     # As in a collective, the main thread is blocked in C code (here sleep), so it runs no Python signal handler.
@@ -159,7 +159,7 @@ def test_a_rank_whose_python_interpreter_is_stuck_is_ended_after_its_timeout(run
     assert not run.failure(0).exists(), "no Python code could run"
 
 
-def test_a_thread_that_does_not_stop_delays_a_failed_rank_by_a_few_seconds_only(run: RunFolder) -> None:
+def test_a_thread_that_does_not_stop_delays_the_end_of_a_failed_rank_by_only_a_few_seconds(run: RunFolder) -> None:
     body = "import threading\nthreading.Thread(target=time.sleep, args=(600,)).start()\nraise ValueError"
     process = start_rank(run, body)
     wait_until_started(run, process)
@@ -179,13 +179,13 @@ def test_a_thread_that_does_not_stop_delays_a_failed_rank_by_a_few_seconds_only(
         (ValueError("timed out waiting"), False),
     ],
 )
-def test_only_a_broken_collective_operation_or_an_interrupt_is_recorded_as_a_consequence(
+def test_only_a_broken_collective_operation_or_an_interrupt_is_recorded_as_a_consequence_of_another_failure(
     error: BaseException, expected: bool
 ) -> None:
     assert is_consequence(error) is expected
 
 
-def test_distributed_errors_of_torch_are_recorded_as_consequences() -> None:
+def test_errors_of_torch_distributed_are_recorded_as_consequences_of_another_failure() -> None:
     from torch.distributed import DistBackendError, DistNetworkError
 
     assert is_consequence(DistBackendError("NCCL communicator was aborted"))

@@ -86,7 +86,7 @@ def sampled(tmp_path: Path) -> Any:
     return sample
 
 
-def test_the_gradient_equals_a_naively_computed_policy_gradient(sampled: Any) -> None:
+def test_the_gradient_of_self_critical_training_equals_a_naively_computed_policy_gradient(sampled: Any) -> None:
     model, tokenizer, cider, rows, [batch] = sampled()
     model.eval()
     torch.autograd.backward(token_loss(model(batch), batch))
@@ -129,7 +129,7 @@ def test_a_sampled_caption_depends_only_on_its_row_and_not_on_the_rank_or_the_pa
     assert [ids for half in halves for ids in captions(half)] == whole
 
 
-def test_a_caption_without_an_end_token_gets_a_lower_reward() -> None:
+def test_a_sampled_caption_without_an_end_token_gets_a_lower_reward() -> None:
     references = [rewarded_words("a dog on the mat")]
     cider = Cider.count([references, [rewarded_words("a red cat runs")]])
     assert references[0][-1] == END
@@ -171,7 +171,7 @@ def test_a_run_with_a_contrastive_loss_and_a_cider_stage_resumes_bit_for_bit(tmp
     assert [sorted(values) for values in logged[0]] == 3 * [["train/contrastive", "train/loss"]] + 3 * [["train/cider"]]
 
 
-def test_a_cider_stage_is_refused_with_sharded_weights_and_with_a_single_sample() -> None:
+def test_a_training_stage_that_rewards_cider_is_refused_with_sharded_weights_or_with_a_single_sample() -> None:
     with pytest.raises(ValueError, match="objective cider and parallel fsdp exclude each other"):
         tiny_run(steps=12, stages=STAGES, parallel="fsdp")
     single = [STAGES[0], STAGES[1] | {"objective": {"kind": "cider", "samples": 1}}]

@@ -92,7 +92,7 @@ def largest_file(shards: Shards) -> int:
     return max(file.bytes for file in shards.manifest.files)
 
 
-def test_rows_are_read_from_the_copies_and_are_unchanged(source: Shards, tmp_path: Path) -> None:
+def test_rows_that_are_read_from_copies_of_shard_files_are_unchanged(source: Shards, tmp_path: Path) -> None:
     before, shards = contents(source), Shards.open(source.folder)
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "of-a-killed-process.part").touch()
@@ -113,7 +113,9 @@ def test_rows_are_read_from_the_original_files_until_their_copies_are_complete(s
     assert contents(shards) == before
 
 
-def test_existing_copies_are_reused_and_truncated_copies_are_replaced(source: Shards, tmp_path: Path) -> None:
+def test_existing_copies_of_shard_files_are_reused_and_truncated_copies_are_replaced(
+    source: Shards, tmp_path: Path
+) -> None:
     root = tmp_path / "cache"
     finished_copier(Shards.open(source.folder), root)
     kept, truncated, *_ = (root / f"{digest}.arrow" for digest in digests(source))
@@ -125,7 +127,7 @@ def test_existing_copies_are_reused_and_truncated_copies_are_replaced(source: Sh
     assert contents(shards) == contents(source)
 
 
-def test_copies_stay_below_the_size_limit_and_all_other_rows_are_read_from_the_original_files(
+def test_copies_stay_below_the_size_limit_and_rows_without_a_copy_are_read_from_the_original_files(
     source: Shards, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shards, root = Shards.open(source.folder), tmp_path / "cache"
@@ -139,7 +141,7 @@ def test_copies_stay_below_the_size_limit_and_all_other_rows_are_read_from_the_o
         assert warning.getMessage() == f"only 2 of 4 shard files fit into the cache folder {root}"
 
 
-def test_the_least_recently_used_copy_of_other_runs_is_evicted_first_and_stays_readable_if_mapped(
+def test_the_least_recently_used_copy_is_deleted_first_and_a_process_that_maps_it_can_still_read_it(
     source: Shards, tmp_path: Path
 ) -> None:
     root = tmp_path / "cache"
@@ -159,7 +161,7 @@ def test_the_least_recently_used_copy_of_other_runs_is_evicted_first_and_stays_r
     assert contents(new) == contents(Shards.open(new.folder))
 
 
-def test_nothing_is_copied_to_a_nearly_full_disk(
+def test_shard_files_are_not_copied_to_a_nearly_full_disk(
     source: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     total = 100 * largest_file(source)
@@ -169,7 +171,7 @@ def test_nothing_is_copied_to_a_nearly_full_disk(
     assert any("only 0 of 4 shard files fit" in message for message in caplog.messages)
 
 
-def test_a_full_disk_is_logged_once_and_training_continues(
+def test_if_the_disk_of_the_shard_cache_is_full_one_warning_is_logged_and_training_continues(
     source: Shards, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

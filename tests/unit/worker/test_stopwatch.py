@@ -19,7 +19,7 @@ class Clock:
         return self.now
 
 
-def test_the_stopwatch_measures_training_steps_and_waiting_for_batches_but_not_pauses(
+def test_the_stopwatch_counts_training_steps_and_waiting_for_batches_but_no_pauses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("pipelines.worker.rank.metrics.time.perf_counter", clock := Clock())

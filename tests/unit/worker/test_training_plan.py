@@ -20,7 +20,7 @@ def row_of(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["base", "flamingo", "paligemma"])
-def test_the_page_states_bytes_per_step_and_per_checkpoint_that_follow_from_the_number_of_weights(name: str) -> None:
+def test_the_scaling_page_states_the_bytes_per_training_step_and_per_checkpoint_of_each_model(name: str) -> None:
     weights = measure_model(name, load_model(name)).parameters
     seconds = ", ".join(f"{8 * weights / (rate / 8):.2f}" for rate in (25e9, 100e9, 400e9))
     assert row_of(f"`{name}`") == [
@@ -33,7 +33,7 @@ def test_the_page_states_bytes_per_step_and_per_checkpoint_that_follow_from_the_
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 4, 8, 16, 32, 64])
-def test_scaling_figures_on_the_page_follow_from_compute_and_network_bytes(nodes: int) -> None:
+def test_the_scaling_figures_on_the_docs_page_follow_from_compute_and_network_bytes(nodes: int) -> None:
     base = measure_model("base", load_model("base"))
     compute = ROWS * 3 * base.flops / GPU
     sending = 8 * base.parameters * (nodes - 1) / nodes / LINK
@@ -48,7 +48,7 @@ def test_scaling_figures_on_the_page_follow_from_compute_and_network_bytes(nodes
     ]
 
 
-def test_the_page_states_the_smallest_number_of_rows_per_gpu_that_hides_communication() -> None:
+def test_the_scaling_page_states_the_smallest_number_of_rows_per_gpu_that_hides_communication() -> None:
     base = measure_model("base", load_model("base"))
     least = 8 * base.parameters / LINK / (3 * base.flops / GPU)
     assert f"With fewer than {least:.0f} rows per GPU" in PAGE

@@ -59,7 +59,7 @@ def test_the_loss_of_validation_and_evaluation_is_the_mean_over_all_texts_from_w
     assert scored[1].references == ("green", "green", "green", "green x"), "references keep their repeats"
 
 
-def test_validation_reads_each_picture_of_a_batch_once_however_many_texts_it_has(
+def test_validation_reads_each_picture_of_a_batch_only_once_for_any_number_of_its_texts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = write_shards(tmp_path / "shards", rows=ROWS, texts=4)
@@ -88,7 +88,7 @@ def test_validation_reads_each_picture_of_a_batch_once_however_many_texts_it_has
     assert sorted(read) == list(range(ROWS))
 
 
-def test_the_human_text_shown_with_a_sample_caption_is_not_always_the_first_text_of_the_picture(tmp_path: Path) -> None:
+def test_the_human_text_beside_a_sample_caption_is_not_always_the_first_text_of_its_picture(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", rows=4, texts=2)
     config = tiny_model_config()
     tokenizer = text.learn(config.text, [])
