@@ -46,7 +46,7 @@ def test_clip_encoder_gives_the_original_pooled_feature_after_import_and_export(
     assert_equal(CLIPVisionModel.from_pretrained(exported)(pixels()).pooler_output, theirs)
 
 
-def test_import_of_a_whole_clip_model_leaves_out_the_text_encoder(tmp_path: Path) -> None:
+def test_importing_a_complete_clip_model_ignores_its_text_encoder(tmp_path: Path) -> None:
     original = publish(CLIPModel(CLIPConfig(text_config=TOWER, vision_config=VISION)), tmp_path / "published")
     model, report = load(ours(), tmp_path / "published", "encoder")
     assert_equal(model.encoder(pixels()), original.vision_model(pixels()).last_hidden_state[:, 1:])

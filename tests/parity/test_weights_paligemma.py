@@ -131,7 +131,7 @@ def lakesight(*arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
-def test_commands_import_and_export_a_whole_model_with_its_tokenizer(
+def test_the_commands_import_weights_and_export_weights_transfer_a_complete_model_with_its_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -59,7 +59,7 @@ def test_siglip_encoder_gives_the_original_features_after_import_and_export(sele
     assert_equal(selected(SiglipVisionModel.from_pretrained(exported)(pixels()), select), theirs)
 
 
-def test_import_of_a_whole_siglip_model_leaves_out_the_text_encoder(tmp_path: Path) -> None:
+def test_importing_a_complete_siglip_model_ignores_its_text_encoder(tmp_path: Path) -> None:
     original = publish(SiglipModel(SiglipConfig(text_config=TOWER, vision_config=VISION)), tmp_path / "published")
     model, report = load(ours("attention"), tmp_path / "published", "encoder")
     assert_equal(model.encoder(pixels()), selected(original.vision_model(pixels()), "attention"))

@@ -125,7 +125,7 @@ def test_the_neighbour_of_a_picture_is_the_most_similar_training_picture(
     assert [row.neighbour for row in report.scores()[:4]] == ["red", "green", "blue", "white"]
 
 
-def test_a_second_evaluation_neither_computes_nor_writes_the_metrics_again(
+def test_a_repeated_evaluation_neither_computes_nor_writes_the_metrics_again(
     spark: SparkSession, platform: Platform, model: ModelFiles, shards: Path, report: EvaluationReport
 ) -> None:
     whole = {(None, name): value for name, value in report.values().items()}

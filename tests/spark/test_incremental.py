@@ -196,7 +196,7 @@ def test_a_table_is_read_completely_if_its_changes_are_unknown_and_not_at_all_if
         open_source(spark, platform, source, data({"kind": "table", "table": "a_view"}), items_table([]))
 
 
-def test_columns_of_any_type_reach_the_executors_as_values_or_as_text(spark: SparkSession) -> None:
+def test_a_column_of_any_type_is_passed_to_executors_as_values_or_as_text(spark: SparkSession) -> None:
     """Not every version of Spark converts VARIANT, TIME and intervals to Arrow (SPARK-45128, SPARK-53263)."""
     values = {
         "k.id": "1.0D",

@@ -67,7 +67,7 @@ def test_an_append_that_delta_skipped_raises_a_write_conflict(
         verify_append(spark, place, SAMPLES, replace(stamp, planned_at=datetime.now(UTC)), 1)
 
 
-def test_a_small_ingest_of_a_new_source_runs_few_queries(
+def test_a_small_ingest_of_a_new_source_runs_only_a_few_spark_queries(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     first, second = (data_of(tmp_path / f"{n}.csv", [as_base64(png(110 + n)), "a"]) for n in range(2))

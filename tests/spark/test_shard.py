@@ -160,7 +160,7 @@ def test_new_rows_are_written_to_a_new_shard_folder_and_the_old_shard_folder_is_
     assert len(Shards.open(Path(first.folder))) == first.num_rows < second.num_rows
 
 
-def test_jpeg_shards_are_smaller_than_raw_shards_and_have_nearly_the_same_pixels(
+def test_shards_with_jpeg_pictures_are_smaller_than_raw_shards_and_have_nearly_the_same_pixels(
     spark: SparkSession, platform: Platform, filled: tuple[str, Path]
 ) -> None:
     source, path = filled

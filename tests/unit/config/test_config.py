@@ -133,11 +133,11 @@ def test_the_value_of_an_override_may_contain_an_equals_sign() -> None:
         ("model.image={size: ", "model.image: '{size: ' is not a valid YAML list or mapping"),
     ],
 )
-def test_a_bad_override_is_reported_with_the_nearest_valid_name(override: str, expected: str) -> None:
+def test_an_invalid_override_is_reported_with_the_nearest_valid_name(override: str, expected: str) -> None:
     assert expected in problems(override)
 
 
-def test_one_error_lists_every_problem() -> None:
+def test_an_invalid_config_gives_one_error_that_lists_every_problem() -> None:
     listed = problems("train.stepz=5", "data.split.kind=hsh", "platform.ranks=none")
     assert all(path in listed for path in ("train.stepz", "data.split", "platform.ranks"))
 
@@ -162,7 +162,7 @@ def test_a_databricks_config_needs_the_values_that_databricks_yml_holds() -> Non
     assert all(f"platform.{key}: missing" in listed for key in ("catalog", "schema", "volume", "ranks"))
 
 
-def test_names_that_are_inserted_into_sql_cannot_inject_sql() -> None:
+def test_names_from_a_config_cannot_inject_sql() -> None:
     assert "platform.catalog" in problems(*DEPLOYMENT, "platform.catalog=a;drop", platform="databricks")
 
 
@@ -228,7 +228,7 @@ def test_conf_in_the_working_folder_takes_precedence_over_conf_in_the_package(
     ],
     ids=lambda text: ascii(text)[:40],
 )
-def test_the_error_for_a_bad_run_file_names_the_problem(
+def test_the_error_for_an_invalid_run_file_states_the_problem(
     text: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for folder in ("run", "model"):
@@ -256,7 +256,7 @@ def test_a_run_file_is_read_whatever_its_file_name_is_and_even_with_a_byte_order
 
 
 @pytest.mark.parametrize("name", ["bird's v2", "b\u00fccher", "a b", ".hidden", "", "x" * 65, "a/b", "a\nb"])
-def test_a_name_that_is_not_allowed_is_reported_with_the_rule_for_names(
+def test_an_invalid_run_name_is_reported_with_the_rule_for_valid_names(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "conf" / "run").mkdir(parents=True)
@@ -267,7 +267,9 @@ def test_a_name_that_is_not_allowed_is_reported_with_the_rule_for_names(
     assert name not in available("run")
 
 
-def test_a_file_that_cannot_be_opened_is_reported_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_config_file_that_cannot_be_opened_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "conf" / "run").mkdir(parents=True)
     (tmp_path / "conf" / "run" / "own.yml").write_text(RUN)
     monkeypatch.chdir(tmp_path)
@@ -314,7 +316,7 @@ def test_loading_a_saved_run_of_another_version_is_an_error() -> None:
 
 
 @given(st.lists(st.integers() | st.text(), min_size=1))
-def test_short_hashes_are_equal_if_and_only_if_the_hashed_parts_are_equal(parts: list[int | str]) -> None:
+def test_two_short_hashes_are_equal_exactly_if_the_hashed_values_are_equal(parts: list[int | str]) -> None:
     assert short_hash(parts) == short_hash(list(parts))
     assert short_hash(parts) != short_hash([*parts, "more"])
 

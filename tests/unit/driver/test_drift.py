@@ -26,9 +26,7 @@ SAID = st.lists(
 
 
 @given(st.lists(SAID, min_size=1, max_size=5))
-def test_caption_statistics_computed_in_parts_add_up_to_the_statistics_of_all_captions(
-    parts: list[list[str]],
-) -> None:
+def test_caption_statistics_computed_in_parts_add_up_to_the_statistics_of_all_captions(parts: list[list[str]]) -> None:
     tallies = [[CaptionStats.from_caption(text, -0.25) for text in part] for part in parts]
     whole = sum_stats(tally for part in tallies for tally in part)
     assert sum_stats(map(sum_stats, tallies)) == whole
@@ -75,7 +73,7 @@ def test_a_caption_job_whose_rows_all_failed_has_only_the_figure_error_share() -
         ({"brightness": 80.0, "contrast": 10.0}, {"brightness", "contrast"}),
     ],
 )
-def test_figures_that_differ_by_more_than_their_limit_are_reported_as_drift(
+def test_a_caption_statistic_that_differs_by_more_than_its_limit_is_reported_as_drift(
     now: dict[str, float], beyond: set[str]
 ) -> None:
     found = compare_figures(BEFORE | now, 500, EvaluationFigures(figures=BEFORE, rows=300), DriftConfig(), prompt="")

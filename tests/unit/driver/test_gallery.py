@@ -60,7 +60,7 @@ def write(path: Path, rows: list[GalleryRow]) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def test_the_gallery_page_refers_to_no_other_file_or_address(tmp_path: Path) -> None:
+def test_the_gallery_page_loads_no_other_file_and_no_url(tmp_path: Path) -> None:
     tags = Tags(write(tmp_path / "deep" / "gallery.html", [row(1, exact=True), row(2, exact=False)])).tags
     images = [attributes["src"] or "" for tag, attributes in tags if tag == "img"]
     assert len(images) == 2

@@ -56,7 +56,9 @@ def test_the_description_of_a_host_has_its_gpus_or_the_error_of_the_gpu_driver(
     assert (described.driver, described.gpus) == (driver, gpus)
 
 
-def test_equal_hosts_pass_without_a_warning_and_are_summarized_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_hosts_that_are_equal_cause_no_warning_and_are_summarized_in_one_log_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     hosts = [host("a"), host("b")]
     check_compatible(hosts, "0.1.0")
     assert caplog.records == []

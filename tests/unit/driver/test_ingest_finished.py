@@ -115,7 +115,7 @@ def test_an_ingest_of_a_removed_input_is_refused_without_spark(
         find_finished(platform, NAME, config)
 
 
-def test_the_version_of_a_source_is_the_table_version_of_the_last_commit_that_may_have_changed_the_source(
+def test_the_dataset_version_of_a_source_is_the_last_table_version_that_may_have_changed_its_rows(
     platform: Platform,
 ) -> None:
     assert platform.tables

@@ -20,7 +20,7 @@ def entries(*rows: tuple[str, str, str]) -> pa.Table:
     return pa.Table.from_pylist(timed[::-1], schema)
 
 
-def test_all_files_that_were_read_with_the_same_settings_count_as_ingested() -> None:
+def test_every_file_that_was_read_with_the_same_settings_counts_as_ingested() -> None:
     found = entries(("a", "1-1", "now"), ("a", "2-2", "now"), ("b", "1-1", "now"))
     assert sorted(select_last_versions(found, "now").to_pylist(), key=str) == [
         {"item": "a", "state": "1-1"},

@@ -273,7 +273,7 @@ def read_jsonl(path: Path) -> list[Record]:
     return list(jsonl_records(iter([batch]), distinct, LIMIT))
 
 
-def test_a_json_key_that_first_appears_in_a_late_line_is_found(tmp_path: Path) -> None:
+def test_a_json_key_is_found_even_if_only_late_lines_have_this_key(tmp_path: Path) -> None:
     lines = [json.dumps({"image": "p"} | ({"late": 1} if n == 900 else {})) for n in range(1000)]
     write(tmp_path, {"a.jsonl": "\r".join([*lines, "{", "[1]"])})
     [file] = list_files(config_of(tmp_path, kind="jsonl"), (".jsonl",)).files
@@ -316,9 +316,7 @@ def test_a_coco_id_that_is_a_number_equals_the_same_id_as_a_text(tmp_path: Path)
     assert (records[0].fields["height"], records[0].fields["width"]) == (4, 5)
 
 
-def test_coco_images_that_share_an_id_are_refused_because_their_captions_are_ambiguous(
-    tmp_path: Path,
-) -> None:
+def test_coco_images_that_share_an_id_are_refused_because_their_captions_are_ambiguous(tmp_path: Path) -> None:
     images = [{"id": 1, "file_name": "a"}, {"id": "1.0", "file_name": "b"}, *[{"id": 2, "file_name": "c"}] * 2]
     annotations = [{"image_id": number, "caption": "said"} for number in (1, 2)]
     records = coco(tmp_path, {"images": images, "annotations": annotations})

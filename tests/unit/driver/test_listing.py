@@ -161,7 +161,7 @@ def test_the_ledger_entry_of_a_file_is_the_same_as_in_earlier_versions_of_lakesi
     assert (file.item, file.state) == (f"{tmp_path}/a b.csv", "3 bytes, 2023-11-14T22:13:20.123456Z")
 
 
-def test_files_are_listed_from_urls_of_local_folders_and_of_object_stores(tmp_path: Path) -> None:
+def test_files_are_listed_from_a_url_of_a_local_folder_or_of_an_object_store(tmp_path: Path) -> None:
     write(tmp_path, {"a.csv": "x"})
     for url in (f"file:{tmp_path}", f"file://{tmp_path}/a.csv"):
         assert [file.path for file in listing(url).files] == [str(tmp_path / "a.csv")]
@@ -211,7 +211,7 @@ def test_a_report_counts_all_files_that_were_passed_over_but_names_at_most_a_tho
 
 
 @given(st.integers(0, 2**50))
-def test_an_input_is_split_into_32_tasks_that_read_4_to_32_megabytes_each(size: int) -> None:
+def test_an_input_is_read_by_32_tasks_unless_a_task_would_read_less_than_4_or_more_than_32_megabytes(size: int) -> None:
     per_task = range_bytes(size)
     assert 4 * 2**20 <= per_task <= 32 * 2**20
     assert 32 <= size / per_task < 33 or per_task in (4 * 2**20, 32 * 2**20)

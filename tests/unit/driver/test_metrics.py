@@ -207,7 +207,7 @@ def test_coco_metrics_equal_those_of_pycocoevalcap_even_if_a_picture_repeats_a_r
     assert metrics["meteor"](hindi).tolist() == [1, 0]
 
 
-def test_every_metric_that_compares_words_names_the_tokenisation() -> None:
+def test_every_metric_that_compares_words_has_a_recorded_tokenisation() -> None:
     metrics = measure(scored(TRUTH * 30, MADE * 30), further={"meteor": ratio([1.0] * 120)})
     without = {"loss", "token_accuracy", "tokens", "captions_per_second", "mean_logprob", "brightness", "contrast"}
     without |= {"blind_gap", "blank_gap", "noise_gap", "error_share"}

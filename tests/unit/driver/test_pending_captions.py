@@ -26,7 +26,9 @@ def test_a_caption_job_compares_all_earlier_captioned_table_versions_if_there_ar
 
 
 @pytest.mark.parametrize("files", [3, 12])
-def test_counting_the_progress_of_a_job_reads_the_footer_of_each_parquet_file_once(tmp_path: Path, files: int) -> None:
+def test_counting_the_progress_of_a_caption_job_reads_the_footer_of_each_parquet_file_only_once(
+    tmp_path: Path, files: int
+) -> None:
     pending = PendingFiles(tmp_path, {})
     for number in range(files):
         pq.write_table(pa.table({"image_id": ["a", "b"]}), tmp_path / f"{number}.parquet")

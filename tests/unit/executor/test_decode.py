@@ -195,7 +195,7 @@ ROWS = st.fixed_dictionaries(
 
 @settings(deadline=None)
 @given(st.lists(ROWS, min_size=1, max_size=20))
-def test_every_row_is_returned_exactly_once_as_a_sample_or_a_refusal(rows: list[Fields]) -> None:
+def test_every_input_row_is_returned_exactly_once_either_as_a_sample_or_as_a_refused_row(rows: list[Fields]) -> None:
     outcomes = decode(rows)
     assert len(outcomes) == len(rows)
     for outcome in outcomes:
@@ -285,7 +285,7 @@ def test_line_breaks_inside_a_text_are_kept_as_line_feeds() -> None:
     assert texts(one({TEXT: "a\r\nb\rc\td\x0be"})) == [("", "a\nb\nc\td e")]
 
 
-def test_output_batches_have_a_limited_size_in_bytes() -> None:
+def test_batches_of_decoded_rows_have_a_limited_size_in_bytes() -> None:
     big = LimitsConfig(max_bytes=2**25, max_pixels=2**22)
     rules = DecodeRules("birds", ColumnNames(), big, HashSplitConfig())
     row: Fields = {IMAGE: as_base64(encoded(picture(3, (1200, 1000)), "BMP")), TEXT: "a bird"}

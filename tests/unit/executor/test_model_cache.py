@@ -51,7 +51,7 @@ def line(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
-def test_a_model_is_copied_once_and_is_copied_again_after_the_model_was_replaced(tmp_path: Path) -> None:
+def test_a_model_is_copied_to_the_cache_once_and_again_only_after_it_was_replaced(tmp_path: Path) -> None:
     folder, root = model(tmp_path / "far"), tmp_path / "near"
     copy = local_copy(folder, root=root)
     assert {path.name: path.read_text() for path in model_files(copy)} == {

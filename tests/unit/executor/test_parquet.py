@@ -54,7 +54,7 @@ def test_pictures_of_every_type_that_holds_bytes_are_read(tmp_path: Path, pictur
 
 
 @pytest.mark.parametrize(("binary", "text"), [(pa.binary(), pa.string()), (pa.large_binary(), pa.large_string())])
-def test_an_image_struct_of_hugging_face_becomes_two_fields(
+def test_an_image_struct_of_hugging_face_gives_one_field_with_the_bytes_and_one_with_the_path(
     tmp_path: Path, binary: pa.DataType, text: pa.DataType
 ) -> None:
     kind = pa.struct([("path", text), ("bytes", binary), ("size", pa.int64())])
@@ -197,7 +197,7 @@ def test_columns_that_the_config_does_not_name_are_read_only_for_refused_rows(tm
     assert {name: str(v) for name, v in found.items()} == {name: str(v) for name, v in expected.items()}
 
 
-def test_the_unused_columns_of_a_row_do_not_depend_on_the_order_in_which_rows_are_requested(tmp_path: Path) -> None:
+def test_the_unused_columns_read_for_a_parquet_row_do_not_depend_on_the_order_of_requests(tmp_path: Path) -> None:
     table = {"image": [BYTES] * 5000, "text": ["a"] * 5000, "n": range(5000)}
     records = read(written(tmp_path, table, row_group_size=3000))
     order = [0, 2999, 1, 3000, 4999, 1500]
@@ -225,7 +225,7 @@ def test_parquet_files_from_other_writers_are_read(tmp_path: Path, compression: 
     dictionary=st.booleans(),
 )
 @settings(max_examples=15, deadline=None)
-def test_every_row_of_a_parquet_file_is_in_exactly_one_range(
+def test_every_row_of_a_parquet_file_belongs_to_exactly_one_range(
     tmp_path_factory: pytest.TempPathFactory, rows: int, group: int, step: int, page: int, dictionary: bool
 ) -> None:
     pictures = [bytes([row]) * (row * 7) for row in range(rows)]

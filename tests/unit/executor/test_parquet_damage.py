@@ -77,7 +77,9 @@ def test_damage_in_an_unused_column_loses_no_row_and_a_refused_row_describes_the
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_damaged_byte_makes_rows_disappear_silently(tmp_path: Path, seed: int) -> None:
+def test_a_damaged_byte_in_a_parquet_file_never_makes_rows_disappear_without_a_report(
+    tmp_path: Path, seed: int
+) -> None:
     path, chance = three_groups(tmp_path), random.Random(seed)
     content = bytearray(path.read_bytes())
     for _ in range(chance.choice([1, 5, 50])):

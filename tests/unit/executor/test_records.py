@@ -79,11 +79,11 @@ def test_a_csv_line_is_split_as_by_the_csv_module_or_is_not_split(line: str) -> 
 
 
 @pytest.mark.parametrize("line", ['"', '"a', 'a,"b', '"a"b', '"a" ,b', '"""'])
-def test_a_csv_line_with_wrong_quotes_is_not_split(line: str) -> None:
+def test_a_csv_line_with_misplaced_quotes_is_not_split_into_fields(line: str) -> None:
     assert split_line(line) is None
 
 
-def test_header_rows_and_blank_rows_are_skipped(tmp_path: Path) -> None:
+def test_the_header_rows_of_a_csv_file_and_its_blank_rows_are_skipped(tmp_path: Path) -> None:
     content = b"\n\xef\xbb\xbfid,text\n1,one\n \nid,text\n\xef\xbb\xbf2,\n"
     assert fields(parse(tmp_path, content, skip=2)) == [("1", "one"), ("id", "text"), ("2", None)]
     assert fields(parse(tmp_path, content, skip=2, start=20)) == [("id", "text"), ("2", None)]
@@ -160,7 +160,7 @@ def test_a_line_that_begins_inside_a_quoted_field_is_refused_wherever_the_byte_r
 
 
 @pytest.mark.parametrize("line", [b"1", b"1,one,more", b'1,"one', b'"1"x,one'])
-def test_a_malformed_csv_line_keeps_its_raw_text(tmp_path: Path, line: bytes) -> None:
+def test_a_refused_malformed_csv_line_keeps_its_raw_text(tmp_path: Path, line: bytes) -> None:
     [record] = parse(tmp_path, line)
     assert record.raw == line.decode()
     assert record.problem is not None
@@ -189,7 +189,7 @@ def json_lines(*lines: bytes) -> list[Record]:
         return list(jsonl_range(Range(str(path), path.name, 0, WHOLE, Layout(), {}), LIMIT))
 
 
-def test_json_lines_are_parsed_and_blank_lines_are_skipped() -> None:
+def test_every_json_line_is_parsed_and_blank_lines_are_skipped() -> None:
     lines = [b'\xef\xbb\xbf{"a": 1, "b": ["x", null]}', b" ", b'{"a": "caf\xe9"}', rb'{"a": "\ud83d\ude00 \ud800"}']
     assert [record.fields for record in json_lines(*lines)] == [
         {"a": 1, "b": ["x", None]},
@@ -206,7 +206,7 @@ def test_a_json_line_with_an_integer_of_any_length_is_read() -> None:
 
 
 @pytest.mark.parametrize("line", [b'{"a": 1', b"[1]", b"7", b"[" * 100_000, b"{'a': 1}"])
-def test_a_malformed_json_line_keeps_its_raw_text(line: bytes) -> None:
+def test_a_refused_malformed_json_line_keeps_its_raw_text(line: bytes) -> None:
     bad, good = json_lines(line, b'{"a": 1}')
     assert (bad.raw, bad.fields) == (line.decode(), {})
     assert bad.problem is not None

@@ -110,7 +110,7 @@ def test_one_task_can_read_several_tars_and_each_tar_may_be_compressed(tmp_path:
     ],
     ids=["large", "twice", "not-json", "no-object"],
 )
-def test_problem_of_a_tar_member_affects_only_the_row_of_the_member(
+def test_a_problem_of_a_tar_member_affects_only_the_row_of_this_member(
     tmp_path: Path, members: dict[str, bytes], reason: str
 ) -> None:
     bad, good = rows_of(write_tar(tmp_path / "x.tar", members | {"b.png": b"p"}))

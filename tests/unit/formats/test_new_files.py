@@ -66,7 +66,7 @@ def test_metric_files_after_a_missing_file_are_found_once_the_rank_has_passed_th
     assert read(run) == [20, 21]
 
 
-def test_the_last_files_of_a_complete_run_are_read_once(run: RunFolder) -> None:
+def test_the_last_metric_files_of_a_complete_run_are_read_only_once(run: RunFolder) -> None:
     write(run, 38, 40)
     write_heartbeat(run, 0, 40)
     assert read(run, after=36) == [38, 40]

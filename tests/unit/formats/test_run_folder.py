@@ -47,7 +47,7 @@ def test_reading_a_written_json_file_gives_an_equal_object(run: RunFolder) -> No
     assert run.read_ranks() == [content]
 
 
-def test_a_failed_write_keeps_the_previous_file(run: RunFolder) -> None:
+def test_a_failed_write_of_a_run_file_keeps_the_previous_file(run: RunFolder) -> None:
     write_json(run.tracking, {"run_id": "a"})
     with pytest.raises(TypeError):
         write_json(run.tracking, {"run_id": object()})
@@ -86,7 +86,7 @@ def test_failure_records_are_read_in_the_order_of_their_time(run: RunFolder) -> 
     assert [f.rank for f in run.read_failures()] == [1, 2, 0]
 
 
-def test_a_heartbeat_contains_the_step_and_the_time(run: RunFolder) -> None:
+def test_a_heartbeat_file_contains_the_current_step_and_the_time(run: RunFolder) -> None:
     assert run.read_heartbeat(0) is None
     write_heartbeat(run, 0, 12)
     beat = run.read_heartbeat(0)

@@ -97,7 +97,7 @@ def test_every_row_of_the_shards_is_found_for_any_file_size_and_batch_size(
         shards.row(total)
 
 
-def test_reading_a_row_does_not_read_its_whole_record_batch(tmp_path: Path) -> None:
+def test_reading_one_row_of_a_shard_does_not_read_the_complete_record_batch(tmp_path: Path) -> None:
     """Rows are read in random order, so reading a whole record batch for each row would multiply the bytes read."""
     side, count = 224, 2 * BATCH_ROWS
     template = request(image=ImageConfig(size=side), rows=count)

@@ -40,7 +40,7 @@ def test_every_reason_of_an_image_error_is_also_a_quarantine_reason() -> None:
     assert len(set(REASONS)) == len(REASONS)
 
 
-def test_columns_of_outcomes_have_the_types_of_the_table_columns_of_the_same_name() -> None:
+def test_the_columns_of_decoded_rows_have_the_same_types_as_the_table_columns_of_the_same_name() -> None:
     types = {field.name: field.type for field in OUTCOME}
     for table in (SAMPLES, QUARANTINE):
         for column in table.columns:

@@ -125,14 +125,14 @@ def test_lakesight_ask_passes_pictures_to_the_model_in_the_given_order(
     assert (report["regions"], report["drawn"]) == ([], None)
 
 
-def test_too_many_pictures_for_the_context_are_refused(
+def test_lakesight_ask_refuses_more_pictures_than_fit_into_the_context(
     random_model: tuple[Path, VisionLanguageModel, Tokenizer],
 ) -> None:
     with pytest.raises(UserError, match="does not fit the model's context"):
         ask([Path("red.png")] * 9, checkpoint=random_model[0])
 
 
-def test_boxes_are_reported_in_pixels_of_the_picture_and_are_drawn(
+def test_boxes_in_an_answer_are_reported_in_pixels_of_the_picture_and_are_drawn(
     detector: Path, ask_in_process: AskInProcess
 ) -> None:
     """The model sees columns 100 to 300 of the picture. Half of the model's input width is therefore column 200."""
@@ -148,7 +148,7 @@ def test_boxes_are_reported_in_pixels_of_the_picture_and_are_drawn(
         assert box_columns == [274], "the last pixel before the right edge"
 
 
-def test_no_boxes_are_reported_for_an_answer_about_several_pictures(
+def test_lakesight_ask_reports_no_boxes_for_an_answer_about_several_pictures(
     detector: Path, ask_in_process: AskInProcess
 ) -> None:
     report = ask_in_process("wide.png", "red.png", checkpoint=detector)
@@ -166,7 +166,7 @@ def test_lakesight_ask_with_draw_prints_the_answer_and_fails_if_the_answer_has_n
     assert not Path("boxes.png").exists()
 
 
-def test_equal_labels_have_equal_colours_and_degenerate_boxes_can_be_drawn() -> None:
+def test_boxes_with_equal_labels_have_equal_colours_and_boxes_without_area_can_be_drawn() -> None:
     picture = Image.new("RGB", (300, 300), "white")
     corners = [(0, 0, 300, 300), (299, 299, 300, 300), (300, 300, 300, 300), (7, 7, 7, 7)]
     labels = ["a", "b", "", "a\N{SNOWMAN}"]
@@ -251,7 +251,7 @@ def test_lakesight_ask_accepts_overrides_of_decoding_settings_and_refuses_other_
         ask_in_process("red.png", checkpoint=folder, overrides=["model.generation.num_beams=3"])
 
 
-def test_the_attention_of_each_word_is_drawn_and_reported(
+def test_lakesight_ask_draws_and_reports_the_attention_of_each_word(
     random_model: tuple[Path, VisionLanguageModel, Tokenizer], ask_in_process: AskInProcess
 ) -> None:
     folder, model, tokenizer = random_model

@@ -128,7 +128,7 @@ def test_a_command_line_that_cannot_be_parsed_ends_with_exit_code_2(arguments: l
     assert "Usage: " in done.stderr
 
 
-def test_a_successful_command_does_not_raise_system_exit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_successful_command_returns_without_raising_system_exit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["lakesight", "config"])
     main()
 
@@ -230,7 +230,7 @@ def test_an_unexpected_error_prints_a_traceback_without_passwords_and_the_error_
     assert "c4nary" not in shown
 
 
-def test_only_the_report_goes_to_stdout_even_if_child_processes_print() -> None:
+def test_a_command_writes_only_its_report_to_stdout_even_if_child_processes_print() -> None:
     code = (
         "import subprocess\nfrom jobs.common import open_output\n"
         "with open_output(as_json=True) as output:\n"
@@ -271,7 +271,7 @@ def test_only_the_report_goes_to_stdout_even_if_child_processes_print() -> None:
         (["ask", "no-such.png"], ["the picture cannot be read", "no-such.png", "No such file"]),
     ],
 )
-def test_invalid_input_prints_one_paragraph_and_ends_with_exit_code_2(
+def test_a_command_with_invalid_input_prints_one_paragraph_and_ends_with_exit_code_2(
     arguments: list[str], expected: list[str]
 ) -> None:
     assert_user_error(lakesight(*arguments), *expected)
@@ -336,7 +336,7 @@ def test_command_doctor_compares_the_number_of_task_slots_with_the_number_of_ran
 # ------------------------------------------------------------------------------------------------ config
 
 
-def test_config_prints_a_valid_resolved_run(tmp_path: Path) -> None:
+def test_command_config_prints_the_resolved_run_as_a_valid_run_file(tmp_path: Path) -> None:
     import yaml
 
     done = lakesight("config", "--run", "demo", "--set", "train.steps=5")
@@ -345,7 +345,7 @@ def test_config_prints_a_valid_resolved_run(tmp_path: Path) -> None:
     assert json.loads(lakesight("config", "--set", "train.steps=5", "--json").stdout) == resolved
 
 
-def test_config_models_reports_the_number_of_parameters_of_the_built_model() -> None:
+def test_command_config_models_reports_the_number_of_parameters_of_the_built_model() -> None:
     listed = json.loads(lakesight("config", "models", "--json").stdout)["models"]
     nano = load_model("nano")
     built = build_model(nano, vocab_size=nano.text.vocab_size)  # type: ignore[union-attr]

@@ -82,7 +82,7 @@ def test_the_preflight_only_warns_about_a_tracking_server_that_does_not_answer(
     assert {check.status for check in mlflow_checks(load_run("demo")).values()} == {"warn"}
 
 
-def test_outside_a_workspace_the_preflight_names_the_missing_runtime_and_volume_and_suggests_no_laptop_packages(
+def test_outside_a_workspace_the_preflight_reports_the_runtime_and_volume_but_suggests_no_laptop_packages(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("jobs.preflight.RUNTIME_MODULES", ("no_such_module",))

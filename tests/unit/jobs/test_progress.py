@@ -57,7 +57,7 @@ def test_a_progress_bar_on_a_terminal_shows_the_time_left(monkeypatch: pytest.Mo
         (401, 400, 30, 0, "", "401/400, 0:30 elapsed, 0:00 left"),
     ],
 )
-def test_progress_is_described_with_elapsed_time_and_time_left(
+def test_the_progress_line_shows_the_elapsed_time_and_the_time_left(
     count: int, total: int | None, elapsed: float, initial: int, text: str, line: str
 ) -> None:
     assert progress.progress_text(count, total, elapsed, initial, text) == line

@@ -52,7 +52,7 @@ def samples(home: Path, tmp_path: Path) -> Callable[..., Any]:
     return show
 
 
-def test_show_reads_any_table_version_without_a_jvm(samples: Callable[..., Any]) -> None:
+def test_command_show_reads_any_table_version_without_starting_a_jvm(samples: Callable[..., Any]) -> None:
     latest = samples()
     assert (latest["version"], latest["num_rows"], len(latest["rows"])) == (1, 2, 2)
     assert latest["rows"][0]["image"].endswith(" bytes>")
@@ -60,7 +60,7 @@ def test_show_reads_any_table_version_without_a_jvm(samples: Callable[..., Any])
     assert (first["num_rows"], first["rows"]) == (1, [])
 
 
-def test_show_gallery_writes_one_html_page_with_escaped_texts(samples: Callable[..., Any]) -> None:
+def test_command_show_with_gallery_writes_one_html_page_with_escaped_texts(samples: Callable[..., Any]) -> None:
     page = Path(samples("--gallery")["gallery"]).read_text()
     assert page.count("data:image/jpeg;base64,") == 2
     assert "&lt;two&gt;" in page
@@ -106,7 +106,7 @@ def test_show_reads_the_pictures_beside_captions_from_the_table_that_was_caption
     assert_user_error(lakesight("show", "shop/products", "--gallery"), "no pictures", "Sku, photo", "--image-column")
 
 
-def test_show_selects_sorts_and_writes_rows_of_any_table(shop: None, tmp_path: Path) -> None:
+def test_command_show_can_filter_and_sort_and_export_the_rows_of_any_table(shop: None, tmp_path: Path) -> None:
     done = lakesight(
         "show", "shop/products", "--columns", "Sku", "--where", '"Sku" > 0', "--order", "Sku DESC", "--json"
     )
@@ -130,7 +130,7 @@ def test_show_selects_sorts_and_writes_rows_of_any_table(shop: None, tmp_path: P
         (["champion_captions", "--version", "1"], ["a view has no versions"]),
     ],
 )
-def test_show_raises_a_user_error_for_rows_that_cannot_be_selected(
+def test_command_show_raises_a_user_error_if_the_rows_cannot_be_selected(
     shop: None, arguments: list[str], expected: list[str]
 ) -> None:
     assert_user_error(lakesight("show", *arguments), *expected)

@@ -55,7 +55,7 @@ def test_other_processes_wait_for_a_download_and_then_use_its_jars(tmp_path: Pat
     assert not both.broken
 
 
-def test_a_spark_session_without_jars_leaves_no_record_of_jars(tmp_path: Path) -> None:
+def test_a_spark_session_without_jars_writes_no_file_that_records_jars(tmp_path: Path) -> None:
     jars = Jars(tmp_path / "jars.txt")
     jars.save("")
     assert not jars.load().paths

@@ -91,7 +91,7 @@ def test_the_router_adds_noise_only_in_training_and_the_seed_decides_the_noise()
     assert not torch.equal(outputs[0], outputs[2])
 
 
-def test_the_scale_of_the_router_noise_is_learned() -> None:
+def test_the_scale_of_the_router_noise_is_a_learned_parameter() -> None:
     layer = make_layer(noisy=True).train()
     assert layer.noise is not None
     x_NW = torch.randn(1, 16).expand(4000, 16)

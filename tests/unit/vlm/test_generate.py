@@ -119,7 +119,7 @@ def test_equal_pictures_are_encoded_once_for_all_beams_and_requests() -> None:
         assert_same(answer, generate(model, tokenizer, [request], SHORT.model_copy(update={"num_beams": 4}))[0])
 
 
-def test_a_finished_completion_leaves_the_batch() -> None:
+def test_a_finished_completion_is_removed_from_the_batch() -> None:
     model, tokenizer = tiny_model("other")
     requests = [ask(model, tokenizer, [picture]) for picture in tiny_pixels(16)]
     rows: list[int] = []

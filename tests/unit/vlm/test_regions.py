@@ -84,7 +84,7 @@ def test_the_region_tokens_are_exactly_1024_location_tokens_and_128_outline_code
     assert REGION_TOKEN.fullmatch("<seg127>")
 
 
-def test_a_box_in_a_stretched_picture_is_scaled() -> None:
+def test_a_box_in_the_answer_about_a_stretched_picture_is_scaled_to_the_original_size() -> None:
     placement = compute_resize(1000, 500, ImageConfig(size=224))
     assert to_box(Region(256, 512, 512, 1023, "cat"), placement) == Box(500, 125, 999, 250)
 

@@ -186,7 +186,7 @@ def test_batches_do_not_depend_on_the_number_of_ranks_or_workers_or_on_the_first
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_an_error_of_a_loader_thread_is_raised_when_its_batch_is_due(workers: int) -> None:
+def test_an_error_in_a_loader_thread_is_raised_when_training_needs_its_batch(workers: int) -> None:
     def make(item: int) -> int:
         if item == 3:
             raise RuntimeError("the shard is gone")

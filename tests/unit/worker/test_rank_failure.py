@@ -49,7 +49,7 @@ def wait_until_started(run: RunFolder, process: subprocess.Popen[bytes]) -> None
     time.sleep(0.2)  # the process enters `body` during this wait
 
 
-def test_a_finished_rank_is_marked_as_ended(run: RunFolder) -> None:
+def test_a_rank_that_finishes_writes_its_end_mark(run: RunFolder) -> None:
     assert start_rank(run, "monitor.report_step(7)").wait() == 0
     (rank,) = run.read_ranks()
     assert rank.ended

@@ -97,7 +97,7 @@ def test_a_run_that_continues_a_shorter_run_equals_an_uninterrupted_run_if_the_s
     assert any(not torch.equal(tensor, last[name]) for name, tensor in weights(again, 14).items())
 
 
-def test_each_stage_has_its_own_warmup_and_decay(make_run: Any) -> None:
+def test_each_training_stage_has_its_own_warmup_and_decay(make_run: Any) -> None:
     settings = make_run("run").read_run().config.train
     first, second = plan_stages(settings)
     assert [(s.first, s.end, s.lr) for s in (first, second)] == [(0, 6, 4e-3), (6, 14, 2e-3)]
@@ -108,7 +108,7 @@ def test_each_stage_has_its_own_warmup_and_decay(make_run: Any) -> None:
     assert [longer.lr_of(step, settings) for step in (6, 9)] == [0.5e-3, 2e-3]
 
 
-def test_the_steps_of_a_run_are_the_sum_of_the_steps_of_its_stages() -> None:
+def test_the_number_of_steps_of_a_run_is_the_sum_over_its_training_stages() -> None:
     assert TrainConfig.model_validate({"stages": [PROJECTOR, ALL]}).steps == 14
     assert TrainConfig.model_validate({"stages": [StageConfig.model_validate(ALL)]}).steps == 8
 
@@ -130,7 +130,7 @@ def test_the_steps_of_a_run_are_the_sum_of_the_steps_of_its_stages() -> None:
         ),
     ],
 )
-def test_invalid_stages_are_refused(setting: str, problem: str) -> None:
+def test_invalid_training_stages_are_refused(setting: str, problem: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_run("staged", overrides=[setting])
     assert problem in str(caught.value)
