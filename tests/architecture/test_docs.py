@@ -123,7 +123,7 @@ def test_every_test_that_a_page_names_exists() -> None:
     ] == []
 
 
-def test_every_statement_about_security_names_its_test() -> None:
+def test_every_statement_in_the_security_docs_names_its_test() -> None:
     statements = (ROOT / "docs" / "security.md").read_text().partition("## Each statement and its test")[2]
     rows = [line for line in statements.splitlines() if line.startswith("| ")][1:]
     assert len(rows) > 20

@@ -42,7 +42,7 @@ def words_of(file: Path) -> Iterator[str]:
             yield from re.findall(r"\w+", node.value)
 
 
-def test_names_of_models_occur_only_in_conf_and_not_in_code() -> None:
+def test_names_of_models_occur_only_in_the_folder_conf_and_not_in_the_code() -> None:
     models = set(available("model")) - {"base"}  # `base` is also the name of a parameter of rotary positions
     assert models
     named = {

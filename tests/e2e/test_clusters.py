@@ -133,7 +133,7 @@ except StageFailed as error:
 """
 
 
-def test_a_training_that_waits_for_free_task_slots_fails_when_a_host_is_lost(tmp_path: Path) -> None:
+def test_a_job_that_waits_for_free_spark_task_slots_fails_when_a_host_is_lost(tmp_path: Path) -> None:
     one_each = standalone_cluster(tmp_path, workers=2, cores=1, cores_per_application=2)
     with one_each as master, started_processes() as start:
         command = [sys.executable, "-c", CHECK_HOSTS, master, str(tmp_path / "run")]

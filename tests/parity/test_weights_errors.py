@@ -67,7 +67,7 @@ def test_import_error_lists_all_mismatches_with_the_nearest_tensor_names(folder:
         assert sentence in message
 
 
-def test_import_error_names_a_parameter_that_no_file_of_the_family_contains(folder: Path) -> None:
+def test_the_import_error_names_a_parameter_that_weights_of_this_family_never_contain(folder: Path) -> None:
     pooled = config(vision={"select": "attention", "post_norm": True, "class_token": True})
     vit = {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 4}
     (folder / "config.json").write_text(json.dumps({**vit, "intermediate_size": 24, "layer_norm_eps": 1e-5}))
@@ -189,7 +189,7 @@ def weights(model: torch.nn.Module) -> list[Tensor]:
     return [parameter for name, parameter in model.named_parameters() if name.startswith("decoder.")]
 
 
-def test_export_refuses_a_model_that_the_family_cannot_represent(tmp_path: Path) -> None:
+def test_export_refuses_a_model_that_the_published_format_cannot_represent(tmp_path: Path) -> None:
     windowed = OURS.model_dump()
     windowed["decoder"]["transformer"]["attention"]["windows"] = [8]
     model, _ = import_weights(type(OURS).model_validate(windowed), 40, {})
@@ -201,7 +201,7 @@ def test_export_refuses_a_model_that_the_family_cannot_represent(tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
-def test_export_refuses_a_parameter_for_which_the_family_has_no_tensor(tmp_path: Path) -> None:
+def test_export_refuses_a_parameter_for_which_the_published_format_has_no_tensor(tmp_path: Path) -> None:
     pooled = config(vision={"class_token": True, "select": "attention"})
     model, _ = import_weights(pooled, 40, {})
     save_model(tmp_path / "checkpoint", model, CharTokenizer("ab"))

@@ -160,7 +160,7 @@ ARCHITECTURES = (
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_config_values_implied_by_a_timm_architecture_equal_the_values_in_timm(
+def test_the_config_values_that_a_timm_architecture_name_implies_equal_the_values_in_timm(
     architecture: str, tmp_path: Path
 ) -> None:
     with torch.device("meta"):

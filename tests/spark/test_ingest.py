@@ -205,7 +205,7 @@ def test_a_damaged_file_is_quarantined_as_one_row_and_is_read_again_after_a_repa
     assert (again.rows_in, again.new, again.quarantined) == (7, 9 - report.new, 0)
 
 
-def test_line_breaks_inside_quotes_are_read_if_multiline_is_set(
+def test_quoted_line_breaks_in_csv_files_are_read_if_the_setting_multiline_is_true(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     path = write_csv(tmp_path / "a.csv", [[as_base64(png(70)), "two\nlines"], [as_base64(png(71)), "one line"]])
@@ -254,7 +254,7 @@ def test_rows_of_50_megabytes_are_ingested_or_quarantined(
     assert json.loads(refused["payload"]) == {IMAGE: rows[2][0], TEXT: "large and bad"}
 
 
-def test_the_ingest_counts_of_random_rows_equal_the_counts_of_a_simple_loop(
+def test_for_random_rows_the_counts_in_the_ingest_report_equal_the_counts_of_a_simple_loop(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     rng = random.Random(7)
@@ -354,7 +354,7 @@ def test_a_table_of_an_earlier_release_gets_the_missing_columns_and_keeps_its_ro
     assert [commit["operation"] in MAINTENANCE_OPERATIONS for commit in history] == [True, False]
 
 
-def test_a_table_is_created_again_if_the_process_that_created_the_table_was_killed(
+def test_a_table_is_created_again_if_the_first_creation_was_killed(
     spark: SparkSession, platform: Platform, tmp_path: Path
 ) -> None:
     killed = replace(platform, namespace="lakesight_killed", tables=tmp_path)

@@ -130,7 +130,7 @@ def test_a_table_of_a_newer_format_is_refused_and_a_new_table_has_the_format_of_
 
 @pytest.mark.faults
 @pytest.mark.matrix
-def test_a_migration_changes_no_row_and_no_dataset_version_and_can_be_undone(
+def test_a_table_migration_changes_no_row_and_no_dataset_version_and_can_be_undone(
     spark: SparkSession, home: Platform, source: str, tmp_path: Path
 ) -> None:
     write_csv(tmp_path / "rows.csv", [[as_base64(png(7100 + n)), f"picture {n}"] for n in range(4)])

@@ -51,7 +51,7 @@ def test_table_versions_row_counts_and_the_ledger_are_the_same_with_and_without_
 
 
 @pytest.mark.parametrize("in_workspace", [False, True])
-def test_an_append_that_delta_skipped_raises_a_write_conflict(
+def test_an_append_that_stored_fewer_rows_than_expected_raises_a_write_conflict(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path, in_workspace: bool
 ) -> None:
     report = ingest(spark, platform, source, data_of(tmp_path / "a.csv", [as_base64(png(107)), "a"]))

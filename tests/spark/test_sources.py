@@ -207,9 +207,7 @@ def plan_texts(
     return [pair["text"] for pair in row["new_texts"]], row["contributing"]
 
 
-def test_the_cost_of_a_plan_grows_linearly_with_the_number_of_texts_of_a_picture(
-    spark: SparkSession,
-) -> None:
+def test_the_cost_of_an_ingest_plan_grows_linearly_with_the_number_of_texts_per_picture(spark: SparkSession) -> None:
     many = 30_000
     rows = [[f"text {n}"] for n in range(many)] + [["the same"]] * many
     started = time.monotonic()
@@ -358,7 +356,7 @@ def test_an_ingest_of_one_picture_sorts_equally_many_rows_for_any_number_of_know
     assert sorted_rows == [(10, 0), (10, 0)]
 
 
-def test_the_texts_of_a_picture_keep_the_order_of_a_long_captions_file(
+def test_the_texts_of_a_picture_keep_their_order_even_if_the_captions_file_is_long(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     texts = {f"{n}.png": [f"text {number} of picture {n} {'x' * 200}" for number in range(600)] for n in range(2)}

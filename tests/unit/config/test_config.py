@@ -49,7 +49,7 @@ def problems(*overrides: str, run: str = "demo", platform: str = "local") -> str
     return raised.value.got
 
 
-def test_a_run_is_equal_after_a_round_trip_through_json() -> None:
+def test_a_run_config_is_unchanged_after_it_was_written_to_json_and_read_again() -> None:
     for name in available("run"):
         run = load_run(name, overrides=["train.seed=7"])
         assert RunConfig.from_json(run.to_json()) == run
@@ -162,7 +162,7 @@ def test_a_databricks_config_needs_the_values_that_databricks_yml_holds() -> Non
     assert all(f"platform.{key}: missing" in listed for key in ("catalog", "schema", "volume", "ranks"))
 
 
-def test_names_from_a_config_cannot_inject_sql() -> None:
+def test_a_name_in_a_config_that_could_inject_sql_is_refused() -> None:
     assert "platform.catalog" in problems(*DEPLOYMENT, "platform.catalog=a;drop", platform="databricks")
 
 
@@ -295,7 +295,7 @@ def test_reading_a_config_file_of_any_bytes_gives_a_mapping_or_a_yaml_problem(co
             assert isinstance(read_mapping(path), dict)
 
 
-def test_a_run_file_may_contain_a_data_section_instead_of_naming_a_data_file(
+def test_a_run_file_may_contain_the_data_config_instead_of_the_name_of_a_data_config_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "conf" / "run").mkdir(parents=True)
@@ -310,7 +310,7 @@ def test_a_run_file_may_contain_a_data_section_instead_of_naming_a_data_file(
     assert load_run("own", overrides=["data.source={path: x.csv}"]).data.source == CsvSourceConfig(path="x.csv")
 
 
-def test_loading_a_saved_run_of_another_version_is_an_error() -> None:
+def test_loading_a_run_that_another_lakesight_version_saved_is_an_error() -> None:
     with pytest.raises(ConfigError, match="a saved run"):
         RunConfig.from_json('{"name": "x"}')
 
@@ -356,7 +356,7 @@ def test_the_setting_image_root_is_hashed_only_if_set_and_is_refused_for_the_kin
             DataConfig.model_validate({"source": {"kind": kind, "captions": "c.csv", "image_root": "."}})
 
 
-def test_gate_thresholds_are_part_of_the_run_and_can_be_overridden() -> None:
+def test_the_gate_thresholds_are_part_of_the_run_config_and_can_be_overridden() -> None:
     assert load_run("demo").gate.baselines == ("constant", "neighbour")
     assert load_run("seemoe").gate.baselines == ()
     assert load_run("demo", overrides=["gate.min_blind_gap=0.3"]).gate.min_blind_gap == 0.3

@@ -165,7 +165,7 @@ def test_a_caption_job_starts_spark_for_a_table_with_deletion_vectors(shop: Shop
     assert shop.find() is None
 
 
-def test_an_invalid_request_is_refused_before_spark_starts(shop: Shop) -> None:
+def test_an_invalid_caption_request_is_refused_before_spark_starts(shop: Shop) -> None:
     with pytest.raises(UserError, match="no folder"):
         shop.find(image_root=str(shop.folder / "gone"))
     with pytest.raises(UserError, match="no room for a caption"):

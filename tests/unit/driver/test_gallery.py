@@ -71,7 +71,7 @@ def test_the_gallery_page_loads_no_other_file_and_no_url(tmp_path: Path) -> None
     assert not re.search(r"https?://", page)
 
 
-def test_captions_cannot_inject_html(tmp_path: Path) -> None:
+def test_a_caption_cannot_inject_html_into_the_gallery_page(tmp_path: Path) -> None:
     evil = '<script>alert("x")</script><img src=x onerror=y>'
     page = write(tmp_path / "gallery.html", [row(1, exact=False, caption=evil)])
     assert evil not in page

@@ -165,7 +165,7 @@ def no_spark() -> SparkSession:
     ("override", "message"),
     [("train.batch_size=3", "cannot be divided"), ("train.start_from=nowhere", "has no complete model")],
 )
-def test_a_training_with_impossible_settings_is_refused_before_spark_starts(
+def test_a_training_with_invalid_settings_is_refused_before_spark_starts(
     platform: Platform, override: str, message: str
 ) -> None:
     config = load_run("demo", overrides=[override])

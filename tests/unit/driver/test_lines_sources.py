@@ -173,7 +173,7 @@ def test_a_file_without_a_required_column_is_refused_and_the_other_files_of_the_
     assert "ZIP" in found["zip.csv"]
 
 
-def test_a_column_that_no_file_has_raises_an_error_instead_of_refusing_each_file(tmp_path: Path) -> None:
+def test_a_needed_column_that_no_file_has_raises_one_error_instead_of_a_refusal_per_file(tmp_path: Path) -> None:
     write(tmp_path, {"a.csv": "image,caption\np,x\n", "b.csv": "caption,image\n"})
     with pytest.raises(UserError, match=r"no column text.*columns\.text=caption"):
         read_csv(tmp_path)

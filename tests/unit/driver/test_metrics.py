@@ -162,7 +162,7 @@ def test_rows_without_a_caption_count_in_the_error_share_but_not_in_the_score_me
     assert metrics["error_share"].value == pytest.approx(0.2)
 
 
-def test_the_distinct_metrics_are_the_shares_of_different_words_word_pairs_and_captions() -> None:
+def test_the_metrics_named_distinct_are_the_shares_of_different_words_and_word_pairs_and_captions() -> None:
     metrics = measure(scored([["x"]] * 3, ["a b", "a b", "a c"]))
     assert metrics["distinct"].value == pytest.approx(2 / 3)
     assert metrics["distinct_1"].value == pytest.approx(3 / 6)
@@ -230,7 +230,7 @@ def test_a_paired_difference_can_be_significant_even_if_the_intervals_of_the_two
     assert metric_differences(better, better)["bleu_1"].model_dump() == {"value": 0, "low": 0, "high": 0}
 
 
-def test_rows_that_only_one_model_captioned_are_not_compared() -> None:
+def test_two_models_are_compared_only_on_rows_that_both_captioned() -> None:
     one, other = scored(TRUTH, MADE), scored(TRUTH, [group[0] for group in TRUTH])
     failed = [replace(other[0], caption=None), *other[1:3]]
     assert metric_differences(one, failed) == metric_differences(one[1:3], other[1:3])

@@ -136,7 +136,7 @@ def test_a_rank_that_all_other_ranks_waited_for_is_reported_as_hung(run: RunFold
     ]
 
 
-def test_a_rank_without_a_failure_record_that_other_ranks_waited_for_is_reported_as_not_responding(
+def test_a_rank_that_others_waited_for_and_that_left_no_failure_record_is_reported_as_not_responding(
     run: RunFolder,
 ) -> None:
     write_failed_rank(run, 0, 1.0, consequence=True, exception="Waited", message="waited 60 s for other ranks")

@@ -55,7 +55,7 @@ def batches(*pictures: bytes) -> list[pa.RecordBatch]:
     return [pa.RecordBatch.from_pylist(rows)]
 
 
-def test_guarded_sharding_yields_the_same_rows_as_ordinary_sharding() -> None:
+def test_sharding_with_protection_against_crashes_yields_the_same_rows_as_sharding_without_protection() -> None:
     rows = batches(png(1), png(2), png(3))
     [whole] = assign_files_and_decode(iter(rows), REQUEST, [""], SECONDS)
     guarded = assign_files_and_decode_guarded(iter(rows), REQUEST, [""], SECONDS)
@@ -65,14 +65,14 @@ def test_guarded_sharding_yields_the_same_rows_as_ordinary_sharding() -> None:
 @pytest.mark.parametrize(
     ("deadly", "message"), [(crashing_picture, "Where: s/1.*SIGSEGV"), (hanging_picture, "Where: s/1.*took too long")]
 )
-def test_guarded_sharding_names_the_picture_whose_decoding_crashes_or_hangs(
+def test_the_error_of_the_shard_stage_names_the_picture_whose_decoding_crashes_or_hangs(
     deadly: Callable[[], bytes], message: str
 ) -> None:
     with pytest.raises(StageFailed, match=message):
         list(assign_files_and_decode_guarded(iter(batches(png(1), deadly(), png(2))), REQUEST, [""], SECONDS))
 
 
-def test_sharding_names_a_picture_that_takes_too_long() -> None:
+def test_the_error_of_the_shard_stage_names_a_picture_whose_decoding_takes_too_long() -> None:
     slow = batches(encoded(picture(1, (1500, 1500))))
     with pytest.raises(
         StageFailed, match=r"Where: s/0\. Got: decoding takes more than 0\.002 seconds\. Fix: raise data\.limits"

@@ -49,7 +49,9 @@ def overwrite(path: Path, group: int, column: int) -> None:
 
 
 @pytest.mark.parametrize("content", [b"PAR1", bytes(1000), b"a,b\n1,2\n" * 9, None], ids=["short", "0", "csv", "cut"])
-def test_a_file_that_is_not_parquet_gives_one_record_with_the_problem(tmp_path: Path, content: bytes | None) -> None:
+def test_a_file_that_is_not_in_parquet_format_gives_one_record_that_describes_the_problem(
+    tmp_path: Path, content: bytes | None
+) -> None:
     path = three_groups(tmp_path)
     path.write_bytes(path.read_bytes()[:-200] if content is None else content)
     [detail] = details(read(path, step=100))
@@ -57,7 +59,9 @@ def test_a_file_that_is_not_parquet_gives_one_record_with_the_problem(tmp_path: 
 
 
 @pytest.mark.parametrize("column", [0, 1])
-def test_a_damaged_row_group_loses_only_its_own_rows_and_gives_one_record(tmp_path: Path, column: int) -> None:
+def test_a_damaged_parquet_row_group_loses_only_its_own_rows_and_gives_one_record_with_the_problem(
+    tmp_path: Path, column: int
+) -> None:
     path = three_groups(tmp_path)
     overwrite(path, 1, column)
     records = read(path)
@@ -109,7 +113,9 @@ def test_a_file_that_lacks_a_needed_column_gives_one_record_that_lists_the_colum
 
 
 @pytest.mark.parametrize("plain", [True, False])
-def test_a_file_with_encrypted_columns_gives_one_record_with_the_problem(tmp_path: Path, plain: bool) -> None:
+def test_a_parquet_file_with_encrypted_columns_gives_one_record_that_describes_the_problem(
+    tmp_path: Path, plain: bool
+) -> None:
     encryption = pytest.importorskip("pyarrow.parquet.encryption")
 
     class Keys(encryption.KmsClient):  # type: ignore[misc, name-defined]
@@ -127,7 +133,7 @@ def test_a_file_with_encrypted_columns_gives_one_record_with_the_problem(tmp_pat
     assert "crypt" in detail
 
 
-def test_a_parquet_file_that_has_vanished_gives_one_record_with_the_problem(tmp_path: Path) -> None:
+def test_a_vanished_parquet_file_gives_one_record_that_describes_the_problem(tmp_path: Path) -> None:
     [detail] = details(read_path(str(tmp_path / "gone.parquet"), size=9))
     assert "No such file" in detail
 

@@ -116,7 +116,7 @@ def test_a_value_that_cannot_be_an_id_is_refused(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [{"en": "a"}, {}, [["a"]], [{"en": "a"}], np.array(["a"]), np.array([NAN]), object()])
-def test_an_array_a_dict_or_a_nested_list_in_place_of_a_text_is_refused(value: Any) -> None:
+def test_a_text_cell_that_holds_an_array_or_dict_or_nested_list_is_refused(value: Any) -> None:
     for column in (TEXT, "asked", "of"):
         found = outcome(**{column: value})
         assert found["reason"] == "malformed_record"
@@ -215,7 +215,7 @@ def test_a_row_with_arbitrary_values_gives_exactly_one_outcome_and_the_outcome_c
 
 @settings(max_examples=60, deadline=None)
 @given(VALUES)
-def test_ids_are_normalised_and_have_a_limited_length_and_no_control_character(value: Any) -> None:
+def test_stored_ids_are_normalised_and_have_a_limited_length_and_no_control_character(value: Any) -> None:
     try:
         found = normalize_id(value)
     except Refused:

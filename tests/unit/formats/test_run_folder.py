@@ -94,7 +94,7 @@ def test_a_heartbeat_file_contains_the_current_step_and_the_time(run: RunFolder)
     assert beat.step == 12
 
 
-def test_archiving_an_attempt_does_not_move_checkpoints_metrics_and_samples(run: RunFolder) -> None:
+def test_archiving_a_training_attempt_leaves_checkpoints_and_metrics_and_samples_in_place(run: RunFolder) -> None:
     for attempt in (1, 2):
         write_json(run.failure(0), failure(0, attempt))
         write_json(run.metrics(1), Metrics(step=1, time=0.0, values={}))

@@ -221,14 +221,14 @@ def test_a_failed_write_of_a_shard_file_leaves_no_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
+def test_a_shard_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
     write_shard_file(tmp_path, 0, request(), batches(request(), 0, 5))
     with pytest.raises(UserError, match="no training shards"):
         Shards.open(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["shortened", "missing"])
-def test_a_damaged_folder_is_refused_on_opening(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_shard_folder_is_refused_when_it_is_opened(tmp_path: Path, damage: str) -> None:
     write(tmp_path, request(), 200)
     victim = tmp_path / "shard-000001.arrow"
     if damage == "shortened":

@@ -106,7 +106,7 @@ def test_preflight_finds_a_module_whose_distribution_has_another_name() -> None:
     )
 
 
-def test_the_preflight_writes_renames_and_maps_a_file_in_the_volume_and_leaves_the_volume_empty(tmp_path: Path) -> None:
+def test_the_preflight_tests_file_operations_in_the_volume_and_leaves_the_volume_empty(tmp_path: Path) -> None:
     assert check_volume(tmp_path).status == "ok"
     assert list(tmp_path.iterdir()) == []
 

@@ -70,7 +70,9 @@ def test_verdicts_are_separate_for_model_versions_of_two_registries_with_the_sam
 
 
 @pytest.mark.parametrize("table", [GENERATED_CAPTIONS, VERDICTS])
-def test_captions_of_the_first_release_which_have_no_model_digest_can_be_reviewed(table: Table, tmp_path: Path) -> None:
+def test_a_caption_of_the_first_lakesight_release_can_be_reviewed_although_it_has_no_model_digest(
+    table: Table, tmp_path: Path
+) -> None:
     without = {each.name: "model_digest" if each is table else "" for each in (GENERATED_CAPTIONS, VERDICTS)}
     captions = write(tmp_path, GENERATED_CAPTIONS, [CAPTION], without[GENERATED_CAPTIONS.name])
     write(tmp_path, VERDICTS, [VERDICT], without[VERDICTS.name])

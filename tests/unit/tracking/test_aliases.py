@@ -105,7 +105,7 @@ def move_and_kill(platform: Platform, kind: Kind, last: int) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["promote", "rollback"])
-def test_an_alias_move_that_was_killed_between_any_two_writes_is_completed_by_the_next_run(
+def test_an_alias_move_that_was_killed_between_any_two_of_its_writes_is_completed_by_the_next_run(
     laptop: Platform, kind: Kind
 ) -> None:
     kills = 0
@@ -124,7 +124,7 @@ def test_an_interrupted_promotion_can_be_rolled_back(laptop: Platform) -> None:
     assert state(laptop) == ({"champion": "2", "previous": "3"}, False)
 
 
-def test_an_alias_move_that_was_recorded_but_not_started_is_dropped(laptop: Platform) -> None:
+def test_an_alias_move_that_was_recorded_but_not_started_is_discarded(laptop: Platform) -> None:
     reset(laptop)
     assert move_and_kill(laptop, "promote", 1)
     assert state(laptop) == (BEFORE, True)

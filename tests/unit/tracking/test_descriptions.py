@@ -102,9 +102,7 @@ def test_a_run_whose_config_files_were_removed_still_gets_its_mlflow_name(caplog
 @given(
     st.text("ab #\n", max_size=30), st.dictionaries(st.sampled_from(["A", "B b", "C"]), st.text("xy|\n"), min_size=1)
 )
-def test_a_stage_replaces_its_own_sections_of_a_description_and_keeps_all_other_text(
-    own: str, sections: dict[str, str]
-) -> None:
+def test_a_stage_replaces_only_its_own_sections_of_an_mlflow_description(own: str, sections: dict[str, str]) -> None:
     note = put_sections(own, {"Other": "kept", "A": "old"})
     changed = put_sections(note, sections)
     assert put_sections(changed, sections) == changed

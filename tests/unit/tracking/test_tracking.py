@@ -246,7 +246,7 @@ def test_tracking_leaves_environment_variables_unchanged(platform: Platform) -> 
     assert not {"MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"} & set(os.environ)
 
 
-def test_a_report_is_logged_under_the_name_of_its_stage(platform: Platform, run: RunFolder, tmp_path: Path) -> None:
+def test_a_report_is_logged_to_mlflow_under_its_stage_name(platform: Platform, run: RunFolder, tmp_path: Path) -> None:
     page = tmp_path / "gallery.html"
     page.write_text("<p>", encoding="utf-8")
     with followed(run, platform) as run_id:

@@ -122,7 +122,7 @@ def test_an_adapter_in_a_layer_after_the_last_router_can_be_trained() -> None:
     assert reports[-1].loss < reports[0].loss
 
 
-def test_a_pattern_that_matches_no_layer_is_an_error_with_the_most_similar_names() -> None:
+def test_an_adapter_pattern_that_matches_no_layer_is_an_error_that_lists_similar_layer_names() -> None:
     model, _ = tiny_model("plain")
     with pytest.raises(ConfigError) as caught:
         add_adapter(model, AdapterConfig(pattern="decoder.blocks.*.atention.qkv"))

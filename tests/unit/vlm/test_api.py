@@ -247,7 +247,7 @@ def test_a_stream_reads_several_pictures_in_order(captioner: Captioner) -> None:
 
 
 @pytest.mark.parametrize("variant", ["plain", "prefix", "looking"])
-def test_the_function_logprobs_returns_for_an_answer_the_values_that_were_computed_at_its_generation(
+def test_the_function_logprobs_returns_the_same_values_that_were_computed_when_the_answer_was_generated(
     variant: str,
 ) -> None:
     captioner = Captioner(*tiny_model(variant))

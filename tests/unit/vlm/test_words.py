@@ -65,7 +65,7 @@ def test_a_text_that_consists_only_of_symbols_is_split_into_single_symbols() -> 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.sampled_from(string.ascii_letters + string.digits + string.punctuation + string.whitespace + "\x1c")))
-def test_ascii_texts_have_the_same_words_as_in_earlier_versions(text: str) -> None:
+def test_an_ascii_text_is_split_into_the_same_words_as_in_earlier_versions_of_lakesight(text: str) -> None:
     lowered = text.lower()
     assert words(text) == (re.findall(r"\w+(?:'\w+)?", lowered) or re.findall(r"\S", lowered))
 
