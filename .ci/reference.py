@@ -23,7 +23,8 @@ from jobs.cli import COMMANDS, app
 from jobs.table_files import COMMANDS as COMMANDS_OF_TABLES
 from pipelines.config import RunConfig
 from pipelines.formats import champion_captions
-from pipelines.formats.tables import TABLES, sql_type
+from pipelines.formats.table_schema import sql_type
+from pipelines.formats.tables import TABLES
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference.md"
 HEADER = """# Reference

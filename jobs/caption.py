@@ -25,6 +25,7 @@ from jobs.generation_options import with_generation_options
 from jobs.output import number
 from jobs.progress import show_progress
 from jobs.settings_of_version import decoding_settings
+from jobs.text_model import require_captioner
 from pipelines.errors import StageFailed
 from vlm.config import Precision
 
@@ -116,6 +117,7 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
         request: values for the fields of CaptionRequest other than `limits` and `settings`.
 
     Raises:
+        UserError: the model is a model of text.
         TooManyErrors: too many rows failed. The captions and errors are written before the exception is raised.
         StageFailed: the drift exceeds its limits and the run sets `drift.fail`. The captions are written before the
             exception is raised.
@@ -124,6 +126,7 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
     from pipelines.driver.caption.finished import find_finished
     from pipelines.driver.caption.run import CaptionRequest, TooManyErrors, caption
 
+    require_captioner(job.config.model, "captioning")
     started = datetime.now(UTC)
     model = open_model(job, which)
     settings = decoding_settings(job, model.read_config(), f"{model.name}/{model.version}")

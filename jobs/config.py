@@ -81,7 +81,7 @@ def _print_models(output: CommandOutput) -> None:
     for model in models:
         total, *parts = map(_short, (model.parameters, model.active, model.encoder, model.decoder))
         counts = f"{total:>10} " + " ".join(f"{part:>8}" for part in parts)
-        picture = f"{model.image_size}, {model.image_slots}"
+        picture = f"{model.image_size}, {model.image_slots}" if model.image_slots else "text alone"
         output.text(f"{model.name:<15} {counts} {model.flops / 1e9:>12,.3f}  {picture}")
     output.report({"models": models})
 

@@ -12,7 +12,9 @@ from jobs.generation_options import with_generation_options
 from jobs.progress import show_elapsed
 from jobs.settings_of_version import with_overrides
 from jobs.shard import run_shard
+from jobs.text_model import require_captioner, run_text_evaluate
 from jobs.train import register_checkpoint, register_finished_runs
+from pipelines.errors import UserError
 
 if TYPE_CHECKING:
     from pipelines.driver.evaluate.run import EvaluationReport
@@ -64,6 +66,8 @@ def evaluate(
     and the nearest neighbour's caption. The command writes an HTML page of the worst and best captions. An existing
     evaluation is reused. With --checkpoint, the command measures any checkpoint that the training has kept.
 
+    Of a model of text, the command computes the loss per character, bits per character, perplexity and token accuracy.
+
     A version is measured with its own generation settings at temperature 0. If the command gives other settings, the
     report and its page are written, but table evaluations, MLflow and the gate keep the figures of the version itself.
 
@@ -78,8 +82,22 @@ def evaluate(
 
     with open_job(run, platform, overrides, as_json) as job:
         which = choose_version(job, version, checkpoint)
+        if job.config.model.text_only:
+            _refuse_columns(by)
+            job.finish(run_text_evaluate(job, open_model(job, which)), "ask")
+            return
         report = run_evaluate(job, which, columns=tuple(by or COLUMNS), with_java=True, follow=True)
         job.finish(report, "caption" if report.settings else "promote")
+
+
+def _refuse_columns(by: list[str] | None) -> None:
+    if by:
+        raise UserError(
+            "a model of text has no slices by columns",
+            where="--by",
+            got=", ".join(by),
+            fix="leave --by out: the columns of table samples describe pictures",
+        )
 
 
 def choose_version(job: Job, version: str, checkpoint: int | None) -> str:
@@ -111,10 +129,16 @@ def open_model(job: Job, which: str) -> ModelFiles:
 
 
 def open_split(job: Job, model: ModelFiles) -> Shards:
-    """Open the shards of the run's evaluation split at the model's image size; write the shards if they are missing."""
+    """Open the shards of the run's evaluation split at the model's image size; write the shards if they are missing.
+
+    Raises:
+        UserError: the model is a model of text.
+    """
     from pipelines.formats.shards import Shards
 
-    return Shards.open(Path(run_shard(job, job.config.data.evaluate_on, model.read_config().image).folder))
+    config = model.read_config()
+    require_captioner(config, "an evaluation of captions")
+    return Shards.open(Path(run_shard(job, job.config.data.evaluate_on, config.image).folder))
 
 
 def evaluate_version(

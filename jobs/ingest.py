@@ -42,8 +42,8 @@ def ingest(
 ) -> None:
     """Read new and changed pictures into table samples.
 
-    Bad rows are added to table quarantine with a reason. Unchanged files are skipped. The command also writes an HTML
-    report of both tables.
+    The rows of a source of kind text are added to table texts. Bad rows are added to table quarantine with a reason.
+    Unchanged files are skipped. The command also writes an HTML report of both tables.
 
     \b
     Example:
@@ -66,21 +66,25 @@ def run_ingest(job: Job, *, refresh: bool = False) -> FullReport:
     from pipelines.driver.ingest.report import write_report
     from pipelines.driver.ingest.run import ingest
     from pipelines.driver.ingest.sources.open import check_input
+    from pipelines.driver.ingest.texts.report import write_text_report
+    from pipelines.driver.ingest.texts.run import ingest_texts
     from pipelines.driver.ingest.totals import TooManyRefused
 
+    is_text = job.config.data.source.kind == "text"
+    read, write = (ingest_texts, write_text_report) if is_text else (ingest, write_report)
     if not refresh and (finished := find_finished(job.platform, job.source, job.config.data)):
         _print_report(job, finished)
         return finished
     check_input(job.platform, job.config.data)
     with show_elapsed("ingest"):
         try:
-            done = ingest(job.spark, job.platform, job.source, job.config.data, refresh=refresh)
+            done = read(job.spark, job.platform, job.source, job.config.data, refresh=refresh)
         except TooManyRefused as error:
-            report = write_report(job.spark, job.platform, error.report)
+            report = write(job.spark, job.platform, error.report)
             _print_report(job, report)
             log_to_mlflow(job, report, good=False)
             raise
-        report = write_report(job.spark, job.platform, done)
+        report = write(job.spark, job.platform, done)
     _print_report(job, report)
     log_to_mlflow(job, report, good=True)
     return report

@@ -7,6 +7,7 @@ from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, o
 from jobs.evaluate import run_evaluate
 from jobs.ingest import run_ingest
 from jobs.promote import run_promote
+from jobs.text_model import run_text_pipeline
 from jobs.train import run_train
 from vlm.config import Config
 
@@ -61,13 +62,18 @@ def pipeline(
     """Run every stage, from pictures to captions.
 
     The stages are ingest, shard, train, evaluate, promote and caption. The last stage captions the evaluation split.
-    Finished work is not repeated, so run the same command again after an interruption.
+    A model of text has no captions, so its stages are ingest, shard, train and evaluate. Finished work is not repeated,
+    so run the same command again after an interruption.
 
     \b
     Example:
       lakesight pipeline --run seemore --set data.source.path=inputs.csv
     """
     with open_job(run, platform, overrides, as_json) as job:
+        if job.config.model.text_only:
+            job.output.report(run_text_pipeline(job))
+            job.output.line("next", f"{job.command('ask')} --version latest --prompt TEXT")
+            return
         job.output.report(run_pipeline(job))
         job.output.next("lakesight show generated_captions --gallery", "lakesight ui")
 

@@ -13,7 +13,7 @@ from typing import TextIO
 
 from pipelines.background_thread import in_background
 from pipelines.config import TrainConfig
-from pipelines.formats.new_files import new_metrics
+from pipelines.formats.run_files.new_files import new_metrics
 from pipelines.formats.run_folder import RunFolder
 
 log = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, o
 from jobs.evaluate import CheckpointOption, VersionOption, choose_version, evaluate_version, open_model, open_split
 from jobs.progress import show_elapsed
 from jobs.settings_of_version import require_settings_of_version
+from jobs.text_model import require_captioner
 from jobs.train import register_finished_runs
 from pipelines.errors import StageFailed
 from vlm.config import Config
@@ -82,11 +83,13 @@ def run_promote(job: Job, which: str) -> PromotionReport:
     """Run the promote stage: check the gate, record the decision, then move the aliases.
 
     Raises:
+        UserError: the model is a model of text.
         StageFailed: the gate refused the version. The error lists every reason.
     """
     from pipelines.driver.evaluate.decisions import record_decision
     from pipelines.tracking.registry import CHALLENGER, find_champion, promote, resolve, set_alias, tag
 
+    require_captioner(job.config.model, "a promotion")
     register_finished_runs(job)
     champion = find_champion(job.platform, job.model_name)
     version = resolve(job.platform, job.model_name, which)

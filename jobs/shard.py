@@ -9,7 +9,7 @@ from jobs.progress import show_elapsed
 
 if TYPE_CHECKING:
     from pipelines.config import Split
-    from pipelines.driver.shard import ShardReport
+    from pipelines.driver.shard.run import ShardReport
     from vlm.config import ImageConfig
 
 
@@ -35,13 +35,21 @@ def shard(
 
 
 def run_shard(job: Job, split: Split, image: ImageConfig) -> ShardReport:
-    """Run the shard stage for one data split, and resize the pictures for a model with the given image config."""
-    from pipelines.driver.shard import find_finished, shard
+    """Run the shard stage for one data split, and resize the pictures for a model with the given image config.
 
-    report = find_finished(job.platform, job.source, job.config.data, image, split)
+    The shards of a source of kind `text` have no pictures.
+    """
+    from pipelines.driver.shard.run import find_finished, shard, shard_texts
+
+    data = job.config.data
+    is_text = data.source.kind == "text"
+    report = find_finished(job.platform, job.source, data, None if is_text else image, split)
     if report is None:
         with show_elapsed(f"shard {split}"):
-            report = shard(job.spark, job.platform, job.source, job.config.data, image, split)
+            if is_text:
+                report = shard_texts(job.spark, job.platform, job.source, data, split)
+            else:
+                report = shard(job.spark, job.platform, job.source, data, image, split)
     if report.folder not in job.shown:
         job.shown.add(report.folder)
         outcome = "reused" if report.reused else "written"

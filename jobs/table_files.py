@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 from jobs.common import Job
 from pipelines.errors import UserError
 from pipelines.formats.champion_captions import NAME as VIEW
-from pipelines.formats.tables import DECISIONS, EVALUATIONS, GENERATED_CAPTIONS, INGESTED, QUARANTINE, SAMPLES, VERDICTS
+from pipelines.formats.tables import (
+    DECISIONS,
+    EVALUATIONS,
+    GENERATED_CAPTIONS,
+    INGESTED,
+    QUARANTINE,
+    SAMPLES,
+    TEXTS,
+    VERDICTS,
+)
 from vlm.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -21,7 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 COMMANDS = {
-    **dict.fromkeys((SAMPLES.name, QUARANTINE.name, INGESTED.name), "ingest"),
+    **dict.fromkeys((SAMPLES.name, TEXTS.name, QUARANTINE.name, INGESTED.name), "ingest"),
     GENERATED_CAPTIONS.name: "caption",
     EVALUATIONS.name: "evaluate",
     VERDICTS.name: "review",

@@ -88,6 +88,7 @@ def train(
     """
     with open_job(run, platform, overrides, as_json) as job:
         if replay_step is not None:
+            _require_pictures(job)
             job.output.report(run_replay(job, prepare_run(job), replay_step))
             return
         if launch:
@@ -102,6 +103,16 @@ def train(
         torchrun = f"torchrun --nproc-per-node {ranks} -m pipelines.worker.main --run-dir {shlex.quote(str(folder))}"
         job.output.line("next", f"PYTHONSAFEPATH=1 {torchrun}")
         job.output.line("then", job.command("train"))
+
+
+def _require_pictures(job: Job) -> None:
+    if job.config.model.text_only:
+        raise UserError(
+            "a step of a training on text cannot be replayed",
+            where="--replay-step",
+            got="model.text_only is true",
+            fix="leave --replay-step out: a replay shows the losses of pictures",
+        )
 
 
 def prepare_run(job: Job) -> RunFolder:

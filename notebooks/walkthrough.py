@@ -59,7 +59,7 @@ spark.table(platform.table("quarantine")).groupBy("reason").count().show()
 
 # COMMAND ----------
 
-from pipelines.driver.shard import shard
+from pipelines.driver.shard.run import shard
 
 train_shards, validation_shards, evaluation_shards = (
     shard(spark, platform, source, config.data, config.model.image, split)

@@ -26,7 +26,8 @@ from vlm.generation.logprobs import AnswerLogprobs, answer_logprobs
 from vlm.image import open_image, picture_bytes, to_pixels, upright_rgb
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
-from vlm.text.prompt import prefix_ids
+from vlm.text.prompt import continuation_ids, prefix_ids
+from vlm.vision import no_pictures
 
 Picture = Image | Path | bytes | str
 """Types in which a caller can pass a picture: a Pillow image, the path of a file, or a file's bytes, raw or as base64
@@ -289,7 +290,7 @@ class Captioner:
 
         Raises:
             ImageError: a picture cannot be decoded.
-            UserError: the prompt is not valid Unicode.
+            UserError: the prompt is not valid Unicode, or pictures are given to a model of text, which has no encoder.
 
         Example:
             >>> import vlm
@@ -300,14 +301,17 @@ class Captioner:
             (2, 32)
         """
         pixels = []
+        if images and self.model.config.text_only:
+            raise no_pictures()
         for image in images:
             decoded = decode_picture(
                 image, self.model.config.image, max_pixels=MAX_PIXELS, min_side=MIN_SIDE, max_bytes=MAX_BYTES
             )
             if decoded.pixels is None:
-                reason, _, detail = str(decoded.error).partition(": ")
-                raise ImageError(reason, detail)
+                raise ImageError(*str(decoded.error).partition(": ")[::2])
             pixels.append(torch.from_numpy(decoded.pixels))
+        if self.model.config.text_only:
+            return Request(continuation_ids(self.tokenizer, prompt))
         return Request(prefix_ids(self.tokenizer, self.model.config.num_slots, prompt, len(pixels)), tuple(pixels))
 
     def caption_decoded(
@@ -342,6 +346,9 @@ class Captioner:
         Returns:
             For each picture, a completion, or an error if the prompt is not a text or does not fit the model's context.
 
+        Raises:
+            UserError: the model is a model of text.
+
         Example:
             >>> import vlm
             >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square"])
@@ -350,6 +357,8 @@ class Captioner:
             >>> len(completion.logprobs) == completion.num_tokens
             True
         """
+        if self.model.config.text_only:
+            raise no_pictures()
         results: dict[int, Completion | UserError] = {}
         requests: dict[int, Request] = {}
         for index, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):

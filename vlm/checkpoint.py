@@ -129,7 +129,12 @@ def check_format(path: Path) -> int:
 
 def _check_pooling(path: Path, version: int, config: ModelConfig) -> None:
     vision = config.vision
-    if version < 2 and vision.select == "attention" and (vision.class_token or vision.registers):
+    if (
+        not config.text_only
+        and version < 2
+        and vision.select == "attention"
+        and (vision.class_token or vision.registers)
+    ):
         raise CheckpointError(
             "the checkpoint is from an older version of Lakesight, whose attention pooling computed other features",
             where=str(path),

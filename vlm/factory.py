@@ -32,7 +32,7 @@ from vlm.layers.norm import OffsetRmsNorm
 from vlm.layers.position import AxialRotary, Rotary
 from vlm.model import VisionLanguageModel
 from vlm.projector import PixelShuffle, Resampler, ResamplerBlock
-from vlm.vision import AttentionPool, ConvStem, PatchStem, VisionEncoder
+from vlm.vision import AttentionPool, ConvStem, NoEncoder, PatchStem, VisionEncoder
 
 
 def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -59,8 +59,10 @@ def construct_model(config: ModelConfig, vocab_size: int) -> VisionLanguageModel
     """Construct the modules of a model. The caller must then call `initialize_weights`."""
     return VisionLanguageModel(
         config,
-        _encoder(config),
-        _projector(config.projector, config.vision.transformer.width, config.decoder.transformer.width),
+        NoEncoder() if config.text_only else _encoder(config),
+        nn.Identity()
+        if config.text_only
+        else _projector(config.projector, config.vision.transformer.width, config.decoder.transformer.width),
         SlotsFusion() if config.fusion.kind == "slots" else CrossFusion(config.decoder.transformer.width),
         _decoder(config, vocab_size),
         prefix_lm=config.mask.kind == "prefix",

@@ -15,7 +15,7 @@ from vlm.fusion import CrossFusion, Media, SlotsFusion
 from vlm.layers.cache import KVCache
 from vlm.layers.mask import attention_mask, prefix_marks
 from vlm.text.base import SLOT
-from vlm.vision import VisionEncoder
+from vlm.vision import NoEncoder, VisionEncoder
 
 
 class VisionLanguageModel(nn.Module):
@@ -23,7 +23,7 @@ class VisionLanguageModel(nn.Module):
 
     Args:
         config: model config from which the modules below were built.
-        encoder: module that turns pixels into features.
+        encoder: module that turns pixels into features, or NoEncoder for a model of text.
         projector: module that maps features to the width of the decoder.
         fusion: module that inserts features into the sequence or prepares the features for cross-attention.
         decoder: language model.
@@ -33,7 +33,7 @@ class VisionLanguageModel(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        encoder: VisionEncoder,
+        encoder: VisionEncoder | NoEncoder,
         projector: nn.Module,
         fusion: SlotsFusion | CrossFusion,
         decoder: Decoder,
@@ -50,7 +50,11 @@ class VisionLanguageModel(nn.Module):
         self.std: Tensor
 
     def encode(self, pixels_PHWC: Tensor) -> Tensor:
-        """Compute the features (P, N, W) of uint8 pictures at model resolution."""
+        """Compute the features (P, N, W) of uint8 pictures at model resolution.
+
+        Raises:
+            UserError: the model has no encoder.
+        """
         pixels_PCHW = (pixels_PHWC.permute(0, 3, 1, 2).to(self.mean.dtype) - self.mean) / self.std
         return self.projector(self.encoder(pixels_PCHW))
 
@@ -64,10 +68,13 @@ class VisionLanguageModel(nn.Module):
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Compute hidden states (B, T, W) of a right-padded batch."""
-        features_PNW = self.encode(batch.pixels_PHWC)
-        if batch.rows_per_picture > 1:
-            features_PNW = features_PNW.repeat_interleave(batch.rows_per_picture, dim=0)
-        x_BTW, media = self.embed(batch.tokens_BT, features_PNW)
+        if self.config.text_only:
+            x_BTW, media = self.decoder.embed(batch.tokens_BT), None
+        else:
+            features_PNW = self.encode(batch.pixels_PHWC)
+            if batch.rows_per_picture > 1:
+                features_PNW = features_PNW.repeat_interleave(batch.rows_per_picture, dim=0)
+            x_BTW, media = self.embed(batch.tokens_BT, features_PNW)
         # Right padding needs no mask under causal attention, because no token attends to a later position. Right
         # padding does not change a prefix mask either, because padding comes after the answer.
         mask = None

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from vlm.errors import UserError
 from vlm.layers.attention import CrossAttention
 from vlm.layers.block import Block
 from vlm.layers.position import AxialRotary
@@ -141,3 +142,32 @@ class VisionEncoder(nn.Module):
         if self.position_on == "patches":
             return torch.cat((*extra, x_BNW + self.position), dim=1)
         return torch.cat((*extra, x_BNW), dim=1) + self.position
+
+
+class NoEncoder(nn.Module):
+    """Stand-in for the encoder of a model of text (`text_only`), which has no weights and refuses pictures."""
+
+    position: None = None
+    pool: None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList()
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Refuse pictures.
+
+        Raises:
+            UserError: always.
+        """
+        raise no_pictures()
+
+
+def no_pictures() -> UserError:
+    """Return the error for a picture that is given to a model of text."""
+    return UserError(
+        "the model reads no pictures",
+        where="model.text_only",
+        got="true: the model is a decoder that was trained on text alone",
+        fix="train a captioner that starts from this decoder (train.start_from), or give only a prompt",
+    )

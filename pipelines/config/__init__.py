@@ -22,6 +22,7 @@ from pipelines.config.data import (
     Split,
     SplitConfig,
     TableSourceConfig,
+    TextSourceConfig,
     TextWeights,
     WebDatasetSourceConfig,
 )
@@ -71,6 +72,7 @@ __all__ = [
     "SplitConfig",
     "StageConfig",
     "TableSourceConfig",
+    "TextSourceConfig",
     "TextWeights",
     "TrainConfig",
     "Trial",

@@ -10,6 +10,8 @@ from vlm.config import ADDED_LATER, Config, Probability
 
 Split = Literal["train", "val", "test"]
 TextWeights = Literal["frequency", "uniform"]
+MAX_DOCUMENT_CHARS = 16 * 2**20
+"""Default of `limits.max_text_chars` for a source of kind `text`."""
 PICTURE = "__picture__"
 """Name of the record field that holds the bytes of a picture which the source stores as a separate file."""
 
@@ -196,13 +198,32 @@ class WebDatasetSourceConfig(SourceBase):
         return self.columns.model_copy(update={"image": PICTURE})
 
 
+class TextSourceConfig(SourceBase):
+    """Files of plain text without pictures, on which a model of text (`model.text_only`) is trained.
+
+    Attributes:
+        rows: what becomes a row of table `texts`: each `document` (a file), each `paragraph` (text between blank
+            lines) or each `line`. Blank lines separate rows and are no rows.
+    """
+
+    kind: Literal["text"]
+    rows: Literal["document", "paragraph", "line"] = "document"
+
+    @model_validator(mode="after")
+    def _without_columns(self) -> Self:
+        if self.columns != ColumnNames():
+            raise ValueError("plain text has no columns: remove data.source.columns")
+        return self
+
+
 SourceConfig = Annotated[
     CsvSourceConfig
     | JsonlSourceConfig
     | ParquetSourceConfig
     | TableSourceConfig
     | FolderSourceConfig
-    | WebDatasetSourceConfig,
+    | WebDatasetSourceConfig
+    | TextSourceConfig,
     Field(discriminator="kind"),
 ]
 
@@ -302,6 +323,8 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 class DataConfig(Config):
     """Where the rows come from, and how training and evaluation use the rows.
 
+    Of a source of kind `text`, `near_duplicates`, `mix`, `text_weights` and the limits of pictures have no use.
+
     Attributes:
         source: where the rows come from; a csv source if the section has no `kind`.
         split: rule that divides rows into train, val and test.
@@ -333,6 +356,27 @@ class DataConfig(Config):
     def _default_to_csv(cls, raw: Any) -> Any:
         source = raw.get("source") if isinstance(raw, dict) else None
         return raw | {"source": {"kind": "csv"} | source} if isinstance(source, dict) else raw
+
+    @model_validator(mode="before")
+    @classmethod
+    def _allow_long_documents(cls, raw: Any) -> Any:
+        """Raise the default limit of a text's length for plain text, because a document is longer than a caption."""
+        source, limits = (raw.get("source"), raw.get("limits", {})) if isinstance(raw, dict) else (None, None)
+        if isinstance(source, dict) and source.get("kind") == "text" and isinstance(limits, dict):
+            return raw | {"limits": {"max_text_chars": MAX_DOCUMENT_CHARS} | limits}
+        return raw
+
+    @model_validator(mode="after")
+    def _fits_plain_text(self) -> Self:
+        if self.source.kind != "text":
+            return self
+        if self.split.kind == "column":
+            raise ValueError("plain text has no column of splits: use split kind hash or file")
+        if self.mix:
+            raise ValueError("mix joins sources of captioned pictures: a source of kind text cannot be mixed")
+        if self.shards.encoding != "raw" or self.shards.draft:
+            raise ValueError("shards.encoding and shards.draft concern pictures: leave them out for plain text")
+        return self
 
     @model_validator(mode="after")
     def _files_say_the_split(self) -> Self:

@@ -179,6 +179,22 @@ class RunConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _text_for_a_model_of_text(self) -> Self:
+        if (self.data.source.kind == "text") != self.model.text_only:
+            raise ValueError(
+                "model.text_only must be true for a source of kind text, and only then: got "
+                f"model.text_only {self.model.text_only} and data.source.kind {self.data.source.kind}"
+            )
+        train = self.train
+        of_pictures = train.augment or train.score_every or train.adapter or train.contrastive or train.rewards_cider
+        if self.model.text_only and of_pictures:
+            raise ValueError(
+                "augment, score_every, adapter, contrastive and a reward of captions concern pictures: leave them out "
+                "of train for a model of text"
+            )
+        return self
+
     def to_json(self) -> str:
         """Return the resolved config as JSON. `from_json` restores an equal object."""
         return self.model_dump_json(indent=2, by_alias=True)

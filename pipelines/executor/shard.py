@@ -112,6 +112,7 @@ def _fail_on_death(row: pa.RecordBatch, death: Death) -> pa.RecordBatch:
 
 
 def _decode_picture(image_id: str, data: bytes, request: ShardRequest, seconds: float) -> bytes:
+    assert request.image is not None
     enough = request.image.size if request.draft else None
     try:
         # The size is not checked, because ingest has refused pictures with too many pixels or with a too short side.
@@ -149,13 +150,13 @@ def write_files(
     Raises:
         StageFailed: a picture that ingest could decode cannot be decoded now.
     """
-    for number, pieces in groupby(_split_by_file(batches), key=lambda piece: piece[0]):
+    for number, pieces in groupby(split_by_file(batches), key=lambda piece: piece[0]):
         rows = (_to_shard_rows(piece, request, decoded=decoded, seconds=seconds) for _, piece in pieces)
         written = write_shard_file(Path(folder), number, request, rows)
         yield pa.RecordBatch.from_pylist([written.model_dump()], WRITTEN)
 
 
-def _split_by_file(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, pa.RecordBatch]]:
+def split_by_file(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Split batches where the file number changes. Yield each file number with its rows."""
     for batch in batches:
         files = batch.column("file").to_numpy()

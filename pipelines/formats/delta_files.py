@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from pipelines.formats.format_version import PROPERTY, check_format
-from pipelines.formats.tables import Table
+from pipelines.formats.table_schema import Table
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable

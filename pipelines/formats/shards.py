@@ -40,14 +40,14 @@ T = TypeVar("T")
 
 
 class ShardRequest(Config):
-    """Everything that determines the content of a shard folder."""
+    """Everything that determines the content of a shard folder. `image` is None for shards of text."""
 
     table: str
     table_id: str
     table_version: int
     source: str
     split: Split
-    image: ImageConfig
+    image: ImageConfig | None
     encoding: Literal["raw", "jpeg"]
     rows: int
     seed: int
@@ -122,7 +122,12 @@ class Row(NamedTuple):
 
 
 def shard_schema(request: ShardRequest) -> pa.Schema:
-    """Return the schema of a shard file. The column `pixels` has fixed-size values if the encoding is raw."""
+    """Return the schema of a shard file. The column `pixels` has fixed-size values if the encoding is raw.
+
+    A shard file of text has no pixels, and the ids of its texts.
+    """
+    if request.image is None:
+        return pa.schema([("text_id", pa.string()), ("texts", pa.list_(TEXT_TYPE))])
     side = request.image.size
     pixels = pa.binary(side * side * 3) if request.encoding == "raw" else pa.binary()
     return pa.schema([("image_id", pa.string()), ("pixels", pixels), ("texts", pa.list_(TEXT_TYPE))])
@@ -301,6 +306,7 @@ class Shards:
     def _decode_row(self, mapped: MappedFile, number: int, offset: int) -> Row:
         request = self.manifest.request
         batch, stored = mapped.pixels(number, offset)
+        assert request.image is not None, "rows of text are read as tokens"
         if request.encoding == "raw":
             side = request.image.size
             pixels = np.frombuffer(stored, np.uint8).reshape(side, side, 3)

@@ -36,8 +36,10 @@ PARAMETERS = {
 """MLflow's type of each generation setting; for the setting `stop`, which is a list, the type of the elements."""
 
 
-def signature(settings: GenerationConfig) -> ModelSignature:
+def signature(settings: GenerationConfig, *, text_only: bool = False) -> ModelSignature:
     """Return the MLflow signature of a model: its input columns, its output columns, and its generation settings.
+
+    A model of text has no column of pictures, and continues its prompts.
 
     A caller may change the generation settings for one request with `params`. The defaults are the model's settings.
     """
@@ -47,7 +49,11 @@ def signature(settings: GenerationConfig) -> ModelSignature:
         for name, kind in PARAMETERS.items()
     ]
     return ModelSignature(
-        inputs=Schema([ColSpec("string", "image"), ColSpec("string", "prompt", required=False)]),
+        inputs=Schema(
+            [ColSpec("string", "prompt")]
+            if text_only
+            else [ColSpec("string", "image"), ColSpec("string", "prompt", required=False)]
+        ),
         outputs=Schema([ColSpec("string", "caption", required=False), ColSpec("string", "error", required=False)]),
         params=ParamSchema(params),
     )
@@ -63,7 +69,7 @@ def log_model(client: MlflowClient, checkpoint: Path, run_id: str) -> str:
             got=f"missing {', '.join(missing)}",
             fix="train again: the run resumes from its last complete checkpoint",
         )
-    settings = ModelConfig.model_validate_json((checkpoint / "config.json").read_text(encoding="utf-8")).generation
+    config = ModelConfig.model_validate_json((checkpoint / "config.json").read_text(encoding="utf-8"))
     experiment_id = client.get_run(run_id).info.experiment_id
     logged = client.create_logged_model(experiment_id, name="model", source_run_id=run_id)
     with _without_bytecode():
@@ -75,8 +81,8 @@ def log_model(client: MlflowClient, checkpoint: Path, run_id: str) -> str:
             python_model=str(Path(__file__).with_name("model.py")),
             artifacts={file: (checkpoint / file).resolve().as_uri() for file in MODEL_FILES},
             code_paths=[package.__path__[0] for package in (vlm, pipelines)],
-            signature=signature(settings),
-            input_example=_example(),
+            signature=signature(config.generation, text_only=config.text_only),
+            input_example=pd.DataFrame({"prompt": ["A"]}) if config.text_only else _example(),
             pip_requirements=[f"{name}=={_public_version(name)}" for name in REQUIREMENTS],
         )
     return str(logged.model_id)

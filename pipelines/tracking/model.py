@@ -4,7 +4,8 @@ MLflow executes this file to load the model ("models from code"), so nothing is 
 the column `image` and an optional column `prompt`. REST clients send each picture as base64 text, with or without a
 `data:` prefix. Python callers may also pass bytes, because MLflow does not convert object columns. The output is a
 DataFrame with the columns `caption` and `error`, of which one is null in each row. A bad picture or prompt therefore
-affects no other row. A value of a wrong type, such as a list, also gives an error only in its own row.
+affects no other row. A value of a wrong type, such as a list, also gives an error only in its own row. A model of
+text has only the column `prompt`, and continues the texts in it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from pipelines.executor.ingest.values import is_missing
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, UserError
 
 
 class CaptionModel(PythonModel):
@@ -40,6 +41,8 @@ class CaptionModel(PythonModel):
         `params` are generation settings. MLflow passes all settings, and uses the model's own value for each setting
         that the caller has not given (`logged_model.signature`).
         """
+        if self._captioner.model.config.text_only:
+            return self._continue(model_input, params or {})
         images = [_picture(cell) for cell in model_input["image"]]
         prompts = [_prompt_text(prompt) for prompt in model_input.get("prompt", [""] * len(images))]
         try:
@@ -51,6 +54,20 @@ class CaptionModel(PythonModel):
             index=model_input.index,
             dtype=object,
         )
+
+    def _continue(self, model_input: pd.DataFrame, params: dict[str, Any]) -> pd.DataFrame:
+        """Continue the texts in column `prompt`, if the model is a model of text."""
+        rows: list[tuple[str | None, str | None]] = []
+        for prompt in map(_prompt_text, model_input["prompt"]):
+            try:
+                if not isinstance(prompt, str):
+                    raise UserError("the prompt is not a text", got=f"a {type(prompt).__name__}", fix="give a string")
+                rows.append(("".join(self._captioner.stream([], prompt, **params)), None))
+            except ConfigError as error:
+                raise MlflowException.invalid_parameter_value(str(error)) from None
+            except UserError as error:
+                rows.append((None, str(error)))
+        return pd.DataFrame(rows, columns=["caption", "error"], index=model_input.index, dtype=object)
 
 
 def _picture(cell: Any) -> Any:

@@ -24,7 +24,7 @@ from mlflow.exceptions import MlflowException
 
 from pipelines.config import RunConfig
 from pipelines.errors import StageFailed, UserError
-from pipelines.formats.new_files import new_metrics, new_samples, sample_metrics
+from pipelines.formats.run_files.new_files import new_metrics, new_samples, sample_metrics
 from pipelines.formats.run_folder import CaptionSamples, Metrics, RunFolder, read_json, write_json
 from pipelines.formats.shards import Shards
 from pipelines.platform import Platform, redact_uri
@@ -299,15 +299,19 @@ class Follower(threading.Thread):
             show_learning_curve(client, self._platform, self.run_id)
 
     def _log_samples(self, client: MlflowClient, samples: CaptionSamples) -> None:
-        shards = Shards.open(self._run.shard_folder(self._run.read_run().validate_shards))
+        file = self._run.read_run()
+        shards = Shards.open(self._run.shard_folder(file.validate_shards))
+        pictures: dict[str, list[object]] = {}
+        if not file.config.model.text_only:
+            pictures["picture"] = [mlflow.Image(shards.row(sample.row).pixels) for sample in samples.samples]
+            pictures["image_id"] = [sample.image_id for sample in samples.samples]
         client.log_table(
             self.run_id,
             {
                 "step": [samples.step] * len(samples.samples),
-                "picture": [mlflow.Image(shards.row(sample.row).pixels) for sample in samples.samples],
+                **pictures,
                 "text": [sample.text for sample in samples.samples],
                 "caption": [sample.caption for sample in samples.samples],
-                "image_id": [sample.image_id for sample in samples.samples],
             },
             SAMPLES_TABLE,
         )

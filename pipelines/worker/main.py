@@ -42,9 +42,12 @@ def run_rank(run_folder: str) -> None:
         LakesightError, RuntimeError, ...: any error, after the error is recorded in failures/rank-N.json.
     """
     with _monitored(run_folder) as (run, env, monitor):
-        from pipelines.worker.train.trainer import train
+        from pipelines.worker.train.run import train
+        from pipelines.worker.train.text_trainer import TextTrainer
+        from pipelines.worker.train.trainer import Trainer
 
-        train(run, env, monitor)
+        is_text = run.read_run().config.model.text_only
+        train(run, env, monitor, TextTrainer if is_text else Trainer)
 
 
 def replay_rank(run_folder: str) -> None:

@@ -34,7 +34,7 @@ LOADED = {
 # contract in this file.
 BREACHES = {
     "layers": ("pipelines/formats/tables.py", "import pipelines.driver.delta.tables"),
-    "stages": ("pipelines/driver/shard.py", "import pipelines.driver.ingest.run"),
+    "stages": ("pipelines/driver/shard/run.py", "import pipelines.driver.ingest.run"),
     "model": ("vlm/layers/norm.py", "import vlm.model"),
     "library": ("vlm/training/optim.py", "import pyspark"),
     "light": ("vlm/text/bpe.py", "import torch"),

@@ -20,7 +20,7 @@ from pipelines.config import DataConfig, available, load_model, load_run, short_
 from pipelines.driver.evaluate.scores import scores_hash
 from pipelines.driver.ingest.ledger import hash_rules
 from pipelines.driver.model_files import ModelFiles
-from pipelines.driver.shard import ShardReport
+from pipelines.driver.shard.run import ShardReport
 from pipelines.driver.train.run import prepare
 from pipelines.formats.shards import Manifest, ShardFile, ShardRequest
 from pipelines.platform import Platform
@@ -56,6 +56,12 @@ RUNS = {
         rules="b3bd7f50fa692b14",
         captions="ca50eb6db38f06e3",
         shards="emoji-train-f5aff5daac6acc03",
+    ),
+    "makemore": StoredNames(
+        run="makemore-aba1dc0dae7ce352",
+        rules="779458cfebab20d9",
+        captions="c0bb22de335e466a",
+        shards="makemore-train-74cd2ea54c0b4e33",
     ),
     "paligemma": StoredNames(
         run="paligemma-e3c5c1dd86c8c9c9",
@@ -132,6 +138,7 @@ RULES = {
     "table": "a23e2335327c7ed0",
     "folder": "bb1e606d3a608607",
     "webdataset": "dec60d243b9e5fd9",
+    "text": "6c3f7b4b6ed82417",
 }
 """Dict from each kind of source to the value of column `rules` in table `ingested`, if only required settings
 are set.
@@ -145,6 +152,8 @@ MODELS = {
     "emoji": "990f70bcaadac903",
     "flamingo": "a76da37db5033a6d",
     "flamingo_tiny": "0b587473612904b9",
+    "makemore": "b3ceb1014071074c",
+    "makemore_tiny": "a26382b745137541",
     "nano": "fe59440ea71f581f",
     "nano_tiny": "2d5e8f855b119937",
     "paligemma": "96d31d46b108b5ba",
@@ -172,7 +181,7 @@ def request_of(name: str) -> ShardRequest:
         table_version=3,
         source=config.chosen.data,
         split="train",
-        image=config.model.image,
+        image=None if config.model.text_only else config.model.image,
         **config.data.shards.model_dump(),
     )
 

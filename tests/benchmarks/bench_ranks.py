@@ -29,7 +29,7 @@ from torch import distributed
 
 from pipelines.config import load_run
 from pipelines.driver.ingest.run import ingest
-from pipelines.driver.shard import shard
+from pipelines.driver.shard.run import shard
 from pipelines.driver.train.run import prepare
 from pipelines.formats.run_folder import RunFolder
 from pipelines.platform import Platform, open_platform

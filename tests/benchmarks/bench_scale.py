@@ -25,7 +25,7 @@ from pyspark.sql import functions as F
 from pipelines.config import DataConfig, LocalPlatformConfig
 from pipelines.driver.delta.maintain import maintain
 from pipelines.driver.ingest.run import ingest
-from pipelines.driver.shard import shard
+from pipelines.driver.shard.run import shard
 from pipelines.platform import Platform, local
 from vlm.config import ImageConfig
 

@@ -29,7 +29,7 @@ from PIL import Image
 
 from pipelines.config import DataConfig, LocalPlatformConfig
 from pipelines.driver.ingest.run import ingest
-from pipelines.driver.shard import shard
+from pipelines.driver.shard.run import shard
 from pipelines.platform import local
 from vlm.config import ImageConfig
 

@@ -27,7 +27,7 @@ from measure import in_turn
 
 from pipelines.config import OptimizerConfig, load_run
 from pipelines.driver.ingest.run import ingest
-from pipelines.driver.shard import shard
+from pipelines.driver.shard.run import shard
 from pipelines.formats.shards import Shards
 from pipelines.platform import open_platform
 from pipelines.worker.data.batches import Collator, training_batches

@@ -25,7 +25,8 @@ from pictures import png
 from playwright.sync_api import Page, expect
 from processes import TEST_PATH
 
-from pipelines.formats.tables import GENERATED_CAPTIONS, SAMPLES, Table
+from pipelines.formats.table_schema import Table
+from pipelines.formats.tables import GENERATED_CAPTIONS, SAMPLES
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 EVIL = '<img src=x onerror="document.title=1">'

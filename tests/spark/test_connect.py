@@ -16,7 +16,8 @@ from connect_stages import CATALOG, REPEATED, SCENES, SPEED, open_workspace, run
 from processes import TEST_PATH
 from pyspark.sql import SparkSession
 
-from pipelines.formats.tables import EVALUATIONS, GENERATED_CAPTIONS, INGESTED, QUARANTINE, SAMPLES, Table
+from pipelines.formats.table_schema import Table
+from pipelines.formats.tables import EVALUATIONS, GENERATED_CAPTIONS, INGESTED, QUARANTINE, SAMPLES
 
 DIFFERENT = {
     *("ingested_at", "quarantined_at", "replayed_at", "captioned_at", "evaluated_at"),

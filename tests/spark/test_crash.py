@@ -11,7 +11,7 @@ from pyspark.sql import SparkSession
 
 from pipelines.config import DataConfig
 from pipelines.driver.ingest.run import ingest
-from pipelines.driver.shard import shard
+from pipelines.driver.shard.run import shard
 from pipelines.errors import StageFailed
 from pipelines.platform import Platform
 

@@ -20,7 +20,7 @@ from pipelines.driver.delta.migrate import BACKUP, migrate, undo
 from pipelines.driver.delta.tables import ensure_table, ensure_tables
 from pipelines.driver.delta.versions import MAINTENANCE_OPERATIONS, read_versions
 from pipelines.driver.ingest.run import ingest
-from pipelines.driver.shard import shard
+from pipelines.driver.shard.run import shard
 from pipelines.errors import UserError
 from pipelines.formats.format_version import FILE, FORMAT, PROPERTY, read_home_format
 from pipelines.formats.tables import DECISIONS, SAMPLES, TABLES

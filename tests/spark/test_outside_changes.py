@@ -17,7 +17,7 @@ from pyspark.sql import functions as F
 
 from pipelines.config import DataConfig
 from pipelines.driver.ingest.run import ingest
-from pipelines.driver.shard import shard
+from pipelines.driver.shard.run import shard
 from pipelines.errors import UserError
 from pipelines.formats.tables import TABLES
 from pipelines.platform import Platform

@@ -16,7 +16,7 @@ from pipelines.config import DataConfig
 from pipelines.driver.delta.settings import spark_settings
 from pipelines.driver.delta.versions import commit_note, source_note
 from pipelines.driver.ingest.run import ingest
-from pipelines.driver.shard import ShardReport, find_finished, shard
+from pipelines.driver.shard.run import ShardReport, find_finished, shard
 from pipelines.errors import StageFailed, UserError
 from pipelines.formats.shards import MANIFEST, Shards
 from pipelines.formats.tables import SAMPLES
@@ -121,7 +121,7 @@ def test_shuffling_encoded_pictures_writes_the_same_files_as_shuffling_decoded_p
     source, path = filled
     first = shard(spark, platform, source, config(path, seed=5), LARGE, "train")
     remove(first)
-    monkeypatch.setattr("pipelines.driver.shard.SAMPLED_ROWS", 0)  # 0 makes Spark shuffle decoded pixels
+    monkeypatch.setattr("pipelines.driver.shard.write.SAMPLED_ROWS", 0)  # 0 makes Spark shuffle decoded pixels
     second = shard(spark, platform, source, config(path, seed=5), LARGE, "train")
     assert (second.reused, second.folder, second.content_hash) == (False, first.folder, first.content_hash)
 

@@ -30,7 +30,7 @@ from pipelines.driver.ingest.replay import replay
 from pipelines.driver.ingest.report import write_report
 from pipelines.driver.ingest.run import ingest
 from pipelines.driver.model_files import ModelFiles
-from pipelines.driver.shard import ShardReport, shard
+from pipelines.driver.shard.run import ShardReport, shard
 from pipelines.driver.train.run import launch, prepare
 from pipelines.errors import UserError
 from pipelines.formats.shards import Shards

@@ -14,7 +14,7 @@ from tiny_runs import tiny_model_config
 
 from pipelines.config import DataConfig, LocalPlatformConfig
 from pipelines.driver.ingest.run import ingest
-from pipelines.driver.shard import shard
+from pipelines.driver.shard.run import shard
 from pipelines.platform import Platform, local
 
 SOURCE = "killed"

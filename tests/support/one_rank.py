@@ -39,9 +39,9 @@ def open_group_of_one() -> Iterator[None]:
     distributed.destroy_process_group()
 
 
-def train(run: RunFolder, after: int = 10**6) -> Trainer:
+def train(run: RunFolder, after: int = 10**6, kind: type[Trainer] = Trainer) -> Trainer:
     """Train from the last checkpoint to the end, or until `after` steps are taken."""
-    trainer = Trainer.build(run, run.read_run(), RankEnv(0, 1, 0, 1), KillingMonitor(run, after), torch.device("cpu"))
+    trainer = kind.build(run, run.read_run(), RankEnv(0, 1, 0, 1), KillingMonitor(run, after), torch.device("cpu"))
     torch.set_num_threads(1)  # `build` lets torch use all cores of the host, which other tests need too
     try:
         trainer.train()

@@ -58,7 +58,7 @@ class Fault(Config):
 def faulty_rank(run_dir: str) -> None:
     """Call `run_rank`, and trigger the fault in fault.json if the fault is for this rank."""
     import pipelines.worker.train.initial_weights as writing
-    import pipelines.worker.train.trainer as training
+    import pipelines.worker.train.run as training
     import vlm.training.loop as loop
 
     run = RunFolder(Path(run_dir))

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from vlm.config.base import Config, read_error_message
+from vlm.config.base import ADDED_LATER, Config, read_error_message
 from vlm.config.image import ImageConfig
 from vlm.config.text import TextConfig
 from vlm.config.transformer import DenseMlpConfig, TransformerConfig
@@ -175,6 +175,9 @@ class ModelConfig(Config):
         projector: config of the projector from the encoder's outputs to vectors for the decoder.
         fusion: how the decoder receives the picture.
         mask: which positions of the decoder's sequence attend to which other positions.
+        text_only: true for a decoder without encoder and projector, which is trained on a source of kind `text`. The
+            sections `image`, `vision`, `projector` and `fusion` then only describe the captioner that may start from
+            the decoder, and take no memory.
     """
 
     image: ImageConfig
@@ -185,6 +188,7 @@ class ModelConfig(Config):
     fusion: FusionConfig = SlotsFusionConfig()
     mask: MaskConfig = CausalMaskConfig()
     generation: GenerationConfig = GenerationConfig()
+    text_only: Annotated[bool, ADDED_LATER] = False
 
     @property
     def num_patches(self) -> int:
@@ -203,7 +207,9 @@ class ModelConfig(Config):
 
     @property
     def num_slots(self) -> int:
-        """Number of positions that one picture takes in the decoder's sequence."""
+        """Number of positions that one picture takes in the decoder's sequence; 0 for a model without pictures."""
+        if self.text_only:
+            return 0
         return self.num_features if self.fusion.kind == "slots" else 1
 
     @model_validator(mode="after")
@@ -221,6 +227,8 @@ class ModelConfig(Config):
         depth = self.decoder.transformer.depth
         if self.fusion.kind == "cross_attention" and depth % self.fusion.every:
             raise ValueError(f"decoder depth {depth} is not a multiple of fusion.every {self.fusion.every}")
+        if self.text_only and self.fusion.kind != "slots":
+            raise ValueError(f"fusion {self.fusion.kind} reads pictures, and text_only is true: use fusion slots")
         free = self.decoder.context - self.num_slots - 1
         if free < self.generation.max_new_tokens:
             raise ValueError(

@@ -15,13 +15,16 @@ from vlm.config import AttentionConfig, MlpConfig, ModelConfig, ResamplerProject
 def flops_per_sample(config: ModelConfig, vocab_size: int, text: int | None = None) -> int:
     """Return the FLOPs of one forward pass over one picture and a text. The output head runs on text positions only.
 
+    A model of text (`text_only`) reads no picture.
+
     Args:
         config: config of the model.
         vocab_size: number of rows of the token embedding table.
         text: length of the text in tokens; None for `generation.max_new_tokens`.
     """
     text = config.generation.max_new_tokens if text is None else text
-    return _encoder(config) + _projector(config) + _decoder(config, vocab_size, text)
+    pictures = 0 if config.text_only else _encoder(config) + _projector(config)
+    return pictures + _decoder(config, vocab_size, text)
 
 
 PEAK_FLOPS = {
@@ -50,7 +53,7 @@ def inactive_parameters(config: ModelConfig) -> int:
     """Return the number of parameters in the experts that the router does not choose for a token."""
     return sum(
         stack.depth * (stack.mlp.num_experts - stack.mlp.top_k) * _mlp_parameters(stack.width, stack.mlp.expert)
-        for stack in (config.vision.transformer, config.decoder.transformer)
+        for stack in (() if config.text_only else (config.vision.transformer,)) + (config.decoder.transformer,)
         if stack.mlp.kind == "moe"
     )
 

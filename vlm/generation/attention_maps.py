@@ -91,6 +91,7 @@ def attention_maps(
 ) -> AttentionMaps:
     """Compute the attention of a completion to the picture of its request, which must have exactly one picture."""
     assert len(request.pixels) == 1, "attention maps need exactly one picture"
+    assert isinstance(model.encoder, VisionEncoder), "a model of text gets no request with a picture"
     cross: list[Attention | CrossAttention] = [
         block.attention for block in model.decoder.cross_blocks if isinstance(block, GatedCrossBlock)
     ]

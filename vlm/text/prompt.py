@@ -38,6 +38,15 @@ def prefix_ids(tokenizer: Tokenizer, num_slots: int, prompt: str, num_images: in
     return interleaved_ids(tokenizer, num_slots, [PICTURE] * num_images + ([prompt + "\n"] if has_text else []))
 
 
+def continuation_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Return the ids of the beginning of a text that a model of text continues: the start token and the beginning.
+
+    Raises:
+        UserError: the text contains a surrogate, which no tokenizer can encode.
+    """
+    return interleaved_ids(tokenizer, 0, [prompt])
+
+
 def interleaved_ids(tokenizer: Tokenizer, num_slots: int, parts: Sequence[str | Picture]) -> list[int]:
     """Return the ids of pictures and texts in the given order, with the start token before the first text.
 

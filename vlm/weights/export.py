@@ -67,9 +67,17 @@ def export_weights(
         max_bytes: maximum size of a weight file, in bytes. Larger weights are split into shards.
 
     Raises:
-        CheckpointError: the family is unknown, or cannot represent the model. One error lists all mismatches.
+        CheckpointError: the family is unknown, or cannot represent the model (one error lists all mismatches), or the
+            model is a model of text, and the part is not its decoder.
     """
     config = load_config(checkpoint)
+    if config.text_only and part != "decoder":
+        raise CheckpointError(
+            "a model of text has only a decoder to export",
+            where=str(checkpoint),
+            got=f"--part {part}",
+            fix="export the decoder: --part decoder",
+        )
     family = _find_family(family_name, part, config, checkpoint)
     files = WeightFiles(checkpoint)
     ours = {name: header.shape for name, header in files.headers.items() if in_published_part(name, part)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 from pyspark.sql import SparkSession
 
-from pipelines.formats.tables import sql_type
+from pipelines.formats.table_schema import sql_type
 
 
 def task_threads(spark: SparkSession) -> int:

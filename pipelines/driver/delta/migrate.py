@@ -23,7 +23,8 @@ from pipelines.driver.delta.versions import MAINTENANCE_OPERATIONS, MIGRATION_NO
 from pipelines.errors import UserError
 from pipelines.formats.format_version import FILE, FORMAT, PROPERTY, check_format, read_home_format, write_home_format
 from pipelines.formats.run_folder import read_json, write_json
-from pipelines.formats.tables import TABLES, Table
+from pipelines.formats.table_schema import Table
+from pipelines.formats.tables import TABLES
 from pipelines.platform import Platform
 from vlm.config import Config
 

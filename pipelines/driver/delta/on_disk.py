@@ -12,7 +12,7 @@ import pyarrow.dataset as ds
 from deltalake import DeltaTable
 
 from pipelines.formats.delta_files import arrow_dataset
-from pipelines.formats.tables import Table
+from pipelines.formats.table_schema import Table
 from pipelines.platform import Platform
 
 

@@ -19,7 +19,8 @@ from pipelines.errors import UserError
 from pipelines.formats import champion_captions
 from pipelines.formats.delta_files import check_table_format
 from pipelines.formats.format_version import FORMAT, PROPERTY, check_format, write_home_format
-from pipelines.formats.tables import TABLES, Table
+from pipelines.formats.table_schema import Table
+from pipelines.formats.tables import TABLES
 from pipelines.platform import Platform
 
 logger = logging.getLogger(__name__)

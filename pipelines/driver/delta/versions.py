@@ -12,7 +12,8 @@ from pyspark.sql import functions as F
 
 from pipelines.driver.delta.on_disk import open_on_disk
 from pipelines.driver.delta.settings import spark_settings
-from pipelines.formats.tables import SAMPLES, Table
+from pipelines.formats.table_schema import Table
+from pipelines.formats.tables import SAMPLES
 from pipelines.platform import Platform
 
 NOTE_PREFIX = "lakesight ingest "

@@ -40,9 +40,16 @@ def draw_weights(scored: Sequence[ScoredRow], *, seed: int = 0) -> Floats:
     in which the weight of a row is the number of times that the row's picture was drawn with replacement.
     """
     pictures = np.unique([item.row for item in scored], return_inverse=True)[1]
-    count = int(pictures.max()) + 1
+    return draw_counts(int(pictures.max()) + 1, seed=seed)[:, pictures]
+
+
+def draw_counts(count: int, *, seed: int = 0) -> Floats:
+    """Draw how often each of `count` items occurs in each resample, in the shape (RESAMPLES + 1, count).
+
+    The first line is the original sample, in which each item occurs once.
+    """
     draws = np.random.default_rng(seed).multinomial(count, [1 / count] * count, RESAMPLES)
-    return np.vstack([np.ones((1, count)), draws]).astype(np.float64)[:, pictures]
+    return np.vstack([np.ones((1, count)), draws]).astype(np.float64)
 
 
 def interval_from_resamples(values_S: Floats) -> Interval:

@@ -11,7 +11,6 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -20,8 +19,6 @@ from typing import NamedTuple
 from pydantic import Field
 from pyspark.sql import DataFrame, SparkSession
 
-from pipelines.driver.delta.model_rows import SAME_MODEL
-from pipelines.driver.delta.retry import retry_on_conflict
 from pipelines.driver.delta.settings import bounded_batches
 from pipelines.driver.delta.tables import add_columns, ensure_tables
 from pipelines.driver.delta.versions import rows_of_source
@@ -39,6 +36,7 @@ from pipelines.driver.evaluate.gallery import (
 )
 from pipelines.driver.evaluate.metrics import ScoredRow, captioned, describe_words, tokenisation_of
 from pipelines.driver.evaluate.scores import SCORES, evaluation_folder, read_scores, score_split, scores_hash
+from pipelines.driver.evaluate.table import merge_rows
 from pipelines.driver.evaluate.verdict import verdict
 from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import StageFailed, UserError
@@ -167,7 +165,7 @@ def evaluate(
     report, rows = _evaluate(spark, model, (shards, train), folder, requested)
     report = report.model_copy(update={"seconds": time.monotonic() - started})
     if report.settings is None:
-        retry_on_conflict(partial(_merge, spark, platform, report), where=platform.table(EVALUATIONS.name))
+        merge_rows(spark, platform, _rows(report))
     _write_pages(report, rows)
     write_json(folder / REPORT, report)
     return report
@@ -279,21 +277,6 @@ def _rows(report: EvaluationReport) -> Iterator[dict[str, object]]:
         for name, metric in metrics.items():
             row = {"slice": part, "metric": name, "n": report.pictures, "tokenisation": tokenisation_of(name)}
             yield shared | row | metric.model_dump()
-
-
-def _merge(spark: SparkSession, platform: Platform, report: EvaluationReport) -> None:
-    """Merge the report into table `evaluations`. Table rows whose numbers have not changed are not written again."""
-    now = datetime.now(UTC)
-    rows = [tuple((row | {"evaluated_at": now})[name] for name in EVALUATIONS.names) for row in _rows(report)]
-    new = spark.createDataFrame(rows, EVALUATIONS.ddl())
-    keys = " AND ".join(f"old.{key} <=> new.{key}" for key in EVALUATIONS.key if key != MODEL_DIGEST.name)
-    differs = " OR ".join(f"NOT old.{name} <=> new.{name}" for name in ("value", "low", "high", "n", "tokenisation"))
-    spark.sql(
-        f"MERGE INTO {platform.table(EVALUATIONS.name)} old USING {{rows}} new ON {keys} AND {SAME_MODEL} "
-        f"WHEN MATCHED AND ({differs}) THEN {EVALUATIONS.update_clause('new')} "
-        f"WHEN NOT MATCHED THEN {EVALUATIONS.insert_clause('new')}",
-        rows=new,
-    )
 
 
 # ------------------------------------------------------------------------------------------------ samples

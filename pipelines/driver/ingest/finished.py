@@ -18,7 +18,7 @@ from pipelines.driver.ingest.near_duplicates import NearReport
 from pipelines.driver.ingest.report import FullReport, find_report
 from pipelines.driver.ingest.sources.open import open_unchanged
 from pipelines.driver.ingest.totals import IngestReport, describe_passed_over
-from pipelines.formats.tables import INGESTED, QUARANTINE, SAMPLES
+from pipelines.formats.tables import INGESTED, QUARANTINE, SAMPLES, TEXTS
 from pipelines.platform import Platform
 
 
@@ -29,14 +29,14 @@ def find_finished(platform: Platform, source_name: str, config: DataConfig) -> F
         UserError: the input does not exist, has no file of the source's kind, or lacks a column.
     """
     started = time.monotonic()
-    tables = open_tables(platform, SAMPLES, QUARANTINE, INGESTED)
+    filled = TEXTS if config.source.kind == "text" else SAMPLES
+    tables = open_tables(platform, filled, QUARANTINE, INGESTED)
     if tables is None:
         return None
     ingested = read_ledger_of_files(tables[INGESTED.name], source_name, hash_rules(config))
     source = open_unchanged(platform, source_name, config, ingested)
     if source is None:
         return None
-    samples = tables[SAMPLES.name]
     report = IngestReport(
         source=source_name,
         ingest_id=source.ingest_id,
@@ -51,10 +51,10 @@ def find_finished(platform: Platform, source_name: str, config: DataConfig) -> F
         reasons={},
         removed=0,
         replaced={},
-        splits=count_on_disk(samples, {"source": source_name}, by="split"),
+        splits=count_on_disk(tables[filled.name], {"source": source_name}, by="split"),
         equal_pictures_across_splits=0,
         near_duplicates=NearReport(),
-        dataset_version=read_versions_of_files(samples, source_name).last_change,
+        dataset_version=read_versions_of_files(tables[filled.name], source_name).last_change,
         seconds=round(time.monotonic() - started, 3),
         **describe_passed_over(source.passed_over),
     )

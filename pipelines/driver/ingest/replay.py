@@ -25,6 +25,7 @@ from pipelines.driver.ingest.plan import IngestPlan, PlanTotals, overfull_rows, 
 from pipelines.driver.ingest.sources.pictures import read_named_pictures
 from pipelines.driver.ingest.sources.source import SourceRows
 from pipelines.driver.ingest.table_rows import merge_into, rows_of_source, verify_merge
+from pipelines.errors import UserError
 from pipelines.executor.ingest.records.table import payload_records
 from pipelines.formats.tables import QUARANTINE
 from pipelines.platform import Platform
@@ -68,10 +69,17 @@ def replay(
     If a row names its picture by a path or URI and the picture could not be read before, the picture is read again.
 
     Raises:
-        UserError: the location of the pictures that rows name cannot be read.
+        UserError: the location of the pictures that rows name cannot be read, or the source is plain text.
         StageFailed: Spark failed.
     """
     started = time.monotonic()
+    if config.source.kind == "text":
+        raise UserError(
+            "refused rows of plain text are not replayed",
+            where=f"data {source_name}",
+            got="quarantine keeps only the beginning of a long text",
+            fix="change the limit and run `lakesight ingest`: with changed settings, all files are read again",
+        )
     ensure_tables(spark, platform)
     pending = rows_of_source(spark, platform, QUARANTINE.name, source_name).filter("replayed_at IS NULL")
     rows = pending.filter(F.col("reason").isin(list(reasons))).select("source_row", "payload")

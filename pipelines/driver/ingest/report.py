@@ -61,7 +61,7 @@ def write_report(spark: SparkSession, platform: Platform, report: IngestReport) 
         return found
     samples = _of_ingest(rows_of_source(spark, platform, SAMPLES.name, report.source), report)
     figures = figures_of(samples)
-    path = _page_path(platform, report)
+    path = page_path(platform, report)
     if not (report.nothing_new and path.exists()):
         refused = _of_ingest(rows_of_source(spark, platform, QUARANTINE.name, report.source), report)
         texts = (F.slice("texts", 1, SHOWN_TEXTS).alias("texts"), F.size("texts").alias("num_texts"))
@@ -80,13 +80,14 @@ def find_report(platform: Platform, report: IngestReport) -> FullReport | None:
 
     An earlier ingest has written the distributions and the page. If there are no such files, return None.
     """
-    path = _page_path(platform, report)
+    path = page_path(platform, report)
     if not (path.exists() and path.with_suffix(".json").exists()):
         return None
     return FullReport(**report.model_dump(), figures=read_json(path.with_suffix(".json"), Figures), page=str(path))
 
 
-def _page_path(platform: Platform, report: IngestReport) -> Path:
+def page_path(platform: Platform, report: IngestReport) -> Path:
+    """Return the path of the page of an ingest."""
     return platform.folder("reports") / f"ingest-{report.source}-{report.ingest_id}.html"
 
 

@@ -13,10 +13,11 @@ from pyspark.sql import functions as F
 
 from pipelines.driver.delta.on_disk import count_on_disk, has_rows, open_on_disk
 from pipelines.driver.delta.retry import WriteConflict
-from pipelines.formats.tables import QUARANTINE, SAMPLES, Table
+from pipelines.formats.table_schema import Table
+from pipelines.formats.tables import QUARANTINE, SAMPLES, TEXTS
 from pipelines.platform import Platform
 
-TIME_COLUMNS = {SAMPLES.name: "ingested_at", QUARANTINE.name: "quarantined_at"}
+TIME_COLUMNS = {SAMPLES.name: "ingested_at", TEXTS.name: "ingested_at", QUARANTINE.name: "quarantined_at"}
 """For each table, the column that holds the time of the ingest plan that wrote a row."""
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pipelines.driver.train.failure import diagnose_failure, root_failure, wait_for_failure_records
 from pipelines.driver.train.launch import check_slots, run_ranks
 from pipelines.errors import UserError
-from pipelines.formats.replay import ReplayedRows, ReplayRequest, replay_request, replayed_rows
+from pipelines.formats.run_files.replay import ReplayedRows, ReplayRequest, replay_request, replayed_rows
 from pipelines.formats.run_folder import RunFolder, read_json, step_of, write_json
 from pipelines.platform import Launch
 

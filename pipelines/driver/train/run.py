@@ -29,6 +29,7 @@ from pipelines.driver.train.start_from import (
 )
 from pipelines.driver.train.vocabulary import warn_of_unknown
 from pipelines.errors import StageFailed, TrainingFailed, UserError
+from pipelines.formats.run_files.token_file import TRAIN_TOKENS, VALIDATE_TOKENS, write_tokens
 from pipelines.formats.run_folder import Failure, Result, RunFile, RunFolder, write_json
 from pipelines.formats.run_owner import own_run
 from pipelines.formats.shards import Shards
@@ -41,7 +42,7 @@ from vlm.text.cider import Cider, rewarded_words
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-    from pipelines.driver.shard import ShardReport
+    from pipelines.driver.shard.run import ShardReport
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def prepare(
     code = code or read_code()
     settings, start = config.train.science(), None
     if config.train.start_from:
-        start = open_start_folder(Path(config.train.start_from), config.model)
+        start = open_start_folder(Path(config.train.start_from), config.model, config.train)
         settings["start_from"] = start.digest  # the outcome depends on the weights, not on their path
         if config.train.start_state == "training":
             settings["start_state"] = check_training_state(start, config.train)
@@ -122,6 +123,11 @@ def _write_text_files(
             warn_of_unknown(tokenizer, Shards.open(Path(validate.folder)).texts(), "validation texts")
         with atomic_write(run.tokenizer) as temporary:
             text.save(tokenizer, temporary)
+    if config.model.text_only:
+        for name, report in ((TRAIN_TOKENS, train), (VALIDATE_TOKENS, validate)):
+            path = run.path / name
+            if not path.with_suffix(".json").exists():
+                write_tokens(path, Shards.open(Path(report.folder)).texts(), text.load(run.tokenizer))
     if config.train.rewards_cider and not run.cider.exists():
         with atomic_write(run.cider) as temporary:
             Cider.count(reference_documents(shards)).save(temporary)
@@ -239,7 +245,7 @@ def check_config(config: RunConfig) -> None:
             fix=f"choose another batch size, for example with --set train.batch_size={ranks * -(-batch_size // ranks)}",
         )
     if config.train.start_from:
-        check_start_folder(Path(config.train.start_from), config.model)
+        check_start_folder(Path(config.train.start_from), config.model, config.train)
 
 
 def _check_splits(train: ShardReport, validate: ShardReport) -> None:

@@ -39,20 +39,24 @@ class StartFolder(Config):
         return self.folder / "tokenizer.json"
 
 
-def open_start_folder(folder: Path, config: ModelConfig) -> StartFolder:
+def open_start_folder(folder: Path, config: ModelConfig, settings: TrainConfig) -> StartFolder:
     """Check a folder as `check_start_folder` does, and read the digest of the weights."""
-    folder = check_start_folder(folder, config)
+    folder = check_start_folder(folder, config, settings)
     return StartFolder(folder=folder, digest=file_digest(folder / FILES[0]))
 
 
-def check_start_folder(folder: Path, config: ModelConfig) -> Path:
+def check_start_folder(folder: Path, config: ModelConfig, settings: TrainConfig) -> Path:
     """Check that a folder contains the model that a run trains. The generation settings of the model may differ.
+
+    A captioner may also start from a model of text with the same decoder and tokenizer. Its encoder and projector then
+    begin with random weights.
 
     Returns:
         The absolute path of the folder.
 
     Raises:
-        UserError: the folder lacks a file of a model, or contains another model. The message lists each difference.
+        UserError: the folder lacks a file of a model, or contains another model. The message lists each difference. Or
+            the settings need the weights of all parts, and the folder has a decoder alone.
     """
     folder = folder.absolute()
     missing = [name for name in FILES if not (folder / name).is_file()]
@@ -72,7 +76,16 @@ def check_start_folder(folder: Path, config: ModelConfig) -> Path:
             got=read_error_message(error),
             fix="choose a folder that this version of Lakesight has written and nobody has edited",
         ) from None
-    saved_model, run_model = (model.model_dump(exclude={"generation"}) for model in (saved, config))
+    decoder_alone = saved.text_only and not config.text_only
+    if decoder_alone and (settings.adapter or settings.start_state == "training"):
+        raise UserError(
+            "the model to start from is a decoder alone, and the encoder would have no trained weights",
+            where=f"train.start_from: {folder}",
+            got="train.adapter" if settings.adapter else "train.start_state: training",
+            fix="leave this setting out, so that all parts are trained",
+        )
+    compared = {"decoder", "text"} if decoder_alone else None
+    saved_model, run_model = (model.model_dump(include=compared, exclude={"generation"}) for model in (saved, config))
     differing = list(config_differences({"model": saved_model}, {"model": run_model}))
     if differing:
         raise UserError(

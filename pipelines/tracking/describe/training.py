@@ -75,12 +75,13 @@ def _training_text(config: RunConfig, file: RunFile, manifest: Manifest) -> str:
     request, train = manifest.request, config.train
     start = "from scratch" if train.start_from is None else f"from {train.start_from}"
     ranks = f"{file.world_size} rank{'s' * (file.world_size > 1)}"
+    rows, batch = ("texts", "windows") if config.model.text_only else ("pictures", "pictures")
     changes = ", ".join(f"`{key}={value}`" for key, value in changed_settings(config).items())
     return "\n\n".join(
         [
-            f"Model **{config.chosen.model}**, trained {start} on {manifest.num_rows:,} pictures of source "
+            f"Model **{config.chosen.model}**, trained {start} on {manifest.num_rows:,} {rows} of source "
             f"**{request.source}** (table `{request.table}`, version {file.dataset_version}): {train.steps:,} steps of "
-            f"{train.batch_size} pictures, seed {train.seed}, {ranks}.",
+            f"{train.batch_size} {batch}, seed {train.seed}, {ranks}.",
             f"Changed settings: {changes or 'none'}",
             code_block(repeat_command(config)),
         ]

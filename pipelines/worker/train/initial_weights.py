@@ -15,7 +15,7 @@ import torch
 
 from pipelines.config import TrainConfig
 from pipelines.worker.train.slices import CheckpointSlices
-from vlm.checkpoint import WEIGHTS, fill_weights, load_weights, save_config, save_model, save_weights
+from vlm.checkpoint import WEIGHTS, fill_weights, load_config, save_config, save_model, save_weights
 from vlm.config import ModelConfig
 from vlm.factory import build_model
 from vlm.files import file_digest
@@ -105,18 +105,34 @@ class ModelBuilder:
     def _base_model(self) -> VisionLanguageModel:
         model = build_model(self.config, self.tokenizer.vocab_size)
         if self.weights:
-            load_weights(model, self.weights)
+            self._fill(model, self.weights, decoder_alone=self._starts_from_decoder)
         return model
 
     def _sharded_model(self, device: torch.device) -> VisionLanguageModel:
-        model = build_sharded(self.config, self.tokenizer.vocab_size, device, draw=self.weights is None)
+        draw = self.weights is None or self._starts_from_decoder
+        model = build_sharded(self.config, self.tokenizer.vocab_size, device, draw=draw)
         if self.weights:
-            self._fill(model, self.weights)
+            self._fill(model, self.weights, decoder_alone=self._starts_from_decoder)
         return model
 
-    def _fill(self, model: VisionLanguageModel, path: Path) -> None:
-        """Read weights from a file into the model. If the model is sharded, read only the rows of this rank."""
-        fill_weights(self.config, {name: rows_of(p.detach()) for name, p in model.named_parameters()}, path)
+    def _fill(self, model: VisionLanguageModel, path: Path, *, decoder_alone: bool = False) -> None:
+        """Read weights from a file into the model. If the model is sharded, read only the rows of this rank.
+
+        With `decoder_alone`, the file holds the decoder of a model of text, and no other weights are read.
+        """
+        rows = {
+            name: rows_of(p.detach())
+            for name, p in model.named_parameters()
+            if not decoder_alone or (name.startswith("decoder.") and not name.startswith("decoder.cross_blocks."))
+        }
+        fill_weights(self.config, rows, path)
+
+    @cached_property
+    def _starts_from_decoder(self) -> bool:
+        """Whether a captioner starts from a model of text."""
+        if self.weights is None or self.config.text_only:
+            return False
+        return load_config(self.weights.parent).text_only
 
     @cached_property
     def _digest(self) -> str:

@@ -13,13 +13,14 @@ import math
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from pipelines.formats.replay import ReplayedRow, ReplayedRows, ReplayRequest, replay_request, replayed_rows
+from pipelines.formats.run_files.replay import ReplayedRow, ReplayedRows, ReplayRequest, replay_request, replayed_rows
 from pipelines.formats.run_folder import RunFolder, read_json, write_json
 from pipelines.worker.data.batches import rows_of_step
 from pipelines.worker.rank.env import RankEnv
 from pipelines.worker.rank.failure import RankMonitor
+from pipelines.worker.train.run import train
 from pipelines.worker.train.stages import Stage
-from pipelines.worker.train.trainer import Trainer, train
+from pipelines.worker.train.trainer import Trainer
 from vlm.seeds import mix
 from vlm.training.loop import mixed_precision
 from vlm.training.objective import routed_layers, row_losses

@@ -1,4 +1,4 @@
-"""Training in one rank: join the process group, build the model, resume from the last checkpoint, train, report.
+"""Trainer of one rank: build the model, resume from the last checkpoint, train, report.
 
 The training loop is `vlm.training.loop.fit`. This module supplies the training loop with batches, and after a training
 step this module writes metrics, validates and saves a checkpoint if due. A checkpoint contains the state that one step
@@ -16,12 +16,10 @@ from itertools import takewhile
 from pathlib import Path
 
 import torch
-from torch import distributed
 from torch.distributed.fsdp import FSDPModule
 
 from pipelines.config.train import ObjectiveConfig
-from pipelines.errors import UserError
-from pipelines.formats.run_folder import CaptionSamples, Result, RunFile, RunFolder, write_json
+from pipelines.formats.run_folder import CaptionSample, CaptionSamples, Result, RunFile, RunFolder, write_json
 from pipelines.formats.shards import Shards
 from pipelines.worker.data.augment import Augmenter
 from pipelines.worker.data.batches import Collator, RowOrder, map_ahead, rows_of_step, training_batches
@@ -29,7 +27,7 @@ from pipelines.worker.data.prefetch import prefetch_to_device
 from pipelines.worker.data.shard_cache import ShardCopier
 from pipelines.worker.rank.env import RankEnv
 from pipelines.worker.rank.failure import RankMonitor
-from pipelines.worker.rank.group import check_group, divide_cores, pick_device, process_group
+from pipelines.worker.rank.group import check_group, divide_cores
 from pipelines.worker.rank.metrics import FileWriter, MeanSinceLog, Stopwatch, write_metrics
 from pipelines.worker.rank.profile import profile_steps
 from pipelines.worker.rank.usage import measure_usage, throughput
@@ -62,40 +60,6 @@ from vlm.training.state import load_state
 log = logging.getLogger(__name__)
 
 
-def train(run: RunFolder, env: RankEnv, monitor: RankMonitor, kind: type[Trainer] | None = None) -> None:
-    """Train from the last checkpoint to the last step. Rank 0 writes result.json when every rank is done.
-
-    Args:
-        run: run folder.
-        env: rank, number of ranks and host of this process.
-        monitor: monitor to which the rank reports its progress.
-        kind: class of the trainer, or None for Trainer.
-
-    Raises:
-        UserError: the batch size cannot be divided by the number of ranks, a rank has no GPU, or the process group
-            contains a rank of another run.
-        LakesightError: shards or checkpoints are damaged, or a loss is not finite.
-    """
-    file = run.read_run()
-    settings = file.config.train
-    if settings.batch_size % env.world_size:
-        raise UserError(
-            "the global batch cannot be divided equally among the ranks",
-            where="train.batch_size",
-            got=f"batch size {settings.batch_size} for {env.world_size} ranks",
-            fix="set train.batch_size to a multiple of the number of ranks",
-        )
-    monitor.set_timeout(settings.timeout_seconds)
-    device = pick_device(file.config.platform, env)
-    with process_group(env, device, settings.timeout_seconds):
-        trainer = (kind or Trainer).build(run, file, env, monitor, device)
-        trainer.train()
-        trainer.checkpoints.wait()
-        distributed.barrier()
-        if env.rank == 0:
-            trainer.write_result()
-
-
 @dataclass
 class Trainer:
     """Training state of one rank, with methods that train and that do the work after each training step."""
@@ -126,7 +90,7 @@ class Trainer:
         limit = self.file.config.platform.cache_gib * 2**30
         settings = self.file.config.train
         self.augmenter = Augmenter(settings.augment, settings.seed) if settings.augment else None
-        self.copier = ShardCopier([self.train_shards, self.validate_shards], limit)
+        self.copier = ShardCopier(self.copied_shards(), limit)
 
     @classmethod
     def build(cls, run: RunFolder, file: RunFile, env: RankEnv, monitor: RankMonitor, device: torch.device) -> Trainer:
@@ -174,6 +138,10 @@ class Trainer:
             validate_shards=Shards.open(run.shard_folder(file.validate_shards)),
         )
 
+    def copied_shards(self) -> tuple[Shards, ...]:
+        """Return the shards whose files are copied to this host, if the platform has a limit for such copies."""
+        return self.train_shards, self.validate_shards
+
     def train(self) -> None:
         """Take all remaining steps, stage by stage, unless training stops early."""
         settings = self.file.config.train
@@ -213,7 +181,21 @@ class Trainer:
                 contrastive=settings.contrastive if learns_texts else 0.0,
             )
         except NotFiniteError as error:
-            raise self._with_pictures(error) from error
+            raise self.with_pictures(error) from error
+
+    def batches(self, steps: range) -> Iterator[list[Batch]]:
+        """Return the batches of steps, as `fit` takes them."""
+        settings = self.file.config.train
+        return training_batches(
+            self.train_shards,
+            self.collator,
+            steps=steps,
+            **self.row_order(),
+            rows_at_once=settings.rows_at_once,
+            workers=settings.loader_workers,
+            augmenter=self.augmenter,
+            pinned=self.device.type == "cuda",
+        )
 
     def _batches(self, objective: ObjectiveConfig, steps: range) -> Iterator[list[Batch]]:
         """Return the batches of a stage, made from training texts or from captions sampled before each step."""
@@ -225,24 +207,14 @@ class Trainer:
             )
             rows = partial(sampled_rows, self.train_shards, order=order, augmenter=self.augmenter)
             return map(sampler.sample, self.stopwatch.time_waits(map_ahead(rows, steps, settings.loader_workers)))
-        batches = training_batches(
-            self.train_shards,
-            self.collator,
-            steps=steps,
-            **order,
-            rows_at_once=settings.rows_at_once,
-            workers=settings.loader_workers,
-            augmenter=self.augmenter,
-            pinned=self.device.type == "cuda",
-        )
-        return prefetch_to_device(self.stopwatch.time_waits(batches), self.device)
+        return prefetch_to_device(self.stopwatch.time_waits(self.batches(steps)), self.device)
 
     def row_order(self) -> RowOrder:
         """Return the arguments of `training_batches` and `rows_of_step` that determine the rows of this rank."""
         settings, env = self.file.config.train, self.env
         return RowOrder(rank=env.rank, world_size=env.world_size, batch_size=settings.batch_size, seed=settings.seed)
 
-    def _with_pictures(self, error: NotFiniteError) -> NotFiniteError:
+    def with_pictures(self, error: NotFiniteError) -> NotFiniteError:
         """Return the error with the pictures of the step and with the command that replays the step."""
         got = error.got
         if not error.in_validation:
@@ -352,19 +324,27 @@ class Trainer:
         settings = self.file.config.train
         rows = settings.batch_size // self.env.world_size
         with mixed_precision(self.device, bf16=settings.precision == "bf16"):
-            found = validate(
-                self.model,
-                self.validate_shards,
-                self.collator,
-                step=step,
-                num_rows=settings.validate_rows,
-                batch_size=min(rows, settings.rows_at_once or rows),
-                rank=self.env.rank,
-                world_size=self.env.world_size,
-                report_progress=self.monitor.report_progress,
-            )
+            found = self.compute_validation(step, min(rows, settings.rows_at_once or rows))
         self._free_gathered_weights()
         return found
+
+    def compute_validation(self, step: int, batch_size: int) -> dict[str, float]:
+        """Compute the validation metrics after a step. All ranks call this method and get the same values."""
+        return validate(
+            self.model,
+            self.validate_shards,
+            self.collator,
+            step=step,
+            num_rows=self.file.config.train.validate_rows,
+            batch_size=batch_size,
+            rank=self.env.rank,
+            world_size=self.env.world_size,
+            report_progress=self.monitor.report_progress,
+        )
+
+    def sample(self, model: VisionLanguageModel, count: int) -> tuple[CaptionSample, ...]:
+        """Generate the samples that are logged at a validation."""
+        return caption_samples(model, self.tokenizer, self.validate_shards, count)
 
     def _caption(self, done: int, *, scores: bool) -> dict[str, float]:
         """Write sample captions on rank 0. Return `val/cider` if the step is scored, with the same value on every rank.
@@ -376,7 +356,7 @@ class Trainer:
         cider = torch.zeros((), dtype=torch.float64, device=self.device)
         if self.env.rank == 0 or self.sharded:
             with mixed_precision(self.device, bf16=settings.precision == "bf16"):
-                samples = caption_samples(model, self.tokenizer, self.validate_shards, settings.caption_samples)
+                samples = self.sample(model, settings.caption_samples)
                 if scores:
                     model.eval()
                     captioner = Captioner(model, self.tokenizer)

@@ -144,6 +144,7 @@ def test_the_dataset_version_of_a_source_is_the_last_table_version_that_may_have
         ({"kind": "folder", "path": ".", "captions": "rows.csv", "columns": {"text": "words"}}, "has no column"),
         ({"kind": "table", "path": "."}, "no folder _delta_log"),
         ({"kind": "table"}, "the run has no input"),
+        ({"kind": "text", "path": "."}, r"rows\.csv \(other_kind\).*files ending in \.txt"),
     ],
 )
 def test_an_input_that_cannot_be_read_is_refused_before_spark_starts(

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 import pyarrow as pa
 
 from pipelines.driver.ingest.ledger import ITEMS, items_table, select_last_versions
-from pipelines.formats.tables import TIME_TYPE
+from pipelines.formats.table_schema import TIME_TYPE
 
 
 def entries(*rows: tuple[str, str, str]) -> pa.Table:

@@ -12,7 +12,7 @@ from run_owners import owned_by_another_process
 from tiny_runs import tiny_run, write_shards
 
 from pipelines.config import LocalPlatformConfig, short_hash
-from pipelines.driver.shard import ShardReport
+from pipelines.driver.shard.run import ShardReport
 from pipelines.driver.train.code import read_code
 from pipelines.driver.train.run import prepare
 from pipelines.driver.train.run_folders import finished_result

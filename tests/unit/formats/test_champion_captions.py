@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from pipelines.formats.champion_captions import COLUMNS, select
 from pipelines.formats.delta_files import query
-from pipelines.formats.tables import DECISIONS, GENERATED_CAPTIONS, VERDICTS, Table
+from pipelines.formats.table_schema import Table
+from pipelines.formats.tables import DECISIONS, GENERATED_CAPTIONS, VERDICTS
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 CAPTION: dict[str, Any] = {

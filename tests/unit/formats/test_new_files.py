@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_runs import tiny_run
 
-from pipelines.formats.new_files import MAX_SAMPLED, new_metrics, new_samples, sample_metrics
+from pipelines.formats.run_files.new_files import MAX_SAMPLED, new_metrics, new_samples, sample_metrics
 from pipelines.formats.run_folder import CaptionSamples, Metrics, RunFolder, write_heartbeat, write_json
 
 SETTINGS = tiny_run(steps=40, log_every=2, validate_every=7).train

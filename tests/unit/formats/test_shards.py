@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.driver.shard import ShardFolder, write_mix
+from pipelines.driver.shard.run import ShardFolder, write_mix
 from pipelines.errors import StageFailed, UserError
 from pipelines.formats.shards import (
     BATCH_ROWS,

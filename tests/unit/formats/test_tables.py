@@ -11,7 +11,8 @@ from pyarrow.fs import LocalFileSystem
 
 from pipelines.executor.ingest.outcome import OUTCOME
 from pipelines.formats.delta_files import arrow_dataset
-from pipelines.formats.tables import QUARANTINE, REASONS, SAMPLES, TABLES, Table, sql_type
+from pipelines.formats.table_schema import Table, sql_type
+from pipelines.formats.tables import QUARANTINE, REASONS, SAMPLES, TABLES
 from vlm.errors import IMAGE_REASONS
 
 

@@ -13,7 +13,8 @@ from deltalake import DeltaTable, write_deltalake
 
 from jobs.table_files import count_rows
 from pipelines.errors import UserError
-from pipelines.formats.tables import GENERATED_CAPTIONS, SAMPLES, VERDICTS, Table
+from pipelines.formats.table_schema import Table
+from pipelines.formats.tables import GENERATED_CAPTIONS, SAMPLES, VERDICTS
 from pipelines.review.verdicts import CaptionVerdict, Review
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

@@ -9,7 +9,7 @@ from file_calls import counted_calls
 from local_platforms import open_local
 from tiny_runs import log_step, tiny_run, write_run, write_shards
 
-from pipelines.formats.new_files import MAX_SAMPLED
+from pipelines.formats.run_files.new_files import MAX_SAMPLED
 from pipelines.tracking import runs
 from pipelines.tracking.server import connect
 

@@ -21,6 +21,9 @@ from tiny_models import tiny_model, tiny_pixels
 from pipelines.tracking import logged_model
 from pipelines.tracking import model as served_model
 from vlm.checkpoint import save_model
+from vlm.factory import build_model
+from vlm.model import VisionLanguageModel
+from vlm.text.base import Tokenizer
 
 
 def picture_file() -> bytes:
@@ -63,19 +66,23 @@ BAD_PROMPTS: list[Any] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("served")
-    network, tokenizer = tiny_model("plain")
+def served(folder: Path, network: VisionLanguageModel, tokenizer: Tokenizer) -> Any:
+    """Save a model as `log_model` does, and load it as a server does."""
     save_model(folder / "checkpoint", network, tokenizer)
+    config = network.config
     mlflow.pyfunc.save_model(
         folder / "model",
         python_model=str(Path(str(served_model.__file__))),
         artifacts={file: str(folder / "checkpoint" / file) for file in logged_model.MODEL_FILES},
-        signature=logged_model.signature(network.config.generation),
+        signature=logged_model.signature(config.generation, text_only=config.text_only),
         pip_requirements=["mlflow"],
     )
     return mlflow.pyfunc.load_model(str(folder / "model"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return served(tmp_path_factory.mktemp("served"), *tiny_model("plain"))
 
 
 def predict(model: Any, rows: list[tuple[Any, Any]]) -> list[tuple[str | None, str | None]]:
@@ -122,3 +129,18 @@ def test_a_prompt_that_is_a_number_or_bytes_is_read_as_its_text(model: Any) -> N
 
 def test_a_serving_request_without_rows_gets_an_empty_answer(model: Any) -> None:
     assert predict(model, []) == []
+
+
+def test_a_served_model_of_text_continues_each_prompt_and_a_bad_prompt_is_an_error_of_its_row(tmp_path: Path) -> None:
+    network, tokenizer = tiny_model("plain")
+    config = network.config.model_copy(update={"text_only": True})
+    model = served(tmp_path, build_model(config, tokenizer.vocab_size), tokenizer)
+    prompts = ["what", *BAD_PROMPTS, b"what", *NO_PROMPT]
+    frame = pd.DataFrame(index=range(len(prompts)), columns=["prompt"], dtype=object)
+    for index, prompt in enumerate(prompts):
+        frame.at[index, "prompt"] = prompt
+    answers = model.predict(frame)
+    bad = [*range(1, len(BAD_PROMPTS) + 1)]
+    assert answers.index[answers["error"].notna()].tolist() == bad
+    assert answers.index[answers["caption"].isna()].tolist() == bad
+    assert answers["caption"][0] == answers["caption"][len(bad) + 1]

@@ -114,7 +114,7 @@ def test_the_values_of_parameters_that_an_import_initialises_depend_only_on_the_
     for seed, out in ((1, "a"), (1, "b"), (2, "c")):
         torch.manual_seed(len(out) + ord(out))
         report("import-weights", "--model", "mine", "--decoder", "gpt2", "--seed", str(seed), "--out", out)
-        weights[out] = load_model(Path(out))[0].encoder.stem.get_parameter("weight")
+        weights[out] = load_model(Path(out))[0].get_parameter("encoder.stem.weight")
     assert torch.equal(weights["a"], weights["b"])
     assert not torch.equal(weights["a"], weights["c"])
 
@@ -187,6 +187,15 @@ def test_weight_commands_do_not_overwrite_existing_files() -> None:
     assert "Got: image: Field required; text: Field required; vision: Field required; and 1 more. Fix:" in refused(
         "export-weights", "conf", *ENCODER, "--out", "x"
     )
+
+
+def test_of_a_model_of_text_only_the_decoder_is_exported(trained: ModelConfig) -> None:
+    config = trained.model_copy(update={"text_only": True})
+    tokenizer = text.learn(config.text, ())
+    save_model(Path("spoken"), build_model(config, tokenizer.vocab_size), tokenizer)
+    assert "only a decoder to export" in refused("export-weights", "spoken", *ENCODER, "--out", "vit")
+    assert not Path("vit").exists()
+    assert report("export-weights", "spoken", *DECODER, "--out", "gpt2")["left_out"] == 0
 
 
 def test_import_builds_the_tokenizer_from_the_alphabet_of_the_model() -> None:

@@ -16,9 +16,10 @@ from pipelines.config import (
     JsonlSourceConfig,
     ParquetSourceConfig,
     TableSourceConfig,
+    TextSourceConfig,
     WebDatasetSourceConfig,
 )
-from pipelines.driver.ingest.sources import csv, jsonl, parquet, webdataset
+from pipelines.driver.ingest.sources import csv, jsonl, parquet, text, webdataset
 from pipelines.driver.ingest.sources.files import Listing, SourceFile, list_files, list_plain_files, open_files
 from pipelines.driver.ingest.sources.folder import check_captions, open_folder, open_small_folder
 from pipelines.driver.ingest.sources.pictures import read_named_pictures
@@ -51,7 +52,7 @@ def open_source(spark: SparkSession, platform: Platform, name: str, config: Data
         [file] = list_files(config, csv.SUFFIXES).files
         ingested = follow_moved_file(ingested, file.item)
     opened = _open_rows(spark, name, config, ingested)
-    if opened.rows is None:
+    if opened.rows is None or config.source.kind == "text":
         return opened
     read = read_named_pictures(config, opened.rows.read, knows_files=config.source.kind != "table")
     return replace(opened, rows=opened.rows._replace(read=read))
@@ -120,6 +121,8 @@ def _list_source(config: DataConfig) -> Listing:
             return list_files(config, jsonl.SUFFIXES)
         case ParquetSourceConfig():
             return list_files(config, parquet.SUFFIXES)
+        case TextSourceConfig():
+            return list_plain_files(config, text.SUFFIXES)
         case _:
             return list_plain_files(config, webdataset.SUFFIXES)
 
@@ -139,4 +142,6 @@ def _open_rows(spark: SparkSession, name: str, config: DataConfig, ingested: pa.
             return open_table(spark, name, source, config, ingested)
         case FolderSourceConfig() as source:
             return open_folder(spark, name, source, config, ingested)
+        case TextSourceConfig() as source:
+            load = partial(text.load_rows, spark, source, config)
     return open_files(name, _list_source(config), ingested, load)

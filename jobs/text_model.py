@@ -1,0 +1,119 @@
+"""Stages of a run whose model is a model of text (`model.text_only`): evaluation, pipeline, and refused stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.common import Job
+from jobs.ingest import run_ingest
+from jobs.progress import show_elapsed
+from jobs.settings_of_version import require_settings_of_version
+from jobs.shard import run_shard
+from jobs.train import run_train
+from pipelines.errors import UserError
+from vlm.config import Config, ModelConfig
+
+if TYPE_CHECKING:
+    from pipelines.driver.evaluate.texts import TextEvaluationReport
+    from pipelines.driver.model_files import ModelFiles
+
+
+class TextPipelineReport(Config):
+    """Report of `lakesight pipeline` for a run with a model of text.
+
+    Attributes:
+        rows_in: number of rows that ingest read; equals `texts` + `duplicates` + `quarantined`.
+        texts: number of rows that added a text to table `texts`.
+        duplicates: number of rows whose text was already in table `texts`.
+        quarantined: number of rows added to table `quarantine`.
+        trained: whether training ran; false if a finished run was reused.
+        loss_per_char: loss on the evaluated split, in nats per character.
+        nothing_new: whether earlier commands had already done all of the work.
+        seconds: duration of the whole command, in seconds.
+    """
+
+    run: str
+    rows_in: int
+    texts: int
+    duplicates: int
+    quarantined: int
+    run_id: str
+    run_folder: str
+    trained: bool
+    model_name: str
+    model_version: str
+    loss_per_char: float
+    metrics: dict[str, float]
+    nothing_new: bool
+    seconds: float
+
+
+def require_captioner(config: ModelConfig, stage: str) -> None:
+    """Check that a model reads pictures.
+
+    Raises:
+        UserError: the model is a model of text, which has no captions.
+    """
+    if config.text_only:
+        raise UserError(
+            f"{stage} needs a model that reads pictures",
+            where="model.text_only",
+            got="true: the model is a decoder that was trained on text alone",
+            fix="train a captioner that starts from this decoder: set model.text_only=false and train.start_from to "
+            "the run's last checkpoint",
+        )
+
+
+def run_text_evaluate(job: Job, model: ModelFiles) -> TextEvaluationReport:
+    """Measure a version of a model of text on the run's evaluation split, and store the metrics in MLflow."""
+    from pipelines.driver.evaluate.texts import evaluate_texts
+    from pipelines.tracking.registry import resolve, tag
+    from pipelines.tracking.runs import log_report
+
+    config = model.read_config()
+    require_settings_of_version(job, config, f"{model.name}/{model.version}")
+    shards = run_shard(job, job.config.data.evaluate_on, config.image)
+    with show_elapsed("evaluate"):
+        report = evaluate_texts(job.spark, job.platform, model, Path(shards.folder))
+    if not report.reused:
+        log_report(job.platform, model.run_id, "evaluate", report.values())
+        tags = {name: f"{value:.6g}" for name, value in report.values().items()}
+        tag(job.platform, resolve(job.platform, job.model_name, model.version), tags)
+    reused = ", reused" if report.reused else ""
+    job.output.line(
+        "evaluate",
+        f"{report.model_name} version {report.model_version}, {report.texts:,} {report.split} texts with "
+        f"{report.chars:,} characters{reused}",
+    )
+    for name, metric in report.metrics.items():
+        job.output.line("", f"{name:<14} {metric.value:7.3f}  ({metric.low:.3f} to {metric.high:.3f})")
+    return report
+
+
+def run_text_pipeline(job: Job) -> TextPipelineReport:
+    """Run the stages of a model of text in order: ingest, shard, train and evaluate. Each stage prints its results."""
+    from jobs.evaluate import open_model
+
+    ingested = run_ingest(job)
+    trained = run_train(job)
+    evaluated = run_text_evaluate(job, open_model(job, trained.model_version))
+    nothing_new = ingested.nothing_new and not trained.trained and evaluated.reused
+    if nothing_new:
+        job.output.line("done", "nothing new: no row ingested, no step trained")
+    return TextPipelineReport(
+        run=job.config.name,
+        rows_in=ingested.rows_in,
+        texts=ingested.new,
+        duplicates=ingested.duplicates,
+        quarantined=ingested.quarantined,
+        run_id=trained.run_id,
+        run_folder=trained.run_folder,
+        trained=trained.trained,
+        model_name=trained.model_name,
+        model_version=trained.model_version,
+        loss_per_char=evaluated.metrics["loss_per_char"].value,
+        metrics=evaluated.values(),
+        nothing_new=nothing_new,
+        seconds=round(job.output.seconds, 1),
+    )

@@ -1,0 +1,22 @@
+"""The command `lakesight` in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from processes import TEST_PATH
+
+
+def lakesight(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command with a home folder. Configs of the folder that contains the home folder can be used."""
+    return subprocess.run(
+        [sys.executable, "-c", "from jobs.cli import main; main()", *arguments],
+        env=os.environ | {"LAKESIGHT_HOME": str(home), "PYTHONPATH": TEST_PATH},
+        cwd=home.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
