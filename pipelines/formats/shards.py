@@ -40,7 +40,12 @@ T = TypeVar("T")
 
 
 class ShardRequest(Config):
-    """Everything that determines the content of a shard folder. `image` is None for shards of text."""
+    """Everything that determines the content of a shard folder.
+
+    Attributes:
+        image: image config of the model; None for shards of text.
+        left_out: ids of training pictures of a mix that copy a validation or test picture of another source.
+    """
 
     table: str
     table_id: str
@@ -54,6 +59,7 @@ class ShardRequest(Config):
     where: str = ""
     draft: bool = False
     text_weights: Annotated[TextWeights, ADDED_LATER] = "frequency"
+    left_out: Annotated[tuple[str, ...], ADDED_LATER] = ()
 
     @property
     def folder_name(self) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pictures import IMAGE as IMAGE_COLUMN
+from pictures import TEXT as TEXT_COLUMN
 from pictures import as_base64, encoded, picture, png, write_csv
 from pyspark.sql import SparkSession
 
@@ -28,6 +30,7 @@ IMAGE = ImageConfig(size=16)
 LARGE = ImageConfig(size=96)
 """Image config with a size at which the pixels of a picture have more bytes than the encoded picture."""
 COUNT = 150
+SPLITS = ("train", "train", "val", "test")
 
 
 def config(path: Path, **shards: Any) -> DataConfig:
@@ -206,6 +209,38 @@ def test_shards_contain_only_rows_that_meet_the_condition_and_a_mix_adds_rows_of
     wrong = DataConfig.model_validate(usual | {"shards": {"where": "widht > 3"}})
     with pytest.raises(UserError, match=r"data\.shards\.where.*widht"):
         shard(spark, platform, source, wrong, IMAGE, "train")
+
+
+@pytest.mark.matrix  # two ingests
+def test_a_mix_never_trains_on_a_near_copy_of_a_validation_picture_of_another_source(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    """Each source holds out pictures of which the other source has a copy: re-encoded, or with the same bytes."""
+
+    def data(name: str, pictures: list[list[str]], **more: Any) -> DataConfig:
+        rows = [[*row, split] for row, split in zip(pictures, SPLITS, strict=True)]
+        path = write_csv(tmp_path / f"{name}.csv", rows, (IMAGE_COLUMN, TEXT_COLUMN, "split"))
+        settings = {"source": {"path": str(path)}, "split": {"kind": "column", "column": "split"}}
+        return DataConfig.model_validate(settings | more)
+
+    def row(number: int, format_: str = "PNG") -> list[str]:
+        return [as_base64(encoded(picture(number, (90, 70)), format_)), f"picture {number}"]
+
+    other = f"{source}-other"
+    ingest(spark, platform, other, data("other", [row(7001, "JPEG"), row(7002), row(7003), row(7004)]))
+    config_ = data("own", [row(7003), row(7006), row(7001), row(7008, "JPEG")], mix={other: 0.5})
+    ingest(spark, platform, source, config_)
+    mixed, alone = (
+        shard(spark, platform, source, each, IMAGE, "train")
+        for each in (config_, config_.model_copy(update={"mix": {}}))
+    )
+    shards = Shards.open(Path(mixed.folder))
+    said = [shards.row(index).texts[0][1] for index in range(len(shards))]
+    assert sorted(said) == ["picture 7002", "picture 7006"]
+    assert alone.num_rows == 2, "without a mix, no picture is left out"
+    found = find_finished(platform, source, config_, IMAGE, "train")
+    assert found
+    assert (found.folder, found.num_rows) == (mixed.folder, 2), "sources are compared once, and then without Spark"
 
 
 def test_sharding_an_empty_split_raises_an_error_that_names_the_splits_with_rows(

@@ -23,9 +23,9 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from pipelines.config import DataConfig
+from pipelines.driver.delta.near_pairs import keys_of_new_pictures
 from pipelines.driver.ingest.decode import READ_ORDER, IngestRequest, decode_rows
 from pipelines.driver.ingest.ledger import items_table
-from pipelines.driver.ingest.near_duplicates import keys_of_new_pictures
 from pipelines.driver.ingest.plan import pictures_of_input, plan_ingest, plan_pictures
 from pipelines.driver.ingest.quarantine_report import inspect_quarantine, open_quarantine, select_with_spark
 from pipelines.driver.ingest.replay import replay

@@ -9,25 +9,30 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
 
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
 
-from pipelines.config import DataConfig, Split, short_hash
+from pipelines.config import DataConfig, Split
+from pipelines.driver.delta.near_pairs import copies_across_sources
 from pipelines.driver.delta.on_disk import count_on_disk, has_rows
 from pipelines.driver.delta.spark_errors import translate_spark_errors
 from pipelines.driver.delta.tables import ensure_tables, open_tables, table_id
 from pipelines.driver.delta.versions import TableVersions, read_versions, read_versions_of_files
 from pipelines.driver.shard.write import no_rows, rows_of_split, select_rows, write_folder, write_texts
-from pipelines.formats.shards import MANIFEST, Manifest, MixPart, ShardRequest, Shards, write_manifest
+from pipelines.formats.mixes import MixCopies, ShardFolder, copies_file, find_parts, known_copies, write_mix
+from pipelines.formats.run_folder import write_json
+from pipelines.formats.shards import MANIFEST, ShardRequest, Shards
 from pipelines.formats.tables import SAMPLES, TEXTS
 from pipelines.platform import Platform
 from vlm.config import Config, ImageConfig
 
 logger = logging.getLogger(__name__)
 
+SHOWN_PICTURES = 5
+"""Largest number of copies of each source that the log names."""
 TIME_FACTOR = 2
 """Longest time to decode a picture in this stage, as a multiple of the longest time in an ingest.
 
@@ -58,14 +63,6 @@ class ShardReport(Config):
     seconds: float
 
 
-class ShardFolder(NamedTuple):
-    """A complete shard folder. `reused` says whether the folder existed before."""
-
-    folder: Path
-    manifest: Manifest
-    reused: bool
-
-
 def shard(  # noqa: PLR0917 (each argument is one part of a run, and all are required)
     spark: SparkSession, platform: Platform, source_name: str, config: DataConfig, image: ImageConfig, split: Split
 ) -> ShardReport:
@@ -75,14 +72,28 @@ def shard(  # noqa: PLR0917 (each argument is one part of a run, and all are req
     version, because VACUUM may have removed the files of the pinned version. The rows of the source are the same in
     both versions.
 
+    A training picture of a mix is left out if it copies a validation or test picture of another source of the mix.
+
     Raises:
         UserError: the split has no rows, or data.shards.where is not a valid SQL condition.
         StageFailed: rows were lost or written twice.
     """
     started = time.monotonic()
     ensure_tables(spark, platform)
+    pinned_id = table_id(spark, platform, SAMPLES)
+    requests, newest = [], []
+    for name in _sources(source_name, config, split):
+        version = read_versions(spark, platform, name)
+        newest.append(version.newest)
+        requests.append(_request(platform, name, config, image, split, (version, pinned_id)))
+    if len(requests) > 1:
+        copies = known_copies(platform.folder("shards"), requests, list(config.mix.values()))
+        if copies is None:
+            copies = _compare_sources(spark, platform, requests, max(newest))
+        requests = copies.leave_out(requests)
     parts = [
-        find_or_write(spark, platform, name, config, image, split) for name in _sources(source_name, config, split)
+        _find_or_write(spark, platform, request, version, config)
+        for request, version in zip(requests, newest, strict=True)
     ]
     return _report(platform, source_name, config, split, parts, started)
 
@@ -121,24 +132,28 @@ def find_finished(
         UserError: the split has no rows. Spark would find the same result, but takes several seconds to start.
     """
     started = time.monotonic()
-    table = SAMPLES if image else TEXTS
+    table, shards = SAMPLES if image else TEXTS, platform.folder("shards")
     tables = open_tables(platform, table)
     if tables is None:
         if platform.tables and not (platform.tables / table.name).exists():
             raise no_rows(platform.table(table.name), source_name, split, config.shards.where, {})
         return None
-    rows, parts = tables[table.name], []
+    rows, requests = tables[table.name], []
     for name in _sources(source_name, config, split):
         pin = read_versions_of_files(rows, name), str(rows.metadata().id)
         request = _request(platform, name, config, image, split, pin)
-        folder = platform.folder("shards") / request.folder_name
-        if not (folder / MANIFEST).exists():
-            if not has_rows(rows, {"source": name, "split": split}):
-                counts = count_on_disk(rows, {"source": name}, "split")
-                raise no_rows(request.table, name, split, request.where, counts)
+        written = (shards / request.folder_name / MANIFEST).exists()
+        if not written and not has_rows(rows, {"source": name, "split": split}):
+            counts = count_on_disk(rows, {"source": name}, "split")
+            raise no_rows(request.table, name, split, request.where, counts)
+        requests.append(request)
+    if len(requests) > 1:
+        copies = known_copies(shards, requests, list(config.mix.values()))
+        if copies is None:
             return None
-        parts.append(ShardFolder(folder, Shards.open(folder).manifest, reused=True))
-    return _report(platform, source_name, config, split, parts, started)
+        requests = copies.leave_out(requests)
+    parts = find_parts(shards, requests)
+    return _report(platform, source_name, config, split, parts, started) if parts else None
 
 
 def _sources(source_name: str, config: DataConfig, split: Split) -> list[str]:
@@ -167,54 +182,38 @@ def _report(  # noqa: PLR0917 (each argument is one part of a report)
     )
 
 
-def write_mix(parts: Sequence[ShardFolder], shares: Sequence[float], shards: Path) -> ShardFolder:
-    """Write a folder that contains only a manifest, which refers to the files of other shard folders.
-
-    The manifest says how many rows of each part an epoch draws. The number of draws in an epoch is the number of rows
-    of all parts together. Each part except the first part gets its share of the draws. The first part gets all
-    remaining draws.
-
-    Args:
-        parts: shard folders to mix, which have the same parent folder.
-        shares: shares of all parts after the first part. Each share is above 0, and their sum is below 1.
-        shards: parent folder of the shard folders.
-    """
-    total = sum(part.manifest.num_rows for part in parts)
-    shared_draws = [max(1, round(share * total)) for share in shares]
-    draws = [max(1, total - sum(shared_draws)), *shared_draws]
-    manifest = Manifest(
-        request=parts[0].manifest.request,
-        files=tuple(
-            file.model_copy(update={"file": f"../{part.folder.name}/{file.file}"})
-            for part in parts
-            for file in part.manifest.files
-        ),
-        parts=tuple(
-            MixPart(source=part.manifest.request.source, rows=part.manifest.num_rows, draws=number)
-            for part, number in zip(parts, draws, strict=True)
-        ),
-    )
-    names = [part.folder.name for part in parts]
-    folder = shards / f"{manifest.request.source}-mix-{short_hash(manifest.format, names, draws)}"
-    reused = (folder / MANIFEST).exists()
-    if not reused:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_manifest(folder, manifest)
-    return ShardFolder(folder, Shards.open(folder).manifest, reused)
+def _compare_sources(
+    spark: SparkSession, platform: Platform, requests: Sequence[ShardRequest], version: int
+) -> MixCopies:
+    """Compare the sources of a mix at a version of `samples`, and store which training pictures are copies."""
+    sources = [request.source for request in requests]
+    samples = spark.read.option("versionAsOf", version).table(requests[0].table).filter(F.col("source").isin(*sources))
+    found: dict[str, list[str]] = defaultdict(list)
+    with translate_spark_errors("the sources of the mix could not be compared", where=", ".join(sources)):
+        for row in copies_across_sources(samples).orderBy("image_id").collect():
+            found[row["source"]].append(row["image_id"])
+    for source, ids in found.items():
+        shown = ", ".join([*ids[:SHOWN_PICTURES], *(["..."] if len(ids) > SHOWN_PICTURES else [])])
+        logger.warning(
+            "%d training pictures of %s are left out of the mix, because they copy validation or test pictures of its "
+            "other sources: %s",
+            *(len(ids), source, shown),
+        )
+    copies = MixCopies(left_out={source: tuple(ids) for source, ids in found.items()})
+    write_json(copies_file(platform.folder("shards"), requests), copies)
+    return copies
 
 
-def find_or_write(  # noqa: PLR0917 (as for `shard`)
-    spark: SparkSession, platform: Platform, source: str, config: DataConfig, image: ImageConfig, split: Split
+def _find_or_write(
+    spark: SparkSession, platform: Platform, request: ShardRequest, version: int, config: DataConfig
 ) -> ShardFolder:
-    """Return the shard folder of a source and split, as of the source's last change. Write the folder if missing."""
-    version = read_versions(spark, platform, source)
-    request = _request(platform, source, config, image, split, (version, table_id(spark, platform, SAMPLES)))
+    """Return the shard folder of a request. Write the folder from a version of `samples` if it is missing."""
     folder = platform.folder("shards") / request.folder_name
     reused = (folder / MANIFEST).exists()
     if not reused:
         with translate_spark_errors("the shards could not be written", where=str(folder)):
             seconds = TIME_FACTOR * config.limits.max_decode_seconds
-            write_folder(select_rows(spark, request, version.newest), folder, request, seconds)
+            write_folder(select_rows(spark, request, version), folder, request, seconds)
     return ShardFolder(folder, Shards.open(folder).manifest, reused)
 
 

@@ -50,10 +50,13 @@ def rows_of_split(spark: SparkSession, request: ShardRequest, version: int) -> D
     samples = spark.read.option("versionAsOf", version).table(request.table).filter(F.col("source") == request.source)
     samples = filter_rows(samples, request.where, where="data.shards.where")
     rows = samples.filter(F.col("split") == request.split)
+    if request.left_out:
+        left_out = spark.createDataFrame([(image_id,) for image_id in request.left_out], "image_id string")
+        rows = rows.join(left_out, "image_id", "left_anti")
     if rows.isEmpty():
         counts = samples.groupBy("split").count().orderBy("split").collect()
         found = {row["split"]: row["count"] for row in counts}
-        raise no_rows(request.table, request.source, request.split, request.where, found)
+        raise no_rows(request.table, request.source, request.split, request.where, found, len(request.left_out))
     return rows
 
 
@@ -71,13 +74,16 @@ def select_rows(spark: SparkSession, request: ShardRequest, version: int) -> Dat
     )
 
 
-def no_rows(table: str, source: str, split: str, where: str, counts: Mapping[str, int]) -> UserError:
+def no_rows(  # noqa: PLR0917 (each argument is one part of the message)
+    table: str, source: str, split: str, where: str, counts: Mapping[str, int], left_out: int = 0
+) -> UserError:
     """Return the error for a split without rows. `counts` has the number of selected rows of each split with rows."""
     selection = " that meet data.shards.where" if where else " of this source"
+    found = ", ".join(f"{count} in {each}" for each, count in counts.items()) or f"no rows{selection} at all"
     return UserError(
         f"the {split} split has no rows",
         where=f"{table}, source {source}",
-        got=", ".join(f"{count} in {each}" for each, count in counts.items()) or f"no rows{selection} at all",
+        got=f"{found}; {left_out} are left out of the mix as copies" if left_out else found,
         fix="run `lakesight ingest` first, or change data.split, data.shards.where, data.validate_on or "
         "data.evaluate_on",
     )

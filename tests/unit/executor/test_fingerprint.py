@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pictures import encoded, picture
 from PIL import Image
 
-from pipelines.driver.ingest.near_duplicates import KEY_MASKS
+from pipelines.driver.delta.near_pairs import KEY_MASKS
 from pipelines.executor.ingest.fingerprint import (
     FINGERPRINT_BYTES,
     HASH_BYTES,

@@ -19,8 +19,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.driver.shard.run import ShardFolder, write_mix
 from pipelines.errors import StageFailed, UserError
+from pipelines.formats.mixes import ShardFolder, write_mix
 from pipelines.formats.shards import (
     BATCH_ROWS,
     Manifest,
@@ -261,6 +261,7 @@ def test_the_name_of_a_shard_folder_depends_on_every_field_of_the_shard_request(
         {"where": "width > 64"},
         {"draft": True},
         {"text_weights": "uniform"},
+        {"left_out": ("demo/1",)},
     ]
     assert {name for change in changes for name in change} == set(ShardRequest.model_fields)
     names = [request(**change).folder_name for change in [{}, *changes]]

@@ -17,7 +17,7 @@ import torch
 from tiny_runs import global_batches, tiny_model_config, write_shards
 
 from pipelines.config import TextWeights
-from pipelines.driver.shard.run import ShardFolder, write_mix
+from pipelines.formats.mixes import ShardFolder, write_mix
 from pipelines.formats.shards import Row, Shards
 from pipelines.worker.data.batches import Collator, map_ahead, training_batches
 from pipelines.worker.data.prefetch import prefetch_to_device

@@ -1,0 +1,126 @@
+"""Search for pairs of pictures that are near duplicates, by the fingerprints in `samples`.
+
+Comparing all pairs of pictures is too slow. The difference hashes of near duplicates differ in at most three of 64
+bits. If the bits are cut into five blocks, the hashes of near duplicates agree in at least two blocks. So each picture
+gets ten keys of 25 or 26 bits, one key per pair of blocks, and only pictures that share a key are compared. The work is
+linear in the number of pictures if few pictures share a key. Keys that many pictures share, such as keys of blank
+pictures or of a template, are skipped.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from itertools import combinations
+
+from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import from_arrow_schema
+
+from pipelines.executor.ingest.fingerprint import HASH_BYTES, MAX_DIFFERING_BITS, PAIRS, keep_near_duplicates
+
+BLOCKS = (13, 13, 13, 13, 12)
+"""Number of bits of each block of the difference hash."""
+MAX_PICTURES_OF_A_KEY = 500
+FEW_PICTURES = 50_000
+"""Largest number of new pictures whose keys are sent to all tasks. These keys take about 50 MB in each executor."""
+COMPARED = ("image_id", "split", "fingerprint", "existing")
+
+
+def _key_masks() -> list[int]:
+    """Return a 64-bit mask for each of the ten pairs of blocks, as signed numbers."""
+    starts = [sum(BLOCKS[:n]) for n in range(len(BLOCKS))]
+    blocks = [((1 << width) - 1) << start for start, width in zip(starts, BLOCKS, strict=True)]
+    pairs = [a | b for a, b in combinations(blocks, len(BLOCKS) - MAX_DIFFERING_BITS)]
+    return [mask - (1 << 64) if mask >> 63 else mask for mask in pairs]
+
+
+KEY_MASKS = _key_masks()
+
+
+def shared_keys(pictures: DataFrame, num_new: int) -> DataFrame:
+    """Return one row per picture and key, for keys that a new picture shares with another picture.
+
+    The columns are image_id, existing, bits (the difference hash), mask (index into KEY_MASKS), key and pictures
+    (number of pictures with the key). A fingerprint is long, so a row contains only the difference hash, which is a
+    part of the fingerprint.
+    """
+    same_key = Window.partitionBy("mask", "key")
+    return (
+        keys_of_new_pictures(pictures, num_new)
+        .withColumn("pictures", F.count("*").over(same_key))
+        .filter("pictures > 1")
+    )
+
+
+def keys_of_new_pictures(pictures: DataFrame, num_new: int) -> DataFrame:
+    """Return one row per picture and key, for keys that a new picture has.
+
+    Keys that only pictures in `samples` have are left out here, before the rows are sorted by key. Otherwise an ingest
+    of one picture would sort ten keys of each known picture.
+
+    Args:
+        pictures: pictures with the columns in COMPARED.
+        num_new: number of new pictures among `pictures`.
+    """
+    bits = F.conv(F.hex(F.substring("fingerprint", 1, HASH_BYTES)), 16, -10).cast("bigint")
+    keys = F.array(*(F.col("bits").bitwiseAND(F.lit(mask)) for mask in KEY_MASKS))
+    keyed = pictures.withColumn("bits", bits).select(
+        "image_id", "existing", "bits", F.posexplode(keys).alias("mask", "key")
+    )
+    wanted = keyed.filter("NOT existing").select("mask", "key").distinct()
+    if num_new <= FEW_PICTURES:
+        wanted = F.broadcast(wanted)
+    return keyed.join(wanted, ["mask", "key"], "left_semi").select("image_id", "existing", "bits", "mask", "key")
+
+
+def find_pairs(shared: DataFrame, pictures: DataFrame) -> DataFrame:
+    """Return pairs of near duplicates. The first picture of a pair is new. A pair of new pictures appears twice."""
+    compared = shared.filter(F.col("pictures") <= MAX_PICTURES_OF_A_KEY)
+    left, right = compared.filter("NOT existing").alias("left"), compared.alias("right")
+    differing = F.col("left.bits").bitwiseXOR(F.col("right.bits"))
+    candidates = left.join(
+        right,
+        (F.col("left.mask") == F.col("right.mask"))
+        & (F.col("left.key") == F.col("right.key"))
+        & (F.col("left.image_id") != F.col("right.image_id"))
+        & (F.bit_count(differing) <= MAX_DIFFERING_BITS)
+        & (_first_shared_mask(differing) == F.col("left.mask")),  # so each pair is compared only once
+    ).select("left.image_id", F.col("right.image_id").alias("other_id"))
+    others = pictures.select(*(F.col(name).alias(f"other_{name.removeprefix('image_')}") for name in COMPARED))
+    both = candidates.join(pictures.filter("NOT existing").drop("existing"), "image_id").join(others, "other_id")
+    return both.mapInArrow(keep_near_duplicates, from_arrow_schema(PAIRS))
+
+
+def copies_across_sources(samples: DataFrame) -> DataFrame:
+    """Return the training pictures that copy a validation or test picture of another source, in image_id and source.
+
+    A copy has the same bytes, the same fingerprint or the fingerprint of a near duplicate. Pictures without a
+    fingerprint are compared by their bytes.
+
+    Args:
+        samples: rows of `samples` of several sources.
+    """
+    pictures = samples.select("image_id", "source", "sha256", "split", "fingerprint")
+    # Most pictures are training pictures. As existing pictures, they are not compared with each other.
+    pictures = pictures.withColumn("existing", F.col("split") == "train")
+    training, held_out = pictures.filter("existing"), pictures.filter("NOT existing")
+    others = held_out.select(F.col("source").alias("other_source"), "sha256", "fingerprint")
+    same = [
+        training.join(others.drop(unused).distinct(), key)  # many blank pictures have the same fingerprint
+        for key, unused in (("sha256", "fingerprint"), ("fingerprint", "sha256"))
+    ]
+    compared = pictures.filter("fingerprint IS NOT NULL")
+    pairs = find_pairs(shared_keys(compared, held_out.count()), compared).filter("other_existing")
+    pairs = pairs.select(F.col("image_id").alias("held_out_id"), F.col("other_id").alias("image_id"))
+    owners = held_out.select(F.col("image_id").alias("held_out_id"), F.col("source").alias("other_source"))
+    near = pairs.join(owners, "held_out_id").join(training.select("image_id", "source"), "image_id")
+    found = [copies.select("image_id", "source", "other_source") for copies in (*same, near)]
+    return reduce(DataFrame.unionAll, found).filter("source <> other_source").select("image_id", "source").distinct()
+
+
+def _first_shared_mask(differing: Column) -> Column:
+    """Return the index of the first key mask that has none of the bits in which two difference hashes differ."""
+    first = F.lit(len(KEY_MASKS))
+    for index, mask in reversed(list(enumerate(KEY_MASKS))):
+        first = F.when(differing.bitwiseAND(F.lit(mask)) == 0, index).otherwise(first)
+    return first

@@ -1,0 +1,118 @@
+"""Mixes of shard folders: the manifest of a mix, and the pictures that are left out of a mix as copies."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from pipelines.config import short_hash
+from pipelines.formats.run_folder import read_json
+from pipelines.formats.shards import MANIFEST, Manifest, MixPart, ShardRequest, Shards, write_manifest
+from vlm.config import Config
+
+logger = logging.getLogger(__name__)
+
+
+class ShardFolder(NamedTuple):
+    """A complete shard folder. `reused` says whether the folder existed before."""
+
+    folder: Path
+    manifest: Manifest
+    reused: bool
+
+
+class MixCopies(Config):
+    """Training pictures of a mix that copy a validation or test picture of another source of the mix.
+
+    Attributes:
+        left_out: ids of the pictures, by source.
+    """
+
+    left_out: dict[str, tuple[str, ...]]
+
+    def leave_out(self, requests: Sequence[ShardRequest]) -> list[ShardRequest]:
+        """Return the requests of the sources of a mix without the copies."""
+        return [request.model_copy(update={"left_out": self.left_out.get(request.source, ())}) for request in requests]
+
+
+def copies_file(shards: Path, requests: Sequence[ShardRequest]) -> Path:
+    """Return the path of the file that stores the copies (MixCopies) among the sources of a mix."""
+    compared = [(request.table_id, request.source, request.table_version) for request in requests]
+    return shards / f"{requests[0].source}-copies-{short_hash(compared)}.json"
+
+
+def known_copies(shards: Path, requests: Sequence[ShardRequest], shares: Sequence[float]) -> MixCopies | None:
+    """Return the copies among the sources of a mix, or None if the sources have not been compared yet.
+
+    An earlier release, which did not compare sources, may have written the mix. Such a mix is kept as it is, because
+    its training would otherwise be repeated.
+
+    Args:
+        shards: parent folder of the shard folders.
+        requests: requests of the sources, which leave no picture out.
+        shares: shares of all sources after the first source.
+    """
+    file = copies_file(shards, requests)
+    if file.exists():
+        return read_json(file, MixCopies)
+    parts = find_parts(shards, requests)
+    if not parts or not (shards / (name := mix_name(parts, _draws(parts, shares))) / MANIFEST).exists():
+        return None
+    logger.warning("%s was written by a release that did not compare the sources of a mix, and is kept", name)
+    return MixCopies(left_out={})
+
+
+def find_parts(shards: Path, requests: Sequence[ShardRequest]) -> list[ShardFolder] | None:
+    """Open the shard folders of requests, or return None if one of them is not complete."""
+    folders = [shards / request.folder_name for request in requests]
+    if not all((folder / MANIFEST).exists() for folder in folders):
+        return None
+    return [ShardFolder(folder, Shards.open(folder).manifest, reused=True) for folder in folders]
+
+
+def mix_name(parts: Sequence[ShardFolder], draws: Sequence[int]) -> str:
+    """Return the name of the folder of a mix."""
+    first, names = parts[0].manifest, [part.folder.name for part in parts]
+    return f"{first.request.source}-mix-{short_hash(first.format, names, list(draws))}"
+
+
+def write_mix(parts: Sequence[ShardFolder], shares: Sequence[float], shards: Path) -> ShardFolder:
+    """Write a folder that contains only a manifest, which refers to the files of other shard folders.
+
+    The manifest says how many rows of each part an epoch draws. The number of draws in an epoch is the number of rows
+    of all parts together. Each part except the first part gets its share of the draws. The first part gets all
+    remaining draws.
+
+    Args:
+        parts: shard folders with the same parent folder.
+        shares: shares of all parts after the first part. Each share is above 0, and their sum is below 1.
+        shards: parent folder of the shard folders.
+    """
+    draws = _draws(parts, shares)
+    folder = shards / mix_name(parts, draws)
+    reused = (folder / MANIFEST).exists()
+    if not reused:
+        manifest = Manifest(
+            request=parts[0].manifest.request,
+            files=tuple(
+                file.model_copy(update={"file": f"../{part.folder.name}/{file.file}"})
+                for part in parts
+                for file in part.manifest.files
+            ),
+            parts=tuple(
+                MixPart(source=part.manifest.request.source, rows=part.manifest.num_rows, draws=number)
+                for part, number in zip(parts, draws, strict=True)
+            ),
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_manifest(folder, manifest)
+    return ShardFolder(folder, Shards.open(folder).manifest, reused)
+
+
+def _draws(parts: Sequence[ShardFolder], shares: Sequence[float]) -> list[int]:
+    """Return the number of rows that an epoch draws from each part."""
+    total = sum(part.manifest.num_rows for part in parts)
+    shared_draws = [max(1, round(share * total)) for share in shares]
+    return [max(1, total - sum(shared_draws)), *shared_draws]

@@ -1,0 +1,53 @@
+"""Mixes of shard folders: which pictures are left out, and mixes of earlier releases, which are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tiny_runs import write_shards
+
+from pipelines.formats.mixes import MixCopies, copies_file, find_parts, known_copies, write_mix
+from pipelines.formats.run_folder import write_json
+from pipelines.formats.shards import ShardRequest
+
+SHARES = [0.25]
+
+
+def write_parts(folder: Path) -> list[ShardRequest]:
+    """Write the shards of two sources, in folders that have the names of their requests."""
+    requests = []
+    for size in (8, 9):
+        written = write_shards(folder / "new", rows=20, rows_per_file=size)
+        requests.append(written.manifest.request)
+        written.folder.rename(folder / requests[-1].folder_name)
+    return requests
+
+
+def test_a_mix_of_an_earlier_release_is_kept_and_any_other_mix_is_compared(tmp_path: Path) -> None:
+    requests = write_parts(tmp_path)
+    assert known_copies(tmp_path, requests, SHARES) is None, "the sources are sharded, but not mixed"
+    parts = find_parts(tmp_path, requests)
+    assert parts
+    mix = write_mix(parts, SHARES, tmp_path)
+    kept = known_copies(tmp_path, requests, SHARES)
+    assert kept == MixCopies(left_out={})
+    assert find_parts(tmp_path, kept.leave_out(requests)) == parts
+    assert write_mix(parts, SHARES, tmp_path) == mix._replace(reused=True)
+    assert known_copies(tmp_path, requests, [0.5]) is None
+    changed = [requests[0], requests[1].model_copy(update={"table_version": 1})]
+    assert known_copies(tmp_path, changed, SHARES) is None
+
+
+def test_the_copies_of_a_mix_are_stored_until_a_source_changes_and_give_its_shards_another_name(tmp_path: Path) -> None:
+    requests = write_parts(tmp_path)
+    copies = MixCopies(left_out={"tiny": ("tiny/1", "tiny/2")})
+    write_json(copies_file(tmp_path, requests), copies)
+    assert known_copies(tmp_path, requests, SHARES) == copies
+    left = copies.leave_out(requests)
+    assert [request.left_out for request in left] == [("tiny/1", "tiny/2")] * 2
+    assert not {request.folder_name for request in left} & {request.folder_name for request in requests}
+    assert find_parts(tmp_path, left) is None
+    larger = [request.model_copy(update={"rows": 100}) for request in requests]
+    assert known_copies(tmp_path, larger, SHARES) == copies, "copies do not depend on the settings of shards"
+    changed = [requests[0].model_copy(update={"table_version": 1}), requests[1]]
+    assert known_copies(tmp_path, changed, SHARES) is None
