@@ -80,6 +80,9 @@ def test_a_text_goes_from_its_file_to_the_registry_and_a_captioner_starts_from_i
         assert refused.returncode == 2, refused.stderr
         assert "needs a model that reads pictures" in refused.stderr
 
+    changed = report("train", *run, "--set", "model.generation.num_beams=2")
+    assert (changed["trained"], changed["model_version"], changed["run_folder"]) == (False, "2", first["run_folder"])
+
     (checkpoint,) = Path(first["run_folder"], "checkpoints").iterdir()
     sets = ("model.text_only=false", "data.source.path=scenes:60:0", f"train.start_from={checkpoint}")
     pictures = ("--run", "pictures", *(word for setting in sets for word in ("--set", setting)))
