@@ -189,7 +189,7 @@ assert difference < 1e-5
 # MAGIC ## A task that needs attention
 # MAGIC
 # MAGIC Can the layer learn *where to look*? We give it sequences of random letters. At every position, it must name the
-# MAGIC letter that stood **three places earlier**. The letter at the position itself says nothing about the answer. A
+# MAGIC letter that stood **three places earlier**. The letter at the current position does not tell the answer. A
 # MAGIC network that cannot look back can only guess: with 8 letters, it is right in 1 of 8 cases.
 # MAGIC
 # MAGIC The network is as small as possible: a vector for each letter and for each position (`Embedding` is a table of

@@ -1,8 +1,9 @@
 """Tests that training fails correctly, for every combination in a matrix of faults (the failure matrix).
 
-Each cell of the matrix is a run that fails. A cell has a kind of fault, a faulty rank, a moment of the fault, and a
-place where ranks run. The launch of the run must end within a time limit, the error must name rank, host, cause and
-fix, and no process may be left. `make test` runs a few cells; `make faults` runs all cells.
+Each cell of the matrix is one combination of four values: the kind of fault, the rank that fails, the moment at which
+it fails, and the place where the ranks run (on the driver's host or on executors). The launch of the run must end
+within a time limit, the error must name rank, host, cause and fix, and no process may be left. `make test` runs a few
+cells; `make faults` runs all cells.
 """
 
 from __future__ import annotations

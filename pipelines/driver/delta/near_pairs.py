@@ -74,7 +74,10 @@ def keys_of_new_pictures(pictures: DataFrame, num_new: int) -> DataFrame:
 
 
 def find_pairs(shared: DataFrame, pictures: DataFrame) -> DataFrame:
-    """Return pairs of near duplicates. The first picture of a pair is new. A pair of new pictures appears twice."""
+    """Return pairs of near duplicates. The first picture of each pair is new.
+
+    If both pictures of a pair are new, the result has the pair in both orders: (a, b) and (b, a).
+    """
     compared = shared.filter(F.col("pictures") <= MAX_PICTURES_OF_A_KEY)
     left, right = compared.filter("NOT existing").alias("left"), compared.alias("right")
     differing = F.col("left.bits").bitwiseXOR(F.col("right.bits"))
