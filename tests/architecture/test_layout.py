@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -52,6 +53,13 @@ def test_the_driver_package_has_at_most_nine_modules_and_folders() -> None:
 def test_no_folder_has_more_than_fourteen_modules() -> None:
     modules = {relative(folder): {*folder.glob("*.py")} - {folder / "__init__.py"} for folder in LIBRARIES}
     assert {folder: len(files) for folder, files in modules.items() if len(files) > MAX_MODULES} == {}
+
+
+def test_no_two_test_files_have_the_same_name() -> None:
+    """Test folders are not packages, so pytest imports test files by name and refuses a second file of a name."""
+    files = sorted(file for file in (ROOT / "tests").rglob("*.py") if file.name != "conftest.py")
+    counts = Counter(file.name for file in files)
+    assert [relative(file) for file in files if counts[file.name] > 1] == []
 
 
 # ------------------------------------------------------------------------------------------------ packages
