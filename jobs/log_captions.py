@@ -104,11 +104,12 @@ def _describe(job: Job, report: CaptionReport, request: CaptionRequest) -> str:
 
 def _write_gallery(job: Job, report: CaptionReport, started: datetime) -> list[Path]:
     """Write a page of the job's least certain captions with their pictures, if the platform's tables are files."""
-    if job.platform.tables is None:
+    from pipelines.formats.delta_files import is_supported, quoted_text
+
+    if not is_supported(job.platform.tables):
         return []
     from jobs.show import write_gallery
     from jobs.table_files import open_table, table_relation
-    from pipelines.formats.delta_files import quoted_text
     from pipelines.review.source_pictures import PictureColumns
 
     key = {name: getattr(report, name) for name in ("source_table", "model_name", "model_version", "settings_hash")}

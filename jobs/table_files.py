@@ -45,22 +45,21 @@ def open_table(job: Job, name: str, version: int | None) -> DeltaTable:
     Raises:
         UserError: the platform's tables cannot be read as files, or the table or the version does not exist.
     """
-    from deltalake import DeltaTable
     from deltalake.exceptions import DeltaError
 
-    from pipelines.formats.delta_files import check_table_format
+    from pipelines.formats.delta_files import check_table_format, open_delta
 
     if "/" in name:
         from pipelines.review.source_pictures import open_source
 
         latest = open_source(job.platform, job.platform.resolve_table(name))
     else:
-        latest = DeltaTable(_folder(job, name))
+        latest = open_delta(_folder(job, name))
         check_table_format(latest)
     if version is None or version == latest.version():
         return latest
     try:
-        return DeltaTable(latest.table_uri, version=version)
+        return open_delta(latest.table_uri, version)
     except DeltaError as error:
         raise UserError(
             f"table {name!r} has no version {version}",
@@ -72,12 +71,21 @@ def open_table(job: Job, name: str, version: int | None) -> DeltaTable:
 
 def _folder(job: Job, name: str) -> Path:
     """Return the folder that holds a table of the platform."""
+    from pipelines.formats.delta_files import is_supported
+
     if job.platform.tables is None:
         raise UserError(
             "this command reads only local Delta tables, and cannot read tables of a catalog",
             where=f"platform {job.platform.kind}",
             got=job.platform.table(name),
             fix="query the table with SQL: docs/databricks.md has a query for each such command",
+        )
+    if not is_supported(job.platform.tables):
+        raise UserError(
+            "this command cannot read tables in this home folder",
+            where=str(job.platform.root),
+            got="a path with one of the characters [ ] \\ ^ | or with a percent escape such as %41",
+            fix="rename the home folder",
         )
     names = sorted(path.parent.name for path in job.platform.tables.glob("*/_delta_log"))
     if name not in names:

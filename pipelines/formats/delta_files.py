@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import pyarrow as pa
 
@@ -17,6 +18,31 @@ if TYPE_CHECKING:
 
 
 BATCH_ROWS = 32
+UNSUPPORTED = re.compile(r"[\[\]\\^|\x00-\x1f]|%[0-9A-Fa-f]{2}")
+"""Parts of a path with which `deltalake` fails, ends the process, or uses another folder. Spark supports them all."""
+
+
+def is_supported(folder: Path | None) -> TypeGuard[Path]:
+    """Tell whether `deltalake` can open tables in a local folder. None stands for tables of a catalog."""
+    return folder is not None and not UNSUPPORTED.search(str(folder))
+
+
+def open_delta(location: Path | str, version: int | None = None) -> DeltaTable:
+    """Open a Delta table without Spark.
+
+    Args:
+        location: path of a folder, or URL.
+        version: version of the table, or None for the newest version.
+
+    Raises:
+        DeltaError: there is no table, or `deltalake` does not support the path.
+    """
+    from deltalake import DeltaTable
+    from deltalake.exceptions import DeltaError
+
+    if "://" not in str(location) and not is_supported(Path(location)):
+        raise DeltaError(f"only Spark can read a table whose path contains [ ] \\ ^ | or %41: {location}")
+    return DeltaTable(location, version=version)
 
 
 def open_or_create(folder: Path, table: Table) -> DeltaTable:

@@ -16,7 +16,7 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 from pipelines.config import LimitsConfig
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.pictures.root import PictureRoot
-from pipelines.formats.delta_files import arrow_dataset
+from pipelines.formats.delta_files import arrow_dataset, open_delta
 from pipelines.platform import Platform
 from vlm.errors import ImageError
 from vlm.image import picture_bytes
@@ -96,7 +96,7 @@ def open_source(platform: Platform, name: str) -> DeltaTable:
             fix="caption the table under the path of its folder: `lakesight caption --table /path/of/the/table`",
         )
     try:
-        return DeltaTable(location)
+        return open_delta(location)
     except (TableNotFoundError, DeltaError, OSError) as error:
         raise UserError(
             "the table cannot be read as a Delta table",

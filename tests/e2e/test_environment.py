@@ -68,10 +68,10 @@ def run(
 
 
 @pytest.mark.parametrize("name", ENVIRONMENTS)
-def test_the_pipeline_runs_in_restricted_environments_and_other_users_can_read_none_of_its_files(
+def test_the_pipeline_runs_in_restricted_environments_and_oddly_named_homes_and_keeps_its_files_private(
     tmp_path: Path, name: str
 ) -> None:
-    home = tmp_path / "lakesight"
+    home = tmp_path / "h\u00f6me %41 #1 [2] &?y=1"
     done = run(home, "pipeline", environment=ENVIRONMENTS[name], prepare=restrict)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

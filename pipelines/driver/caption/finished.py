@@ -19,7 +19,7 @@ from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import UserError
 from pipelines.executor.ingest.storage import is_url
 from pipelines.formats.caption_stats import CaptionStats
-from pipelines.formats.delta_files import query, quoted_name, quoted_text
+from pipelines.formats.delta_files import open_delta, query, quoted_name, quoted_text
 from pipelines.formats.tables import GENERATED_CAPTIONS
 from pipelines.platform import Platform
 from vlm.errors import did_you_mean
@@ -87,7 +87,7 @@ def check_source(platform: Platform, request: CaptionRequest) -> None:
             else "run `lakesight ingest`",
         )
     try:
-        names = [field.name for field in DeltaTable(location).schema().fields]
+        names = [field.name for field in open_delta(location).schema().fields]
     except DeltaError:
         return  # Spark may be able to read a table that deltalake cannot read
     for column in (request.id_column, request.image_column):
@@ -109,7 +109,7 @@ def _open_tables(platform: Platform, request: CaptionRequest) -> tuple[DeltaTabl
     if not Path(captions, "_delta_log").is_dir():
         return None
     try:
-        opened = DeltaTable(location), DeltaTable(captions)
+        opened = open_delta(location), open_delta(captions)
     except DeltaError:
         return None
     is_current = {field.name for field in opened[1].schema().fields} >= set(GENERATED_CAPTIONS.names)
@@ -160,6 +160,6 @@ def _count_captioned_rows(
 def _files_at(source: DeltaTable, version: int) -> set[str]:
     """Return the URIs of the data files of a table version, or {""} if Delta no longer has the version."""
     try:
-        return set(DeltaTable(source.table_uri, version=version).file_uris())
+        return set(open_delta(source.table_uri, version).file_uris())
     except DeltaError:
         return {""}

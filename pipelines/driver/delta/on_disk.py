@@ -11,14 +11,14 @@ from operator import and_
 import pyarrow.dataset as ds
 from deltalake import DeltaTable
 
-from pipelines.formats.delta_files import arrow_dataset
+from pipelines.formats.delta_files import arrow_dataset, is_supported, open_delta
 from pipelines.formats.table_schema import Table
 from pipelines.platform import Platform
 
 
 def open_on_disk(platform: Platform, table: Table) -> DeltaTable | None:
-    """Open the newest version of a table, or return None in a workspace, where only Spark can open tables."""
-    return DeltaTable(platform.tables / table.name) if platform.tables else None
+    """Open the newest version of a table, or return None if only Spark can open the tables, as in a workspace."""
+    return open_delta(platform.tables / table.name) if is_supported(platform.tables) else None
 
 
 def count_on_disk(table: DeltaTable, equal: Mapping[str, str | datetime], by: str) -> dict[str, int]:

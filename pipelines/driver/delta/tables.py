@@ -17,7 +17,7 @@ from pyspark.sql import SparkSession
 from pipelines.driver.delta.on_disk import open_on_disk
 from pipelines.errors import UserError
 from pipelines.formats import champion_captions
-from pipelines.formats.delta_files import check_table_format
+from pipelines.formats.delta_files import check_table_format, is_supported, open_delta
 from pipelines.formats.format_version import FORMAT, PROPERTY, check_format, write_home_format
 from pipelines.formats.table_schema import Table
 from pipelines.formats.tables import TABLES
@@ -75,11 +75,11 @@ def ensure_table(spark: SparkSession, platform: Platform, table: Table) -> bool:
             created = True
             if not folder:
                 add_checks(spark, name, table.checks)
-    if not folder:
+    if not is_supported(folder):
         check_format(int(table_properties(spark, name).get(PROPERTY, 0)), name)
     elif not (exists or created):
         # The format is checked once per Spark session, and in the files, because SHOW TBLPROPERTIES takes seconds.
-        check_table_format(DeltaTable(folder))
+        check_table_format(open_delta(folder))
     add_columns(spark, platform, table)
     return created
 
@@ -98,7 +98,7 @@ def open_tables(platform: Platform, *tables: Table) -> dict[str, DeltaTable] | N
         if not Path(folder, "_delta_log").is_dir():
             return None
         try:
-            opened[table.name] = found = DeltaTable(folder)
+            opened[table.name] = found = open_delta(folder)
         except DeltaError:
             return None
         check_table_format(found)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
 from pipelines.driver.delta.row_times import later_than, newest_time
-from pipelines.formats.delta_files import arrow_dataset, open_or_create
+from pipelines.formats.delta_files import arrow_dataset, is_supported, open_or_create
 from pipelines.formats.tables import DECISIONS
 from pipelines.platform import Platform, user_name
 
@@ -58,7 +58,7 @@ def record_decision(
         "decided_by": user_name(),
         "model_digest": digest,
     }
-    if platform.tables is None:
+    if not is_supported(platform.tables):
         _append_to_catalog(open_spark(), platform, row)
         return
     import pyarrow as pa
@@ -79,7 +79,7 @@ def recorded_champion(open_spark: Callable[[], SparkSession], platform: Platform
     import pyarrow.compute as pc
 
     columns = ["model_version", "decided_at"]
-    if platform.tables is None:
+    if not is_supported(platform.tables):
         from pyspark.sql import functions as F
 
         from pipelines.driver.delta.tables import ensure_tables

@@ -16,7 +16,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from pipelines.driver.delta.settings import MAX_BATCH_ROWS, bounded_batches
 from pipelines.driver.delta.tables import ensure_tables
 from pipelines.executor.thumbnail import SHOWN_CHARS, with_thumbnails
-from pipelines.formats.delta_files import open_or_create, query
+from pipelines.formats.delta_files import is_supported, open_or_create, query
 from pipelines.formats.tables import QUARANTINE
 from pipelines.pages.page import Card, CardText, Chart, Gallery, Page, write_page
 from pipelines.platform import Platform
@@ -71,7 +71,7 @@ Select = Callable[[str], pa.Table]
 
 def open_quarantine(open_spark: Callable[[], SparkSession], platform: Platform) -> Select:
     """Return a function that queries table `quarantine`. Spark is used only if a catalog manages the table."""
-    if platform.tables is None:
+    if not is_supported(platform.tables):
         return select_with_spark(open_spark(), platform)
     table = open_or_create(platform.tables / QUARANTINE.name, QUARANTINE)
     return lambda sql: query({"found": table}, sql.format(quarantine="found")).read_all()

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
-from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 from pyspark.errors import AnalysisException
 from pyspark.sql import Column, DataFrame, SparkSession
@@ -29,6 +28,7 @@ from pipelines.driver.ingest.sources.files import absolute_path
 from pipelines.driver.ingest.sources.source import Covered, Source, SourceRows, require_columns, used_columns
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.table import add_image_ids, delta_records
+from pipelines.formats.delta_files import open_delta
 from pipelines.platform import analysed, spark_errors
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def open_ingested_table(name: str, source: TableSourceConfig, ingested: pa.Table
     if source.table or not source.path:
         return None
     try:
-        table = DeltaTable(absolute_path(source.path))
+        table = open_delta(absolute_path(source.path))
     except DeltaError:
         return None
     version = table.version() if source.version is None else source.version

@@ -1,0 +1,39 @@
+"""Tests of Delta tables without Spark in folders with any name."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from deltalake import write_deltalake
+from deltalake.exceptions import DeltaError
+
+from pipelines.formats.delta_files import arrow_dataset, is_supported, open_delta, open_or_create
+from pipelines.formats.tables import DECISIONS
+
+
+@pytest.mark.parametrize("name", ["h\u00f6me #1 &?y=1", "50% off", "a b+c;d,e", "{x,y}~'\"`", "$HOME!@(1)=*<>"])
+def test_a_table_in_a_folder_with_an_unusual_name_is_written_and_read_inside_the_folder(
+    tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / name / "decisions"
+    assert is_supported(folder)
+    table = open_or_create(folder, DECISIONS)
+    names = ("decision_id", "model_name", "model_version", "action", "figures", "decided_by")
+    row = {**dict.fromkeys(names, "birds"), "reasons": [], "decided_at": datetime.now(UTC)}
+    write_deltalake(table, pa.Table.from_pylist([row], DECISIONS.arrow_schema), mode="append")
+    assert arrow_dataset(open_delta(folder)).to_table(["model_name"]).to_pylist() == [{"model_name": "birds"}]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert len(list(folder.glob("*.parquet"))) == 1
+
+
+@pytest.mark.parametrize("name", ["h[2]", "a]b", "back\\slash", "a^b", "a|b", "tab\t", "h %41"])
+def test_a_folder_with_a_name_that_deltalake_does_not_support_is_refused_before_deltalake_opens_it(
+    tmp_path: Path, name: str
+) -> None:
+    """With most of these names, deltalake 1.x ends the process or opens another folder."""
+    assert not is_supported(tmp_path / name)
+    with pytest.raises(DeltaError, match="only Spark can read"):
+        open_delta(tmp_path / name)
