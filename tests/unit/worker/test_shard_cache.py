@@ -26,6 +26,7 @@ FILES, PLENTY = 4, 2**40
 COPY = """
 import re, shutil, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from pipelines.formats.shards import Shards
 from pipelines.worker.data.shard_cache import ShardCopier
 folder, root, record, seconds = sys.argv[1:]
@@ -37,6 +38,7 @@ def copy_slowly(source, target):
     time.sleep(float(seconds))
     return original(source, target)
 shutil.copyfile = copy_slowly
+shutil.disk_usage = lambda _: SimpleNamespace(total=2**40, free=2**40)
 copier = ShardCopier([Shards.open(Path(folder))], 2**40, Path(root))
 print("ready", flush=True)
 copier.start()
@@ -44,7 +46,10 @@ copier.join()
 copier.check()
 print(*sorted(re.findall(r"(\\d+) +/.*[.]arrow", Path("/proc/self/maps").read_text())))
 """
-"""Script that copies slowly, records what it copies, and prints the inodes of the files that it has mapped."""
+"""Script that copies slowly, records what it copies, and prints the inodes of the files that it has mapped.
+
+The script pretends that the disk is large, because no file is copied to a disk that is nearly full.
+"""
 
 
 class Disk(NamedTuple):
