@@ -1,6 +1,6 @@
 """Vision encoder, which turns a picture into a sequence of features.
 
-Letters in tensor names: B batch, C channels, N patches (plus class token and registers), W width.
+Letters in tensor names: batch (B), channels (C), patches plus class token and registers (N), width (W).
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class VisionEncoder(nn.Module):
 
 
 class NoEncoder(nn.Module):
-    """Stand-in for the encoder of a model of text (`text_only`), which has no weights and refuses pictures."""
+    """Module without weights that replaces the vision encoder in a model of text (`text_only`) and refuses pictures."""
 
     position: None = None
     pool: None = None

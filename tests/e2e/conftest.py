@@ -1,4 +1,4 @@
-"""The Spark session of the slow tests in this folder, whose executors are processes. `make test` never opens it."""
+"""Spark session of the slow tests in this folder. Its executors are processes. `make test` never opens this session."""
 
 from __future__ import annotations
 

@@ -37,9 +37,9 @@ stages:
 CONFIGS = {"train/rewarded.yml": TRAIN, "run/rewarded.yml": "{model: nano_tiny, data: demo, train: rewarded}"}
 
 
-@pytest.mark.matrix  # a minute of training, and the start of Spark, of ranks and of a server
+@pytest.mark.matrix  # trains for a minute, and starts Spark, ranks and a server
 @pytest.mark.timeout(1200)
-def test_a_stage_that_rewards_cider_raises_the_reward_resumes_exactly_and_its_model_version_is_served(
+def test_training_on_cider_raises_the_reward_resumes_exactly_and_registers_a_version_that_can_be_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", TEST_PATH)

@@ -21,11 +21,11 @@ FULL = [
     ("ingest", "staged", 24),
     ("ingest", "warehouse", 24),
     ("shard", "shards", 24),
-    ("train", "runs", 1500),  # enough for everything but a checkpoint
+    ("train", "runs", 1500),  # enough space for everything except a checkpoint
     ("train", "mlartifacts", 200),
     ("caption", "staged", 4),
 ]
-"""Stage, folder on a full disk, and KiB that are free there."""
+"""Tuples of a stage, the folder whose disk is almost full while the stage runs, and the free KiB on this disk."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def home(finished: Path, tmp_path: Path) -> Path:
 
 
 def assert_complete(stage: str, home: Path) -> None:
-    """Run a command twice without the fault: the first run must complete the work, the second must repeat nothing."""
+    """Run a command twice without the fault. The first run must complete the work, the second run must do no work."""
     found = report(NEW_WORK[stage], home)
     again = report(NEW_WORK[stage], home)
     if stage == "ingest":

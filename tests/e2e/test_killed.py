@@ -22,7 +22,8 @@ ROWS = 60
 EARLY_SECONDS = 3.0
 """Length of the time window in which `make test` kills a process, in seconds: shorter than a job on a fast machine."""
 DRIVER_SECONDS = 15.0
-"""Longest time from the opening of a driver's Spark session to the kill of the driver, in seconds: about one job."""
+"""Longest time from the opening of a driver's Spark session to the kill of the driver, in seconds: about one job's
+duration."""
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from pipelines.driver.train.run import prepare
 from pipelines.formats.run_folder import RunFolder
 from pipelines.platform import Platform
 
-pytestmark = pytest.mark.matrix  # minutes of starts of ranks and of Spark
+pytestmark = pytest.mark.matrix  # starting ranks and Spark takes minutes
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Tests of rows and files from the future, which a clock that was ahead has left: later rows still count as newer."""
+"""Tests of rows and files with times in the future, as a wrong clock writes them: later rows still count as newer."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_caption_with_a_time_in_the_future_is_replaced_when_its_picture_change
     assert (again.considered, again.already) == (ROWS, ROWS)
 
 
-def test_the_last_ingest_of_a_table_counts_although_an_earlier_ingest_has_a_time_in_the_future(
+def test_a_table_ingest_continues_from_the_latest_ingest_even_if_an_earlier_ingest_has_a_time_in_the_future(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     write_deltalake(tmp_path, rows(1))
@@ -64,7 +64,7 @@ def test_the_last_ingest_of_a_table_counts_although_an_earlier_ingest_has_a_time
 
 
 @pytest.mark.timeout(60)
-def test_a_log_folder_without_a_commit_that_stays_unchanged_is_replaced_even_if_its_time_is_in_the_future(
+def test_an_unchanged_log_folder_without_a_commit_is_replaced_even_if_its_time_is_in_the_future(
     spark: SparkSession, platform: Platform, tmp_path: Path
 ) -> None:
     spark.sql(f"CREATE SCHEMA lakesight_clock LOCATION '{tmp_path}'")

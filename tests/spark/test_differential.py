@@ -45,11 +45,11 @@ def test_no_row_that_a_naive_reader_finds_is_lost_without_a_report(
 
 
 def accounted_for(file: RandomFile, rows: int, named: Collection[str]) -> bool:
-    """Return whether all rows of a file are in the tables, or the file or its folder is named as not read.
+    """Return True if all rows of a file are in the tables, or if the file or its folder is reported as not read.
 
     Args:
-        file: input file, as drawn.
-        rows: number of rows of the file in `samples` and `quarantine`.
+        file: input file with random content.
+        rows: number of rows that tables `samples` and `quarantine` contain from this file.
         named: names of the files and folders that were not read, according to the report or `quarantine`.
     """
     is_named = not {file.path.name, file.path.parent.name}.isdisjoint(named)

@@ -228,7 +228,7 @@ def test_a_column_of_any_type_is_passed_to_executors_as_values_or_as_text(spark:
     assert all(isinstance(others[name], str) for name in ("months", "days", "both", "time", "nested", "far"))
 
 
-def test_a_picture_counts_as_removed_only_if_the_rows_no_longer_have_the_picture_with_all_of_its_texts(
+def test_a_picture_is_removed_if_the_input_lacks_the_picture_or_one_of_its_texts(
     spark: SparkSession,
 ) -> None:
     def samples(*rows: tuple[str, str, list[str]]) -> DataFrame:

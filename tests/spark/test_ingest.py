@@ -168,7 +168,7 @@ def test_new_pictures_with_conflicting_ids_are_quarantined_and_the_picture_in_sa
     assert sorted(payloads, key=lambda row: str(row[TEXT])) == [dict(zip(header, row, strict=True)) for row in fights]
 
 
-def test_the_file_name_can_give_the_split_and_csv_files_without_a_split_in_their_name_are_ignored_then(
+def test_if_file_names_give_the_split_csv_files_without_a_split_in_their_name_are_ignored(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     header = (TEXT, IMAGE)
@@ -229,7 +229,7 @@ def test_all_rows_of_every_csv_dialect_are_read_for_any_partitioning_of_the_file
     assert kept == {text for _, text in rows} | {"caf\ufffd"}
 
 
-def test_a_csv_file_that_spark_wrote_gives_the_same_rows_as_spark_reads_from_it(
+def test_texts_of_a_csv_file_that_spark_wrote_are_ingested_unchanged(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     said = ['say "hi"', 'C:\\dir "x"', "end\\", "end\\,", 'a\\\\"b', '"', '\\"', "\\", 'q",\\', 'two\nlines "\\"']

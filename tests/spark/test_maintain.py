@@ -95,7 +95,7 @@ def test_tables_are_created_with_their_comments_clustering_columns_and_propertie
 
 @pytest.fixture
 def home(spark: SparkSession, platform: Platform, tmp_path: Path) -> Iterator[Platform]:
-    """A second home folder in the same session, in a folder whose name needs quotes in SQL."""
+    """A second home folder for the same Spark session. The path of this home folder needs quotes in SQL."""
     root = tmp_path / "a home's `name`"
     other = dataclasses.replace(platform, namespace="second", root=root, tables=root / "warehouse")
     yield other

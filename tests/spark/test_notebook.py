@@ -14,7 +14,7 @@ from pipelines.platform import Platform
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 NOTEBOOK = NOTEBOOKS / "walkthrough.py"
 SHOWN_TABLE = re.compile(r"^\+[-+]+\n\|.*\n\+[-+]+\n((?:\|.*\n)+)\+[-+]+$", re.M)
-"""Table that Spark prints. The group is the rows of the table, of which there is at least one."""
+"""Regular expression for a table that Spark prints. The group matches the rows of the table (at least one row)."""
 
 
 def test_the_walkthrough_has_the_format_of_a_databricks_notebook() -> None:

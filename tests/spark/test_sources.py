@@ -332,7 +332,9 @@ def test_all_rows_that_name_the_same_picture_of_a_folder_go_to_the_same_task(
     assert [(row["tasks"], row["rows"]) for row in tasks] == [(1, 50)] * 7
 
 
-def test_an_ingest_of_one_picture_sorts_equally_many_rows_for_any_number_of_known_pictures(spark: SparkSession) -> None:
+def test_an_ingest_of_one_picture_sorts_the_same_number_of_rows_however_many_pictures_are_known(
+    spark: SparkSession,
+) -> None:
     new = spark.createDataFrame(
         [("new", "train", bytes([255] * 8), None)], "image_id string, split string, fingerprint binary, reason string"
     )

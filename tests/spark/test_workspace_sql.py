@@ -1,6 +1,6 @@
 """The SQL queries of docs/databricks.md and of the quality dashboard run on the tables.
 
-The queries of the page replace the commands that cannot read the tables of a catalog.
+The queries of docs/databricks.md replace the `lakesight` commands that cannot read the tables of a catalog.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DASHBOARD = ROOT / "dashboards" / "quality.lvdash.json"
 
 
 def queries(schema: str, **values: str) -> list[str]:
-    """Return the SQL queries of the section, with the given values in place of the names in capitals and the schema."""
+    """Return the SQL queries of section "Look at tables", with the schema and values in place of the placeholders."""
     section = DOCS.read_text().replace("<catalog>.<schema>", schema).split("## Look at tables")[1].split("\n## ")[0]
     found = re.findall(r"```sql\n(.+?)```", section, re.DOTALL)
     return [re.sub(r"\b(IMAGE_ID|RUN|VERSION)\b(?! AS OF)", lambda name: values[name[0]], query) for query in found]
