@@ -194,7 +194,7 @@ def session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]:
         "spark.sql.session.timeZone": "UTC",
         "spark.sql.shuffle.partitions": partitions,
         "spark.databricks.delta.snapshotPartitions": partitions,
-        # Number of tasks with which VACUUM lists the folder of a table. The default is 10,000.
+        # Number of tasks with which VACUUM lists the folder of a table; Spark's default is 10,000 tasks.
         "spark.sql.sources.parallelPartitionDiscovery.parallelism": partitions,
         # Keep rows with pictures, sorts and shuffles outside the heap, where garbage collection does not copy them.
         "spark.memory.offHeap.enabled": "true",
@@ -202,7 +202,7 @@ def session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]:
         "spark.sql.columnVector.offheap.enabled": "true",
         # With the default of 100 entries, compiled code is evicted before the same query runs again.
         "spark.sql.codegen.cache.maxEntries": "1000",
-        # Number of bytes per checksum and per write call for local files. The default is 512.
+        # Number of bytes per checksum and per write call for local files; Hadoop's default is 512 bytes.
         "spark.hadoop.file.bytes-per-checksum": "65536",
         # Hadoop sets the permissions of each file explicitly, so the umask of the process has no effect unless Hadoop
         # gets it as a setting.

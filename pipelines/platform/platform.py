@@ -29,8 +29,8 @@ class Launch:
 
     Attributes:
         ranks: number of ranks.
-        local_mode: whether ranks start on the driver's host. If false, ranks start on executors.
-        use_gpu: whether each rank gets a GPU. If false, ranks use CPUs.
+        local_mode: whether ranks start on the driver's host; if false, ranks start on executors.
+        use_gpu: whether each rank gets a GPU; if false, ranks use CPUs.
     """
 
     ranks: int

@@ -28,7 +28,7 @@ SHORTAGE_SECONDS = 30.0
 """Time in seconds after which the jobs of a barrier stage are cancelled if the cluster has too few slots."""
 POLL_SECONDS = 1.0
 QUERY_LOGGERS = ("DataFrameQueryContextLogger", "SQLQueryContextLogger")
-"""Loggers of pyspark that print the Java stack trace of an invalid query. The exception describes the mistake too."""
+"""Loggers of pyspark that print the Java stack trace of an invalid query. The query's exception is clear without it."""
 
 
 def is_connect(spark: SparkSession) -> bool:
@@ -91,8 +91,8 @@ def default_parallelism(spark: SparkSession) -> int:
 def count_slots(spark: SparkSession) -> int:
     """Return how many tasks can run at once. Spark compares this number with the number of tasks of a barrier stage.
 
-    A Connect session only knows the number of cores. If there are fewer GPUs than cores, the number is too large, and
-    Spark itself reports missing slots, after ten minutes.
+    A Connect session only knows the number of cores. If there are fewer GPUs than cores, the result is too large, and
+    only Spark reports missing slots, after ten minutes.
     """
     if is_connect(spark):
         return default_parallelism(spark) // int(spark.conf.get("spark.task.cpus", "1") or 1)
@@ -140,7 +140,7 @@ def call_in_barrier_stage(
 
     Args:
         spark: Spark session.
-        function: function to call. Its result must be convertible to JSON.
+        function: function to call; the result of the function must be convertible to JSON.
         tasks: number of tasks.
     """
     if not is_connect(spark):

@@ -22,7 +22,8 @@ def open_on_disk(platform: Platform, table: Table) -> DeltaTable | None:
 
 
 def count_on_disk(table: DeltaTable, equal: Mapping[str, str | datetime], by: str) -> dict[str, int]:
-    """Count the rows whose columns have the values `equal`. Return the counts by the sorted values of column `by`.
+    """Count the rows whose columns have the values `equal`. Return a dict from each value of column `by`, sorted, to
+    the number of rows with this value.
 
     Rows are counted in batches, and files whose statistics exclude the values are not read.
 

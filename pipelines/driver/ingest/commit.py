@@ -20,7 +20,7 @@ from pipelines.platform import Platform
 logger = logging.getLogger(__name__)
 
 KEPT_REASONS = ("decode_timeout", "decoder_crash")
-"""Reasons for which an ingest may refuse a row that was accepted before, although row and settings are unchanged."""
+"""Quarantine reasons that depend on the machine: an ingest may refuse a row that an earlier ingest has accepted."""
 
 
 def write_samples(platform: Platform, plan: IngestPlan) -> NearReport:
@@ -113,10 +113,11 @@ def remove_gone(platform: Platform, decoded: DecodedRows, covered: Covered) -> i
 
 
 def gone_pictures(outcomes: DataFrame, samples: DataFrame, quarantine: DataFrame) -> DataFrame:
-    """Find the pictures in `samples` that have a text which no usable row has.
+    """Find the pictures in `samples` that have a text which occurs in no usable row of the source.
 
-    Return the image_id, the sha256 and one such text of each picture. The picture of a refused row is not returned if
-    the row was refused by accident (KEPT_REASONS) or if a replay has accepted the row.
+    For each of these pictures, return the image_id, the sha256 and one text that occurs in no usable row. The picture
+    of a refused row is not returned if the row was refused by accident (KEPT_REASONS) or if a replay has accepted the
+    row.
 
     Args:
         outcomes: decoded rows of the source, without pictures and payloads.

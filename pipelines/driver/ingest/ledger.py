@@ -63,8 +63,8 @@ def items_table(rows: list[tuple[str, str]]) -> pa.Table:
 def read_ledger(spark: SparkSession, platform: Platform, source: str, rules: str) -> pa.Table:
     """Read the ITEMS of a source that have been ingested with the settings whose hash is `rules`.
 
-    If an item is a table, only the last ingest of the table counts, because `samples` then holds the rows of the last
-    ingest, whatever version and settings that ingest had.
+    If an item is a table, only the last ingest of the table counts, even if that ingest read an older version or had
+    other settings, because `samples` now holds the rows of that ingest.
     """
     if (opened := open_on_disk(platform, INGESTED)) is not None:
         return read_ledger_of_files(opened, source, rules)

@@ -1,6 +1,7 @@
 """Near duplicates of an ingest: find new pictures that resemble another picture, and put both pictures in one split.
 
-Pictures with a key that too many pictures share are not compared (`near_pairs.py`). The report counts them.
+A picture is not compared if too many pictures share one of its keys (`near_pairs.py`). The ingest report counts the
+pictures that were not compared.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 TEXT = "struct<prompt:string,text:string>"
 TEXTS = f"array<{TEXT}>"
 FEW_ROWS = 200_000
-"""Largest number of rows of an input whose ids are sent to all tasks. These ids take about 50 MB in each executor."""
+"""Up to this number of input rows, the ids of all input rows are sent to every task (about 50 MB per executor)."""
 FILE = "left(source_row, length(source_row) - length(substring_index(source_row, '#', -1)))"
 """SQL expression for the file part of `source_row`, up to and including the last `#`."""
 

@@ -160,7 +160,7 @@ def select_examples(table: DataFrame, rows: int) -> list[Row]:
 
 
 _BASE64 = re.compile(r"([A-Za-z0-9+/_=-]{24})[A-Za-z0-9+/_=-]{40,}")
-"""Pattern of the base64 of a picture, which fills a card and tells people nothing."""
+"""Pattern of a picture's base64 text, of which a card shows only the beginning, because people cannot read base64."""
 
 
 def card_of(row: Row | dict[str, Any]) -> Card:

@@ -78,7 +78,8 @@ def write_report(spark: SparkSession, platform: Platform, report: IngestReport) 
 def find_report(platform: Platform, report: IngestReport) -> FullReport | None:
     """Return the full report of an ingest that added nothing.
 
-    An earlier ingest has written the distributions and the page. If there are no such files, return None.
+    The distributions and the page are read from the files that an earlier ingest wrote. If these files are missing,
+    return None.
     """
     path = page_path(platform, report)
     if not (path.exists() and path.with_suffix(".json").exists()):

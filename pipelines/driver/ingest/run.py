@@ -88,7 +88,8 @@ def ingest(
         UserError: the input does not exist, lacks a column, has no rows, or has no usable row. Unusable rows are in
             `quarantine`.
         StageFailed: the row counts do not add up, because rows were lost or counted twice.
-        TooManyRefused: more rows were refused than `data.limits.max_bad_share` allows. All rows are written.
+        TooManyRefused: more rows were refused than `data.limits.max_bad_share` allows. The tables nevertheless contain
+            all rows of the ingest.
     """
     started = time.monotonic()
     retry_on_conflict(partial(ensure_tables, spark, platform))

@@ -28,7 +28,8 @@ class Stamp:
     Attributes:
         source: name of the source, which is the name of its data config.
         ingest_id: id of the ingest, a hash of the source's name and of the state of its files or table.
-        planned_at: time at which the plan was made. Each plan has a different time, so the time identifies its rows.
+        planned_at: time at which the plan was made. Each plan has a different time, so the time identifies the rows of
+            the plan.
         base_version: version of `samples` that last changed the source when the plan was made.
     """
 
@@ -92,7 +93,8 @@ def verify_append(spark: SparkSession, platform: Platform, table: Table, stamp: 
 def count_rows(
     spark: SparkSession, platform: Platform, table: Table, equal: Mapping[str, str | datetime], by: str
 ) -> dict[str, int]:
-    """Count the rows whose columns have the values `equal`. Return the counts by the sorted values of column `by`."""
+    """Count the rows whose columns have the values `equal`. Return a dict from each value of column `by` to the count.
+    """
     if (opened := open_on_disk(platform, table)) is not None:
         return count_on_disk(opened, equal, by)
     rows = spark.table(platform.table(table.name)).filter(

@@ -84,7 +84,7 @@ def describe_passed_over(entries: Sequence[PassedOver]) -> dict[str, Any]:
 
 
 class TooManyRefused(StageFailed):
-    """More rows were refused than data.limits.max_bad_share allows. All rows are in `samples` and `quarantine`."""
+    """More rows were refused than data.limits.max_bad_share allows, but `samples` and `quarantine` contain all rows."""
 
     def __init__(self, report: IngestReport, where: str, max_bad_share: float) -> None:
         self.report = report

@@ -208,8 +208,8 @@ def _last_log_line(run: RunFolder, rank: int) -> str:
 def _last_step(run: RunFolder, rank: int) -> int:
     """Return the last step that a rank is known to have taken.
 
-    A heartbeat is written every few seconds, so the last checkpoint can be newer. All ranks have reached the step of
-    the last checkpoint.
+    A heartbeat is written every few seconds, so the last checkpoint can be newer than the last heartbeat. All ranks
+    have reached the step of the last checkpoint.
     """
     heartbeat = run.read_heartbeat(rank)
     return max(heartbeat.step if heartbeat else 0, run.last_checkpoint_step())

@@ -117,7 +117,7 @@ def check_gpus(hosts: Sequence[Host]) -> None:
     found = []
     for host in hosts:
         if not host.gpus:
-            found.append(f"{host.driver or 'no GPU'} on {_host_label(host)}")  # `driver` may be an error of nvidia-smi
+            found.append(f"{host.driver or 'no GPU'} on {_host_label(host)}")  # `driver` may be nvidia-smi's error
         elif not host.cuda:
             found.append(f"torch {host.packages['torch']} was built without CUDA on {_host_label(host)}")
     if found:

@@ -70,8 +70,8 @@ def _rank_environment(rank: int, ranks: int, store: Path) -> dict[str, str]:
         GLOO_SOCKET_IFNAME=loopback,
         NCCL_SOCKET_IFNAME=loopback,
     )
-    # Each rank sets its share of the cores itself. Until then, libraries must not start one thread per core, so
-    # OMP_NUM_THREADS is 1, as with torchrun.
+    # Until a rank sets its number of threads itself, libraries must not start one thread per core, so OMP_NUM_THREADS
+    # is 1, as with torchrun.
     return environment if ranks == 1 else {"OMP_NUM_THREADS": "1"} | environment
 
 

@@ -1,4 +1,4 @@
-"""Replay of one training step, in a temporary run folder inside the original run folder. The run is not changed."""
+"""Replay of one training step, in a temporary run folder inside the original run folder. No file of the run changes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SHARD_FOLDERS = ("train_shards", "validate_shards")
 """Names of the fields of run.json that name shard folders."""
 NOT_FINITE = "NotFiniteError"
-"""Name that a failure record gives to the exception for a loss that is not finite."""
+"""Name of the exception in a failure record if the loss was not finite."""
 
 
 class Replay(NamedTuple):

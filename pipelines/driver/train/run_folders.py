@@ -1,8 +1,8 @@
 """Choice of the run folder. Everything that determines the outcome of a run also determines the run's folder.
 
 The name of a folder contains a hash of the model, the settings and the data. The first version of the training code
-that trains a run uses the folder of this name, which is also the name that Lakesight 0.1.0 gave. Each other version of
-the code uses a folder whose name is this name followed by the digest of the code.
+that trains a run uses the folder with this name, as Lakesight 0.1.0 did. Any other version of the code appends its
+digest to the name.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def keep_generation(config: RunConfig, code: TrainingCode, path_of: Callable[[Ru
     """Return the config with the generation settings of a run that has learned, or is learning, the same model.
 
     Generation settings change nothing that is learned, except if captions are scored or rewarded while training. The
-    name of a run folder contains them, because Lakesight 0.1.0 named folders so.
+    hash in the name of a run folder nevertheless depends on them, as in Lakesight 0.1.0.
 
     Args:
         config: resolved run config.
@@ -72,8 +72,8 @@ def _has_run(path: Path, code: TrainingCode) -> bool:
 def find_folder(path: Path, config: RunConfig, code: TrainingCode) -> RunFolder:
     """Return the existing or new run folder of a run, and log why an unfinished run is not resumed.
 
-    A folder of Lakesight 0.1.0 does not say which code trained the run. The first code that finds such a folder is
-    stored in the run.json of the folder, and from then on counts as the code of the run.
+    A folder of Lakesight 0.1.0 does not say which code trained the run. The first version of the code that finds a
+    folder of Lakesight 0.1.0 is stored in the run.json of the folder, and from then on counts as the code of the run.
 
     Args:
         path: path of the run folder for the first version of the training code.

@@ -48,15 +48,15 @@ def open_start_folder(folder: Path, config: ModelConfig, settings: TrainConfig) 
 def check_start_folder(folder: Path, config: ModelConfig, settings: TrainConfig) -> Path:
     """Check that a folder contains the model that a run trains. The generation settings of the model may differ.
 
-    A captioner may also start from a model of text with the same decoder and tokenizer. Its encoder and projector then
-    begin with random weights.
+    A captioner may also start from a model of text with the same decoder and tokenizer. The captioner's encoder and
+    projector then begin with random weights.
 
     Returns:
         The absolute path of the folder.
 
     Raises:
-        UserError: the folder lacks a file of a model, or contains another model. The message lists each difference. Or
-            the settings need the weights of all parts, and the folder has a decoder alone.
+        UserError: the folder lacks a file of a model, contains another model (the message lists each difference), or
+            contains only a decoder although the settings need trained weights of all parts.
     """
     folder = folder.absolute()
     missing = [name for name in FILES if not (folder / name).is_file()]

@@ -20,7 +20,7 @@ from pipelines.executor.ingest.storage import FILE_ERRORS, require_damage
 
 SUFFIXES = tuple(f"{name}{compression}" for name in (".jsonl", ".ndjson") for compression in COMPRESSION_SUFFIXES)
 INSPECTED_LINES = 20
-"""Number of lines whose keys the driver looks at. Executors look for a column that is in none of these lines."""
+"""Number of lines in which the driver looks for the columns. Executors look for missing columns in all lines."""
 
 
 def load_rows(spark: SparkSession, config: DataConfig, files: Sequence[SourceFile]) -> SourceRows:

@@ -18,8 +18,8 @@ def read_named_pictures(config: DataConfig, read: Read, *, knows_files: bool) ->
     Args:
         config: data config of the source.
         read: function that parses raw rows of the source into records.
-        knows_files: whether the raw rows have a column `path` with the path of the row's file. A relative location is
-            then relative to the folder of this file.
+        knows_files: whether the raw rows have a column `path` with the path of the row's file; if true, a relative
+            location of the pictures is relative to the folder of this file.
 
     Raises:
         UserError: pictures cannot be read from the location.

@@ -31,7 +31,7 @@ class SourceRows(NamedTuple):
 
 @dataclass(frozen=True)
 class Covered:
-    """Pictures of `samples` for which a source returns all current rows, so that rows that are gone can be found.
+    """Pictures in `samples` for which a source returns all current rows, so that deleted rows can be found.
 
     A covered picture is removed if the rows no longer contain the picture or one of its texts.
 

@@ -1,8 +1,8 @@
 """Ingest of plain text: read files into table `texts` and refused rows into `quarantine`, and account for every row.
 
-The promises are those of pictures (`driver.ingest.run`). The id of a text is a hash of its content, so a text that is
-read twice is stored once. Each write is one Delta commit, in the order quarantine, texts, ledger. An ingest that was
-killed between two commits is completed by the next one.
+An ingest of text keeps the same promises as an ingest of pictures (`driver.ingest.run`). The id of a text is a hash of
+its content, so a text that is read twice is stored once. Each write is one Delta commit, in the order quarantine,
+texts, ledger. An ingest that was killed between two commits is completed by the next one.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def ingest_texts(
 
     Args:
         spark: Spark session.
-        platform: location of the tables.
+        platform: platform that stores the tables.
         source_name: name of the data config.
         config: data config of the source.
         refresh: whether to read all files again and replace all rows that the source has added before.
@@ -72,7 +72,8 @@ def ingest_texts(
     Raises:
         UserError: the input does not exist, has no rows, or has no usable row.
         StageFailed: the row counts do not add up.
-        TooManyRefused: more rows were refused than `data.limits.max_bad_share` allows. All rows are written.
+        TooManyRefused: more rows were refused than `data.limits.max_bad_share` allows. The tables nevertheless contain
+            all rows of the ingest.
     """
     started = time.monotonic()
     retry_on_conflict(partial(ensure_tables, spark, platform))
@@ -151,7 +152,7 @@ def _accepted(outcomes: DataFrame) -> DataFrame:
 
 
 def _refused(outcomes: DataFrame) -> DataFrame:
-    """Return the refused rows. Equal rows of a file are one row."""
+    """Return the refused rows. Equal rows of a file count as one row."""
     refused = outcomes.filter(F.col("reason").isNotNull()).dropDuplicates(["source_row"])
     return refused.select("source_row", "payload", "stage", "reason", "detail")
 
