@@ -93,8 +93,7 @@ def verify_append(spark: SparkSession, platform: Platform, table: Table, stamp: 
 def count_rows(
     spark: SparkSession, platform: Platform, table: Table, equal: Mapping[str, str | datetime], by: str
 ) -> dict[str, int]:
-    """Count the rows whose columns have the values `equal`. Return a dict from each value of column `by` to the count.
-    """
+    """Count the rows whose columns have the values `equal`. Return a dict from a value of column `by` to the count."""
     if (opened := open_on_disk(platform, table)) is not None:
         return count_on_disk(opened, equal, by)
     rows = spark.table(platform.table(table.name)).filter(
