@@ -179,11 +179,21 @@ def _rebatch(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[p
         held += batch.num_rows
         while held >= BATCH_ROWS:
             table = pa.Table.from_batches(pending, schema)
-            yield table.slice(0, BATCH_ROWS).combine_chunks().to_batches()[0]
+            yield _copy(table.slice(0, BATCH_ROWS))
             pending = table.slice(BATCH_ROWS).to_batches()
             held -= BATCH_ROWS
     if held:
-        yield pa.Table.from_batches(pending, schema).combine_chunks().to_batches()[0]
+        yield _copy(pa.Table.from_batches(pending, schema))
+
+
+def _copy(rows: pa.Table) -> pa.RecordBatch:
+    """Copy rows into one record batch whose buffers contain nothing else.
+
+    Arrow pads the buffers in a file. If a record batch is a slice of a larger batch, the padding consists of bytes of
+    the larger batch's next rows, so the bytes of the file would depend on the sizes of Spark's batches.
+    """
+    two_parts = pa.concat_tables([rows.schema.empty_table(), rows])  # combine_chunks copies if there are two parts
+    return two_parts.combine_chunks().to_batches()[0]
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
