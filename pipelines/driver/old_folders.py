@@ -52,7 +52,7 @@ class OldFolder(Config):
     """A folder or an HTML page that nothing needs any more.
 
     Attributes:
-        kind: kind of the folder: 'run', 'checkpoint', 'shards' or 'report'.
+        kind: kind of the folder, which is 'run', 'checkpoint', 'shards' or 'report'.
         path: absolute path of the folder or HTML page.
         bytes: total size of all files in the folder, in bytes.
     """

@@ -50,11 +50,11 @@ class CaptionJob(Config):
         prompt: text before the caption. All pictures have the same prompt.
         settings: decoding settings.
         limits: limits on the size and the decoding time of a picture.
-        image_root: folder or URL of the pictures; None if the batches contain the pictures and not their paths.
+        image_root: folder or URL of the pictures, or None if the batches contain the pictures and not their paths.
         threads: number of torch threads in each Spark task.
         output_folder: folder of the caption files, which has the same path on every executor.
-        rows_per_file: number of rows after which a task writes a file. A killed task loses only the rows after its last
-            file.
+        rows_per_file: number of rows after which a task writes a file. If a task is killed, only the rows after the
+            last written file are lost.
         constants: columns that have the same value in all rows: a dict from the name of the column to the value.
         started_at: time at which the job started, or a later time (see `row_times`).
     """

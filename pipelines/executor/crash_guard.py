@@ -68,8 +68,8 @@ def run_guarded(items: Sequence[T], function: Callable[[T], R], on_death: Callab
     Args:
         items: items for which the function is called, in the order of the results.
         function: function that the child process calls with each item. The results of the function must be picklable.
-        on_death: function that is called in this process if an item killed the child process. Its arguments are the
-            item and the `Death`, and what it returns becomes the result of the item.
+        on_death: function that is called in this process, with the item and the `Death`, if an item killed the child
+            process. The return value of the function becomes the result of the item.
 
     Raises:
         Exception: any exception that `function` raised, except MemoryError, which counts as a crash.

@@ -100,8 +100,7 @@ def _torch_version() -> dict[str, str | None]:
 def _nccl() -> str:
     """Return the version of the NCCL distribution that torch requires.
 
-    If torch itself contains NCCL, only `import torch` can tell the version of NCCL. For such a build of torch, the
-    result is UNKNOWN.
+    If torch itself contains NCCL, the result is UNKNOWN, because only `import torch` can tell the version of NCCL.
     """
     try:
         needed = metadata.requires("torch") or []

@@ -22,7 +22,7 @@ from vlm.text.words import TOKENISATION
 logger = logging.getLogger(__name__)
 
 RELATIVE = ("words", "distinct_words")
-"""Names of the figures whose limit is a relative change. For all other figures, the limit is an absolute difference."""
+"""Names of the figures whose limit is a relative change; the limits of all other figures are absolute differences."""
 PROMPT_INDEPENDENT = ("error_share", "brightness", "contrast")
 """Names of the figures that do not depend on the prompt."""
 FIGURES = ("words", "distinct_words", "mean_logprob", *PROMPT_INDEPENDENT)
@@ -31,8 +31,8 @@ FIGURES = ("words", "distinct_words", "mean_logprob", *PROMPT_INDEPENDENT)
 class Drift(Config):
     """Comparison of one figure between a caption job and an evaluation.
 
-    For figures in RELATIVE, `change` and `limit` are relative to the evaluation's figure. For all other figures,
-    `change` and `limit` are absolute differences.
+    `change` and `limit` are relative to the evaluation's figure if the figure is in RELATIVE, else absolute
+    differences.
     """
 
     value: float
@@ -55,8 +55,8 @@ def read_evaluation_figures(
     """Read the figures of a model version's last evaluation on a split, or no figures if there is no evaluation.
 
     `of_model` is the SQL condition that identifies the model by its content (`is_of_model`). The figures in RELATIVE
-    count words. They are left out if the evaluation used other rules to split texts into words, as an earlier version
-    of Lakesight did.
+    count words, so these figures are left out if the evaluation used other rules to split texts into words, as an
+    earlier version of Lakesight did.
     """
     rows = (
         spark.table(platform.table(EVALUATIONS.name))

@@ -1,8 +1,8 @@
-"""Early check for caption jobs with nothing to do. It reads Delta logs and narrow columns of tables, without Spark.
+"""Early check for caption jobs with nothing to do. The check reads Delta logs and narrow columns of tables.
 
-A job counts as finished only if every row certainly has its caption. Spark decides in all other cases, for example if
-the job has an SQL condition, if a table is in a catalog or on an object store, if rows may change within a data file
-(deletion vectors), or if data files of a captioned table version were replaced.
+A job counts as finished only if every row certainly has its caption. The check leaves all other cases to Spark, for
+example if the job has an SQL condition, if a table is in a catalog or on an object store, if rows may change within a
+data file (deletion vectors), or if data files of a captioned table version were replaced.
 """
 
 from __future__ import annotations

@@ -55,12 +55,12 @@ class CaptionRequest(Config):
     """Request to caption a table: the rows to caption, and the settings with which the model captions them.
 
     Attributes:
-        source_table: name of a Delta table in one of four forms: `table` (in the platform's own schema),
-            `schema.table`, `catalog.schema.table`, or delta.`/path`.
+        source_table: name of a Delta table, written as `table` (in the platform's own schema), `schema.table`,
+            `catalog.schema.table`, or delta.`/path`.
         source_version: version of the source table, or None for the newest version.
         id_column: name of a column of unique, non-null ids.
-        image_column: name of the column that holds the pictures as binary or base64 text, or their paths or URIs below
-            `image_root`.
+        image_column: name of the column that holds the pictures (binary or base64 text), or the paths or URIs of the
+            pictures below `image_root`.
         image_root: absolute folder or URL that contains the pictures which the image column names, or None if the
             column itself holds the pictures. A picture that cannot be read becomes a row with an error.
         prompt: text before the caption; an empty prompt gives a plain caption.
@@ -70,8 +70,8 @@ class CaptionRequest(Config):
         limits: size limits of a picture; a picture that exceeds a limit becomes a row with an error.
         retry_errors: whether rows that have an error are captioned again.
         remove_deleted: whether to remove the captions (by any model) of rows that the table no longer has.
-        max_error_share: largest allowed share of errors among the rows that this job processes. If the share is larger,
-            the job writes all rows and then fails.
+        max_error_share: largest allowed share of errors among the rows that this job processes. If the share of errors
+            is larger, the job writes all rows and then fails.
     """
 
     source_table: str = "samples"
@@ -98,7 +98,8 @@ class CaptionReport(Config):
             job.
         captioned: number of rows that this job captioned.
         errors: number of rows that this job could not caption.
-        changed: number of rows in `captioned` and `errors` that an earlier job captioned with a different picture.
+        changed: number of rows in `captioned` and `errors` whose picture has changed since an earlier job captioned the
+            row.
         recovered: number of captions that were merged from files of an earlier job.
         removed: number of captions removed because the table no longer has their rows.
         figures: statistics of the rows that this job captioned, from `CaptionStats.figures`: a dict from the name,

@@ -51,7 +51,7 @@ class TableMigration(Config):
 
 
 class MigrationReport(Config):
-    """Report on a migration: the format of the home folder before and after it, and the changes of each table."""
+    """Report on a migration: format of the home folder before and after the migration, and changes of each table."""
 
     before: int
     after: int

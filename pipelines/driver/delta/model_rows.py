@@ -1,6 +1,7 @@
 """SQL conditions that select the rows of one model by the digest of its files.
 
-A row of Lakesight 0.1.0 has no digest. Such a row belongs to a model if the row and the model have the same MLflow run.
+A row that Lakesight 0.1.0 wrote has no digest, and belongs to a model if the row and the model have the same MLflow
+run.
 """
 
 from __future__ import annotations

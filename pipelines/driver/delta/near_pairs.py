@@ -22,7 +22,7 @@ BLOCKS = (13, 13, 13, 13, 12)
 """Number of bits of each block of the difference hash."""
 MAX_PICTURES_OF_A_KEY = 500
 FEW_PICTURES = 50_000
-"""Largest number of new pictures whose keys are sent to all tasks. These keys take about 50 MB in each executor."""
+"""Up to this number of new pictures, all keys of new pictures are sent to every task (about 50 MB per executor)."""
 COMPARED = ("image_id", "split", "fingerprint", "existing")
 
 
@@ -55,8 +55,8 @@ def shared_keys(pictures: DataFrame, num_new: int) -> DataFrame:
 def keys_of_new_pictures(pictures: DataFrame, num_new: int) -> DataFrame:
     """Return one row per picture and key, for keys that a new picture has.
 
-    Keys that only pictures in `samples` have are left out here, before the rows are sorted by key. Otherwise an ingest
-    of one picture would sort ten keys of each known picture.
+    This function leaves out keys that no new picture has, before the rows are sorted by key. Otherwise an ingest of one
+    picture would sort ten keys of each known picture.
 
     Args:
         pictures: pictures with the columns in COMPARED.
@@ -76,7 +76,7 @@ def keys_of_new_pictures(pictures: DataFrame, num_new: int) -> DataFrame:
 def find_pairs(shared: DataFrame, pictures: DataFrame) -> DataFrame:
     """Return pairs of near duplicates. The first picture of each pair is new.
 
-    If both pictures of a pair are new, the result has the pair in both orders: (a, b) and (b, a).
+    If both pictures a and b of a pair are new, the result contains (a, b) and (b, a).
     """
     compared = shared.filter(F.col("pictures") <= MAX_PICTURES_OF_A_KEY)
     left, right = compared.filter("NOT existing").alias("left"), compared.alias("right")
@@ -104,7 +104,8 @@ def copies_across_sources(samples: DataFrame) -> DataFrame:
         samples: rows of `samples` of several sources.
     """
     pictures = samples.select("image_id", "source", "sha256", "split", "fingerprint")
-    # Most pictures are training pictures. As existing pictures, they are not compared with each other.
+    # Training pictures count as existing, so that they are not compared with each other. Most pictures are training
+    # pictures.
     pictures = pictures.withColumn("existing", F.col("split") == "train")
     training, held_out = pictures.filter("existing"), pictures.filter("NOT existing")
     others = held_out.select(F.col("source").alias("other_source"), "sha256", "fingerprint")

@@ -39,7 +39,7 @@ CONFLICTS = (
     MetadataChangedException,
     ProtocolChangedException,
 )
-"""Errors that Delta raises for a write that wrote nothing because another writer committed first. Their classes have no
+"""Errors that Delta raises for a write that wrote nothing because another writer committed first. The classes have no
 common base class."""
 MAX_ATTEMPTS = 12
 

@@ -78,14 +78,14 @@ def ensure_table(spark: SparkSession, platform: Platform, table: Table) -> bool:
     if not is_supported(folder):
         check_format(int(table_properties(spark, name).get(PROPERTY, 0)), name)
     elif not (exists or created):
-        # The format is checked once per Spark session, and in the files, because SHOW TBLPROPERTIES takes seconds.
+        # The format is read from the table's files, once per Spark session, because SHOW TBLPROPERTIES takes seconds.
         check_table_format(open_delta(folder))
     add_columns(spark, platform, table)
     return created
 
 
 def open_tables(platform: Platform, *tables: Table) -> dict[str, DeltaTable] | None:
-    """Open tables in local folders. Return a dict by table name, or None if a table does not exist or lacks a column.
+    """Open tables in local folders. Return the tables by name, or None if a table does not exist or lacks a column.
 
     Raises:
         UserError: a newer release of Lakesight wrote a table.
@@ -170,9 +170,9 @@ def _create(name: str, table: Table, location: str) -> str:
 def _has_commits(folder: Path) -> bool:
     """Return whether a folder holds a Delta table with at least one commit.
 
-    A log folder without a commit has two possible causes. Either another process is creating the table, and this
-    function waits for the first commit. Or a process was killed while creating the table, and this function removes the
-    log folder, because Delta cannot open a table whose log folder has no commit.
+    A log folder without a commit has two possible causes. If another process is creating the table, this function waits
+    for the first commit. If a process was killed while it was creating the table, this function removes the log folder,
+    because Delta cannot open a table whose log folder has no commit.
     """
     log = folder / "_delta_log"
     modified, watched_since = 0.0, time.monotonic()

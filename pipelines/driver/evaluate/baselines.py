@@ -25,7 +25,7 @@ MAX_PAIRS = 25_000_000
 """Largest number of pairs of a candidate and a reference to compare. The comparison then takes a few seconds."""
 MIN_CANDIDATES = 256
 SHORTLIST = 4
-"""How many of the best candidates by word F1, and how many by CIDEr, are also compared by the slower metrics."""
+"""The slower metrics are computed only for this many of the best candidates by word F1, and as many by CIDEr."""
 
 
 def baseline_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
@@ -143,7 +143,7 @@ def constant_cider(candidates: Sequence[list[str]], references: Sequence[list[li
 
 
 class _Postings:
-    """Inverted index of references: which references contain a word or n-gram (the key), and its value in each."""
+    """Inverted index of references: maps a word or n-gram to the references that contain it, with its value in each."""
 
     def __init__(self, references: Sequence[Mapping[Any, float]]) -> None:
         found: dict[object, list[tuple[int, float]]] = defaultdict(list)

@@ -45,7 +45,7 @@ def has_java() -> bool:
 
 
 def java_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
-    """Return the metrics that need Java: `meteor`, and the figures of COCO's evaluation as `coco_*`.
+    """Return the metrics that need Java, which are `meteor` and the figures of COCO's evaluation (`coco_*`).
 
     `meteor` compares words as `vlm.text.words` splits them. The Java program stems English words, but breaks words of
     other scripts, such as Chinese, into pieces. A word that is not ASCII is therefore replaced by a code, so that it
@@ -74,7 +74,7 @@ def _split_as_coco(scored: Sequence[ScoredRow]) -> Corpus:
 
 
 def ptb_words(texts: Iterable[str]) -> list[list[str]]:
-    """Split texts into words as COCO's evaluation does: Stanford's Penn Treebank tokenizer, without punctuation."""
+    """Split texts into words as COCO's evaluation does, with Stanford's tokenizer and without punctuation."""
     program = ["-cp", ptb_program.STANFORD_CORENLP_3_4_1_JAR, "edu.stanford.nlp.process.PTBTokenizer"]
     options = ["-preserveLines", "-lowerCase"]
     lines = _run_java(ptb_program.__file__, [*program, *options], [LINE_BREAKS.sub(" ", text) for text in texts])

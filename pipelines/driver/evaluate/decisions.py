@@ -42,7 +42,7 @@ def record_decision(
         model: name of the registered model.
         version: model version that the decision is about.
         digest: digest of the files of this model version.
-        action: decision about the model version: 'promote', 'refuse' or 'rollback'.
+        action: decision about the model version, which is 'promote', 'refuse' or 'rollback'.
         champion: version of the current champion, or None if there is no champion.
         reasons: reasons why the model version was refused.
         figures: metrics that the decision is based on, as a JSON object.

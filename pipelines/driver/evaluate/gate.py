@@ -38,7 +38,7 @@ class GateResult(Config):
 
     Attributes:
         pictures: number of pictures that were captioned.
-        tokenisation: name of the rules that split texts into words for the gate's metric; None if the metric ignores
+        tokenisation: name of the rules that split texts into words for the gate's metric, or None if the metric ignores
             words.
     """
 

@@ -174,9 +174,9 @@ def evaluate(
 def _find_folder(platform: Platform, model: ModelFiles, shards: Shards, train: Shards) -> Path:
     """Return the folder of an evaluation.
 
-    Lakesight 0.1.0 did not store the digest of an evaluated model. The first model that finds such an evaluation of its
-    MLflow run stores its digest in the report. A model of the same run with different files then does not use the
-    evaluation.
+    Lakesight 0.1.0 did not store the digest of an evaluated model. If the report of an evaluation has no digest, the
+    first model of the same MLflow run that finds the report stores its own digest in the report. A model of this run
+    with different files then does not use the evaluation.
     """
     folder = evaluation_folder(platform, model, shards, train)
     earlier = evaluation_folder(platform, model.model_copy(update={"digest": ""}), shards, train)

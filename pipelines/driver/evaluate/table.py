@@ -1,4 +1,4 @@
-"""Table `evaluations`: the metrics of an evaluation are merged into it."""
+"""Function that merges the metrics of an evaluation into table `evaluations`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def merge_rows(spark: SparkSession, platform: Platform, rows: Iterable[Mapping[s
 
     Args:
         spark: Spark session.
-        platform: location of the table.
-        rows: values of all columns but `evaluated_at`, by column name.
+        platform: platform that stores the table.
+        rows: rows to merge, each a dict from the name of a column to the value, without the column `evaluated_at`.
     """
     now = {"evaluated_at": datetime.now(UTC)}
     values = [tuple({**row, **now}[name] for name in EVALUATIONS.names) for row in rows]

@@ -1,7 +1,7 @@
 """Evaluation of a model of text: the loss per character of a split, with intervals, in table `evaluations`.
 
 Executors compute the losses of the windows of the split's token file, as validation does during training. A second
-evaluation of the same model on the same texts reads the report of the first one.
+evaluation of the same model on the same texts reads the report of the first evaluation.
 """
 
 from __future__ import annotations

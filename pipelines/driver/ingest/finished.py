@@ -1,8 +1,8 @@
-"""Early check for ingests with nothing to read. It uses the ledger, the files and the Delta logs, but not Spark.
+"""Early check for ingests with nothing to read. The check uses the ledger, the files and the Delta logs.
 
-An ingest counts as finished only if it certainly has nothing to read. Spark decides in all other cases: if a catalog
-manages the tables, if a table does not exist yet or was written by an earlier version of Lakesight, or if only Spark
-can read the source.
+An ingest counts as finished only if it certainly has nothing to read. The check leaves all other cases to Spark: if a
+catalog manages the tables, if a table does not exist yet or was written by an earlier version of Lakesight, or if only
+Spark can read the source.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from vlm.config import Config, ImageConfig
 logger = logging.getLogger(__name__)
 
 SHOWN_PICTURES = 5
-"""Largest number of copies of each source that the log names."""
+"""Largest number of copied pictures of a source that a log message names."""
 TIME_FACTOR = 2
 """Longest time to decode a picture in this stage, as a multiple of the longest time in an ingest.
 
@@ -225,7 +225,7 @@ def _request(  # noqa: PLR0917 (as for `shard`)
     split: Split,
     pin: tuple[TableVersions, str],
 ) -> ShardRequest:
-    """Return the shard request for a source and split. `pin` has the versions and the id of the table of the rows."""
+    """Return the shard request for a source and split. `pin` has the versions and the id of the rows' table."""
     shards, (version, pinned_id) = config.shards, pin
     return ShardRequest(
         table=platform.table((SAMPLES if image else TEXTS).name),

@@ -45,7 +45,7 @@ def rows_of_split(spark: SparkSession, request: ShardRequest, version: int) -> D
     """Return the rows of a source and split that meet the condition.
 
     Raises:
-        UserError: there are none, or the condition is not valid.
+        UserError: no row meets the condition, or the condition is not valid.
     """
     samples = spark.read.option("versionAsOf", version).table(request.table).filter(F.col("source") == request.source)
     samples = filter_rows(samples, request.where, where="data.shards.where")
@@ -77,7 +77,7 @@ def select_rows(spark: SparkSession, request: ShardRequest, version: int) -> Dat
 def no_rows(  # noqa: PLR0917 (each argument is one part of the message)
     table: str, source: str, split: str, where: str, counts: Mapping[str, int], left_out: int = 0
 ) -> UserError:
-    """Return the error for a split without rows. `counts` has the number of selected rows of each split with rows."""
+    """Return the error for a split without rows. `counts` maps each split that has rows to the number of rows."""
     selection = " that meet data.shards.where" if where else " of this source"
     found = ", ".join(f"{count} in {each}" for each, count in counts.items()) or f"no rows{selection} at all"
     return UserError(

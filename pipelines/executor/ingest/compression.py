@@ -25,8 +25,8 @@ MAGIC = {
 SKIPPABLE_FRAME = b"\x2a\x4d\x18"
 """Bytes 2 to 4 of a skippable zstd frame. Parallel compressors begin a file with a skippable frame."""
 XZ_MEMORY = 128 * 2**20
-"""Number of bytes of memory that decompression of an xz file may need. A file that needs more is refused. A file that
-`xz -9` wrote needs 65 MB."""
+"""Number of bytes of memory that decompression of an xz file may need. A file that needs more memory is refused. A file
+that `xz -9` wrote needs 65 MB."""
 CHUNK = 1 << 20
 
 
@@ -72,7 +72,7 @@ def decompress(file: IO[bytes], start: bytes) -> IO[bytes]:
 
 
 class _ZstdReader(io.RawIOBase):
-    """Decompressor of zstd frames. It reads small pieces, because Arrow returns nothing of a piece with damage."""
+    """Decompressor of zstd frames, which reads small pieces, because Arrow returns nothing of a damaged piece."""
 
     PIECE = 4 << 10
 

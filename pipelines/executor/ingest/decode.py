@@ -218,8 +218,8 @@ def _decode_picture(
 ) -> tuple[ImageInfo, str, bytes | None]:
     """Return the format and size of a picture, its SHA-256 and its fingerprint.
 
-    Consecutive rows may hold the same picture with different captions. The result of the last call is cached, so such
-    a picture is decoded only once.
+    Consecutive rows may hold the same picture with different captions. The result of the last call is cached, so the
+    picture of consecutive rows is decoded only once.
     """
     pixels, info = _open_image(image.data, limits)
     return info, _sha256(image.data), fingerprint(pixels) if near_duplicates else None

@@ -6,7 +6,7 @@ import codecs
 
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),  # must precede UTF-16, whose byte-order mark is a prefix of this mark
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose byte-order mark is the beginning of UTF-32's
     (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
@@ -31,7 +31,7 @@ def encoding_of(start: bytes) -> tuple[str, int]:
 
 
 def _unmarked_encoding(content: bytes) -> str:
-    """Return UTF-16 if most bytes at even (or at odd) positions are zero and few other bytes are, else UTF-8."""
+    """Return UTF-16 if most bytes at even (or at odd) positions and few other bytes are zero, else UTF-8."""
     even, odd = content[0:2000:2], content[1:2000:2]
     if len(content) % 2 or not odd:
         return "utf-8"

@@ -84,7 +84,7 @@ def describe_damage(error: Exception) -> str | None:
 
 
 def require_damage(error: Exception) -> str:
-    """Describe an error that affects only one file. Raise the error if it is a fault of the machine."""
+    """Describe an error that affects only one file. Raise an error that is a fault of the machine."""
     damage = describe_damage(error)
     if damage is None:
         raise error

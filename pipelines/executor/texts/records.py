@@ -23,17 +23,17 @@ TEXT = "text"
 FILES = pa.schema([("path", pa.binary()), ("file", pa.string())])
 """Schema of the raw rows, one per file. A path is encoded by os.fsencode, because a name may not be UTF-8."""
 KEPT_CHARS = 64 * 2**10
-"""Number of characters of a too long row that `quarantine` keeps."""
+"""Number of characters that `quarantine` keeps of a row that is too long."""
 
 Rows = Literal["document", "paragraph", "line"]
 
 
 def text_records(batches: Iterator[pa.RecordBatch], rows: Rows, max_chars: int) -> Iterator[Record]:
-    """Read the rows of files. A file that is damaged ends with one record that says where.
+    """Read the rows of files. If a file is damaged, the last record describes the damage.
 
     Args:
         batches: batches of the schema FILES.
-        rows: what a row is.
+        rows: kind of the rows: document, paragraph or line.
         max_chars: number of characters from which a row is refused without being kept in memory.
     """
     for batch in batches:
@@ -80,7 +80,7 @@ class _PendingRow:
 
     @property
     def begun(self) -> bool:
-        """Whether the row has a piece."""
+        """Whether a piece of the row has been read."""
         return bool(self._pieces)
 
     def add(self, piece: str) -> None:
@@ -90,7 +90,7 @@ class _PendingRow:
         self._chars += len(piece)
 
     def end(self) -> Iterator[Record]:
-        """Yield the row, unless it has no piece, and begin a new row."""
+        """Yield the row if a piece of the row has been read, and begin a new row."""
         text, chars = "".join(self._pieces), self._chars
         self._pieces, self._chars = [], 0
         if chars > self._max_chars:

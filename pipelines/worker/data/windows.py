@@ -45,18 +45,18 @@ class Windows(NamedTuple):
 
     @property
     def per_epoch(self) -> int:
-        """Number of windows of an epoch of training. Fewer than a window's tokens are left out of each epoch."""
+        """Number of windows of an epoch of training. Each epoch leaves out fewer tokens than a window has."""
         return max(1, len(self.ids) // self.context)
 
     def training_batch(self, rows: npt.NDArray[np.int64], epochs: npt.NDArray[np.int64], seed: int) -> Batch:
-        """Return windows of some epochs. The sequence begins again after its end."""
+        """Return windows of the given epochs. At its end, the token sequence starts again from the beginning."""
         shifts = np.array([hash64(seed, int(epoch)) % self.context for epoch in epochs])
         starts = rows * self.context + shifts
         positions_BT = (starts[:, None] + np.arange(self.context + 1)) % len(self.ids)
         return self._batch(self.ids[positions_BT].astype(np.int64), np.ones_like(positions_BT, bool))
 
     def held_out_batch(self, numbers: npt.NDArray[np.int64]) -> Batch:
-        """Return windows of the unshifted sequence. After its end, the last window is padded."""
+        """Return windows of the unshifted token sequence. The last window is padded after the end of the sequence."""
         positions_BT = numbers[:, None] * self.context + np.arange(self.context + 1)
         inside_BT = positions_BT < len(self.ids)
         ids_BT = self.ids[np.minimum(positions_BT, len(self.ids) - 1)].astype(np.int64)

@@ -8,7 +8,7 @@ another rank has died, the main thread is blocked in a C++ collective, so the ha
 C-level handler writes the signal's number to a pipe. A thread reads the pipe, writes the failure record and exits the
 process.
 
-This thread also detects two other conditions. If the launcher has died, the rank exits, so no rank outlives its
+The thread also ends the rank for two other reasons. If the launcher has died, the rank exits, so no rank outlives its
 launcher. If the rank reports no progress for `train.timeout_seconds`, the rank writes the stacks of all threads and
 exits. When one rank hangs, all other ranks wait for this rank and time out at the same moment. A rank that is inside a
 collective is therefore recorded as waiting, not as the cause. If the interpreter itself is stuck, faulthandler's C

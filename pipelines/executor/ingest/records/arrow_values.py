@@ -1,8 +1,8 @@
 """Functions that convert Arrow values of any type to Python, with limits on the size of a value.
 
-A column may repeat one value of 60 MB a thousand times in a file of 60 KB. Arrow keeps such a column as a dictionary
-array, but a Python list of its values would take 60 GB. Large columns are therefore converted one value after the
-other.
+A column may repeat one value of 60 MB a thousand times in a file of 60 KB. Arrow stores the repeated value once, in a
+dictionary array, but a Python list of the column's values would take 60 GB. Large columns are therefore converted one
+value after the other.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ END_BYTES = 2**20
 OUT_OF_RANGE = "<value out of range"
 """Beginning of the text that Arrow writes instead of a date or time that is out of range."""
 WHOLE_DIGITS = 1e16
-"""Limit below which Python writes a whole float with all digits, so that an id is exact."""
+"""Python writes all digits of a whole float below this limit, so an id that is stored as a float is exact."""
 OBJECT_BYTES = 32
 """Approximate size of a Python object such as a number in a list, in bytes."""
 

@@ -50,7 +50,7 @@ def csv_records(
     Args:
         batches: Arrow batches of the schema `lines.RANGE`.
         layouts: layouts of the files, with the column names.
-        multiline: whether quoted fields may contain line breaks. If so, every range is a whole file.
+        multiline: whether quoted fields may contain line breaks; if true, every range is a whole file.
         limit: largest size of a row, in bytes.
     """
     return range_records(batches, layouts, partial(_csv_range, multiline=multiline, limit=limit))
@@ -211,7 +211,7 @@ def split_line(line: str, delimiter: str = ",", escape: str = "") -> list[str] |
     """Split a row into fields by RFC 4180. Return None if the quotes of the row are wrong.
 
     In a quoted field, the escape character (which Spark uses in CSV files) precedes a quote or another escape
-    character. In any other field, the escape character has no special meaning.
+    character. In a field without quotes, the escape character has no special meaning.
 
     A field that does not begin with a quote may contain quotes, as in `5" pipe`, although the standard forbids such
     quotes. However, a field that ends with a lone quote after a letter is wrong, because such a field is probably the

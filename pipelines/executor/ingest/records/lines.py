@@ -203,7 +203,7 @@ class _PendingLine:
         self.digest: Any = None
 
     def add(self, part: bytes) -> Iterator[bytes | LongLine]:
-        """Append bytes to the line. If the line becomes too long, yield the parts between the other line ends."""
+        """Append bytes to the line. If the line becomes too long, split it at the other kind of line end."""
         self.parts.append(part)
         self.size += len(part)
         if self.size <= self.limit:

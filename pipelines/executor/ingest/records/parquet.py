@@ -29,7 +29,7 @@ MAX_VALUE_BYTES = 16 * 2**20
 MAX_PICTURE_BYTES = 32 * 2**20
 """Size in bytes up to which a picture is stored in `quarantine` even if the picture exceeds data.limits.max_bytes."""
 MAX_OTHERS_BYTES = 32 * 2**20
-"""Largest total size of the unused columns of a refused row, in bytes. Values beyond this size are only described."""
+"""Largest total size of the unused columns of a refused row, in bytes. Values beyond this size are not stored."""
 
 
 class _Range(NamedTuple):
@@ -58,7 +58,7 @@ def parquet_records(
     Args:
         batches: batches with the columns path, file, start, end and partition. The column partition is a map with the
             values of folder names such as `year=2024`, which all rows of the file have.
-        image: name of the picture column. Hugging Face's struct of bytes and path becomes two fields: IMAGE and
+        image: name of the picture column. Hugging Face's struct of bytes and path becomes the two fields IMAGE and
             IMAGE.path.
         named: names of all columns that are used.
         max_bytes: largest size of a picture, in bytes.
@@ -108,7 +108,7 @@ def _open(part: _Range, columns: _Columns) -> ParquetColumns | str:
 
 
 def _describe_or_raise(error: Exception) -> str:
-    """Describe the damage of a file. Raise the error if it is a fault of the machine; Spark then retries the task."""
+    """Describe the damage of a file. Raise an error that is a fault of the machine, so that Spark retries the task."""
     if isinstance(error, MemoryError):
         raise error
     return " ".join(require_damage(error).split())

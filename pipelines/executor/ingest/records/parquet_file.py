@@ -22,7 +22,7 @@ from pipelines.executor.ingest.storage import is_url, open_binary, printable
 BATCH_BYTES = 16 * 2**20
 BATCH_ROWS = 1024
 DICTIONARY_BYTES = 64 * 2**20
-"""Number of bytes up to which a column chunk whose values are in lists is read as an Arrow dictionary array.
+"""Largest size of a column chunk of lists that is read as an Arrow dictionary array, in bytes.
 
 If the dictionary page of the file lacks a value, Arrow adds the value to the dictionary of the array.
 """

@@ -33,7 +33,7 @@ class Member(NamedTuple):
     """A member of a tar.
 
     Attributes:
-        name: name of the member. A byte that is not UTF-8 is a lone surrogate.
+        name: name of the member. A byte that is not UTF-8 is stored as a lone surrogate.
         size: number of bytes of the content.
         target: name of the member that this member links to, or None if the member is not a link.
         folder: whether the member is a folder.

@@ -48,7 +48,7 @@ class Links:
 
 
 class LinkTargets:
-    """Context manager for a temporary file with the contents of link targets. The file is removed at the end."""
+    """Context manager for a temporary file that holds the contents of link targets until the block ends."""
 
     def __init__(self, links: Links, max_bytes: int) -> None:
         self._links, self._max_bytes = links, max_bytes

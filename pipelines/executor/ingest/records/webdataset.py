@@ -19,14 +19,14 @@ from pipelines.executor.ingest.records.tar_links import Links, LinkTargets
 from pipelines.executor.ingest.storage import FILE_ERRORS, require_damage
 
 MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
-"""Pattern of <key>.<extension>. The extension begins after the first dot of the name. Hidden files do not match."""
+"""Pattern of <key>.<extension>. The extension begins after the first dot. Names of hidden files do not match."""
 SYSTEM_FOLDER = re.compile(r"(?:^|/)__MACOSX/")
 MAX_MEMBERS = 1_000
 """Largest number of tar members that one row may have."""
 MAX_KEYS = 200_000
 """Number of keys that are remembered, to detect rows whose members are not consecutive in the tar."""
 SIDE_BYTES = 16 * 2**20
-"""Largest total size of a row's members without its pictures, in bytes. Members beyond this size are only described."""
+"""Largest total size of a row's members without its pictures, in bytes. Members beyond this size are not stored."""
 
 
 class _Limits(NamedTuple):
@@ -56,8 +56,8 @@ def tar_records(
         batches: batches with the columns `path` (path of a tar, encoded by os.fsencode) and `file` (name of the tar).
         images: file extensions of pictures. If a row has several pictures, the picture whose extension comes first in
             this order is used.
-        named: names of all columns that are used. If a name begins with `json.`, a row is refused if its `json` member
-            is not a JSON object. Otherwise, such a member becomes the text field `json`.
+        named: names of all columns that are used. A `json` member that is not a JSON object becomes the text field
+            `json`, but if one of the names begins with `json.`, the row is refused.
         max_bytes: largest size of a tar member to read, in bytes. The limit for all members of a row together is 25 %
             larger.
     """

@@ -97,7 +97,7 @@ def _spellings(name: str) -> Iterator[str]:
 
 
 def _parts(roots: Sequence[str], path: str) -> list[str]:
-    """Split a path below the folder into its parts. `roots` are the paths by which the folder is known.
+    """Split a path below the folder into its parts. `roots` are the possible paths of the folder.
 
     Raises:
         _Outside: an absolute path is not below the folder, or a URI has another scheme than `file:`.
