@@ -33,7 +33,7 @@ def show_progress(label: str, poll: Poll, total: int | None = None) -> AbstractC
     Args:
         label: name of the step.
         poll: function that returns the current progress; a background thread calls this function repeatedly.
-        total: count at which the step is complete; None to show only the elapsed time.
+        total: count at which the step is complete, or None to show only the elapsed time.
 
     Without a terminal, a line is logged every LINE_EVERY seconds, even if nothing was done since the last line.
     """

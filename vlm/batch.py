@@ -1,6 +1,6 @@
 """Batch of pictures and token sequences, the input of a training step.
 
-Letters in tensor names: B batch, P pictures, H height and W width in pixels, C channels, T positions.
+Letters in tensor names: batch (B), pictures (P), height (H) and width (W) in pixels, channels (C), positions (T).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Batch:
         labels_BT: int64 labels; the label of a position is the next token if the next token belongs to the answer, and
             IGNORE otherwise.
         prefix_lengths_B: for each row, the number of positions before the answer (int64).
-        weights_B: for each row, the factor by which the loss of the row is multiplied; None if all factors are 1.
+        weights_B: for each row, the factor by which the loss of the row is multiplied, or None if all factors are 1.
         rows_per_picture: number of adjacent rows that belong to the same picture; the picture is encoded only once.
     """
 

@@ -50,11 +50,11 @@ class CaptionResult:
     """Result for one picture, which is either a caption or an error.
 
     Attributes:
-        caption: generated caption; None if there is an error.
-        error: error message of the form `<reason>: <detail>`; None if there is a caption.
-        sha256: SHA-256 of the picture's bytes, in hex; None if the row contains no readable bytes.
+        caption: generated caption, or None if there is an error.
+        error: error message of the form `<reason>: <detail>`, or None if there is a caption.
+        sha256: SHA-256 of the picture's bytes, in hex, or None if the row contains no readable bytes.
         num_tokens: number of generated tokens, including the end token.
-        mean_logprob: mean log-probability of the generated tokens, in nats; None if there is an error.
+        mean_logprob: mean log-probability of the generated tokens, in nats, or None if there is an error.
     """
 
     caption: str | None

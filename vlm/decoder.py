@@ -1,6 +1,6 @@
 """Decoder, a transformer that reads the embeddings of pictures and tokens and predicts the next token.
 
-Letters in tensor names: B batch, T positions, S key positions, W width, V vocabulary.
+Letters in tensor names: batch (B), positions (T), key positions (S), width (W), vocabulary (V).
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ class Decoder(nn.Module):
 
         Args:
             x_BTW: embeddings of the new positions.
-            mask: bool mask (B, 1, T, S), True where query t attends to key s; None for a causal mask.
-            positions_BT: position of each token; None if the new positions of every row follow the cached positions.
-            media: picture features for cross-attention; None to use the picture features of the cache.
+            mask: bool mask (B, 1, T, S), True where query t attends to key s, or None for a causal mask.
+            positions_BT: position of each token, or None if the new positions of every row follow the cached positions.
+            media: picture features for cross-attention, or None to use the picture features of the cache.
             cache: keys and values of earlier positions; this call adds the keys and values of the new positions.
-            last_only: True to compute only the hidden state of the last position, with shape (B, 1, W).
+            last_only: whether to compute only the hidden state of the last position, with shape (B, 1, W).
         """
         T = x_BTW.shape[1]
         start = cache.length if cache is not None else 0

@@ -26,8 +26,8 @@ def atomic_write(path: Path, *, sync: bool = True) -> Iterator[Path]:
 
     Args:
         path: path of the file to write.
-        sync: True to flush the bytes to disk before the rename, so that a power failure leaves no empty file; False for
-            files that are useless after a crash, such as heartbeats.
+        sync: whether to flush the bytes to disk before the rename, so that a power failure leaves no empty file. The
+            value False suits files that are useless after a crash, such as heartbeats.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # `path.name` with a suffix might be too long
@@ -118,7 +118,7 @@ def _read_header(file: BinaryIO) -> dict[str, Any]:
 
 def _write_header(file: BinaryIO, header: Mapping[str, Any]) -> None:
     data = json.dumps(header, separators=(",", ":")).encode()
-    data += b" " * (-len(data) % 8)  # spaces, so that the tensors start at a multiple of 8 bytes
+    data += b" " * (-len(data) % 8)  # add spaces, so that the tensors start at a multiple of 8 bytes
     file.write(len(data).to_bytes(8, "little") + data)
 
 

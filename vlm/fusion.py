@@ -1,7 +1,7 @@
 """Fusion of pictures and text, either by picture features in slots of the sequence or by gated cross-attention.
 
-Letters in tensor names: B batch, P pictures of the batch, M largest number of pictures of a row, N features of a
-picture, T positions, S keys (M * N), W width.
+Letters in tensor names: batch (B), pictures of the batch (P), largest number of pictures in a row (M), features of a
+picture (N), positions (T), keys (S = M * N), width (W).
 """
 
 from __future__ import annotations

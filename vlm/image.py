@@ -134,9 +134,9 @@ def open_image(
         data: bytes of a picture file.
         max_pixels: largest allowed number of pixels (width times height).
         min_side: smallest allowed width and height, in pixels.
-        draft_side: smallest side, in pixels, to which the JPEG decoder may shrink the picture; the decoder halves both
-            sides up to three times, which is much faster and hardly changes the pixels after a resize; None to decode
-            at full size.
+        draft_side: smallest side, in pixels, to which the JPEG decoder may shrink the picture, or None for the full
+            size. The decoder halves both sides up to three times, which is much faster and hardly changes the pixels
+            after a resize.
 
     Raises:
         ImageError: the reason is too_large or too_small (both known from the header, before decoding),

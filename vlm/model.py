@@ -1,6 +1,6 @@
 """The vision-language model, which consists of an encoder, a projector, a fusion and a decoder.
 
-Letters in tensor names: B batch, P pictures, N features of a picture, T positions, W width, V vocabulary.
+Letters in tensor names: batch (B), pictures (P), features of a picture (N), positions (T), width (W), vocabulary (V).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class VisionLanguageModel(nn.Module):
         projector: module that maps features to the width of the decoder.
         fusion: module that inserts features into the sequence or prepares the features for cross-attention.
         decoder: language model.
-        prefix_lm: True to let the positions of pictures and prompt attend to each other in both directions.
+        prefix_lm: whether to let the positions of pictures and prompt attend to each other in both directions.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class VisionLanguageModel(nn.Module):
             features_PNW: features of all pictures, in the order of the pictures' slots.
             prefix_BT: left-padded token ids of the prefixes.
             cache: empty key-value cache.
-            padding_B: number of padding positions at the start of each row; None if no row is padded.
+            padding_B: number of padding positions at the start of each row, or None if no row is padded.
         """
         x_BTW, media = self.embed(prefix_BT, features_PNW)
         index_T = torch.arange(prefix_BT.shape[1], device=prefix_BT.device)

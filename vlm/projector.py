@@ -2,7 +2,7 @@
 
 The linear projector and the MLP projector are plain layers and need no class in this module.
 
-Letters in tensor names: B pictures, N patches, L latents, W width.
+Letters in tensor names: pictures (B), patches (N), latents (L), width (W).
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ def open_local(
     Args:
         patch: pytest's monkeypatch, which restores the environment variables at the end of the test.
         home: home folder.
-        config: settings of the platform; None for the default settings.
-        database: MLflow database to copy into the home folder; None to copy none.
+        config: settings of the platform, or None for the default settings.
+        database: MLflow database to copy into the home folder, or None to copy none.
     """
     patch.setenv("LAKESIGHT_HOME", str(home))
     patch.delenv("MLFLOW_TRACKING_URI", raising=False)

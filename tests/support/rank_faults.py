@@ -44,7 +44,7 @@ class Fault(Config):
     """A fault of one rank. The fault happens when the rank starts, in a step, or while a checkpoint is written.
 
     Attributes:
-        step: number of the step that fails, counted from 0; None for the first step after a finished checkpoint.
+        step: number of the step that fails, counted from 0, or None for the first step after a finished checkpoint.
         always: whether the fault is triggered in every attempt of the run; otherwise only in the first attempt.
     """
 

@@ -56,7 +56,7 @@ class SlotsFusionConfig(Config):
 
 
 class CrossFusionConfig(Config):
-    """Gated cross-attention blocks read the picture features (Flamingo; Alayrac et al., 2022).
+    """Gated cross-attention blocks read the picture features (Flamingo, Alayrac et al., 2022).
 
     One image slot in the sequence marks the position of each picture. A token attends only to the last picture before
     the token. The gates start at zero, so training starts from the unchanged decoder.
@@ -85,7 +85,7 @@ class CausalMaskConfig(Config):
 
 
 class PrefixMaskConfig(Config):
-    """Picture and prompt attend to each other in both directions. Only the answer is causal (prefix-LM; PaliGemma)."""
+    """Picture and prompt attend to each other in both directions. Only the answer is causal (as in PaliGemma)."""
 
     kind: Literal["prefix"]
 
@@ -108,7 +108,7 @@ class GenerationConfig(Config):
         num_beams: number of beams of beam search, or 1 for no beam search.
         length_penalty: exponent in the score of beam search, which is log-probability / length ** length_penalty. A
             larger exponent favours longer answers.
-        stop: texts that end an answer. The answer is cut before the first of these texts.
+        stop: texts that end an answer. The answer is cut before the first stop text that it contains.
         seed: random seed of sampling.
     """
 
@@ -175,9 +175,9 @@ class ModelConfig(Config):
         projector: config of the projector from the encoder's outputs to vectors for the decoder.
         fusion: how the decoder receives the picture.
         mask: which positions of the decoder's sequence attend to which other positions.
-        text_only: true for a decoder without encoder and projector, which is trained on a source of kind `text`. The
-            sections `image`, `vision`, `projector` and `fusion` then only describe the captioner that may start from
-            the decoder, and take no memory.
+        text_only: true for a decoder without encoder and projector, which is trained on a source of kind `text`. With
+            `text_only`, the sections `image`, `vision`, `projector` and `fusion` take no memory, and only describe the
+            captioner that may later start from the decoder.
     """
 
     image: ImageConfig

@@ -20,7 +20,7 @@ def flops_per_sample(config: ModelConfig, vocab_size: int, text: int | None = No
     Args:
         config: config of the model.
         vocab_size: number of rows of the token embedding table.
-        text: length of the text in tokens; None for `generation.max_new_tokens`.
+        text: length of the text in tokens, or None for `generation.max_new_tokens`.
     """
     text = config.generation.max_new_tokens if text is None else text
     pictures = 0 if config.text_only else _encoder(config) + _projector(config)

@@ -35,8 +35,8 @@ class WordsConfig(Config):
     """Config of a tokenizer with one token per word, which is learned from the training captions.
 
     Attributes:
-        vocab_size: largest number of tokens. If more words than this number occur `min_count` times, only the most
-            frequent words become tokens.
+        vocab_size: largest number of tokens. If too many words occur `min_count` times, only the most frequent words
+            become tokens.
         min_count: number of times that a word must occur in the training captions. Other words become the unknown
             token.
         lowercase: whether texts are converted to lower case, so that `A` and `a` are the same word.
@@ -54,13 +54,13 @@ class JsonTextConfig(Config):
     Attributes:
         path: path of tokenizer.json. The file is needed only to create a model, because checkpoints contain a copy of
             the file.
-        vocab_size: number of rows of the token embedding table. Publishers often choose a rounded number above the
-            number of tokens.
+        vocab_size: number of rows of the token embedding table. Publishers often round this number up, so that the
+            table has more rows than the tokenizer has tokens.
         bos: text of the start token.
         eos: text of the end token.
         pad: text of the padding token.
         newline_after_empty_prompt: whether a line break follows the start token even if the prompt is empty
-            (PaliGemma). `import-weights` sets this value in the tokenizer of the checkpoint.
+            (PaliGemma). `import-weights` sets `newline_after_empty_prompt` in the tokenizer of the checkpoint.
     """
 
     kind: Literal["json"]

@@ -163,12 +163,12 @@ class MoeMlpConfig(Config):
 
     Attributes:
         num_experts: number of experts (MLPs) per layer.
-        top_k: number of experts per token. The experts' outputs are weighted by a softmax over the chosen experts. The
-            minimum is 2, because the softmax over one expert is constant and gives the router no gradient.
+        top_k: number of experts per token. The experts' outputs are weighted by a softmax over the chosen experts. At
+            least 2 are needed, because the softmax over one expert is constant and gives the router no gradient.
         expert: config of the MLP of each expert.
         noisy: whether noise is added to the router's logits during training. The scale of the noise is learned.
-        balance_weight: weight of the load-balance loss (Fedus et al., 2021). The loss is 1 per layer if all experts
-            receive the same number of tokens.
+        balance_weight: weight of the load-balance loss (Fedus et al., 2021). The load-balance loss of a layer is 1 if
+            all experts receive the same number of tokens.
         z_weight: weight of the router z-loss (Zoph et al., 2022).
     """
 
@@ -207,8 +207,8 @@ class TransformerConfig(Config):
         dropout: dropout probability of the embeddings, the attention weights and the outputs of attention layers and
             MLPs.
         stochastic_depth: probability that training skips the attention layer of the last block for a row of the batch,
-            and likewise the MLP (Huang et al., 2016). The probability rises linearly from the first block to the last
-            block.
+            and likewise the MLP (Huang et al., 2016). From the first block to the last block, the probability of a skip
+            rises linearly.
     """
 
     width: PositiveInt

@@ -71,7 +71,7 @@ class VisionConfig(Config):
         pre_norm: whether a norm comes before the first block (CLIP).
         post_norm: whether a norm comes after the last block.
         select: output of the encoder that the projector receives: all `patches`, their `mean`, the class token (`cls`),
-            or one vector that a learned query pools from the patches (`attention`; Zhai et al., 2022).
+            or one vector that a learned query pools from the patches (`attention`, Zhai et al., 2022).
     """
 
     stem: StemConfig

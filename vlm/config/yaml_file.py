@@ -16,7 +16,7 @@ MAX_VALUES = 50_000
 """Maximum number of values in a file. A value counts once more for each alias (`*name`) that refers to the value."""
 ENCODINGS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose byte-order mark is the start of this mark
+    (codecs.BOM_UTF32_LE, "utf-32"),  # must precede UTF-16, whose mark is the start of this mark
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
@@ -68,7 +68,7 @@ def parse_yaml(text: str) -> Any:
         raise YamlProblem(f"invalid YAML ({place}{what}{hint})") from None
     except RecursionError:
         raise YamlProblem("invalid YAML (lists or mappings are nested too deeply)") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: a date such as 2026-02-30
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError for a date such as 2026-02-30
         raise YamlProblem(f"invalid YAML ({' '.join(str(error).split())})") from None
     _check_size(value)
     return value

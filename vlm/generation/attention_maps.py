@@ -5,8 +5,8 @@ of the picture keep their attention weights in this pass. The weights of the dec
 a token reads. The rollout of the encoder (Abnar and Zuidema, 2020) shows which patches of the picture a feature
 consists of.
 
-Letters in tensor names: T tokens of the answer, L layers, H heads, N features of the picture, P patches, S keys,
-X positions of the encoder, Q latents of a resampler.
+Letters in tensor names: tokens of the answer (T), layers (L), heads (H), features of the picture (N), patches (P),
+keys (S), positions of the encoder (X), latents of a resampler (Q).
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class AttentionMaps:
         text: the answer.
         spans: for each token, the index of its first character in the answer, and the index after its last character.
         decoder_TLHN: attention weights of the decoder, by token, layer, head and picture feature. The weights of a
-            token are those of the position that predicts the token. In a model with image slots, this position also
-            attends to the text, so the sum of its weights over the features is at most 1. In a model with
-            cross-attention, the sum is 1.
+            token are those of the position that predicts the token. In a model with image slots, the position also
+            attends to the text, so a token's weights over the features sum to at most 1. In a model with
+            cross-attention, a token's weights over the features sum to exactly 1.
         rollout_NP: share of each feature that comes from each patch, from 0 to 1. The patches are ordered by the rows
             of the picture, from top to bottom. The shares of a feature add up to less than 1 if the encoder also has a
             class token or registers.

@@ -9,8 +9,8 @@ return the same tokens:
 - The search of a request ends when the search holds `num_beams` finished candidates and the best open beam has no
   higher normalized score than the worst finished candidate.
 
-Letters in tensor names: B active requests, K beams, C candidates, R = B * K rows, V vocabulary, X = K * V continuations
-of a request.
+Letters in tensor names: active requests (B), beams (K), candidates (C), rows (R = B * K), vocabulary (V), continuations
+of a request (X = K * V).
 """
 
 from __future__ import annotations

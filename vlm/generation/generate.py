@@ -4,7 +4,7 @@ each row.
 Rows of a batch do not influence each other, so a completion does not depend on the other rows. A finished row leaves
 the batch. The suppressed ids of the tokenizer are never generated.
 
-Letters in tensor names: B unfinished rows of the batch, V vocabulary.
+Letters in tensor names: unfinished rows of the batch (B), vocabulary (V).
 """
 
 from __future__ import annotations

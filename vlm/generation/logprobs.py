@@ -1,6 +1,6 @@
 """Log-probabilities of given answers.
 
-Letters in tensor names: B rows of a batch, T positions, N target positions of the batch, V vocabulary.
+Letters in tensor names: rows of a batch (B), positions (T), target positions of the batch (N), vocabulary (V).
 """
 
 from __future__ import annotations

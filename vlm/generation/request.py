@@ -1,6 +1,7 @@
 """Requests and completions of text generation, and the prefill step, which encodes pictures and prefixes.
 
-Letters in tensor names: B requests, T positions, P pictures, N features of a picture, W width, V vocabulary.
+Letters in tensor names: requests (B), positions (T), pictures (P), features of a picture (N), width (W), vocabulary
+(V).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The settings have the same meaning as in transformers' `generate` and are applied in the same order: repetition penalty,
 temperature, top-k, top-p, min-p.
 
-Letters in tensor names: B batch, N new tokens, V vocabulary.
+Letters in tensor names: batch (B), new tokens (N), vocabulary (V).
 """
 
 from __future__ import annotations

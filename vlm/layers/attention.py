@@ -3,8 +3,8 @@
 The fused kernel returns no attention weights. `record_weights` makes layers compute the attention explicitly and keep
 the weights.
 
-Letters in tensor names: B batch, T query, S key, H heads, K kv heads, G query heads of a kv head, D head width,
-W width.
+Letters in tensor names: batch (B), queries (T), keys (S), heads (H), key-value heads (K), query heads of a key-value
+head (G), width of a head (D), width (W).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Attention(nn.Module):
     which is 1 / sqrt(head_dim) by default.
 
     Attributes:
-        recorded: list to which each forward pass appends its attention weights (B, H, T, S); None to keep no weights.
+        recorded: list to which each forward pass appends its attention weights (B, H, T, S), or None to keep none.
     """
 
     recorded: list[Tensor] | None = None
@@ -68,13 +68,12 @@ class Attention(nn.Module):
 
         Args:
             x_BTW: input of the layer.
-            mask: bool mask, broadcastable to (B, H, T, S), True where query t attends to key s; None to use `causal`.
-            causal: True for causal attention if `mask` is None; False for attention from every position to every
-                position.
+            mask: bool mask that broadcasts to (B, H, T, S), True where query t attends to key s; or None.
+            causal: whether attention without a `mask` is causal; otherwise, every position attends to every position.
             angles: rotary angles of the positions of x.
             cache: keys and values of earlier positions; this call adds the keys and values of the new positions.
             layer: index of this layer in the cache.
-            last_only: True to compute only the output of the last position.
+            last_only: whether to compute only the output of the last position.
 
         Returns:
             Output of shape (B, T, W), or (B, 1, W) with `last_only`.
@@ -118,7 +117,7 @@ class CrossAttention(nn.Module):
     """Cross-attention from x (B, T, width) to a memory (B, S, memory_width), with output (B, T, width).
 
     Attributes:
-        recorded: list to which each forward pass appends its attention weights (B, H, T, S); None to keep no weights.
+        recorded: list to which each forward pass appends its attention weights (B, H, T, S), or None to keep none.
     """
 
     recorded: list[Tensor] | None = None
@@ -165,10 +164,10 @@ def attention_weights(
     Args:
         q_BHTD: queries.
         k_BKSD: keys.
-        mask: bool mask, broadcastable to (B, H, T, S), True where query t attends to key s; None for all keys.
+        mask: bool mask, broadcastable to (B, H, T, S), True where query t attends to key s, or None for all keys.
         scale: factor by which the scores are multiplied.
-        soft_cap: bound of the scores, which tanh limits to (-soft_cap, soft_cap); None for no limit.
-        causal: True for causal attention; `mask` must then be None.
+        soft_cap: bound of the scores, which tanh limits to (-soft_cap, soft_cap), or None for no limit.
+        causal: whether attention is causal, which requires that `mask` is None.
     """
     B, H, T, D = q_BHTD.shape
     if causal:

@@ -20,13 +20,13 @@ class Block(nn.Module):
 
     The outputs of attention and MLP can go through a second norm (`post_norms`) and a learned scale per channel, whose
     initial value is `layer_scale`. In training, each branch of each row is skipped with probability `skip_probability`.
-    A branch that is not skipped is scaled up, so that the expected output stays the same (stochastic depth; Huang et
+    A branch that is not skipped is scaled up, so that the expected output stays the same (stochastic depth, Huang et
     al., 2016).
 
     Attributes:
-        recompute: True to store only the input of the block in training and to compute the block again in the backward
+        recompute: whether training stores only the input of the block and computes the block again in the backward
             pass.
-        compiled: True to run the block through torch.compile in training.
+        compiled: whether to run the block through torch.compile in training.
     """
 
     recompute = False

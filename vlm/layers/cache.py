@@ -1,6 +1,6 @@
 """Key-value cache for generation. The caller creates the cache, and the model fills the cache.
 
-Letters in tensor names: B batch, K kv heads, S key positions, D head width.
+Letters in tensor names: batch (B), key-value heads (K), key positions (S), width of a head (D).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class KVCache:
 
     Attributes:
         length: number of stored positions, which is the same in all rows.
-        padding_B: number of padding positions at the start of each row; None if no row is padded.
+        padding_B: number of padding positions at the start of each row, or None if no row is padded.
         media: keys and values of the pictures for each cross-attention block; empty without cross-attention.
         media_mask: bool mask, broadcastable to (B, H, 1, S), True for the picture features that later tokens attend to.
     """

@@ -44,7 +44,7 @@ def apply_window(mask: Tensor | None, window: int, *, queries: int, keys: int, d
     As in transformers, two positions of a prefix attend to each other at any distance.
 
     Args:
-        mask: bool mask (B, 1, queries, keys); None for a causal mask.
+        mask: bool mask (B, 1, queries, keys), or None for a causal mask.
         window: number of keys in the window, including the key at the position of the query.
         queries: number of queries; the queries are the last `queries` of the `keys` positions.
         keys: number of keys.

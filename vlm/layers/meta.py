@@ -35,7 +35,7 @@ class EmptyOnMeta(TorchFunctionMode):
     because torch would first load its compiler, which takes 150 MB and several seconds.
 
     Args:
-        draw: True to draw and discard the random numbers of each skipped initialisation, so that the construction
+        draw: whether to draw and discard the random numbers of each skipped initialisation, so that the construction
             leaves torch's random generator in the same state as the construction of a real model.
     """
 

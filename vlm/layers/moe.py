@@ -1,11 +1,11 @@
 """Sparse mixture of experts, in which a router sends each token to a few of many MLPs (Shazeer et al., 2017).
 
 Experts have no capacity limit, so no token is dropped. Tokens are sorted by expert, and one grouped matrix product
-computes all experts. The function `naive_experts` is a slow reference implementation with a loop over the experts.
-Tests compare both implementations.
+computes all experts. Tests compare the result with the function `naive_experts`, a slow reference implementation with a
+loop over the experts.
 
-Letters in tensor names: N tokens, K chosen experts of a token, A = N * K assignments, X experts, W width, I inputs, O
-outputs.
+Letters in tensor names: tokens (N), chosen experts of a token (K), assignments (A = N * K), experts (X), width (W),
+inputs (I), outputs (O).
 """
 
 from __future__ import annotations

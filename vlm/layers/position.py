@@ -2,7 +2,7 @@
 
 Learned positions are a plain embedding table and need no class here.
 
-Letters in tensor names: B batch, H heads, T query, D head width, N patches of a picture.
+Letters in tensor names: batch (B), heads (H), queries (T), width of a head (D), patches of a picture (N).
 """
 
 from __future__ import annotations

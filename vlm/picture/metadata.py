@@ -62,8 +62,8 @@ class PictureFile(NamedTuple):
 
     Attributes:
         data: content of the file without its metadata.
-        orientation: EXIF orientation, from 1 to 8; None for AVIF, whose orientation the decoder reads from outside of
-            EXIF.
+        orientation: EXIF orientation, from 1 to 8, or None for AVIF, whose decoder reads the orientation from outside
+            of EXIF.
     """
 
     data: bytes

@@ -4,7 +4,7 @@ A document is a picture with its reference captions. An n-gram that occurs in fe
 evaluation, the documents are the pictures of the evaluated split. In training with CIDEr-D as the reward, the documents
 are the pictures of the training split.
 
-Letters in names of lists: N orders of n-grams.
+A list whose name ends with the letter N has one entry per order of n-grams.
 """
 
 from __future__ import annotations

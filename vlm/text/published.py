@@ -2,8 +2,8 @@
 
 Special tokens of a tokenizer.json have a text form. This module distinguishes control tokens and region tokens. Control
 tokens are start, end, padding, and all further special tokens that are not region tokens. No text is encoded to a
-control token: "<eos>" in a caption or prompt is encoded as ordinary characters. Region tokens (<loc0512>, <seg003>) are
-text: captions may contain region tokens, and decoding keeps region tokens. The template, truncation and padding
+control token, so "<eos>" in a caption or prompt is encoded as ordinary characters. Region tokens (<loc0512>, <seg003>)
+are text: captions may contain region tokens, and decoding keeps region tokens. The template, truncation and padding
 settings of the file are not used, because `prompt.py` builds the sequence.
 """
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA; Hu et al., 2021), which are small trained updates to the linear layers of a frozen model.
+"""Low-rank adapters (LoRA, Hu et al., 2021), which are small trained updates to the linear layers of a frozen model.
 
 An adapted layer computes x W' + (alpha / rank) x A' B'. The matrix A (`down`) starts at random values and the matrix B
 (`up`) starts at zero, so a fresh adapter leaves the output exactly unchanged. `merge_adapter` adds the update to W and
@@ -10,7 +10,7 @@ adapter.json          the AdapterConfig, and the SHA-256 of the weights file tha
 The SHA-256 identifies the base weights. The shapes of the tensors cannot identify the base weights, because a different
 model with the same shapes would load the adapter without an error and generate nonsense.
 
-Letters in tensor names: R rank.
+Letters in tensor names: rank of the adapter (R).
 """
 
 from __future__ import annotations

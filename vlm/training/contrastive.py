@@ -7,7 +7,7 @@ own. The loss teaches the encoder which pictures a text can belong to.
 Each pair of a picture and a text is a binary classification: does the text belong to the picture? The negatives of a
 picture are the other texts in the same part of the rank's batch, except texts that equal the picture's own text.
 
-Letters in tensor names: B rows, P pictures, N features of a picture, T positions, W width.
+Letters in tensor names: rows (B), pictures (P), features of a picture (N), positions (T), width (W).
 """
 
 from __future__ import annotations

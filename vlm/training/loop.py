@@ -35,8 +35,8 @@ class StepReport:
         lr: learning rate of the step; the largest learning rate if parameter groups have different rates.
         grad_norm: norm of the global gradient before clipping.
         tokens: number of target tokens of the global batch.
-        router: router losses and expert load before the step; None for a model without mixture of experts.
-        contrastive: contrastive loss before the step, as a mean over ranks; None without a contrastive loss.
+        router: router losses and expert load before the step, or None for a model without mixture of experts.
+        contrastive: contrastive loss before the step, as a mean over ranks, or None without a contrastive loss.
     """
 
     step: int
@@ -92,13 +92,14 @@ def fit(
         seed: seed of the training run.
         rank: rank of this process.
         device: device of the model.
-        bf16: True to run the forward pass under bfloat16 autocast.
+        bf16: whether to run the forward pass under bfloat16 autocast.
         on_step: function that is called after every step, on every rank.
         label_smoothing: share of the target probability that is spread over all tokens, except in the reported loss.
         contrastive: weight of the contrastive loss between the pictures and the texts of a part; 0 for no such loss.
 
     Raises:
-        NotFiniteError: the loss or gradient is not finite, or all targets are masked. The step has changed no weights.
+        NotFiniteError: the loss or gradient is not finite, or all targets are masked. The failed step changed no
+            weights.
     """
     model.train()
     layers = routed_layers(unwrap_ddp(model))
@@ -167,9 +168,9 @@ def _backward(
     objectives, report = [objective * (world_size() / tokens).to(objective.dtype)], None
     if layers:
         router_part, report = router_loss(layers, part)
-        if router_part.requires_grad:  # False if every trained weight comes after the last router
+        if router_part.requires_grad:  # no gradient if every trained weight comes after the last router
             objectives.append(router_part * (world_size() / num_parts))
-    if contrast:  # must follow the router loss: this pass over the texts stores a new routing
+    if contrast:  # after the router loss, because the pass over the texts stores a new routing
         with mixed_precision(part.tokens_BT.device, bf16=bf16):
             objectives.append(contrast.loss(part) / num_parts)
     torch.autograd.backward(objectives)

@@ -1,6 +1,7 @@
 """Caption loss and router losses for training, and losses per row for evaluation.
 
-Letters in tensor names: B batch, T positions, V vocabulary, N tokens, K chosen experts of a token, X experts.
+Letters in tensor names: batch (B), positions (T), vocabulary (V), tokens (N), chosen experts of a token (K), experts
+(X).
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def parameter_groups(
     Args:
         model: model whose trainable parameters are grouped.
         weight_decay: weight decay of matrices.
-        rates: dict from a pattern to a learning rate, as in `set_trainable`; None if all learning rates are equal.
+        rates: dict from a pattern to a learning rate, as in `set_trainable`, or None if all learning rates are equal.
 
     Returns:
         Parameter groups for the optimizer. `lr_share` is the learning rate of a group divided by the largest rate.

@@ -40,8 +40,8 @@ def build_sharded(config: ModelConfig, vocab_size: int, device: torch.device, *,
         config: config of the model.
         vocab_size: number of rows of the token embedding table.
         device: device of the model.
-        draw: True to initialize the weights from torch's global random generator, which all ranks seed alike. The
-            weights are then equal to those of `build_model`. False if the caller loads the weights afterwards.
+        draw: whether to initialize the weights from torch's global random generator, which all ranks seed alike, so
+            that the weights equal those of `build_model`. Otherwise, the caller must load the weights afterwards.
     """
     with EmptyOnMeta(draw=draw):
         model = construct_model(config, vocab_size)

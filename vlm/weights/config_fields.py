@@ -78,7 +78,7 @@ def same(path: str, key: str, values: Mapping[str, str] | None = None) -> Config
     Args:
         path: dotted path of the value in our config.
         key: key of the value in config.json.
-        values: dict from the name of a value in config.json to our name of the value; None if both names are equal.
+        values: dict from the name of a value in config.json to our name of the value, or None if both names are equal.
     """
     to_ours = values or {}
     to_theirs = {ours: theirs for theirs, ours in reversed(list(to_ours.items()))}
@@ -165,8 +165,8 @@ def attention_biases(path: str, qkv: ConfigField, out: bool | None = None) -> tu
     Args:
         path: dotted path of our attention config.
         qkv: config field which says whether queries, keys and values have a bias.
-        out: True if all models of the family have an output bias; False if no model of the family has an output bias;
-            None if a model has an output bias exactly when queries, keys and values have a bias.
+        out: whether all models of the family have an output bias (True) or no model has one (False), or None if a model
+            has an output bias exactly when queries, keys and values have a bias.
     """
     return (
         qkv,
@@ -197,7 +197,7 @@ def attention_heads(path: str, width: str, count: str) -> tuple[ConfigField, ...
 
 
 def standard_transformer(path: str) -> tuple[ConfigField, ...]:
-    """Return the config fields that GPT-2 and ViT share: LayerNorm, plain MLPs and learned positions."""
+    """Return the config fields that GPT-2 and ViT share, for example for LayerNorm and learned positions."""
     return (
         constant(f"{path}.norm.kind", "layer"),
         constant(f"{path}.position.kind", "learned"),

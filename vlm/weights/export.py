@@ -34,7 +34,7 @@ class ExportReport(Config):
     """Result of an export.
 
     Attributes:
-        part: which part of the model was exported: `model`, `encoder` or `decoder`.
+        part: which part of the model was exported (`model`, `encoder` or `decoder`).
         family: name of the weight family in whose format the part was written, such as `gemma`.
         folder: folder of the written files.
         files: names of the written files.
@@ -61,10 +61,10 @@ def export_weights(
 
     Args:
         checkpoint: folder of a checkpoint written by training or by an import.
-        part: part of the model to export: `model`, `encoder` or `decoder`.
+        part: part of the model to export (`model`, `encoder` or `decoder`).
         family_name: name of the weight family whose format is written, such as `gemma`.
         out: folder to create and write to.
-        max_bytes: maximum size of a weight file, in bytes. Larger weights are split into shards.
+        max_bytes: maximum size of a weight file, in bytes. Weights with more bytes are split into several files.
 
     Raises:
         CheckpointError: the family is unknown, or cannot represent the model (one error lists all mismatches), or the

@@ -41,7 +41,7 @@ class Family:
 
     Attributes:
         name: name of the family in commands and reports.
-        part: which part of our model the weights fill: `model`, `encoder` or `decoder`.
+        part: which part of our model the weights fill (`model`, `encoder` or `decoder`).
         select_settings: function that returns the section of a config.json that describes this family's weights, or
             None if the config.json belongs to a different family.
         fields: config fields, which map values between config.json and our config.
@@ -54,11 +54,11 @@ class Family:
         prefix: prefix of all tensor names. The files of a network without an output head may omit the prefix.
         legacy_prefixes: pairs of two name prefixes. The first prefix occurs in other versions of the files, and the
             second prefix replaces it in the weight table. Only the first pair that matches a tensor name is used.
-        vocab_section: section of config.json with the vocabulary size; empty if the size is at the top level; None if
-            the family has no vocabulary.
-        newline_after_empty_prompt: True if a line break follows the start token even if the prompt is empty.
+        vocab_section: section of config.json with the vocabulary size, an empty string if the size is at the top level,
+            or None if the family has no vocabulary.
+        newline_after_empty_prompt: whether a line break follows the start token even if the prompt is empty.
         image_id_key: key of the image token's id in config.json; empty for a family without image token.
-        exportable: True if a checkpoint can be exported to the family.
+        exportable: whether a checkpoint can be exported to the format of this family.
     """
 
     name: str
@@ -160,7 +160,7 @@ def transformers_family(
 
     Args:
         name: name of the family in commands and reports.
-        part: which part of our model the weights fill: `model`, `encoder` or `decoder`.
+        part: which part of our model the weights fill (`model`, `encoder` or `decoder`).
         architecture: class of transformers that loads an exported folder.
         sections: dict from each `model_type` to the family's section of config.json; an empty section name means the
             whole file. An export writes the first `model_type`.

@@ -37,7 +37,7 @@ class PartReport(Config):
     """Report on the tensors of one folder.
 
     Attributes:
-        part: which part of the model the tensors fill: `model`, `encoder` or `decoder`.
+        part: which part of the model the tensors fill (`model`, `encoder` or `decoder`).
         family: name of the weight family, such as `gemma`.
         folder: folder from which the weights were read.
         used: number of tensors that fill parameters.

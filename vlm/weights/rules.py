@@ -44,7 +44,7 @@ class Rule:
         ours: names of our parameters.
         read: function that converts the other library's tensors to our parameters.
         write: function that converts our parameters to the other library's tensors, as the exact inverse of `read`.
-        grid: layout of a position embedding table; None for any other tensor.
+        grid: layout of a position embedding table, or None for any other tensor.
     """
 
     theirs: tuple[str, ...]

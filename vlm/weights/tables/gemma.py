@@ -81,7 +81,7 @@ def rope_base(settings: Settings) -> Any:
 
 
 def other_activation(key: str, used: str) -> ConfigField:
-    """Return the config field for the second key of the activation, whose value must equal that of the first key."""
+    """Return the config field of `key`, a second key for the activation, whose value must equal that of key `used`."""
 
     def theirs(settings: Settings) -> Any:
         name = settings.get(key) or settings[used]

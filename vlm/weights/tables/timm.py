@@ -1,4 +1,4 @@
-"""Vision transformers of timm (Wightman, 2019): `vit_*`, `deit_*` and `deit3_*`.
+"""Vision transformers of timm (Wightman, 2019) with names such as `vit_*`, `deit_*` and `deit3_*`.
 
 The encoders may have a class token, registers, layer scale, attention pooling or SwiGLU.
 
