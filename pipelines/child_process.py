@@ -21,7 +21,7 @@ SECRET = re.compile("TOKEN|SECRET|PASSW|CREDENTIAL|KEY|AUTH")
 
 
 def child_environment(**more: str) -> dict[str, str]:
-    """Return environment variables for a child process: `more`, and this process's variables that PASSED_ON allows."""
+    """Return `more` and this process's environment variables that PASSED_ON allows, for a child process."""
     allowed = {
         name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name) and not SECRET.search(name)
     }

@@ -306,8 +306,8 @@ class ShardConfig(Config):
         seed: random seed of the order of rows in the shards.
         where: SQL condition on columns of the table `samples`, or an empty text for all rows. Shards of every split
             contain only rows that meet the condition.
-        draft: whether the JPEG decoder shrinks large pictures to near the model's resolution during decoding. This is
-            far faster, but the pixels differ slightly from the pixels on which the model captions.
+        draft: whether the JPEG decoder shrinks large pictures to near the model's resolution during decoding. Decoding
+            is then far faster, but the pixels differ slightly from the pixels on which the model captions.
     """
 
     encoding: Literal["raw", "jpeg"] = "raw"
@@ -323,7 +323,8 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 class DataConfig(Config):
     """Where the rows come from, and how training and evaluation use the rows.
 
-    Of a source of kind `text`, `near_duplicates`, `mix`, `text_weights` and the limits of pictures have no use.
+    For a source of kind `text`, the settings `near_duplicates`, `mix`, `text_weights` and the limits of pictures have
+    no effect.
 
     Attributes:
         source: where the rows come from; a csv source if the section has no `kind`.
@@ -334,8 +335,8 @@ class DataConfig(Config):
         shards: format of training shards.
         validate_on: split on which the model is validated during training.
         evaluate_on: split on which a registered model version is evaluated.
-        mix: other sources in the table `samples` from which training rows are drawn. Maps the name of each source to
-            the share of its rows, such as {birds: 0.2}. The remaining training rows come from `source`.
+        mix: other sources in the table `samples` from which training rows are drawn. The mapping gives the share of
+            rows from each source, such as {birds: 0.2}. The remaining training rows come from `source`.
         text_weights: how often each text of a picture is drawn for training. With `frequency`, a text is drawn in
             proportion to the number of times that the source repeats the text. With `uniform`, all different texts are
             drawn equally often.

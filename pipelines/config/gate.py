@@ -58,7 +58,7 @@ class DriftConfig(Config):
         contrast: largest difference in the standard deviation of the pixel values, on the scale from 0 to 255.
         min_rows: number of rows that the job and the evaluation must each have before they are compared. With fewer
             rows, random differences would exceed the thresholds.
-        fail: whether drift ends the job with exit code 1, after all captions are written. If false, drift only causes a
+        fail: whether drift ends the job with exit code 1, after all captions are written; if false, drift only causes a
             warning.
     """
 

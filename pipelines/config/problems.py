@@ -73,7 +73,7 @@ def _field_path(root: type[BaseModel], loc: Sequence[int | str]) -> tuple[str, l
 
 
 def _tag(model: type[BaseModel]) -> str | None:
-    """Return the value of the field `kind`, by which pydantic selects a model of a union; None without this field."""
+    """Return the value of the field `kind`, by which pydantic selects a model of a union, or None."""
     kind = model.model_fields.get("kind")
     return get_args(kind.annotation)[0] if kind else None
 

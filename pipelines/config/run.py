@@ -128,7 +128,7 @@ class DatabricksPlatformConfig(Config):
         schema_: name of the schema that holds the tables and the registered models.
         volume: name of the Volume that holds all files, such as shards and checkpoints.
         ranks: number of training processes.
-        use_gpu: whether each rank gets a GPU. If false, ranks use CPUs.
+        use_gpu: whether each rank gets a GPU; if false, ranks use CPUs.
         cache_gib: disk space on each host for local copies of remote shards, in GiB; 0 for no copies.
         experiment: full name of one MLflow experiment for all runs, or null for a separate experiment for each run
             under `/Shared/lakesight/`.

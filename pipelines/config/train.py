@@ -64,7 +64,7 @@ class TextsObjectiveConfig(Config):
 
 
 class CiderObjectiveConfig(Config):
-    """Objective of a stage: the CIDEr of captions that the model samples (self-critical training; Rennie et al., 2016).
+    """Objective of a stage: the CIDEr of captions that the model samples (self-critical training, Rennie et al., 2016).
 
     The model samples several captions of each training picture. A caption becomes more likely if its CIDEr-D is above
     the mean CIDEr-D of the picture's other captions, and less likely if its CIDEr-D is below this mean (Luo, 2020).
@@ -132,7 +132,7 @@ class AugmentConfig(Config):
             aerial pictures. A picture is not mirrored if its text contains one of `sided_words` or `upright_words`.
         rotate: share of pictures that are rotated by 90, 180 or 270 degrees. A picture is not rotated if its text
             contains one of `sided_words` or `upright_words`.
-        erase: share of pictures in which a rectangle is filled with the picture's mean colour (random erasing; Zhong et
+        erase: share of pictures in which a rectangle is filled with the picture's mean colour (random erasing, Zhong et
             al., 2017). The rectangle covers 2 to 33 percent of a picture.
         brightness: largest random change of brightness. All pixel values are multiplied by a factor between 1 -
             brightness and 1 + brightness.
@@ -216,9 +216,10 @@ class TrainConfig(Config):
         stages: stages that follow each other and have learning rates of their own. Without stages, all parameters learn
             at `optimizer.lr` for the whole run.
         rows_at_once: number of rows in one forward pass of a rank, or null for all rows of the rank. A smaller number
-            saves memory. The result of a step stays the same, because gradients are accumulated over the full batch.
+            of rows saves memory. The result of a step stays the same, because gradients are accumulated over the full
+            batch.
         recompute_blocks: whether the backward pass recomputes the activations inside each block, so that the forward
-            pass need not store them. This saves memory and takes about a third more compute.
+            pass need not store them. Recomputation saves memory, but a step takes about a third more compute.
         compile_blocks: whether to compile each block with torch.compile, which is useful on GPUs. With compiled blocks,
             the weights of a resumed run equal the weights of an uninterrupted run only up to rounding.
         parallel: how ranks share the model. With `ddp`, each rank holds the full model. With `fsdp`, each rank holds a
@@ -237,7 +238,7 @@ class TrainConfig(Config):
         label_smoothing: share of each target token's probability that training spreads over all tokens of the
             vocabulary (Szegedy et al., 2015). The metrics `train/loss` and `val/loss` are computed without label
             smoothing.
-        contrastive: weight of a contrastive loss that is added to the caption loss (SigLIP; Zhai et al., 2023), or 0
+        contrastive: weight of a contrastive loss that is added to the caption loss (SigLIP, Zhai et al., 2023), or 0
             for no contrastive loss. The contrastive loss compares each picture with the texts of all rows in one
             forward pass of one rank (`rows_at_once`). The metrics `train/loss` and `val/loss` do not contain the
             contrastive loss.
@@ -252,11 +253,10 @@ class TrainConfig(Config):
             also computed after the last step.
         best_by: metric that decides which checkpoint is the best: the validation `loss`, or the `cider` on validation
             pictures, which needs `score_every`.
-        stop: patience of early stopping: the number of consecutive values of the metric `best_by` without a new best
-            value after which training ends, or null to never end early.
+        stop: number of consecutive values of the metric `best_by` without a new best value after which training ends
+            early, or null to take all steps.
         checkpoint_every: number of steps between two checkpoints. A checkpoint is also written after the last step.
-        keep_checkpoints: number of checkpoints to keep. The newest checkpoints are kept, and in addition the best
-            checkpoint.
+        keep_checkpoints: number of newest checkpoints to keep. The best checkpoint is always kept in addition.
         caption_samples: number of validation pictures that the model captions at each validation, as samples for
             people.
         register_: checkpoint that is registered as a model version: the `last` checkpoint, the `best` checkpoint by the
@@ -264,7 +264,7 @@ class TrainConfig(Config):
             finished, the checkpoint that is now selected is registered too.
         profile_steps: number of steps that PyTorch's profiler records on rank 0, after five unrecorded steps. The
             profiler trace is logged to MLflow.
-        timeout_seconds: longest time without a sign of life from a rank, in seconds. After this time, the run is
+        timeout_seconds: longest time for which a rank may report no progress, in seconds. After this time, the run is
             stopped.
         max_restarts: largest number of times that a failed run is restarted from its last checkpoint. A run is
             restarted only if a restart can help.
@@ -310,7 +310,7 @@ class TrainConfig(Config):
 
     @property
     def rewards_cider(self) -> bool:
-        """True if a stage rewards the CIDEr of sampled captions."""
+        """Whether a stage rewards the CIDEr of sampled captions."""
         return any(stage.objective.kind == "cider" for stage in self.stages)
 
     def next_validated_step(self, step: int) -> int:

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 BATCH_ROWS = 32
 UNSUPPORTED = re.compile(r"[\[\]\\^|\x00-\x1f]|%[0-9A-Fa-f]{2}")
-"""Parts of a path with which `deltalake` fails, ends the process, or uses another folder. Spark supports them all."""
+"""Parts of a path with which `deltalake` fails, ends the process, or uses another folder. Spark supports all paths."""
 
 
 def is_supported(folder: Path | None) -> TypeGuard[Path]:
-    """Tell whether `deltalake` can open tables in a local folder. None stands for tables of a catalog."""
+    """Return whether `deltalake` can open tables in a folder (None if a catalog manages the tables)."""
     return folder is not None and not UNSUPPORTED.search(str(folder))
 
 

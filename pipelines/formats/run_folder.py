@@ -69,7 +69,7 @@ class RankFile(Config):
     start_ticks: int = 0
     """Start time of the process, in clock ticks since the boot of the host; 0 if the start time is not known."""
     ended: bool = False
-    """True after a clean exit. If false and there is no failure record, the rank was killed or called os._exit."""
+    """Whether the rank exited normally. A rank that was killed or called os._exit leaves no failure record."""
 
 
 class Host(Config):
@@ -362,7 +362,7 @@ class RunFolder:
 
 
 def write_json(path: Path, content: Config | dict[str, Any]) -> None:
-    """Write a JSON file atomically. Create its folder if the folder does not exist."""
+    """Write a JSON file atomically. Create the folder of the file if the folder does not exist."""
     if isinstance(content, Config):
         text = content.model_dump_json(indent=2, by_alias=True)
     else:

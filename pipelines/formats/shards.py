@@ -43,7 +43,7 @@ class ShardRequest(Config):
     """Everything that determines the content of a shard folder.
 
     Attributes:
-        image: image config of the model; None for shards of text.
+        image: image config of the model, or None for shards of text.
         left_out: ids of training pictures of a mix that copy a validation or test picture of another source.
     """
 
@@ -130,7 +130,7 @@ class Row(NamedTuple):
 def shard_schema(request: ShardRequest) -> pa.Schema:
     """Return the schema of a shard file. The column `pixels` has fixed-size values if the encoding is raw.
 
-    A shard file of text has no pixels, and the ids of its texts.
+    A shard file of texts has text ids, and no pixels.
     """
     if request.image is None:
         return pa.schema([("text_id", pa.string()), ("texts", pa.list_(TEXT_TYPE))])

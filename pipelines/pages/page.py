@@ -1,6 +1,6 @@
 """One self-contained HTML page of figures, tables, bar charts and picture cards.
 
-A page needs no network, because its pictures are data: URIs and its style and script are inline. The templates escape
+A page needs no network, because its pictures are `data:` URIs and its style and script are inline. The templates escape
 all data.
 """
 
@@ -112,7 +112,7 @@ class Card:
 
     @property
     def data_uri(self) -> str:
-        """Thumbnail as a data: URI, or an empty string if the card has no thumbnail."""
+        """Thumbnail as a `data:` URI, or an empty string if the card has no thumbnail."""
         return f"data:image/jpeg;base64,{base64.b64encode(self.thumbnail).decode('ascii')}" if self.thumbnail else ""
 
     @property

@@ -44,8 +44,8 @@ CHECKPOINT_TAG = "checkpoint"
 """Name of the tag in which a model version stores the name of its checkpoint. A version without this tag contains the
 last checkpoint."""
 GENERATION_TAG = "generation"
-"""Name of the tag in which a model version stores a hash of its generation settings, if they differ from those of its
-checkpoint."""
+"""Name of the tag in which a model version stores a hash of its generation settings, if these differ from the settings
+of its checkpoint."""
 MAX_TAG_CHARS = 1000
 
 
@@ -84,8 +84,8 @@ def register(
         run: run folder.
         run_id: id of the MLflow run.
         platform: platform whose model registry is used.
-        which: checkpoint to register: `last`, `best`, or the step of the checkpoint.
-        generation: generation settings of the version; None for those of the checkpoint.
+        which: checkpoint to register, which is `last`, `best`, or the step of the checkpoint.
+        generation: generation settings of the version, or None for the generation settings of the checkpoint.
 
     Raises:
         UserError: the run is not finished, or the checkpoint is missing or incomplete.

@@ -231,7 +231,7 @@ class Follower(threading.Thread):
         """Log every file that MLflow does not have yet. Return the client.
 
         Args:
-            to_end: whether the ranks have ended. If true, the folders are listed, so that every file is found.
+            to_end: whether the ranks have ended; if true, the folders are listed, so that every file is found.
 
         Raises:
             MlflowException, OSError, UserError: a request failed. The next call logs the remaining files.

@@ -44,7 +44,7 @@ def connect(platform: Platform) -> MlflowClient:
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # urllib3's warnings repeat our errors
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # its tracebacks repeat our errors
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # tracebacks that repeat our errors
     follow_moved_home(platform)
     # `mlflow.set_tracking_uri` and `mlflow.set_registry_uri` also set these environment variables. `platform.local` and
     # child processes would mistake the variables for settings of the user.
@@ -131,7 +131,7 @@ def _create_workspace_folder(folder: PurePosixPath) -> None:
 
 
 def unusable(platform: Platform, error: Exception) -> UserError:
-    """Return the error for a failed request to the tracking server: TrackingDown if a later request may succeed."""
+    """Return the error for a failed request to the tracking server, a TrackingDown if a later request may succeed."""
     what, where, got = "the MLflow tracking server cannot be used", redact_uri(platform.tracking_uri), first_line(error)
     workspace = platform.kind == "databricks"
     if is_outage(error):

@@ -26,9 +26,9 @@ def measure_usage(device: torch.device) -> dict[str, float]:
 
     Returns:
         system/memory_gb: largest peak of resident memory of any rank, in GB.
-        system/gpu_memory_gb: largest peak of allocated GPU memory of any rank, in GB. Absent if ranks use CPUs.
-        system/gpu_busy: mean fraction of the GPU driver's last sampling period (1/6 s to 1 s) in which a kernel ran.
-            Absent if ranks use CPUs or the package nvidia-ml-py is not installed.
+        system/gpu_memory_gb: largest peak of allocated GPU memory of any rank, in GB; left out if ranks use CPUs.
+        system/gpu_busy: mean fraction of the GPU driver's last sampling period (1/6 s to 1 s) in which a kernel ran;
+        left out if ranks use CPUs or the package nvidia-ml-py is not installed.
     """
     peaks = {"system/memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_BYTES / 1e9}
     if device.type == "cuda":

@@ -147,7 +147,7 @@ class EarlyStop:
 
     @property
     def reached(self) -> bool:
-        """True if the last `train.stop` values are not better than the best value before them."""
+        """Whether none of the last `train.stop` values is better than the best earlier value."""
         if self._patience is None or not self._costs:
             return False
         return len(self._costs) - 1 - self._costs.index(min(self._costs)) >= self._patience

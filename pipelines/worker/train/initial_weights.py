@@ -88,7 +88,8 @@ class ModelBuilder:
         Args:
             folder: folder of the checkpoint.
             copy: training state of a model that is not sharded.
-            last: True for the last checkpoint of the run, which contains the merged model of an adapter run.
+            last: whether the checkpoint is the last checkpoint of the run, which also contains the merged model of an
+                adapter run.
         """
         save_state(folder, copy)
         if not self.settings.adapter:

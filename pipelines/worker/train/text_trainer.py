@@ -26,7 +26,7 @@ PROMPT_SHARE = 4
 
 
 class TextTrainer(Trainer):
-    """Trainer of a model of text. Everything that is not about pictures is that of Trainer."""
+    """Trainer of a model of text, which overrides the methods of Trainer that read pictures."""
 
     def __post_init__(self) -> None:
         """Open the token files of the run."""
@@ -68,11 +68,11 @@ class TextTrainer(Trainer):
         )
 
     def with_pictures(self, error: NotFiniteError) -> NotFiniteError:
-        """Return the error unchanged, because windows have no names and no step of them is replayed."""
+        """Return the error unchanged, because windows have no names and a step with windows cannot be replayed."""
         return error
 
     def sample(self, model: VisionLanguageModel, count: int) -> tuple[CaptionSample, ...]:
-        """Continue the beginnings of validation windows."""
+        """Let the model continue the beginnings of the first validation windows."""
         count = min(count, self.summary.windows(self.validate_windows.context))
         return continue_windows(model, self.tokenizer, self.validate_windows, count)
 
@@ -92,8 +92,8 @@ def validate_text(
 ) -> dict[str, float]:
     """Compute val/loss (nats per token) and val/loss_per_char (nats per character) on windows, divided among the ranks.
 
-    The end of a text is a token too, and its loss counts. This function is a collective: every rank must call it at
-    the same step and gets the same values.
+    The end of a text is a token too, and the loss of this token counts. This function is a collective: every rank must
+    call it at the same step and gets the same values.
 
     Args:
         model: model to validate, which is in training mode afterwards.
@@ -114,7 +114,7 @@ def validate_text(
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     own = np.array_split(np.arange(total, dtype=np.int64), world_size)[rank]
     model.eval()
-    # All ranks must call a sharded model equally often, so a rank without windows discards the losses of another.
+    # All ranks must call a sharded model equally often, so a rank without windows computes losses and discards them.
     for first in range(0, -(-total // world_size), batch_size):
         chosen = own[first : first + batch_size]
         batch = windows.held_out_batch(chosen if len(chosen) else np.zeros(1, np.int64)).to(device)
@@ -138,8 +138,7 @@ def validate_text(
 def continue_windows(
     model: VisionLanguageModel, tokenizer: Tokenizer, windows: Windows, count: int
 ) -> tuple[CaptionSample, ...]:
-    """Continue the beginnings of the first windows. A sample has the window's text, and the beginning with its
-    continuation."""
+    """Let the model continue the beginnings of the first windows. Return the original texts and the continued texts."""
     settings = model.config.generation
     length = min(windows.context // PROMPT_SHARE, windows.context - settings.max_new_tokens - 1)
     samples = []
