@@ -155,7 +155,7 @@ def main() -> None:
 
 
 def run(commands: typer.Typer) -> None:
-    """Run a command line app. If its command raises an error, print the message and exit with the error's exit code."""
+    """Run a command line app. If a command raises an error, print the message and exit with the error's exit code."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)
         os.register_at_fork(before=_hold_sigterm, after_in_parent=_release_sigterm, after_in_child=_restore_default)
@@ -219,7 +219,8 @@ def _first_line(error: Exception) -> str:
 def _file_error(error: Exception) -> UserError | None:
     """Return a short error if the cause of an exception is a full disk or a missing write permission; otherwise None.
 
-    Libraries in Java and Rust report these two causes only in a text, so this function also searches the text.
+    Libraries in Java and Rust report a full disk or a missing permission only in the text of their error, so this
+    function also searches the text.
     """
     number, where = (error.errno, str(error.filename or "")) if isinstance(error, OSError) else (None, "")
     if number == errno.ENOSPC or DISK_FULL.search(str(error)):

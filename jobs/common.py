@@ -83,7 +83,7 @@ class Job:
     overrides: tuple[str, ...]
     output: CommandOutput
     shown: set[str] = field(default_factory=set)
-    """Shard folders that the output has named. Several stages of one command use the same folder."""
+    """Shard folders that the output has already named. Each folder is named once, even if several stages use it."""
 
     @cached_property
     def spark(self) -> SparkSession:

@@ -44,8 +44,8 @@ def compare(
 def next_command(job: Job, report: Comparison) -> str:
     """Return the command to run next: `promote` unless the first version is worse than the other version.
 
-    After a lost comparison, the command trains twice as long. The steps of a run with stages are part of the stages, so
-    its curves are shown instead.
+    If the first version is worse, the next command trains a run with twice the number of steps. A run with training
+    stages defines its steps in the stages, so for such a run the next command shows the curves.
     """
     difference = report.differences.get(job.config.gate.metric)
     if difference is not None and difference.high < 0:

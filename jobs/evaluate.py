@@ -66,7 +66,7 @@ def evaluate(
     and the nearest neighbour's caption. The command writes an HTML page of the worst and best captions. An existing
     evaluation is reused. With --checkpoint, the command measures any checkpoint that the training has kept.
 
-    Of a model of text, the command computes the loss per character, bits per character, perplexity and token accuracy.
+    For a model of text, the command computes the loss per character, bits per character, perplexity, token accuracy.
 
     A version is measured with its own generation settings at temperature 0. If the command gives other settings, the
     report and its page are written, but table evaluations, MLflow and the gate keep the figures of the version itself.

@@ -32,7 +32,7 @@ def log_captions(job: Job, report: CaptionReport, request: CaptionRequest, start
         report: report of the job, with the drift.
         request: request of the job.
         started: time at which the job started, in UTC.
-        good: True if the job succeeded.
+        good: whether the job succeeded.
     """
     if report.considered == report.already:
         return

@@ -35,8 +35,8 @@ def maintain(
     rows. Existing shards stay valid, and other commands may run at the same time.
 
     With --keep, the command leaves the tables alone and lists old folders of runs, checkpoints, shards and reports.
-    With --remove, the command also removes these folders. The command keeps what a registered version or a newer folder
-    needs.
+    With --remove, the command also removes these folders. Folders that a registered version or a newer folder needs are
+    kept.
 
     \b
     Examples:

@@ -47,9 +47,9 @@ def quarantine(
 ) -> None:
     """Show quarantined rows, or process them again.
 
-    Use replay after you have fixed the cause, for example after you have raised a limit that was too low. The command
-    then checks the quarantined rows of the run's data again. Rows that are now accepted are added to table samples,
-    and column replayed_at of these rows in table quarantine is set to the time of the replay.
+    Use replay after you have fixed the cause, for example after you have raised a limit that was too low. A replay
+    checks the quarantined rows of the run's data again. Rows that are now accepted are added to table samples, and
+    column replayed_at of these rows in table quarantine is set to the time of the replay.
 
     \b
     Examples:

@@ -37,7 +37,7 @@ class TrainReport(Config):
     model_name: str
     model_version: str
     trained: bool
-    """True if the command trained; False if a finished run with the same model, data and settings was reused."""
+    """Whether the command trained. If a finished run with the same model, data and settings was reused, it did not."""
     steps: int
     world_size: int
     train_seconds: float
@@ -76,11 +76,11 @@ def train(
     """Train on distributed ranks and register the model.
 
     Run the same command again to resume an interrupted run from its last checkpoint; a finished run is reused. With
-    --no-launch, the command only writes the run folder. In this case, start the ranks with torchrun, then run the
+    --no-launch, the command only writes the run folder. Start the ranks of this folder with torchrun, then run the
     command again without --no-launch to register the model.
 
     With --replay-step, the command trains from the last checkpoint before the step to the step, in a temporary folder,
-    and shows which pictures have a loss that is not finite. The run is not changed.
+    and shows which pictures have a loss that is not finite. The replay does not change the run.
 
     \b
     Example:

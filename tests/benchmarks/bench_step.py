@@ -130,7 +130,7 @@ def compare(name: str, mine: Callable[[], int], theirs: Callable[[], int]) -> No
 
 
 def vit_gpt2() -> tuple[Callable[[], int], Callable[[], int]]:
-    """Return our step and the other library's."""
+    """Return our training step and the training step of the other library."""
     config = load_model("vit_gpt2")
     batch, slots = data(config, 50_257, 2), config.num_slots
     original = TimmAndGpt2()
@@ -140,7 +140,7 @@ def vit_gpt2() -> tuple[Callable[[], int], Callable[[], int]]:
 
 
 def paligemma() -> tuple[Callable[[], int], Callable[[], int]]:
-    """Return our step and the other library's."""
+    """Return our training step and the training step of the other library."""
     original, config = small_paligemma()
     batch = data(config, IMAGE_TOKEN, 2)
     tokens = batch.tokens_BT.masked_fill(batch.tokens_BT == SLOT, IMAGE_TOKEN)

@@ -1,6 +1,7 @@
 """Run a command while a folder is on a full disk, in a mount namespace that ends with the command.
 
-A mount namespace of a user namespace needs no privileges, and the kernel answers as with a real disk (ENOSPC).
+A mount namespace inside a user namespace needs no privileges. On the full disk, the kernel returns the error of a real
+disk (ENOSPC).
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ NEW_WORK: dict[str, tuple[str, ...]] = {
 
 
 class RunningCommand(NamedTuple):
-    """A command in the background. Its output goes to files, because a full pipe would block the command."""
+    """A command in the background. The command writes to files, because a full pipe would block the command."""
 
     process: subprocess.Popen[bytes]
     out: Path
@@ -46,7 +46,7 @@ class RunningCommand(NamedTuple):
 
 
 def command(*words: str) -> list[str]:
-    """Return the command line of a command with SETTINGS. Options after the name of the command win."""
+    """Return a command line with OPTIONS before the given options, so that the given options take precedence."""
     stage = [sys.executable, "-P", "-c", "from jobs.cli import main; main()", words[0], "--json"]
     return [*stage, *OPTIONS, *words[1:]]
 
@@ -58,7 +58,7 @@ def environment(home: Path, **more: str) -> dict[str, str]:
 
 
 def start(words: Sequence[str], home: Path, **more: str) -> RunningCommand:
-    """Start a command in the background, with more environment variables."""
+    """Start a command in the background, with additional environment variables."""
     folder = Path(tempfile.mkdtemp(prefix=words[0], dir=home.parent))
     with (folder / "out").open("wb") as out, (folder / "log").open("wb") as log:
         process = subprocess.Popen(command(*words), env=environment(home, **more), stdout=out, stderr=log)

@@ -11,7 +11,7 @@ from processes import TEST_PATH
 
 
 def lakesight(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command with a home folder. Configs of the folder that contains the home folder can be used."""
+    """Run a command with a home folder. The command finds configs in the folder that contains the home folder."""
     return subprocess.run(
         [sys.executable, "-c", "from jobs.cli import main; main()", *arguments],
         env=os.environ | {"LAKESIGHT_HOME": str(home), "PYTHONPATH": TEST_PATH},

@@ -4,7 +4,7 @@ torchrun ... -m measure_ranks --run-dir TINY,DIR
 
 The rank first trains the run TINY, so that torch has loaded all of its modules (among them its compiler, 110 MB).
 memory-<rank>.json in the run folder DIR holds two peaks of resident memory in bytes, minus the resident memory of the
-process after the tiny run: `built` until the model is built, and `trained` until the run has ended.
+process after the tiny run. `built` is the peak until the model is built, and `trained` the peak of the whole run.
 """
 
 from __future__ import annotations

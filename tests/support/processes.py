@@ -1,4 +1,4 @@
-"""Helpers for tests that start processes: PYTHONPATH, torchrun, and a check whether a process is still running."""
+"""Helpers for tests that start processes: the PYTHONPATH, a call of torchrun, and a check that a process runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEST_PATH = os.pathsep.join(map(str, (SUPPORT.parents[1], SUPPORT)))
 def torchrun(
     run: RunFolder | Sequence[RunFolder], ranks: int, module: str = "pipelines.worker.main"
 ) -> subprocess.CompletedProcess[str]:
-    """Run ranks with torchrun (without Spark) until the ranks end. Only `train_runs_in_turn` trains several runs."""
+    """Run ranks with torchrun (without Spark) until the ranks end. Several runs need module `train_runs_in_turn`."""
     folders = [run.path] if isinstance(run, RunFolder) else [each.path for each in run]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", module, "--run-dir", ",".join(map(str, folders))]

@@ -32,7 +32,7 @@ def require_exact_resume(whole: RunFolder, broken: RunFolder, *, step: int, rank
 
 
 def computed(run: RunFolder) -> list[tuple[int, dict[str, float]]]:
-    """Return the metrics of each step that are no measurements."""
+    """Return the metrics of each step, without the metrics that match `MEASURED`."""
     return [
         (m.step, {name: value for name, value in m.values.items() if not MEASURED.search(name)})
         for m in run.read_metrics()

@@ -106,7 +106,7 @@ def write_shards(
 ) -> Shards:
     """Write shards with the executors' functions. Each picture has one of four colours, which its text names.
 
-    Every second picture has its first text `repeats` times more.
+    Every second picture repeats its first text `repeats` more times.
     """
     request = ShardRequest(
         table="none",

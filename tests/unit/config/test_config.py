@@ -245,7 +245,7 @@ RUN = "model: nano\ntrain: demo\ndata: demo  # \u6df1\n"
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 @pytest.mark.parametrize("name", ["birds.v2", "a-b_c.D.1", "7", "x" * 64])
-def test_a_run_file_is_read_whatever_its_file_name_is_and_even_with_a_byte_order_mark(
+def test_a_run_file_is_read_with_any_file_name_and_with_or_without_a_byte_order_mark(
     encoding: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "conf" / "run").mkdir(parents=True)

@@ -83,13 +83,13 @@ def shop(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     return made
 
 
-def test_a_table_whose_rows_all_have_a_caption_or_an_error_is_finished(shop: Shop) -> None:
+def test_a_caption_job_has_nothing_to_do_if_every_row_has_a_caption_or_an_error(shop: Shop) -> None:
     found = shop.find()
     assert found is not None
     assert (found.considered, found.already, found.captioned, found.source_version) == (3, 3, 0, 0)
 
 
-def test_rows_that_were_appended_after_a_captioned_version_keep_the_earlier_captions(shop: Shop) -> None:
+def test_appending_rows_and_captioning_only_these_rows_leaves_nothing_to_do(shop: Shop) -> None:
     shop.write({"id": [4], "photo": [b"d"]})
     assert shop.find() is None
     shop.caption([4], 1)

@@ -55,7 +55,7 @@ def test_the_number_of_distinct_words_is_counted_in_a_sample_of_fixed_size() -> 
     )
 
 
-def test_a_caption_job_whose_rows_all_failed_has_only_the_figure_error_share() -> None:
+def test_if_all_rows_of_a_caption_job_failed_its_only_drift_figure_is_the_error_share() -> None:
     assert CaptionStats().figures() == sum_stats([]).figures() == {}
     assert CaptionStats(errors=3).figures() == {"error_share": 1.0}
 
@@ -81,7 +81,7 @@ def test_a_caption_statistic_that_differs_by_more_than_its_limit_is_reported_as_
     assert {name for name, drift in found.items() if drift.beyond} == beyond
 
 
-def test_caption_jobs_with_few_rows_are_not_checked_for_drift_and_jobs_with_a_prompt_only_in_part() -> None:
+def test_drift_is_not_computed_for_few_rows_and_only_in_part_for_jobs_with_a_prompt() -> None:
     dark, limits = BEFORE | {"brightness": 0.0, "words": 1.0}, DriftConfig()
     measure = EvaluationFigures(figures=BEFORE, rows=300)
     assert compare_figures(dark, 99, measure, limits, prompt="") == {}

@@ -137,7 +137,7 @@ def test_a_model_version_no_better_than_a_baseline_that_the_gate_config_names_is
 
 
 def test_the_constant_caption_is_chosen_by_the_metric_of_the_gate(tmp_path: Path) -> None:
-    """The model always gives the constant caption with the best word F1. CIDEr prefers another constant caption."""
+    """The best constant caption by word F1 differs from the best one by CIDEr, which the model always gives."""
     truth = ["a cat", "a cat", "a dog on a mat", "a big red dog on a mat", "a dog"] * 8
     rows = [replace(row, references=(truth[row.row],)) for row in scored(["a dog"] * 40)]
     by_f1, by_cider = (best_constants(rows)[name] for name in ("word_f1", "cider"))
@@ -150,7 +150,7 @@ def test_the_constant_caption_is_chosen_by_the_metric_of_the_gate(tmp_path: Path
     )
 
 
-def test_a_model_version_whose_captions_are_nearly_all_equal_is_refused_unless_the_human_captions_are_too(
+def test_a_model_version_with_nearly_equal_captions_is_refused_unless_the_human_captions_are_nearly_equal(
     tmp_path: Path,
 ) -> None:
     names = [f"{colour} number {n}" for n in range(25) for colour in ("red", "blue", "green", "white")]
@@ -168,7 +168,9 @@ def test_a_model_version_with_perfect_captions_of_only_three_pictures_is_not_ref
     report = evaluated(tmp_path, perfect)
     result = apply_gate(GateConfig(), report, None, WELL)
     assert result.reasons == ()
-    assert result.figures["over_constant"].low == 0  # 1 bootstrap sample in 27 has only the row of the constant
+    assert (
+        result.figures["over_constant"].low == 0
+    )  # one bootstrap sample in 27 repeats only the row that the constant matches
     assert "3 pictures are too few for an interval" in result.checks["constant"].found
     strict = apply_gate(GateConfig(min_pictures=3), report, None, WELL)
     assert [name for name, check in strict.checks.items() if not check.passed] == ["constant"]

@@ -11,8 +11,8 @@ from pipelines.formats.table_schema import TIME_TYPE
 
 
 def entries(*rows: tuple[str, str, str]) -> pa.Table:
-    """Return ledger rows from tuples of item, state and rules. The newest row is first: rows of a table have no
-    order.
+    """Return ledger rows from tuples of item, state and rules. The newest row comes first, because code that reads a
+    table must not rely on the order of its rows.
     """
     named = [dict(zip(("item", "state", "rules"), row, strict=True)) for row in rows]
     timed = [row | {"ingested_at": datetime(2026, 1, day + 1, tzinfo=UTC)} for day, row in enumerate(named)]

@@ -66,7 +66,7 @@ def test_every_entry_of_the_input_folder_is_either_read_or_reported_as_passed_ov
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
-def test_a_folder_that_may_not_be_read_is_passed_over_and_a_file_that_may_not_be_read_is_listed_as_such(
+def test_folders_without_read_permission_are_passed_over_and_files_without_it_are_listed_as_unreadable(
     tmp_path: Path,
 ) -> None:
     write(tmp_path, {"a.csv": "x", "closed/b.csv": "x"})

@@ -68,7 +68,7 @@ def test_equal_runs_share_a_run_folder_and_different_runs_have_different_run_fol
     assert run.path.name.startswith("tiny-")
 
 
-def test_a_run_with_other_generation_settings_keeps_its_folder_unless_captions_are_scored_while_training(
+def test_generation_settings_change_the_run_folder_only_if_captions_are_scored_during_training(
     laptop: Platform, report: ShardReport
 ) -> None:
     def run_with(settings: dict[str, Any], **train: Any) -> RunFolder:

@@ -70,7 +70,9 @@ def write_failed_rank(
     write_json(run.failure(rank), record)
 
 
-def test_the_root_cause_is_the_earliest_failure_record_that_is_not_a_consequence(run: RunFolder) -> None:
+def test_the_root_cause_is_the_earliest_failure_record_that_is_no_consequence_of_another_failure(
+    run: RunFolder,
+) -> None:
     write_failed_rank(run, 0, 1.0, consequence=True)
     write_failed_rank(run, 1, 3.0, consequence=False, exception="KeyError", message="late")
     write_failed_rank(run, 2, 2.0, consequence=False, exception="ValueError", message="poison")
@@ -84,7 +86,9 @@ def test_the_root_cause_is_the_earliest_failure_record_that_is_not_a_consequence
     assert "the traceback" in error.__notes__[0]
 
 
-def test_if_all_failure_records_are_consequences_the_rank_without_a_record_is_blamed(run: RunFolder) -> None:
+def test_if_every_failure_record_is_a_consequence_of_another_failure_the_rank_without_a_record_is_blamed(
+    run: RunFolder,
+) -> None:
     write_failed_rank(run, 0, 1.0, consequence=True)
     write_started_rank(run, 1, step=9)
     write_started_rank(run, 2, ended=True)

@@ -197,7 +197,7 @@ def test_columns_that_the_config_does_not_name_are_read_only_for_refused_rows(tm
     assert {name: str(v) for name, v in found.items()} == {name: str(v) for name, v in expected.items()}
 
 
-def test_the_unused_columns_read_for_a_parquet_row_do_not_depend_on_the_order_of_requests(tmp_path: Path) -> None:
+def test_unused_columns_of_parquet_rows_can_be_read_in_any_order_of_the_rows(tmp_path: Path) -> None:
     table = {"image": [BYTES] * 5000, "text": ["a"] * 5000, "n": range(5000)}
     records = read(written(tmp_path, table, row_group_size=3000))
     order = [0, 2999, 1, 3000, 4999, 1500]

@@ -1,4 +1,4 @@
-"""Rows of files of plain text: documents, paragraphs and lines, refusals with a reason, and ids from the content."""
+"""Tests of rows from plain text files: documents, paragraphs, lines, refused rows, and ids that the content decides."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_no_visible_character_of_a_file_is_lost(text: str, rows: Rows) -> None:
 
 @settings(max_examples=100)
 @given(st.text("ab \n", max_size=40), st.sampled_from(["document", "paragraph", "line"]), st.integers(1, 6))
-def test_a_limit_refuses_rows_and_divides_none(text: str, rows: Rows, max_chars: int) -> None:
+def test_a_row_over_the_size_limit_is_refused_and_never_divided(text: str, rows: Rows, max_chars: int) -> None:
     limited, whole = rows_of(text, rows, max_chars), rows_of(text, rows)
     assert len(limited) == len(whole)
     for found, expected in zip(limited, whole, strict=True):
@@ -84,7 +84,7 @@ def test_a_damaged_file_keeps_its_first_rows_and_ends_with_a_refusal(tmp_path: P
     assert last.problem.reason == "unreadable_file"
 
 
-def test_equal_texts_have_equal_ids_and_splits_wherever_they_are() -> None:
+def test_equal_texts_in_any_file_have_equal_ids_and_splits() -> None:
     records = [Record("a.txt", {TEXT: "to be\r\n"}), Record("b.txt", {TEXT: "  to be"}), Record("a.txt", {TEXT: "no"})]
     first, second, other = (decode_text(record, RULES) for record in records)
     assert first["text"] == "to be"

@@ -1,4 +1,4 @@
-"""Mixes of shard folders: which pictures are left out, and mixes of earlier releases, which are kept."""
+"""Tests of mixes of shard folders: which pictures a mix leaves out, and that mixes of earlier releases are kept."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write_parts(folder: Path) -> list[ShardRequest]:
     return requests
 
 
-def test_a_mix_of_an_earlier_release_is_kept_and_any_other_mix_is_compared(tmp_path: Path) -> None:
+def test_pictures_are_compared_for_a_new_mix_but_not_for_a_mix_that_an_earlier_release_wrote(tmp_path: Path) -> None:
     requests = write_parts(tmp_path)
     assert known_copies(tmp_path, requests, SHARES) is None, "the sources are sharded, but not mixed"
     parts = find_parts(tmp_path, requests)
@@ -38,7 +38,9 @@ def test_a_mix_of_an_earlier_release_is_kept_and_any_other_mix_is_compared(tmp_p
     assert known_copies(tmp_path, changed, SHARES) is None
 
 
-def test_the_copies_of_a_mix_are_stored_until_a_source_changes_and_give_its_shards_another_name(tmp_path: Path) -> None:
+def test_the_known_copies_of_a_mix_are_valid_until_a_source_changes_and_are_part_of_its_shard_names(
+    tmp_path: Path,
+) -> None:
     requests = write_parts(tmp_path)
     copies = MixCopies(left_out={"tiny": ("tiny/1", "tiny/2")})
     write_json(copies_file(tmp_path, requests), copies)

@@ -48,7 +48,7 @@ def test_the_columns_of_decoded_rows_have_the_same_types_as_the_table_columns_of
             assert types.get(column.name, column.type) == column.type, f"{table.name}.{column.name}"
 
 
-def test_arrow_dataset_reads_a_table_through_a_file_system_of_arrow(tmp_path: Path) -> None:
+def test_an_arrow_dataset_reads_a_table_through_an_arrow_file_system(tmp_path: Path) -> None:
     """An Arrow thread that calls Python while the interpreter exits would abort the process."""
     write_deltalake(tmp_path / "a b" / "t", pa.table({"x": [1, 2], "s": ["c d", "e%"]}), partition_by=["s"])
     found = arrow_dataset(DeltaTable(tmp_path / "a b" / "t"))

@@ -135,7 +135,7 @@ def test_lakesight_ask_refuses_more_pictures_than_fit_into_the_context(
 def test_boxes_in_an_answer_are_reported_in_pixels_of_the_picture_and_are_drawn(
     detector: Path, ask_in_process: AskInProcess
 ) -> None:
-    """The model sees columns 100 to 300 of the picture. Half of the model's input width is therefore column 200."""
+    """The model sees columns 100 to 300 of the picture, so the middle of its input is column 200 of the picture."""
     report = ask_in_process("wide.png", prompt="detect cat", checkpoint=detector, draw=Path("boxes.png"))
     assert report["regions"]
     for region in report["regions"]:
@@ -202,7 +202,7 @@ def test_boxes_with_equal_labels_have_equal_colours_and_boxes_without_area_can_b
         ("https://example.org/a.png", "download the picture"),
     ],
 )
-def test_lakesight_ask_refuses_a_file_that_is_no_picture_and_an_endless_file_with_one_paragraph(
+def test_lakesight_ask_refuses_an_endless_file_and_a_file_that_is_no_picture_in_one_paragraph(
     name: str, got: str, tmp_path: Path, random_model: tuple[Path, VisionLanguageModel, Tokenizer]
 ) -> None:
     os.mkfifo(tmp_path / "pipe")

@@ -13,7 +13,7 @@ from pipelines.tracking import registry, runs
 from pipelines.tracking.download import needed_checkpoints
 
 
-def test_the_needed_checkpoints_of_a_run_are_the_registered_ones_and_unknown_if_another_server_has_the_run(
+def test_a_run_needs_its_registered_checkpoints_and_the_need_is_unknown_if_another_server_has_the_run(
     tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     platform = open_local(monkeypatch, tmp_path / "home", database=empty_database)

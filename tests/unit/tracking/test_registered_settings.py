@@ -1,4 +1,4 @@
-"""Generation settings of registered versions: other settings make another version of the same weights."""
+"""Tests that registering the same weights with other generation settings makes another model version."""
 
 from __future__ import annotations
 

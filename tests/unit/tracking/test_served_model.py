@@ -95,7 +95,7 @@ def predict(model: Any, rows: list[tuple[Any, Any]]) -> list[tuple[str | None, s
     return list(zip(answers["caption"], answers["error"], strict=True))
 
 
-def test_every_form_of_a_good_picture_and_every_missing_prompt_gives_the_same_caption(model: Any) -> None:
+def test_a_picture_in_any_form_with_any_missing_value_as_prompt_gets_the_same_caption(model: Any) -> None:
     answers = predict(model, [(image, "") for image in GOOD] + [(TEXT, prompt) for prompt in NO_PROMPT])
     assert set(answers) == {(answers[0][0], None)}
 

@@ -178,7 +178,7 @@ def test_the_decay_of_a_warmup_stable_decay_schedule_starts_at_the_configured_st
 RATES = {"encoder.*": 0.0, ".*norm.*": 1e-3, "(projector|decoder).*": 4e-3}
 
 
-def test_the_first_matching_pattern_sets_the_rate_of_a_parameter_and_without_a_match_it_is_frozen() -> None:
+def test_the_first_matching_pattern_sets_the_learning_rate_and_parameters_without_a_match_are_frozen() -> None:
     model, _, _ = fresh("plain")
     set_trainable(model, RATES)
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -343,7 +343,9 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_a_checkpoint_without_a_fo
         load_model(tmp_path)
 
 
-def test_an_old_checkpoint_whose_attention_pooling_read_other_tokens_is_refused_with_its_format(tmp_path: Path) -> None:
+def test_an_old_checkpoint_whose_attention_pooling_read_other_tokens_is_refused_and_its_format_is_named(
+    tmp_path: Path,
+) -> None:
     for variant, refused in (("capped", True), ("plain", False)):
         model, tokenizer = tiny_model(variant)
         save_model(tmp_path / variant, model, tokenizer)

@@ -119,7 +119,7 @@ def test_the_values_of_parameters_that_an_import_initialises_depend_only_on_the_
     assert not torch.equal(weights["a"], weights["c"])
 
 
-def test_the_import_report_names_a_resampled_position_table() -> None:
+def test_the_import_report_names_resampled_position_embeddings() -> None:
     report("export-weights", "trained", *ENCODER, "--out", "vit")
     imported = report(
         "import-weights", "--model", "mine", "--set", "model.image.size=32", "--encoder", "vit", "--out", "larger"
@@ -189,7 +189,7 @@ def test_weight_commands_do_not_overwrite_existing_files() -> None:
     )
 
 
-def test_of_a_model_of_text_only_the_decoder_is_exported(trained: ModelConfig) -> None:
+def test_only_the_decoder_of_a_model_of_text_can_be_exported(trained: ModelConfig) -> None:
     config = trained.model_copy(update={"text_only": True})
     tokenizer = text.learn(config.text, ())
     save_model(Path("spoken"), build_model(config, tokenizer.vocab_size), tokenizer)

@@ -83,7 +83,7 @@ def test_weight_rules_apply_only_to_parameters_that_the_model_has() -> None:
 
 
 @given(before=st.integers(2, 6), after=st.integers(2, 6), extra=st.integers(0, 3))
-def test_resampling_a_position_table_keeps_its_extra_rows_and_leaves_constant_values_constant(
+def test_resampling_position_embeddings_keeps_the_extra_rows_and_leaves_constant_values_constant(
     before: int, after: int, extra: int
 ) -> None:
     rule = position_table(rename("a", "b"), extra=extra)

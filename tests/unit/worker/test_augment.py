@@ -124,7 +124,7 @@ def test_a_picture_with_boxes_in_its_text_is_not_cropped_but_its_colours_may_cha
 
 
 def measured(pixels: Pixels) -> tuple[float, float, float]:
-    """Return the mean grey, the standard deviation of greys, and the mean distance of a pixel to its own grey."""
+    """Return the mean and deviation of grey, and the mean distance of a colour value to the grey of its pixel."""
     grey = pixels @ np.array([0.299, 0.587, 0.114])
     return float(grey.mean()), float(grey.std()), float(np.abs(pixels - grey[:, :, None]).mean())
 

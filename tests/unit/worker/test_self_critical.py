@@ -1,4 +1,4 @@
-"""Tests of self-critical training: CIDEr-D, advantages, the gradient, and resumption."""
+"""Tests of self-critical training: its reward (CIDEr-D), its advantages, its gradient, and its resumption."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def weights(run: RunFolder, step: int) -> bytes:
     return (run.checkpoint(step) / "model.safetensors").read_bytes()
 
 
-def test_each_token_is_a_target_once_in_held_out_windows_and_start_tokens_are_none(
+def test_in_held_out_windows_each_token_is_a_target_once_and_start_tokens_are_no_targets(
     laptop: Platform, report: ShardReport
 ) -> None:
     run = prepare(text_run(), laptop, report, report)
@@ -84,7 +84,7 @@ def test_the_windows_of_an_epoch_cover_the_tokens_and_do_not_depend_on_ranks_or_
     assert len({min(row[0] % 32 for row in rows) for rows in alone}) > 1, "epochs are cut at different places"
 
 
-def test_a_resumed_training_on_text_equals_the_uninterrupted_one_and_learns(
+def test_a_resumed_training_on_text_equals_the_uninterrupted_training_and_lowers_the_loss(
     laptop: Platform, report: ShardReport, tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {"steps": 40, "optimizer": {"lr": 1e-2, "warmup_steps": 2}, "batch_size": 8}
@@ -109,7 +109,7 @@ def test_a_resumed_training_on_text_equals_the_uninterrupted_one_and_learns(
     assert weights(again, 40) == weights(run, 40)
 
 
-def test_a_damaged_token_file_is_named(laptop: Platform, report: ShardReport) -> None:
+def test_the_error_for_a_damaged_token_file_names_the_file(laptop: Platform, report: ShardReport) -> None:
     run = prepare(text_run(), laptop, report, report)
     tokens = run.path / TRAIN_TOKENS
     tokens.write_bytes(tokens.read_bytes()[:-2])
@@ -117,7 +117,7 @@ def test_a_damaged_token_file_is_named(laptop: Platform, report: ShardReport) ->
         read_tokens(run.path / TRAIN_TOKENS)
 
 
-def test_a_model_of_text_has_no_encoder_continues_a_text_and_refuses_pictures() -> None:
+def test_a_model_of_text_continues_a_text_refuses_pictures_and_has_no_encoder() -> None:
     config = text_run().model
     captioner = vlm.build(config, [])
     names = {name.partition(".")[0] for name, _ in captioner.model.named_parameters()}
@@ -166,7 +166,7 @@ def test_a_captioner_starts_from_the_decoder_of_a_model_of_text(
         prepare(tiny_run(ranks=1, model=wider, **start), laptop, pictures, pictures)
 
 
-def test_a_source_of_text_needs_a_model_of_text_and_a_model_of_text_needs_one() -> None:
+def test_a_source_of_text_needs_a_model_of_text_and_vice_versa() -> None:
     run = text_run().model_dump(by_alias=True)
     for changes in ({"model": tiny_model_config().model_dump()}, {"data": tiny_run().data.model_dump()}):
         with pytest.raises(ValueError, match=r"model\.text_only must be true for a source of kind text"):

@@ -11,7 +11,7 @@ from pipelines.config import load_model
 
 PAGE = (Path(__file__).parents[3] / "docs" / "training.md").read_text()
 GPU, GPUS, ROWS, LINK = 400e12, 8, 512, 100e9 / 8
-"""Assumptions of the page: FLOP/s of a GPU, GPUs per node, rows per GPU, and bytes per second of a network link."""
+"""Assumptions of the page, namely FLOP/s of a GPU, GPUs per node, rows per GPU, and bytes per second of a link."""
 
 
 def row_of(name: str) -> list[str]:

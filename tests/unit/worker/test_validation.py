@@ -108,7 +108,7 @@ def test_the_logged_training_loss_is_the_mean_per_token_since_the_last_log() -> 
 
 
 def test_a_validation_loss_that_is_not_finite_names_its_pictures_and_step(tmp_path: Path) -> None:
-    shards = write_shards(tmp_path / "shards", rows=6)  # row 3 alone has a text with a `w`
+    shards = write_shards(tmp_path / "shards", rows=6)  # only row 3 has a text with a `w`
     tokenizer = text.learn(tiny_model_config().text, shards.texts())
     model = build_model(tiny_model_config(), tokenizer.vocab_size)
 
