@@ -2,8 +2,8 @@
 # MAGIC %md
 # MAGIC # Evaluate the model, also by slice
 # MAGIC
-# MAGIC The newest version captions pictures that were not used for training. Each metric has a 95 % interval. The
-# MAGIC caption of the most similar training picture and the best constant caption are baselines.
+# MAGIC The newest version captions pictures that were not used for training. Each metric has a 95 % confidence
+# MAGIC interval. The caption of the most similar training picture and the best constant caption are baselines.
 
 # COMMAND ----------
 
@@ -23,7 +23,8 @@ evaluated = run_evaluate(job, "latest")
 
 # MAGIC %md
 # MAGIC ## Slices with the lowest score
-# MAGIC A slice is a part of the pictures, such as pictures with long texts. The interval of a small slice is wide.
+# MAGIC A slice is a part of the pictures, such as pictures with long texts. The confidence interval of a small slice
+# MAGIC is wide.
 
 # COMMAND ----------
 

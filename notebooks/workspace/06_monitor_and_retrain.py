@@ -3,8 +3,9 @@
 # MAGIC # Monitor captions, and train again
 # MAGIC
 # MAGIC If the pictures of a table change, the quality of the captions may change. More errors and a lower
-# MAGIC log-probability of the captions are signs of such a drift. `caption` compares each job with the evaluation of
-# MAGIC the same version, and warns if the differences exceed the limits in section `drift` of the run config.
+# MAGIC log-probability of the captions are signs of such a drift. `caption` compares the statistics of each
+# MAGIC captioning job with the evaluation of the same model version, and warns if the differences exceed the limits
+# MAGIC in the section `drift` of the run config.
 
 # COMMAND ----------
 
