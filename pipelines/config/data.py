@@ -327,7 +327,7 @@ class DataConfig(Config):
     no effect.
 
     Attributes:
-        source: where the rows come from; a csv source if the section has no `kind`.
+        source: where the rows come from. If the section has no `kind`, the source is a csv source.
         split: rule that divides rows into train, val and test.
         near_duplicates: whether the ingest searches for pictures that are nearly equal to a new picture, and puts
             nearly equal pictures into the same split.

@@ -29,9 +29,8 @@ class GateConfig(Config):
         min_distinct: smallest accepted number of distinct captions, as a share of the number of distinct human captions
             of the same rows. The limit refuses a model that gives many pictures the same caption. The limit applies
             only if `baselines` contains `constant`.
-        min_pictures: number of pictures from which the confidence interval counts: with at least this number of
-            pictures, the whole confidence interval of the difference from a baseline must be above zero. With fewer
-            pictures, only the difference itself must be above zero.
+        min_pictures: smallest number of pictures for which the whole confidence interval of the difference from a
+            baseline must be above zero. With fewer pictures, only the difference itself must be above zero.
         trial_pictures: number of pictures that the model version captions in a separate process, as a check that the
             version loads and works.
     """

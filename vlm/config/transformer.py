@@ -64,8 +64,8 @@ class AxialPositionConfig(Config):
         coordinates: how the position of a patch is counted. `index` numbers rows and columns. `centred` counts from -1
             to 1 over the picture, and at frequency 1, a distance of 1 is one whole turn (Simeoni et al., 2025).
         offset: number that is added to the row number and the column number of each patch.
-        grid: number of patches per side to which row and column numbers are scaled, for example the grid of another
-            resolution at which the weights were trained, or null for no scaling.
+        grid: number of patches per side to which row and column numbers are scaled, or null for no scaling. If the
+            weights were trained at another resolution, set the number of patches per side at that resolution.
         first: whether the first half of the rotated pairs of channels encodes the `row` or the `column` of a patch.
         learned: whether learned position vectors are also added to the input.
     """
@@ -206,8 +206,8 @@ class TransformerConfig(Config):
         position: config of the position encoding.
         dropout: dropout probability of the embeddings, the attention weights and the outputs of attention layers and
             MLPs.
-        stochastic_depth: probability that training skips the attention layer of the last block for a row of the batch,
-            and likewise the MLP (Huang et al., 2016). From the first block to the last block, the probability of a skip
+        stochastic_depth: probability that training skips a layer of the last block (the attention layer or the MLP) for
+            a row of the batch (Huang et al., 2016). From the first block to the last block, the probability of a skip
             rises linearly.
     """
 

@@ -121,7 +121,7 @@ class PixelShuffleProjectorConfig(Config):
     """Projector that joins factor x factor patches into one vector and applies a linear layer (InternVL).
 
     Attributes:
-        factor: side of the square of patches that become one image slot, in patches.
+        factor: side length of the square of patches that becomes one image slot, in patches.
     """
 
     kind: Literal["pixel_shuffle"]
