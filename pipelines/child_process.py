@@ -42,7 +42,7 @@ def drop_other_variables(*needed: str) -> None:
 def end_group(leader: subprocess.Popen[bytes], seconds: float = 5.0) -> None:
     """End a process that was started with `start_new_session`, and all processes in its process group."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: EPERM for a group of zombies
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS raises EPERM for a group of zombies
             os.killpg(leader.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             leader.wait(seconds)

@@ -111,7 +111,7 @@ def random_scene(rng: np.random.Generator) -> Scene:
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """Draw a scene as an RGB picture of SIDE x SIDE pixels. Position, size and shade vary a little."""
+    """Draw a scene as an RGB picture of SIDE x SIDE pixels. Position, size and shade of objects vary a little."""
     background = tuple(int(shade) for shade in rng.integers(228, 256, size=3))
     image = Image.new("RGB", (SIDE * OVERSAMPLE, SIDE * OVERSAMPLE), background)
     canvas = ImageDraw.Draw(image)

@@ -203,7 +203,7 @@ class TextSourceConfig(SourceBase):
 
     Attributes:
         rows: what becomes a row of table `texts`: each `document` (a file), each `paragraph` (text between blank
-            lines) or each `line`. Blank lines separate rows and are no rows.
+            lines) or each `line`. Blank lines separate rows, but are not rows themselves.
     """
 
     kind: Literal["text"]

@@ -25,7 +25,7 @@ class GateConfig(Config):
         max_error_share: largest accepted share of pictures without a caption.
         baselines: baselines that the model version must beat. `constant` gives all pictures the same caption, which is
             the best such caption by `metric`. `neighbour` gives each picture the caption of the most similar training
-            picture. A run that only tests the pipeline can set an empty list.
+            picture. A run that only tests the pipeline can set an empty list of baselines.
         min_distinct: smallest accepted number of distinct captions, as a share of the number of distinct human captions
             of the same rows. The limit refuses a model that gives many pictures the same caption. The limit applies
             only if `baselines` contains `constant`.
@@ -75,8 +75,8 @@ class Trial(Config):
     """Result of loading a model version and captioning with it in a separate process.
 
     Attributes:
-        failure: reason for which the model version cannot be loaded, or the names of its forbidden files. The text is
-            empty if the version works.
+        failure: reason for which the model version cannot be loaded, or the names of its forbidden files, or an empty
+            text if the version works.
         pictures: number of pictures that the model version was given.
         errors: error messages, one per picture that the model version could not caption.
     """

@@ -151,7 +151,7 @@ PlatformConfig = Annotated[LocalPlatformConfig | DatabricksPlatformConfig, Field
 
 
 class Chosen(Config):
-    """The four names that select a run's settings. Each is the name of a YAML file under conf/, without `.yml`."""
+    """The four names that select a run's settings. Each name is that of a YAML file under conf/, without `.yml`."""
 
     model: Name
     data: Name
@@ -303,7 +303,7 @@ def _chosen_name(run: dict[str, Any], kind: str, problems: list[str]) -> str:
 
 
 def _find(kind: str, name: str, problems: list[str]) -> Path | None:
-    """Return the path of the YAML file that belongs to a name. If there is no such file, add a problem."""
+    """Return the path of the YAML file that belongs to a name. If no file has this name, add a problem."""
     if re.fullmatch(NAME_PATTERN, name):
         for folder in conf_folders():
             path = folder / kind / f"{name}.yml"

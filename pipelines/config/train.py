@@ -32,8 +32,8 @@ class OptimizerConfig(Config):
         grad_clip: largest norm of the gradient. A larger gradient is scaled down to this norm.
         warmup_steps: number of steps at the start of training in which the learning rate rises to `lr`.
         schedule: how the learning rate changes after the warm-up.
-        ema_decay: decay per step of a moving average of the weights, or null for no average. If there is an average,
-            validation and the registered model use the average.
+        ema_decay: decay per step of a moving average of the weights, or null for no average. If the weights are
+            averaged, validation and the registered model use the average.
     """
 
     lr: PositiveFloat = 1e-3

@@ -47,7 +47,7 @@ class CaptionJob(Config):
         model_digest: digest of the model, or empty if it is not known.
         remote: whether `model_folder` is on a network.
         precision: number format in which the model computes, such as fp32.
-        prompt: text before the caption. All pictures have the same prompt.
+        prompt: text before the caption, the same text for all pictures.
         settings: decoding settings.
         limits: limits on the size and the decoding time of a picture.
         image_root: folder or URL of the pictures, or None if the batches contain the pictures and not their paths.

@@ -141,7 +141,8 @@ def write_files(
     """Write shard files, and yield a row of the schema WRITTEN for each file.
 
     Args:
-        batches: batches of the schema SHUFFLED, sorted by file and shuffle key. One call receives all rows of a file.
+        batches: batches of the schema SHUFFLED, sorted by file and shuffle key. One call of this function receives all
+            rows of a shard file.
         request: shard request, which determines the content of the shards.
         folder: shard folder, an existing folder that has the same path on every executor.
         decoded: whether the column `image` already contains pixels.

@@ -31,7 +31,7 @@ COLUMNS = {
 }
 """Columns of the view and their meanings. The view has one row per picture of a source table, model and prompt."""
 TABLES = (GENERATED_CAPTIONS.name, DECISIONS.name, VERDICTS.name)
-"""Tables from which the view reads."""
+"""Tables from which the view `champion_captions` reads."""
 
 _SELECT = """
 SELECT {columns} FROM (

@@ -46,8 +46,8 @@ def copies_file(shards: Path, requests: Sequence[ShardRequest]) -> Path:
 def known_copies(shards: Path, requests: Sequence[ShardRequest], shares: Sequence[float]) -> MixCopies | None:
     """Return the copies among the sources of a mix, or None if the sources have not been compared yet.
 
-    Earlier releases did not compare sources. A mix that an earlier release wrote is kept unchanged, because runs that
-    were trained on the mix would otherwise be trained again.
+    Earlier releases of Lakesight did not search for copies among the sources of a mix. A mix that an earlier release
+    wrote is kept unchanged, because runs that were trained on the mix would otherwise be trained again.
 
     Args:
         shards: parent folder of the shard folders.

@@ -251,10 +251,8 @@ class RunFolder:
         return self.path / "logs" / "launcher.log"
 
     def shard_folder(self, stored: str) -> Path:
-        """Return the shard folder that run.json names.
-
-        A home folder may have been moved or copied after run.json was written, so shards in the home folder of this run
-        are preferred to a stored absolute path.
+        """Return the shard folder that run.json names. A home folder may have been moved or copied after run.json was
+        written, so shards in the home folder of this run are preferred to a stored absolute path.
         """
         beside = self.path.parent.parent / "shards" / Path(stored).name
         return beside if beside.is_dir() else self.path / stored

@@ -331,7 +331,8 @@ class Shards:
         return Row(batch.column("image_id")[offset].as_py(), pixels, _pairs_of(mapped, number, offset))
 
     def texts(self) -> Iterator[str]:
-        """Yield the prompts and texts in row order, without reading pixels. Tokenizers are trained on these strings.
+        """Yield the prompts and texts in row order, without reading pixels. Tokenizers are trained on these prompts and
+        texts.
 
         If one row contains the same (prompt, text) pair more than once, the pair is yielded only once.
         """

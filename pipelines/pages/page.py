@@ -147,7 +147,8 @@ class Page:
     Attributes:
         title: heading of the page.
         about: paragraph about the data, shown at the end of a page with a verdict, and below the heading otherwise.
-        figures: numbers to show: a dict from the name to the value. The numbers are folded if the page has bars.
+        figures: numbers to show: a dict from the name to the value. The numbers are hidden until a click if the page
+            has bars.
         tables: tables of numbers, which are folded.
         charts: bar charts of counts.
         galleries: groups of picture cards.

@@ -37,8 +37,9 @@ SHORT_JOBS = (
 
 The JVM's second compiler takes more time than its faster code saves. The default garbage collector (G1) is slow with
 objects larger than half a region, such as pictures. Without a limit, the space for new objects would grow to a third of
-the heap and save no processor time. With the limit, the JVM takes 0.8 GB instead of 1.9 GB after four small ingests.
-Spark's classes need about 150 MB of metaspace, and a metaspace that has to grow triggers collections of the whole heap.
+the heap and save no processor time. With a limit on this space, the JVM takes 0.8 GB instead of 1.9 GB after four small
+ingests. Spark's classes need about 150 MB of metaspace, and a metaspace that has to grow triggers collections of the
+whole heap.
 """
 
 OFF_HEAP = "1g"
@@ -194,7 +195,7 @@ def session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]:
         "spark.sql.session.timeZone": "UTC",
         "spark.sql.shuffle.partitions": partitions,
         "spark.databricks.delta.snapshotPartitions": partitions,
-        # Number of tasks with which VACUUM lists the folder of a table; Spark's default is 10,000 tasks.
+        # Number of tasks with which VACUUM lists the folder of a table, instead of Spark's 10,000 tasks.
         "spark.sql.sources.parallelPartitionDiscovery.parallelism": partitions,
         # Keep rows with pictures, sorts and shuffles outside the heap, where garbage collection does not copy them.
         "spark.memory.offHeap.enabled": "true",
@@ -202,7 +203,7 @@ def session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]:
         "spark.sql.columnVector.offheap.enabled": "true",
         # With the default of 100 entries, compiled code is evicted before the same query runs again.
         "spark.sql.codegen.cache.maxEntries": "1000",
-        # Number of bytes per checksum and per write call for local files; Hadoop's default is 512 bytes.
+        # Number of bytes per checksum and per write call for local files, instead of Hadoop's 512 bytes.
         "spark.hadoop.file.bytes-per-checksum": "65536",
         # Hadoop sets the permissions of each file explicitly, so the umask of the process has no effect unless Hadoop
         # gets it as a setting.
@@ -270,7 +271,7 @@ def _start_failure(log: Path, start: int, error: Exception) -> UserError:
             got="Maven Central did not serve the jars",
             fix="connect to the internet for the first start; later starts use Ivy's cache in the home folder",
         )
-    _, open_files = resource.getrlimit(resource.RLIMIT_NOFILE)  # the JVM raises its limit to the hard limit
+    _, open_files = resource.getrlimit(resource.RLIMIT_NOFILE)  # the JVM raises its limit of open files to this one
     if 0 <= open_files < MIN_OPEN_FILES:
         return UserError(
             "Spark needs more open files than this process may open",

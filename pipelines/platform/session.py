@@ -28,7 +28,7 @@ SHORTAGE_SECONDS = 30.0
 """Time in seconds after which the jobs of a barrier stage are cancelled if the cluster has too few slots."""
 POLL_SECONDS = 1.0
 QUERY_LOGGERS = ("DataFrameQueryContextLogger", "SQLQueryContextLogger")
-"""Loggers of pyspark that print the Java stack trace of an invalid query. The query's exception is clear without it."""
+"""Loggers of pyspark that print the Java stack trace of an invalid query, in addition to the query's exception."""
 
 
 def is_connect(spark: SparkSession) -> bool:
@@ -89,7 +89,7 @@ def default_parallelism(spark: SparkSession) -> int:
 
 
 def count_slots(spark: SparkSession) -> int:
-    """Return how many tasks can run at once. Spark compares this number with the number of tasks of a barrier stage.
+    """Return how many tasks can run at once, which Spark compares with the number of tasks of a barrier stage.
 
     A Connect session only knows the number of cores. If there are fewer GPUs than cores, the result is too large, and
     only Spark reports missing slots, after ten minutes.

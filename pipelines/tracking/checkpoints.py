@@ -66,7 +66,7 @@ class FilesToRegister(NamedTuple):
 
 @contextmanager
 def files_to_register(checkpoint: Path, generation: GenerationConfig | None) -> Iterator[FilesToRegister]:
-    """Yield the files of a version. With other generation settings than the checkpoint's, only config.json differs."""
+    """Yield the files of a version, which differ from the checkpoint only if `generation` changes config.json."""
     file = checkpoint / "config.json"
     config = ModelConfig.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else None
     if config is None or generation is None or generation == config.generation:

@@ -71,14 +71,14 @@ class CaptionModel(PythonModel):
 
 
 def _picture(cell: Any) -> Any:
-    """Return the picture in a cell, or None if the cell is empty. The captioner refuses a value of another type."""
+    """Return the picture in a cell, or None if the cell is empty. The captioner refuses a value of a wrong type."""
     if is_missing(cell):
         return None
     return bytes(cell) if isinstance(cell, bytearray | memoryview) else cell
 
 
 def _prompt_text(cell: Any) -> Any:
-    """Return the prompt in a cell, or an empty string if the cell is empty. The captioner refuses other types."""
+    """Return the prompt in a cell, or an empty string if the cell is empty. The captioner refuses a wrong type."""
     if is_missing(cell):
         return ""
     if isinstance(cell, bytes):

@@ -30,7 +30,8 @@ DISK_FIX = (
     "writable, and run the same command again"
 )
 CHECK_TIMEOUT = ("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-"""Timeout of the first request, in seconds. MLflow's default timeout of two minutes would let users wait too long."""
+"""Timeout of the first request to the tracking server, in seconds. MLflow's default timeout of two minutes would let
+users wait too long."""
 
 
 def connect(platform: Platform) -> MlflowClient:

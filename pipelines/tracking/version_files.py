@@ -49,7 +49,7 @@ def digest_tags(checkpoint: Path, model_id: str) -> dict[str, str]:
 
 
 def model_digest(folder: Path) -> str:
-    """Return the digest of the model files in a folder. If a model file is missing, the digest is different."""
+    """Return the digest of the model files in a folder. A missing model file changes the digest."""
     return combine_digests({file: file_digest(folder / file) for file in MODEL_FILES if (folder / file).is_file()})
 
 

@@ -41,7 +41,7 @@ class PendingFiles:
     Attributes:
         folder: folder that contains the files.
         key: values that all rows of the files share: a dict from a column of `generated_captions`, such as model_name,
-            to the value. The key has no digest of the model.
+            to the value. The digest of the model is not part of the key.
         counts: numbers of rows that have been read from Parquet footers: a dict from the path of a file to its number
             of rows.
     """

@@ -132,7 +132,7 @@ class CaptionReport(Config):
 class TooManyErrors(StageFailed):
     """The share of errors exceeds `max_error_share`.
 
-    All rows are written, and the attribute `report` has the row counts.
+    All rows are written nevertheless, and the attribute `report` has the row counts.
     """
 
     def __init__(self, report: CaptionReport, max_error_share: float) -> None:
@@ -172,7 +172,8 @@ def caption(
             precision is not installed.
         StageFailed: Spark failed. The next caption job with the same request captions only the rows that have no
             caption yet.
-        TooManyErrors: the share of errors is larger than `max_error_share`. The results of all rows are written.
+        TooManyErrors: the share of errors is larger than `max_error_share`. The results of all rows are written
+            nevertheless.
     """
     started = time.monotonic()
     check_request(model, request)
@@ -228,10 +229,9 @@ def _open_source(spark: SparkSession, platform: Platform, request: CaptionReques
 def _create_job(
     spark: SparkSession, platform: Platform, model: ModelFiles, request: CaptionRequest, source: SourceTable
 ) -> CaptionJob:
-    """Return the job for the executors.
-
-    The job's time is later than the times of all captions of the table by versions of the model. So the captions of
-    this job are the newest, even if the clock was set back.
+    """Return the caption job with the settings that executors need. The time of the job is later than the times of all
+    captions that versions of the model have generated for the table. So the captions of this job are the newest, even
+    if the clock was set back.
     """
     earlier = spark.table(platform.table(GENERATED_CAPTIONS.name)).where(
         (F.col("source_table") == source.name) & (F.col("model_name") == model.name)

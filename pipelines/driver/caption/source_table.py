@@ -140,8 +140,9 @@ def compared_versions(rows: Mapping[int, int], newest: int) -> list[int]:
     """Choose the earlier versions of a table whose files are compared with the files of the newest version.
 
     A nightly job adds captions of one more table version every night, and listing the files of a version takes seconds.
-    So only the versions from which most rows were captioned are compared. The pictures of all other rows are read again
-    and compared by their bytes. A row with an unchanged picture then counts as captioned from the newest version.
+    Therefore, only the versions from which most rows were captioned are compared. The pictures of all other rows are
+    read again and compared by their bytes. A row with an unchanged picture then counts as captioned from the newest
+    version.
 
     Args:
         rows: numbers of captioned rows: a dict from a version of the table to the number of rows captioned from it.

@@ -104,8 +104,8 @@ def copies_across_sources(samples: DataFrame) -> DataFrame:
         samples: rows of `samples` of several sources.
     """
     pictures = samples.select("image_id", "source", "sha256", "split", "fingerprint")
-    # Training pictures count as existing, so that they are not compared with each other. Most pictures are training
-    # pictures.
+    # Training pictures, which are most of the pictures, count as existing, so that they are not compared with each
+    # other.
     pictures = pictures.withColumn("existing", F.col("split") == "train")
     training, held_out = pictures.filter("existing"), pictures.filter("NOT existing")
     others = held_out.select(F.col("source").alias("other_source"), "sha256", "fingerprint")

@@ -22,7 +22,7 @@ from vlm.text.cider import SIGMA, bigrams, ngrams, norms
 from vlm.text.words import words
 
 MAX_PAIRS = 25_000_000
-"""Largest number of pairs of a candidate and a reference to compare. The comparison then takes a few seconds."""
+"""Largest number of pairs of a candidate and a reference to compare, so that the comparison takes only seconds."""
 MIN_CANDIDATES = 256
 SHORTLIST = 4
 """The slower metrics are computed only for this many of the best candidates by word F1, and as many by CIDEr."""

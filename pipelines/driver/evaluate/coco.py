@@ -85,8 +85,8 @@ def ptb_words(texts: Iterable[str]) -> list[list[str]]:
 def meteor(*corpora: Corpus) -> list[Metric]:
     """Return METEOR of each corpus, computed from the sums of the statistics of all rows (not as a mean over rows).
 
-    The Java program aligns each caption with its best reference. The program takes seconds to start, so it runs only
-    once for all corpora.
+    The Java program aligns each caption with its best reference. The Java program takes seconds to start, so it runs
+    only once for all corpora.
     """
     requests = [
         " ||| ".join(["SCORE", *(_spaced(reference) for reference in group), _spaced(caption)])

@@ -34,7 +34,7 @@ Metric = Callable[[Floats], Floats]
 """Function that takes weights of shape (S, R) and returns values of shape (S,)."""
 
 WORD_METRICS = re.compile(r"(constant_|neighbour_|over_)?(word_f1|rouge_l|cider|meteor|bleu_\d|words|distinct(_\w+)?)")
-"""Pattern of the names of metrics that compare or count words. All other metrics do not depend on the tokenisation."""
+"""Pattern of the names of metrics that compare or count words, and therefore depend on the tokenisation."""
 COCO_PREFIX = "coco_"
 """Prefix of the metrics for which COCO's tokenizer splits the texts into words."""
 COCO_TOKENISATION = "Stanford PTB 3.4.1 in lower case, without punctuation (pycocoevalcap)"

@@ -1,8 +1,8 @@
 """Scores of one model version for every row of a split. Executors compute the scores once and write them to a file.
 
 The name of the file's folder contains a hash of everything that determines the scores (model files, pictures, scoring
-method). A second evaluation finds the folder and runs no model. The file also has the nearest-neighbour caption of each
-row, which is a human caption of the training picture with the most similar grid of 8 x 8 colours.
+method). A second evaluation finds the folder and runs no model. The scores file also has the nearest-neighbour caption
+of each row, which is a human caption of the training picture with the most similar grid of 8 x 8 colours.
 """
 
 from __future__ import annotations

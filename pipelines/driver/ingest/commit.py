@@ -44,7 +44,7 @@ def write_samples(platform: Platform, plan: IngestPlan) -> NearReport:
 
 
 def _add(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
-    """Insert new pictures and add new texts to existing pictures in one commit. `pictures` has a column `near_of`."""
+    """Insert new pictures and add new texts to existing pictures in one commit. `pictures` needs a column `near_of`."""
     stamp, totals = plan.stamp, plan.totals
     spark, table = pictures.sparkSession, platform.table(SAMPLES.name)
     changed = pictures.filter("NOT conflicting AND size(new_texts) > 0")
@@ -69,7 +69,7 @@ def _add(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
 
 
 def _replace(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
-    """Replace all pictures of the source by the planned pictures in one commit. `pictures` has a column `near_of`."""
+    """Replace all pictures of the source by the planned pictures in one commit. `pictures` needs a column `near_of`."""
     stamp, totals = plan.stamp, plan.totals
     spark, table = pictures.sparkSession, platform.table(SAMPLES.name)
     rows = _sample_rows(plan, pictures.filter("NOT conflicting"))

@@ -78,7 +78,7 @@ def write_report(spark: SparkSession, platform: Platform, report: IngestReport) 
 def find_report(platform: Platform, report: IngestReport) -> FullReport | None:
     """Return the full report of an ingest that added nothing.
 
-    The distributions and the page are read from the files that an earlier ingest wrote. If these files are missing,
+    The distributions and the page are read from the files that an earlier ingest wrote. If the files are missing,
     return None.
     """
     path = page_path(platform, report)

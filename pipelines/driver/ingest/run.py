@@ -144,7 +144,7 @@ def _start_refresh(spark: SparkSession, platform: Platform, name: str, source: S
 def _ingest_rows(
     spark: SparkSession, platform: Platform, name: str, config: DataConfig, source: Source, *, refresh: bool
 ) -> Written:
-    """Decode the pending rows of a source, and write the decoded rows. Make a new plan after a conflict."""
+    """Decode the pending rows of a source, and write the decoded rows. After a conflict, make a new plan."""
     if source.rows is None:
         return Written()
     request = IngestRequest(name, config, source.rows, source.ingest_id, replace=refresh)

@@ -125,8 +125,8 @@ def find_finished(
 ) -> ShardReport | None:
     """Find the shards of one source and split without Spark, or return None if the shards are not written yet.
 
-    The arguments are those of `shard`; shards of text have no `image`. If a catalog manages the tables, the result is
-    always None.
+    The arguments are the same as in `shard`, but `image` is None for shards of text. If a catalog manages the tables,
+    the result is always None.
 
     Raises:
         UserError: the split has no rows. Spark would find the same result, but takes several seconds to start.
@@ -225,7 +225,7 @@ def _request(  # noqa: PLR0917 (as for `shard`)
     split: Split,
     pin: tuple[TableVersions, str],
 ) -> ShardRequest:
-    """Return the shard request for a source and split. `pin` has the versions and the id of the rows' table."""
+    """Return the shard request for a source and split. `pin` has the version numbers and the id of the table."""
     shards, (version, pinned_id) = config.shards, pin
     return ShardRequest(
         table=platform.table((SAMPLES if image else TEXTS).name),

@@ -18,7 +18,7 @@ GIT_SECONDS = 10.0
 
 
 def read_code() -> TrainingCode:
-    """Describe the installed code."""
+    """Return the description of the installed training code."""
     files = hash_sources()
     return TrainingCode(
         release=version("lakesight"),

@@ -20,8 +20,7 @@ from pipelines.formats.run_folder import Failure, RankFile, RunFolder
 from pipelines.formats.shards import Shards
 
 HUNG, WAITED = "Hung", "Waited"
-"""Exception names in failure records of timeouts: `Hung` for a rank that hung, `Waited` for a rank that waited for
-other ranks."""
+"""Exception names in failure records of timeouts, for a rank that hung and for a rank that waited for other ranks."""
 
 LAST_LOG_LINE = re.compile(r"Fatal Python error: .+|Timeout \(.+|rank {rank} ended at step .+")
 """Pattern of log lines, of a rank or of the launcher, that name the cause if the rank wrote no failure record."""

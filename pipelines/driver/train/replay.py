@@ -1,4 +1,5 @@
-"""Replay of one training step, in a temporary run folder inside the original run folder. No file of the run changes."""
+"""Replay of one training step, in a temporary run folder inside the original run folder. The original run stays
+unchanged."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def prepare(
 def _write_text_files(
     run: RunFolder, config: RunConfig, train: ShardReport, validate: ShardReport, start: StartFolder | None
 ) -> None:
-    """Write the tokenizer, and the document frequencies if a stage rewards CIDEr. Keep files that exist."""
+    """Write the tokenizer, and the document frequencies if a stage rewards CIDEr. Files that exist are kept."""
     shards = Shards.open(Path(train.folder))
     if not run.tokenizer.exists():
         tokenizer = text.load(start.tokenizer) if start else text.learn(config.model.text, shards.texts())

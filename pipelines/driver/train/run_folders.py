@@ -36,7 +36,7 @@ def keep_generation(config: RunConfig, code: TrainingCode, path_of: Callable[[Ru
     """Return the config with the generation settings of a run that has learned, or is learning, the same model.
 
     Generation settings change nothing that is learned, except if captions are scored or rewarded while training. The
-    hash in the name of a run folder nevertheless depends on them, as in Lakesight 0.1.0.
+    hash in the name of a run folder nevertheless depends on generation settings, as in Lakesight 0.1.0.
 
     Args:
         config: resolved run config.
@@ -44,7 +44,8 @@ def keep_generation(config: RunConfig, code: TrainingCode, path_of: Callable[[Ru
         path_of: function that returns the path of the folder of a config.
 
     Returns:
-        The unchanged config if there is no such run, or if there is a run with the generation settings of the config.
+        The unchanged config if no run has learned the same model, or if a run with the config's generation settings
+        exists.
     """
     own, train = path_of(config), config.train
     if train.rewards_cider or train.score_every or _has_run(own, code):

@@ -19,7 +19,7 @@ FREE_SETTINGS = EXECUTION_SETTINGS | {
     *("steps", "start_from", "start_state", "log_every", "validate_every", "validate_rows", "caption_samples"),
     *("score_every", "best_by", "stop"),
 }
-"""Training settings that may differ between a run and the earlier run whose training the run continues."""
+"""Training settings that may differ between a run and the earlier run that the run continues."""
 
 
 class StartFolder(Config):
@@ -46,7 +46,7 @@ def open_start_folder(folder: Path, config: ModelConfig, settings: TrainConfig) 
 
 
 def check_start_folder(folder: Path, config: ModelConfig, settings: TrainConfig) -> Path:
-    """Check that a folder contains the model that a run trains. The generation settings of the model may differ.
+    """Check that a folder contains the model that a run trains, possibly with other generation settings.
 
     A captioner may also start from a model of text with the same decoder and tokenizer. The captioner's encoder and
     projector then begin with random weights.

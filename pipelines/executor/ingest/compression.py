@@ -56,7 +56,7 @@ def decompress(file: IO[bytes], start: bytes) -> IO[bytes]:
     If the file is damaged, `read1` first returns all content before the damage, and then raises an exception.
 
     Args:
-        file: file that is opened for reading and is at its beginning.
+        file: file that is opened for reading and positioned at its beginning.
         start: first bytes of the file.
     """
     kind = compression_of(start)

@@ -35,7 +35,7 @@ from vlm.errors import ImageError
 from vlm.image import ImageInfo, decode_base64, load_decoders, open_image
 
 BASE64_AS_BYTES = re.compile(rb"\s*(data:image/|[A-Za-z0-9+/_-]{60})")
-"""Pattern of base64 text in a value of type bytes. No file of a picture format begins with such bytes."""
+"""Pattern of base64 text in a value of type bytes. No picture file begins with bytes that match this pattern."""
 FLUSH_BYTES = 16 * 2**20
 FLUSH_ROWS = 256
 

@@ -6,7 +6,7 @@ import codecs
 
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose byte-order mark is the beginning of UTF-32's
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # tried before UTF-16, because the mark of UTF-32 begins with UTF-16's mark
     (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),

@@ -25,7 +25,7 @@ DAMAGE = (EOFError, zlib.error, LZMAError, UnicodeError, tarfile.TarError, pa.Ar
 FILE_ERRORS = (OSError, *DAMAGE)
 """Exceptions that may affect only one file.
 
-`require_damage` decides whether such an exception means a damaged file or a fault of the machine.
+`require_damage` decides whether an exception of these classes means a damaged file or a fault of the machine.
 """
 
 
@@ -38,7 +38,7 @@ def open_binary(path: str) -> IO[bytes]:
     """Open a local file or a URL for reading.
 
     Raises:
-        OSError: the file cannot be opened. `describe_damage` describes the reason.
+        OSError: the file cannot be opened. `describe_damage` says why the file cannot be opened.
         UserError: the package for this kind of URL is missing.
     """
     if not is_url(path):

@@ -53,7 +53,7 @@ def _read_file(path: str, file: str, rows: Rows, max_chars: int) -> Iterator[Rec
 
 
 def split_text(lines: io.TextIOBase, file: str, rows: Rows, max_chars: int) -> Iterator[Record]:
-    """Divide a text into rows. Any line end of the text is a line feed in the rows.
+    """Divide a text into rows. In the rows, every line end of the text is a line feed.
 
     A long line is read in pieces. A line is blank if all its pieces are blank.
     """

@@ -17,8 +17,8 @@ def write_text_files(batches: Iterator[pa.RecordBatch], request: ShardRequest, f
     """Write shard files of texts, and yield one row of the schema `executor.shard.WRITTEN` per file.
 
     Args:
-        batches: batches of the columns file, text_id and text, in the order of the shards. One call receives all rows
-            of a file.
+        batches: batches of the columns file, text_id and text, in the order of the shards. One call of this function
+            receives all rows of a shard file.
         request: description of the content of the shards.
         folder: shard folder, an existing folder that has the same path on every executor.
     """

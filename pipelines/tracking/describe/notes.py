@@ -84,7 +84,7 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 def run_link(platform: Platform, text: str, experiment_id: str, run_id: str, tab: str = "") -> str:
     """Return a Markdown link to the page of a run. In a Databricks workspace, return the text without a link.
 
-    A workspace uses other addresses for these pages, and shows links of its own.
+    A workspace uses other addresses for MLflow's pages, and shows links of its own.
     """
     return _link(platform, text, f"experiments/{experiment_id}/runs/{run_id}{tab}")
 

@@ -52,7 +52,7 @@ class Augmenter:
         self._directed = _any_of((*config.sided_words, *config.upright_words))
 
     def rows(self, rows: Sequence[Row], texts: Sequence[tuple[str, str]], picks: RowPicks) -> list[Row]:
-        """Return the rows with augmented pixels of unchanged shape.
+        """Return the rows with augmented pixels. The shape of the pixels does not change.
 
         Args:
             rows: B rows of the shards.

@@ -3,8 +3,8 @@
 The selection is a pure function of the step, so a run can resume at a step without any stored state of the row order.
 
 Position k of epoch e is row `permute(k)`, where the permutation is keyed by (seed, e) and computed per position in
-O(1) time and memory. No list is shuffled, stored or replayed. At any step, after any restart and at any world size, a
-rank computes its part of the same infinite sequence of rows.
+O(1) time and memory. No list of rows is shuffled, stored or replayed. At any step, after any restart and at any world
+size, a rank computes its part of the same infinite sequence of rows.
 
 The permutation of n rows is a Feistel network over the next power of four. A result outside [0, n) is mapped again
 until a result is inside [0, n). This method is called cycle walking (Black and Rogaway, "Ciphers with Arbitrary Finite
@@ -75,8 +75,8 @@ def pick_mix_rows(picks: RowPicks, rows: Sequence[int], draws: Sequence[int], *,
         seed: seed of the run.
 
     Returns:
-        The row of each draw, and its epoch. The epoch of a row is the number of complete passes over the row's part
-        before the draw.
+        The row of each draw, and the epoch of the row. The epoch of a row is the number of complete passes over the
+        row's part before the draw.
     """
     found, rounds = np.empty_like(picks.rows), np.empty_like(picks.epochs)
     first_row = first_draw = 0
@@ -112,8 +112,8 @@ def permute(positions: Int64s, epochs: Int64s, *, num_rows: int, seed: int) -> I
 def _permute_few(positions: Int64s, epochs: Int64s, *, num_rows: int, seed: int) -> Int64s:
     """Compute `permute` for at most 4**MIN_HALF_BITS rows, from a lookup table of the Feistel network of each epoch.
 
-    With three rows, for example, a position needs 85 passes through the network on average. A lookup in a table is much
-    faster than a pass through the network.
+    With three rows, for example, a position needs 85 passes through the Feistel network on average. A lookup in the
+    table is much faster than a pass through the network.
     """
     found, epoch_number = np.unique(epochs, return_inverse=True)
     values = np.arange(4**MIN_HALF_BITS, dtype=np.uint64)

@@ -5,8 +5,8 @@ before the first step. Instead a rank reads rows from the original file until th
 in each rank copies files. The ranks of a host take turns under one lock, so each file is copied once, and most of the
 network bandwidth remains for reading rows.
 
-The name of a copy is its SHA-256. A copy gets this name only after the content of the copy has been verified. A killed
-process leaves no lock, and the next process that starts removes the incomplete `.part` file.
+The name of a copy is the SHA-256 of the file. A copy gets this name only after the content of the copy has been
+verified. A killed process leaves no lock, and the next process that starts removes the incomplete `.part` file.
 
 If the disk space is needed, copies that belong to other runs are removed, least recently used copies first. A process
 that has mapped a removed copy can still read the copy. A copy that belongs to this run is never removed, because all
@@ -107,7 +107,7 @@ class ShardCopier(threading.Thread):
 def _use_copy(entry: CacheEntry) -> bool:
     """Redirect reads to the file's copy if the copy exists, and return whether the copy exists.
 
-    The caller holds the lock.
+    The caller must hold the lock of the cache folder.
     """
     if not entry.copy.exists() or entry.copy.stat().st_size != entry.file.bytes:
         return False
@@ -117,7 +117,7 @@ def _use_copy(entry: CacheEntry) -> bool:
 
 
 def _make_room(root: Path, needed: int, limit: float, own: set[Path]) -> bool:
-    """Remove copies of other runs until there is room for a file. If the file cannot fit, only return False.
+    """Remove copies of other runs until there is room for a file. If the file cannot fit, return False.
 
     Args:
         root: folder of the copies.

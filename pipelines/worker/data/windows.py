@@ -30,7 +30,7 @@ class Windows(NamedTuple):
         ids: all tokens.
         context: number of positions of a window.
         bos_id: start token, which no position predicts.
-        pad_id: token of the positions after the last token.
+        pad_id: token that fills the positions after the last token.
     """
 
     ids: Ids

@@ -10,7 +10,7 @@ from pipelines.errors import UserError
 
 @dataclass(frozen=True)
 class RankEnv:
-    """Number of this rank and number of ranks, counted over the whole run and over the ranks of this host."""
+    """Number of this rank and number of ranks, both in the whole run and among the ranks of this host."""
 
     rank: int
     world_size: int

@@ -51,7 +51,7 @@ START_SECONDS = 600.0
 _TERMINATING = (signal.SIGTERM, signal.SIGINT)
 
 _COLLECTIVE_FILES = ("torch/distributed/", "torch/nn/parallel/", "torch/autograd/", "vlm/training/parallel.py")
-"""Files whose functions wait for other ranks. Autograd is included because DDP reduces gradients in `backward`."""
+"""Source files whose functions wait for other ranks. Autograd is one, because DDP reduces gradients in `backward`."""
 
 _LOST_CONNECTION = (
     "connection closed by peer",

@@ -44,7 +44,7 @@ class SourceFile(NamedTuple):
         item: name of the file in the ledger.
         accessible: whether this process may read the file.
         partition: values of the partition columns, from folders such as `year=2024` between the source's path and the
-            file. A null value is stored as None.
+            file. A null value of a partition column is stored as None.
     """
 
     path: str

@@ -34,7 +34,7 @@ from pipelines.platform import analysed, spark_errors
 logger = logging.getLogger(__name__)
 
 BROADCAST_IDS = 1_000_000
-"""Largest number of changed rows whose ids are sent to every executor, so that no picture is shuffled."""
+"""Up to this number of changed rows, their ids are sent to every executor, so that no picture is shuffled."""
 OTHER_CHARS = 2**20
 """Largest number of characters (or bytes) that `quarantine` stores of a value in an unused column."""
 PLAIN = (

@@ -37,7 +37,7 @@ PASSED_OVER = {
     "not_regular": "not a file: a pipe, a socket, a device, a link that leads nowhere or a link to an outer folder",
     "no_access": "the folder may not be listed",
 }
-"""Reasons for which an entry is passed over, with their meanings. There are no other reasons."""
+"""All reasons for which an entry can be passed over, with their meanings."""
 
 
 class PassedOver(NamedTuple):

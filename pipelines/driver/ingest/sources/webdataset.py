@@ -17,7 +17,8 @@ SUFFIXES = (
     *(f".tar{compression}" for compression in ("", ".gz", ".bz2", ".xz", ".zst")),
     *(".tgz", ".tbz", ".tbz2", ".txz", ".tzst"),
 )
-"""Suffixes of the tar files that are read from a folder. How a tar file is compressed is recognised by its content."""
+"""Suffixes of the tar files that are read from a folder. The compression of a tar file is recognised by the content of
+the file."""
 
 
 def load_rows(

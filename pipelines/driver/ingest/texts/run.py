@@ -118,7 +118,7 @@ def ingest_texts(
 def _write(
     spark: SparkSession, platform: Platform, name: str, config: DataConfig, source: Source, *, refresh: bool
 ) -> _Written:
-    """Decode the pending files once, and write the decoded rows. Compare again after a conflict with another ingest."""
+    """Decode the pending files once, and write the decoded rows. After a conflict, repeat only the write."""
     assert source.rows is not None
     rules = TextRules(name, config.limits.max_text_chars, config.split)
     decode = partial(decode_texts, read=source.rows.read, rules=rules)

@@ -253,7 +253,7 @@ def picture_values(name: str, column: pa.Array, most: int) -> Iterator[dict[str,
     """Yield the fields of each picture in a column: the bytes or base64 text, and the path if the value has a path.
 
     A picture may be binary, a base64 string, a list of byte values, a list that contains one picture, or Hugging Face's
-    struct with the fields `bytes` and `path`. Any other value is converted to Python.
+    struct with the fields `bytes` and `path`. A value of another type is converted to a Python value.
 
     Args:
         name: name of the field; the path is in the field `<name>.path`.

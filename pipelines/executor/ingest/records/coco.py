@@ -15,7 +15,8 @@ from pipelines.executor.ingest.text_stream import open_text
 from pipelines.executor.ingest.values import is_missing
 
 KEPT_KEYS = frozenset({"images", "annotations", "id", "file_name", "height", "width", "image_id", "caption"})
-"""Keys whose values are kept in memory. Most of a document may consist of other values, such as outlines of objects."""
+"""Keys of a document whose values are kept in memory. Most of a document may consist of other values, such as outlines
+of objects."""
 WHOLE_NUMBER = re.compile(r"(-?[0-9]+)\.0*")
 
 

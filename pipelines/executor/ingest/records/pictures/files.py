@@ -1,8 +1,8 @@
 """Functions that read the pictures that rows name by a path below a local folder.
 
 The names may come from any operating system, with backslashes, percent signs or another Unicode form of the same
-letters. A name is first tried unchanged. A link may lead anywhere inside the folder, but no path may lead out of the
-folder.
+letters. The file with exactly the given name is tried first. A link may lead anywhere inside the folder, but no path
+may lead out of the folder.
 """
 
 from __future__ import annotations

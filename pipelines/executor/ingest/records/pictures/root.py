@@ -66,7 +66,7 @@ def plain_location(location: str) -> str:
 
 
 def absolute_location(location: str) -> str:
-    """Convert the location that a user gave into an absolute one. A relative path is relative to the working folder."""
+    """Return a user's location as an absolute location. A relative path is relative to the working folder."""
     plain = plain_location(location)
     return plain if is_absolute(plain) else str(Path(plain).absolute())
 
@@ -106,7 +106,8 @@ def picture_records(
     """Add the field PICTURE to the records of a source, with the bytes of the picture that a column names.
 
     Args:
-        batches: batches that `read` parses. If the location is relative, the column `path` is the path of a row's file.
+        batches: batches that `read` parses. If the location is relative, the column `path` contains the path of a row's
+            file.
         read: function that parses raw rows of the source into records.
         location: folder or URL of the pictures. A relative folder is relative to the folder of the row's file.
         column: name of the column that names the picture of a row.
