@@ -118,7 +118,7 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
 
     Raises:
         UserError: the model is a model of text.
-        TooManyErrors: too many rows failed. The captions and errors are written before the exception is raised.
+        TooManyErrors: more rows failed than allowed. Captions and errors are written before the exception is raised.
         StageFailed: the drift exceeds its limits and the run sets `drift.fail`. The captions are written before the
             exception is raised.
     """

@@ -13,7 +13,7 @@ from vlm.config import Config, ModelConfig
 
 
 class ModelSize(Config):
-    """Size of one model config in conf/model/.
+    """Parameter counts, FLOPs and picture size of a model in conf/model/.
 
     Attributes:
         name: name of the config file in conf/model/, without `.yml`.

@@ -61,7 +61,7 @@ def run_endpoint(job: Job, name: str | None) -> EndpointReport:
     """Make an endpoint of the workspace serve the champion.
 
     Raises:
-        UserError: the platform has no endpoints, there is no champion, or the workspace refuses.
+        UserError: the platform has no endpoints, there is no champion, or the workspace refuses the request.
     """
     from pipelines.tracking.registry import find_champion
 
@@ -100,7 +100,7 @@ def serve_version(client: WorkspaceClient, name: str, model: str, version: str) 
     """Create or update an endpoint, and return whether a change was needed. Do not wait until the endpoint is ready.
 
     Raises:
-        DatabricksError: the workspace refuses.
+        DatabricksError: the workspace refuses the request.
     """
     from databricks.sdk.errors import NotFound
     from databricks.sdk.service.serving import EndpointCoreConfigInput, ServedEntityInput

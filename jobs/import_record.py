@@ -39,7 +39,7 @@ class ImportRecord(Config):
     """Record of the import that has written, or is writing, the checkpoint in the same folder.
 
     Attributes:
-        request: what was imported, and how.
+        request: published files that were imported, and the model config and seed of the import.
         tokens: files and keys whose start or end token was compared with the tokenizer, such as `config.json:
             eos_token_id`.
         report: report of the import; null while the checkpoint is not complete.

@@ -45,7 +45,7 @@ class ReplayReport(Config):
 
 
 def run_replay(job: Job, run: RunFolder, step: int) -> ReplayReport:
-    """Replay a step of a run, and print the pictures with the largest losses. The run is not changed."""
+    """Replay a step of a run, and print the pictures with the largest losses. The replay does not change the run."""
     from pipelines.driver.train.replay import replay_step
     from pipelines.formats.run_owner import own_run
 

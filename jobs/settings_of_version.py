@@ -20,7 +20,7 @@ def decoding_settings(job: Job, fixed: ModelConfig, name: str) -> GenerationConf
 
     Args:
         job: the running command with its overrides.
-        fixed: config of the version or checkpoint.
+        fixed: model config with which the version or checkpoint was trained.
         name: name of the version or checkpoint, for the error message.
 
     Raises:

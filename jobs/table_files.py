@@ -138,8 +138,8 @@ class Relation:
 
         Args:
             columns: names of the columns to read, or an empty list for all columns.
-            where: SQL condition, or empty for all rows.
-            order: SQL list of columns to sort by, or empty for the order of the files.
+            where: condition in SQL, or an empty text for all rows.
+            order: columns to sort by, as in ORDER BY, or an empty text for the order of the files.
             limit: number of rows, or None for all rows.
 
         Raises:

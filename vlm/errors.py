@@ -31,7 +31,7 @@ class LakesightError(Exception):
 
     @property
     def got(self) -> str:
-        """What was found, as one text."""
+        """The value, state or problems that were found, as one text."""
         return "; ".join(self.problems)
 
     def __str__(self) -> str:

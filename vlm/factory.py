@@ -56,7 +56,7 @@ def build_model(config: ModelConfig, vocab_size: int) -> VisionLanguageModel:
 
 
 def construct_model(config: ModelConfig, vocab_size: int) -> VisionLanguageModel:
-    """Construct the modules of a model. The caller must then call `initialize_weights`."""
+    """Construct the modules of a model, whose weights the caller must initialize with `initialize_weights`."""
     return VisionLanguageModel(
         config,
         NoEncoder() if config.text_only else _encoder(config),

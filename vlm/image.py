@@ -310,7 +310,7 @@ def _open_header(data: bytes) -> Image.Image:
 
 @lru_cache(maxsize=1)
 def load_decoders() -> tuple[str, ...]:
-    """Load Pillow's decoders, and return the formats of FORMATS that Pillow can decode. AVIF needs Pillow 11.3.
+    """Load Pillow's decoders, and return the formats of FORMATS that Pillow can decode (AVIF only since Pillow 11.3).
 
     Loading the decoders takes a quarter of a second. A process that forks children to decode pictures therefore calls
     this function first, so that the children need not load the decoders again.
@@ -320,7 +320,7 @@ def load_decoders() -> tuple[str, ...]:
 
 
 def _claimed_format(data: bytes) -> str | None:
-    """Return the name of the format whose signature matches the first bytes, or None. No image parser runs."""
+    """Return the name of the format whose signature matches the first bytes, or None, without an image parser."""
     start = data[:16].ljust(16, b"\0")  # Pillow's signature tests do not check the length of the data
     if start[4:8] == b"ftyp":
         return {b"avif": "AVIF", b"avis": "AVIF"}.get(start[8:12], "HEIF")

@@ -3,7 +3,7 @@
 Each cell of the matrix is one combination of four values: the kind of fault, the rank that fails, the moment at which
 it fails, and the place where the ranks run (on the driver's host or on executors). The launch of the run must end
 within a time limit, the error must name rank, host, cause and fix, and no process may be left. `make test` runs a few
-cells; `make faults` runs all cells.
+cells of the matrix, while `make faults` runs all cells.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def cells() -> Iterator[Cell]:
 
 
 SAMPLE = {Cell("nan", 1, "step", BESIDE), Cell("kill", 1, "step", BESIDE)}
-"""Cells that `make test` runs. `make faults` runs all cells."""
+"""Cells of the failure matrix that `make test` runs, while `make faults` runs all cells."""
 
 
 @pytest.fixture

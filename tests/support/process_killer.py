@@ -55,8 +55,8 @@ def kill_one(kind: ProcessKind, after: float, rng: random.Random) -> Iterator[li
 
     Args:
         kind: which kind of process to kill: a Python `worker` or an `executor`.
-        after: seconds from the start of the block to the kill; if no process of the kind runs then, the kill comes
-            later.
+        after: seconds from the start of the block to the kill, which comes later if no process of the kind runs at this
+            time.
         rng: random generator that chooses the process to kill.
 
     Yields:

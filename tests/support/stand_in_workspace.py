@@ -36,7 +36,7 @@ PRINCIPAL_KEYS = ("user_name", "group_name", "service_principal_name")
 
 @dataclass
 class Workspace(Services):
-    """Content of the workspace. A test sets the content before a deployment, and reads the content afterwards.
+    """Content of the stand-in workspace, which a test sets before a deployment and reads after the deployment.
 
     `user` is the application id of the service principal that sends all requests.
     """

@@ -92,7 +92,7 @@ def pixels(count: int = 2, size: int = SIZE, seed: int = 0) -> Tensor:
 
 
 def tokens(*lengths: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Return right-padded rows of random token ids, and the attention mask. `lengths` excludes the padding."""
+    """Return right-padded rows of random token ids, with `lengths` ids before the padding, and the attention mask."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCAB, (len(lengths), max(lengths)), generator=generator)
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()

@@ -221,7 +221,7 @@ MakeRun = Callable[..., RunFolder]
 
 
 def runs_in(folder: Path, patch: pytest.MonkeyPatch) -> MakeRun:
-    """Return a function that writes folders of tiny runs that share their shards. Ranks can import tests/support."""
+    """Return a function that writes folders of tiny runs with common shards; ranks can import tests/support."""
     patch.setenv("PYTHONPATH", TEST_PATH)
     train, validate = write_shards(folder / "train", rows=21), write_shards(folder / "val", rows=6)
 

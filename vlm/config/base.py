@@ -17,8 +17,8 @@ class _AddedLater:
 ADDED_LATER = _AddedLater()
 """Mark for a config field that is left out of hashes of stored data while the field has its default value.
 
-Every field that is added to an existing config needs the mark, for example
-`name: Annotated[int | None, ADDED_LATER] = None`.
+Every field that is added to an existing config needs the mark in its type, for example
+`Annotated[int | None, ADDED_LATER]`.
 """
 
 

@@ -129,7 +129,7 @@ class PixelShuffleProjectorConfig(Config):
 
 
 class ResamplerProjectorConfig(Config):
-    """Perceiver resampler (Alayrac et al., 2022): `num_latents` learned queries attend to patches and to each other.
+    """Perceiver resampler (Alayrac et al., 2022), in which learned queries attend to patches and to each other.
 
     Attributes:
         num_latents: number of learned queries, which is also the number of image slots.

@@ -28,7 +28,7 @@ class YamlProblem(ValueError):
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping. An empty file is an empty mapping.
+    """Read a YAML file that holds a mapping. An empty file counts as an empty mapping.
 
     The encoding is taken from the file's byte-order mark, and is UTF-8 if the file has no such mark.
 

@@ -103,7 +103,7 @@ def iterate_blocks(model: nn.Module) -> Iterator[Block]:
 def recompute_blocks(model: nn.Module) -> None:
     """Enable activation recomputation in all blocks (Chen et al., 2016).
 
-    A training step then needs about a third more computation, but stores the activations of only one block at a time.
+    With recomputation, a training step needs about a third more FLOPs, but stores the activations of only one block.
     """
     for block in iterate_blocks(model):
         block.recompute = True

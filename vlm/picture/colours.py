@@ -2,8 +2,8 @@
 
 Samples of 16 bits are scaled to 8 bits. Cameras, microscopes and X-ray detectors store 8, 10 or 12 bits in samples of
 16 bits without scaling them, so that the pictures are almost black. If the largest sample of a picture fits in 8, 10
-or 12 bits, the samples are scaled from the smallest of these widths that fits. Otherwise, the samples are scaled from
-16 bits.
+or 12 bits, the samples are scaled from the smallest of these widths that fits. All other pictures are scaled from 16
+bits.
 
 Pictures are converted in bands of rows, because a conversion needs several times the memory of its band. Decoding a
 picture of 64 megapixels needs 0.6 GB.

@@ -1,4 +1,4 @@
-"""Separate the pixels of a picture file from its metadata. No image parser runs.
+"""Separate the pixels of a picture file from its metadata, without running an image parser.
 
 Metadata (texts, colour profiles, EXIF, XMP and their checksums) is often broken or huge, and Pillow then refuses the
 whole picture. The function `split_metadata` therefore returns the file without metadata. The function also returns the
@@ -44,9 +44,9 @@ WEBP_ALPHA, WEBP_EXIF, WEBP_XMP, WEBP_ANIMATION = 0x10, 0x08, 0x04, 0x02
 
 TIFF_TAGS = frozenset(
     [
-        *(256, 257, 258, 259, 262, 266),  # size, bits, compression, photometric interpretation, fill order
-        *(273, 277, 278, 279, 284, 292, 293, 317, 320),  # strips, samples, fax options, predictor, palette
-        *(322, 323, 324, 325, 332, 334, 338, 339, 340, 341, 347),  # tiles, inks, further samples, JPEG tables
+        *(256, 257, 258, 259, 262, 266),  # tags for size, bits, compression, photometric interpretation and fill order
+        *(273, 277, 278, 279, 284, 292, 293, 317, 320),  # tags for strips, samples, fax options, predictor and palette
+        *(322, 323, 324, 325, 332, 334, 338, 339, 340, 341, 347),  # tags for tiles, inks, samples and JPEG tables
         *(512, 513, 514, 515, 517, 518, 519, 520, 521),  # old JPEG compression
         *(529, 530, 531, 532),  # YCbCr
     ]

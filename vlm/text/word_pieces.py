@@ -2,8 +2,8 @@
 
 Most spaces of a text need no piece. The rule expects one space before each word and no space before a mark (`,`).
 Between two words of scripts without spaces, such as Han and Thai, the rule expects no space. A space that the rule does
-not expect is a piece, and the piece JOIN marks the place of an expected space that is missing. Every text can therefore
-be restored exactly.
+not expect is a piece, and the piece JOIN marks the place of an expected space that is missing. The pieces of a text
+therefore restore the text exactly.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class TrackedSettings(Mapping[str, Any]):
 
 
 def tracked(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return settings with defaults for missing keys. The result for tracked settings also records what is read."""
+    """Return settings with defaults for missing keys. If the settings record what is read, the result does so too."""
     if isinstance(settings, TrackedSettings):
         return settings.with_defaults(defaults)
     return {**defaults, **settings}

@@ -2,8 +2,8 @@
 
 An import first compares config.json with the model config, and then the names, shapes and types of the tensors with the
 model's parameters. An import reads the data of a tensor only after all these comparisons have succeeded. The model is
-built on the meta device, and tensors are copied into the model one by one, the largest first. Peak memory is therefore
-only slightly above the size of the weights.
+built on the meta device, and tensors are copied into the model one by one, the largest first. An import's peak memory
+is therefore only slightly above the size of the weights.
 """
 
 from __future__ import annotations

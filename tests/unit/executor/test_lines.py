@@ -1,5 +1,5 @@
-"""Tests of reading lines. Each line is read once, for any byte ranges and compression. A damaged file gives one record
-that describes the damage.
+"""Tests of reading text files line by line. Each line is read once, for any byte ranges and compression. A damaged file
+gives one record that describes the damage.
 """
 
 from __future__ import annotations

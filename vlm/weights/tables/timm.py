@@ -4,7 +4,7 @@ The encoders may have a class token, registers, layer scale, attention pooling o
 
 timm's config.json contains the name of an architecture, and the sizes of the architecture are in timm's code. The
 shapes of the tensors determine most sizes. An import checks any other value if config.json contains the value or the
-architecture's name implies the value. Otherwise the import reports the value as unchecked.
+architecture's name implies the value; if neither is the case, the import reports the value as unchecked.
 """
 
 from __future__ import annotations
