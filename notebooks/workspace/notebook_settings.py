@@ -8,7 +8,7 @@ WORKSPACE = (
 )
 """Names of the deployed resources, which `databricks bundle summary` prints, and the number of ranks.
 
-On a laptop, these settings are unused.
+On a laptop, WORKSPACE is not used.
 """
 SMALL = (
     *("data.source.path=scenes:300", "train.steps=40", "train.validate_every=20", "train.checkpoint_every=40"),
