@@ -54,7 +54,7 @@ def start_ticks(pid: int) -> int:
     The system may reuse a process id after the process has ended, but not with the same start time.
     """
     try:
-        # The second field of the file is the name of the program in parentheses, which may contain blanks and
+        # The second field of /proc/PID/stat is the name of the program in parentheses, which may contain blanks and
         # parentheses.
         return int(
             Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]

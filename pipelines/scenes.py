@@ -155,7 +155,7 @@ def _position_two(scene: Scene, radii: list[float], rng: np.random.Generator) ->
 def _regular(corners: int, turn: float = -0.25, inner: float | None = None) -> list[tuple[float, float]]:
     """Return the corners of a regular polygon, or of a star with the inner radius `inner`, on the unit circle.
 
-    The first corner is at the fraction `turn` of a full turn.
+    The angle of the first corner is `turn`, as a fraction of a full turn.
     """
     steps = corners if inner is None else 2 * corners
     points = []
@@ -257,7 +257,7 @@ def _base64(data: bytes) -> str:
 
 
 CORRUPTIONS: dict[str, Callable[[str, bytes, str], list[str]]] = {
-    # This text has 4n + 1 characters. No base64 string has such a length, so every decoder rejects this text.
+    # This text has 4n + 1 characters. No base64 string has 4n + 1 characters, so every decoder rejects this text.
     "bad_base64": lambda index, png, caption: [index, _base64(png)[:401], caption],
     "not_an_image": lambda index, png, caption: [index, _base64(caption.encode()), caption],
     "empty_text": lambda index, png, caption: [index, _base64(png), ""],

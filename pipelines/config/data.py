@@ -274,7 +274,7 @@ SplitConfig = Annotated[HashSplitConfig | FileSplitConfig | ColumnSplitConfig, F
 
 
 class LimitsConfig(Config):
-    """Limits of a row. A row that exceeds a limit is quarantined.
+    """Limits on the picture and the texts of a row. A row that exceeds a limit is quarantined.
 
     Attributes:
         max_bytes: largest accepted size of a picture file, in bytes.

@@ -233,8 +233,8 @@ def available(kind: str) -> list[str]:
 def load_run(name: str, *, platform: str = "local", overrides: Sequence[str] = ()) -> RunConfig:
     """Resolve a run's four names into a RunConfig and apply `a.b=c` overrides.
 
-    The YAML file of a run may contain the data section itself, which then has the name of the run. The file may also
-    contain the sections `gate` and `drift`.
+    The YAML file of a run may contain the data section itself, which then has the name of the run. The YAML file may
+    also contain the sections `gate` and `drift`.
 
     Raises:
         ConfigError: a name or key is unknown, or a value is invalid. The error lists every problem.
@@ -303,7 +303,7 @@ def _chosen_name(run: dict[str, Any], kind: str, problems: list[str]) -> str:
 
 
 def _find(kind: str, name: str, problems: list[str]) -> Path | None:
-    """Return the path of the YAML file that belongs to a name. If no file has this name, add a problem."""
+    """Return the path of the YAML file that belongs to a name. If there is none, add a message to `problems`."""
     if re.fullmatch(NAME_PATTERN, name):
         for folder in conf_folders():
             path = folder / kind / f"{name}.yml"
@@ -326,7 +326,7 @@ def _find(kind: str, name: str, problems: list[str]) -> Path | None:
 
 
 def _read(path: Path | None, problems: list[str]) -> dict[str, Any] | None:
-    """Read a YAML file. If there is no file or the file cannot be used, return None and add a problem."""
+    """Read a YAML file. If there is no file or the file cannot be used, return None and add a message to `problems`."""
     if path is None:
         return None
     try:

@@ -264,8 +264,7 @@ class TrainConfig(Config):
             finished, the checkpoint that is now selected is registered too.
         profile_steps: number of steps that PyTorch's profiler records on rank 0, after five unrecorded steps. The
             profiler trace is logged to MLflow.
-        timeout_seconds: longest time for which a rank may report no progress, in seconds. After this time, the run is
-            stopped.
+        timeout_seconds: time after which a run is stopped if a rank has reported no progress, in seconds.
         max_restarts: largest number of times that a failed run is restarted from its last checkpoint. A run is
             restarted only if a restart can help.
         resume_changed_code: whether an unfinished run may be resumed although the training code has changed since the

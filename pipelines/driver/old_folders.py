@@ -63,7 +63,7 @@ class OldFolder(Config):
 
 
 def find_old_folders(platform: Platform, keep: int, needs: Needs) -> list[OldFolder]:
-    """Find the folders that `remove_folders` may remove. This function changes nothing.
+    """Find the folders that `remove_folders` may remove. This function removes nothing.
 
     Args:
         platform: platform whose home folder contains the folders.
@@ -109,7 +109,7 @@ def remove_folders(folders: Iterable[OldFolder]) -> None:
 
 
 def _read_runs(folder: Path) -> dict[RunFolder, RunFile]:
-    """Return the runs in a folder whose run.json can be read, each with the contents of its run.json."""
+    """Return the runs in a folder, each with the contents of its run.json. Leave out runs without a valid run.json."""
     found: dict[RunFolder, RunFile] = {}
     for path in sorted(folder.glob("[!.]*/run.json")):
         try:

@@ -18,7 +18,7 @@ from pipelines.formats.model_copy import check_copy, model_files, record_copy
 from pipelines.host_cache import exclusive_lock, user_cache_folder
 
 KEPT = 3
-"""Number of models that are kept.
+"""Number of models that the cache keeps.
 
 A process finishes reading its copy of a model within seconds, so older copies can be removed.
 """

@@ -52,7 +52,7 @@ def known_copies(shards: Path, requests: Sequence[ShardRequest], shares: Sequenc
     Args:
         shards: parent folder of the shard folders.
         requests: requests of the sources, which leave no picture out.
-        shares: shares of all sources after the first source.
+        shares: share of the draws for each source except the first source.
     """
     file = copies_file(shards, requests)
     if file.exists():
@@ -87,7 +87,7 @@ def write_mix(parts: Sequence[ShardFolder], shares: Sequence[float], shards: Pat
 
     Args:
         parts: shard folders with the same parent folder.
-        shares: shares of all parts after the first part. Each share is above 0, and their sum is below 1.
+        shares: share of the draws for each part except the first part. Each share is above 0, and their sum is below 1.
         shards: parent folder of the shard folders.
     """
     draws = _draws(parts, shares)

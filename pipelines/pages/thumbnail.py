@@ -19,7 +19,7 @@ def make_thumbnail(data: bytes | None, *, side: int = SIDE, max_pixels: int = MA
     Args:
         data: bytes of a picture file, or None if there is no picture.
         side: largest length of the thumbnail's longer side, in pixels.
-        max_pixels: largest width times height of the picture. A picture with more pixels is not decoded.
+        max_pixels: largest width times height of the picture; a picture with more pixels is not decoded.
     """
     if not data:
         return None

@@ -1,8 +1,8 @@
 """Functions that hide the differences between classic Spark sessions and Spark Connect sessions (shared compute).
 
 A Connect session is a client of a Spark server. A Connect session has no SparkContext and no JVM, and analyses a query
-only when code asks for properties or rows of the query. All other code of Lakesight uses only the methods that both
-kinds of sessions have.
+only when code asks for properties or rows of the query. Outside this module, Lakesight uses only methods that classic
+sessions and Connect sessions share.
 """
 
 from __future__ import annotations

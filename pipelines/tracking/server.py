@@ -97,7 +97,8 @@ def experiment_id(client: MlflowClient, name: str, platform: Platform) -> str:
     experiment_name = platform.experiment(name)
     experiment = client.get_experiment_by_name(experiment_name)
     if experiment is None:
-        # A tracking server chooses the location of artifacts. For a SQLite file, the location is in the home folder.
+        # A tracking server chooses the location of artifacts. If the tracking database is an SQLite file, artifacts are
+        # stored in the home folder.
         is_sqlite = platform.tracking_uri.startswith("sqlite")
         location = artifact_root(platform).as_uri() if is_sqlite else None
         try:

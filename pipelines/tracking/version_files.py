@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 DIGEST_TAG = "digest"
 """Name of the tag that stores the digest of the model files of a model version."""
 EXECUTED_DIGEST_TAG = "executed_digest"
-"""Name of the tag that stores the digest of all other files of a model version.
+"""Name of the tag that stores the digest of all files of a model version that are not model files.
 
 A version that an earlier release registered may lack this tag or both digest tags.
 """
@@ -36,8 +36,8 @@ ARTIFACTS = "artifacts"
 def digest_tags(checkpoint: Path, model_id: str) -> dict[str, str]:
     """Return the tags with the two digests of a logged model.
 
-    The digest of the model files is computed from the checkpoint, so no weights are downloaded. All other files are
-    downloaded from the artifact store, because MLflow has written these files.
+    The digest of the model files is computed from the checkpoint, so no weights are downloaded. The files that are not
+    model files are downloaded from the artifact store, because MLflow has written these files.
     """
     repository = get_artifact_repository(f"models:/{model_id}")
     with tempfile.TemporaryDirectory() as folder:

@@ -69,7 +69,7 @@ def _monitored(run_folder: str) -> Iterator[tuple[RunFolder, RankEnv, RankMonito
 
 
 def main() -> None:
-    """Run `run_rank` with the folder given by --run-dir. There is no driver, so rank 0 takes ownership of the run."""
+    """Run `run_rank` with the folder given by --run-dir. Without a driver, rank 0 takes ownership of the run."""
     parser = argparse.ArgumentParser(prog="pipelines.worker.main", description="Train as one rank of a run.")
     parser.add_argument("--run-dir", required=True, help="run folder that contains run.json and tokenizer.json")
     folder = parser.parse_args().run_dir

@@ -104,7 +104,7 @@ def score_rows(
 def validation_cider(captioner: Captioner, shards: Shards, num_rows: int, report_progress: Callable[[], None]) -> float:
     """Caption the first rows of the shards at temperature 0, and return the CIDEr-D of the captions.
 
-    All other generation settings are taken from the model.
+    All generation settings except the temperature are taken from the model.
 
     Args:
         captioner: captioner, whose model must be in evaluation mode.

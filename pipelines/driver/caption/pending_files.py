@@ -36,7 +36,7 @@ STALE = timedelta(days=1)
 
 @dataclass(frozen=True)
 class PendingFiles:
-    """Files of captions that belong to one key.
+    """Caption files that belong to one key (table, model name and version number, settings).
 
     Attributes:
         folder: folder that contains the files.

@@ -302,7 +302,7 @@ def _captions_of_model(spark: SparkSession, platform: Platform, key: dict[str, s
 def _find_uncaptioned_rows(
     spark: SparkSession, captions: DataFrame, source: SourceTable, request: CaptionRequest
 ) -> tuple[DataFrame, RowCounts]:
-    """Return the rows to process, and row counts. Column `known` is the sha256 of the picture captioned before."""
+    """Return the rows to process, and row counts. Column `known` has the SHA-256 of the picture captioned before."""
     old = captions.where("error IS NULL") if request.retry_errors else captions
     done = old.select("image_id", "sha256", "source_version", F.lit(True).alias("is_done"))
     unchanged = _unchanged_files(spark, source, done)

@@ -44,9 +44,9 @@ def draw_weights(scored: Sequence[ScoredRow], *, seed: int = 0) -> Floats:
 
 
 def draw_counts(count: int, *, seed: int = 0) -> Floats:
-    """Draw how often each of `count` items occurs in each resample, in the shape (RESAMPLES + 1, count).
+    """Draw the number of times that each of `count` items occurs in each resample, as an array (RESAMPLES + 1, count).
 
-    The first line is the original sample, in which each item occurs once.
+    The first line of the array is the original sample, in which each item occurs once.
     """
     draws = np.random.default_rng(seed).multinomial(count, [1 / count] * count, RESAMPLES)
     return np.vstack([np.ones((1, count)), draws]).astype(np.float64)
@@ -63,7 +63,7 @@ def measure(
 ) -> dict[str, Interval]:
     """Compute all metrics of a split, with their confidence intervals.
 
-    `error_share` is computed over all rows. All other metrics are computed over the rows with a caption.
+    `error_share` is computed over all rows. All metrics except `error_share` are computed over the rows with a caption.
 
     Args:
         scored: rows of the split; at least one row has a caption.

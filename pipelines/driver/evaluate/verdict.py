@@ -11,7 +11,7 @@ from pipelines.driver.evaluate.gallery import NAMES
 
 BASELINES = {"constant": "the best constant caption", "neighbour": "the caption of the most similar training picture"}
 JUDGED = ("cider", "word_f1")
-"""Metrics by which captions can be compared with the baselines. The first metric that an evaluation has is used."""
+"""Metrics by which captions can be compared with the baselines, in order of preference."""
 
 
 class Comparison(NamedTuple):

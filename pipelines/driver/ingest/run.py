@@ -85,8 +85,8 @@ def ingest(
         refresh: whether to read all items again and replace all rows that the source has added before.
 
     Raises:
-        UserError: the input does not exist, lacks a column, has no rows, or has no usable row. Unusable rows are in
-            `quarantine`.
+        UserError: the input does not exist, lacks a column, has no rows, or has no usable row. Unusable rows are
+            written to `quarantine`.
         StageFailed: the row counts do not add up, because rows were lost or counted twice.
         TooManyRefused: more rows were refused than `data.limits.max_bad_share` allows. The tables nevertheless contain
             all rows of the ingest.

@@ -15,7 +15,7 @@ from pipelines.errors import StageFailed, UserError
 from vlm.config import Config
 
 NAMED_FILES = 1_000
-"""Largest number of files that a report names. All further files are only counted."""
+"""Largest number of files that a report names; further files are only counted."""
 
 
 class IngestReport(Config):

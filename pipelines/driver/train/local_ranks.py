@@ -1,8 +1,9 @@
 """Launch of ranks as child processes of the driver. The ranks open no port that other hosts can reach.
 
 torchrun is not used on one machine: the rendezvous of `torchrun --standalone` listens on every network interface and
-unpickles what a peer sends, so anybody on the network could execute code. Here, the ranks meet in a file store, which
-is a file in a folder that only this user can open, and gloo and NCCL are bound to the loopback device.
+unpickles what a peer sends, so anybody on the network could execute code. Instead, the ranks on one machine meet in a
+file store, which is a file in a folder that only this user can open, and gloo and NCCL are bound to the loopback
+device.
 """
 
 from __future__ import annotations

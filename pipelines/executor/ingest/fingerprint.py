@@ -1,9 +1,9 @@
 """Fingerprints that identify near duplicates: pictures that were saved again in another quality, format or size.
 
-A fingerprint has two parts. The first part is a difference hash of 64 bits. Each bit says whether one of 8 x 8 grey
-cells is brighter than its left neighbour. When a picture is saved again, few bits of its difference hash change, so
-candidate pairs are found without comparing all pairs. The second part contains the mean colours of 8 x 8 cells, which
-distinguish pictures with equal shapes but different colours.
+A fingerprint has two parts. The first part of a fingerprint is a difference hash of 64 bits. Each bit says whether one
+of 8 x 8 grey cells is brighter than its left neighbour. When a picture is saved again, few bits of its difference hash
+change, so candidate pairs are found without comparing all pairs. The second part of a fingerprint contains the mean
+colours of 8 x 8 cells, which distinguish pictures with equal shapes but different colours.
 """
 
 from __future__ import annotations

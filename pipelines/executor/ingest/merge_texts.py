@@ -24,7 +24,7 @@ MERGED = pa.schema(
         pa.field("full", pa.list_(TEXT_TYPE)),
     ]
 )
-"""Columns of a batch whose rows are `MergedTexts`."""
+"""Columns of batches that hold one `MergedTexts` per row."""
 
 
 class MergedTexts(NamedTuple):

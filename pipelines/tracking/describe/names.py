@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 MAX_NAME_CHARS = 160
 SECTIONS = ("model", "data", "train", "gate", "drift", "platform")
 NAMED = ("train.steps", "train.seed")
-"""Settings that every name contains."""
+"""Settings that the name of every run contains."""
 
 
 def run_name(config: RunConfig) -> str:

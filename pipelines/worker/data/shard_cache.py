@@ -1,9 +1,9 @@
 """Cache of shard files on a disk of the host, filled in the background during training.
 
 Rows are read in random order. If a rank waited for the copy of each file, nearly all files would have to be copied
-before the first step. Instead a rank reads rows from the original file until the copy of the file is complete. A thread
-in each rank copies files. The ranks of a host take turns under one lock, so each file is copied once, and most of the
-network bandwidth remains for reading rows.
+before the first step. A rank therefore reads rows from the original file until the copy of the file is complete. A
+thread in each rank copies files. The ranks of a host take turns under one lock, so each file is copied once, and most
+of the network bandwidth remains for reading rows.
 
 The name of a copy is the SHA-256 of the file. A copy gets this name only after the content of the copy has been
 verified. A killed process leaves no lock, and the next process that starts removes the incomplete `.part` file.

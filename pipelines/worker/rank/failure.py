@@ -37,7 +37,7 @@ from pipelines.formats.run_folder import Failure, RankFile, RunFolder, write_hea
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 5.0
-"""Time between two heartbeats, in seconds. A heartbeat is a small file, which is slow on a network file system."""
+"""Time between two heartbeats, in seconds. Writing the small file of a heartbeat is slow on a network file system."""
 WATCH_SECONDS = 1.0
 EXIT_SECONDS = 5
 """Seconds that a failed rank may take to exit after its failure record is written."""
@@ -51,7 +51,7 @@ START_SECONDS = 600.0
 _TERMINATING = (signal.SIGTERM, signal.SIGINT)
 
 _COLLECTIVE_FILES = ("torch/distributed/", "torch/nn/parallel/", "torch/autograd/", "vlm/training/parallel.py")
-"""Source files whose functions wait for other ranks. Autograd is one, because DDP reduces gradients in `backward`."""
+"""Code files whose functions wait for other ranks. Autograd is included because DDP reduces gradients in `backward`."""
 
 _LOST_CONNECTION = (
     "connection closed by peer",

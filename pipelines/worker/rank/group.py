@@ -49,8 +49,8 @@ The monitor of a rank must time out before the collective, because the monitor c
 def process_group(env: RankEnv, device: torch.device, timeout_seconds: int) -> Iterator[None]:
     """Open the process group of all ranks, and destroy it after a normal exit.
 
-    Ranks that the driver starts on its own host connect through a file store, which needs no port. All other ranks
-    connect through the TCP store of torchrun.
+    Ranks that the driver starts on its own host connect through a file store, which needs no port. Ranks that torchrun
+    starts connect through torchrun's TCP store.
 
     After an error, the process group is not destroyed, because destroying the group would wait for failed ranks.
     """

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 SKIPPED_STEPS = 4
 """Number of training steps before the profiler's warm-up step.
 
-In these steps torch allocates memory and selects kernels.
+During the first training steps, torch allocates memory and selects kernels.
 """
 
 

@@ -42,7 +42,7 @@ class TextTrainer(Trainer):
         return ()
 
     def batches(self, steps: range) -> Iterator[list[Batch]]:
-        """Return the windows of steps."""
+        """Return the windows on which this rank trains at the given steps."""
         settings = self.file.config.train
         return training_windows(
             self.train_windows,
@@ -99,7 +99,7 @@ def validate_text(
         model: model to validate, which is in training mode afterwards.
         windows: windows of the validation tokens, of which the first `num_windows` are used.
         summary: summary of the validation tokens, for the number of characters per token.
-        step: number of the last training step, for an error.
+        step: number of the last training step, for the error message.
         num_windows: largest number of windows.
         batch_size: number of windows per batch of a rank.
         rank: number of this rank, 0 <= rank < world_size.

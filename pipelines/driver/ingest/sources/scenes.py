@@ -17,7 +17,7 @@ SCHEME = "scenes:"
 def generate_scenes(config: DataConfig, platform: Platform) -> DataConfig:
     """Generate the CSV file of a path like `scenes:COUNT:SEED`, and return the config with the path of this file.
 
-    A config with any other path is returned unchanged.
+    A config whose path does not begin with `scenes:` is returned unchanged.
 
     Raises:
         UserError: the path is malformed, or the file cannot be written.

@@ -1,7 +1,7 @@
 """Parser of Parquet files. Executors read the columns that are used, in batches of bounded size.
 
-All other columns may have any types, names and values. The parser reads the other columns only for a refused row,
-because the table `quarantine` stores the whole row.
+Unused columns may have any types, names and values. The parser reads unused columns only for a refused row, because the
+table `quarantine` stores the whole row.
 """
 
 from __future__ import annotations

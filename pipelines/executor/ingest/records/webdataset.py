@@ -131,7 +131,7 @@ class _Tar:
     def _damage(self, what: str) -> Record:
         where = f", in row {_readable(self._row.key)}" if self._row else ""
         detail = f"the tar ends or is damaged after {self._complete} rows{where}: {what}"
-        raw = f"{self._file} from row {self._complete + 1} on"  # do not reword: source_row is a hash of it
+        raw = f"{self._file} from row {self._complete + 1} on"  # do not reword this text: source_row is its hash
         return Record(self._file, {}, raw, Problem("unreadable_file", detail))
 
 
