@@ -93,7 +93,7 @@ def evaluate(
 def _refuse_columns(by: list[str] | None) -> None:
     if by:
         raise UserError(
-            "a model of text has no slices by columns",
+            "a model of text cannot be evaluated for groups of rows",
             where="--by",
             got=", ".join(by),
             fix="leave --by out: the columns of table samples describe pictures",

@@ -100,7 +100,7 @@ def run_text_pipeline(job: Job) -> TextPipelineReport:
     evaluated = run_text_evaluate(job, open_model(job, trained.model_version))
     nothing_new = ingested.nothing_new and not trained.trained and evaluated.reused
     if nothing_new:
-        job.output.line("done", "nothing new: no row ingested, no step trained")
+        job.output.line("done", "nothing new: this command ingested no row and trained no step")
     return TextPipelineReport(
         run=job.config.name,
         rows_in=ingested.rows_in,

@@ -228,7 +228,9 @@ class ModelConfig(Config):
         if self.fusion.kind == "cross_attention" and depth % self.fusion.every:
             raise ValueError(f"decoder depth {depth} is not a multiple of fusion.every {self.fusion.every}")
         if self.text_only and self.fusion.kind != "slots":
-            raise ValueError(f"fusion {self.fusion.kind} reads pictures, and text_only is true: use fusion slots")
+            raise ValueError(
+                f"fusion.kind {self.fusion.kind} needs pictures, but text_only is true: set fusion.kind to slots"
+            )
         free = self.decoder.context - self.num_slots - 1
         if free < self.generation.max_new_tokens:
             raise ValueError(
