@@ -181,7 +181,7 @@ def features(theirs: Any, pixels: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", RUN)
-def test_small_model_of_a_timm_architecture_gives_the_features_of_timm(name: str, tmp_path: Path) -> None:
+def test_a_small_model_of_each_timm_architecture_gives_the_same_features_as_timm(name: str, tmp_path: Path) -> None:
     sizes = {**SMALL, "img_size": 28} if "patch14" in name else SMALL
     theirs = timm.create_model(name, **sizes).eval()
     scramble(theirs)

@@ -216,7 +216,7 @@ def test_the_cost_of_an_ingest_plan_grows_linearly_with_the_number_of_texts_per_
     assert time.monotonic() - started < 30, "the square of the number of texts takes minutes"
 
 
-def test_rows_over_the_limit_of_texts_of_a_picture_are_quarantined_and_accepted_after_the_limit_is_raised(
+def test_rows_over_the_limit_of_texts_per_picture_are_quarantined_and_accepted_after_the_limit_is_raised(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     rows = [{"image": as_base64(png(62)), "text": text} for text in ("d", "a", "b", "c", ["a", "b"], list("wxyz"))]

@@ -108,6 +108,6 @@ def test_the_notebook_ends_with_three_exercises_and_the_next_step(source: Path) 
     assert [each.name for each in following if f"({each.name})" not in text] == []
 
 
-def test_the_index_leads_to_all_notebooks_in_their_order() -> None:
+def test_the_index_page_links_all_notebooks_in_their_order() -> None:
     index = (ROOT / "docs" / "learn" / "README.md").read_text(encoding="utf-8")
     assert re.findall(r"\]\((\d\d_\w+)\.ipynb\)", index) == [source.stem for source in SOURCES]

@@ -105,7 +105,7 @@ def test_pictures_of_the_same_scene_differ() -> None:
     assert len(pictures) == 50
 
 
-def test_scenes_have_every_location_relation_shape_size_and_colour() -> None:
+def test_generated_scenes_cover_every_location_relation_shape_size_and_colour() -> None:
     made = [scene for scene, _ in scenes(600)]
     assert {scene.relation for scene in made} == {*LOCATIONS, *RELATIONS}
     objects = [one for scene in made for one in scene.objects]
@@ -114,7 +114,7 @@ def test_scenes_have_every_location_relation_shape_size_and_colour() -> None:
     assert {one.shape for one in objects} == set(SHAPES)
 
 
-def test_generated_file_depends_only_on_count_and_seed(tmp_path: Path) -> None:
+def test_the_generated_file_depends_only_on_the_number_of_pictures_and_the_seed(tmp_path: Path) -> None:
     for name, seed in (("one", 3), ("two", 3), ("three", 4)):
         write_scenes(tmp_path / name, 200, seed)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()

@@ -331,7 +331,7 @@ def test_a_finished_run_is_found_in_a_home_folder_that_was_moved(
     assert found.shard_folder(str(laptop.folder("shards") / folder.name)) == folder  # Lakesight 0.1.0 stored this path
 
 
-def test_a_run_of_the_first_lakesight_release_is_found_by_its_name_and_counts_as_a_run_of_the_current_code(
+def test_a_finished_run_of_the_first_lakesight_release_is_reused_unless_the_code_has_changed_since_then(
     laptop: Platform, report: ShardReport
 ) -> None:
     code = read_code()

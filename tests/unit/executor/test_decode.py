@@ -94,14 +94,14 @@ def test_a_refused_row_records_the_image_id_that_its_picture_would_have() -> Non
     assert one({"key": float("nan"), IMAGE: None}, rules)["claimed_id"] is None
 
 
-def test_row_with_more_texts_than_the_limit_is_refused() -> None:
+def test_a_row_with_more_texts_than_the_limit_is_refused() -> None:
     rules = DecodeRules("birds", ColumnNames(), LimitsConfig(max_texts=2), HashSplitConfig())
     assert one({TEXT: ["a", "b", "a", " "]}, rules)["reason"] is None
     refused = one({TEXT: ["a", "b", "c"]}, rules)
     assert (refused["reason"], refused["detail"]) == ("too_many_texts", "3 texts; at most 2 are allowed")
 
 
-def test_row_that_could_not_be_parsed_keeps_its_raw_text() -> None:
+def test_a_row_that_could_not_be_parsed_keeps_its_raw_text() -> None:
     [out] = decoded([Record("a.csv", {IMAGE: None}, "one,two,three", Problem("malformed_record", "three"))])
     [outcome] = out.to_pylist()
     assert (outcome["stage"], outcome["reason"], outcome["detail"]) == ("read", "malformed_record", "three")
@@ -166,7 +166,7 @@ def test_a_picture_that_takes_too_long_is_refused_and_the_next_picture_has_the_f
     assert one()["reason"] is None
 
 
-def test_picture_as_bytes_equals_the_same_picture_as_base64() -> None:
+def test_a_picture_as_bytes_gives_the_same_row_as_the_picture_as_base64() -> None:
     coded, plain = one(), one({IMAGE: png(1)})
     assert coded == plain
 

@@ -58,7 +58,7 @@ def test_pictures_with_equal_shapes_but_different_colours_are_not_near_duplicate
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 2000), (5000, 4)])
-def test_picture_of_any_size_has_a_fingerprint(size: tuple[int, int]) -> None:
+def test_a_picture_of_any_size_has_a_fingerprint(size: tuple[int, int]) -> None:
     assert len(fingerprint(picture(1, size))) == FINGERPRINT_BYTES
 
 

@@ -156,7 +156,7 @@ def test_complete_rows_of_a_truncated_tar_are_kept_and_one_refused_row_reports_t
             assert before == rows, "only the padding behind the end mark is cut"
 
 
-def test_file_that_is_not_a_tar_becomes_one_refused_row(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_tar_becomes_one_refused_row(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(b"hello " * 200)
     [record] = rows_of(tmp_path / "x.tar")
     assert record.problem is not None

@@ -31,7 +31,7 @@ def test_keys_types_and_comments_of_a_table_are_valid(table: Table) -> None:
     assert table.arrow_schema.names == table.names
 
 
-def test_type_without_an_sql_name_is_an_error() -> None:
+def test_a_column_type_without_an_sql_name_is_an_error() -> None:
     with pytest.raises(ValueError, match="no SQL type"):
         sql_type(pa.float16())
 

@@ -33,7 +33,7 @@ def test_recorded_jars_are_loaded_only_if_none_of_their_files_is_missing(tmp_pat
         assert "spark.jars.packages" in fetched_again.settings()
 
 
-def test_other_processes_wait_for_a_download_and_then_use_its_jars(tmp_path: Path) -> None:
+def test_other_processes_wait_for_a_download_of_jars_and_then_use_the_downloaded_jars(tmp_path: Path) -> None:
     path, found, both = jar(tmp_path, "a.jar"), [], threading.Barrier(2, timeout=30)
 
     def start() -> None:

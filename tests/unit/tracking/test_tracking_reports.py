@@ -61,7 +61,7 @@ def report(page: Path, *, rows_in: int = 9) -> FullReport:
     )
 
 
-def test_a_report_becomes_an_mlflow_run_with_metrics_tags_and_page(job: Job, tmp_path: Path) -> None:
+def test_a_stage_report_becomes_an_mlflow_run_with_metrics_tags_and_an_html_page(job: Job, tmp_path: Path) -> None:
     done = report(tmp_path / "ingest-birds.html")
     log_to_mlflow(job, done, good=True)
     log_to_mlflow(job, done, good=False)

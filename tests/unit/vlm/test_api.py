@@ -188,7 +188,7 @@ def test_a_picture_opened_with_pillow_is_turned_upright_just_as_its_file_would_b
     assert torch.equal(opened, torch.rot90(tiny_pixels(1)[0], -1))
 
 
-def test_a_bad_picture_gives_an_error_in_its_row_and_is_raised_by_calls_with_a_single_picture(
+def test_a_bad_picture_gives_an_error_in_its_row_but_calls_with_a_single_picture_raise_the_error(
     captioner: Captioner, tmp_path: Path
 ) -> None:
     data = as_file(Image.effect_noise((300, 300), 90))

@@ -359,7 +359,7 @@ def test_an_old_checkpoint_whose_attention_pooling_read_other_tokens_is_refused_
             load_model(tmp_path / variant)
 
 
-def test_the_moving_average_replaces_the_weights_only_inside_the_context_averaged_weights() -> None:
+def test_the_moving_average_replaces_the_weights_only_inside_the_averaged_weights_block() -> None:
     weight, idle = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([weight, idle], lr=0.5)
     expected = None

@@ -132,7 +132,7 @@ def test_existing_copies_of_shard_files_are_reused_and_truncated_copies_are_repl
     assert contents(shards) == contents(source)
 
 
-def test_copies_stay_below_the_size_limit_and_rows_without_a_copy_are_read_from_the_original_files(
+def test_cached_copies_stay_below_the_size_limit_and_rows_without_a_copy_are_read_from_original_files(
     source: Shards, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shards, root = Shards.open(source.folder), tmp_path / "cache"
