@@ -388,7 +388,7 @@ class DataConfig(Config):
     @model_validator(mode="after")
     def _own_rows_are_left(self) -> Self:
         if sum(self.mix.values()) >= 1:
-            raise ValueError("the shares in mix leave nothing for the data itself: keep the sum of the shares below 1")
+            raise ValueError("the shares in mix leave no share for `source`: keep the sum of the shares below 1")
         if self.mix and "train" in (self.validate_on, self.evaluate_on):
             raise ValueError("with mix, validate_on and evaluate_on cannot be train: set them to val or test")
         return self

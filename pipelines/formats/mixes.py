@@ -60,7 +60,9 @@ def known_copies(shards: Path, requests: Sequence[ShardRequest], shares: Sequenc
     parts = find_parts(shards, requests)
     if not parts or not (shards / (name := mix_name(parts, _draws(parts, shares))) / MANIFEST).exists():
         return None
-    logger.warning("%s was written by a release that did not compare the sources of a mix, and is kept", name)
+    logger.warning(
+        "mix %s is kept, although it was written by a release that did not search for copies among the sources", name
+    )
     return MixCopies(left_out={})
 
 

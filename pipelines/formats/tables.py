@@ -81,14 +81,19 @@ SAMPLES = Table(
 TEXTS = Table(
     "texts",
     ("text_id",),
-    "One row per text without a picture that can be trained on",
+    "One row per text that can be trained on without a picture",
     (
-        Column("text_id", pa.string(), "<source>/<start of sha256>"),
+        Column("text_id", pa.string(), "Id of the text: <source>/<start of sha256>"),
         Column("sha256", pa.string(), "SHA-256 of text in UTF-8, hexadecimal"),
         Column("text", pa.string(), "Document, paragraph or line, in Unicode NFC"),
-        Column("split", pa.string(), "train, val or test; derived from sha256 or from the name of the file"),
+        Column(
+            "split",
+            pa.string(),
+            "Split of the text: train, val or test. The split comes from the name of the file if data.split.kind is "
+            "file; else from sha256",
+        ),
         Column("source", pa.string(), "Name of the data config that added the row"),
-        Column("source_row", pa.string(), "<file>#<hash of the row> of the first source row with this text"),
+        Column("source_row", pa.string(), "First source row with this text, as <file>#<hash of the row>"),
         Column("ingest_id", pa.string(), "Hash that identifies the ingest that added the row"),
         Column("ingested_at", TIME_TYPE, "Time at which the row was added"),
     ),

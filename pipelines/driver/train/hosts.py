@@ -122,7 +122,7 @@ def check_gpus(hosts: Sequence[Host]) -> None:
             found.append(f"torch {host.packages['torch']} was built without CUDA on {_host_label(host)}")
     if found:
         raise UserError(
-            "the ranks would have no GPU",
+            "some ranks would have no GPU that torch can use",
             where="platform.use_gpu=true",
             got=found,
             fix="start the training cluster on GPU nodes with a GPU runtime (gpu_node and gpu_runtime of the bundle); "

@@ -108,7 +108,7 @@ def test_the_value_of_an_override_may_contain_an_equals_sign() -> None:
         ("model.decoder.transformer.attention.num_heads=3", "num_heads 3 must be a multiple of num_kv_heads"),
         ("model.image.size=60", "model: image.size 60 is not a multiple of the stem's stride"),
         ("data.split={kind: hash, val: 0.5, test: 0.5}", "val + test is 1 or more, so no rows are left to train on"),
-        ("data.mix={birds: 0.5, cats: 0.5}", "the shares in mix leave nothing for the data itself"),
+        ("data.mix={birds: 0.5, cats: 0.5}", "the shares in mix leave no share for `source`"),
         ("data.mix.birds=1.5", "data.mix.birds: Input should be less than 1"),
         (
             "train.register=newest",

@@ -101,7 +101,9 @@ def test_a_host_without_a_gpu_that_torch_can_use_is_refused_and_the_error_names_
     lacking: dict[str, Any], found: str
 ) -> None:
     check_gpus([host("a")])
-    with pytest.raises(UserError, match=rf"would have no GPU.*Got: {found} \(python3\)\. Fix: .*use_gpu=false"):
+    with pytest.raises(
+        UserError, match=rf"would have no GPU that torch can use.*Got: {found} \(python3\)\. Fix: .*use_gpu=false"
+    ):
         check_gpus([host("a"), host("b", **lacking)])
 
 

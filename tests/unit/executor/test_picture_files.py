@@ -257,10 +257,16 @@ def test_an_unreadable_picture_is_a_problem_of_its_row_only(folder: Path) -> Non
     ("named", "problem"),
     [
         (" ", "missing_field: no file is named"),
-        (7, "malformed_record: a value of type int where image_root needs a path or URL"),
-        (["a.png"], "malformed_record: a value of type list where image_root needs a path or URL"),
-        ({"path": "a.png"}, "malformed_record: a value of type dict where image_root needs a path or URL"),
-        ("data:image/png;base64," + "A" * 9_000, "malformed_record: a data URI where image_root needs a path or URL"),
+        (7, "malformed_record: a value of type int instead of the path or URL that image_root requires"),
+        (["a.png"], "malformed_record: a value of type list instead of the path or URL that image_root requires"),
+        (
+            {"path": "a.png"},
+            "malformed_record: a value of type dict instead of the path or URL that image_root requires",
+        ),
+        (
+            "data:image/png;base64," + "A" * 9_000,
+            "malformed_record: a data URI instead of the path or URL that image_root requires",
+        ),
         ("a" * 9_000, "malformed_record: a path or URL of 9000 characters; at most 8192 are allowed"),
     ],
     ids=["blank", "number", "list", "struct", "data URI", "long"],

@@ -43,7 +43,7 @@ class PictureRoot:
             return Problem("missing_field", "no file is named")
         if not isinstance(name, str) or name.lstrip()[:5].lower() == "data:":
             kind = "a data URI" if isinstance(name, str) else f"a value of type {type(name).__name__}"
-            return Problem("malformed_record", f"{kind} where image_root needs a path or URL")
+            return Problem("malformed_record", f"{kind} instead of the path or URL that image_root requires")
         if len(name) > MAX_NAME:
             return Problem(
                 "malformed_record", f"a path or URL of {len(name)} characters; at most {MAX_NAME} are allowed"
