@@ -355,5 +355,5 @@ for axis, picture in zip(axes.flat, pictures[1500:], strict=False):
 # MAGIC
 # MAGIC </details>
 # MAGIC
-# MAGIC **Next:** every training so far ran in one process. The page docs/training.md
-# MAGIC says how a run trains in several, with the same losses.
+# MAGIC **Next:** every training so far ran in one process. [9. From one process to ranks](09_ranks.py) trains in several
+# MAGIC processes, with the same losses.
