@@ -21,6 +21,7 @@ from vlm.config import (
     StemConfig,
     TransformerConfig,
     VisionConfig,
+    adds_position_vectors,
 )
 from vlm.decoder import Decoder
 from vlm.fusion import CrossFusion, GatedCrossBlock, SlotsFusion
@@ -29,7 +30,7 @@ from vlm.layers.block import Block
 from vlm.layers.mlp import ActivationFunction, GatedMlp, PlainMlp
 from vlm.layers.moe import GatedExperts, GroupedLinear, MoeMlp, PlainExperts
 from vlm.layers.norm import OffsetRmsNorm
-from vlm.layers.position import AxialRotary, Rotary
+from vlm.layers.position import AxialRotary, MixedRotary, RelativeBias, Rotary
 from vlm.model import VisionLanguageModel
 from vlm.projector import PixelShuffle, Resampler, ResamplerBlock
 from vlm.vision import AttentionPool, ConvStem, NoEncoder, PatchStem, VisionEncoder
@@ -86,6 +87,8 @@ def initialize_weights(model: VisionLanguageModel) -> None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, MixedRotary):
+            module.initialize()
     for stack in (model.encoder.blocks, model.decoder.blocks):
         for block in stack:
             assert isinstance(block, Block)
@@ -103,15 +106,7 @@ def initialize_weights(model: VisionLanguageModel) -> None:
 
 def _encoder(config: ModelConfig) -> VisionEncoder:
     vision, transformer = config.vision, config.vision.transformer
-    rotary, learned = None, True
-    if transformer.position.kind == "axial":
-        learned = transformer.position.learned
-        rotary = AxialRotary(
-            transformer.position,
-            head_dim=transformer.attention.head_dim,
-            side=config.image.size // vision.stem.stride,
-            extra=vision.class_token + vision.registers,
-        )
+    rotary, relative = _patch_positions(config)
     return VisionEncoder(
         _stem(vision.stem, transformer.width),
         _blocks(transformer),
@@ -122,11 +117,30 @@ def _encoder(config: ModelConfig) -> VisionEncoder:
         width=transformer.width,
         class_token=vision.class_token,
         registers=vision.registers,
-        position_on=vision.position_on if learned else None,
+        position_on=vision.position_on if adds_position_vectors(transformer.position) else None,
         select=vision.select,
         dropout=transformer.dropout,
         rotary=rotary,
+        relative=relative,
     )
+
+
+def _patch_positions(config: ModelConfig) -> tuple[AxialRotary | MixedRotary | None, list[RelativeBias]]:
+    """Return the rotary positions of the encoder, and its biases of attention scores."""
+    vision, transformer = config.vision, config.vision.transformer
+    attention, position = transformer.attention, transformer.position
+    grid = {"side": config.image.size // vision.stem.stride, "extra": vision.class_token + vision.registers}
+    match position.kind:
+        case "axial":
+            return AxialRotary(position, head_dim=attention.head_dim, **grid), []
+        case "mixed":
+            heads = {"num_heads": attention.num_heads, "head_dim": attention.head_dim}
+            return MixedRotary(depth=transformer.depth, **heads, **grid), []
+        case "relative":
+            count = 1 if position.shared else transformer.depth
+            return None, [RelativeBias(attention.num_heads, position.mlp_width, **grid) for _ in range(count)]
+        case _:
+            return None, []
 
 
 def _pool(vision: VisionConfig) -> AttentionPool:
@@ -170,7 +184,7 @@ def _cross_blocks(fusion: CrossFusionConfig, transformer: TransformerConfig) -> 
         GatedCrossBlock(
             CrossAttention(width, width, num_heads=fusion.num_heads, head_dim=fusion.head_dim, bias=False),
             _mlp(fusion.mlp, width),
-            (_norm(norm, width), _norm(norm, width)),
+            _two_norms(norm, width),
         )
         for _ in range(transformer.depth // fusion.every)
     ]
@@ -191,17 +205,28 @@ def _blocks(config: TransformerConfig) -> list[Block]:
                 window=attention.windows[layer % len(attention.windows)],
                 soft_cap=attention.soft_cap,
                 scale=attention.scale,
+                qk_norms=_two_norms(config.norm, attention.head_dim) if attention.qk_norm else None,
             ),
             _mlp(config.mlp, width),
-            (_norm(config.norm, width), _norm(config.norm, width)),
+            _input_norms(config),
             config.dropout,
             width=width,
-            post_norms=(_norm(config.norm, width), _norm(config.norm, width)) if config.sandwich else None,
+            post_norms=_two_norms(config.norm, width) if config.sandwich else None,
             layer_scale=config.layer_scale,
             skip_probability=config.stochastic_depth * (layer + 1) / config.depth,
         )
         for layer in range(config.depth)
     ]
+
+
+def _input_norms(config: TransformerConfig) -> tuple[nn.Module, nn.Module | None]:
+    if not config.input_norms:
+        return nn.Identity(), nn.Identity()
+    return _norm(config.norm, config.width), None if config.parallel else _norm(config.norm, config.width)
+
+
+def _two_norms(config: NormConfig, width: int) -> tuple[nn.Module, nn.Module]:
+    return _norm(config, width), _norm(config, width)
 
 
 def _mlp(config: MlpConfig, width: int) -> nn.Module:

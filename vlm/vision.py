@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vlm.errors import UserError
 from vlm.layers.attention import CrossAttention
 from vlm.layers.block import Block
-from vlm.layers.position import AxialRotary
+from vlm.layers.position import Angles, AxialRotary, MixedRotary, RelativeBias
 
 Select = Literal["cls", "mean", "patches", "attention"]
 
@@ -81,8 +81,9 @@ class VisionEncoder(nn.Module):
     """Vision transformer with stem, class token, registers, position embeddings, blocks, norms and an output selection.
 
     Learned position embeddings are added to all tokens, only to the patches, or to no token (if `position_on` is None).
-    With `rotary`, queries and keys are also rotated by the positions of the patches. The module `pre_norm` or `norm` is
-    an identity if the model has no such norm.
+    With `rotary`, queries and keys are also rotated by the positions of the patches. `relative` has the biases of the
+    attention scores for each block, or one bias for all blocks. The module `pre_norm` or `norm` is an identity if the
+    model has no such norm.
     """
 
     def __init__(
@@ -100,7 +101,8 @@ class VisionEncoder(nn.Module):
         position_on: Literal["all", "patches"] | None,
         select: Select,
         dropout: float,
-        rotary: AxialRotary | None = None,
+        rotary: AxialRotary | MixedRotary | None = None,
+        relative: Sequence[RelativeBias] = (),
     ) -> None:
         super().__init__()
         self.stem = stem
@@ -111,6 +113,7 @@ class VisionEncoder(nn.Module):
         rows = num_patches + (self.num_extra if position_on == "all" else 0)
         self.position = nn.Parameter(torch.zeros(1, rows, width)) if position_on else None
         self.rotary = rotary
+        self.relative = nn.ModuleList(relative)
         self.dropout = nn.Dropout(dropout)
         self.pre_norm = pre_norm
         self.blocks = nn.ModuleList(blocks)
@@ -124,9 +127,9 @@ class VisionEncoder(nn.Module):
         The result has shape (B, N, W) with `select: patches` and shape (B, 1, W) otherwise.
         """
         x_BNW = self.pre_norm(self.dropout(self._embed(self.stem(pixels_BCHW).flatten(2).transpose(1, 2))))
-        angles = self.rotary(x_BNW.dtype) if self.rotary is not None else None
-        for block in self.blocks:
-            x_BNW = block(x_BNW, mask=None, causal=False, angles=angles)
+        angles, biases = self._angles(x_BNW.dtype), self._biases(x_BNW.dtype)
+        for block, block_angles, bias_HNN in zip(self.blocks, angles, biases, strict=True):
+            x_BNW = block(x_BNW, mask=bias_HNN, causal=False, angles=block_angles)
         x_BNW = self.norm(x_BNW)
         if self.select == "cls":
             return x_BNW[:, :1]
@@ -134,6 +137,18 @@ class VisionEncoder(nn.Module):
         if self.pool is not None:
             return self.pool(patches_BNW)
         return patches_BNW.mean(dim=1, keepdim=True) if self.select == "mean" else patches_BNW
+
+    def _angles(self, dtype: torch.dtype) -> list[Angles] | list[None]:
+        """Return the rotary angles of each block."""
+        if self.rotary is None:
+            return [None] * len(self.blocks)
+        return self.rotary(dtype) if isinstance(self.rotary, MixedRotary) else [self.rotary(dtype)] * len(self.blocks)
+
+    def _biases(self, dtype: torch.dtype) -> list[Tensor] | list[None]:
+        """Return the biases (H, N, N) of the attention scores of each block."""
+        if not self.relative:
+            return [None] * len(self.blocks)
+        return [bias(dtype) for bias in self.relative] * (len(self.blocks) // len(self.relative))
 
     def _embed(self, x_BNW: Tensor) -> Tensor:
         extra = [token.expand(len(x_BNW), -1, -1) for token in (self.class_token, self.registers) if token is not None]

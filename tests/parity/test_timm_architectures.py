@@ -11,7 +11,17 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.layers import GluMlp, LayerScale, RotaryEmbeddingDinoV3, SwiGLU
+from timm.layers import (
+    GluMlp,
+    LayerScale,
+    RelPosMlp,
+    RmsNorm,
+    RotaryEmbeddingDinoV3,
+    RotaryEmbeddingMixed,
+    SwiGLU,
+)
+from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock
+from timm.models.vision_transformer_relpos import ResPostRelPosBlock
 from tiny_published_models import assert_equal, config, scramble
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -55,9 +65,15 @@ def family_of(name: str) -> Family:
 
 def position_of(theirs: Any) -> dict[str, Any]:
     """Read the positions of a timm model from its modules, and return them as our position config."""
+    biases = [each for each in theirs.modules() if isinstance(each, RelPosMlp)]
+    if biases:
+        shared = theirs.shared_rel_pos is not None
+        return {"kind": "relative", "mlp_width": biases[0].mlp.fc1.out_features, "shared": shared}
     rope = getattr(theirs, "rope", None)
     if rope is None:
         return {"kind": "learned"}
+    if isinstance(rope, RotaryEmbeddingMixed):
+        return {"kind": "mixed", "learned": theirs.pos_embed is not None}
     centred = isinstance(rope, RotaryEmbeddingDinoV3)
     reference = None if centred else rope.ref_feat_shape
     return {
@@ -73,13 +89,9 @@ def position_of(theirs: Any) -> dict[str, Any]:
 
 def our_config(theirs: Any) -> ModelConfig:
     """Return a config of our model whose encoder is the same as that of a timm model."""
-    block = theirs.blocks[0]
-    attention, mlp = block.attn, block.mlp
-    gated = isinstance(mlp, GluMlp | SwiGLU)
-    rotary = getattr(theirs, "rope", None) is not None
+    position = getattr(theirs, "pos_embed", None)
     patch = theirs.patch_embed.patch_size[0]
     rows = theirs.patch_embed.num_patches
-    heads = attention.num_heads
     preprocessing = theirs.pretrained_cfg
     return config(
         decoder={"context": 8192},
@@ -88,32 +100,73 @@ def our_config(theirs: Any) -> ModelConfig:
             "stem": {"kind": "patch", "patch_size": patch, "bias": theirs.patch_embed.proj.bias is not None},
             "class_token": theirs.cls_token is not None,
             "registers": theirs.num_prefix_tokens - (theirs.cls_token is not None),
-            "position_on": "patches" if theirs.pos_embed is not None and theirs.pos_embed.shape[1] == rows else "all",
-            "pre_norm": not isinstance(theirs.norm_pre, nn.Identity),
+            "position_on": "patches" if position is not None and position.shape[1] == rows else "all",
+            "pre_norm": not isinstance(getattr(theirs, "norm_pre", nn.Identity()), nn.Identity),
             "post_norm": not isinstance(theirs.norm, nn.Identity),
-            "select": "patches" if theirs.attn_pool is None or rotary else "attention",
+            "select": "attention" if pools(theirs) else "patches",
             "transformer": {
                 "width": theirs.embed_dim,
                 "depth": len(theirs.blocks),
-                "attention": {
-                    "num_heads": heads,
-                    "num_kv_heads": heads,
-                    "head_dim": attention.head_dim,
-                    "bias": attention.qkv.bias is not None or getattr(attention, "q_bias", None) is not None,
-                    "out_bias": attention.proj.bias is not None,
-                },
-                "mlp": {
-                    "kind": "gated" if gated else "plain",
-                    "mlp_width": mlp.fc2.in_features,
-                    "activation": ACTIVATIONS[type(mlp.act).__name__],
-                    "bias": True,
-                },
-                "norm": {"kind": "layer", "eps": block.norm1.eps},
-                "layer_scale": 1e-5 if has_layer_scale(block) else None,
                 "position": position_of(theirs),
+                **block_config(theirs.blocks[0]),
             },
         },
     )
+
+
+def pools(theirs: Any) -> bool:
+    """Return whether a timm model's features are pooled by attention. We read the patches of a model with rotary
+    positions.
+    """
+    return getattr(theirs, "attn_pool", None) is not None and getattr(theirs, "rope", None) is None
+
+
+def block_config(block: Any) -> dict[str, Any]:
+    """Return the part of our transformer config that describes a block of timm."""
+    if isinstance(block, ParallelScalingBlock):
+        return parallel_config(block)
+    branches = len(block.attns) if isinstance(block, ParallelThingsBlock) else 1
+    attention, mlp = (block.attns[0].attn, block.ffns[0].mlp) if branches > 1 else (block.attn, block.mlp)
+    norm = block.attns[0].norm if branches > 1 else block.norm1
+    after = isinstance(block, ResPostBlock | ResPostRelPosBlock)
+    gated = isinstance(mlp, GluMlp | SwiGLU)
+    return {
+        "attention": {
+            "num_heads": branches * attention.num_heads,
+            "num_kv_heads": branches * attention.num_heads,
+            "head_dim": attention.head_dim,
+            "bias": attention.qkv.bias is not None or getattr(attention, "q_bias", None) is not None,
+            "out_bias": attention.proj.bias is not None,
+        },
+        "mlp": {
+            "kind": "gated" if gated else "plain",
+            "mlp_width": branches * mlp.fc2.in_features,
+            "activation": ACTIVATIONS[type(mlp.act).__name__],
+            "bias": True,
+        },
+        "norm": {"kind": "layer", "eps": norm.eps},
+        "sandwich": after,
+        "input_norms": not after,
+        "layer_scale": 1e-5 if has_layer_scale(block) else None,
+    }
+
+
+def parallel_config(block: Any) -> dict[str, Any]:
+    """Return the part of our transformer config that describes a block with attention and MLP in parallel."""
+    return {
+        "parallel": True,
+        "attention": {
+            "num_heads": block.num_heads,
+            "num_kv_heads": block.num_heads,
+            "head_dim": block.head_dim,
+            "bias": block.in_proj.bias is not None,
+            "out_bias": True,
+            "qk_norm": not isinstance(block.q_norm, nn.Identity),
+        },
+        "mlp": {"kind": "plain", "mlp_width": block.mlp_out_proj.in_features, "activation": "gelu"},
+        "norm": {"kind": "rms" if isinstance(block.in_norm, RmsNorm) else "layer", "eps": block.in_norm.eps},
+        "layer_scale": 1e-5 if isinstance(block.ls, LayerScale) else None,
+    }
 
 
 def has_layer_scale(block: Any) -> bool:
@@ -152,7 +205,7 @@ def test_every_vit_architecture_of_timm_is_accepted_or_refused_with_the_unsuppor
     }
     assert unexplained == {}
     accepted = [name for name in NAMES if name not in refused]
-    assert sum(name.startswith("vit_") for name in accepted) >= 164
+    assert sum(name.startswith("vit_") for name in accepted) >= 190
     assert all(name in accepted for name in NAMES if name.startswith("deit"))
 
 
@@ -167,13 +220,16 @@ RUN = (
     "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224", "vit_small_patch16_rope_224",
     "vit_small_patch16_rope_ape_224", "vit_medium_patch16_rope_reg1_gap_256", "vit_small_patch16_dinov3",
     "vit_small_plus_patch16_dinov3_qkvb", "vit_small_patch16_lingbot", "vit_pe_core_small_patch16_384",
-    "vit_pe_spatial_tiny_patch16_512",
+    "vit_pe_spatial_tiny_patch16_512", "vit_small_patch16_rope_mixed_224", "vit_base_patch16_rope_mixed_ape_224",
+    "vit_relpos_small_patch16_224", "vit_relpos_base_patch16_cls_224", "vit_relpos_medium_patch16_rpn_224",
+    "vit_srelpos_small_patch16_224", "vit_base_patch16_rpn_224", "vit_base_patch16_xp_224",
+    "vit_pwee_patch16_reg1_gap_256", "vit_small_patch16_18x2_224",
 )  # fmt: skip
 
 
 def features(theirs: Any, pixels: Tensor) -> Tensor:
     hidden = theirs.forward_features(pixels)
-    if theirs.attn_pool is not None and getattr(theirs, "rope", None) is None:
+    if pools(theirs):
         pooled: Tensor = theirs.pool(hidden)[:, None]
         return pooled
     patches: Tensor = hidden[:, theirs.num_prefix_tokens :]

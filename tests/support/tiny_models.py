@@ -59,7 +59,7 @@ def tiny_config(variant: str) -> ModelConfig:
     )
 
 
-RARE = ("registers", "capped", "looking", "routed", "axial")
+RARE = ("registers", "capped", "looking", "routed", "relative", "parallel")
 VISION = {
     "registers": {"registers": 2, "position_on": "patches", "pre_norm": True, "post_norm": False},
     "capped": {"class_token": True, "registers": 1, "select": "attention"},
@@ -81,14 +81,21 @@ def _rare_config(variant: str) -> ModelConfig:
     capped = variant == "capped"
     config = tiny_config("prefix" if capped else "plain").model_dump()
     config["vision"] |= VISION.get(variant, {})
-    if variant == "axial":
-        config["vision"] |= {"registers": 1}
-        config["vision"]["transformer"]["position"] = {"kind": "axial", "first": "column", "learned": True}
+    if variant == "relative":
+        position = {"kind": "relative", "mlp_width": 8}
+        config["vision"]["transformer"] |= {"position": position, "sandwich": True, "input_norms": False}
+    if variant == "parallel":
+        config["vision"]["transformer"]["position"] = {"kind": "mixed", "learned": True}
+        for part in ("vision", "decoder"):
+            config[part]["transformer"] |= {"parallel": True, "norm": {"kind": "rms"}}
+            config[part]["transformer"]["attention"] |= {"qk_norm": True}
     config["vision"]["transformer"]["layer_scale"] = 0.5 if variant == "registers" else None
     config["projector"] = PROJECTOR.get(variant, config["projector"])
     config["fusion"] = FUSION.get(variant, {"kind": "slots"})
     if variant == "routed":
-        config["vision"]["transformer"]["mlp"] = ENCODER_EXPERTS
+        config["vision"] |= {"registers": 1}
+        position = {"kind": "axial", "first": "column", "learned": True}
+        config["vision"]["transformer"] |= {"mlp": ENCODER_EXPERTS, "position": position}
         config["decoder"]["transformer"]["mlp"] = DECODER_EXPERTS
     if capped:
         config["decoder"] |= {"scale_embeddings": True, "soft_cap": 3.0}

@@ -42,9 +42,10 @@ class DecoderConfig(Config):
     def _check_layer_scale(self) -> Self:
         if self.transformer.layer_scale is not None:
             raise ValueError("layer_scale is supported in the encoder only: set layer_scale to null in the decoder")
-        if self.transformer.position.kind == "axial":
+        kind = self.transformer.position.kind
+        if kind not in ("learned", "rotary"):
             raise ValueError(
-                "position.kind: axial is for patch grids only: use rotary or learned positions in the decoder"
+                f"position.kind: {kind} is for patch grids only: use rotary or learned positions in the decoder"
             )
         return self
 

@@ -6,7 +6,7 @@ import itertools
 from typing import NamedTuple
 
 from vlm.config.model import ModelConfig
-from vlm.config.transformer import MlpConfig, NormConfig, TransformerConfig
+from vlm.config.transformer import MlpConfig, NormConfig, TransformerConfig, adds_position_vectors
 from vlm.config.vision import ProjectorConfig, ResamplerProjectorConfig, StemConfig
 
 
@@ -33,15 +33,30 @@ def count_parameters(config: ModelConfig, vocab_size: int) -> ParameterCounts:
 def _encoder(config: ModelConfig) -> int:
     vision, transformer = config.vision, config.vision.transformer
     width, extra = transformer.width, vision.class_token + vision.registers
-    learned = transformer.position.kind != "axial" or transformer.position.learned
+    learned = adds_position_vectors(transformer.position)
     rows = config.num_patches + (extra if vision.position_on == "all" else 0)
     count = _stem(vision.stem, width) + _stack(transformer) + (extra + rows * learned) * width
+    count += _positions(transformer)
     count += (vision.pre_norm + vision.post_norm) * _norm(transformer.norm, width)
     if vision.select == "attention":
         heads = transformer.attention
         count += width + _cross_attention(width, heads.num_heads * heads.head_dim, bias=heads.bias)
         count += _norm(transformer.norm, width) + _mlp(transformer.mlp, width)
     return count
+
+
+def _positions(config: TransformerConfig) -> int:
+    """Return the number of parameters of mixed or relative positions in all blocks."""
+    heads = config.attention.num_heads
+    match config.position.kind:
+        case "mixed":
+            return config.depth * heads * config.attention.head_dim
+        case "relative":
+            hidden = config.position.mlp_width
+            mlp = _linear(2, hidden, bias=True) + _linear(hidden, heads, bias=True)
+            return mlp if config.position.shared else config.depth * mlp
+        case _:
+            return 0
 
 
 def _stem(config: StemConfig, width: int) -> int:
@@ -91,7 +106,10 @@ def _stack(config: TransformerConfig) -> int:
     heads = (attention.num_heads + 2 * attention.num_kv_heads) * attention.head_dim
     block = _linear(width, heads, bias=attention.bias)
     block += _linear(attention.num_heads * attention.head_dim, width, bias=attention.has_out_bias)
-    block += _mlp(config.mlp, width) + (4 if config.sandwich else 2) * _norm(config.norm, width)
+    norms = (1 if config.parallel else 2) * config.input_norms + 2 * config.sandwich
+    block += _mlp(config.mlp, width) + norms * _norm(config.norm, width)
+    if attention.qk_norm:
+        block += 2 * _norm(config.norm, attention.head_dim)
     if config.layer_scale:
         block += 2 * width
     return config.depth * block

@@ -76,7 +76,17 @@ def _encoder(config: ModelConfig) -> int:
         heads = vision.transformer.attention.num_heads * vision.transformer.attention.head_dim
         pool = 2 * (2 * width * heads + config.num_patches * 2 * width * heads) + 4 * config.num_patches * heads
         pool += 2 * _mlp_weights(width, vision.transformer.mlp)
-    return stem + _stack(vision.transformer, tokens) + pool
+    return stem + _stack(vision.transformer, tokens) + pool + _relative_positions(config)
+
+
+def _relative_positions(config: ModelConfig) -> int:
+    """Return the FLOPs of the MLPs that compute a bias for each distance of two patches, for a batch of one picture."""
+    transformer = config.vision.transformer
+    if transformer.position.kind != "relative":
+        return 0
+    distances = (2 * (config.image.size // config.vision.stem.stride) - 1) ** 2
+    weights = transformer.position.mlp_width * (2 + transformer.attention.num_heads)
+    return 2 * distances * weights * (1 if transformer.position.shared else transformer.depth)
 
 
 def _projector(config: ModelConfig) -> int:

@@ -79,9 +79,49 @@ class AxialPositionConfig(Config):
     learned: bool = False
 
 
+class MixedPositionConfig(Config):
+    """Position encoding of patches by rotation of queries and keys, with learned frequencies (Heo et al., 2024).
+
+    Each head of each block learns a frequency along the rows and a frequency along the columns for each rotated pair of
+    channels. Class token and registers are not rotated.
+
+    Attributes:
+        learned: whether learned position vectors are also added to the input.
+    """
+
+    kind: Literal["mixed"]
+    learned: bool = False
+
+
+class RelativePositionConfig(Config):
+    """Position encoding of patches by a learned bias of the attention scores (Liu et al., 2022).
+
+    An MLP computes the bias of each head from the distance of two patches in rows and columns, on a logarithmic scale.
+    The attention scores of the class token and of registers get no bias.
+
+    Attributes:
+        mlp_width: number of channels between the two linear layers of the MLP.
+        shared: whether all blocks use the same MLP, instead of one MLP per block.
+    """
+
+    kind: Literal["relative"]
+    mlp_width: PositiveInt = 128
+    shared: bool = False
+
+
 PositionConfig = Annotated[
-    LearnedPositionConfig | RotaryPositionConfig | AxialPositionConfig, Field(discriminator="kind")
+    LearnedPositionConfig | RotaryPositionConfig | AxialPositionConfig | MixedPositionConfig | RelativePositionConfig,
+    Field(discriminator="kind"),
 ]
+
+
+def adds_position_vectors(position: PositionConfig) -> bool:
+    """Return whether learned position vectors are added to the input of the first block."""
+    match position.kind:
+        case "axial" | "mixed":
+            return position.learned
+        case _:
+            return position.kind == "learned"
 
 
 class AttentionConfig(Config):
@@ -99,6 +139,8 @@ class AttentionConfig(Config):
         soft_cap: largest absolute value of the attention scores, which tanh limits (Gemma Team, 2024), or null for no
             limit.
         scale: factor by which attention scores are multiplied, or null for head_dim ** -0.5.
+        qk_norm: whether the queries and the keys of each head are normalised (Dehghani et al., 2023), by norms with the
+            settings of the transformer's other norms.
     """
 
     num_heads: PositiveInt
@@ -109,6 +151,7 @@ class AttentionConfig(Config):
     windows: Annotated[tuple[PositiveInt | None, ...], Field(min_length=1)] = (None,)
     soft_cap: PositiveFloat | None = None
     scale: PositiveFloat | None = None
+    qk_norm: Annotated[bool, ADDED_LATER] = False
 
     @property
     def has_out_bias(self) -> bool:
@@ -198,9 +241,14 @@ class TransformerConfig(Config):
         depth: number of transformer blocks.
         attention: config of the attention layer in each block.
         mlp: config of the MLP in each block.
-        norm: config of the norms. A norm comes before each attention layer, before each MLP and after the last block.
+        norm: config of the norms. By default, a norm comes before each attention layer, before each MLP and after the
+            last block.
         sandwich: whether the outputs of attention layer and MLP are also normalised before they are added to the
             residual stream (Gemma Team, 2024).
+        input_norms: whether a norm comes before each attention layer and each MLP; false only with `sandwich`, so that
+            each branch has one norm, after the layer (Liu et al., 2022).
+        parallel: whether attention layer and MLP read the same input after one norm, and both outputs are added to the
+            residual stream at once (Dehghani et al., 2023).
         layer_scale: initial value of the learned factors by which each channel of the outputs of attention layer and
             MLP is multiplied (Touvron et al., 2021), or null for no such factors.
         position: config of the position encoding.
@@ -217,6 +265,8 @@ class TransformerConfig(Config):
     mlp: MlpConfig
     norm: NormConfig = LayerNormConfig()
     sandwich: bool = False
+    input_norms: Annotated[bool, ADDED_LATER] = True
+    parallel: Annotated[bool, ADDED_LATER] = False
     layer_scale: PositiveFloat | None = None
     position: PositionConfig = LearnedPositionConfig()
     dropout: Probability = 0.0
@@ -224,8 +274,17 @@ class TransformerConfig(Config):
 
     @model_validator(mode="after")
     def _check_rotary_head_dim(self) -> Self:
-        if self.position.kind == "rotary" and self.attention.head_dim % 2:
-            raise ValueError(f"rotary positions need an even head_dim, got {self.attention.head_dim}")
-        if self.position.kind == "axial" and self.attention.head_dim % 4:
-            raise ValueError(f"axial positions need a head_dim that is a multiple of 4, got {self.attention.head_dim}")
+        kind, head_dim = self.position.kind, self.attention.head_dim
+        if kind == "rotary" and head_dim % 2:
+            raise ValueError(f"rotary positions need an even head_dim, got {head_dim}")
+        if kind in ("axial", "mixed") and head_dim % 4:
+            raise ValueError(f"{kind} positions need a head_dim that is a multiple of 4, got {head_dim}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_norms(self) -> Self:
+        if not self.input_norms and not self.sandwich:
+            raise ValueError("input_norms: false needs sandwich: true, because each branch needs a norm")
+        if not self.input_norms and self.parallel:
+            raise ValueError("parallel: true needs input_norms: true, because both branches read one normalised input")
         return self

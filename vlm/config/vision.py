@@ -92,7 +92,9 @@ class VisionConfig(Config):
                 "select: attention needs mlp.kind: plain, because the pooling layer uses the same MLP config"
             )
         if self.transformer.position.kind == "rotary":
-            raise ValueError("position.kind: rotary is for text only: use axial or learned positions in the encoder")
+            raise ValueError(
+                "position.kind: rotary is for text only: use learned, axial, mixed or relative positions in the encoder"
+            )
         if self.transformer.attention.windows != (None,):
             raise ValueError("attention.windows is supported in the decoder only: set windows to [null] in the encoder")
         return self

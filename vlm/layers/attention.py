@@ -24,7 +24,7 @@ class Attention(nn.Module):
     """Self-attention with grouped key-value heads, rotary positions, a sliding window, a soft cap and a cache.
 
     One weight matrix computes queries, keys and values, in this order. The attention scores are multiplied by `scale`,
-    which is 1 / sqrt(head_dim) by default.
+    which is 1 / sqrt(head_dim) by default. `qk_norms` normalise the queries and the keys of each head.
 
     Attributes:
         recorded: list to which each forward pass appends its attention weights (B, H, T, S), or None to keep none.
@@ -45,6 +45,7 @@ class Attention(nn.Module):
         window: int | None = None,
         soft_cap: float | None = None,
         scale: float | None = None,
+        qk_norms: tuple[nn.Module, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
@@ -52,6 +53,9 @@ class Attention(nn.Module):
         self.scale = scale if scale is not None else head_dim**-0.5
         self.qkv = nn.Linear(width, (num_heads + 2 * num_kv_heads) * head_dim, bias=bias)
         self.out = nn.Linear(num_heads * head_dim, width, bias=out_bias)
+        self.q_norm: nn.Module | None
+        self.k_norm: nn.Module | None
+        self.q_norm, self.k_norm = qk_norms or (None, None)
 
     def forward(
         self,
@@ -68,7 +72,8 @@ class Attention(nn.Module):
 
         Args:
             x_BTW: input of the layer.
-            mask: bool mask that broadcasts to (B, H, T, S), True where query t attends to key s; or None.
+            mask: tensor that broadcasts to (B, H, T, S), or None. The tensor is either a bool mask, True where query t
+                attends to key s, or has numbers that are added to the attention scores.
             causal: whether attention without a `mask` is causal; otherwise, every position attends to every position.
             angles: rotary angles of the positions of x.
             cache: keys and values of earlier positions; this call adds the keys and values of the new positions.
@@ -79,11 +84,7 @@ class Attention(nn.Module):
             Output of shape (B, T, W), or (B, 1, W) with `last_only`.
         """
         B, T, _ = x_BTW.shape
-        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        q_BHTD, k_BKTD, v_BKTD = (
-            part.view(B, T, -1, self.head_dim).transpose(1, 2)
-            for part in self.qkv(x_BTW).split([n * self.head_dim for n in heads], dim=-1)
-        )
+        q_BHTD, k_BKTD, v_BKTD = self._queries_keys_values(x_BTW)
         if angles is not None:
             q_BHTD, k_BKTD = apply_rotary(q_BHTD, angles), apply_rotary(k_BKTD, angles)
         if cache is not None:
@@ -111,6 +112,18 @@ class Attention(nn.Module):
             weights_BHTS = F.dropout(weights_BHTS, self.dropout, self.training)
             out_BHTD = weighted_sum(weights_BHTS, v_BKTD)
         return self.out(out_BHTD.transpose(1, 2).reshape(B, T, -1))
+
+    def _queries_keys_values(self, x_BTW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the queries (B, H, T, D), the keys (B, K, T, D) and the values (B, K, T, D)."""
+        B, T, _ = x_BTW.shape
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        q_BHTD, k_BKTD, v_BKTD = (
+            part.view(B, T, -1, self.head_dim).transpose(1, 2)
+            for part in self.qkv(x_BTW).split([n * self.head_dim for n in heads], dim=-1)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BHTD, k_BKTD = self.q_norm(q_BHTD), self.k_norm(k_BKTD)
+        return q_BHTD, k_BKTD, v_BKTD
 
 
 class CrossAttention(nn.Module):
@@ -164,7 +177,7 @@ def attention_weights(
     Args:
         q_BHTD: queries.
         k_BKSD: keys.
-        mask: bool mask, broadcastable to (B, H, T, S), True where query t attends to key s, or None for all keys.
+        mask: mask as in `Attention.forward`, or None for all keys.
         scale: factor by which the scores are multiplied.
         soft_cap: bound of the scores, which tanh limits to (-soft_cap, soft_cap), or None for no limit.
         causal: whether attention is causal, which requires that `mask` is None.
@@ -177,7 +190,7 @@ def attention_weights(
     if soft_cap is not None:
         scores_BHTS = soft_cap * torch.tanh(scores_BHTS / soft_cap)
     if mask is not None:
-        scores_BHTS = scores_BHTS.masked_fill(~mask, -torch.inf)
+        scores_BHTS = scores_BHTS.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores_BHTS + mask
     return torch.softmax(scores_BHTS, dim=-1, dtype=torch.float32).to(k_BKSD.dtype)
 
 

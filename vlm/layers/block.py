@@ -1,4 +1,4 @@
-"""Pre-norm transformer block of encoder and decoder, with optional recomputation and compilation in training."""
+"""Transformer block of encoder and decoder, with optional recomputation and compilation in training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from vlm.layers.position import Angles
 
 
 class Block(nn.Module):
-    """Pre-norm block, which computes x + attention(norm(x)) and then x + mlp(norm(x)).
+    """Block that computes x + attention(norm(x)) and then x + mlp(norm(x)).
+
+    Without a second norm, the block is parallel and computes x + attention(norm(x)) + mlp(norm(x)).
 
     The outputs of attention and MLP can go through a second norm (`post_norms`) and a learned scale per channel, whose
     initial value is `layer_scale`. In training, each branch of each row is skipped with probability `skip_probability`.
@@ -36,7 +38,7 @@ class Block(nn.Module):
         self,
         attention: Attention,
         mlp: nn.Module,
-        norms: tuple[nn.Module, nn.Module],
+        norms: tuple[nn.Module, nn.Module | None],
         dropout: float,
         *,
         width: int,
@@ -46,6 +48,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.attention_norm, self.attention = norms[0], attention
+        self.mlp_norm: nn.Module | None
         self.mlp_norm, self.mlp = norms[1], mlp
         self.attention_post_norm: nn.Module | None
         self.mlp_post_norm: nn.Module | None
@@ -77,11 +80,12 @@ class Block(nn.Module):
         return compute(x_BTW)
 
     def _compute(self, x_BTW: Tensor, *, last_only: bool, **options: Any) -> Tensor:
-        attended = self.attention(self.attention_norm(x_BTW), last_only=last_only, **options)
+        normed_BTW = self.attention_norm(x_BTW)
+        attended = self.attention(normed_BTW, last_only=last_only, **options)
         if last_only:
-            x_BTW = x_BTW[:, -1:]
+            x_BTW, normed_BTW = x_BTW[:, -1:], normed_BTW[:, -1:]
         x_BTW = x_BTW + self._finish_branch(attended, self.attention_post_norm, self.attention_scale)
-        transformed = self.mlp(self.mlp_norm(x_BTW))
+        transformed = self.mlp(normed_BTW if self.mlp_norm is None else self.mlp_norm(x_BTW))
         return x_BTW + self._finish_branch(transformed, self.mlp_post_norm, self.mlp_scale)
 
     def _finish_branch(self, branch: Tensor, post_norm: nn.Module | None, scale: Tensor | None) -> Tensor:

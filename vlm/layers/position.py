@@ -1,8 +1,9 @@
-"""Rotary position embeddings of queries and keys, over the positions of a sequence or the rows and columns of a grid.
+"""Rotary position embeddings of queries and keys, and biases of attention scores by the distance of two patches.
 
 Learned positions are a plain embedding table and need no class here.
 
-Letters in tensor names: batch (B), heads (H), queries (T), width of a head (D), patches of a picture (N).
+Letters in tensor names: batch (B), layers (L), heads (H), queries (T), width of a head (D), side of the patch grid (S),
+patches of a picture (N, which is S * S).
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vlm.config import AxialPositionConfig
+from vlm.layers.mlp import PlainMlp
 
 Angles = tuple[Tensor, Tensor]
 """Cosines (..., T, D/2) and sines (..., T, D/2) for each position and each pair of channels.
@@ -72,6 +75,70 @@ class AxialRotary(nn.Module):
     def forward(self, dtype: torch.dtype) -> Angles:
         """Return the angles (extra + N, D/2) of all tokens."""
         return self.cos.to(dtype), self.sin.to(dtype)
+
+
+class MixedRotary(nn.Module):
+    """Rotary position embedding over rows and columns with learned frequencies (Heo et al., 2024).
+
+    A pair of channels is rotated by the angle column * frequency[0] + row * frequency[1]. Each head of each layer has
+    its own frequencies. The `extra` tokens before the patches are not rotated.
+    """
+
+    INITIAL_BASE = 10.0
+
+    def __init__(self, *, depth: int, num_heads: int, head_dim: int, side: int, extra: int) -> None:
+        super().__init__()
+        self.frequency = nn.Parameter(torch.zeros(2, depth, num_heads, head_dim // 2))
+        index = torch.arange(side, dtype=torch.float32)
+        row, column = torch.meshgrid(index, index, indexing="ij")
+        positions = torch.stack((column.flatten(), row.flatten()))
+        self.register_buffer("positions", torch.cat((torch.zeros(2, extra), positions), dim=1), persistent=False)
+        self.positions: Tensor
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Initialise the frequencies: each head of each layer rotates by two perpendicular random directions."""
+        _, depth, num_heads, pairs = self.frequency.shape
+        size = self.INITIAL_BASE ** (-torch.arange(pairs // 2, dtype=torch.float32) / (pairs // 2))
+        direction_LH1 = 2 * math.pi * torch.rand(depth, num_heads, 1)
+        for axis, shift in enumerate((0.0, -math.pi / 2)):  # cos(a - pi/2) is sin(a)
+            halves = [size * torch.cos(direction_LH1 + shift + turn) for turn in (0.0, math.pi / 2)]
+            self.frequency[axis] = torch.cat(halves, dim=-1)
+
+    def forward(self, dtype: torch.dtype) -> list[Angles]:
+        """Return the angles (H, extra + N, D/2) of all tokens for each layer."""
+        column_T1, row_T1 = self.positions.float()[..., None]
+        along_columns, along_rows = self.frequency.float()[..., None, :]
+        angle_LHTD = column_T1 * along_columns + row_T1 * along_rows
+        return list(zip(angle_LHTD.cos().to(dtype), angle_LHTD.sin().to(dtype), strict=True))
+
+
+class RelativeBias(nn.Module):
+    """Bias of attention scores that an MLP computes from the distance of two patches (Liu et al., 2022).
+
+    The inputs of the MLP are sign(d) * log(1 + |d|) for the distance d in rows and in columns. The scores of the
+    `extra` tokens before the patches get no bias.
+    """
+
+    def __init__(self, num_heads: int, mlp_width: int, *, side: int, extra: int) -> None:
+        super().__init__()
+        self.mlp = PlainMlp(2, mlp_width, F.relu, bias=True, out_width=num_heads)
+        self.extra = extra
+        index = torch.arange(side)
+        distance = torch.arange(1 - side, side, dtype=torch.float32)
+        distance = distance.sign() * distance.abs().log1p()
+        inputs = torch.stack(torch.meshgrid(distance, distance, indexing="ij"), dim=-1)
+        self.register_buffer("inputs", inputs, persistent=False)
+        self.register_buffer("offset_SS", index[:, None] - index + side - 1, persistent=False)
+        self.inputs: Tensor
+        self.offset_SS: Tensor
+
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        """Return the bias (H, extra + N, extra + N) of the scores of each query (dimension 1) and key (dimension 2)."""
+        table = self.mlp(self.inputs.to(self.mlp.up.weight.dtype)).permute(2, 0, 1)
+        rows, columns = self.offset_SS[:, None, :, None], self.offset_SS[None, :, None, :]
+        bias_HNN = table[:, rows, columns].flatten(3, 4).flatten(1, 2)
+        return F.pad(bias_HNN, (self.extra, 0, self.extra, 0)).to(dtype)
 
 
 def apply_rotary(x_BHTD: Tensor, angles: Angles) -> Tensor:

@@ -204,9 +204,21 @@ def standard_transformer(path: str) -> tuple[ConfigField, ...]:
         constant(f"{path}.mlp.kind", "plain"),
         constant(f"{path}.mlp.bias", True),
         constant(f"{path}.sandwich", False),
+        *sequential_pre_norm(path),
         constant(f"{path}.attention.soft_cap", None),
         constant(f"{path}.attention.windows", (None,)),
         default_attention_scale(path),
+    )
+
+
+def sequential_pre_norm(path: str) -> tuple[ConfigField, ...]:
+    """Return the config fields which require the usual block: norm and attention, then norm and MLP, without norms of
+    queries and keys.
+    """
+    return (
+        constant(f"{path}.input_norms", True),
+        constant(f"{path}.parallel", False),
+        constant(f"{path}.attention.qk_norm", False),
     )
 
 

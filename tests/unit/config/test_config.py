@@ -106,6 +106,9 @@ def test_the_value_of_an_override_may_contain_an_equals_sign() -> None:
             "model.vision.stem: unknown kind 'pach', did you mean 'patch'? (one of patch, conv)",
         ),
         ("model.decoder.transformer.attention.num_heads=3", "num_heads 3 must be a multiple of num_kv_heads"),
+        ("model.decoder.transformer.position={kind: mixed}", "position.kind: mixed is for patch grids only"),
+        ("model.vision.transformer.position={kind: rotary}", "position.kind: rotary is for text only"),
+        ("model.decoder.transformer.input_norms=false", "input_norms: false needs sandwich: true"),
         ("model.image.size=60", "model: image.size 60 is not a multiple of the stem's stride"),
         ("data.split={kind: hash, val: 0.5, test: 0.5}", "val + test is 1 or more, so no rows are left to train on"),
         ("data.mix={birds: 0.5, cats: 0.5}", "the shares in mix leave no share for `source`"),
@@ -135,6 +138,11 @@ def test_the_value_of_an_override_may_contain_an_equals_sign() -> None:
 )
 def test_an_invalid_override_is_reported_with_the_nearest_valid_name(override: str, expected: str) -> None:
     assert expected in problems(override)
+
+
+def test_a_parallel_block_whose_input_is_not_normalised_is_refused() -> None:
+    changes = ("input_norms=false", "sandwich=true", "parallel=true")
+    assert "parallel: true needs" in problems(*(f"model.decoder.transformer.{change}" for change in changes))
 
 
 def test_an_invalid_config_gives_one_error_that_lists_every_problem() -> None:

@@ -66,6 +66,11 @@ def family_of(name: str) -> Family:
     return next(family for family in families() if family.name == name)
 
 
+def family_of_architecture(name: str) -> Family:
+    (family,) = (each for each in families() if each.select_settings({"architecture": name}) is not None)
+    return family
+
+
 def changed(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     copy: dict[str, Any] = json.loads(json.dumps(settings))
     *sections, key = path.split(".")
@@ -261,7 +266,48 @@ def test_import_for_a_family_without_export_compares_positions_and_refuses_unkno
         assert any(next(iter(arguments)) in sentence for sentence in mismatches(arguments))
 
 
+RELATIVE = {"position": {"kind": "relative", "mlp_width": 8}}
+MIXED_LEARNED = {"position": {"kind": "mixed", "learned": True}}
+AFTER = {"sandwich": True, "input_norms": False}
+XP = {"parallel": True, "norm": {"kind": "rms", "eps": 1e-6}}
+OTHER_BLOCKS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+    ("vit_small_patch16_rope_mixed_224", {"position": {"kind": "mixed"}}, {"position": {"kind": "axial"}}, "kind"),
+    ("vit_small_patch16_rope_mixed_ape_224", MIXED_LEARNED, {"position": {"kind": "mixed"}}, "position.learned"),
+    ("vit_relpos_small_patch16_224", RELATIVE, {"position": {"kind": "learned"}}, "position.kind"),
+    ("vit_srelpos_small_patch16_224", {"position": {"kind": "relative", "shared": True}}, RELATIVE, "shared"),
+    ("vit_relpos_small_patch16_rpn_224", {**RELATIVE, **AFTER}, {"input_norms": True}, "input_norms"),
+    ("vit_base_patch16_rpn_224", AFTER, RELATIVE, "position.kind"),
+    ("vit_base_patch16_224", {}, AFTER, "input_norms"),
+    ("vit_pwee_patch16_reg1_gap_256", {"parallel": True}, {"parallel": False}, "parallel"),
+    ("vit_base_patch16_xp_224", XP, {"norm": {"kind": "layer", "eps": 1e-6}}, "norm.kind"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "own", "change", "named"), OTHER_BLOCKS)
+def test_a_timm_architecture_is_refused_for_a_model_with_other_blocks_or_positions_and_the_difference_is_named(
+    name: str, own: dict[str, Any], change: dict[str, Any], named: str
+) -> None:
+    settings = {"architecture": name, "num_features": 16, "model_args": {"num_heads": 2}}
+    family = family_of_architecture(name)
+    transformer = {**blocks(eps=1e-6), **own}
+    transformer["attention"] = {**transformer["attention"], "qk_norm": "_xp_" in name}
+    assert family.mismatches(config(vision={"transformer": transformer}), settings) == []
+    other = config(vision={"transformer": {**transformer, **change}})
+    assert any(named in sentence for sentence in family.mismatches(other, settings))
+    unknown = {**settings, "model_args": {"num_heads": 2, "new_option": True}}
+    assert any("new_option" in sentence for sentence in family.mismatches(other, unknown))
+
+
+def test_an_architecture_with_two_branches_needs_twice_as_many_heads_in_the_model() -> None:
+    settings = {"architecture": "vit_small_patch16_18x2_224", "num_features": 16, "model_args": {"num_heads": 1}}
+    model = config(vision={"transformer": blocks(eps=1e-6)})
+    assert family_of("timm_branches").mismatches(model, settings) == []
+    sentences = family_of("timm_branches").mismatches(model, {**settings, "model_args": {"num_heads": 2}})
+    assert names_key(sentences, "num_heads")
+
+
 def test_this_file_tests_models_of_all_weight_families() -> None:
-    assert sorted([*MODELS, *IMPORTED_ONLY]) == sorted(family.name for family in families())
-    assert {family.name for family in families() if not family.exportable} == {*IMPORTED_ONLY}
+    imported_only = {*IMPORTED_ONLY, "timm_branches", *(family_of_architecture(row[0]).name for row in OTHER_BLOCKS)}
+    assert {*MODELS} | imported_only == {family.name for family in families()}
+    assert {family.name for family in families() if not family.exportable} == imported_only - {*MODELS}
     assert all(isinstance(model, ModelConfig) for model in MODELS.values())

@@ -20,6 +20,7 @@ from vlm.weights.config_fields import (
     default_options,
     required,
     same,
+    sequential_pre_norm,
     value_at,
     write_only,
 )
@@ -97,6 +98,7 @@ FIELDS = (
     constant(f"{TRANSFORMER}.position.kind", "rotary"),
     constant(f"{TRANSFORMER}.mlp.kind", "gated"),
     constant(f"{TRANSFORMER}.mlp.bias", False),
+    *sequential_pre_norm(TRANSFORMER),
     constant("decoder.scale_embeddings", True),
     same(f"{TRANSFORMER}.width", "hidden_size"),
     same(f"{TRANSFORMER}.depth", "num_hidden_layers"),

@@ -10,7 +10,7 @@ architecture's name implies the value; if neither is the case, the import report
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from vlm.weights.config_fields import (
     write_only,
 )
 from vlm.weights.family import Family
-from vlm.weights.rules import Drop, WeightTable, position_table, rename
+from vlm.weights.rules import Drop, Rule, WeightTable, position_table, rename
 
 TRANSFORMER = "vision.transformer"
 HEADS = f"{TRANSFORMER}.attention"
@@ -38,29 +38,50 @@ HEADS = f"{TRANSFORMER}.attention"
 WIDTHS_OF_16_HEADS = (1152, 1280, 1408, 1664)
 NO_AXIS = "an architecture whose parts our encoder has"
 MISSING_AXES = {
-    r"_rope_mixed_": "rotary positions with learned frequencies",
-    r"sapiens2": "norms of queries and keys",
-    r"_s?relpos_": "relative positions",
+    r"sapiens2": "layer scale after attention only",
     r"_r\d*_s\d+_|_resnet\d+d_|_mci_": "a convolutional network before the blocks",
-    r"_xp_|_d?pwee_|_\d+x2_": "attention and MLP in parallel",
-    r"_d(little|wee)_": "differential attention",
-    r"_rpn_": "norms after the branches only",
+    r"_d(little|p?wee)_": "differential attention",
 }
 """Dict from regular expressions of timm's architecture names to the part of the architecture that our encoder lacks."""
 WHOLE_PATCHES = "squares of whole patches"
 NAMES_OF_16_HEADS = ("vit_base_patch16_gap_", "vit_giantopt_")
 
 
-ROPE = r"_rope_(ape_)?224|_pe_(core|lang|spatial)_"
+ROPE = r"_rope_(mixed_)?(ape_)?224|_pe_(core|lang|spatial)_"
 EVA = r"_rope_reg\d|dinov3|lingbot"
 """Regular expressions of the names of architectures with rotary positions (`vlm.weights.tables.timm_eva`)."""
+RELATIVE = r"_s?relpos_|_rpn_"
+PARALLEL = r"_xp_|_pwee_"
+BRANCHES = r"_\d+x2_"
+"""Regular expressions of the names of architectures with other blocks (`vlm.weights.tables.timm_variants`)."""
+OTHER_FAMILIES = "|".join((ROPE, EVA, RELATIVE, PARALLEL, BRANCHES))
 
 
 def select_settings(settings: Settings) -> Settings | None:
     """Return the architecture's name and arguments from config.json, or None if the file belongs to another family."""
     name = str(settings.get("architecture", ""))
-    rotary = re.search(f"{ROPE}|{EVA}", name)
-    return architecture_settings(settings) if name.startswith(("vit_", "deit_", "deit3_")) and not rotary else None
+    other = re.search(OTHER_FAMILIES, name)
+    return architecture_settings(settings) if name.startswith(("vit_", "deit_", "deit3_")) and not other else None
+
+
+def selector(pattern: str) -> Callable[[Settings], Settings | None]:
+    """Return the function that selects the settings of `vit_*` architectures whose name matches a pattern."""
+
+    def select(settings: Settings) -> Settings | None:
+        name = str(settings.get("architecture", ""))
+        return architecture_settings(settings) if name.startswith("vit_") and re.search(pattern, name) else None
+
+    return select
+
+
+def by_name(path: str, value: Callable[[str], Any]) -> ConfigField:
+    """Return the config field of a value that the name of the architecture implies."""
+    return ConfigField(path, "architecture", value_at(path), lambda settings: value(settings["architecture"]))
+
+
+def fields_except(*paths: str) -> tuple[ConfigField, ...]:
+    """Return the config fields of this family without the fields of some paths or keys."""
+    return tuple(field for field in FIELDS if not {field.path, field.keys} & {*paths} - {""})
 
 
 def architecture_settings(settings: Settings) -> Settings:
@@ -264,6 +285,13 @@ def table(config: ModelConfig) -> WeightTable:
             Drop("attn_pool.*", "the attention pooling, because vision.select of the model is not attention"),
         ),
     )
+
+
+def with_rules(shared: WeightTable, own: Sequence[Rule], *drops: Drop) -> WeightTable:
+    """Return a weight table with rules of a family, and with all shared rules for other parameters."""
+    replaced = {name.replace("*", kind) for rule in own for name in rule.ours for kind in ("weight", "bias")}
+    kept = [rule for rule in shared.rules if rule.ours[0].replace("*", "weight") not in replaced]
+    return WeightTable((*kept, *own), (*shared.drops, *drops))
 
 
 FAMILIES = (

@@ -2,7 +2,8 @@
 
 The architectures are RoPE-ViT (Heo et al., 2024), DINOv3 (Simeoni et al., 2025), LingBot, and the Perception Encoder
 (Bolya et al., 2025). The family `timm_rope` has one bias of queries, keys and values. The family `timm_eva` has biases
-of queries and values only, so the bias of our keys is zero.
+of queries and values only, so the bias of our keys is zero. The frequencies of the rotation are constant, or are
+weights in architectures with `rope_mixed` in their name.
 
 A rotation turns pairs of channels. In architectures that count rows and columns, timm pairs adjacent channels. In
 DINOv3 and LingBot, timm pairs each channel of the first half of a head with a channel of the second half, and our
@@ -13,14 +14,14 @@ queries and keys. The reordering does not change the dot products of queries and
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlm.config import AttentionConfig, ModelConfig
-from vlm.weights.config_fields import UNKNOWN, ConfigField, Settings, constant, value_at
+from vlm.weights.config_fields import UNKNOWN, ConfigField, Settings, value_at
 from vlm.weights.family import Family
 from vlm.weights.rules import Drop, Rule, WeightTable, concat, rename
 from vlm.weights.tables import timm
@@ -34,10 +35,15 @@ GRIDS = {"_pe_core_base_": 14, "_pe_core_(small|tiny|large)_": 24, "_pe_": 32, "
 
 def position_of(name: str) -> dict[str, Any]:
     """Return the settings of the positions that the name of an architecture implies."""
+    axial = ("base", "coordinates", "offset", "grid", "first")
+    if "_rope_mixed_" in name:
+        return {"kind": "mixed", "learned": "_ape_" in name, **dict.fromkeys(axial)}
     if re.search(r"dinov3|lingbot", name):
-        return {"base": 100.0, "coordinates": "centred", "offset": 0.0, "grid": None, "first": "row", "learned": False}
+        values = 100.0, "centred", 0.0, None, "row"
+        return {"kind": "axial", "learned": False, **dict(zip(axial, values, strict=True))}
     published = "_pe_" in name
     return {
+        "kind": "axial",
         "base": 10_000.0 if published or "_rope_reg" in name else 100.0,
         "coordinates": "index",
         "offset": float(published and "_gigantic_" not in name),
@@ -52,28 +58,21 @@ def is_gated(name: str) -> bool:
     return bool(re.search(r"_plus_|vit_7b_|giant_patch16_lingbot", name))
 
 
-def _by_name(path: str, value: Callable[[str], Any]) -> ConfigField:
-    """Return the config field of a value that the name of the architecture implies."""
-    return ConfigField(path, "architecture", value_at(path), lambda settings: value(settings["architecture"]))
-
-
 def _num_heads(settings: Settings) -> Any:
     name, width = settings["architecture"], settings["embed_dim"]
     by_width = UNKNOWN if width is UNKNOWN else width // 64
     return settings.get("num_heads", next((n for part, n in HEADS_BY_NAME.items() if part in name), by_width))
 
 
-CHANGED = {
-    *(f"{timm.TRANSFORMER}.{key}" for key in ("position.kind", "mlp.kind", "mlp.activation", "norm.eps")),
-    *(f"{timm.HEADS}.{key}" for key in ("num_heads", "num_kv_heads")),
-}
 FIELDS = (
-    *(field for field in timm.FIELDS if field.path not in CHANGED),
-    constant(f"{POSITION}.kind", "axial"),
-    *(_by_name(f"{POSITION}.{key}", lambda name, key=key: position_of(name)[key]) for key in position_of("")),  # type: ignore[misc]
-    _by_name(f"{timm.TRANSFORMER}.mlp.kind", lambda name: "gated" if is_gated(name) else "plain"),
-    _by_name(f"{timm.TRANSFORMER}.mlp.activation", lambda name: "silu" if is_gated(name) else "gelu"),
-    _by_name(f"{timm.TRANSFORMER}.norm.eps", lambda name: 1e-6 if "_rope_" in name else 1e-5),
+    *timm.fields_except(
+        *(f"{timm.TRANSFORMER}.{key}" for key in ("position.kind", "mlp.kind", "mlp.activation", "norm.eps")),
+        *(f"{timm.HEADS}.{key}" for key in ("num_heads", "num_kv_heads")),
+    ),
+    *(timm.by_name(f"{POSITION}.{key}", lambda name, key=key: position_of(name)[key]) for key in position_of("")),  # type: ignore[misc]
+    timm.by_name(f"{timm.TRANSFORMER}.mlp.kind", lambda name: "gated" if is_gated(name) else "plain"),
+    timm.by_name(f"{timm.TRANSFORMER}.mlp.activation", lambda name: "silu" if is_gated(name) else "gelu"),
+    timm.by_name(f"{timm.TRANSFORMER}.norm.eps", lambda name: 1e-6 if "_rope_" in name else 1e-5),
     *(
         ConfigField(f"{timm.HEADS}.{key}", "num_heads", value_at(f"{timm.HEADS}.{key}"), _num_heads)
         for key in ("num_heads", "num_kv_heads")
@@ -128,15 +127,16 @@ def _without_key_bias(theirs: Sequence[str], ours: str, attention: AttentionConf
 def _table(config: ModelConfig, *, separate_biases: bool) -> WeightTable:
     transformer = config.vision.transformer
     attention, position, mlp = transformer.attention, transformer.position, transformer.mlp
-    assert position.kind == "axial", "the config fields were checked before"
+    assert position.kind in ("axial", "mixed"), "the config fields were checked before"
     assert mlp.kind != "moe", "the config fields were checked before"
-    reorder = position.coordinates == "index"
+    reorder = position.kind == "mixed" or position.coordinates == "index"
     ours = "encoder.blocks.{i}.attention.qkv."
     weight, bias = "blocks.{i}.attn.qkv.weight", "blocks.{i}.attn.qkv.bias"
     own = [
         _reordered(weight, f"{ours}weight", attention) if reorder else rename(weight, f"{ours}weight"),
         rename("blocks.{i}.gamma_1", "encoder.blocks.{i}.attention_scale"),
         rename("blocks.{i}.gamma_2", "encoder.blocks.{i}.mlp_scale"),
+        rename("rope.freqs", "encoder.rotary.frequency"),
         concat(
             ["blocks.{i}.mlp.fc1_g.*", "blocks.{i}.mlp.fc1_x.*"],
             "encoder.blocks.{i}.mlp.gate_up.*",
@@ -148,22 +148,14 @@ def _table(config: ModelConfig, *, separate_biases: bool) -> WeightTable:
         own.append(_without_key_bias(biases, f"{ours}bias", attention, reorder=reorder))
     elif reorder:
         own.append(_reordered(bias, f"{ours}bias", attention))
-    shared = timm.table(config)
-    replaced = {name.replace("*", kind) for rule in own for name in rule.ours for kind in ("weight", "bias")}
-    kept = [rule for rule in shared.rules if rule.ours[0].replace("*", "weight") not in replaced]
-    return WeightTable((*kept, *own), (*shared.drops, Drop("rope.*", "constant angles of the positions")))
+    return timm.with_rules(timm.table(config), own, Drop("rope.periods", "constant angles of the positions"))
 
 
 def _family(name: str, pattern: str, *, separate_biases: bool) -> Family:
-    def select_settings(settings: Settings) -> Settings | None:
-        architecture = str(settings.get("architecture", ""))
-        known = architecture.startswith("vit_") and re.search(pattern, architecture)
-        return timm.architecture_settings(settings) if known else None
-
     return Family(
         name,
         "encoder",
-        select_settings,
+        timm.selector(pattern),
         FIELDS,
         lambda config: _table(config, separate_biases=separate_biases),
         fixed_settings={},
