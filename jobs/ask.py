@@ -157,7 +157,7 @@ def _require_drawings(report: AskReport, *, draw: Path | None, attention: Path |
     """Check that each requested drawing was made.
 
     Raises:
-        StageFailed: `draw` is set but the answer has no box, or `attention` is set but the answer has no word.
+        StageFailed: option --draw is set but the answer has no box, or --attention is set but the answer has no word.
     """
     if draw and not report.drawn:
         raise StageFailed(

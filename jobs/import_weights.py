@@ -121,7 +121,7 @@ def check_output_folder(out: Path) -> None:
     """Check that the output folder is new or empty, so that nothing is overwritten.
 
     Raises:
-        UserError: `out` is a file or a folder that is not empty.
+        UserError: the path `out` is a file or a folder that is not empty.
     """
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(

@@ -29,8 +29,8 @@ def serve(
 ) -> None:
     """Serve a model version over REST until Ctrl-C.
 
-    The command starts `mlflow models serve` on a local copy of the version, without credentials, after it has checked
-    that all files are those that were registered. The server accepts connections from this machine only.
+    The command checks that the version's files equal the registered files, and then starts `mlflow models serve` on a
+    local copy of the version, without credentials. The server accepts connections from this machine only.
 
     \b
     Example:

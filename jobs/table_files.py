@@ -199,9 +199,9 @@ def champion_captions(job: Job) -> Relation:
 
 
 def _promoted_elsewhere(job: Job, tables: Mapping[str, DeltaTable]) -> dict[str, str]:
-    """Return the champions, by model, of captioned models that were promoted in other home folders.
+    """Return a dict from each captioned model that was promoted only in other home folders to its champion.
 
-    The model registry knows these champions. The table `decisions` has a row about every other champion.
+    The model registry knows these champions. Table `decisions` records promotions in this home folder only.
     """
     from pipelines.formats.delta_files import query
 

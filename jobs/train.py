@@ -130,7 +130,7 @@ def prepare_run(job: Job) -> RunFolder:
 def run_train(job: Job) -> TrainReport:
     """Run the train stage: train the model or reuse a finished run, log the run to MLflow and register the model.
 
-    Training starts even if the tracking server is down. A server that refuses the user stops the command at once.
+    Training starts even if the tracking server is down, but does not start if the tracking server refuses the user.
     """
     from pipelines.driver.train.run import check_config, launch
     from pipelines.driver.train.run_folders import finished_result
@@ -147,7 +147,7 @@ def run_train(job: Job) -> TrainReport:
     with own_run(run):
         run.unregistered.touch()
         reused = finished_result(run)
-        logged = config.model_copy(update={"model": run.read_run().config.model})  # may have other generation settings
+        logged = config.model_copy(update={"model": run.read_run().config.model})  # a reused run may have other ones.
         # A reused run is logged to MLflow too, because MLflow may not have received the run's last metrics.
         with (
             follow(run, logged, job.platform, may_be_down=reused is None) as follower,
@@ -178,8 +178,8 @@ def run_train(job: Job) -> TrainReport:
 
 
 def register_checkpoint(job: Job, which: str, step: int) -> str:
-    """Return a version made from the checkpoint at step `step` of version `which`'s training. Register this version if
-    it is not registered yet.
+    """Return the model version of the checkpoint at step `step` of version `which`'s training, after registering the
+    returned version if necessary.
 
     Raises:
         UserError: there is no version `which`, its run folder does not exist, or the run has not kept the checkpoint.

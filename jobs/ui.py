@@ -64,7 +64,7 @@ def ui(
             "--workers",
             "1",
         ]
-        with suppress(KeyboardInterrupt):  # Ctrl-C is the usual way to stop a server
+        with suppress(KeyboardInterrupt):  # Ctrl-C is the usual way to stop a server.
             # Without PYTHONSAFEPATH, the server would put its working folder, the home folder, first on sys.path, and
             # a file in the home folder could shadow a module.
             environment = os.environ | {"PYTHONSAFEPATH": "1"}

@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.matrix, pytest.mark.timeout(1500)]
 PAGE = (Path(__file__).parents[2] / "docs" / "nightly.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", PAGE, re.M | re.S)
 ELSEWHERE = ("lakesight review",)
-"""Commands of the page that only other tests run: `test_review.py` runs `lakesight review`."""
+"""Commands of the page that this file does not run, because `test_review.py` runs `lakesight review`."""
 ROWS = 20
 
 

@@ -152,7 +152,7 @@ def readable(data: object) -> bool:
 
 
 def naive_text(path: Path) -> str | None:
-    """Return the text of a file, which may be compressed or begin with a byte-order mark (None: a damaged file)."""
+    """Return the text of a file, which may be compressed or have a byte-order mark, or None if the file is damaged."""
     content = path.read_bytes()
     try:
         for magic, decompress in MAGIC.items():

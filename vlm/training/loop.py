@@ -53,8 +53,8 @@ class NotFiniteError(LakesightError):
 
     Attributes:
         step: number of the step.
-        on_other_rank: True if the loss of this rank is finite and the loss of another rank is not finite.
-        in_validation: True if the loss is the validation loss after the step.
+        on_other_rank: whether the loss of this rank is finite and the loss of another rank is not finite.
+        in_validation: whether the loss is the validation loss after the step.
     """
 
     step = 0

@@ -24,9 +24,9 @@ TRUTH = ("a red square", "a blue circle", "a green dot", "a white line")
 
 
 def scored(captions: list[str | None], *, gap: float = 1.0) -> list[ScoredRow]:
-    """Make scored rows with four kinds of references.
+    """Return evaluated rows with the given captions, whose human captions take the four values of TRUTH in turn.
 
-    The captions of the neighbour baseline are right for three of the four kinds.
+    The captions of the neighbour baseline are right for three of the four values.
     """
     return [
         ScoredRow(

@@ -141,7 +141,7 @@ def test_the_name_of_the_run_folder_depends_on_the_content_of_the_start_folder(
 
     monkeypatch.chdir(tmp_path)
     relative = prepare(tiny_run(start_from="base"), laptop, report, report)
-    assert relative.read_run().config.train.start_from == str(base)  # ranks may have another working folder
+    assert relative.read_run().config.train.start_from == str(base)  # ranks may run in another working folder
     assert relative.tokenizer.read_bytes() == (base / "tokenizer.json").read_bytes()
 
 
