@@ -4,8 +4,8 @@
 
 Shape `vit_gpt2` is the shipped config (384 pixels, 576 slots). Shape `paligemma` has 2 blocks in each tower and a
 vocabulary of 32,768, because two copies with their optimizer state must fit into memory. The weights are random and in
-fp32. Both sides use torch's fused AdamW, and get the same pictures, token ids and targets. The attention
-implementation is the default of each library. The tests in tests/parity check that our models and the models of timm
+fp32. Both sides use torch's fused AdamW, and get the same pictures, token ids and targets. Each library
+uses its default implementation of attention. The tests in tests/parity check that our models and the models of timm
 and transformers compute the same numbers.
 """
 

@@ -1,4 +1,4 @@
-"""Training on the CIDEr of sampled captions, from pictures to a served model version."""
+"""Test of training that rewards the CIDEr of sampled captions, from pictures to a served model version."""
 
 from __future__ import annotations
 

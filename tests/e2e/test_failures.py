@@ -32,9 +32,9 @@ pytestmark = pytest.mark.faults
 
 ENDLESS: dict[str, Any] = {"steps": 100_000, "validate_every": 100_000}
 WAITS: tuple[Kind, ...] = ("hang", "stop", "deaf")
-TIMEOUT = 20  # in seconds; the timeout is reached only if other ranks wait for the faulty rank
-BOUND = 120.0  # in seconds; on an idle machine, a launch takes less than 20 s
-STOPPED_BOUND = 180.0  # in seconds; torchrun waits 30 seconds for a process that does not react
+TIMEOUT = 20  # timeout in seconds, which is reached only if other ranks wait for the faulty rank
+BOUND = 120.0  # time limit in seconds; on an idle machine, a launch takes less than 20 s
+STOPPED_BOUND = 180.0  # time limit in seconds; torchrun waits 30 seconds for a process that does not react
 
 BESIDE, EXECUTORS = "beside the driver", "on executors"
 

@@ -188,7 +188,7 @@ def back_at_half(run: RunFolder, folder: Path, parallel: str) -> RunFolder:
     return half
 
 
-def test_an_adapter_tunes_a_model_on_two_ranks_and_is_merged_into_the_saved_model(launched: Launched) -> None:
+def test_an_adapter_is_trained_on_two_ranks_and_merged_into_the_saved_model(launched: Launched) -> None:
     run = launched.two_ranks["adapted"]
     assert losses(run)[-1] < 0.8 * losses(run)[0]
     before, last = run.finished_checkpoints()

@@ -1,4 +1,4 @@
-"""Tests of teams that share an MLflow server on PostgreSQL, with artifacts through the server."""
+"""Tests of teams that share an MLflow server, which stores runs in PostgreSQL and also serves the artifacts."""
 
 from __future__ import annotations
 

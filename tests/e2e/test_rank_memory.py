@@ -26,7 +26,7 @@ VOCABULARY = 29
 
 
 def model_config() -> dict[str, Any]:
-    """Return the config of a model of 43 M weights in small blocks, without random numbers."""
+    """Return the config of a model of 43 M weights in small blocks, whose training needs no random numbers."""
     config = tiny_run().model.model_dump()
     for part in (config["vision"], config["decoder"]):
         part["transformer"] |= {

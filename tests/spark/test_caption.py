@@ -123,7 +123,7 @@ def test_each_row_gets_a_caption_with_its_lineage_or_the_error_of_its_picture(
     assert commits(spark, platform) == before  # a caption job without new rows writes nothing
 
 
-def test_only_rows_without_a_caption_of_the_model_version_and_the_settings_are_captioned(
+def test_only_rows_without_a_caption_by_the_same_version_with_the_same_settings_are_captioned(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
     table = write(spark, tmp_path / "photos", [(n, picture(n)) for n in range(4)])

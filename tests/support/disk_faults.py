@@ -31,7 +31,10 @@ def can_mount() -> bool:
 def run_on_small_disk(
     command: Sequence[str], folder: Path, free_kib: int, environment: Mapping[str, str]
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command while a folder is on a separate disk with little free space. The folder keeps all written files."""
+    """Run a command while a folder is on a separate disk with little free space.
+
+    Afterwards, the folder contains all files that the command wrote.
+    """
     copy = folder.with_name(f"{folder.name}.disk")
     names = {"FOLDER": str(folder), "COPY": str(copy), "FREE_KIB": str(free_kib)}
     done = _run(SMALL_DISK, command, {**environment, **names})

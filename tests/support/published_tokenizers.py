@@ -16,7 +16,7 @@ LOC, SEG = [f"<loc{i:04d}>" for i in range(1024)], [f"<seg{i:03d}>" for i in ran
 
 
 def byte_level() -> Tokenizer:
-    """Train a byte-level BPE tokenizer like GPT-2's. The only special token marks start, end and padding."""
+    """Train a byte-level BPE tokenizer like GPT-2's. One special token marks start, end and padding of a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

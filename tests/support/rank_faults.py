@@ -41,7 +41,7 @@ Kind = Literal[
 
 
 class Fault(Config):
-    """A fault of one rank. The fault happens when the rank starts, in a step, or while a checkpoint is written.
+    """A fault that makes one rank fail: when the rank starts, in a step, or while a checkpoint is written.
 
     Attributes:
         step: number of the step that fails, counted from 0, or None for the first step after a finished checkpoint.

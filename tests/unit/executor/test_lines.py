@@ -103,7 +103,7 @@ def test_every_line_is_read_exactly_once_for_any_line_ends_and_any_size_of_the_b
     assert [line for one in found if (line := one.strip(b"\r\n"))] == written
 
 
-def test_only_the_beginning_of_a_line_over_the_limit_is_kept() -> None:
+def test_only_the_beginning_of_a_line_over_the_size_limit_is_kept() -> None:
     content = b"first\n" + b"x" * (5 * 2**20) + b"\nlast"
     first, long, last = split_stream(io.BytesIO(content), b"\n", limit=1000)
     assert (first, last) == (b"first", b"last")

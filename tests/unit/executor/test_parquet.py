@@ -147,7 +147,9 @@ def test_a_text_that_cannot_be_represented_causes_the_refusal_of_its_own_row_onl
     ],
     ids=lambda value: str(value.type) if isinstance(value, pa.Array) else "",
 )
-def test_times_and_short_floats_are_read_exactly(tmp_path: Path, array: pa.Array, expected: list[str]) -> None:
+def test_times_and_floats_of_16_and_32_bits_are_read_exactly(
+    tmp_path: Path, array: pa.Array, expected: list[str]
+) -> None:
     records = read(written(tmp_path, {"image": [BYTES] * len(array), "text": array}))
     assert [str(record.fields["text"]) for record in records] == expected
     offsets = range(len(array) + 1)

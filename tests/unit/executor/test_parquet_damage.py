@@ -40,7 +40,7 @@ def three_groups(folder: Path) -> Path:
 
 
 def overwrite(path: Path, group: int, column: int) -> None:
-    """Overwrite a column of a row group."""
+    """Overwrite the bytes of one column in one row group of a Parquet file."""
     chunk = pq.ParquetFile(path).metadata.row_group(group).column(column)
     content = bytearray(path.read_bytes())
     start = chunk.data_page_offset

@@ -63,7 +63,7 @@ def test_reading_a_missing_json_file_or_a_file_of_another_kind_is_a_user_error(r
         run.read_run()
 
 
-def test_metrics_and_samples_are_read_in_step_order_after_a_given_step(run: RunFolder) -> None:
+def test_metrics_and_samples_after_a_given_step_are_read_in_step_order(run: RunFolder) -> None:
     for step in (100, 9, 10_000_000_000):
         write_json(run.metrics(step), Metrics(step=step, time=0.0, values={"train/loss": 1.0}))
         sample = CaptionSample(row=0, image_id="a/1", text="red", caption="green")

@@ -274,7 +274,7 @@ def test_each_attention_panel_highlights_the_patches_of_its_word_in_the_part_tha
         rollout_NP=torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 1]]) / 2,
     )
     picture = Image.new("RGB", (400, 200), "white")
-    picture.paste("black", (0, 0, 90, 200))  # outside of the square that a model with `crop` sees
+    picture.paste("black", (0, 0, 90, 200))  # black only outside of the square that the model sees
     seen, left, right = attention_panels(picture, ImageConfig(size=16, resize="crop"), maps)
     assert seen.picture.getcolors() == [(PANEL**2, (255, 255, 255))]
     assert (left.title, right.title) == ("left 40%", "right 40%")

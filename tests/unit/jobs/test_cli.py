@@ -82,7 +82,7 @@ def test_the_help_of_a_command_fits_into_80_columns_and_begins_with_its_text_in_
     assert [line for line in text.splitlines() if len(line) > 80] == []
 
 
-def test_option_version_prints_the_version_of_the_package_and_the_list_of_commands_is_complete() -> None:
+def test_option_version_prints_the_package_version_and_the_help_lists_every_command_with_its_text() -> None:
     assert CliRunner().invoke(app, ["--version"]).output == f"lakesight {importlib.metadata.version('lakesight')}\n"
     listed = CliRunner().invoke(app, ["-h"], terminal_width=80).output
     assert [

@@ -308,7 +308,7 @@ def test_a_registered_version_is_self_contained_and_contains_no_pickle(
     assert all("==" in line for line in pinned)
 
 
-def test_the_model_loads_without_unpickling_and_captions_bytes_and_base64_alike(
+def test_the_model_loads_without_unpickling_and_captions_pictures_as_bytes_and_as_base64_alike(
     platform: Platform, registered: registry.ModelVersion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:

@@ -81,7 +81,7 @@ def test_a_fresh_adapter_changes_no_output_and_a_merged_adapter_keeps_the_traine
     scaled, tokenizer = tiny_model(variant)  # tiny_model has large weights, which enlarge rounding errors
     model = build_model(scaled.config, tokenizer.vocab_size).eval()
     batch, before = tiny_batch(model, tokenizer, TEXTS), weights(model)
-    plain = model.requires_grad_(False)(batch)  # torch may add in a different order if weights are frozen
+    plain = model.requires_grad_(False)(batch)  # torch may add numbers in a different order if weights are frozen
     add_adapter(model, AdapterConfig(pattern="(encoder|projector|decoder.blocks).*"))
     assert torch.equal(model(batch), plain)
     adapted = {name for name, layer in model.named_modules() if isinstance(layer, LoraLinear)}

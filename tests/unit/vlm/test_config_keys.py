@@ -248,7 +248,9 @@ IMPORTED_ONLY = {"timm_eva": "vit_small_patch16_dinov3", "timm_rope": "vit_small
 
 
 @pytest.mark.parametrize("name", IMPORTED_ONLY)
-def test_import_for_a_family_without_export_compares_positions_and_refuses_unknown_config_keys(name: str) -> None:
+def test_importing_a_family_that_cannot_be_exported_compares_positions_and_refuses_unknown_config_keys(
+    name: str,
+) -> None:
     family, settings = family_of(name), {"architecture": IMPORTED_ONLY[name], "num_features": 16}
     position = {"kind": "axial", "coordinates": "centred" if name == "timm_eva" else "index"}
     first = {"first": "row" if name == "timm_eva" else "column"}

@@ -23,7 +23,7 @@ from vlm.image import ImageInfo, open_image
 GRID = np.random.default_rng(7).integers(0, 256, (4, 5, 3), np.uint8)
 SHOWN = Image.fromarray(GRID).resize((40, 32), Image.Resampling.BICUBIC)
 TURNED = SHOWN.transpose(Image.Transpose.ROTATE_270)
-"""A smooth picture, and the same picture as orientation 6 shows it."""
+"""A smooth picture, and the same picture turned as EXIF orientation 6 says."""
 CLEAR = SHOWN.copy()
 CLEAR.putalpha(SHOWN.convert("L"))
 

@@ -138,7 +138,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_model_config_of_published_parts_matches_the_weight_families_of_the_parts(name: str) -> None:
+def test_a_model_config_made_of_published_parts_fits_the_weight_families_of_these_parts(name: str) -> None:
     assert name in available("model")
     config = load_model(name)
     for part, names in PUBLISHED[name].items():

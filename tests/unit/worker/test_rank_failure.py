@@ -81,7 +81,7 @@ def test_heartbeats_are_written_in_the_background_and_a_failed_write_fails_the_r
     assert not failure.consequence
 
 
-def test_an_error_is_recorded_with_step_and_traceback(run: RunFolder) -> None:
+def test_an_error_of_a_rank_is_recorded_with_its_step_and_traceback(run: RunFolder) -> None:
     assert start_rank(run, "monitor.report_step(7)\nraise ValueError('bad row \\u00e9')").wait() == 1
     failure = failure_record(run)
     assert (failure.exception, failure.message, failure.step) == ("ValueError", "bad row \u00e9", 7)
