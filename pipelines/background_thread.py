@@ -12,8 +12,8 @@ def in_background(function: Callable[[threading.Event], object], name: str) -> I
     """Run `function` in a daemon thread until the block ends, then wait for the thread.
 
     Args:
-        function: function that is called once, with a `threading.Event` as argument. The event is set at the end of
-            the block, and the function must return soon afterwards.
+        function: function that is called once, with a `threading.Event` as argument. The `threading.Event` is set at
+            the end of the block, and the function must return soon afterwards.
         name: name of the thread in stack traces.
     """
     ended = threading.Event()

@@ -338,8 +338,8 @@ class DataConfig(Config):
         mix: other sources in the table `samples` from which training rows are drawn. The mapping gives the share of
             rows from each source, such as {birds: 0.2}. The remaining training rows come from `source`.
         text_weights: how often each text of a picture is drawn for training. With `frequency`, a text is drawn in
-            proportion to the number of times that the source repeats the text. With `uniform`, all different texts are
-            drawn equally often.
+            proportion to the number of times that the source repeats the text. With `uniform`, all different texts of a
+            picture are drawn equally often.
     """
 
     source: SourceConfig = CsvSourceConfig()

@@ -145,7 +145,7 @@ class Metrics(Config):
     time: float
     values: dict[str, float]
     expert_load: dict[str, tuple[float, ...]] = Field(default_factory=dict)
-    """Share of the step's tokens that each expert received, by layer name. A model without experts has no entries."""
+    """Share of the step's tokens that each expert received, by layer name; empty for a model without experts."""
 
     @property
     def points(self) -> dict[str, float]:

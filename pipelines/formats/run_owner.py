@@ -8,8 +8,8 @@ Ownership needs two mechanisms:
   seconds. A network file system may have no locks (a Databricks Volume has none), and the clocks of two hosts may
   differ. Another host therefore watches whether the counter changes, and does not compare times.
 
-If an owner was suspended for so long that another host has taken over the run, the owner finds the lease of this other
-host when the owner renews its own lease, and stops.
+An owner may be suspended for so long that another host takes over the run. When the suspended owner continues and
+renews its lease, the owner finds the lease of the other host, and stops.
 """
 
 from __future__ import annotations

@@ -253,7 +253,7 @@ class Shards:
         """Compare the SHA-256 of each file with the manifest, file by file, until `seconds` have passed.
 
         Raises:
-            StageFailed: a file differs from the manifest. The error names the first such file.
+            StageFailed: a file differs from the manifest. The error names the first file that differs.
         """
         deadline = time.monotonic() + seconds
         for file in self.manifest.files:

@@ -1,7 +1,7 @@
 """One self-contained HTML page of figures, tables, bar charts and picture cards.
 
 A page needs no network, because its pictures are `data:` URIs and its style and script are inline. The templates escape
-all data.
+all data that they show.
 """
 
 from __future__ import annotations

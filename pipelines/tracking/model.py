@@ -78,7 +78,7 @@ def _picture(cell: Any) -> Any:
 
 
 def _prompt_text(cell: Any) -> Any:
-    """Return the prompt in a cell, or an empty string if the cell is empty. The captioner refuses a wrong type."""
+    """Return a cell's prompt, or an empty string for an empty cell. The captioner refuses a value of a wrong type."""
     if is_missing(cell):
         return ""
     if isinstance(cell, bytes):

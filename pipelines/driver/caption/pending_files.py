@@ -80,8 +80,8 @@ class PendingFiles:
         Executors read and merge the rows of the files. The rows never pass through the driver.
 
         Raises:
-            StageFailed: every attempt to merge conflicted with other writers. The files are kept, so no caption is
-                lost.
+            StageFailed: every attempt to merge conflicted with other writers. The caption files are kept, so no caption
+                is lost.
         """
         files = self.files()
         if not files:

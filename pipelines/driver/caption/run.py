@@ -1,8 +1,8 @@
 """Caption job: caption the rows of a Delta table that a model version has not captioned yet.
 
 1. The driver merges the files that an earlier job left (`pending_files.py`).
-2. The driver counts the rows without a caption. The count reads the ids, but no pictures. If every row has a caption,
-   the job ends here.
+2. The driver counts the rows without a caption. This count reads the ids of the rows, but no pictures. If every row has
+   a caption, the job ends here.
 3. Executors read the remaining pictures once and write their captions to files (`pipelines.executor.caption`).
 4. The driver merges these files into `generated_captions`.
 """

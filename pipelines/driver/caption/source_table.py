@@ -21,7 +21,7 @@ from vlm.errors import did_you_mean
 TABLE_NAME = re.compile(r"([A-Za-z_]\w*\.){0,2}[A-Za-z_]\w*|delta\.`[^`]+`")
 
 MAX_COMPARED_VERSIONS = 32
-"""Largest number of earlier versions whose files are listed in one job."""
+"""Largest number of earlier table versions whose files are listed in one caption job."""
 
 ARROW_TYPES = {
     **dict.fromkeys(("string", "varchar", "char"), pa.string()),

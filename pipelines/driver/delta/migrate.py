@@ -2,7 +2,7 @@
 
 A step of a migration is a function that returns the SQL statements that bring one table to the next format. So a dry
 run prints exactly what a migration executes. Before the first change, the version of each table is written to the file
-BACKUP of the home folder. `undo` restores these versions.
+BACKUP of the home folder. `undo` restores the versions in BACKUP.
 
 A migration changes no content: its commits do not count as changes of a source (`versions.MIGRATION_NOTE`), so shards,
 runs, evaluations and captions stay valid, and nothing is ingested, trained or captioned again.
@@ -163,7 +163,8 @@ def _require_no_writes(spark: SparkSession, name: str, version: int) -> None:
 def _existing(spark: SparkSession, platform: Platform) -> list[tuple[Table, str]]:
     """Return the tables that exist, each with the name of the table in SQL.
 
-    On a laptop, a name is a path, because the catalog in memory has no tables before a command registers them.
+    On a laptop, the name of a table in SQL is a path, because the catalog in memory has no tables before a command
+    registers them.
     """
     if platform.tables is None:
         return [(table, name) for table in TABLES if spark.catalog.tableExists(name := platform.table(table.name))]

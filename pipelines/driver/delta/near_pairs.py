@@ -40,9 +40,9 @@ KEY_MASKS = _key_masks()
 def shared_keys(pictures: DataFrame, num_new: int) -> DataFrame:
     """Return one row per picture and key, for keys that a new picture shares with another picture.
 
-    The columns are image_id, existing, bits (the difference hash), mask (index into KEY_MASKS), key and pictures
-    (number of pictures with the key). A fingerprint is long, so a row contains only the difference hash, which is a
-    part of the fingerprint.
+    The columns of the result are image_id, existing, bits (the difference hash), mask (index into KEY_MASKS), key and
+    pictures (number of pictures with the key). A fingerprint is long, so a row contains only the difference hash, which
+    is a part of the fingerprint.
     """
     same_key = Window.partitionBy("mask", "key")
     return (

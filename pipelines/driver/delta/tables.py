@@ -201,7 +201,7 @@ def _quoted(value: Path | str) -> str:
 
 
 def table_id(spark: SparkSession, platform: Platform, table: Table) -> str:
-    """Return Delta's own id of a table. The id changes when a table is dropped and created again."""
+    """Return Delta's own id of a table. Delta's id changes when a table is dropped and created again."""
     if (opened := open_on_disk(platform, table)) is not None:
         return str(opened.metadata().id)
     return str(spark.sql(f"DESCRIBE DETAIL {platform.table(table.name)}").head()["id"])  # type: ignore[index]

@@ -122,8 +122,8 @@ def _run_model(spark: SparkSession, model: ModelFiles, shards: Shards) -> list[d
 def _neighbour_captions(spark: SparkSession, train: Shards, shards: Shards) -> dict[tuple[str, str], str]:
     """Find a text of the most similar training picture for each evaluated row.
 
-    Return a dict from the image_id and prompt of the evaluated row to the text. Candidates are the training pictures
-    with the same prompt as the row. If no training picture has that prompt, all training pictures are candidates. An
+    Return a dict from the image_id and prompt of the evaluated row to the text. Candidates for a row are the training
+    pictures with the same prompt. If no training picture has that prompt, all training pictures are candidates. An
     evaluated picture that is also in the training split gets the text of a different training picture.
     """
     known = min(len(train), MAX_NEIGHBOURS)

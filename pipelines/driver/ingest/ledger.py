@@ -28,7 +28,7 @@ ITEMS = pa.schema([("item", pa.string()), ("state", pa.string())])
 COLUMNS = (*ITEMS.names, "rules", "ingested_at")
 """Columns of the ledger that decide which items need not be read again."""
 VERSION = "version "
-"""Prefix of the state of a source table. The state consists of this prefix and the version number of the table."""
+"""Prefix of the state of a source table. The state consists of the prefix and the version number of the table."""
 
 
 class LedgerEntry(NamedTuple):

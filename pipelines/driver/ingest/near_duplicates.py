@@ -22,8 +22,8 @@ class NearReport(Config):
     Attributes:
         pictures: number of new pictures with a near duplicate.
         moved: number of new pictures that were moved to the split of their near duplicate.
-        across_splits: number of new pictures with a near duplicate in another split. Either the source assigns the
-            splits, or the picture resembles two pictures that were already in different splits.
+        across_splits: number of new pictures with a near duplicate in another split. The cause is either that the
+            source assigns the splits, or that the picture resembles two pictures that were already in different splits.
         not_compared: number of new pictures with a key that more than MAX_PICTURES_OF_A_KEY pictures share.
     """
 

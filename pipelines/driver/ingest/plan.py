@@ -105,7 +105,7 @@ def plan_ingest(spark: SparkSession, platform: Platform, decoded: DecodedRows) -
 
 
 def pictures_of_input(existing: DataFrame, outcomes: DataFrame) -> DataFrame:
-    """Return the rows of `samples` whose pictures a small input contains.
+    """Return the rows of `samples` whose pictures occur in a small input.
 
     The ids of the input are sent to all tasks. Otherwise an ingest of one picture would sort all known pictures by id.
     """

@@ -25,7 +25,7 @@ REFUSED = ("source_row", "stage", "reason", "detail", "spilled")
 def refused_rows(plan: IngestPlan) -> DataFrame:
     """Return the rows that an executor has refused, and the rows that the plan refuses.
 
-    The result has the columns in REFUSED. The payloads are in the spill folder, at the position `spilled`.
+    The returned rows have the columns in REFUSED. The payloads are in the spill folder, at the position `spilled`.
     """
     outcomes = plan.outcomes.withColumn("spilled", F.struct(*POSITION.names))
     refused = outcomes.filter(F.col("reason").isNotNull()).select(*REFUSED)

@@ -148,7 +148,7 @@ _SHOWN = pa.schema(
 def select_examples(table: DataFrame, rows: int) -> list[Row]:
     """Select up to `rows` rows of each source and reason, and make thumbnails on executors.
 
-    The columns are source, source_row, reason, detail, payload (only the beginning) and thumbnail.
+    The columns of the result are source, source_row, reason, detail, payload (only the beginning) and thumbnail.
     """
     rank = F.row_number().over(Window.partitionBy("source", "reason").orderBy("source_row"))
     chosen = table.select("source", "source_row", "reason", rank.alias("rank")).filter(F.col("rank") <= rows)

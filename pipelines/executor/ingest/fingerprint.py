@@ -41,7 +41,7 @@ PAIRS = pa.schema(
 
 
 def fingerprint(image: Image.Image) -> bytes:
-    """Compute the fingerprint of an RGB picture: FINGERPRINT_BYTES bytes, which begin with the difference hash."""
+    """Return the fingerprint of an RGB picture, whose FINGERPRINT_BYTES bytes begin with the difference hash."""
     small = image.resize(((GRID + 1) * GRID, GRID * GRID), RESAMPLING, reducing_gap=1.0)
     grey = np.asarray(small.convert("L").resize((GRID + 1, GRID), RESAMPLING), dtype=np.int16)
     bits = np.packbits(grey[:, 1:] > grey[:, :-1] + MARGIN)

@@ -1,8 +1,8 @@
 """Functions that merge the texts of a picture in the rows of an ingest with the texts that `samples` already has.
 
-Several people may write the same caption for a picture. The number of repeats matters in the references of an
-evaluation, and determines how often training shows a caption. However, an ingest that runs twice must not add its texts
-twice. After the merge, a text therefore occurs as often as in `samples` or as in the ingest, whichever is more.
+Several people may write the same caption for a picture. The number of repeats of a caption matters in the references of
+an evaluation, and determines how often training shows a caption. However, an ingest that runs twice must not add its
+texts twice. After the merge, a text therefore occurs as often as in `samples` or as in the ingest, whichever is more.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ def random_fractions(picks: RowPicks, count: int, *, seed: int) -> Float64s:
 
 
 def hash64s(*columns: UInt64s) -> UInt64s:
-    """Hash arrays of equal shape by position. A chain of SplitMix64 hashes the values at one position to 64 bits."""
+    """Hash the values at each position of arrays of equal shape to 64 bits, with a chain of SplitMix64."""
     state = np.zeros_like(columns[0])
     for column in columns:
         state = splitmix64(state ^ column)

@@ -36,7 +36,7 @@ def replay(run: RunFolder, env: RankEnv, monitor: RankMonitor) -> None:
 
 
 class Replayer(Trainer):
-    """Trainer that stops after the replayed step. Before this step, the trainer writes the loss of each row."""
+    """Trainer that stops after the replayed step. Before the replayed step, the trainer writes the loss of each row."""
 
     def write_result(self) -> None:
         """Do not write result.json, because the run is not finished."""

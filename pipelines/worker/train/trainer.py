@@ -371,9 +371,8 @@ class Trainer:
         )
 
     def _free_gathered_weights(self) -> None:
-        """Free the weights that FSDP has gathered and keeps until a backward pass.
-
-        The next training step would otherwise use stale weights.
+        """Free the weights that FSDP keeps until a backward pass, because the next training step would use these old
+        weights.
         """
         if isinstance(self.model, FSDPModule):
             self.model.reshard()

@@ -20,7 +20,8 @@ from pipelines.executor.ingest.storage import FILE_ERRORS, require_damage
 
 SUFFIXES = tuple(f"{name}{compression}" for name in (".jsonl", ".ndjson") for compression in COMPRESSION_SUFFIXES)
 INSPECTED_LINES = 20
-"""Number of lines in which the driver looks for the columns. Executors look for missing columns in all lines."""
+"""Number of lines of a source in which the driver looks for the columns. Executors look for missing columns in all
+lines."""
 
 
 def load_rows(spark: SparkSession, config: DataConfig, files: Sequence[SourceFile]) -> SourceRows:

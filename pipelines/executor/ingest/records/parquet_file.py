@@ -138,7 +138,7 @@ class ParquetColumns:
         return sizes
 
     def _keeps_dictionaries(self, group: int, sizes: Mapping[int, PageSizes]) -> bool:
-        """Return whether to read a column as a dictionary array: its values are in lists, or large and repeated."""
+        """Return whether to read a column as a dictionary array, as for lists and for large repeated values."""
         texts = [leaf for leaf in sizes if leaf in self._texts]
         if not any(self._column(leaf).max_repetition_level for leaf in texts):
             return any(sizes[leaf].repeats and sizes[leaf].dictionary > BATCH_BYTES for leaf in texts)
