@@ -1,11 +1,16 @@
-"""`lakesight decisions`: list promotions, refusals and rollbacks of a model, with user, time and reasons."""
+"""`lakesight decisions`: list promotions, refusals and rollbacks of a model, with user, time and reasons.
+
+The commands `promote` and `rollback` record their decisions with `record`.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
+from jobs.evaluate import open_model
 from jobs.table_files import open_table
 
 
@@ -50,3 +55,31 @@ def run_decisions(job: Job) -> list[dict[str, Any]]:
     table = arrow_dataset(open_table(job, "decisions", None))
     rows = table.to_table(filter=pc.field("model_name") == job.model_name).sort_by("decided_at").to_pylist()
     return [row | {"figures": json.loads(row["figures"])} for row in rows]
+
+
+def record(
+    job: Job,
+    version: str,
+    action: Literal["promote", "refuse", "rollback"],
+    *,
+    champion: str | None,
+    reasons: Sequence[str] = (),
+    figures: str = "{}",
+) -> None:
+    """Record a decision about a version of the run's model in table `decisions`, with the digest of its files.
+
+    See `record_decision` for the arguments.
+    """
+    from pipelines.driver.evaluate.decisions import record_decision
+
+    record_decision(
+        lambda: job.spark,
+        job.platform,
+        model=job.model_name,
+        version=version,
+        digest=open_model(job, version).digest,
+        action=action,
+        champion=champion,
+        reasons=reasons,
+        figures=figures,
+    )

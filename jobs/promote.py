@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
+from jobs.decisions import record
 from jobs.evaluate import CheckpointOption, VersionOption, choose_version, evaluate_version, open_model, open_split
 from jobs.progress import show_elapsed
 from jobs.settings_of_version import require_settings_of_version
@@ -86,7 +87,6 @@ def run_promote(job: Job, which: str) -> PromotionReport:
         UserError: the model is a model of text.
         StageFailed: the gate refused the version. The error lists every reason.
     """
-    from pipelines.driver.evaluate.decisions import record_decision
     from pipelines.tracking.registry import CHALLENGER, find_champion, promote, resolve, set_alias, tag
 
     require_captioner(job.config.model, "a promotion")
@@ -102,13 +102,10 @@ def run_promote(job: Job, which: str) -> PromotionReport:
     verdict = check_gate(job, version, champion)
     tags = {f"gate_{name}": f"{'ok' if c.passed else 'refused'}: {c.found}" for name, c in verdict.checks.items()}
     tag(job.platform, version, tags | {"gate": "refused" if verdict.reasons else "passed"})
-    record_decision(
-        lambda: job.spark,
-        job.platform,
-        model=version.name,
-        version=version.version,
-        digest=open_model(job, version.version).digest,
-        action="refuse" if verdict.reasons else "promote",
+    record(
+        job,
+        version.version,
+        "refuse" if verdict.reasons else "promote",
         champion=champion.version if champion else None,
         reasons=verdict.reasons,
         figures=json.dumps(verdict.model_dump()["figures"] | {"tokenisation": verdict.tokenisation}),
@@ -140,19 +137,11 @@ def _record_champion(job: Job, champion: ModelVersion) -> None:
     Otherwise the view `champion_captions` would show captions of a version whose promotion or rollback was recorded,
     but not carried out, because the command was killed or the registry did not answer.
     """
-    from pipelines.driver.evaluate.decisions import record_decision, recorded_champion
+    from pipelines.driver.evaluate.decisions import recorded_champion
 
     if recorded_champion(lambda: job.spark, job.platform, champion.name) != champion.version:
-        record_decision(
-            lambda: job.spark,
-            job.platform,
-            model=champion.name,
-            version=champion.version,
-            digest=open_model(job, champion.version).digest,
-            action="promote",
-            champion=champion.version,
-            reasons=["it is the champion in the registry, and the last recorded decision was not carried out"],
-        )
+        reason = "it is the champion in the registry, and the last recorded decision was not carried out"
+        record(job, champion.version, "promote", champion=champion.version, reasons=[reason])
 
 
 def check_gate(job: Job, version: ModelVersion, champion: ModelVersion | None) -> GateResult:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
-from jobs.evaluate import open_model
+from jobs.decisions import record
 
 
 def rollback(
@@ -33,19 +33,10 @@ def run_rollback(job: Job) -> str:
     Raises:
         UserError: the model has no previous champion.
     """
-    from pipelines.driver.evaluate.decisions import record_decision
     from pipelines.tracking.registry import CHAMPION, move_aliases, plan_rollback, resolve
 
     move = plan_rollback(job.platform, job.model_name)
     if move is not None:
-        record_decision(
-            lambda: job.spark,
-            job.platform,
-            model=job.model_name,
-            version=move.champion,
-            digest=open_model(job, move.champion).digest,
-            action="rollback",
-            champion=move.previous,
-        )
+        record(job, move.champion, "rollback", champion=move.previous)
         move_aliases(job.platform, job.model_name, move)
     return resolve(job.platform, job.model_name, CHAMPION).version

@@ -148,6 +148,8 @@ class TooManyErrors(StageFailed):
         )
 
 
+CaptionIdentity = tuple[GenerationConfig, dict[str, object], dict[str, str]]
+"""Decoding settings, the values that identify them, and the key of a table's caption files."""
 Progress = Callable[[Callable[[], int], int], AbstractContextManager[None]]
 """Function that returns a context manager, which shows progress. The first argument is a function that returns the
 number of finished rows. The second argument is the number of all rows."""
@@ -180,7 +182,7 @@ def caption(
     ensure_tables(spark, platform)
     ensure_champion_captions(spark, platform)
     source = _open_source(spark, platform, request)
-    *_, key = caption_key(model, request, source.name)
+    *_, key = identity = caption_key(model, request, source.name)
     pending = PendingFiles(pending_folder(platform, key), key)
     pending.open()
     with translate_spark_errors("the table could not be captioned", where=source.name):
@@ -189,7 +191,7 @@ def caption(
         todo, counts = _find_uncaptioned_rows(spark, captions, source, request)
         done = CaptionStats()
         if counts.todo:
-            job = _create_job(spark, platform, model, request, source)
+            job = _create_job(spark, platform, model, request, source, identity=identity)
             with progress(pending.num_rows, counts.todo):
                 done = _run_executors(spark, todo, counts.todo, job)
             pending.merge(spark, platform)
@@ -227,7 +229,13 @@ def _open_source(spark: SparkSession, platform: Platform, request: CaptionReques
 
 
 def _create_job(
-    spark: SparkSession, platform: Platform, model: ModelFiles, request: CaptionRequest, source: SourceTable
+    spark: SparkSession,
+    platform: Platform,
+    model: ModelFiles,
+    request: CaptionRequest,
+    source: SourceTable,
+    *,
+    identity: CaptionIdentity,
 ) -> CaptionJob:
     """Return the caption job with the settings that executors need. The time of the job is later than the times of all
     captions that versions of the model have generated for the table. So the captions of this job are the newest, even
@@ -236,7 +244,7 @@ def _create_job(
     earlier = spark.table(platform.table(GENERATED_CAPTIONS.name)).where(
         (F.col("source_table") == source.name) & (F.col("model_name") == model.name)
     )
-    settings, decoding, key = caption_key(model, request, source.name)
+    settings, decoding, key = identity
     constants = {
         "prompt": request.prompt,
         "settings": json.dumps(decoding),
@@ -262,9 +270,7 @@ def _create_job(
     )
 
 
-def caption_key(
-    model: ModelFiles, request: CaptionRequest, table: str
-) -> tuple[GenerationConfig, dict[str, object], dict[str, str]]:
+def caption_key(model: ModelFiles, request: CaptionRequest, table: str) -> CaptionIdentity:
     """Return the decoding settings, the values that identify them, and the key of the table's caption files.
 
     The model's digest is not in the key, because the folder of the files must keep the name that the folder had in
