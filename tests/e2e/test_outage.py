@@ -76,6 +76,10 @@ def test_every_step_is_logged_once_if_the_tracking_server_is_killed_and_restarte
     assert logged.info.status == "FINISHED"
 
 
+def folders_of_runs(home: Path) -> list[Path]:
+    return [path.parent for path in (home / "runs").glob("*/run.json")]
+
+
 SHORT = ("train.batch_size=16", "train.validate_every=20", "train.checkpoint_every=20", "train.log_every=1")
 OPTIONS = [word for value in SHORT for word in ("--set", value)]
 PICTURES = ["--set", "data.source.path=scenes:40:0"]
@@ -130,7 +134,7 @@ def test_a_tracking_server_that_starts_after_the_training_gets_all_metrics_and_t
 
     # The server starts while the ranks train.
     train = start("train", *OPTIONS, "--set", "train.steps=60")
-    while not (runs := [path for path in (home / "runs").iterdir() if not (path / "result.json").exists()]):
+    while not (runs := [path for path in folders_of_runs(home) if not (path / "result.json").exists()]):
         assert train.poll() is None, train.communicate()
         time.sleep(0.5)
     wait_for_step(RunFolder(runs[0]), 2)

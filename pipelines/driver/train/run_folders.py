@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping
-from glob import escape
 from pathlib import Path
 from typing import Any
 
 from pipelines.config import RunConfig, short_hash
+from pipelines.driver.train.known_generations import read_generations
 from pipelines.errors import UserError
 from pipelines.formats.run_folder import Result, RunFile, RunFolder, read_json, write_json
 from pipelines.formats.training_code import TrainingCode
@@ -50,10 +50,9 @@ def keep_generation(config: RunConfig, code: TrainingCode, path_of: Callable[[Ru
     own, train = path_of(config), config.train
     if train.rewards_cider or train.score_every or _has_run(own, code):
         return config
-    for file in sorted(own.parent.glob(f"{escape(config.name)}-*/run.json")):
+    for generation in read_generations(own.parent, config.name):
+        other = config.model_copy(update={"model": config.model.model_copy(update={"generation": generation})})
         try:
-            generation = RunFolder(file.parent).read_run().config.model.generation
-            other = config.model_copy(update={"model": config.model.model_copy(update={"generation": generation})})
             if _has_run(path_of(other), code):
                 return other
         except (UserError, OSError):
