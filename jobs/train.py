@@ -147,8 +147,9 @@ def run_train(job: Job) -> TrainReport:
     with own_run(run):
         run.unregistered.touch()
         reused = finished_result(run)
-        logged = config.model_copy(update={"model": run.read_run().config.model})  # a reused run may have other ones.
-        # A reused run is logged to MLflow too, because MLflow may not have received the run's last metrics.
+        # A reused run may have other generation settings than this command. A reused run is logged to MLflow too,
+        # because MLflow may not have received the run's last metrics.
+        logged = config.model_copy(update={"model": run.read_run().config.model})
         with (
             follow(run, logged, job.platform, may_be_down=reused is None) as follower,
             show_progress("train", poll_training(run, config.train), config.train.steps),

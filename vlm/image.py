@@ -320,7 +320,7 @@ def load_decoders() -> tuple[str, ...]:
 
 
 def _claimed_format(data: bytes) -> str | None:
-    """Return the name of the format whose signature matches the first bytes, or None, without an image parser."""
+    """Return the name of the format whose signature matches the first bytes, or None if no signature matches."""
     start = data[:16].ljust(16, b"\0")  # Pillow's signature tests do not check the length of the data
     if start[4:8] == b"ftyp":
         return {b"avif": "AVIF", b"avis": "AVIF"}.get(start[8:12], "HEIF")

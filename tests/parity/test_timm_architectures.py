@@ -115,8 +115,8 @@ def our_config(theirs: Any) -> ModelConfig:
 
 
 def pools(theirs: Any) -> bool:
-    """Return whether a timm model's features are pooled by attention. We read the patches of a model with rotary
-    positions.
+    """Return whether the test compares features that a timm model pools by attention. For a model with rotary
+    positions, the test compares the features of the patches.
     """
     return getattr(theirs, "attn_pool", None) is not None and getattr(theirs, "rope", None) is None
 

@@ -97,7 +97,7 @@ class MixedRotary(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Initialise the frequencies: each head of each layer rotates by two perpendicular random directions."""
+        """Initialise the frequencies of each head of each layer along two perpendicular random directions."""
         _, depth, num_heads, pairs = self.frequency.shape
         size = self.INITIAL_BASE ** (-torch.arange(pairs // 2, dtype=torch.float32) / (pairs // 2))
         direction_LH1 = 2 * math.pi * torch.rand(depth, num_heads, 1)

@@ -2,7 +2,7 @@
 
 The vector of a picture is the mean of its features at the input of the decoder. The vector of a text is the mean of the
 decoder's hidden states when the decoder reads the text without the picture. The contrastive loss needs no further
-weights. It teaches the encoder which pictures a text can belong to.
+weights. The loss teaches the encoder which pictures a text can belong to.
 
 Each pair of a picture and a text is a binary classification: does the text belong to the picture? The negatives of a
 picture are the other texts in the same part of the rank's batch, except texts that equal the picture's own text.

@@ -51,7 +51,7 @@ class TrackedSettings(Mapping[str, Any]):
 
 
 def tracked(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return settings with defaults for missing keys. If the settings record what is read, the result does so too."""
+    """Return settings with defaults for missing keys. If the settings record what is read, so does the copy."""
     if isinstance(settings, TrackedSettings):
         return settings.with_defaults(defaults)
     return {**defaults, **settings}

@@ -357,6 +357,6 @@ def merge_settings(into: dict[str, Any], new: Settings) -> None:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Return True if two values are equal. Numbers may differ by the rounding error of decimal notation."""
+    """Return True if two values are equal, apart from the rounding error of numbers in decimal notation."""
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (one, other))
     return math.isclose(one, other, rel_tol=1e-9) if numbers else bool(one == other)

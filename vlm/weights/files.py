@@ -38,8 +38,8 @@ class WeightFiles:
     """All tensors in the weight files of a folder. The constructor reads only the headers of the files.
 
     If a folder contains both model.safetensors and an index of shards, model.safetensors is read, as in transformers:
-    the index is often left in the folder after the shards were merged. The attribute `ignored` lists the shards
-    that are not read in this case.
+    the index is often left in the folder after the shards were merged. The attribute `ignored` lists the shards that
+    are not read because of model.safetensors.
 
     Raises:
         CheckpointError: the folder has no weights, a shard is missing, a file is damaged, or the weights are pickled.

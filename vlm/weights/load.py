@@ -151,7 +151,7 @@ def _open_source(part: Part, folder: Path, config: ModelConfig, model: nn.Module
 
 
 def in_published_part(name: str, part: Part) -> bool:
-    """Return True if a parameter belongs to the given part of the model. Fusion parameters belong only to `model`."""
+    """Return True if a parameter belongs to the given part. Parameters of the fusion belong only to part `model`."""
     return part == "model" or (name.startswith(f"{part}.") and not name.startswith(FUSION_PREFIXES))
 
 

@@ -65,7 +65,7 @@ def select_settings(settings: Settings) -> Settings | None:
 
 
 def selector(pattern: str) -> Callable[[Settings], Settings | None]:
-    """Return the function that selects the settings of `vit_*` architectures whose name matches a pattern."""
+    """Return a function that reads the settings of a `vit_*` architecture if the architecture's name has a pattern."""
 
     def select(settings: Settings) -> Settings | None:
         name = str(settings.get("architecture", ""))
@@ -80,7 +80,7 @@ def by_name(path: str, value: Callable[[str], Any]) -> ConfigField:
 
 
 def fields_except(*paths: str) -> tuple[ConfigField, ...]:
-    """Return the config fields of this family without the fields of some paths or keys."""
+    """Return the config fields of family `timm`, except the fields with one of these paths or keys."""
     return tuple(field for field in FIELDS if not {field.path, field.keys} & {*paths} - {""})
 
 
@@ -187,7 +187,7 @@ ARGUMENTS = (
 
 
 def whole_patches(settings: Settings) -> str:
-    """Return WHOLE_PATCHES if all picture sizes are squares of whole patches, or a text with the first other size."""
+    """Return WHOLE_PATCHES if every picture size is a square of whole patches, or describe the first other size."""
     named = re.search(r"patch(\d+)", settings["architecture"])
     patch = scalar(settings.get("patch_size") or (int(named[1]) if named else 1))
     sizes = (settings.get("img_size"), (settings.get("pretrained_cfg") or {}).get("input_size"))
@@ -288,7 +288,7 @@ def table(config: ModelConfig) -> WeightTable:
 
 
 def with_rules(shared: WeightTable, own: Sequence[Rule], *drops: Drop) -> WeightTable:
-    """Return a weight table with rules of a family, and with all shared rules for other parameters."""
+    """Return a weight table with the rules `own`, and with the rules of `shared` for all other parameters."""
     replaced = {name.replace("*", kind) for rule in own for name in rule.ours for kind in ("weight", "bias")}
     kept = [rule for rule in shared.rules if rule.ours[0].replace("*", "weight") not in replaced]
     return WeightTable((*kept, *own), (*shared.drops, *drops))

@@ -1,11 +1,11 @@
 """Vision transformers of timm whose blocks differ from the usual block.
 
 - `timm_relative`: relative positions instead of position vectors (`vit_relpos_*`, and `vit_srelpos_*`, whose blocks
-  share the positions), and norms after attention and MLP instead of before (`rpn` in the name; Liu et al., 2022).
-- `timm_parallel`: attention and MLP in parallel (Dehghani et al., 2023). One matrix computes the inputs of both.
-- `timm_branches`: two attention layers and then two MLPs in parallel (`18x2` in the name; Touvron et al., 2022). Two
-  parallel layers equal one layer with twice as many heads, or an MLP of twice the width. The two layers have norms and
-  layer scales of their own, so an import multiplies them into the weights of the layers.
+  share the positions), and norms after attention and MLP instead of before (`rpn` in the name, Liu et al., 2022).
+- `timm_parallel`: attention and MLP in parallel (Dehghani et al., 2023). One matrix computes the inputs of both layers.
+- `timm_branches`: two attention layers and then two MLPs in parallel (`18x2` in the name, Touvron et al., 2022). Two
+  parallel layers equal one layer with twice as many heads, or an MLP of twice the width. Each parallel layer has its
+  own norm and layer scale, so an import multiplies the norm and the layer scale into the weights of the layer.
 """
 
 from __future__ import annotations
@@ -140,9 +140,9 @@ def _join_branches(theirs: Sequence[str], ours: Sequence[str], parts: int) -> Ru
     """Return a rule that joins parallel layers into one layer, and multiplies their norms and scales into its weights.
 
     Args:
-        theirs: seven names of each branch: weight and bias of the norm, of the first and of the second linear layer,
-            and the layer scale.
-        ours: weight and bias of the norm, of the first and of the second linear layer.
+        theirs: names of seven tensors for each branch, which are weight and bias of the norm, of the first and of the
+            second linear layer, and the layer scale.
+        ours: names of weight and bias of our norm, first linear layer and second linear layer.
         parts: number of equal parts of the first linear layer's outputs; 3 for queries, keys and values.
     """
 
@@ -159,7 +159,7 @@ def _join_branches(theirs: Sequence[str], ours: Sequence[str], parts: int) -> Ru
         return [torch.ones(width), torch.zeros(width), *joined, torch.cat(outputs, dim=1), output_bias]
 
     def write(tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Divide a layer into branches without norms and scales. An import uses only the shapes of the result."""
+        """Divide a layer into branches without norms and scales, of which an import uses only the shapes."""
         norm, norm_bias, weight, bias, output, output_bias = tensors
         first, first_bias, second = weight.chunk(NUM_BRANCHES), bias.chunk(NUM_BRANCHES), output.chunk(NUM_BRANCHES, 1)
         return [
@@ -174,12 +174,12 @@ def _join_branches(theirs: Sequence[str], ours: Sequence[str], parts: int) -> Ru
 
 
 def _double(tensor: Tensor) -> Tensor:
-    """Convert to fp64, so that the products of norms, scales and weights are rounded only once."""
+    """Convert a tensor to fp64, so that the products of norms, scales and weights are rounded only once."""
     return tensor.double()
 
 
 def _branch_names(branch: str, linear: Sequence[str]) -> list[str]:
-    """Return the templates of the seven names of each branch."""
+    """Return name templates of the seven tensors of each branch."""
     modules = ("norm", *linear)
     return [
         f"blocks.{{i}}.{branch}.{index}.{name}"
