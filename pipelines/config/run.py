@@ -196,7 +196,7 @@ class RunConfig(Config):
         return self
 
     def to_json(self) -> str:
-        """Return the resolved config as JSON. `from_json` restores an equal object."""
+        """Return the resolved config as JSON. `from_json` restores an equal RunConfig from this JSON."""
         return self.model_dump_json(indent=2, by_alias=True)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Format version of a home folder and its tables. Data in a newer format is refused.
+"""Format versions of a home folder and of each table in the home folder. Data in a newer format is refused.
 
 The version is stored in the file FILE of a home folder (or of the Volume on Databricks), and in the property PROPERTY
 of each table. Data of Lakesight 0.1.0 has neither the file nor the property, and counts as format 0. This release reads

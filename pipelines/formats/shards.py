@@ -187,7 +187,7 @@ def _rebatch(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[p
 
 
 def _copy(rows: pa.Table) -> pa.RecordBatch:
-    """Copy rows into one record batch whose buffers contain nothing else.
+    """Copy rows into one record batch whose buffers contain only these rows.
 
     Arrow pads the buffers in a file. If a record batch is a slice of a larger batch, the padding consists of bytes of
     the larger batch's next rows, so the bytes of the file would depend on the sizes of Spark's batches.
@@ -292,8 +292,8 @@ class Shards:
     def drawn_texts(self, texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
         """Return the (prompt, text) pairs of a row from which training draws one pair, with equal probabilities.
 
-        The loss of a picture is the mean over these pairs. A text that occurs n times in the row occurs n times in the
-        result, unless `data.text_weights` is `uniform`.
+        The loss of a picture is the mean over the returned pairs. A text that occurs n times in the row occurs n times
+        in the result, unless `data.text_weights` is `uniform`.
         """
         return list(dict.fromkeys(texts)) if self.manifest.request.text_weights == "uniform" else texts
 

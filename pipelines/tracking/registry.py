@@ -284,7 +284,7 @@ def _finish_interrupted_move(client: MlflowClient, platform: Platform, name: str
     """Complete and return an interrupted move if `champion` has moved already. If `champion` has not moved yet, cancel
     the move.
 
-    Return None if no move was completed.
+    Return None if no alias move was completed.
     """
     aliases = _read_aliases(platform, client, name)
     recorded = client.get_registered_model(name).tags.get(MOVE_TAG)

@@ -234,7 +234,8 @@ class Follower(threading.Thread):
             to_end: whether the ranks have ended; if true, the folders are listed, so that every file is found.
 
         Raises:
-            MlflowException, OSError, UserError: a request failed. The next call logs the remaining files.
+            MlflowException, OSError, UserError: a request failed. The next call of this method logs the remaining
+                files.
         """
         client = self.open_run()
         in_sync, self._in_sync = self._in_sync, False

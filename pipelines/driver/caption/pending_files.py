@@ -75,7 +75,7 @@ class PendingFiles:
         return self.counts.get(path, 0)
 
     def merge(self, spark: SparkSession, platform: Platform) -> int:
-        """Merge all files into `generated_captions` in one commit, then delete the files. Return the number of rows.
+        """Merge all files into `generated_captions` in one commit, delete the files, and return the number of rows.
 
         Executors read and merge the rows of the files. The rows never pass through the driver.
 

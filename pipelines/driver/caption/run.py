@@ -347,7 +347,7 @@ def _unchanged_files(spark: SparkSession, source: SourceTable, done: DataFrame) 
 
 
 def _run_executors(spark: SparkSession, todo: DataFrame, rows: int, job: CaptionJob) -> CaptionStats:
-    """Caption rows on executors, which write the captions to files. Return the statistics of the rows."""
+    """Caption rows on executors, which write the captions to files. Return the statistics of the captioned rows."""
     # The rows are repartitioned, because Spark would read a small table, which has a single file, in a single task. The
     # rows are repartitioned by id, so that a retried task gets the same rows. The number of tasks is a multiple of the
     # number of cores, because three tasks on two cores take as long as four tasks.

@@ -105,10 +105,10 @@ def source_note(source: str) -> str:
 def rows_of_source(spark: SparkSession, table: str, source: str) -> DataFrame:
     """Return the rows of a source at the newest version of a table.
 
-    Shards name the version that last changed their source. This function does not read the older version, because
-    VACUUM may have removed files of that version. If an ingest has changed the source after the shards were written, a
-    picture of the shards may be missing. Call this function just before the rows are read, because a DataFrame keeps
-    reading the table version at which the DataFrame was created.
+    Shards name the table version that last changed the source of the shards. This function does not read the older
+    version, because VACUUM may have removed files of that version. If an ingest has changed the source after the shards
+    were written, a picture of the shards may be missing. Call this function just before the rows are read, because a
+    DataFrame keeps reading the table version at which the DataFrame was created.
     """
     return spark.table(table).filter(F.col("source") == source)
 

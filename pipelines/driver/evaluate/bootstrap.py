@@ -19,9 +19,9 @@ from vlm.config import Config
 
 RESAMPLES = 200
 MAX_VALUES = 8
-"""Largest number of evaluation slices that a column gets for single values. A column with more distinct numbers is
-divided into quartiles instead. In a text column with more distinct values, only the MAX_VALUES most frequent values
-have their own slice."""
+"""Largest number of evaluation slices that a column gets for single values. The values of a column with more distinct
+numbers are divided into quartiles instead. In a text column with more distinct values, only the MAX_VALUES most
+frequent values have their own slice."""
 MIN_SLICE_ROWS = 2
 
 

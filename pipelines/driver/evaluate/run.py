@@ -57,7 +57,7 @@ words of the references."""
 SLICE_METRICS = ("exact_match", "word_f1", "rouge_l", "cider", "loss", "token_accuracy", "blind_gap")
 REPORT = "report.json"
 DEFINITIONS: int = 2
-"""Version of the definitions of the metrics. A report with an older version is computed again from the stored scores.
+"""Version number of the metric definitions. A report with an older version is computed again from the stored scores.
 
 Version 2 computes METEOR over the whole corpus, and chooses a constant caption for each metric separately.
 """

@@ -15,7 +15,7 @@ from pipelines.platform import Platform
 
 
 def merge_rows(spark: SparkSession, platform: Platform, rows: Iterable[Mapping[str, object]]) -> None:
-    """Merge rows into table `evaluations`. Table rows whose numbers have not changed are not written again.
+    """Merge rows into table `evaluations`. Rows of the table whose numbers have not changed are not written again.
 
     Args:
         spark: Spark session.

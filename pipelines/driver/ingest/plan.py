@@ -1,9 +1,10 @@
 """Plan of an ingest: find out what each input picture adds to `samples`.
 
-The rows of a plan do not contain the pictures. Two ingests of one source may run at the same time. Delta commits are
-atomic, but a plan may be out of date when it is committed, because another ingest may have added the same pictures. A
-plan therefore records the version of `samples` that the plan is based on. If another ingest of the source commits after
-that version, nothing is written (`WriteConflict`), and the caller makes a new plan from the same decoded rows.
+The rows of an ingest plan do not contain the pictures. Two ingests of one source may run at the same time. Delta
+commits are atomic, but a plan may be out of date when it is committed, because another ingest may have added the same
+pictures. A plan therefore records the version of `samples` that the plan is based on. If another ingest of the source
+commits after that version, nothing is written (`WriteConflict`), and the caller makes a new plan from the same decoded
+rows.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ FILE = "left(source_row, length(source_row) - length(substring_index(source_row,
 
 @dataclass(frozen=True)
 class PlanTotals:
-    """Row counts and picture counts of a plan.
+    """Row counts and picture counts of an ingest plan.
 
     Attributes:
         rows_in: number of raw rows of the input.

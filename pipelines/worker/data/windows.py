@@ -24,7 +24,7 @@ from vlm.text.base import Tokenizer
 
 
 class Windows(NamedTuple):
-    """Tokens of a token file, and how they are cut.
+    """Tokens of a token file, and the settings by which the tokens are cut into windows.
 
     Attributes:
         ids: all tokens.

@@ -25,7 +25,7 @@ POLL_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class CheckpointSlices:
-    """The slices of the ranks for the checkpoint of one step.
+    """Slices (parts of a checkpoint), which the ranks write for the checkpoint of one step.
 
     Attributes:
         folder: folder of the slices, which is visible to all ranks.

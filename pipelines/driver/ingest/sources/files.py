@@ -27,8 +27,8 @@ MIN_TASKS = 32
 gets fewer tasks."""
 SET_PATH = "name a file or folder with --set data.source.path=PATH"
 NO_ACCESS = "no access"
-"""State of a file that may not be read. If the file becomes readable, its state changes, so the next ingest reads the
-file."""
+"""State of a file that this process has no permission to read. If the file becomes readable, its state changes, so the
+next ingest reads the file."""
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 """Name that Hive and Spark give to the partition of a null value."""
 

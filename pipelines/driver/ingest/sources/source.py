@@ -57,7 +57,7 @@ class Source:
 
     Attributes:
         rows: raw rows of the pending items, or None if no item is pending.
-        ingest_id: hash of the name and the state of the source. The id stays the same if the source does not change.
+        ingest_id: hash of the name and the state of the source. This hash stays the same if the source does not change.
         pending: items (ledger.ITEMS) that have not been ingested in their current state.
         unchanged: number of items that have been ingested in their current state.
         covered: pictures to remove from `samples` unless the rows still contain them, or None to remove nothing.

@@ -91,7 +91,7 @@ class _Tar:
             yield from self._linked_records()
 
     def _linked_records(self) -> Iterator[Record]:
-        """Yield the records of the rows with links. If the tar is damaged, stop at the damage without another error."""
+        """Yield the records of the rows that contain links. Stop at damage without another error."""
         with LinkTargets(self._links, self._limits.max_bytes) as targets:
             try:
                 with open_decompressed(self._path) as file:
