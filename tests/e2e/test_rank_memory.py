@@ -1,4 +1,4 @@
-"""Tests of the peak memory of ranks that share a sharded model, against the formulas in docs/training.md."""
+"""Tests that the peak memory of ranks that share a sharded model agrees with the formulas in docs/training.md."""
 
 from __future__ import annotations
 

@@ -227,7 +227,8 @@ def test_beam_search_gives_the_same_tokens_as_transformers(family: str, num_beam
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_decoding_with_repetition_penalty_gives_the_same_tokens_as_transformers(num_beams: int) -> None:
-    asked = [request for request in requests("gpt2") if len(request.prefix) == 5]  # transformers would penalise padding
+    # Prompts have equal lengths, because transformers would apply the repetition penalty to padding.
+    asked = [request for request in requests("gpt2") if len(request.prefix) == 5]
     expected = their_tokens("gpt2", asked, num_beams=num_beams, repetition_penalty=1.4)
     assert our_tokens("gpt2", asked, num_beams=num_beams, repetition_penalty=1.4) == expected
     assert expected != their_tokens("gpt2", asked, num_beams=num_beams)

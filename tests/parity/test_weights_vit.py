@@ -1,4 +1,4 @@
-"""Vision transformers give the features of transformers and timm after import, after export and after resampling."""
+"""ViT encoders give the same features as in transformers and timm after import, after export and after resampling."""
 
 from __future__ import annotations
 

@@ -259,7 +259,8 @@ def test_rows_with_errors_are_captioned_again_with_option_retry_errors_and_too_m
 def test_after_a_cancelled_caption_job_two_concurrent_caption_jobs_write_each_caption_only_once(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.driver.caption.run.ROWS_PER_FILE", 128)  # 12 tasks, two at a time; the first two end
+    # The job has 12 tasks, so the test can cancel the job after the first tasks have ended.
+    monkeypatch.setattr("pipelines.driver.caption.run.ROWS_PER_FILE", 128)
     pictures = [picture(n) for n in range(8)]
     table = write(spark, tmp_path / "photos", [(n, pictures[n % 8]) for n in range(1300)])
     staged = platform.folder("staged")

@@ -1,4 +1,4 @@
-"""Plain text with Spark and Delta: every row is counted, nothing is stored twice, and shards hold each text once."""
+"""Tests of plain text with Spark and Delta: each row is counted and stored once, and shards hold each text once."""
 
 from __future__ import annotations
 

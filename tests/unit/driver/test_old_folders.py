@@ -30,7 +30,7 @@ def no_versions(run: RunFolder) -> Collection[str] | None:
 
 
 def shards_of(platform: Platform, version: int, source: str = "tiny") -> Shards:
-    """Write a shard folder for a version of the table. The folder of a higher version is newer."""
+    """Write a shard folder for a version of the table. The folder of a higher version has a later time."""
     shards = write_shards(platform.folder("shards") / f"{source}-{version}", rows=2)
     request = shards.manifest.request.model_copy(update={"table_version": version, "source": source})
     write_manifest(shards.folder, Manifest(request=request, files=shards.manifest.files))
