@@ -37,7 +37,7 @@ ByOption = Annotated[
     list[str] | None,
     typer.Option(
         "--by",
-        help="Also report metrics for each value of this column of table samples, or of size or length. Repeatable.",
+        help="Also report metrics by group: a column of samples, size (pictures) or length (texts). Repeatable.",
         metavar="COLUMN",
     ),
 ]

@@ -108,7 +108,7 @@ def train(
 def _require_pictures(job: Job) -> None:
     if job.config.model.text_only:
         raise UserError(
-            "a step of a training on text cannot be replayed",
+            "no step can be replayed, because the run trains on text",
             where="--replay-step",
             got="model.text_only is true",
             fix="leave --replay-step out: a replay shows the losses of pictures",
