@@ -33,7 +33,7 @@ class MixCopies(Config):
     left_out: dict[str, tuple[str, ...]]
 
     def leave_out(self, requests: Sequence[ShardRequest]) -> list[ShardRequest]:
-        """Return the requests of the sources of a mix without the copies."""
+        """Return the requests of a mix's sources, changed so that they leave out the copies."""
         return [request.model_copy(update={"left_out": self.left_out.get(request.source, ())}) for request in requests]
 
 

@@ -202,7 +202,7 @@ class RunFolder:
 
     @property
     def result(self) -> Path:
-        """Path of result.json. A run has succeeded only if this file exists and has the status "ok"."""
+        """Path of result.json. A run has succeeded only if result.json exists and has the status "ok"."""
         return self.path / "result.json"
 
     @property

@@ -1,4 +1,4 @@
-"""Generation settings of all runs of a name. One file holds them, so that a command need not read each run.json."""
+"""File with the generation settings of all runs of a name, so that a command need not read the run.json of each run."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def _draw_blind_gap(gaps: Points) -> Figure:
 
 
 def draw_lengths(lengths: Mapping[str, Sequence[int]]) -> Figure:
-    """Draw a histogram of the number of words per text for each name.
+    """For each name, draw a histogram of the number of words per text.
 
     The last bar counts all texts that are at least as long as the 99th percentile of all texts.
     """

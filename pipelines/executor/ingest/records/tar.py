@@ -133,7 +133,7 @@ class TarReader:
             kind = KINDS[tarfile.GNUTYPE_SPARSE]
         is_link = header.islnk() or header.issym()
         if header.isdir() or is_link or kind in ("a device", "a pipe"):
-            self._left = 0  # the header of a folder, link, device or pipe has no content, whatever its size
+            self._left = 0  # a folder, link, device or pipe has no content, whatever size its header gives
         elif "size" in attributes:
             header.size = _parse_size(attributes["size"])
             self._left = -(-header.size // BLOCK) * BLOCK
