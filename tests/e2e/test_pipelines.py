@@ -181,7 +181,7 @@ def assert_learned(report: dict[str, Any], family: str) -> None:
     assert Path(report["gallery"]).is_file()
 
 
-def test_train_prepares_a_run_for_ranks_that_another_program_starts(home: Path, demos: Ran) -> None:
+def test_command_train_prepares_a_run_for_ranks_that_another_program_starts(home: Path, demos: Ran) -> None:
     prepared = demos.reports[2]
     assert prepared["ranks"] == 2
     assert (Path(prepared["run_folder"]) / "run.json").is_file()

@@ -59,7 +59,7 @@ def test_mixture_of_experts_gives_the_outputs_and_gradients_of_mixtral(top_k: in
         torch.testing.assert_close(found[shape], gradient, rtol=1e-5, atol=1e-5)
 
 
-def test_load_balance_loss_over_real_tokens_equals_the_loss_of_transformers() -> None:
+def test_the_load_balance_loss_without_padding_equals_the_loss_in_the_transformers_library() -> None:
     ours, _ = both(2)
     real_BT = torch.arange(17) < torch.tensor([[17], [9], [12]])
     labels_BT = torch.where(real_BT, 1, IGNORE)

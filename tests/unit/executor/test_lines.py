@@ -192,7 +192,7 @@ def test_a_file_with_a_problem_in_its_layout_gives_a_single_record_that_describe
     assert record.problem.detail == "the file has no column image"
 
 
-def test_an_open_text_file_is_closed_with_its_stream(tmp_path: Path) -> None:
+def test_a_compressed_text_file_is_read_and_then_closed(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(gzip.compress(b"x"))
     stream = open_text(str(tmp_path / "a"))
     assert stream.read() == b"x"

@@ -67,7 +67,7 @@ def test_command_show_with_gallery_writes_one_html_page_with_escaped_texts(sampl
     assert "<two>" not in page
 
 
-def test_the_error_of_show_lists_existing_tables_and_versions(samples: Callable[..., Any]) -> None:
+def test_the_error_of_command_show_lists_existing_tables_and_versions(samples: Callable[..., Any]) -> None:
     assert_user_error(lakesight("show", "sample"), "no table 'sample'", "tables: samples")
     assert_user_error(lakesight("show", "samples", "--version", "9"), "no version 9", "the latest version is 1")
 

@@ -79,7 +79,7 @@ def test_all_files_are_written_inside_the_home_folder_even_if_its_name_must_be_e
 
 
 @pytest.mark.parametrize("name", ["moved home", ODD + " again", pytest.param("plain", marks=pytest.mark.matrix)])
-def test_a_model_of_a_moved_home_is_found_and_its_training_run_is_continued(
+def test_a_model_in_a_moved_home_folder_is_found_and_its_training_run_is_continued(
     original: Path, tmp_path: Path, name: str
 ) -> None:
     moved = tmp_path / name

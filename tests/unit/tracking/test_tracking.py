@@ -368,7 +368,7 @@ def test_the_smoke_test_loads_the_model_in_a_new_process_and_refuses_pickles(
     assert smoke_test_folder(folder, []).failure == "it holds pickles: artifacts/weights.dat"
 
 
-def test_the_best_checkpoint_and_any_kept_checkpoint_can_be_registered_in_addition_to_the_last(
+def test_the_best_checkpoint_and_any_kept_checkpoint_can_be_registered_besides_the_last_checkpoint(
     platform: Platform, run: RunFolder, registered: registry.ModelVersion
 ) -> None:
     tokenizer = text.load(run.tokenizer)

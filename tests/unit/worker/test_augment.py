@@ -177,7 +177,7 @@ def test_the_error_for_an_invalid_setting_names_the_setting(augment: dict[str, A
     assert problem in caught.value.got
 
 
-def test_augment_settings_change_the_identity_of_a_run_only_when_they_are_set() -> None:
+def test_augmentation_settings_are_hashed_into_the_run_only_if_they_are_set() -> None:
     before = tiny_run().train.science()
     assert "augment" not in before
     assert "ema_decay" not in before["optimizer"]
