@@ -22,7 +22,7 @@ class LakesightError(Exception):
 
     exit_code = 1
     permanent = False
-    """True if the operation would fail again if it was repeated."""
+    """Whether the operation would fail again if it was repeated."""
 
     def __init__(self, what: str, *, where: str = "", got: str | Sequence[str] = "", fix: str = "") -> None:
         self.what, self.where, self.fix = what, where, fix

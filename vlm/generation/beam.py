@@ -97,7 +97,7 @@ class _Beam:
 
 
 _IMPOSSIBLE = -math.inf
-"""Score of a filler beam. Filler beams keep the number of beams of each request constant."""
+"""Score of a filler beam, which only keeps the number of beams of each request constant."""
 
 
 class _Search:
@@ -105,7 +105,7 @@ class _Search:
 
     def __init__(self, num_beams: int, is_finished: Callable[[list[int]], bool]) -> None:
         self._is_finished = is_finished
-        # All beams start equal. Only the first beam is viable, because equal beams would all choose the same token.
+        # Only the first beam is viable, because all beams are equal at the start and would choose the same token.
         self.beams = [_Beam()] + [_Beam(score=_IMPOSSIBLE)] * (num_beams - 1)
         self.done = False
         self._finished: list[_Beam] = []

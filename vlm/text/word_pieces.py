@@ -16,7 +16,7 @@ import regex
 JOIN = ""
 """Piece that marks the place of an expected space that the text lacks, such as the place after `(` in `(see`."""
 BOUNDARY = regex.compile(r"\b", regex.V1 | regex.WORD)
-SPACES = re.compile(r"(\s+)")  # unlike `regex`, `re` matches exactly the characters for which `isspace` is true
+SPACES = re.compile(r"(\s+)")  # in `re`, unlike in `regex`, `\s` matches exactly what `isspace` accepts
 NO_SPACES = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]")
 
 
