@@ -112,14 +112,13 @@ print("vectors:           ", tuple(vectors.shape))
 # MAGIC %md
 # MAGIC ## The same with the library
 # MAGIC
-# MAGIC In the library `vlm`, this layer is `PatchStem`, in `vlm/vision.py`. It is a *convolution*: a small window that
-# MAGIC slides over the picture and computes weighted sums. Our window is as large as a patch and slides by a whole
-# MAGIC patch, so the windows never overlap. Then a convolution is the same as cutting and multiplying. To prove this,
-# MAGIC we give the layer our weights and compare the results.
+# MAGIC In the library `vlm`, this layer is `PatchStem`, in `vlm/vision.py`. It is a *convolution*: a small window
+# MAGIC that slides over the picture and computes weighted sums. Our window is as large as a patch and slides by a
+# MAGIC whole patch, so the windows never overlap. With such a window, a convolution computes the same as cutting and
+# MAGIC multiplying. To prove this, we give the layer our weights and compare the results.
 # MAGIC
-# MAGIC Three small things in the code: `permute` changes the order of the axes, `[None]` adds an axis of length 1,
-# MAGIC because layers expect a list of pictures, and `torch.no_grad()` tells PyTorch that we do not train inside the
-# MAGIC block.
+# MAGIC In the code, `permute` changes the order of the axes. `[None]` adds an axis of length 1, because layers expect
+# MAGIC several pictures at once. `torch.no_grad()` tells PyTorch that we do not train inside the block.
 
 # COMMAND ----------
 
@@ -147,8 +146,8 @@ assert difference < 1e-4
 # MAGIC tries to draw the patch again from its vector. The better the drawing, the more the vector has kept. Training
 # MAGIC repeats three steps:
 # MAGIC
-# MAGIC 1. Compute the *loss*, one number that says how wrong the result is. Here it is the mean squared difference
-# MAGIC    between the drawing and the patch.
+# MAGIC 1. Compute the *loss*, one number that says how wrong the result is. Here the loss is the mean squared
+# MAGIC    difference between the drawing and the patch.
 # MAGIC 2. Compute the *gradient*. The gradient says for each weight in which direction the loss grows. PyTorch computes
 # MAGIC    the gradient for us (`loss.backward()`).
 # MAGIC 3. Move each weight a small step in the opposite direction (`optimizer.step()`). The *optimizer* decides how
@@ -284,7 +283,7 @@ for axis, shown, title in zip(axes, (pixels, shuffled_pixels), ("original", "shu
 # MAGIC ## What you have seen
 # MAGIC
 # MAGIC * A picture (64, 64, 3) becomes a sequence of 64 vectors: cut, flatten, multiply by a table of weights.
-# MAGIC * In the library, one convolution (`PatchStem`) does all three steps.
+# MAGIC * In the library, one convolution (`PatchStem`) cuts, flattens and multiplies.
 # MAGIC * Training means: compute a loss, compute its gradient, move the weights a little.
 # MAGIC * Position embeddings tell the network where each patch was.
 # MAGIC
@@ -300,8 +299,8 @@ for axis, shown, title in zip(axes, (pixels, shuffled_pixels), ("original", "shu
 # MAGIC assert (length, numbers) == (196, 768)
 # MAGIC ```
 # MAGIC
-# MAGIC 196 patches of 768 numbers. Smaller patches show more detail but make a longer sequence, and longer sequences
-# MAGIC cost more time.
+# MAGIC The sequence has 196 patches, and each patch has 768 numbers. Smaller patches show more detail but make a
+# MAGIC longer sequence, and longer sequences cost more time.
 # MAGIC
 # MAGIC </details>
 # MAGIC
@@ -315,7 +314,7 @@ for axis, shown, title in zip(axes, (pixels, shuffled_pixels), ("original", "shu
 # MAGIC assert counted == 128 * 768 + 128 == 98_432
 # MAGIC ```
 # MAGIC
-# MAGIC 128 sums over 768 numbers, and one constant (*bias*) for each sum.
+# MAGIC The layer computes 128 sums over 768 numbers, and adds one constant (*bias*) to each sum.
 # MAGIC
 # MAGIC </details>
 # MAGIC
@@ -333,10 +332,10 @@ for axis, shown, title in zip(axes, (pixels, shuffled_pixels), ("original", "shu
 # MAGIC assert of_noise > 3 * of_scene
 # MAGIC ```
 # MAGIC
-# MAGIC Much harder. Neighbouring pixels of a scene mostly agree, so a few numbers describe them. Noise has no such
-# MAGIC order.
+# MAGIC Noise is much harder to summarise. Neighbouring pixels of a scene mostly agree, so a few numbers describe
+# MAGIC them. Neighbouring pixels of noise have nothing in common.
 # MAGIC
 # MAGIC </details>
 # MAGIC
-# MAGIC **Next:** the patches are in a row, but each vector knows only its own patch.
-# MAGIC [2. Attention, by hand and then ours](02_attention.py) lets them look at each other.
+# MAGIC **Next:** the patches are in a row, but each vector knows only its own patch. In [2. Attention, by hand and
+# MAGIC then ours](02_attention.py), the vectors exchange information.

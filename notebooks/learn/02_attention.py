@@ -32,7 +32,7 @@ torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for
 # MAGIC point in the same direction have a large dot product. *Softmax* then turns similarities into shares, which are
 # MAGIC positive numbers with the sum 1. Softmax takes e to the power of each number, and divides by the sum.
 # MAGIC
-# MAGIC Below, a query asks "what is warm?". Keys and query have two numbers: (warmth, size).
+# MAGIC Below, a query asks "what is warm?". The query and each key have two numbers: (warmth, size).
 
 # COMMAND ----------
 
@@ -58,9 +58,9 @@ assert abs(sum(shares) - 1) < 1e-9
 # MAGIC %md
 # MAGIC ## Self-attention
 # MAGIC
-# MAGIC In a network, nobody writes keys by hand. Every vector of the sequence asks a question, and every vector offers
-# MAGIC a key and a value. All three are computed from the vector with linear layers (tables of weights, see notebook
-# MAGIC 1):
+# MAGIC In a network, nobody writes keys by hand. Every vector of the sequence asks a question, and every vector
+# MAGIC offers a key and a value. Query, key and value are computed from the vector with linear layers (tables of
+# MAGIC weights, see notebook 1):
 # MAGIC
 # MAGIC * the *query*: what this position looks for;
 # MAGIC * the *key*: what this position can be found by;
@@ -156,8 +156,8 @@ assert causal[0, 0] == 1  # the first position has only itself
 # MAGIC `vlm.layers.attention.Attention` is the layer that all models here use. This layer differs from our code in
 # MAGIC three ways:
 # MAGIC
-# MAGIC * It has several *heads*. Each head has its own queries, keys and values and works on its own share of the
-# MAGIC   width, so a position can look at different places for different reasons.
+# MAGIC * The layer has several *heads*. Each head has its own queries, keys and values and works on its own share of
+# MAGIC   the width, so a position can look at different places for different reasons.
 # MAGIC * One table of weights, `qkv`, computes queries, keys and values of all heads at once.
 # MAGIC * A last linear layer, `out`, mixes the results of the heads.
 # MAGIC
@@ -188,9 +188,9 @@ assert difference < 1e-5
 # MAGIC %md
 # MAGIC ## A task that needs attention
 # MAGIC
-# MAGIC Can the layer learn *where to look*? We give it sequences of random letters. At every position, it must name the
-# MAGIC letter that stood **three places earlier**. The letter at the current position does not tell the answer. A
-# MAGIC network that cannot look back can only guess: with 8 letters, it is right in 1 of 8 cases.
+# MAGIC Can the layer learn *where to look*? We give the layer sequences of random letters. At every position, the
+# MAGIC layer must name the letter that stood **three places earlier**. The letter at the current position does not
+# MAGIC tell the answer. A network that cannot look back can only guess: with 8 letters, it is right in 1 of 8 cases.
 # MAGIC
 # MAGIC The network is as small as possible: a vector for each letter and for each position (`Embedding` is a table of
 # MAGIC vectors that are trained), one attention layer, and a linear layer that gives a score to each of the 8 letters.
@@ -242,9 +242,9 @@ plt.legend()
 # MAGIC %md
 # MAGIC ## Where does it look?
 # MAGIC
-# MAGIC `record_weights` makes a layer keep its shares. The picture shows what training has found: a stripe three places
-# MAGIC below the diagonal. Nobody told the layer this rule. Training found the rule. Rows 0 to 2 were never trained, so
-# MAGIC they look anywhere.
+# MAGIC `record_weights` makes a layer keep its shares. The picture shows what training has found: a stripe three
+# MAGIC places below the diagonal. Nobody told the layer this rule. Training found the rule. Positions 0 to 2 were
+# MAGIC never trained, so they look anywhere.
 
 # COMMAND ----------
 
@@ -306,7 +306,8 @@ plt.yticks(range(0, LENGTH, 2))
 # MAGIC assert without_places < 0.5 < right
 # MAGIC ```
 # MAGIC
-# MAGIC Far fewer. Without positions, attention sees a bag of letters, and "three places earlier" has no meaning.
+# MAGIC Far fewer answers are right. Without positions, attention sees a bag of letters, and "three places earlier"
+# MAGIC has no meaning.
 # MAGIC
 # MAGIC </details>
 # MAGIC
@@ -322,8 +323,8 @@ plt.yticks(range(0, LENGTH, 2))
 # MAGIC assert moved[:8].max() < 1e-5 < moved[8:].min()
 # MAGIC ```
 # MAGIC
-# MAGIC This is what the causal mask promises. Because earlier outputs never change, a writer can keep them (notebook
-# MAGIC 6).
+# MAGIC With the causal mask, a later letter never changes the outputs of earlier positions. A writer can therefore
+# MAGIC keep these outputs (notebook 6).
 # MAGIC
 # MAGIC </details>
 # MAGIC

@@ -156,8 +156,8 @@ assert by_pairs < guess
 # MAGIC `vlm.build` makes a whole vision-language model from a config. Here we use only its decoder. It consists of
 # MAGIC
 # MAGIC * a table with one vector for each token, the *embeddings*;
-# MAGIC * a stack of transformer blocks: attention with a causal mask (notebook 2), then an MLP, both added to their
-# MAGIC   input;
+# MAGIC * a stack of transformer blocks, each with attention under a causal mask (notebook 2) and then an MLP
+# MAGIC   (attention and MLP each add their output to their input);
 # MAGIC * a linear layer, the *head*, that gives a score to each token. The scores are called *logits*. Softmax turns
 # MAGIC   logits into shares.
 # MAGIC
@@ -165,8 +165,8 @@ assert by_pairs < guess
 # MAGIC length of the vectors inside an MLP. `dropout` sets a tenth of the numbers to zero during training, at random,
 # MAGIC so that the decoder learns less by heart. The part `vision` is required, but not used here.
 # MAGIC
-# MAGIC `position: rotary` says how the decoder knows the order: it rotates queries and keys by an angle that depends on
-# MAGIC the position. Then their dot product depends on the distance of two positions.
+# MAGIC `position: rotary` says how the decoder knows the order: it rotates queries and keys by an angle that depends
+# MAGIC on the position. The dot product of a query and a key then depends on the distance between their positions.
 
 # COMMAND ----------
 

@@ -26,8 +26,8 @@ torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for
 # MAGIC %md
 # MAGIC ## Pictures with captions
 # MAGIC
-# MAGIC We draw 1,600 scenes. Each has one of 6 colours, 3 shapes and 5 locations, so there are 90 different captions.
-# MAGIC We keep 100 scenes away from training, to measure on pictures that the model has never seen.
+# MAGIC We draw 1,600 scenes. Each scene has one of 6 colours, 3 shapes and 5 locations, so there are 90 different
+# MAGIC captions. We keep 100 scenes away from training, to measure on pictures that the model has never seen.
 
 # COMMAND ----------
 
@@ -102,9 +102,10 @@ print("tokens:", " |".join(tokenizer.decode([i]) for i in tokenizer.encode(capti
 # COMMAND ----------
 
 # MAGIC %md
-# MAGIC We follow one picture through the parts and print the shapes. `Collator` builds the sequence: 16 slots, a start
-# MAGIC token, and the caption. A slot has no token, so its id is -1. The *labels* are what the model must predict at
-# MAGIC each position: the next token of the caption, or -100 where nothing is asked.
+# MAGIC We follow one picture through the parts and print the shapes. `Collator` builds the sequence: 16 slots, a
+# MAGIC start token, and the caption. A slot has no token, so its id is -1. The *labels* are what the model must
+# MAGIC predict at each position: the next token of the caption, or -100 at positions where the model has nothing to
+# MAGIC predict.
 
 # COMMAND ----------
 
@@ -140,10 +141,10 @@ assert torch.equal(sequence[0, :16], features[0])  # the slots hold the vectors 
 # MAGIC %md
 # MAGIC ## What a blind writer can reach
 # MAGIC
-# MAGIC Imagine a writer who has read all captions but has never seen a picture. He knows the grammar perfectly. He only
-# MAGIC has to guess which of the 90 captions it is, so a whole caption costs him log 90 = 4.5, and *every token* only a
-# MAGIC fraction of it. His loss for each token is low, and his sentences are perfect. They have nothing to do with the
-# MAGIC picture.
+# MAGIC Imagine a writer who has read all captions but has never seen a picture. He knows the grammar perfectly. He
+# MAGIC only has to guess which of the 90 captions it is, so a whole caption costs him log 90 = 4.5, and *every token*
+# MAGIC only a fraction of it. His loss for each token is low, and his sentences are perfect. But his sentences have
+# MAGIC nothing to do with the picture.
 
 # COMMAND ----------
 
@@ -162,9 +163,9 @@ assert math.isclose(math.log(90), 4.5, abs_tol=0.01)
 # MAGIC
 # MAGIC > blind gap = loss with wrong pictures - loss with the right pictures
 # MAGIC
-# MAGIC A model that uses its pictures gets much worse with wrong ones. A blind model does not care, so its gap is zero,
-# MAGIC *whatever its loss*. The library computes both losses with `blind_losses`. We measure them every 20 steps of
-# MAGIC training.
+# MAGIC The loss of a model that uses its pictures gets much worse with wrong pictures. A blind model does not care,
+# MAGIC so its gap is zero, *whatever its loss*. The library computes both losses with `blind_losses`. We measure them
+# MAGIC every 20 steps of training.
 # MAGIC
 # MAGIC `fit` is the training loop of the library: the three steps of notebook 1, for batches that we provide. The
 # MAGIC learning rate rises during the first 20 steps and then falls slowly (`schedule`), because careful first and last
@@ -278,8 +279,8 @@ assert exact > 0.2 > exact_blind
 # MAGIC %md
 # MAGIC ## Where does it look?
 # MAGIC
-# MAGIC The attention of notebook 2 tells us. `captioner.attention` follows the weights from each written word back to
-# MAGIC the patches of the picture. Bright patches were read most.
+# MAGIC The attention of notebook 2 tells us. `captioner.attention` follows the attention weights from each written
+# MAGIC word back to the patches of the picture. Bright patches were read most.
 
 # COMMAND ----------
 
@@ -316,8 +317,8 @@ for axis in axes:
 # MAGIC assert math.log(6 * 3) / tokens_of_caption < blind_floor
 # MAGIC ```
 # MAGIC
-# MAGIC Lower: there is less to guess. With three captions in all, as in some famous examples, a blind model has a loss
-# MAGIC near zero.
+# MAGIC The blind floor would be lower, because there is less to guess. With three captions in all, as in some famous
+# MAGIC examples, a blind model has a loss near zero.
 # MAGIC
 # MAGIC </details>
 # MAGIC
@@ -349,5 +350,5 @@ for axis in axes:
 # MAGIC
 # MAGIC </details>
 # MAGIC
-# MAGIC **Next:** the MLPs hold most of the weights. [5. Mixture of experts](05_experts.py) has many of them, and uses
-# MAGIC only a few for each token.
+# MAGIC **Next:** the MLPs hold most of the weights. In [5. Mixture of experts](05_experts.py), a layer has many MLPs,
+# MAGIC and uses only a few of them for each token.

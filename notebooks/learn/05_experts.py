@@ -2,9 +2,10 @@
 # MAGIC %md
 # MAGIC # 5. Mixture of experts
 # MAGIC
-# MAGIC Most weights of a model sit in its MLPs (notebook 3, exercise 3). More MLP weights make a better model, and a
-# MAGIC slower one. A *mixture of experts* breaks this bond: a layer has many MLPs, the *experts*, and each token goes
-# MAGIC through only two of them. A small linear layer, the *router*, decides which two.
+# MAGIC Most weights of a model sit in its MLPs (notebook 3, exercise 3). More MLP weights make a model better, but
+# MAGIC also slower. A *mixture of experts* gains the weights without the slowdown: a layer has many MLPs, the
+# MAGIC *experts*, and each token goes through only two of them. A small linear layer, the *router*, decides which
+# MAGIC two.
 # MAGIC
 # MAGIC This notebook routes tokens by hand, compares with the library, and then draws the *load* of the experts while a
 # MAGIC model trains. Without care, a few experts get all the work.
@@ -32,7 +33,7 @@ torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for
 # MAGIC
 # MAGIC 1. The router gives each token one score for each expert.
 # MAGIC 2. The two experts with the highest scores are chosen.
-# MAGIC 3. A softmax over the two chosen scores gives their weights, the *gates*. They add up to 1.
+# MAGIC 3. A softmax over the two chosen scores gives their weights, the *gates*. The gates of a token add up to 1.
 
 # COMMAND ----------
 
@@ -77,8 +78,8 @@ assert torch.allclose(table.sum(dim=1), torch.ones(10))
 # MAGIC
 # MAGIC The obvious program loops over the experts: take the tokens of an expert, apply the MLP, multiply by the gate,
 # MAGIC add up. A graphics card is slow at such loops. The library sorts the tokens by expert and computes all experts
-# MAGIC with one grouped matrix product (`dispatch`). Both must give the same numbers. `naive_experts` is the loop,
-# MAGIC which the library keeps as a check.
+# MAGIC with one grouped matrix product (`dispatch`). The loop and the grouped product must give the same numbers.
+# MAGIC `naive_experts` is the loop, which the library keeps as a check.
 
 # COMMAND ----------
 
@@ -100,8 +101,8 @@ for name, result in (("loop over experts", loop), ("grouped product", grouped), 
 # MAGIC %md
 # MAGIC ## Many weights, few computations
 # MAGIC
-# MAGIC This is the point of the whole idea. With more experts, the weights grow and the computation for a token does
-# MAGIC not.
+# MAGIC Here is the benefit of a mixture of experts: with more experts, the number of weights grows, but the
+# MAGIC computation for a token does not.
 
 # COMMAND ----------
 
@@ -321,9 +322,9 @@ assert np.abs(shares[0] - shares[3]).sum() > 0.2  # patches and colours go to di
 # MAGIC assert 0.15 < unused / sum(p.numel() for p in model.parameters()) < 0.4
 # MAGIC ```
 # MAGIC
-# MAGIC Four of the six experts in each block: about a quarter of all weights.
+# MAGIC A token does not use four of the six experts in each block. These four experts have about a quarter of all weights.
 # MAGIC
 # MAGIC </details>
 # MAGIC
 # MAGIC **Next:** we have let models write without asking how. [6. Cached generation, beams and
-# MAGIC sampling](06_generation.py) opens that box.
+# MAGIC sampling](06_generation.py) shows how a model writes.

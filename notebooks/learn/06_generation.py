@@ -111,10 +111,10 @@ plt.title(f"{colour} {shape}", fontsize=10)
 # MAGIC %md
 # MAGIC ## Write without reading again: the cache
 # MAGIC
-# MAGIC The simple way to write: append the new token and run the model over the whole sequence again. But the causal
-# MAGIC mask promises that earlier positions never change (notebook 2, exercise 3). So the keys and values of earlier
-# MAGIC positions can be kept, in a *key-value cache*. A step then computes only the one new position. We write the same
-# MAGIC caption both ways.
+# MAGIC The simple way to write is to append the new token and to run the model over the whole sequence again. But the
+# MAGIC causal mask promises that earlier positions never change (notebook 2, exercise 3). So the keys and values of
+# MAGIC earlier positions can be kept, in a *key-value cache*. A step then computes only the one new position. We
+# MAGIC write the same caption without and with a cache.
 
 # COMMAND ----------
 
@@ -138,7 +138,7 @@ def write_again_and_again():
 
 @torch.no_grad()
 def write_with_cache():
-    """Write with a cache. Return the same three results."""
+    """Write with a cache, and return the same values as `write_again_and_again`."""
     cache = model.new_cache(batch=1, context=model.config.decoder.context)
     features = model.encode(torch.stack(request.pixels))
     logits = [model.prefill(features, torch.tensor([request.prefix]), cache)[0]]  # reads slots and start token once
@@ -233,7 +233,7 @@ def beam_search(width):
         finished += [(score, text) for _, text, score, end in candidates if end]
         beams = [(text, score, end) for _, text, score, end in candidates if not end]
         if finished and (not beams or max(finished)[0] >= max(score for _, score, _ in beams)):
-            break  # an open beginning can only become less likely
+            break  # an unfinished caption can only become less likely
     return steps, *max(finished)
 
 
@@ -266,15 +266,16 @@ axis.set_title("beginnings that stay alive, with their shares", fontsize=10)
 # MAGIC %md
 # MAGIC ## Sampling: temperature, top-k, top-p
 # MAGIC
-# MAGIC For variety, we draw the next token at random, according to the shares. Three settings bend the shares first:
+# MAGIC For variety, we draw the next token at random, according to the shares. Three settings change the shares
+# MAGIC before the draw:
 # MAGIC
 # MAGIC * `temperature` divides the logits. Below 1, large shares grow. Above 1, all shares become more equal, and
 # MAGIC   nonsense gets its chance.
 # MAGIC * `top_k` keeps the k largest shares.
 # MAGIC * `top_p` keeps the largest shares that together reach p.
 # MAGIC
-# MAGIC The function `filter_scores` of the library applies all three settings. We look at a model that is less sure
-# MAGIC than ours: six tokens with these shares.
+# MAGIC The function `filter_scores` of the library applies all three settings. To see their effect, we apply them to
+# MAGIC a model that is less sure than ours, and that gives six tokens the shares in the next cell.
 
 # COMMAND ----------
 
@@ -379,8 +380,8 @@ assert frequencies[1.7][-1] > frequencies[1.0][-1]
 # MAGIC assert captioner.caption([picture], stop=["a"])[0].caption == ""
 # MAGIC ```
 # MAGIC
-# MAGIC A stop string ends the text before it. A stop string does not make the model choose another word. Here the text
-# MAGIC ends at once.
+# MAGIC The text ends before the first stop string. A stop string does not make the model choose another word. Here
+# MAGIC the text is empty, because its first word is "a".
 # MAGIC
 # MAGIC </details>
 # MAGIC

@@ -4,12 +4,12 @@
 # MAGIC
 # MAGIC Training a large encoder and a large decoder from nothing needs millions of pictures. Others have trained such
 # MAGIC parts and published the weights: a *vision transformer* (ViT) that knows pictures, and GPT-2, a decoder that
-# MAGIC knows English. The two were never trained together. The cheapest vision-language model joins them with a small
-# MAGIC projector, and trains **only the projector**. The two towers stay *frozen*: their weights never change.
+# MAGIC knows English. Encoder and decoder were never trained together. The cheapest vision-language model joins them
+# MAGIC with a small projector, and trains **only the projector**. The two towers stay *frozen*: their weights never
+# MAGIC change.
 # MAGIC
 # MAGIC This notebook shows that a trained projector is enough, and why the towers must have trained weights. The
-# MAGIC notebook needs no download: we first train two small towers of our own, each for itself, as their publishers
-# MAGIC would.
+# MAGIC notebook needs no download: we first train two small towers of our own, separately, as their publishers would.
 
 # COMMAND ----------
 
@@ -30,9 +30,9 @@ torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for
 # MAGIC %md
 # MAGIC ## Data and model
 # MAGIC
-# MAGIC Scenes as in notebook 4: one thing, with 6 colours, 3 shapes and 5 places. The config has the parts of ViT and
-# MAGIC GPT-2 in small sizes: learned positions, biases (a constant that each
-# MAGIC sum adds), and an MLP with GELU, a smooth function that lets only positive numbers pass. The projector is an MLP
+# MAGIC The scenes are as in notebook 4: each scene has one thing, with one of 6 colours, 3 shapes and 5 places. The
+# MAGIC config has the parts of ViT and GPT-2 in small sizes: learned positions, biases (a constant that each sum
+# MAGIC adds), and an MLP with GELU, a smooth function that lets only positive numbers pass. The projector is an MLP
 # MAGIC of two layers.
 
 # COMMAND ----------
@@ -91,9 +91,9 @@ test = make_batch(range(1500, 1600))
 # MAGIC %md
 # MAGIC ## Tower 1: an encoder that has seen pictures, but no text
 # MAGIC
-# MAGIC A published ViT has usually learned to sort pictures into classes. Our encoder learns to name the number of the
-# MAGIC colour, of the shape and of the place. These are numbers, not words. The linear layer that names them is thrown
-# MAGIC away afterwards.
+# MAGIC A published ViT has usually learned to sort pictures into classes. Our encoder learns to name the number of
+# MAGIC the colour, of the shape and of the place. The encoder never sees words. The linear layer that computes the
+# MAGIC three numbers is thrown away afterwards.
 
 # COMMAND ----------
 
@@ -134,9 +134,9 @@ assert right[2] > 0.6
 # MAGIC projector needs exactly this skill, because picture vectors will stand before the text. A decoder that has
 # MAGIC learned to ignore the beginning of its sequence cannot be helped by any projector.
 # MAGIC
-# MAGIC So our decoder reads notes and the sentence that belongs to them: 16 words in any order, most of them "and",
-# MAGIC then the caption. For example, the note `and star and purple middle and ...` comes before the caption
-# MAGIC `a large purple star in the middle`.
+# MAGIC So our decoder learns from notes that are followed by a sentence: 16 words in any order, most of them "and",
+# MAGIC and then the caption with these words. For example, the note `and star and purple middle and ...` comes before
+# MAGIC the caption `a large purple star in the middle`.
 
 # COMMAND ----------
 
@@ -321,8 +321,8 @@ assert words_right > 0.5
 # MAGIC %md
 # MAGIC ## The same with published weights
 # MAGIC
-# MAGIC For real towers, the commands are these, for a run whose model is `vit_gpt2`. `docs/weights.md` leads from published
-# MAGIC weights to a model of your own, and `docs/models.md` lists the published models that fit.
+# MAGIC With published towers, use the following commands, for a run whose model is `vit_gpt2`. `docs/weights.md`
+# MAGIC leads from published weights to a model of your own, and `docs/models.md` lists the published models that fit.
 # MAGIC
 # MAGIC ```
 # MAGIC lakesight import-weights --model vit_gpt2 \
@@ -333,7 +333,8 @@ assert words_right > 0.5
 # MAGIC ## What you have seen
 # MAGIC
 # MAGIC * A projector translates between two parts that were trained apart.
-# MAGIC * Freezing is a list of name patterns. A control experiment shows that the trained towers do the work.
+# MAGIC * To freeze weights, you need only a list of name patterns. A control experiment shows that the trained towers
+# MAGIC   do the work.
 # MAGIC * Between "only the projector" and "everything" there is a middle way: *low-rank adapters* (exercise 3).
 # MAGIC
 # MAGIC ## Exercises
@@ -362,7 +363,8 @@ assert words_right > 0.5
 # MAGIC assert more - trainable == 5 * 2 * 64
 # MAGIC ```
 # MAGIC
-# MAGIC Two norms in each of two blocks and one at the end, each with 64 factors and 64 constants.
+# MAGIC The decoder has two norms in each of its two blocks and one norm at its end. Each norm has 64 factors and 64
+# MAGIC constants.
 # MAGIC
 # MAGIC </details>
 # MAGIC
@@ -376,8 +378,9 @@ assert words_right > 0.5
 # MAGIC assert a.numel() + b.numel() == 512 == 64 * 64 // 8
 # MAGIC ```
 # MAGIC
-# MAGIC An eighth of the layer. `--set train.adapter.pattern='decoder.blocks.*'` does this in a run, and the registered
-# MAGIC version holds the sum, so it needs no special loader.
+# MAGIC The adapter has an eighth of the weights of the layer. `--set train.adapter.pattern='decoder.blocks.*'` trains
+# MAGIC adapters in a run. The registered version holds the sum of weights and adapters, so it needs no special
+# MAGIC loader.
 # MAGIC
 # MAGIC </details>
 # MAGIC

@@ -62,7 +62,7 @@ for axis, (name, mask) in zip(axes, masks.items(), strict=True):
 axes[0].set_yticks([1.5, 5, 8], ["picture", "prompt", "answer"], fontsize=8)
 print("marks of the prefix mask:", marks["prefix"][0].tolist())
 assert masks["prefix"][:PREFIX, :PREFIX].all()  # the prefix sees all of itself
-assert not masks["prefix"][:, PREFIX:].triu(1 - PREFIX)[:PREFIX].any()  # and nothing of the answer
+assert not masks["prefix"][:, PREFIX:].triu(1 - PREFIX)[:PREFIX].any()  # the prefix sees nothing of the answer
 assert torch.equal(masks["prefix"][PREFIX:, PREFIX:], masks["causal"][PREFIX:, PREFIX:])  # the answer is causal
 
 # COMMAND ----------
@@ -112,7 +112,7 @@ for prompt, answer in dialogues[0]:
 # MAGIC
 # MAGIC PaliGemma's tokenizer is a file, `tokenizer.json`. We write a small one of the same kind, with the library
 # MAGIC `tokenizers`: frequent pieces of words, three control tokens, and the 1,024 location tokens. `parse_regions`
-# MAGIC reads the answer back.
+# MAGIC turns the text of an answer back into boxes.
 
 # COMMAND ----------
 
@@ -142,10 +142,10 @@ print("top, left, bottom, right:", region[:4])
 # MAGIC %md
 # MAGIC ## The model
 # MAGIC
-# MAGIC The model is that of notebook 4, with `mask: {kind: prefix}`. Before training, we check what the mask does. We
-# MAGIC change the last token of the *prompt*, and look which positions of the sequence notice. With a causal mask, the
-# MAGIC picture stands before the prompt and cannot know the question. With a prefix mask, the picture can know the
-# MAGIC question: the picture is read *with the question in mind*.
+# MAGIC The model is the model of notebook 4, with `mask: {kind: prefix}`. Before training, we check what the mask
+# MAGIC does. We change the last token of the *prompt*, and look which positions of the sequence notice the change.
+# MAGIC With a causal mask, the picture stands before the prompt and cannot know the question. With a prefix mask, the
+# MAGIC picture can know the question: the picture is read *with the question in mind*.
 
 # COMMAND ----------
 
@@ -214,10 +214,10 @@ assert rows_of_plot["prefix"][:last].all()
 # MAGIC %md
 # MAGIC ## Train, and measure with IoU
 # MAGIC
-# MAGIC A box is rarely exactly right. *Intersection over union* (IoU) measures how well two boxes agree: the area that
-# MAGIC both cover, divided by the area that at least one covers. IoU is 1 for equal boxes and 0 for boxes that do not
-# MAGIC touch. As a control, we compare each box with the box of *another* picture: a model that always gives the same
-# MAGIC box would not notice.
+# MAGIC A box is rarely exactly right. *Intersection over union* (IoU) measures how well two boxes agree: the area
+# MAGIC that both cover, divided by the area that at least one covers. IoU is 1 for equal boxes and 0 for boxes that
+# MAGIC do not touch. As a control, we also compare each box with the box of *another* picture. For a model that
+# MAGIC always gives the same box, both comparisons would give the same IoU.
 
 # COMMAND ----------
 
@@ -282,8 +282,8 @@ plt.ylabel("loss")
 # MAGIC %md
 # MAGIC ## Boxes on pictures
 # MAGIC
-# MAGIC One picture, two questions. `to_box` turns steps into pixels of the original picture, and knows how the picture
-# MAGIC was resized for the model.
+# MAGIC We ask both questions about each picture. `to_box` turns steps into pixels of the original picture, and knows
+# MAGIC how the picture was resized for the model.
 
 # COMMAND ----------
 
@@ -307,8 +307,9 @@ for axis, picture in zip(axes.flat, pictures[1500:], strict=False):
 # MAGIC ## What you have seen
 # MAGIC
 # MAGIC * One row of marks makes causal, prefix and full masks.
-# MAGIC * With a prefix mask, the picture is read with the question in mind. With a causal mask, it is not.
-# MAGIC * Places are words like any other. No new layer is needed, only new tokens.
+# MAGIC * With a prefix mask, the picture is read with the question in mind. With a causal mask, the picture is read
+# MAGIC   without the question.
+# MAGIC * The model writes places like words. No new layer is needed, only new tokens.
 # MAGIC
 # MAGIC The published PaliGemma is loaded with `vlm.load(folder)`, and `lakesight ask` draws its boxes.
 # MAGIC
