@@ -89,9 +89,9 @@ plt.title("64 patches and their places in the sequence", fontsize=10)
 # MAGIC From here on we use PyTorch (`torch`), in which an array is called a *tensor*. PyTorch works like NumPy and can
 # MAGIC also compute gradients, which training needs. `@` multiplies matrices, as in NumPy.
 # MAGIC
-# MAGIC A patch is 8 x 8 x 3 = 192 numbers. The network works with lists of numbers, called *vectors*, of a length that
-# MAGIC we choose. That length is the *width* of the network. We need a rule that turns 192 numbers into, for example,
-# MAGIC 32.
+# MAGIC A patch is 8 x 8 x 3 = 192 numbers. The network works with lists of numbers, called *vectors*, of a length
+# MAGIC that we choose. The length of the vectors is the *width* of the network. We need a rule that turns 192 numbers
+# MAGIC into, for example, 32.
 # MAGIC
 # MAGIC The simplest rule is a *linear layer*. Each of the 32 new numbers is a weighted sum of the 192 old numbers. The
 # MAGIC layer is a table of 32 x 192 *weights*, and the computation is one matrix product. At the start, the weights are

@@ -146,7 +146,7 @@ for axis, drawn, title in zip(axes, (shares, causal), ("every position", "only e
     axis.set(title=title, xlabel="looked at", xticks=range(T), yticks=range(T))
 axes[0].set_ylabel("looks")
 assert torch.equal(causal.triu(1), torch.zeros(T, T))  # nothing above the diagonal
-assert causal[0, 0] == 1  # the first position has only itself
+assert causal[0, 0] == 1  # the first position can look only at itself
 
 # COMMAND ----------
 
@@ -189,8 +189,9 @@ assert difference < 1e-5
 # MAGIC ## A task that needs attention
 # MAGIC
 # MAGIC Can the layer learn *where to look*? We give the layer sequences of random letters. At every position, the
-# MAGIC layer must name the letter that stood **three places earlier**. The letter at the current position does not
-# MAGIC tell the answer. A network that cannot look back can only guess: with 8 letters, it is right in 1 of 8 cases.
+# MAGIC layer must name the letter that stood **three places earlier**. The letter at the current position says
+# MAGIC nothing about the letter three places earlier. A network that cannot look back can only guess: with 8 letters,
+# MAGIC it is right in 1 of 8 cases.
 # MAGIC
 # MAGIC The network is as small as possible: a vector for each letter and for each position (`Embedding` is a table of
 # MAGIC vectors that are trained), one attention layer, and a linear layer that gives a score to each of the 8 letters.
@@ -274,7 +275,7 @@ plt.yticks(range(0, LENGTH, 2))
 # MAGIC * The layer of the library gives the numbers that you compute by hand, and it learns where to look.
 # MAGIC
 # MAGIC A *transformer block* is attention followed by a small network (*MLP*) that works on each position alone. A
-# MAGIC model is a stack of such blocks. You find them in `vlm/layers/block.py`.
+# MAGIC model is a stack of such blocks. The class of the blocks is in `vlm/layers/block.py`.
 # MAGIC
 # MAGIC ## Exercises
 # MAGIC

@@ -124,7 +124,8 @@ print(f"{tokenizer.vocab_size} tokens; {len(train_ids)} characters to learn from
 # MAGIC Which loss is good? The *loss* of a writer is minus the logarithm of the share that it gives to the character
 # MAGIC that really comes next, as a mean over a text (see notebook 2). Two simple writers give us a scale:
 # MAGIC
-# MAGIC * **A pure guess** gives every character the same share. Its loss is the logarithm of the number of characters.
+# MAGIC * **A pure guess** gives every character the same share. The loss of a pure guess is the logarithm of the
+# MAGIC   number of characters.
 # MAGIC * **A table of pairs** counts which character follows which, and knows nothing else.
 
 # COMMAND ----------
@@ -153,7 +154,8 @@ assert by_pairs < guess
 # MAGIC %md
 # MAGIC ## The decoder
 # MAGIC
-# MAGIC `vlm.build` makes a whole vision-language model from a config. Here we use only its decoder. It consists of
+# MAGIC `vlm.build` makes a whole vision-language model from a config. Here we use only the decoder of this model. The
+# MAGIC decoder consists of
 # MAGIC
 # MAGIC * a table with one vector for each token, the *embeddings*;
 # MAGIC * a stack of transformer blocks, each with attention under a causal mask (notebook 2) and then an MLP
@@ -265,10 +267,10 @@ for step in range(STEPS + 1):
 # MAGIC %md
 # MAGIC ## Two curves, one lesson
 # MAGIC
-# MAGIC The loss on the poems falls and falls. The loss on the unseen text falls too, to about the level of the table of
-# MAGIC pairs, and then it *rises*. From there on, the decoder no longer learns English. It learns the poems by heart.
-# MAGIC This is *overfitting*. Overfitting has one honest cure: more data. With 1,500 characters, no setting of the
-# MAGIC training helps for long.
+# MAGIC The loss on the poems falls and falls. The loss on the unseen text falls too, to about the level of the table
+# MAGIC of pairs, and then it *rises*. From there on, the decoder no longer learns English, but learns the poems by
+# MAGIC heart. This is *overfitting*. Overfitting has one honest cure: more data. With 1,500 characters, no setting of
+# MAGIC the training helps for long.
 
 # COMMAND ----------
 
@@ -313,8 +315,8 @@ print(write("Tyger Tyger, ", 90, temperature=0.01))
 # MAGIC
 # MAGIC ## Exercises
 # MAGIC
-# MAGIC **1.** What does a loss of 1.0 mean? Which share does the right character get, if it gets the same share
-# MAGIC everywhere?
+# MAGIC **1.** What does a loss of 1.0 mean? Which share does the right character get, if this share is the same at
+# MAGIC every position?
 # MAGIC
 # MAGIC <details><summary>Solution</summary>
 # MAGIC

@@ -164,8 +164,8 @@ assert math.isclose(math.log(90), 4.5, abs_tol=0.01)
 # MAGIC > blind gap = loss with wrong pictures - loss with the right pictures
 # MAGIC
 # MAGIC The loss of a model that uses its pictures gets much worse with wrong pictures. A blind model does not care,
-# MAGIC so its gap is zero, *whatever its loss*. The library computes both losses with `blind_losses`. We measure them
-# MAGIC every 20 steps of training.
+# MAGIC so its gap is zero, *whatever its loss*. The library computes both losses with `blind_losses`. We measure both
+# MAGIC losses every 20 steps of training.
 # MAGIC
 # MAGIC `fit` is the training loop of the library: the three steps of notebook 1, for batches that we provide. The
 # MAGIC learning rate rises during the first 20 steps and then falls slowly (`schedule`), because careful first and last
@@ -219,10 +219,10 @@ blind = train(blind_captioner, 160, right_pictures=False)
 # COMMAND ----------
 
 # MAGIC %md
-# MAGIC In both panels, the loss falls steeply in the first 60 steps. In these steps, the models learn grammar. The
-# MAGIC steep fall ends at the dashed line, the best loss of a blind writer, and **up to here both models look the
-# MAGIC same**. Then the left model discovers that the picture helps. The two curves part. The distance between them is
-# MAGIC the blind gap.
+# MAGIC In both panels, the loss falls steeply in the first 60 steps. In these steps, the models learn grammar.
+# MAGIC The steep fall ends at the dashed line, the best loss of a blind writer, and **up to here both models look the
+# MAGIC same**. Then the left model discovers that the picture helps. The two curves part. The distance between the
+# MAGIC two curves is the blind gap.
 
 # COMMAND ----------
 
@@ -304,7 +304,8 @@ for axis in axes:
 # MAGIC ## What you have seen
 # MAGIC
 # MAGIC * Encoder, projector, fusion and decoder make a model. Picture vectors stand in the sequence like words.
-# MAGIC * A low loss and good grammar do not prove that a model sees. A blind gap above zero proves it.
+# MAGIC * A low loss and good grammar do not prove that a model sees. A blind gap above zero proves that the model
+# MAGIC   sees.
 # MAGIC * A model learns the language first and the pictures later. If training stops too early, the model is blind.
 # MAGIC
 # MAGIC ## Exercises

@@ -124,9 +124,9 @@ assert all_weights[-1] == 16 * used[-1]
 # MAGIC ## The trap: a few experts get everything
 # MAGIC
 # MAGIC A router that sends a token to an expert trains this expert. The expert becomes better, so the router sends it
-# MAGIC more tokens. The rich get richer, and other experts never learn. The remedy is a second loss, the *load-balance
-# MAGIC loss*. This loss is 1 if all experts get equally many tokens, and grows if a few experts get more. The
-# MAGIC load-balance loss is added to the normal loss with a small weight, `balance_weight`.
+# MAGIC more tokens. The rich get richer, and other experts never learn. The remedy is a second loss, the
+# MAGIC *load-balance loss*. The load-balance loss is 1 if all experts get equally many tokens, and grows if a few
+# MAGIC experts get more. The load-balance loss is added to the normal loss with a small weight, `balance_weight`.
 # MAGIC
 # MAGIC We train the model of notebook 4 twice, with 6 experts in each block of the decoder: once with the balance loss,
 # MAGIC and once without. To make the trap visible in a minute, both routers start with weights that are three times as
@@ -276,7 +276,8 @@ assert np.abs(shares[0] - shares[3]).sum() > 0.2  # patches and colours go to di
 # MAGIC %md
 # MAGIC ## What you have seen
 # MAGIC
-# MAGIC * A router chooses two of many experts for each token. The layer grows, and the work for a token does not.
+# MAGIC * A router chooses two of many experts for each token. With more experts, the layer grows, but the work for a
+# MAGIC   token does not.
 # MAGIC * Sorting the tokens by expert gives the numbers of the simple loop.
 # MAGIC * Without a balance loss, a few experts get nearly everything. Lakesight draws the load of every run, so that
 # MAGIC   you see it.
@@ -322,7 +323,8 @@ assert np.abs(shares[0] - shares[3]).sum() > 0.2  # patches and colours go to di
 # MAGIC assert 0.15 < unused / sum(p.numel() for p in model.parameters()) < 0.4
 # MAGIC ```
 # MAGIC
-# MAGIC A token does not use four of the six experts in each block. These four experts have about a quarter of all weights.
+# MAGIC A token does not use four of the six experts in each block. These four experts have about a quarter of all
+# MAGIC weights.
 # MAGIC
 # MAGIC </details>
 # MAGIC

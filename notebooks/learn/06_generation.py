@@ -174,8 +174,8 @@ plt.legend()
 # MAGIC %md
 # MAGIC ## The shares of the next token
 # MAGIC
-# MAGIC Before we choose, we look. These are the shares of the first token for our picture, and of the token after `a`.
-# MAGIC The model has learned the frequencies of the table above from examples.
+# MAGIC Before we choose, we look. The plot shows the shares of the first token for our picture, and of the token
+# MAGIC after `a`. The model has learned the frequencies of the table above from examples.
 
 # COMMAND ----------
 

@@ -230,9 +230,9 @@ plt.xlabel("weights (grey: frozen)")
 # MAGIC the same number of steps, and measure the blind gap (notebook 4) on unseen rows:
 # MAGIC
 # MAGIC * **towers**: both towers as trained above, frozen; only the projector learns.
-# MAGIC * **random encoder**: the same, but the encoder has random weights. This encoder is frozen too, so it never
-# MAGIC   learns to see.
-# MAGIC * **from nothing**: all weights random, and all of them learn.
+# MAGIC * **random encoder**: as in *towers*, but the encoder has random weights. This encoder is frozen too, so it
+# MAGIC   never learns to see.
+# MAGIC * **from nothing**: all weights are random at the start, and all weights are trained.
 
 # COMMAND ----------
 

@@ -6,7 +6,8 @@
 # MAGIC gives the place of the cat, and "what shape is it?" gives its shape. Two ideas make this work, and both are in
 # MAGIC the library:
 # MAGIC
-# MAGIC * A **prefix mask**: picture and prompt may look at each other in both directions. Only the answer is causal.
+# MAGIC * A **prefix mask**: picture and prompt may look at each other in both directions. Only the answer has a
+# MAGIC   causal mask.
 # MAGIC * **Location tokens**: a place is written as text, with 1,024 extra tokens from `<loc0000>` to `<loc1023>`.
 # MAGIC
 # MAGIC We draw the mask, prove what it changes, and train a small model that answers two questions about a picture.
@@ -63,7 +64,7 @@ axes[0].set_yticks([1.5, 5, 8], ["picture", "prompt", "answer"], fontsize=8)
 print("marks of the prefix mask:", marks["prefix"][0].tolist())
 assert masks["prefix"][:PREFIX, :PREFIX].all()  # the prefix sees all of itself
 assert not masks["prefix"][:, PREFIX:].triu(1 - PREFIX)[:PREFIX].any()  # the prefix sees nothing of the answer
-assert torch.equal(masks["prefix"][PREFIX:, PREFIX:], masks["causal"][PREFIX:, PREFIX:])  # the answer is causal
+assert torch.equal(masks["prefix"][PREFIX:, PREFIX:], masks["causal"][PREFIX:, PREFIX:])  # the answer has a causal mask
 
 # COMMAND ----------
 
