@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from jobs.common import Job, JsonOption, PlatformOption, SetOption, open_job
-from jobs.pipeline import PipelineReport, held_out, run_pipeline
+from jobs.pipeline import held_out, run_pipeline
+from jobs.pipeline_report import PipelineReport
 from pipelines.scenes import broken_rows
 
 RUN = "demo"

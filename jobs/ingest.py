@@ -67,18 +67,16 @@ def run_ingest(job: Job, *, refresh: bool = False) -> FullReport:
     from pipelines.driver.ingest.run import ingest
     from pipelines.driver.ingest.sources.open import check_input
     from pipelines.driver.ingest.texts.report import write_text_report
-    from pipelines.driver.ingest.texts.run import ingest_texts
     from pipelines.driver.ingest.totals import TooManyRefused
 
-    is_text = job.config.data.source.kind == "text"
-    read, write = (ingest_texts, write_text_report) if is_text else (ingest, write_report)
+    write = write_text_report if job.config.data.source.kind == "text" else write_report
     if not refresh and (finished := find_finished(job.platform, job.source, job.config.data)):
         _print_report(job, finished)
         return finished
     check_input(job.platform, job.config.data)
     with show_elapsed("ingest"):
         try:
-            done = read(job.spark, job.platform, job.source, job.config.data, refresh=refresh)
+            done = ingest(job.spark, job.platform, job.source, job.config.data, refresh=refresh)
         except TooManyRefused as error:
             report = write(job.spark, job.platform, error.report)
             _print_report(job, report)

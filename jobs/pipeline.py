@@ -6,50 +6,10 @@ from jobs.caption import run_caption
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
 from jobs.evaluate import run_evaluate
 from jobs.ingest import run_ingest
+from jobs.pipeline_report import PipelineReport, describe_stages
 from jobs.promote import run_promote
 from jobs.text_model import run_text_pipeline
 from jobs.train import run_train
-from vlm.config import Config
-
-
-class PipelineReport(Config):
-    """Report of `lakesight pipeline` and `lakesight demo`.
-
-    Attributes:
-        rows_in: number of rows that ingest read; equals `samples` + `duplicates` + `quarantined`.
-        samples: number of rows that added a picture or a text to table `samples`.
-        duplicates: number of rows whose picture and text were already in table `samples`.
-        quarantined: number of rows added to table `quarantine`.
-        trained: whether training ran; false if a finished run was reused.
-        exact_match: share of the evaluated pictures whose caption equals a human text.
-        blind_gap: increase of the loss when each text gets a wrong picture, in nats per token; null for a single
-            picture.
-        captions: number of pictures captioned by this command.
-        captioned_before: number of pictures that this model version had captioned before.
-        errors: number of pictures that could not be captioned.
-        nothing_new: whether earlier commands had already done all of the work.
-        seconds: duration of the whole command, in seconds.
-    """
-
-    run: str
-    rows_in: int
-    samples: int
-    duplicates: int
-    quarantined: int
-    run_id: str
-    run_folder: str
-    trained: bool
-    model_name: str
-    model_version: str
-    exact_match: float
-    blind_gap: float | None
-    metrics: dict[str, float]
-    captions: int
-    captioned_before: int
-    errors: int
-    gallery: str
-    nothing_new: bool
-    seconds: float
 
 
 def pipeline(
@@ -93,16 +53,8 @@ def run_pipeline(job: Job) -> PipelineReport:
     if nothing_new:
         job.output.line("done", "nothing new: this command ingested no row, trained no step and captioned no picture")
     return PipelineReport(
-        run=job.config.name,
-        rows_in=ingested.rows_in,
+        **describe_stages(job, ingested, trained),
         samples=ingested.new + ingested.merged,
-        duplicates=ingested.duplicates,
-        quarantined=ingested.quarantined,
-        run_id=trained.run_id,
-        run_folder=trained.run_folder,
-        trained=trained.trained,
-        model_name=trained.model_name,
-        model_version=trained.model_version,
         exact_match=metrics["exact_match"],
         blind_gap=metrics.get("blind_gap"),
         metrics=metrics,

@@ -7,46 +7,17 @@ from typing import TYPE_CHECKING
 
 from jobs.common import Job
 from jobs.ingest import run_ingest
+from jobs.pipeline_report import TextPipelineReport, describe_stages
 from jobs.progress import show_elapsed
 from jobs.settings_of_version import require_settings_of_version
 from jobs.shard import run_shard
 from jobs.train import run_train
 from pipelines.errors import UserError
-from vlm.config import Config, ModelConfig
+from vlm.config import ModelConfig
 
 if TYPE_CHECKING:
     from pipelines.driver.evaluate.texts import TextEvaluationReport
     from pipelines.driver.model_files import ModelFiles
-
-
-class TextPipelineReport(Config):
-    """Report of `lakesight pipeline` for a run with a model of text.
-
-    Attributes:
-        rows_in: number of rows that ingest read; equals `texts` + `duplicates` + `quarantined`.
-        texts: number of rows that added a text to table `texts`.
-        duplicates: number of rows whose text was already in table `texts`.
-        quarantined: number of rows added to table `quarantine`.
-        trained: whether training ran; false if a finished run was reused.
-        loss_per_char: loss on the evaluated split, in nats per character.
-        nothing_new: whether earlier commands had already done all of the work.
-        seconds: duration of the whole command, in seconds.
-    """
-
-    run: str
-    rows_in: int
-    texts: int
-    duplicates: int
-    quarantined: int
-    run_id: str
-    run_folder: str
-    trained: bool
-    model_name: str
-    model_version: str
-    loss_per_char: float
-    metrics: dict[str, float]
-    nothing_new: bool
-    seconds: float
 
 
 def require_captioner(config: ModelConfig, stage: str) -> None:
@@ -102,16 +73,8 @@ def run_text_pipeline(job: Job) -> TextPipelineReport:
     if nothing_new:
         job.output.line("done", "nothing new: this command ingested no row and trained no step")
     return TextPipelineReport(
-        run=job.config.name,
-        rows_in=ingested.rows_in,
+        **describe_stages(job, ingested, trained),
         texts=ingested.new,
-        duplicates=ingested.duplicates,
-        quarantined=ingested.quarantined,
-        run_id=trained.run_id,
-        run_folder=trained.run_folder,
-        trained=trained.trained,
-        model_name=trained.model_name,
-        model_version=trained.model_version,
         loss_per_char=evaluated.metrics["loss_per_char"].value,
         metrics=evaluated.values(),
         nothing_new=nothing_new,

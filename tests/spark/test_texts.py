@@ -11,8 +11,8 @@ from pyspark.sql import SparkSession
 from pipelines.config import DataConfig
 from pipelines.driver.ingest.finished import find_finished
 from pipelines.driver.ingest.replay import replay
+from pipelines.driver.ingest.run import ingest
 from pipelines.driver.ingest.texts.report import write_text_report
-from pipelines.driver.ingest.texts.run import ingest_texts
 from pipelines.driver.ingest.totals import IngestReport
 from pipelines.driver.shard.run import find_finished as find_finished_shards
 from pipelines.driver.shard.run import shard_texts
@@ -48,7 +48,7 @@ def test_plain_text_is_ingested_once_and_its_shards_hold_each_text_of_a_split_on
     (folder / "two.txt").write_text("\n\n".join([*speeches[20:], speeches[3]]))
     (folder / "notes.pdf").write_text("no text")
     data = config(folder)
-    first = ingest_texts(spark, platform, source, data)
+    first = ingest(spark, platform, source, data)
     assert parts(first) == (32, 30, 1, 1)
     assert first.reasons == {"text_too_long": 1}
     assert first.passed_over == {"other_kind": ["notes.pdf"]}
@@ -57,14 +57,14 @@ def test_plain_text_is_ingested_once_and_its_shards_hold_each_text_of_a_split_on
     assert page.figures.chars == {"16-31": 30}
     assert "text_too_long" in Path(page.page).read_text()
 
-    again = ingest_texts(spark, platform, source, data)
+    again = ingest(spark, platform, source, data)
     assert (parts(again), again.unchanged, again.dataset_version) == ((0, 0, 0, 0), 2, first.dataset_version)
     found = find_finished(platform, source, data)
     assert found
     compared = {"seconds": 0.0}
     assert found.model_copy(update=compared) == write_text_report(spark, platform, again).model_copy(update=compared)
     (folder / "one.txt").write_text("\n\n".join([*speeches[:20], "a new speech", "x" * 50]))
-    changed = ingest_texts(spark, platform, source, data)
+    changed = ingest(spark, platform, source, data)
     assert (parts(changed), changed.unchanged) == ((22, 1, 21, 0), 1)
     assert find_finished_shards(platform, source, data, None, "train") is None
 
@@ -79,7 +79,7 @@ def test_plain_text_is_ingested_once_and_its_shards_hold_each_text_of_a_split_on
     assert reused
     assert (reused.folder, reused.num_rows, reused.reused) == (train.folder, train.num_rows, True)
 
-    refreshed = ingest_texts(spark, platform, source, data, refresh=True)
+    refreshed = ingest(spark, platform, source, data, refresh=True)
     assert (refreshed.new, refreshed.quarantined, refreshed.splits) == (31, 1, changed.splits)
     assert refreshed.replaced == {"texts": 31, "quarantine": 1}
     remade = shard_texts(spark, platform, source, data, "train")

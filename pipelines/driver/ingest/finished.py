@@ -17,8 +17,8 @@ from pipelines.driver.ingest.ledger import hash_rules, read_ledger_of_files
 from pipelines.driver.ingest.near_duplicates import NearReport
 from pipelines.driver.ingest.report import FullReport, find_report
 from pipelines.driver.ingest.sources.open import open_unchanged
-from pipelines.driver.ingest.totals import IngestReport, describe_passed_over
-from pipelines.formats.tables import INGESTED, QUARANTINE, SAMPLES, TEXTS
+from pipelines.driver.ingest.totals import IngestReport, describe_passed_over, table_of_source
+from pipelines.formats.tables import INGESTED, QUARANTINE
 from pipelines.platform import Platform
 
 
@@ -29,7 +29,7 @@ def find_finished(platform: Platform, source_name: str, config: DataConfig) -> F
         UserError: the input does not exist, has no file of the source's kind, or lacks a column.
     """
     started = time.monotonic()
-    filled = TEXTS if config.source.kind == "text" else SAMPLES
+    filled = table_of_source(config)
     tables = open_tables(platform, filled, QUARANTINE, INGESTED)
     if tables is None:
         return None

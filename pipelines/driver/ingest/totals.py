@@ -4,18 +4,48 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import Field
 
 from pipelines.config import DataConfig
 from pipelines.driver.ingest.near_duplicates import NearReport
+from pipelines.driver.ingest.plan import PlanTotals
 from pipelines.driver.ingest.sources.walk import PassedOver
 from pipelines.errors import StageFailed, UserError
+from pipelines.formats.table_schema import Table
+from pipelines.formats.tables import SAMPLES, TEXTS
 from vlm.config import Config
 
 NAMED_FILES = 1_000
 """Largest number of files that a report names; further files are only counted."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """Counts of what one ingest wrote to `quarantine` and to the source's table, `samples` or `texts`.
+
+    Attributes:
+        totals: row counts and picture counts of the plan. In an ingest of plain text, each new text counts in `new`.
+        reasons: number of rows added to `quarantine`, by quarantine reason.
+        near: counts of near duplicates among the new pictures.
+        across: number of pictures whose bytes occur in two splits of the source.
+        removed: number of pictures removed from `samples`.
+        unreadable: names of files that could not be read to their end, with the reasons; at most NAMED_FILES.
+    """
+
+    totals: PlanTotals = field(default_factory=PlanTotals)
+    reasons: dict[str, int] = field(default_factory=dict)
+    near: NearReport = field(default_factory=NearReport)
+    across: int = 0
+    removed: int = 0
+    unreadable: list[str] = field(default_factory=list)
+
+
+def table_of_source(config: DataConfig) -> Table:
+    """Return the table to which an ingest adds the usable rows of a source."""
+    return TEXTS if config.source.kind == "text" else SAMPLES
 
 
 class IngestReport(Config):
@@ -27,18 +57,18 @@ class IngestReport(Config):
         items: number of items that were read. An item is a file, a row of a folder's captions file, or a table.
         unchanged: number of items that were not read, because they were ingested before and have not changed.
         rows_in: number of raw rows that were read.
-        new: number of rows that added a picture to `samples`, with all texts of the row.
+        new: number of rows that added a picture with all its texts to `samples`, or a text to `texts`.
         merged: number of rows that added a text to a picture.
-        duplicates: number of rows that added nothing, because `samples` or `quarantine` already has their content.
+        duplicates: number of rows that added nothing, because one of the two tables already has their content.
         quarantined: number of rows added to `quarantine`.
         refused: number of rows that cannot become samples, including rows that were already in `quarantine`.
         reasons: number of rows added to `quarantine`, by quarantine reason.
         removed: number of pictures removed from `samples`, because the source table has changed or deleted their rows.
-        replaced: number of rows that a full refresh has replaced, for each of the tables `samples` and `quarantine`.
-        splits: number of pictures of this source in `samples`, by split.
+        replaced: number of rows that a full refresh has replaced, in `quarantine` and in the source's table.
+        splits: number of pictures of this source in `samples`, or of its texts in `texts`, by split.
         equal_pictures_across_splits: number of input pictures with the same bytes in two splits of the source.
         near_duplicates: counts of new pictures that resemble another picture of the source.
-        dataset_version: version of `samples` that last changed this source.
+        dataset_version: version of the source's table that last changed this source.
         seconds: duration of the ingest, in seconds.
         passed_over: names of files and folders of the source that were not read, by reason (one of
             `sources.walk.PASSED_OVER`); at most NAMED_FILES names.
@@ -81,6 +111,21 @@ def describe_passed_over(entries: Sequence[PassedOver]) -> dict[str, Any]:
     for entry in entries[:NAMED_FILES]:
         names[entry.reason].append(entry.relative)
     return {"passed_over": dict(names), "passed_over_count": dict(Counter(entry.reason for entry in entries))}
+
+
+def require_usable_rows(totals: PlanTotals, config: DataConfig) -> None:
+    """Check that a refresh leaves rows in the source's table.
+
+    Raises:
+        UserError: not one row of the input can be used.
+    """
+    if not totals.usable:
+        raise UserError(
+            "a refresh would remove all rows of the source, because not one row of the input can be used",
+            where=config.source.where,
+            got=f"{totals.bad} of {totals.rows_in} rows are bad",
+            fix="ingest without --refresh, which writes the bad rows to quarantine; this refresh has replaced nothing",
+        )
 
 
 class TooManyRefused(StageFailed):
@@ -132,11 +177,12 @@ def check_totals(report: IngestReport, config: DataConfig) -> None:
 
 def _no_samples_error(report: IngestReport, config: DataConfig) -> UserError:
     if report.unchanged:
+        table = table_of_source(config).name
         return UserError(
-            "the whole input was ingested before, but table samples has no row of this input",
+            f"the whole input was ingested before, but table {table} has no row of this input",
             where=config.source.where,
             got=f"{report.unchanged} unchanged files or rows of captions",
-            fix="if the rows were deleted from samples, read the whole input again with `lakesight ingest --refresh`",
+            fix=f"if the rows were deleted from {table}, read the whole input again with `lakesight ingest --refresh`",
         )
     if not report.rows_in:
         return UserError(

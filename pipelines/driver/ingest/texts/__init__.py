@@ -1,4 +1,4 @@
 """Ingest of text without pictures, which reads files into table `texts` and refused rows into `quarantine`.
 
-Start reading in `run.py`. This package may import pyspark and delta, but never torch or MLflow.
+Start reading in `write.py`. This package may import pyspark and delta, but never torch or MLflow.
 """

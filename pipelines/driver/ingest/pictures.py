@@ -1,0 +1,83 @@
+"""Decode the pictures of a source, and write them to `quarantine` and `samples`.
+
+Executors decode pictures (`pipelines.executor.ingest.decode`). The driver makes the ingest plan from narrow columns,
+and commits the writes. Pictures never reach the driver.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+
+from pyspark.sql import SparkSession
+
+from pipelines.config import DataConfig
+from pipelines.driver.delta.retry import retry_on_conflict
+from pipelines.driver.ingest.commit import remove_gone, write_samples
+from pipelines.driver.ingest.decode import DecodedRows, IngestRequest, decode_rows
+from pipelines.driver.ingest.plan import count_pictures_across_splits, plan_ingest
+from pipelines.driver.ingest.quarantine import add_to_quarantine, name_unreadable_files, replace_quarantine
+from pipelines.driver.ingest.sources.source import Covered, Source
+from pipelines.driver.ingest.table_rows import rows_of_source
+from pipelines.driver.ingest.totals import NAMED_FILES, Written, require_usable_rows
+from pipelines.errors import UserError
+from pipelines.formats.tables import SAMPLES
+from pipelines.platform import Platform
+
+
+def write_pictures(
+    spark: SparkSession, platform: Platform, name: str, config: DataConfig, source: Source, *, refresh: bool
+) -> Written:
+    """Decode the pending rows of a source of pictures, and write them to `quarantine` and `samples`.
+
+    If another ingest of the source commits meanwhile, the plan is made again, but no picture is decoded again.
+
+    Raises:
+        UserError: no row is usable, and the source has pictures in `samples` that would be removed.
+    """
+    assert source.rows is not None
+    request = IngestRequest(name, config, source.rows, source.ingest_id, replace=refresh)
+    reasons: Counter[str] = Counter()
+    with decode_rows(spark, platform, request) as decoded:
+        covered = None if refresh else source.covered
+        unusable = covered and covered.image_ids is None and decoded.refused == decoded.rows_in > 0
+        removed = 0
+        if covered and not unusable:
+            removed = retry_on_conflict(partial(remove_gone, platform, decoded, covered))
+        written = retry_on_conflict(partial(_plan_and_write, spark, platform, decoded, reasons))
+        if covered and unusable:
+            _require_no_pictures(spark, platform, decoded, covered)
+        return replace(written, removed=removed)
+
+
+def _plan_and_write(spark: SparkSession, platform: Platform, decoded: DecodedRows, reasons: Counter[str]) -> Written:
+    """Make a plan and write its rows to `quarantine` and `samples`.
+
+    `reasons` counts the rows that all attempts have added to `quarantine`, because these rows stay in `quarantine` if
+    the following write to `samples` fails.
+    """
+    plan = plan_ingest(spark, platform, decoded)
+    if plan.request.replace:
+        require_usable_rows(plan.totals, plan.request.config)
+        reasons.clear()
+        reasons.update(replace_quarantine(platform, plan))
+    elif plan.totals.bad:
+        reasons.update(add_to_quarantine(platform, plan))
+    near = write_samples(platform, plan)
+    hashed = plan.request.config.split.kind == "hash"
+    across = 0 if hashed else count_pictures_across_splits(plan.outcomes)
+    unreadable = name_unreadable_files(plan, NAMED_FILES) if plan.totals.refused else []
+    return Written(totals=plan.totals, reasons=dict(reasons), near=near, across=across, unreadable=unreadable)
+
+
+def _require_no_pictures(spark: SparkSession, platform: Platform, decoded: DecodedRows, covered: Covered) -> None:
+    """Raise an error if no row of a table was usable and `samples` still has pictures of the table."""
+    source, config = decoded.request.source, decoded.request.config
+    if not covered.select(rows_of_source(spark, platform, SAMPLES.name, source)).isEmpty():
+        raise UserError(
+            "not one row of the table could be used, so the pictures of earlier ingests were kept",
+            where=config.source.where,
+            got=f"all {decoded.rows_in} rows are bad",
+            fix="inspect the refused rows with `lakesight quarantine`, and check data.source.columns",
+        )

@@ -1,0 +1,117 @@
+"""Decode the rows of plain text of a source, and write them to `quarantine` and `texts`.
+
+The id of a text is a hash of its content, so a text that is read twice is stored once.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import from_arrow_schema
+
+from pipelines.config import DataConfig
+from pipelines.driver.delta.retry import retry_on_conflict
+from pipelines.driver.delta.settings import bounded_batches
+from pipelines.driver.delta.spark_errors import translate_spark_errors
+from pipelines.driver.delta.versions import commit_note, read_versions, skip_if_changed_since, source_note
+from pipelines.driver.ingest.plan import PlanTotals, held_out_rank
+from pipelines.driver.ingest.sources.source import Source
+from pipelines.driver.ingest.spill import spill_folder
+from pipelines.driver.ingest.table_rows import TIME_COLUMNS, Stamp, rows_of_source, verify_append
+from pipelines.driver.ingest.totals import Written, require_usable_rows
+from pipelines.executor.texts.decode import OUTCOME, TextRules, decode_texts
+from pipelines.formats.table_schema import Table
+from pipelines.formats.tables import QUARANTINE, TEXTS
+from pipelines.platform import Platform
+
+logger = logging.getLogger(__name__)
+
+
+def write_texts(
+    spark: SparkSession, platform: Platform, name: str, config: DataConfig, source: Source, *, refresh: bool
+) -> Written:
+    """Decode the pending files of a source of plain text once, and write the decoded rows.
+
+    If another ingest of the source commits meanwhile, the rows are compared with the tables again.
+
+    Raises:
+        UserError: no row is usable, and a refresh would remove all rows of the source.
+    """
+    assert source.rows is not None
+    rules = TextRules(name, config.limits.max_text_chars, config.split)
+    decode = partial(decode_texts, read=source.rows.read, rules=rules)
+    with (
+        translate_spark_errors("the input could not be ingested", where=config.source.where),
+        bounded_batches(spark),
+        commit_note(spark, source_note(name)),
+        spill_folder(platform) as spill,
+    ):
+        outcomes = spill.materialize(source.rows.frame.mapInArrow(decode, from_arrow_schema(OUTCOME)), "outcomes")
+        counts = outcomes.agg(F.count("*").alias("rows_in"), F.count("reason").alias("refused")).collect()[0].asDict()
+        totals = PlanTotals(**counts, usable=counts["rows_in"] - counts["refused"])
+        if refresh:
+            require_usable_rows(totals, config)
+        stamp = Stamp(name, source.ingest_id, datetime.now(UTC), 0)
+        write = partial(_replace if refresh else _append, spark, platform, stamp=stamp)
+        reasons = retry_on_conflict(partial(write, QUARANTINE, _refused(outcomes)))
+        new = retry_on_conflict(partial(write, TEXTS, _accepted(outcomes)))
+    added = sum(new.values())
+    return Written(totals=replace(totals, new=added, contributing=added), reasons=reasons)
+
+
+def _accepted(outcomes: DataFrame) -> DataFrame:
+    """Return one row per text. A text in several splits goes to the first of test, val and train."""
+    usable = outcomes.filter(F.col("reason").isNull()).groupBy("text_id", "sha256", "text")
+    return usable.agg(F.min_by("split", held_out_rank("split")).alias("split"), F.min("source_row").alias("source_row"))
+
+
+def _refused(outcomes: DataFrame) -> DataFrame:
+    """Return the refused rows. Equal rows of a file count as one row."""
+    refused = outcomes.filter(F.col("reason").isNotNull()).dropDuplicates(["source_row"])
+    return refused.select("source_row", "payload", "stage", "reason", "detail")
+
+
+def _append(spark: SparkSession, platform: Platform, table: Table, rows: DataFrame, *, stamp: Stamp) -> dict[str, int]:
+    """Append the rows that a table lacks in one commit. Return the number of added rows by reason (empty for texts).
+
+    Raises:
+        WriteConflict: another ingest of the source has committed since this function read the table.
+    """
+    name, source = platform.table(table.name), stamp.source
+    version = read_versions(spark, platform, source, table).last_change
+    key = TEXTS.key[0] if table is TEXTS else "source_row"
+    known = rows_of_source(spark, platform, table.name, source).select(key)
+    new = rows.join(known, key, "left_anti")
+    counts = _count(new)
+    if counts:
+        with skip_if_changed_since(spark, source, version):
+            _stamped(new, table, stamp).writeTo(name).append()
+        verify_append(spark, platform, table, stamp, sum(counts.values()))
+        logger.info("%d rows added to %s", sum(counts.values()), name)
+    return counts
+
+
+def _replace(spark: SparkSession, platform: Platform, table: Table, rows: DataFrame, *, stamp: Stamp) -> dict[str, int]:
+    """Replace all rows of the source in a table in one commit. Return the number of rows by reason."""
+    _stamped(rows, table, stamp).writeTo(platform.table(table.name)).overwrite(F.col("source") == stamp.source)
+    return _count(rows)
+
+
+def _count(rows: DataFrame) -> dict[str, int]:
+    reason = F.col("reason") if "reason" in rows.columns else F.lit("")
+    counts = rows.groupBy(reason.alias("reason")).count().orderBy(F.desc("count"), "reason").collect()
+    return {row["reason"]: row["count"] for row in counts}
+
+
+def _stamped(rows: DataFrame, table: Table, stamp: Stamp) -> DataFrame:
+    """Convert rows to the columns of a table, with the values that all rows of an ingest share."""
+    values = {"source": stamp.source, "ingest_id": stamp.ingest_id, TIME_COLUMNS[table.name]: stamp.planned_at}
+    columns = {name: F.lit(value) for name, value in values.items()}
+    if table is QUARANTINE:
+        columns["replayed_at"] = F.lit(None).cast("timestamp")
+    return rows.withColumns(columns).select(table.names)
