@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,9 @@ from jobs.train import register_finished_runs
 from pipelines.errors import UserError
 from vlm.config import Config
 
+if TYPE_CHECKING:
+    from pipelines.tracking.registry import ModelVersion
+
 UNKNOWN = "unknown: the registry in use does not have the model version"
 
 
@@ -25,6 +28,8 @@ class CaptionLineage(Config):
 
     Attributes:
         caption: generated caption; null if the picture has an error instead.
+        aliases: aliases that the model version has now, for example champion. The list is empty if the registry in use
+            does not have the model version.
         model_digest: digest of the model's files; null in rows of Lakesight 0.1.0.
         source_table: table that contains the picture.
         source_version: version of `source_table` when the picture was captioned.
@@ -41,6 +46,7 @@ class CaptionLineage(Config):
     prompt: str
     model_name: str
     model_version: str
+    aliases: list[str]
     model_digest: str | None
     run_id: str
     source_table: str
@@ -78,8 +84,8 @@ def lineage(
         for number, item in enumerate(found, 1):
             job.output.text(f"\ncaption {number}")
             for name, value in item.model_dump().items():
-                if value is not None:
-                    job.output.line(f"  {name:<16}", str(value))
+                if value not in (None, []):
+                    job.output.line(f"  {name:<16}", ", ".join(value) if isinstance(value, list) else str(value))
         job.output.report({"image_id": image_id, "captions": found})
 
 
@@ -105,14 +111,16 @@ def run_lineage(job: Job, image_id: str) -> list[CaptionLineage]:
             got=image_id,
             fix="list ids with `lakesight show generated_captions`, or caption new pictures with `lakesight caption`",
         )
-    versions = {(row["model_name"], row["model_version"], row["run_id"]) for row in rows}
-    tags = {version: _tags(job, *version) for version in versions}
-    return [_lineage(row, tags[row["model_name"], row["model_version"], row["run_id"]]) for row in rows]
+    names = {(row["model_name"], row["model_version"], row["run_id"]) for row in rows}
+    versions = {name: _find_version(job, *name) for name in names}
+    return [_lineage(row, versions[row["model_name"], row["model_version"], row["run_id"]]) for row in rows]
 
 
-def _lineage(row: Mapping[str, Any], tags: Mapping[str, str]) -> CaptionLineage:
+def _lineage(row: Mapping[str, Any], version: ModelVersion | None) -> CaptionLineage:
+    tags = version.tags if version else {}
     return CaptionLineage(
         **{"model_digest": None} | {name: row[name] for name in CaptionLineage.model_fields if name in row},
+        aliases=sorted(version.aliases) if version else [],
         trained_on=tags.get("table_version", UNKNOWN),
         manifest_hash=tags.get("manifest_hash", UNKNOWN),
         code_version=tags.get("code_version", UNKNOWN),
@@ -121,8 +129,8 @@ def _lineage(row: Mapping[str, Any], tags: Mapping[str, str]) -> CaptionLineage:
     )
 
 
-def _tags(job: Job, name: str, number: str, run_id: str) -> dict[str, str]:
-    """Return the tags of a model version, or an empty dict if the registry in use does not have the version.
+def _find_version(job: Job, name: str, number: str, run_id: str) -> ModelVersion | None:
+    """Return the model version that wrote a caption, or None if the registry in use does not have the version.
 
     The registry may have a different model under the same name and number. Only a version with the same MLflow run id
     is the version that wrote the caption.
@@ -132,5 +140,5 @@ def _tags(job: Job, name: str, number: str, run_id: str) -> dict[str, str]:
     try:
         version = resolve(job.platform, name, number)
     except UserError:
-        return {}
-    return version.tags if version.run_id == run_id else {}
+        return None
+    return version if version.run_id == run_id else None

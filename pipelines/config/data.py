@@ -354,9 +354,13 @@ class DataConfig(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_to_csv(cls, raw: Any) -> Any:
-        source = raw.get("source") if isinstance(raw, dict) else None
-        return raw | {"source": {"kind": "csv"} | source} if isinstance(source, dict) else raw
+    def _add_default_kinds(cls, raw: Any) -> Any:
+        """Add the kind of the default, csv or hash, to a source or a split that does not name its kind."""
+        if not isinstance(raw, dict):
+            return raw
+        defaults = {"source": "csv", "split": "hash"}
+        given = {name: raw[name] for name in defaults if isinstance(raw.get(name), dict)}
+        return raw | {name: {"kind": defaults[name]} | value for name, value in given.items()}
 
     @model_validator(mode="before")
     @classmethod

@@ -31,14 +31,14 @@ def validation_error(error: ValidationError, root: type[BaseModel], where: str) 
 def describe(error: ValidationError, root: type[BaseModel]) -> Iterator[tuple[str, str]]:
     """Yield each pydantic problem as a sentence, together with the first element of the problem's path."""
     for item in error.errors():
-        path, siblings = _field_path(root, item["loc"])
+        path, siblings, models = _field_path(root, item["loc"])
         last = str(item["loc"][-1]) if item["loc"] else ""
         if item["type"] == "extra_forbidden":
             text = f"unknown key{did_you_mean(last, siblings)}"
         elif item["type"] == "missing":
             text = "missing"
         elif item["type"] == "union_tag_not_found":
-            text = "kind is missing"
+            text = f"kind is missing (one of {', '.join(str(_tag(model)) for model in models)})"
         elif item["type"] == "union_tag_invalid":
             tag = str(item["ctx"]["tag"])
             tags = [tag.strip(" '") for tag in str(item["ctx"]["expected_tags"]).split(",")]
@@ -50,10 +50,11 @@ def describe(error: ValidationError, root: type[BaseModel]) -> Iterator[tuple[st
         yield f"{path}: {text}" if path else text, path.partition(".")[0]
 
 
-def _field_path(root: type[BaseModel], loc: Sequence[int | str]) -> tuple[str, list[str]]:
+def _field_path(root: type[BaseModel], loc: Sequence[int | str]) -> tuple[str, list[str], list[type[BaseModel]]]:
     """Return the dotted path as the user wrote the path (without pydantic's union tags).
 
-    The second value lists the valid names for the last element of the path.
+    The second value lists the valid names for the last element of the path. The third value lists the models that the
+    field at the path accepts.
     """
     candidates: list[type[BaseModel]] = [root]
     parts: list[str] = []
@@ -69,7 +70,7 @@ def _field_path(root: type[BaseModel], loc: Sequence[int | str]) -> tuple[str, l
             f.annotation for model in candidates for n, f in model.model_fields.items() if step in (n, f.alias)
         ]
         candidates = [model for annotation in annotations for model in _models(annotation)]
-    return ".".join(parts), siblings
+    return ".".join(parts), siblings, candidates
 
 
 def _tag(model: type[BaseModel]) -> str | None:

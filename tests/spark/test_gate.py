@@ -255,6 +255,7 @@ def test_the_lineage_and_the_decisions_of_a_model_are_shown_without_starting_a_j
     found = {item.model_version: item for item in run_lineage(shell, f"{NAME}/test0")}[GOOD]
     assert (found.run_id, found.code_version) == (version.run_id, version.tags["code_version"])
     assert (found.trained_on, found.manifest_hash) == (version.tags["table_version"], version.tags["manifest_hash"])
+    assert found.aliases == list(version.aliases)
     assert found.source_table == job.platform.table(SAMPLES.name)
     assert "max_new_tokens" in found.settings
     with pytest.raises(UserError, match="has no caption"):

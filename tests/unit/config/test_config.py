@@ -23,6 +23,7 @@ from pipelines.config import (
     PICTURE,
     CsvSourceConfig,
     DataConfig,
+    HashSplitConfig,
     RunConfig,
     available,
     load_model,
@@ -68,8 +69,10 @@ def test_the_value_of_an_override_gets_the_type_of_its_field() -> None:
             "data.source.columns.id=key",
             "model.vision.stem={kind: patch, patch_size: 16}",
             "train.optimizer.betas=[0.8, 0.9]",
+            "data.split={test: 0.2}",
         ],
     )
+    assert run.data.split == HashSplitConfig(test=0.2)
     assert isinstance(run.data.source, CsvSourceConfig)
     assert (run.train.steps, run.train.optimizer.lr, run.data.source.multiline) == (7, 3e-4, True)
     assert (run.data.source.path, run.data.source.columns.id) == ("1e3", "key")
@@ -125,7 +128,8 @@ def test_the_value_of_an_override_may_contain_an_equals_sign() -> None:
         ("train.start_state=training", "train: start_state training needs start_from"),
         ("train.adapter.pattern=decoder.*", "train: adapter needs start_from"),
         ("train.adapter.pattern=decoder(", "train.adapter.pattern: the pattern is not a regular expression: missing )"),
-        ("data.split={val: 0.1}", "data.split: kind is missing"),
+        ("data.split={column: half}", "data.split.column: unknown key"),
+        ("model.projector={hidden: 8}", "model.projector: kind is missing (one of "),
         ("data.source={kind: folder}", "data.source.captions: missing"),
         (
             "data.source={kind: table, table: a, path: b}",
