@@ -118,12 +118,23 @@ class CsvSourceConfig(RowSourceBase):
         delimiter: character between fields, or null to detect the character from the header of each file.
         escape: character that precedes a quote inside a quoted field, such as the backslash that Spark writes, or null
             if the source doubles such a quote.
+        quote: character before and after a field that contains delimiters, or null if quotes are ordinary characters
+            of the texts, as in many TSV files.
     """
 
     kind: Literal["csv"] = "csv"
     multiline: bool = False
     delimiter: Annotated[str | None, Field(pattern=r'^[^"\r\n]$'), ADDED_LATER] = None
     escape: Annotated[str | None, Field(pattern=r'^[^"\r\n]$'), ADDED_LATER] = None
+    quote: Annotated[str | None, Field(pattern=r"^[^\r\n]$"), ADDED_LATER] = '"'
+
+    @model_validator(mode="after")
+    def _quoted_where_needed(self) -> Self:
+        if self.quote is None and (self.multiline or self.escape):
+            raise ValueError("multiline and escape need quoted fields: set quote, or remove multiline and escape")
+        if self.quote is not None and self.quote in (self.delimiter, self.escape):
+            raise ValueError(f"quote {self.quote!r} is also the delimiter or the escape character")
+        return self
 
 
 class JsonlSourceConfig(RowSourceBase):

@@ -78,6 +78,34 @@ def test_a_csv_line_is_either_split_as_by_the_csv_module_or_not_split(line: str)
         assert fields == expected
 
 
+@given(st.lists(st.text(st.characters(exclude_characters="\t\r\n\0", codec="utf-8")), min_size=1))
+def test_without_a_quote_character_every_delimiter_separates_two_fields(fields: list[str]) -> None:
+    assert split_line("\t".join(fields), "\t", quote="") == fields
+
+
+@given(st.lists(st.text(st.sampled_from("',\"ab ")), min_size=1))
+def test_a_csv_line_with_another_quote_character_is_split_into_its_fields(fields: list[str]) -> None:
+    file = io.StringIO()
+    csv.writer(file, lineterminator="", quotechar="'", quoting=csv.QUOTE_ALL).writerow(fields)
+    assert split_line(file.getvalue(), quote="'") == fields
+
+
+def test_quotes_are_ordinary_characters_in_a_file_without_a_quote_character(tmp_path: Path) -> None:
+    texts = ['"the quick brown fox', 'the end"', '"quoted" word', '"', '5" pipe']
+    content = "".join(f"{n}\t{text}\n" for n, text in enumerate(texts)).encode()
+    records = parse(tmp_path, content, delimiter="\t", quote="")
+    assert fields(records) == [(str(n), text) for n, text in enumerate(texts)]
+    problems = [record.problem for record in parse(tmp_path, content, delimiter="\t")]
+    assert any("data.source.quote=null" in problem.detail for problem in problems if problem)
+
+
+def test_empty_fields_after_the_last_column_are_dropped_and_other_surplus_fields_are_refused(tmp_path: Path) -> None:
+    records = parse(tmp_path, b'1,one,\n2,two,,\n3,three,""\n4,four, \n5\n')
+    assert fields(records) == [("1", "one"), ("2", "two"), ("3", "three"), ("4,four, ",), ("5",)]
+    details = [record.problem.detail for record in records if record.problem]
+    assert details == [f"{n} fields, but the header of the file has 2 columns" for n in (3, 1)]
+
+
 @pytest.mark.parametrize("line", ['"', '"a', 'a,"b', '"a"b', '"a" ,b', '"""'])
 def test_a_csv_line_with_misplaced_quotes_is_not_split_into_fields(line: str) -> None:
     assert split_line(line) is None

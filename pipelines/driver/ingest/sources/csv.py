@@ -77,7 +77,7 @@ def _refuse_without(needed: Sequence[str], file: SourceFile, layout: Layout) -> 
 def _read_header(file: SourceFile, layout: Layout, *, needed: Collection[str], dialect: CsvSourceConfig) -> Layout:
     """Add the column names from the header of a file to the file's layout. An empty file gets no column names."""
     found: list[Layout] = []
-    layout = layout._replace(escape=dialect.escape or "")
+    layout = layout._replace(escape=dialect.escape or "", quote=dialect.quote or "")
     for tried in (dialect.delimiter,) if dialect.delimiter else DELIMITERS:
         found.append(_try_delimiter(file, layout._replace(delimiter=tried), needed, multiline=dialect.multiline))
         if all(name in found[-1].names or name in file.partition for name in needed):
@@ -95,7 +95,7 @@ def _try_delimiter(file: SourceFile, layout: Layout, needed: Collection[str], *,
             if named[1] != layout.delimiter:
                 return _try_delimiter(file, layout._replace(delimiter=named[1]), needed, multiline=multiline)
         elif not is_blank(row, layout.delimiter):
-            names = split_line(row, layout.delimiter, layout.escape)
+            names = split_line(row, layout.delimiter, layout.escape, layout.quote)
             if names is None:
                 return Layout(problem="the header of the file has wrong quotes")
             return layout._replace(names=_distinct_names(names, needed, file), skip=count)

@@ -35,7 +35,7 @@ NEAR_BYTES = 4 * 2**20
 
 
 class _Quoting(NamedTuple, Generic[AnyStr]):
-    """Characters of a CSV file: delimiter of the fields, quote, and escape character, which may be empty."""
+    """Characters of a CSV file: delimiter of the fields, quote and escape character. The last two may be empty."""
 
     delimiter: AnyStr
     quote: AnyStr
@@ -57,7 +57,7 @@ def csv_records(
 
 
 def _csv_range(part: Range, *, multiline: bool, limit: int) -> Iterator[Record]:
-    names, delimiter, escape = part.layout.names, part.layout.delimiter, part.layout.escape
+    names, delimiter = part.layout.names, part.layout.delimiter
     rows = ((row, False) for row in csv_rows(part, multiline=True, limit=limit)) if multiline else _lines(part, limit)
     for _ in range(part.layout.skip if part.start == 0 else 0):
         next(rows, None)
@@ -65,17 +65,17 @@ def _csv_range(part: Range, *, multiline: bool, limit: int) -> Iterator[Record]:
         if isinstance(row, LongLine):
             yield long_line_record(part.file, dict.fromkeys(names), row, limit)
         elif not is_blank(row, delimiter):
-            values = None if broken else split_line(row, delimiter, escape)
-            if values is None or len(values) != len(names):
-                yield _malformed(part.file, names, row)
-            else:
-                fields = {name: value or None for name, value in zip(names, values, strict=True)}
+            values = None if broken else split_line(row, delimiter, part.layout.escape, part.layout.quote)
+            if values is None or len(values) < len(names) or any(values[len(names) :]):
+                yield _malformed(part.file, names, row, values)
+            else:  # empty fields after the last column come from a program that ends each row with a delimiter
+                fields = {name: value or None for name, value in zip(names, values, strict=False)}
                 yield Record(part.file, add_partition(fields, part.partition))
 
 
 def csv_rows(part: Range, *, multiline: bool, limit: int) -> Iterator[str | LongLine]:
     """Yield the rows of a range as text, without line ends. The layout of the range may still lack column names."""
-    quoting = _Quoting(part.layout.delimiter.encode(), b'"', part.layout.escape.encode())
+    quoting = _Quoting(*(text.encode() for text in (part.layout.delimiter, part.layout.quote, part.layout.escape)))
     lines = range_lines(part, limit)
     for row in _join_quoted(lines, quoting, None if multiline else part.layout.separator, limit):
         yield row if isinstance(row, LongLine) else line_text(row)
@@ -87,7 +87,7 @@ def _lines(part: Range, limit: int) -> Iterator[tuple[str | LongLine, bool]]:
     The lines shortly before and after the range are read too, so that the result does not depend on the borders of
     ranges. A quote that is never closed affects only its own line.
     """
-    quoting = _Quoting(part.layout.delimiter, '"', part.layout.escape)
+    quoting = _Quoting(part.layout.delimiter, part.layout.quote, part.layout.escape)
     rows = _rows_near(part, limit)
     waiting: deque[tuple[int, str | LongLine]] = deque()
     broken = 0
@@ -132,8 +132,8 @@ def _count_broken(following: Iterable[str | LongLine], quoting: _Quoting[str]) -
         size += len(row) if isinstance(row, str) else row.size
         if isinstance(row, LongLine) or count > MAX_BROKEN_LINES or size > NEAR_BYTES:
             return 0
-        inside = f'" {row}'
-        if split_line(inside, quoting.delimiter, quoting.escape) is not None:
+        inside = f"{quoting.quote} {row}"
+        if split_line(inside, quoting.delimiter, quoting.escape, quoting.quote) is not None:
             return count
         if not _ends_in_quotes(inside, quoting, opened=False):
             return 0
@@ -189,7 +189,7 @@ def _join_quoted(
 def _ends_in_quotes(line: AnyStr, quoting: _Quoting[AnyStr], *, opened: bool) -> bool:
     """Return whether a line ends inside a quoted field. `opened` says whether the line begins inside a quoted field."""
     delimiter, quote, escape = quoting
-    if not opened and quote not in line:
+    if not quote or (not opened and quote not in line):
         return False
     at = 0
     while True:
@@ -207,8 +207,10 @@ def _ends_in_quotes(line: AnyStr, quoting: _Quoting[AnyStr], *, opened: bool) ->
             at = end + len(delimiter)
 
 
-def split_line(line: str, delimiter: str = ",", escape: str = "") -> list[str] | None:
+def split_line(line: str, delimiter: str = ",", escape: str = "", quote: str = '"') -> list[str] | None:
     """Split a row into fields by RFC 4180. Return None if the quotes of the row are wrong.
+
+    If `quote` is empty, every delimiter separates two fields, and quotes are ordinary characters.
 
     In a quoted field, the escape character (which Spark uses in CSV files) precedes a quote or another escape
     character. In a field without quotes, the escape character has no special meaning.
@@ -217,27 +219,29 @@ def split_line(line: str, delimiter: str = ",", escape: str = "") -> list[str] |
     quotes. However, a field that ends with a lone quote after a letter is wrong, because such a field is probably the
     end of a quoted field that began in an earlier line. A quote after a number means inches.
     """
+    if not quote:
+        return line.split(delimiter)
     fields, at = [], 0
     while True:
-        if line.startswith('"', at):
-            end = _find_closing_quote(line, at + 1, '"', escape)
+        if line.startswith(quote, at):
+            end = _find_closing_quote(line, at + 1, quote, escape)
             if end < 0 or not (end + 1 == len(line) or line.startswith(delimiter, end + 1)):
                 return None
-            fields.append(_unescape(line[at + 1 : end], escape))
+            fields.append(_unescape(line[at + 1 : end], escape, quote))
             at = end + 2
         else:
             end = line.find(delimiter, at)
             fields.append(line[at:] if end < 0 else line[at:end])
-            if _ends_quotes(fields[-1]):
+            if _ends_quotes(fields[-1], quote):
                 return None
             at = end + 1 if end >= 0 else len(line) + 1
         if at > len(line):
             return fields
 
 
-def _ends_quotes(field: str) -> bool:
+def _ends_quotes(field: str, quote: str) -> bool:
     """Return whether a field without an opening quote is the end of a quoted field that began in an earlier line."""
-    return field.endswith('"') and field.count('"') % 2 == 1 and not field[-2].isnumeric()
+    return field.endswith(quote) and field.count(quote) % 2 == 1 and not field[-2].isnumeric()
 
 
 def _find_closing_quote(line: AnyStr, start: int, quote: AnyStr, escape: AnyStr) -> int:
@@ -257,16 +261,21 @@ def _find_closing_quote(line: AnyStr, start: int, quote: AnyStr, escape: AnyStr)
     return end
 
 
-def _unescape(text: str, escape: str) -> str:
+def _unescape(text: str, escape: str, quote: str) -> str:
     """Return the value of a quoted field, given the text between the opening and the closing quote."""
     if not escape:
-        return text.replace('""', '"')
-    return re.sub(f'{re.escape(escape)}([{re.escape(escape)}"])|"(")', r"\1\2", text)
+        return text.replace(2 * quote, quote)
+    escape, quote = re.escape(escape), re.escape(quote)
+    return re.sub(f"{escape}({escape}|{quote})|{quote}({quote})", r"\1\2", text)
 
 
-def _malformed(file: str, names: Sequence[str], raw: str) -> Record:
-    detail = (
-        f"not {len(names)} columns as in the header, or wrong quotes "
-        '(line breaks inside quotes need data.source.multiline, and \\" needs data.source.escape)'
-    )
+def _malformed(file: str, names: Sequence[str], raw: str, values: Sequence[str] | None) -> Record:
+    """Return the record of a row that does not fit the header. `values` is None if the quotes of the row are wrong."""
+    if values is None:
+        detail = (
+            "wrong quotes (line breaks inside quotes need data.source.multiline, \\\" needs data.source.escape, and a "
+            "file in which quotes are ordinary characters needs data.source.quote=null)"
+        )
+    else:
+        detail = f"{len(values)} fields, but the header of the file has {len(names)} columns"
     return Record(file, dict.fromkeys(names), raw, Problem("malformed_record", detail))

@@ -51,6 +51,7 @@ class Layout(NamedTuple):
         names: column names of a CSV file.
         delimiter: character between the fields of a CSV file.
         escape: character that precedes a quote inside a quoted CSV field; empty if two quotes stand for one quote.
+        quote: character before and after a CSV field that may contain delimiters; empty if no field is quoted.
         whole: whether the file is read as one range, because it is compressed or its rows may contain line ends.
         problem: reason for which no row of the file can be read, or None.
     """
@@ -60,6 +61,7 @@ class Layout(NamedTuple):
     names: tuple[str, ...] = ()
     delimiter: str = ","
     escape: str = ""
+    quote: str = '"'
     whole: bool = False
     problem: str | None = None
 
