@@ -164,6 +164,7 @@ def test_neither_more_ranks_nor_smaller_microbatches_nor_fsdp_change_the_losses_
     assert list(launched.temporary.glob(f"{COPIES}/lock")), "the run with cache_gib copied its shards"
 
 
+@pytest.mark.matrix
 def test_a_training_with_ddp_can_be_continued_with_fsdp_and_vice_versa(launched: Launched, tmp_path: Path) -> None:
     ddp, fsdp = launched.two_ranks["ddp"], launched.two_ranks["fsdp"]
     crossed = {

@@ -40,6 +40,7 @@ def version(laptop: Platform, tmp_path_factory: pytest.TempPathFactory) -> regis
     return register_random(laptop, tmp_path_factory.mktemp("registered"), CONFIG)
 
 
+@pytest.mark.matrix
 def test_a_served_version_captions_base64_pictures_over_rest_from_many_clients_at_once(
     laptop: Platform, version: registry.ModelVersion, tmp_path: Path
 ) -> None:

@@ -256,6 +256,7 @@ def test_rows_with_errors_are_captioned_again_with_option_retry_errors_and_too_m
     assert {number for number, row in stored(spark, platform, model).items() if row["error"]} == {"2"}
 
 
+@pytest.mark.matrix
 def test_after_a_cancelled_caption_job_two_concurrent_caption_jobs_write_each_caption_only_once(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

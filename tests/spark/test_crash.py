@@ -21,6 +21,7 @@ def config(path: Path) -> DataConfig:
     return data.model_copy(update={"limits": CrashingLimits(max_decode_seconds=1.5)})
 
 
+@pytest.mark.matrix
 def test_a_picture_that_crashes_or_hangs_its_decoder_is_quarantined_at_ingest_and_named_in_the_shard_error(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:

@@ -255,6 +255,7 @@ def test_a_picture_is_removed_if_the_input_lacks_the_picture_or_one_of_its_texts
     assert sorted(row["image_id"] for row in found) == ["deleted", "one text", "picture", "text"]
 
 
+@pytest.mark.matrix
 def test_an_ingest_makes_a_new_plan_after_a_conflict_and_two_concurrent_ingests_write_each_row_once(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:

@@ -240,6 +240,7 @@ def test_texts_of_a_csv_file_that_spark_wrote_are_ingested_unchanged(
     assert {text for row in rows_of(spark, platform, "samples", source) for text in texts(row)} == set(said)
 
 
+@pytest.mark.matrix
 def test_rows_of_50_megabytes_are_ingested_or_quarantined(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
@@ -254,6 +255,7 @@ def test_rows_of_50_megabytes_are_ingested_or_quarantined(
     assert json.loads(refused["payload"]) == {IMAGE: rows[2][0], TEXT: "large and bad"}
 
 
+@pytest.mark.matrix
 def test_for_random_rows_the_counts_in_the_ingest_report_equal_the_counts_of_a_simple_loop(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:

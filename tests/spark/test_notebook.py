@@ -25,6 +25,7 @@ def test_the_walkthrough_has_the_format_of_a_databricks_notebook() -> None:
     assert not re.search(r"^\s*(def|class) ", source, re.M), "the notebook calls the packages and defines nothing"
 
 
+@pytest.mark.matrix
 def test_the_walkthrough_runs_from_pictures_to_captions(
     platform: Platform, spark: SparkSession, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -168,10 +168,6 @@ def kill_at_random_moments(platform: Platform, kind: Kind, kills: int) -> None:
         check_and_complete(platform, kind)
 
 
-def test_aliases_are_consistent_after_a_kill_at_a_random_moment(laptop: Platform) -> None:
-    kill_at_random_moments(laptop, "promote", 1)
-
-
 @pytest.mark.faults
 @pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["promote", "rollback"])

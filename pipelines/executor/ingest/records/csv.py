@@ -273,7 +273,7 @@ def _malformed(file: str, names: Sequence[str], raw: str, values: Sequence[str] 
     """Return the record of a row that does not fit the header. `values` is None if the quotes of the row are wrong."""
     if values is None:
         detail = (
-            "wrong quotes (line breaks inside quotes need data.source.multiline, \\\" needs data.source.escape, and a "
+            'wrong quotes (line breaks inside quotes need data.source.multiline, \\" needs data.source.escape, and a '
             "file in which quotes are ordinary characters needs data.source.quote=null)"
         )
     else:
