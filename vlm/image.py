@@ -34,6 +34,7 @@ from vlm.picture.colours import to_rgb
 from vlm.picture.jpeg_end import decode_without_end
 from vlm.picture.metadata import split_metadata
 from vlm.picture.orientation import ORIENTATION_TAG, turn_upright
+from vlm.picture.undecodable import describe_undecodable
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF")
 
@@ -61,6 +62,11 @@ UNSUPPORTED_SIGNATURES = (
 """First bytes and names of common formats that Pillow does not identify.
 
 The formats HEIF and AVIF are not in this list, because `_claimed_format` recognises them by their ISO media brand."""
+MEDIA_BRANDS = {
+    **dict.fromkeys((b"avif", b"avis"), "AVIF"),
+    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIF"),
+}
+"""Names of the picture formats that consist of ISO media boxes, by brand."""
 
 URL_SAFE = str.maketrans("-_", "+/")
 DATA_URL = re.compile(r"data:[^,]{0,1000};\s*base64\s*,", re.IGNORECASE)
@@ -158,6 +164,8 @@ def open_image(
     except (ImageError, MemoryError):  # a lack of memory is not a defect of the picture
         raise
     except Exception as error:  # decoders raise many types of errors for damaged files
+        if format_ == "JPEG" and (found := describe_undecodable(format_, file.data)):
+            raise ImageError("unsupported_format", found) from error
         raise ImageError("truncated_image", f"{format_}: {_sentence(error)}") from error
     return image, ImageInfo(format_, *image.size)
 
@@ -293,19 +301,25 @@ def _open_header(data: bytes) -> Image.Image:
     """Identify the format of a picture and read its header, without decoding the pixels."""
     try:
         return Image.open(io.BytesIO(data), formats=load_decoders())
-    except UnidentifiedImageError:
-        claimed = _claimed_format(data)
-        if claimed in load_decoders():
-            raise ImageError("truncated_image", f"starts like {claimed}, its header cannot be read") from None
-        if claimed:
-            raise ImageError("unsupported_format", f"{claimed}, not one of {', '.join(FORMATS)}") from None
-        raise ImageError("not_an_image", f"{len(data)} bytes starting {data[:8]!r}") from None
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", _sentence(error)) from None
     except MemoryError:
         raise
     except Exception as error:  # header parsers raise many types of errors for damaged files
-        raise ImageError("truncated_image", f"header: {_sentence(error)}") from error
+        raise _header_error(data, error) from error
+
+
+def _header_error(data: bytes, error: Exception) -> ImageError:
+    """Return the error for a file whose header Pillow cannot read."""
+    claimed = _claimed_format(data)
+    if claimed in load_decoders():
+        if found := describe_undecodable(claimed, data):
+            return ImageError("unsupported_format", found)
+        cause = "its header cannot be read" if isinstance(error, UnidentifiedImageError) else _sentence(error)
+        return ImageError("truncated_image", f"starts like {claimed}, {cause}")
+    if claimed:
+        return ImageError("unsupported_format", f"{claimed}, not one of {', '.join(FORMATS)}")
+    return ImageError("not_an_image", f"{len(data)} bytes starting {data[:8]!r}")
 
 
 @lru_cache(maxsize=1)
@@ -323,13 +337,14 @@ def _claimed_format(data: bytes) -> str | None:
     """Return the name of the format whose signature matches the first bytes, or None if no signature matches."""
     start = data[:16].ljust(16, b"\0")  # Pillow's signature tests do not check the length of the data
     if start[4:8] == b"ftyp":
-        return {b"avif": "AVIF", b"avis": "AVIF"}.get(start[8:12], "HEIF")
+        return MEDIA_BRANDS.get(start[8:12], "an ISO media file, such as MP4")
     for signature, name in UNSUPPORTED_SIGNATURES:
         if start.startswith(signature):
             return name
     for name, (_, accept) in Image.OPEN.items():
         if accept is not None and accept(start) is True:
-            return name
+            # Pillow has no signature of TGA, whose header looks like that of a CUR file with 0 cursors.
+            return "TGA" if name == "CUR" and start[4:6] == b"\0\0" else name
     return None
 
 

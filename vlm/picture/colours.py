@@ -3,7 +3,7 @@
 Samples of 16 bits are scaled to 8 bits. Cameras, microscopes and X-ray detectors store 8, 10 or 12 bits in samples of
 16 bits without scaling them, so that the pictures are almost black. If the largest sample of a picture fits in 8, 10
 or 12 bits, the samples are scaled from the smallest of these widths that fits. All other pictures are scaled from 16
-bits.
+bits. The same holds for the palettes of TIFF pictures, whose values have 16 bits, but were 8 bits in old programs.
 
 Pictures are converted in bands of rows, because a conversion needs several times the memory of its band. Decoding a
 picture of 64 megapixels needs 0.6 GB.
@@ -16,11 +16,12 @@ from functools import partial
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from vlm.errors import ImageError
 
 GREY_16_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
+TIFF_PALETTE = 320
 BAND_PIXELS = 2**22
 """Number of pixels that are converted at once."""
 Box = tuple[int, int, int, int]
@@ -47,6 +48,8 @@ def to_rgb(image: Image.Image, data: bytes) -> Image.Image:
         raise ImageError("unsupported_format", f"mode {image.mode}: 32 bits a sample have no agreed range")
     if image.format == "PNG" and data[24:26] in {b"\x10\x02", b"\x10\x06"}:
         image = _scale_colours(image, data)
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.mode in ("P", "PA"):
+        _widen_palette(image)
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     bands = row_bands(image.size)
@@ -58,6 +61,16 @@ def to_rgb(image: Image.Image, data: bytes) -> Image.Image:
     for band in bands:
         rgb.paste(convert(image.crop(band)), band)
     return rgb
+
+
+def _widen_palette(image: TiffImagePlugin.TiffImageFile) -> None:
+    """Correct the palette of a TIFF picture whose colours have values from 0 to 255 instead of 0 to 65535.
+
+    Old programs wrote such palettes. Pillow keeps only the upper 8 bits of each value, so every colour becomes black.
+    """
+    colours = image.tag_v2.get(TIFF_PALETTE, ())
+    if colours and max(colours) < 2**8:
+        image.putpalette(bytes(colours), "RGB;L")
 
 
 def _used_bits(largest: int) -> int:

@@ -80,6 +80,15 @@ def read_ledger_of_files(table: DeltaTable, source: str, rules: str) -> pa.Table
     return select_last_versions(rows, rules)
 
 
+def has_other_rules(spark: SparkSession, platform: Platform, source: str, rules: str) -> bool:
+    """Return whether items of a source were ingested with settings other than those whose hash is `rules`."""
+    if (opened := open_on_disk(platform, INGESTED)) is not None:
+        other = (pc.field("source") == source) & (pc.field("rules") != rules)
+        return bool(arrow_dataset(opened).head(1, columns=["rules"], filter=other).num_rows)
+    rows = rows_of_source(spark, platform, INGESTED.name, source)
+    return not rows.filter(F.col("rules") != rules).isEmpty()
+
+
 def select_last_versions(entries: pa.Table, rules: str) -> pa.Table:
     """Return the ITEMS that were ingested with the settings `rules`.
 

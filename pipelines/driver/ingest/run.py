@@ -20,6 +20,7 @@ import time
 from functools import partial
 
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
 
 from pipelines.config import DataConfig
 from pipelines.driver.delta.retry import retry_on_conflict
@@ -29,6 +30,7 @@ from pipelines.driver.ingest.ledger import (
     LedgerEntry,
     append_to_ledger,
     delete_from_ledger,
+    has_other_rules,
     hash_rules,
     items_table,
     read_ledger,
@@ -40,7 +42,7 @@ from pipelines.driver.ingest.table_rows import count_rows, rows_of_source
 from pipelines.driver.ingest.texts.write import write_texts
 from pipelines.driver.ingest.totals import IngestReport, Written, check_totals, describe_passed_over, table_of_source
 from pipelines.formats.table_schema import Table
-from pipelines.formats.tables import QUARANTINE, TEXTS
+from pipelines.formats.tables import QUARANTINE, SAMPLES, TEXTS
 from pipelines.platform import Platform
 
 logger = logging.getLogger(__name__)
@@ -97,6 +99,8 @@ def ingest(
         **describe_passed_over(source.passed_over),
         unreadable_files=written.unreadable,
     )
+    if report.new and table is SAMPLES and not refresh and has_other_rules(spark, platform, source_name, rules):
+        _warn_of_other_ids(spark, platform, source_name)
     check_totals(report, config)
     if source.rows:  # not reached if the check fails, so the next ingest reads these items again
         entry = LedgerEntry(source_name, rules, source.ingest_id)
@@ -113,3 +117,21 @@ def _start_refresh(spark: SparkSession, platform: Platform, table: Table, name: 
     )
     retry_on_conflict(partial(delete_from_ledger, spark, platform, name))
     return replaced
+
+
+def _warn_of_other_ids(spark: SparkSession, platform: Platform, name: str) -> None:
+    """Warn if pictures with equal bytes were stored under different ids by ingests with different settings.
+
+    For example, the config names an id column since the last ingest. The pictures of the earlier ingest stay in
+    `samples`, and may be in another split than the new pictures.
+    """
+    pictures = rows_of_source(spark, platform, SAMPLES.name, name).groupBy("sha256")
+    times = pictures.agg(F.min("ingested_at").alias("first"), F.max("ingested_at").alias("last"))
+    count = times.filter("first < last").count()
+    if count:
+        logger.warning(
+            "%d pictures of %s are in samples under several ids, because the settings of the source have changed since "
+            "an earlier ingest. To replace all pictures of the source, run `lakesight ingest --refresh`",
+            count,
+            name,
+        )

@@ -22,6 +22,13 @@ MAGIC = {
     "zstd": rb"\x28\xb5\x2f\xfd",
 }
 """Pattern of the first bytes of each kind of compressed file."""
+ARCHIVES = {
+    (0, b"PK\x03\x04"): "a ZIP archive",
+    (0, b"7z\xbc\xaf"): "a 7z archive",
+    (0, b"Rar!"): "a RAR archive",
+    (257, b"ustar"): "a tar",
+}
+"""Kind of archive for each signature (position, bytes). All archives of the kind have these bytes at this position."""
 SKIPPABLE_FRAME = b"\x2a\x4d\x18"
 """Bytes 2 to 4 of a skippable zstd frame. Parallel compressors begin a file with a skippable frame."""
 XZ_MEMORY = 128 * 2**20
@@ -35,6 +42,11 @@ def compression_of(start: bytes) -> str | None:
     if start[1:4] == SKIPPABLE_FRAME and 0x50 <= start[0] <= 0x5F:
         return "zstd"
     return next((name for name, magic in MAGIC.items() if re.match(magic, start)), None)
+
+
+def archive_of(start: bytes) -> str | None:
+    """Return the kind of archive of a file that begins with the bytes `start`, or None if the file is no archive."""
+    return next((name for (at, magic), name in ARCHIVES.items() if start.startswith(magic, at)), None)
 
 
 @contextmanager

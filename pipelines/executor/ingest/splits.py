@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import PurePosixPath
 
-from pipelines.config import ColumnSplitConfig, HashSplitConfig, Split, SplitConfig
+from pipelines.config import PICTURE, ColumnSplitConfig, HashSplitConfig, Split, SplitConfig
 from pipelines.executor.ingest.outcome import Refused
 from pipelines.executor.ingest.records.record import Fields
 from pipelines.executor.ingest.values import is_missing, to_text, trim
@@ -95,5 +95,6 @@ def require_field(fields: Fields, column: str) -> object:
     """
     value = fields.get(column)
     if is_missing(value):
-        raise Refused("decode", "missing_field", f"column {column} is empty")
+        detail = "the row has no picture" if column == PICTURE else f"column {column} is empty"
+        raise Refused("decode", "missing_field", detail)
     return value

@@ -10,7 +10,7 @@ import codecs
 import io
 from typing import IO, Any, cast
 
-from pipelines.executor.ingest.compression import compression_of, decompress
+from pipelines.executor.ingest.compression import archive_of, compression_of, decompress
 from pipelines.executor.ingest.encoding import encoding_of
 from pipelines.executor.ingest.storage import open_binary
 
@@ -19,13 +19,6 @@ HEAD_BYTES = 1024
 MAX_LAYERS = 3
 """Largest number of nested compressions. A web server may compress a file that is already compressed."""
 PIECE_BYTES = 64 * 2**10
-ARCHIVES = {
-    (0, b"PK\x03\x04"): "a ZIP archive",
-    (0, b"7z\xbc\xaf"): "a 7z archive",
-    (0, b"Rar!"): "a RAR archive",
-    (257, b"ustar"): "a tar",
-}
-"""Kind of archive for each signature (position, bytes). All archives of the kind have these bytes at this position."""
 
 
 def is_plain(start: bytes) -> bool:
@@ -63,9 +56,8 @@ class _TextStream(io.BufferedReader):
                 break
             stream = decompress(stream, start)
         stream, start = _peek(stream)
-        for (at, magic), name in ARCHIVES.items():
-            if start.startswith(magic, at):
-                raise EOFError(f"the file is {name}: unpack it")
+        if archive := archive_of(start):
+            raise EOFError(f"the file is {archive}: unpack it")
         encoding, mark = encoding_of(start)
         stream.read(mark)
         super().__init__(_Recoded(stream, encoding) if encoding != "utf-8" else _Joined(b"", stream), PIECE_BYTES)

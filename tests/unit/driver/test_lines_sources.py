@@ -346,3 +346,16 @@ def test_an_integer_of_any_length_in_a_coco_document_does_not_stop_the_reader(tm
 def test_a_coco_document_must_contain_the_lists_images_and_annotations(tmp_path: Path, document: object) -> None:
     with pytest.raises(ValueError, match="without the lists"):
         coco(tmp_path, document)
+
+
+def test_an_image_or_annotation_of_a_coco_document_that_is_no_object_becomes_a_refused_row(tmp_path: Path) -> None:
+    image = {"id": 1, "file_name": "a.png"}
+    annotation = {"image_id": 1, "caption": "one"}
+    records = coco(tmp_path, {"images": [image, 7], "annotations": [annotation, "text", None]})
+    refused = [(record.raw, record.problem) for record in records if record.problem]
+    assert refused == [
+        (raw, Problem("malformed_record", f"an {raw.partition(':')[0]} that is not a JSON object"))
+        for raw in ("image: 7", "annotation: text", "annotation: null")
+    ]
+    [read] = [record for record in records if not record.problem]
+    assert (read.fields["id"], read.fields["said"]) == ("1", ["one"])

@@ -124,3 +124,31 @@ def test_a_picture_file_is_read_only_once_for_any_number_of_rows_that_name_this_
         pictures.append(record.fields[PICTURE])
     assert pictures == [b"bytes"] * captions
     assert read_picture(tmp_path, "a.png").fields[PICTURE] == b"other"
+
+
+def test_an_empty_picture_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    assert read_picture(tmp_path, "a.png").problem == Problem("missing_field", "the picture file 'a.png' is empty")
+
+
+def test_the_problem_of_a_missing_picture_names_a_file_whose_name_differs_only_in_case(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "UPPER.JPG").write_bytes(b"p")
+
+    def read(_: Iterator[pa.RecordBatch]) -> Iterator[Record]:
+        yield from (Record("captions.csv", {"file_name": name}) for name in ("upper.jpg", "train/upper.jpg"))
+
+    for record in folder_records(iter(()), read, str(tmp_path), "file_name", max_bytes=100, subfolder="train"):
+        assert record.problem is not None
+        assert record.problem.detail.endswith("did you mean 'UPPER.JPG'?")
+
+
+def test_the_picture_of_a_refused_row_counts_as_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"p")
+
+    def read(_: Iterator[pa.RecordBatch]) -> Iterator[Record]:
+        yield Record("captions.csv", {"file_name": "a.png"}, problem=Problem("malformed_record", "x"))
+
+    [batch] = list_captions(iter(()), read, str(tmp_path / "captions.csv"), str(tmp_path), "file_name")
+    [row] = batch.to_pylist()
+    assert (row["picture"], row["state"]) == (str(tmp_path / "a.png"), NO_PICTURE)

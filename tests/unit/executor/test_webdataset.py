@@ -25,6 +25,7 @@ import json
 import lzma
 import os
 import tarfile
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -89,7 +90,9 @@ def test_tar_members_with_the_same_key_form_one_row(tmp_path: Path) -> None:
     assert second.fields == {"__key__": "in/b", **picture, "txt": "caf\u00e9", "png": b"other"}
     assert third.fields == {"__key__": "in/c", "__member__": None, PICTURE: None, "json.n": [1]}
     assert {record.file for record in (first, second, third)} == {"x.tar"}
-    assert [record.problem for record in (second, third)] == [None] * 2
+    assert second.problem is None
+    assert third.problem is not None
+    assert third.problem.reason == "missing_field"
     assert first.problem == Problem(
         "missing_field", "no picture, but 1.png: an extension begins at the first dot of a name"
     )
@@ -117,6 +120,27 @@ def test_a_problem_of_a_tar_member_affects_only_the_row_of_this_member(
     assert bad.problem is not None
     assert bad.problem.reason == reason
     assert good == Record("x.tar", {"__key__": "b", "__member__": "b.png", PICTURE: b"p"})
+
+
+def test_the_problem_of_a_row_without_a_picture_names_the_members_of_the_row(tmp_path: Path) -> None:
+    [record] = rows_of(write_tar(tmp_path / "x.tar", {"a.jfif": b"p", "a.txt": b"x"}))
+    assert record.problem is not None
+    assert record.problem.reason == "missing_field"
+    assert record.problem.detail.endswith("names no extension of the row, which has jfif, txt")
+
+
+def test_an_archive_or_a_second_compression_under_the_name_of_a_tar_is_named(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "zip.tar", "w") as archive:
+        archive.writestr("a.png", b"p")
+    write_tar(tmp_path / "once.tar.gz", ROWS, "w:gz")
+    (tmp_path / "twice.tar").write_bytes(gzip.compress((tmp_path / "once.tar.gz").read_bytes()))
+    details = []
+    for name in ("zip.tar", "twice.tar"):
+        [record] = rows_of(tmp_path / name)
+        assert record.problem is not None
+        details.append(record.problem.detail)
+    assert "the file is a ZIP archive: unpack it" in details[0]
+    assert "the content is compressed a second time (gzip)" in details[1]
 
 
 @pytest.mark.parametrize("content", [b"[1]", b"null", b"", b"{cut", b"7", b"\xff"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import io
+import re
 import struct
 import zlib
 from urllib.parse import unquote
@@ -12,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import as_base64, encoded, picture, png
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from vlm.config import ImageConfig
 from vlm.errors import IMAGE_REASONS, ImageError
@@ -125,6 +127,58 @@ def test_a_picture_of_any_mode_or_transparency_decodes_to_the_visible_colour(
 
 def test_a_picture_with_float_pixels_is_rejected_as_an_unsupported_format() -> None:
     assert rejection(encoded(Image.new("F", (8, 8), 0.5), "TIFF")) == "unsupported_format"
+
+
+def float_tiff() -> bytes:
+    """Return a TIFF of three floating-point samples per pixel, which Pillow cannot read."""
+    pixels = np.full((8, 8, 3), 0.5, np.float32).tobytes()
+    entries = {256: (3, 1, 8), 257: (3, 1, 8), 258: (3, 1, 32), 259: (3, 1, 1), 262: (3, 1, 2), 277: (3, 1, 3)}
+    entries |= {278: (3, 1, 8), 279: (4, 1, len(pixels)), 339: (3, 1, 3)}
+    start = 8 + 2 + 12 * (len(entries) + 1) + 4
+    entries[273] = (4, 1, start)
+    listed = b"".join(struct.pack("<HHII", tag, *entries[tag]) for tag in sorted(entries))
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + listed + bytes(4) + pixels
+
+
+@pytest.mark.parametrize(
+    ("data", "detail"),
+    [
+        (float_tiff(), "TIFF with 3 samples per pixel (floating-point, 32 bits each), compression 1 (raw)"),
+        (re.sub(rb"(?s)(\xff\xc0..)\x08", b"\\1\x0c", encoded(picture(1), "JPEG")), "JPEG with 12 bits per sample"),
+        (
+            encoded(picture(1), "JPEG").replace(b"\xff\xc0", b"\xff\xc3", 1),
+            "JPEG with a lossless or hierarchical frame",
+        ),
+        (b"\0\0\2\0" + bytes(8) + b"\x08\0\x08\0\x18\0" + bytes(200), "TGA"),
+        (b"\0\0\0\x18ftypmp42" + bytes(20), "an ISO media file"),
+    ],
+    ids=["float TIFF", "12-bit JPEG", "lossless JPEG", "TGA", "MP4"],
+)
+def test_a_complete_picture_that_cannot_be_decoded_is_refused_with_what_it_is(data: bytes, detail: str) -> None:
+    with pytest.raises(ImageError) as caught:
+        opened(data)
+    assert (caught.value.reason, caught.value.detail[: len(detail)]) == ("unsupported_format", detail)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.99])
+def test_a_truncated_file_of_pixels_that_cannot_be_decoded_is_refused_as_truncated(share: float) -> None:
+    data = float_tiff()
+    assert rejection(data[: int(len(data) * share)]) == "truncated_image"
+
+
+def test_a_tiff_palette_of_8_bit_values_gives_the_same_colours_as_a_palette_of_16_bit_values() -> None:
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    palette = Image.fromarray(grey).convert("P")
+    palette.putpalette(bytes(value for level in range(256) for value in (level, level, 255 - level)))
+    data = encoded(palette, "TIFF")
+    directory = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
+    file = io.BytesIO(data)
+    file.seek(directory.next)
+    directory.load(file)
+    wide = directory[320]
+    narrow = data.replace(struct.pack(f"<{len(wide)}H", *wide), struct.pack(f"<{len(wide)}H", *(v >> 8 for v in wide)))
+    assert narrow != data
+    assert np.array_equal(opened(narrow)[0], opened(data)[0])
 
 
 def test_a_jpeg_decoded_at_reduced_size_is_no_smaller_than_requested_and_hardly_differs() -> None:

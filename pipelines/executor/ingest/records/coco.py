@@ -42,14 +42,15 @@ def coco_records(path: str, file: str, columns: ColumnNames) -> Iterator[Record]
     images, annotations = (document.get(k) if isinstance(document, dict) else None for k in ("images", "annotations"))
     if not isinstance(images, list) or not isinstance(annotations, list):
         raise ValueError("a file without the lists images and annotations")
+    yield from _malformed(file, columns, "image", images)
+    yield from _malformed(file, columns, "annotation", annotations)
     captions: dict[str | None, list[Any]] = defaultdict(list)
-    for annotation in annotations:
-        fields = annotation if isinstance(annotation, dict) else {}
-        said = captions[_to_id(fields.get("image_id"))]
-        caption = fields.get("caption")
+    for annotation in filter(_is_object, annotations):
+        said = captions[_to_id(annotation.get("image_id"))]
+        caption = annotation.get("caption")
         said += [text for text in (caption if isinstance(caption, list) else [caption]) if not is_missing(text)]
     names: dict[str | None, set[str]] = defaultdict(set)
-    listed = [image if isinstance(image, dict) else {} for image in images]
+    listed = list(filter(_is_object, images))
     for fields in listed:
         names[_to_id(fields.get("id"))].add(_to_string(fields.get("file_name")))
     for fields in listed:
@@ -60,6 +61,18 @@ def coco_records(path: str, file: str, columns: ColumnNames) -> Iterator[Record]
         yield record
     for image_id in captions.keys() - (names.keys() - {None}):
         yield _record(file, columns, image_id, {}, captions[image_id])
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _malformed(file: str, columns: ColumnNames, kind: str, values: list[Any]) -> Iterator[Record]:
+    """Yield one refused record for each image or annotation that is not a JSON object."""
+    for value in values:
+        if not _is_object(value):
+            problem = Problem("malformed_record", f"an {kind} that is not a JSON object")
+            yield Record(file, dict.fromkeys(coco_columns(columns)), f"{kind}: {_to_string(value)}", problem)
 
 
 def _record(file: str, columns: ColumnNames, image_id: str | None, image: Fields, captions: list[Any] | None) -> Record:

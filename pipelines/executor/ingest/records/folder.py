@@ -16,7 +16,7 @@ from itertools import islice
 import pyarrow as pa
 
 from pipelines.config import PICTURE
-from pipelines.executor.ingest.records.pictures.files import PictureFile, find_file, read_file
+from pipelines.executor.ingest.records.pictures.files import HINT, PictureFile, find_file, read_file
 from pipelines.executor.ingest.records.record import Problem, Read, Record
 from pipelines.executor.ingest.storage import printable
 
@@ -94,12 +94,11 @@ def _caption_row(record: Record, captions: str, folder: str, column: str) -> dic
     row = _record_row(record)
     row_hash = sha256(str(record.raw or row["fields"]).encode()).hexdigest()[:16]
     row |= {"item": f"{captions}#{row_hash}", "state": NO_PICTURE}
-    if record.problem:
-        return row
     found = _find_picture(folder, subfolder_of(captions, folder), record.fields.get(column))
     if isinstance(found, PictureFile):
-        row["state"] = change_token(found.status.st_size, found.status.st_mtime_ns // 1000)
         row["picture"] = printable(str(found.path))
+        if not record.problem:  # a refused row depends only on the captions file
+            row["state"] = change_token(found.status.st_size, found.status.st_mtime_ns // 1000)
     return row
 
 
@@ -157,5 +156,5 @@ def _find_picture(folder: str, subfolder: str, name: object) -> PictureFile | Pr
     found = find_file(folder, name)
     if isinstance(found, Problem) and subfolder:
         beside = find_file(folder, f"{subfolder}/{name}")
-        return beside if isinstance(beside, PictureFile) else found
+        return beside if isinstance(beside, PictureFile) or HINT in beside.detail else found
     return found

@@ -12,6 +12,8 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from typing import IO, NamedTuple
 
+from pipelines.executor.ingest.compression import archive_of, compression_of
+
 BLOCK = tarfile.BLOCKSIZE
 CHUNK = 1 << 20
 HEADER_BYTES = 1 << 20
@@ -57,6 +59,7 @@ class TarReader:
         self._file = file
         self._left = 0  # number of bytes from the position in the file to the next header
         self._is_closed = False  # whether the last block was an end mark
+        self._is_start = True  # whether no header has been read yet
 
     def __iter__(self) -> Iterator[Member | None]:
         """Yield the members of each tar, and None at the end mark of each tar.
@@ -104,14 +107,23 @@ class TarReader:
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
-            what = "bytes that are no tar follow its end mark" if self._is_closed else f"damaged header: {error}"
-            raise tarfile.ReadError(what) from None
+            raise tarfile.ReadError(self._describe_damage(block, error)) from None
         if header.size < 0:
             raise tarfile.ReadError(f"damaged header: {header.size} bytes")
-        self._is_closed = False
+        self._is_closed = self._is_start = False
         self._left = -(-header.size // BLOCK) * BLOCK
         _skip_sparse_map(self._file, block)
         return header
+
+    def _describe_damage(self, block: bytes, error: tarfile.HeaderError) -> str:
+        """Describe a block that is not a header of a tar."""
+        if self._is_closed:
+            return "bytes that are no tar follow its end mark"
+        if self._is_start and (kind := archive_of(block)):
+            return f"the file is {kind}: unpack it, and write its files into a tar"
+        if self._is_start and (compression := compression_of(block)):
+            return f"the content is compressed a second time ({compression}): decompress it once"
+        return f"damaged header: {error}"
 
     def _read_attributes(self, header: tarfile.TarInfo) -> dict[str, str] | str:
         """Return the attributes of the next member from an extended header, or the problem of the next member."""

@@ -230,6 +230,10 @@ class _TarRow:
         elif alike and not any(extension in self._limits.images for extension in alike):
             detail = f"no picture, but {', '.join(alike[:3])}: an extension begins at the first dot of a name"
             self._refuse("missing_field", detail)
+        elif not any(extension in self._limits.images for extension in self._members):
+            names = ", ".join(list(self._members)[:5])
+            detail = f"no picture: data.source.columns.image names no extension of the row, which has {names}"
+            self._refuse("missing_field", detail)
 
 
 def _split_name(member: Member) -> re.Match[str] | None:

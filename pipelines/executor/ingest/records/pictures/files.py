@@ -24,6 +24,8 @@ from pipelines.executor.ingest.storage import require_damage
 
 LOCAL_URI = re.compile(r"(?:file:(?://(?:localhost)?)?|dbfs:)(/.*)", re.DOTALL | re.IGNORECASE)
 """Pattern of a URI of a local file, or of a file on a Volume."""
+HINT = ", did you mean "
+"""Words in the problem of a missing file whose folder has a file with a similar name."""
 MAX_LISTED = 200_000
 """Largest number of entries of a folder that are searched for a name in another Unicode form."""
 
@@ -85,6 +87,8 @@ def read_file(found: PictureFile, max_bytes: int) -> bytes | Problem:
     except OSError as error:
         return Problem("unreadable_file", require_damage(error))
     size = max(status.st_size, len(content))
+    if not size:
+        return Problem("missing_field", f"the picture file {found.path.name!r} is empty")
     return content if size <= max_bytes else Problem("too_large", f"{size} bytes; at most {max_bytes} are allowed")
 
 
@@ -165,7 +169,7 @@ def _find_entry(folder: Path, name: str) -> PictureFile | str:
     for other in alike:
         if unicodedata.normalize("NFC", other) == composed:
             return PictureFile(folder / other, (folder / other).lstat())
-    return f", did you mean {alike[0]!r}?" if alike else ""
+    return f"{HINT}{alike[0]!r}?" if alike else ""
 
 
 def _fold(name: str) -> str:
