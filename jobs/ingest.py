@@ -148,7 +148,7 @@ def _print_report(job: Job, report: FullReport) -> None:
     if report.unreadable_files:
         count = len(report.unreadable_files)
         shown = "; ".join(report.unreadable_files[:SHOWN_FILES])
-        job.output.line("", f"{count:,} files could only be read in part: {shown}")
+        job.output.line("", f"{count:,} files or pictures could not be read completely: {shown}")
     if report.removed:
         job.output.line("", f"{report.removed:,} pictures removed because their source rows were changed or deleted")
     if report.nothing_new:

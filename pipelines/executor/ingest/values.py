@@ -64,7 +64,8 @@ def to_text(value: object, what: str) -> str:
         what: description of the value for the error message, such as "column title".
 
     Raises:
-        Refused: with the reason malformed_record (the value is not a text, number, date, time or UUID).
+        Refused: with the reason malformed_record (the value is an infinite number, or not a text, number, date, time or
+            UUID).
     """
     if is_missing(value):
         return ""
@@ -72,7 +73,14 @@ def to_text(value: object, what: str) -> str:
         return value.decode(errors="replace")
     if not isinstance(value, str | Number | np.generic | date | time | UUID):
         raise Refused("decode", "malformed_record", f"{what} holds a {type(value).__name__}, neither text nor number")
+    _require_finite(value, what)
     return replace_surrogates(str(value))
+
+
+def _require_finite(value: object, what: str) -> None:
+    """Refuse an infinite number. JSON writers store a missing number or an overflow as `Infinity` or `1e400`."""
+    if isinstance(value, float | np.floating | Decimal) and abs(value) == float("inf"):
+        raise Refused("decode", "malformed_record", f"{what} is an infinite number")
 
 
 def replace_surrogates(text: str) -> str:
@@ -128,6 +136,5 @@ def _to_integer(value: object) -> object:
         value = float(value)
     if not isinstance(value, float | Decimal):
         return value
-    if abs(value) == float("inf"):
-        raise Refused("decode", "malformed_record", "the id is an infinite number")
+    _require_finite(value, "the id")
     return int(value) if value == int(value) else value

@@ -152,3 +152,15 @@ def test_the_picture_of_a_refused_row_counts_as_named(tmp_path: Path) -> None:
     [batch] = list_captions(iter(()), read, str(tmp_path / "captions.csv"), str(tmp_path), "file_name")
     [row] = batch.to_pylist()
     assert (row["picture"], row["state"]) == (str(tmp_path / "a.png"), NO_PICTURE)
+
+
+@pytest.mark.parametrize("name", [7, 7.0, "7"])
+def test_a_number_names_the_file_with_the_digits_of_the_number(tmp_path: Path, name: object) -> None:
+    (tmp_path / "7").write_bytes(b"p")
+    assert read_picture(tmp_path, name).fields[PICTURE] == b"p"
+
+
+@pytest.mark.parametrize("name", [["a.png"], {"path": "a.png"}, 7.5])
+def test_a_value_that_is_neither_text_nor_integer_names_no_file(tmp_path: Path, name: object) -> None:
+    detail = f"a value of type {type(name).__name__} instead of the name of a file"
+    assert read_picture(tmp_path, name).problem == Problem("malformed_record", detail)

@@ -230,3 +230,11 @@ def test_stored_ids_are_normalised_and_have_a_limited_length_and_no_control_char
 def test_dates_and_uuids_are_converted_to_text() -> None:
     values = (dt.date(2024, 1, 2), dt.datetime(2024, 1, 2, 3), uuid.UUID(int=1))
     assert [to_text(value, "column x") for value in values] == [str(value) for value in values]
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), np.float32("inf"), Decimal("Infinity")])
+def test_an_infinite_number_is_neither_a_text_nor_an_id(value: object) -> None:
+    with pytest.raises(Refused, match="column x is an infinite number"):
+        to_text(value, "column x")
+    with pytest.raises(Refused, match="the id is an infinite number"):
+        normalize_id(value)

@@ -19,6 +19,7 @@ from pipelines.config import PICTURE
 from pipelines.executor.ingest.records.pictures.files import HINT, PictureFile, find_file, read_file
 from pipelines.executor.ingest.records.record import Problem, Read, Record
 from pipelines.executor.ingest.storage import printable
+from pipelines.executor.ingest.values import is_missing
 
 NO_PICTURE = "no picture"
 """Value of the column `state` of the table `ingested` for a row whose picture cannot be found."""
@@ -151,8 +152,13 @@ def subfolder_of(captions: str, folder: str) -> str:
 
 def _find_picture(folder: str, subfolder: str, name: object) -> PictureFile | Problem:
     """Find the picture file that a row names, first relative to `folder`, then relative to `folder/subfolder`."""
-    if not isinstance(name, str) or not name.strip():
+    if is_missing(name):
         return Problem("missing_field", "no file is named")
+    if isinstance(name, float) and name.is_integer():
+        name = int(name)
+    if not isinstance(name, str | int):
+        return Problem("malformed_record", f"a value of type {type(name).__name__} instead of the name of a file")
+    name = str(name)
     found = find_file(folder, name)
     if isinstance(found, Problem) and subfolder:
         beside = find_file(folder, f"{subfolder}/{name}")

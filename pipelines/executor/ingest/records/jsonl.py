@@ -42,7 +42,8 @@ def jsonl_range(part: Range, limit: int) -> Iterator[Record]:
         if text.strip():
             fields = parse_json_object(text)
             if isinstance(fields, Problem):
-                yield Record(part.file, {}, text, fields)
+                detail = f"{fields.detail}. Each line must be one JSON object (`jq -c '.[]'` converts a JSON array)"
+                yield Record(part.file, {}, text, fields._replace(detail=detail))
             else:
                 yield Record(part.file, add_partition(fields, part.partition))
 

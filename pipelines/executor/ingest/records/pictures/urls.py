@@ -209,7 +209,7 @@ def _fetch_web(root: str, path: str, max_bytes: int, deadline: float) -> bytes |
             if error.code in (404, 410):
                 return Problem("missing_field", f"{root} has no file {path!r}: status {error.code}")
             if error.code not in RETRIED or attempt == ATTEMPTS:
-                return Problem("unreadable_file", f"{url}: status {error.code} {error.reason}")
+                return Problem("unreadable_file", f"{url}: status {error.code} {' '.join(str(error.reason).split())}")
         except TimeoutError:
             raise
         except urllib.error.URLError as error:
