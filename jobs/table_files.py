@@ -64,7 +64,7 @@ def open_table(job: Job, name: str, version: int | None) -> DeltaTable:
         raise UserError(
             f"table {name!r} has no version {version}",
             where=latest.table_uri,
-            got=str(error).splitlines()[0],
+            got=str(error).splitlines()[0] if version < latest.version() else f"version {version}",
             fix=f"choose an earlier version: the latest version is {latest.version()}",
         ) from None
 

@@ -371,3 +371,22 @@ def test_the_texts_of_a_picture_keep_their_order_even_if_the_captions_file_is_lo
     stored = spark.table(platform.table(SAMPLES.name)).where(f"source = '{source}'").select("texts").collect()
     found = [[pair["text"] for pair in row["texts"]] for row in stored]
     assert sorted(found) == sorted(texts.values())
+
+
+@pytest.mark.matrix  # four Delta commits
+def test_pictures_that_are_stored_again_under_the_ids_of_a_new_id_column_are_reported(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [[f"key {n}", as_base64(png(n)), f"text {n}", "test" if n else "train"] for n in range(3)]
+    write_csv(tmp_path / "a.csv", rows, header=["key", "image", "text", "split"])
+    settings: dict[str, Any] = {"kind": "csv", "path": str(tmp_path / "a.csv")}
+    split = {"kind": "column"}
+    ingest(spark, platform, source, DataConfig.model_validate({"source": settings, "split": split}))
+    assert not [message for message in caplog.messages if "under several ids" in message]
+    config = DataConfig.model_validate({"source": settings | {"columns": {"id": "key"}}, "split": split})
+    report = ingest(spark, platform, source, config)
+    assert (report.new, sum(report.splits.values())) == (3, 6)
+    [message] = [message for message in caplog.messages if "under several ids" in message]
+    assert message.startswith(f"3 pictures of {source} are in samples under several ids")
+    refreshed = ingest(spark, platform, source, config, refresh=True)
+    assert sum(refreshed.splits.values()) == 3
