@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from deltalake import write_deltalake
-from pictures import as_base64, encoded, picture, png, write_csv
+from pictures import IMAGE, TEXT, as_base64, encoded, picture, png, write_csv
 from PIL import Image
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
@@ -378,7 +378,7 @@ def test_pictures_that_are_stored_again_under_the_ids_of_a_new_id_column_are_rep
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [[f"key {n}", as_base64(png(n)), f"text {n}", "test" if n else "train"] for n in range(3)]
-    write_csv(tmp_path / "a.csv", rows, header=["key", "image", "text", "split"])
+    write_csv(tmp_path / "a.csv", rows, header=["key", IMAGE, TEXT, "split"])
     settings: dict[str, Any] = {"kind": "csv", "path": str(tmp_path / "a.csv")}
     split = {"kind": "column"}
     ingest(spark, platform, source, DataConfig.model_validate({"source": settings, "split": split}))
