@@ -7,20 +7,15 @@ sections that `data.py`, `train.py` and `gate.py` define. The package never impo
 from pipelines.config.data import (
     PICTURE,
     ColumnNames,
-    ColumnSplitConfig,
     CsvSourceConfig,
     DataConfig,
-    FileSplitConfig,
     FolderSourceConfig,
-    HashSplitConfig,
     JsonlSourceConfig,
     LimitsConfig,
     ParquetSourceConfig,
     RowSourceBase,
     ShardConfig,
     SourceConfig,
-    Split,
-    SplitConfig,
     TableSourceConfig,
     TextSourceConfig,
     TextWeights,
@@ -40,6 +35,7 @@ from pipelines.config.run import (
     load_run,
     short_hash,
 )
+from pipelines.config.split import ColumnSplitConfig, FileSplitConfig, HashSplitConfig, Split, SplitConfig
 from pipelines.config.train import AugmentConfig, GroupConfig, OptimizerConfig, StageConfig, TrainConfig
 
 __all__ = [

@@ -1,8 +1,7 @@
 """Ingest stage: read a source into `samples` or `texts` and into `quarantine`, and account for every row.
 
-The function `ingest` is the same for pictures (`pictures.py`) and for plain text (`texts/write.py`), which differ only
-in how rows are decoded and written. An ingest is idempotent: a second run, a run after a crash, or a concurrent run
-adds nothing twice.
+Pictures (`pictures/write.py`) and plain text (`texts/write.py`) differ only in how rows are decoded and written. An
+ingest is idempotent: a second run, a run after a crash, or a concurrent run adds nothing twice.
 
 - The id of a row contains a hash of the content of the row, so the row has the same id in every ingest.
 - The plan looks up what the tables already contain. If the input has no new content, the ingest writes to no table and
@@ -35,7 +34,7 @@ from pipelines.driver.ingest.ledger import (
     items_table,
     read_ledger,
 )
-from pipelines.driver.ingest.pictures import write_pictures
+from pipelines.driver.ingest.pictures.write import write_pictures
 from pipelines.driver.ingest.sources.open import open_source
 from pipelines.driver.ingest.sources.source import Source
 from pipelines.driver.ingest.table_rows import count_rows, rows_of_source
