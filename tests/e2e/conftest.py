@@ -1,10 +1,16 @@
-"""Spark session of the slow tests in this folder. Its executors are processes. `make test` never opens this session."""
+"""Spark session of the slow tests in this folder, and a finished home folder.
+
+The executors of the session are processes. `make test` never opens this session.
+"""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from home_commands import report
 from local_platforms import open_local
 from pyspark.sql import SparkSession
 from spark_session import open_session
@@ -26,3 +32,17 @@ def spark(platform: Platform) -> Iterator[SparkSession]:
     """A Spark session on two executors, with all tables created."""
     with open_session(platform) as session:
         yield session
+
+
+@pytest.fixture(scope="session")
+def pipeline_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home folder in which the pipeline has run once. Tests must not change this folder."""
+    home = tmp_path_factory.mktemp("finished") / "home"
+    report(["pipeline"], home)
+    return home
+
+
+@pytest.fixture
+def finished_home(pipeline_home: Path, tmp_path: Path) -> Path:
+    """A copy of a home folder in which the pipeline has run once."""
+    return Path(shutil.copytree(pipeline_home, tmp_path / "home"))

@@ -1,48 +1,59 @@
-"""Tests of commands on a full disk: the error is one paragraph, and the next command neither loses nor repeats work."""
+"""Tests of commands on a full or read-only disk: the error is one paragraph, and no work is lost or repeated."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-from disk_faults import can_mount, run_on_small_disk
+from disk_faults import can_mount, run_on_read_only_disk, run_on_small_disk
 from home_commands import NEW_WORK, assert_one_paragraph, command, environment, report
 
 pytestmark = [
     pytest.mark.faults,
     pytest.mark.matrix,
     pytest.mark.timeout(1500),
-    pytest.mark.xdist_group("disk faults"),
+    pytest.mark.xdist_group("finished home"),
     pytest.mark.skipif(not can_mount(), reason="this user may not mount a file system in a namespace"),
 ]
 
-FULL = [
-    ("ingest", "staged", 24),
-    ("ingest", "warehouse", 24),
-    ("shard", "shards", 24),
-    ("train", "runs", 1500),  # enough space for everything except a checkpoint
-    ("train", "mlartifacts", 200),
-    ("caption", "staged", 4),
-]
-"""Tuples of a stage, the folder whose disk is almost full while the stage runs, and the free KiB on this disk."""
+
+class Disk(NamedTuple):
+    """A faulty disk: the folder of the home on this disk, and the KiB that are free. None: the disk is read-only."""
+
+    folder: str
+    free_kib: int | None
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run the pipeline once and return its home folder. Each test gets its own copy of this folder."""
-    home = tmp_path_factory.mktemp("finished") / "home"
-    report(["pipeline"], home)
-    return home
+TEMPORARY = "temporary"
+"""Folder of temporary files (TMPDIR) in the home of these tests, so that the folder can be on a faulty disk."""
+
+FAULTS = {
+    "ingest": [Disk("staged", 24), Disk("warehouse", 24), Disk("warehouse", None)],
+    "shard": [Disk("shards", 24)],
+    "train": [
+        Disk("runs", None),
+        Disk("runs", 1500),  # enough space for everything except a checkpoint
+        Disk("mlartifacts", 200),
+        Disk(TEMPORARY, 200),  # too little space for the files of a model
+    ],
+    "caption": [Disk("staged", 4)],
+}
+"""For each stage: the disks on which its command fails, one after the other."""
 
 
-@pytest.fixture
-def home(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "home"))
+def fail(stage: str, home: Path, disk: Disk) -> None:
+    """Run a command on a faulty disk. The command must fail, and its error must name the cause."""
+    (folder := home / disk.folder).mkdir(exist_ok=True)
+    words, variables = command(*NEW_WORK[stage]), environment(home, TMPDIR=str(home / TEMPORARY))
+    if disk.free_kib is None:
+        assert_one_paragraph(run_on_read_only_disk(words, folder, variables), "Read-only file system")
+    else:
+        assert_one_paragraph(run_on_small_disk(words, folder, disk.free_kib, variables), "No space left on device")
 
 
 def assert_complete(stage: str, home: Path) -> None:
-    """Run a command twice without the fault. The first run must complete the work, the second run must do no work."""
+    """Run a command twice without a fault. The first run must complete the work, the second run must do no work."""
     found = report(NEW_WORK[stage], home)
     again = report(NEW_WORK[stage], home)
     if stage == "ingest":
@@ -53,17 +64,18 @@ def assert_complete(stage: str, home: Path) -> None:
         assert all(split["reused"] for split in again.values())
     elif stage == "train":
         assert found["model_version"] == again["model_version"] == "2"
+        assert not found["trained"]  # the training was complete when the disk of the artifacts was full
         assert not again["trained"]
     else:
         assert found["considered"] == found["already"] + found["captioned"]
         assert again["already"] == again["considered"] == found["considered"]
 
 
-@pytest.mark.parametrize(("stage", "folder", "free_kib"), FULL)
-def test_the_error_names_the_full_disk_and_the_next_command_completes_the_work(
-    home: Path, stage: str, folder: str, free_kib: int
+@pytest.mark.parametrize("stage", FAULTS)
+def test_the_error_names_the_full_or_read_only_disk_and_the_next_command_completes_the_work(
+    finished_home: Path, stage: str
 ) -> None:
-    (home / folder).mkdir(exist_ok=True)
-    done = run_on_small_disk(command(*NEW_WORK[stage]), home / folder, free_kib, environment(home))
-    assert_one_paragraph(done, "No space left on device")
-    assert_complete(stage, home)
+    (finished_home / TEMPORARY).mkdir()
+    for disk in FAULTS[stage]:
+        fail(stage, finished_home, disk)
+    assert_complete(stage, finished_home)

@@ -21,6 +21,11 @@ cp -a "$FOLDER/." "$COPY.saved"
 exit $CODE
 """
 
+READ_ONLY_DISK = """
+mount --bind "$FOLDER" "$FOLDER" && mount -o remount,ro,bind "$FOLDER" || exit 99
+"$@"
+"""
+
 
 def can_mount() -> bool:
     """Return whether this user may mount a file system in a namespace."""
@@ -42,6 +47,13 @@ def run_on_small_disk(
     copy.with_name(f"{copy.name}.saved").rename(folder)
     copy.rmdir()
     return done
+
+
+def run_on_read_only_disk(
+    command: Sequence[str], folder: Path, environment: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Run a command while a folder is on a disk that is mounted read-only."""
+    return _run(READ_ONLY_DISK, command, {**environment, "FOLDER": str(folder)})
 
 
 def _run(script: str, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
