@@ -16,6 +16,7 @@ from pipelines.platform.session import (
     default_parallelism,
     is_connect,
     spark_errors,
+    task_cpus,
 )
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "redact_uri",
     "spark_errors",
     "sqlite_uri",
+    "task_cpus",
     "user_name",
 ]
 

@@ -85,6 +85,20 @@ def default_parallelism(spark: SparkSession) -> int:
     return int(spark.range(MANY_ROWS).select(F.spark_partition_id()).distinct().count())
 
 
+def task_cpus(spark: SparkSession) -> int:
+    """Return the number of cores of a Spark task, which is also the number of threads that torch may use in the task.
+
+    This is the setting `spark.task.cpus`. Serverless compute refuses to return the setting, so its default value 1 is
+    used.
+    """
+    from pyspark.errors import AnalysisException
+
+    try:
+        return int(spark.conf.get("spark.task.cpus", "1") or 1)
+    except AnalysisException:
+        return 1
+
+
 # ------------------------------------------------------------------------------------------------ barrier stages
 
 
@@ -95,7 +109,7 @@ def count_slots(spark: SparkSession) -> int:
     only Spark reports missing slots, after ten minutes.
     """
     if is_connect(spark):
-        return default_parallelism(spark) // int(spark.conf.get("spark.task.cpus", "1") or 1)
+        return default_parallelism(spark) // task_cpus(spark)
     context = spark.sparkContext._jsc.sc()
     profile = context.resourceProfileManager().defaultResourceProfile()
     return int(context.maxNumConcurrentTasks(profile))

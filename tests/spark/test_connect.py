@@ -1,4 +1,7 @@
-"""All stages on a Spark Connect session write the same rows, shards and captions as on a classic session."""
+"""All stages on a Spark Connect session write the same rows, shards and captions as on a classic session.
+
+The Spark Connect session refuses all Spark settings, as serverless compute of Databricks refuses nearly all settings.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,7 @@ def rows(spark: SparkSession, schema: str, table: Table) -> list[dict[str, Any]]
 
 @pytest.mark.matrix
 @pytest.mark.timeout(1800)  # every stage runs twice
-def test_every_stage_has_equal_results_on_a_spark_connect_session(
+def test_every_stage_has_equal_results_on_a_spark_connect_session_that_refuses_settings(
     spark: SparkSession, server: str, tmp_path: Path
 ) -> None:
     for schema in ("classic", "connected"):

@@ -16,9 +16,12 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 from pictures import as_base64, png, write_csv
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql.conf import RuntimeConfig
+from refused_settings import refuse_settings
 
 from pipelines.config import DataConfig
-from pipelines.driver.delta.retry import retry_on_conflict
+from pipelines.driver.delta.retry import WriteConflict, retry_on_conflict
+from pipelines.driver.delta.versions import read_versions
 from pipelines.driver.ingest.commit import gone_pictures, write_samples
 from pipelines.driver.ingest.decode import DecodedRows, IngestRequest, decode_rows
 from pipelines.driver.ingest.ledger import items_table
@@ -288,6 +291,28 @@ def test_an_ingest_makes_a_new_plan_after_a_conflict_and_two_concurrent_ingests_
     assert [sum(column) for column in zip(*map(parts, both), strict=True)][1:3] == [5, 1]
     assert sum(report.quarantined for report in both) == 1
     assert spark.table(platform.table("quarantine")).where(f"source = '{twice}'").count() == 1
+
+
+@pytest.mark.matrix
+def test_a_plan_that_another_ingest_has_outdated_adds_no_text_twice_if_the_session_refuses_settings(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture, other, third = (as_base64(png(n)) for n in range(3))
+    config = data({"path": str(write_csv(tmp_path / "a.csv", [[picture, "x"], [other, "x"]]))})
+    refuse_settings(monkeypatch, RuntimeConfig)
+    ingest(spark, platform, source, config)
+    more = data({"path": str(write_csv(tmp_path / "b.csv", [[picture, "y"], [other, "y"], [third, "x"]]))})
+    faster = data({"path": str(write_csv(tmp_path / "c.csv", [[picture, "y"], [third, "x"]]))})
+    opened = open_source(spark, platform, source, more, items_table([]))
+    assert opened.rows is not None
+    with decode_rows(spark, platform, IngestRequest(source, more, opened.rows, opened.ingest_id)) as decoded:
+        outdated = plan_ingest(spark, platform, decoded)
+        ingest(spark, platform, source, faster)
+        with pytest.raises(WriteConflict):
+            write_samples(platform, outdated)
+        write_samples(platform, plan_ingest(spark, platform, decoded))
+    assert sorted(texts_of(spark, platform, source).values()) == [["x"], ["x", "y"], ["x", "y"]]
+    assert read_versions(spark, platform, f"{source}-another").last_change < outdated.stamp.base_version
 
 
 def test_rows_in_the_spill_folder_are_computed_once_and_stay_unchanged_when_the_source_table_changes(

@@ -1,7 +1,7 @@
 """Function that runs all stages of the pipeline, and a script that runs the stages on a Spark Connect session.
 
-Like a program on serverless compute of Databricks, the script is a Spark Connect client. The script prints the reports
-as JSON:
+Like a program on serverless compute of Databricks, the script is a Spark Connect client whose session refuses Spark
+settings. The script prints the reports as JSON:
 
 SPARK_REMOTE=sc://HOST:PORT python connect_stages.py SCHEMA FOLDER
 """
@@ -17,13 +17,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from pyspark.sql import SparkSession
+from refused_settings import refuse_settings
 from tiny_runs import tiny_model_config, tiny_run
 
 from pipelines.config import DatabricksPlatformConfig, DataConfig
 from pipelines.driver.caption.run import CaptionRequest, caption
 from pipelines.driver.delta.maintain import maintain
+from pipelines.driver.delta.versions import read_versions
 from pipelines.driver.evaluate.run import evaluate
 from pipelines.driver.ingest.quarantine_report import inspect_quarantine, select_with_spark
 from pipelines.driver.ingest.replay import replay
@@ -79,6 +82,7 @@ def run_stages(spark: SparkSession, platform: Platform, folder: Path) -> dict[st
     refused = inspect_quarantine(select_with_spark(spark, platform), platform, [], rows=2, pictures=True)
     return {
         "ingest": [report.model_dump(exclude={"seconds", "page", "ingest_id"}) for report in (first, more)],
+        "last change of another source": read_versions(spark, platform, "another").last_change,
         "shards": {split: Shards.open(Path(report.folder)).manifest.content_hash for split, report in splits.items()},
         "train": train(spark, platform, splits["train"], splits["val"]),
         "evaluation": {name: value for name, value in evaluation.values().items() if name != SPEED},
@@ -138,7 +142,11 @@ def describe_mistakes(spark: SparkSession, platform: Platform, model: ModelFiles
 
 
 if __name__ == "__main__":
+    from pyspark.sql.connect.conf import RuntimeConf
+
     workspace = open_workspace(sys.argv[1], Path(sys.argv[2]))
     session = workspace.open_spark()
     assert is_connect(session)
-    print(json.dumps(run_stages(session, workspace, Path(sys.argv[2]))))
+    with pytest.MonkeyPatch.context() as patch:
+        refuse_settings(patch, RuntimeConf)
+        print(json.dumps(run_stages(session, workspace, Path(sys.argv[2]))))

@@ -26,7 +26,7 @@ from pipelines.config import LimitsConfig, short_hash
 from pipelines.driver.caption.drift import Drift
 from pipelines.driver.caption.pending_files import PendingFiles, matches_key
 from pipelines.driver.caption.source_table import SourceTable, compared_versions, files_at, open_source_table
-from pipelines.driver.delta.map_in_arrow import spark_schema, task_threads
+from pipelines.driver.delta.map_in_arrow import spark_schema
 from pipelines.driver.delta.model_rows import is_of_model
 from pipelines.driver.delta.retry import retry_on_conflict
 from pipelines.driver.delta.row_times import later_than, newest_time
@@ -39,7 +39,7 @@ from pipelines.executor.caption import FILE_STATS_SCHEMA, CaptionJob, caption_ba
 from pipelines.executor.ingest.records.pictures.root import require_root
 from pipelines.formats.caption_stats import CaptionStats, sum_stats
 from pipelines.formats.tables import GENERATED_CAPTIONS
-from pipelines.platform import Platform, default_parallelism
+from pipelines.platform import Platform, default_parallelism, task_cpus
 from vlm import text
 from vlm.config import Config, GenerationConfig, Precision
 from vlm.text.prompt import prefix_ids
@@ -262,7 +262,7 @@ def _create_job(
         settings=settings,
         limits=request.limits,
         image_root=request.image_root,
-        threads=task_threads(spark),
+        threads=task_cpus(spark),
         output_folder=pending_folder(platform, key),
         rows_per_file=ROWS_PER_FILE,
         constants=key | constants | {"run_id": model.run_id, "model_digest": model.digest or None},

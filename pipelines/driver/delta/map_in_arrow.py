@@ -1,16 +1,10 @@
-"""Helpers for `DataFrame.mapInArrow`: the result schema as SQL, and the number of torch threads of a task."""
+"""Helper for `DataFrame.mapInArrow`: the result schema as SQL."""
 
 from __future__ import annotations
 
 import pyarrow as pa
-from pyspark.sql import SparkSession
 
 from pipelines.formats.table_schema import sql_type
-
-
-def task_threads(spark: SparkSession) -> int:
-    """Return how many threads torch may use in one Spark task, which is the value of spark.task.cpus."""
-    return int(spark.conf.get("spark.task.cpus", "1") or 1)
 
 
 def spark_schema(schema: pa.Schema) -> str:

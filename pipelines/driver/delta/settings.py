@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pyspark.errors import AnalysisException
 from pyspark.sql import SparkSession
+
+logger = logging.getLogger(__name__)
 
 MAX_BATCH_BYTES = 16 * 2**20
 MAX_BATCH_ROWS = 32
+UNCOMPRESSED = {"compression": "uncompressed"}
+"""Option of a write to a Delta table. Pictures are compressed already."""
 WILDCARDS = re.compile(r"[\[\]{}*?\\]")
 """Characters that are wildcards in a path from which Spark reads, but not in a path to which Spark writes."""
 
@@ -20,12 +26,27 @@ def escape_wildcards(path: str) -> str:
 
 
 @contextmanager
-def spark_settings(spark: SparkSession, values: dict[str, str]) -> Iterator[None]:
-    """Set Spark settings while the block runs, then restore the previous values."""
-    previous = {key: spark.conf.get(key, None) for key in values}
-    for key, value in values.items():
-        spark.conf.set(key, value)
+def spark_settings(spark: SparkSession, values: dict[str, str], *, required: bool = False) -> Iterator[None]:
+    """Set Spark settings while the block runs, then restore the previous values.
+
+    Serverless compute of Databricks refuses to change most settings. A refused setting keeps its value, unless the
+    settings are `required`. A setting that is not required saves time or memory, or avoids a second attempt.
+
+    Raises:
+        AnalysisException: the session refuses a required setting.
+    """
+    previous = {}
     try:
+        for key, value in values.items():
+            try:
+                before = spark.conf.get(key, None)
+                spark.conf.set(key, value)
+            except AnalysisException as error:
+                if required:
+                    raise
+                logger.info("the Spark session refuses the setting %s: %s", key, str(error).partition("\n")[0])
+            else:
+                previous[key] = before
         yield
     finally:
         for key, previous_value in previous.items():
@@ -41,7 +62,7 @@ def bounded_batches(spark: SparkSession) -> Iterator[None]:
 
     With Spark's default limit of 10,000 rows, a batch of megapixel pictures takes 17 GB. Spark 4.1 and later also
     limit the bytes of a batch, but Spark 4.0 limits only the rows. The limit is set to 32 rows, because 32 pictures of
-    the largest usual size take 50 MB together.
+    the largest usual size take 50 MB together. If the session refuses the settings, the limits of the compute apply.
     """
     with spark_settings(
         spark,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -31,8 +32,10 @@ MAINTENANCE_OPERATIONS = frozenset(
 """Delta operations whose commits change no row."""
 
 
-COMMIT = ("version", "operation", "userMetadata")
+COMMIT = ("version", "operation", "userMetadata", "operationParameters")
 """Fields of a commit that tell whether the commit may have changed rows of a source."""
+NOTE_IN_CONDITION = re.compile(rf"= '?({NOTE_PREFIX}[\w.-]+)")
+"""Note in the condition of a MERGE (`note_condition`), as Delta stores the condition in the history."""
 
 
 class TableVersions(NamedTuple):
@@ -62,9 +65,10 @@ def read_versions(spark: SparkSession, platform: Platform, source: str, table: T
 
     All sources share one table. The newest version of the table grows when any source is ingested, so a pin to the
     newest version would make the shards of every source stale. Each ingest writes the name of its source into its
-    commit (`commit_note`), and this function skips commits of other sources and maintenance commits. A commit without
-    a note, such as a DELETE by hand, counts as a change of every source. The oldest commit that Delta still keeps also
-    counts as a change, so the pinned version may be newer than the last change of the source, but never older.
+    commit (`note_options`, `note_condition`), and this function skips commits of other sources and
+    maintenance commits. A commit without a note, such as a DELETE by hand, counts as a change of every source. The
+    oldest commit that Delta still keeps also counts as a change, so the pinned version may be newer than the last
+    change of the source, but never older.
 
     Both version numbers come from one read of the table history, so rows of `source` are equal at `newest` and at
     `last_change`.
@@ -83,11 +87,18 @@ def read_versions_of_files(table: DeltaTable, source: str) -> TableVersions:
 def _select_versions(commits: list[dict[str, Any]], source: str) -> TableVersions:
     commits.sort(key=lambda commit: int(commit["version"]), reverse=True)
     changed = (
-        c["version"]
-        for c in commits
-        if c["operation"] not in MAINTENANCE_OPERATIONS and _may_change(source, c["userMetadata"])
+        c["version"] for c in commits if c["operation"] not in MAINTENANCE_OPERATIONS and _may_change(source, _note(c))
     )
     return TableVersions(commits[0]["version"], next(changed, commits[-1]["version"]))
+
+
+def _note(commit: dict[str, Any]) -> str | None:
+    """Return the note of a commit: its user metadata, or else the note in the condition of a MERGE."""
+    note: str | None = commit["userMetadata"]
+    if note is not None or commit["operation"] != "MERGE":
+        return note
+    found = NOTE_IN_CONDITION.search((commit["operationParameters"] or {}).get("predicate") or "")
+    return found and found[1]
 
 
 def _may_change(source: str, note: str | None) -> bool:
@@ -100,6 +111,30 @@ def _may_change(source: str, note: str | None) -> bool:
 def source_note(source: str) -> str:
     """Return the user metadata of a commit that changes rows of `source` only."""
     return f"{NOTE_PREFIX}{source}"
+
+
+def note_condition(source: str) -> str:
+    """Return a condition for a MERGE into rows of `source`, in SQL, which is true for all these rows.
+
+    A MERGE takes no options, but Delta stores its condition in the table history. So the condition contains the note.
+    """
+    return f"concat('{NOTE_PREFIX}', target.source) = '{source_note(source)}'"
+
+
+def note_options(source: str) -> dict[str, str]:
+    """Return the options with which a write to a Delta table has a note of its source."""
+    return {"userMetadata": source_note(source)}
+
+
+def guarded_options(source: str, version: int) -> dict[str, str]:
+    """Return the options with which Delta skips a write if another guarded write was planned at `version` or later.
+
+    These are Delta's idempotent writes. `txnAppId` names the source, and `txnVersion` is `version`, which is the last
+    change of the source when the write was planned. Delta skips a write whose `txnVersion` is not above the last
+    committed `txnVersion` of the source. If two writers planned at the same version, the first writer commits, and
+    Delta skips the write of the second writer.
+    """
+    return {**note_options(source), "txnAppId": source_note(source), "txnVersion": str(version)}
 
 
 def rows_of_source(spark: SparkSession, table: str, source: str) -> DataFrame:
@@ -115,19 +150,21 @@ def rows_of_source(spark: SparkSession, table: str, source: str) -> DataFrame:
 
 @contextmanager
 def commit_note(spark: SparkSession, note: str) -> Iterator[None]:
-    """Write `note` into the user metadata of the Delta commits that are made in the block."""
-    with spark_settings(spark, {NOTE_CONF: note}):
+    """Write `note` into the user metadata of the Delta commits that are made in the block.
+
+    Raises:
+        AnalysisException: the session refuses to change Spark settings.
+    """
+    with spark_settings(spark, {NOTE_CONF: note}, required=True):
         yield
 
 
 @contextmanager
 def skip_if_changed_since(spark: SparkSession, source: str, version: int) -> Iterator[None]:
-    """Make Delta skip a write in the block if another guarded write, planned at `version` or later, was committed.
+    """Make Delta skip a MERGE in the block in the cases in which Delta skips a write with `guarded_options`.
 
-    This function uses Delta's idempotent writes. `txnAppId` names the source, and `txnVersion` is `version`, which is
-    the last change of the source when the write was planned. Delta skips a write whose `txnVersion` is not above the
-    last committed `txnVersion` of the source. If two writers planned at the same version, the first writer commits, and
-    Delta skips the write of the second writer.
+    A MERGE takes no options. If the session refuses settings, Delta does not skip the MERGE, so its WHEN clauses must
+    leave out rows that have changed.
     """
     with spark_settings(spark, {f"{TXN_CONF}AppId": source_note(source), f"{TXN_CONF}Version": str(version)}):
         yield

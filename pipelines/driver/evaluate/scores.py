@@ -21,14 +21,14 @@ import pyarrow.parquet as pq
 from pyspark.sql import SparkSession
 
 from pipelines.config import short_hash
-from pipelines.driver.delta.map_in_arrow import spark_schema, task_threads
+from pipelines.driver.delta.map_in_arrow import spark_schema
 from pipelines.driver.delta.spark_errors import translate_spark_errors
 from pipelines.driver.evaluate.metrics import ScoredRow
 from pipelines.driver.model_files import ModelFiles
 from pipelines.executor.evaluate import COLOUR_GRID_SCHEMA, ScoreJob, colour_grid_batches, score_batches
 from pipelines.formats.row_scores import SCORE_SCHEMA
 from pipelines.formats.shards import Shards
-from pipelines.platform import Platform, default_parallelism
+from pipelines.platform import Platform, default_parallelism, task_cpus
 from vlm.files import atomic_write
 
 SCORING = 2
@@ -107,7 +107,7 @@ def _run_model(spark: SparkSession, model: ModelFiles, shards: Shards) -> list[d
         model_digest=model.digest,
         remote=model.remote,
         shards_folder=str(shards.folder),
-        threads=task_threads(spark),
+        threads=task_cpus(spark),
         settings=model.settings,
     )
     tasks = max(default_parallelism(spark), -(-len(shards) // ROWS_PER_TASK))

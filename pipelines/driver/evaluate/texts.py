@@ -16,7 +16,7 @@ import numpy as np
 from pyspark.sql import SparkSession
 
 from pipelines.config import short_hash
-from pipelines.driver.delta.map_in_arrow import spark_schema, task_threads
+from pipelines.driver.delta.map_in_arrow import spark_schema
 from pipelines.driver.delta.spark_errors import translate_spark_errors
 from pipelines.driver.delta.tables import ensure_tables
 from pipelines.driver.evaluate.bootstrap import Interval, draw_counts, interval_from_resamples
@@ -27,7 +27,7 @@ from pipelines.formats.run_files.token_file import TokenSummary, write_tokens
 from pipelines.formats.run_folder import read_json, write_json
 from pipelines.formats.shards import Shards
 from pipelines.formats.tables import EVALUATIONS, MODEL_DIGEST
-from pipelines.platform import Platform, default_parallelism
+from pipelines.platform import Platform, default_parallelism, task_cpus
 from vlm import text
 from vlm.config import Config
 
@@ -121,7 +121,7 @@ def _measure(
         model_digest=model.digest,
         remote=model.remote,
         tokens=tokens,
-        threads=task_threads(spark),
+        threads=task_cpus(spark),
     )
     count = summary.windows(context)
     tasks = min(count, max(default_parallelism(spark), -(-count // WINDOWS_PER_TASK)))

@@ -7,8 +7,8 @@ import logging
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from pipelines.driver.delta.settings import uncompressed_parquet
-from pipelines.driver.delta.versions import skip_if_changed_since
+from pipelines.driver.delta.settings import UNCOMPRESSED, uncompressed_parquet
+from pipelines.driver.delta.versions import guarded_options, skip_if_changed_since
 from pipelines.driver.ingest.decode import DecodedRows
 from pipelines.driver.ingest.near_duplicates import NearReport, find_near_duplicates
 from pipelines.driver.ingest.plan import IngestPlan
@@ -29,7 +29,8 @@ def write_samples(platform: Platform, plan: IngestPlan) -> NearReport:
     Pictures that are near duplicates of each other get the same split.
 
     Raises:
-        WriteConflict: another ingest of the source has committed since the plan was made. Nothing is written.
+        WriteConflict: another ingest of the source has committed since the plan was made. Nothing is written, unless
+            the session refuses settings: then texts may be added to pictures that the other ingest has not changed.
     """
     write = _replace if plan.request.replace else _add
     if not (plan.totals.new or plan.totals.updated):
@@ -49,21 +50,25 @@ def _add(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
     spark, table = pictures.sparkSession, platform.table(SAMPLES.name)
     changed = pictures.filter("NOT conflicting AND size(new_texts) > 0")
     rows = _sample_rows(plan, changed.filter("is_new"))
-    with uncompressed_parquet(spark), skip_if_changed_since(spark, stamp.source, stamp.base_version):
+    with uncompressed_parquet(spark):
         if totals.updated:
-            updates = changed.filter("NOT is_new").select("image_id", F.col("new_texts").alias("texts"))
-            counts = merge_into(
-                table,
-                rows.unionByName(updates, allowMissingColumns=True),
-                "image_id",
-                stamp.source,
-                # `updates.texts` has only texts that `samples` lacks, because the ingest plan leaves out the others.
-                "WHEN MATCHED THEN UPDATE SET texts = concat(target.texts, updates.texts)",
-                f"WHEN NOT MATCHED AND updates.image IS NOT NULL THEN {SAMPLES.insert_clause('updates')}",
-            )
+            texts = F.col("new_texts").alias("texts")
+            updates = changed.filter("NOT is_new").select("image_id", texts, "known_texts")
+            with skip_if_changed_since(spark, stamp.source, stamp.base_version):
+                counts = merge_into(
+                    table,
+                    rows.unionByName(updates, allowMissingColumns=True),
+                    "image_id",
+                    stamp.source,
+                    # `updates.texts` has only texts that `samples` lacks, because the ingest plan leaves out the
+                    # others. The condition leaves out pictures whose texts have changed since the plan was made.
+                    "WHEN MATCHED AND target.texts = updates.known_texts "
+                    "THEN UPDATE SET texts = concat(target.texts, updates.texts)",
+                    f"WHEN NOT MATCHED AND updates.image IS NOT NULL THEN {SAMPLES.insert_clause('updates')}",
+                )
             verify_merge(counts, inserted=totals.new, updated=totals.updated)
         else:  # an append is faster: a merge would join all planned pictures with the table
-            rows.writeTo(table).append()
+            rows.writeTo(table).options(**_options(plan)).append()
             verify_append(spark, platform, SAMPLES, stamp, totals.new)
     logger.info("added %d new pictures, and added new texts to %d earlier pictures", totals.new, totals.updated)
 
@@ -73,10 +78,15 @@ def _replace(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
     stamp, totals = plan.stamp, plan.totals
     spark, table = pictures.sparkSession, platform.table(SAMPLES.name)
     rows = _sample_rows(plan, pictures.filter("NOT conflicting"))
-    with uncompressed_parquet(spark), skip_if_changed_since(spark, stamp.source, stamp.base_version):
-        rows.writeTo(table).overwrite(F.col("source") == stamp.source)
+    with uncompressed_parquet(spark):
+        rows.writeTo(table).options(**_options(plan)).overwrite(F.col("source") == stamp.source)
     verify_append(spark, platform, SAMPLES, stamp, totals.new)
     logger.info("replaced the earlier pictures of the source by %d pictures", totals.new)
+
+
+def _options(plan: IngestPlan) -> dict[str, str]:
+    """Return the options of an append or overwrite of `samples`."""
+    return guarded_options(plan.stamp.source, plan.stamp.base_version) | UNCOMPRESSED
 
 
 def _sample_rows(plan: IngestPlan, pictures: DataFrame) -> DataFrame:

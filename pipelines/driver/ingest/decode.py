@@ -22,7 +22,6 @@ from pipelines.config import DataConfig
 from pipelines.driver.delta.settings import bounded_batches
 from pipelines.driver.delta.spark_errors import run_or_guard, translate_spark_errors
 from pipelines.driver.delta.tables import add_columns
-from pipelines.driver.delta.versions import commit_note, source_note
 from pipelines.driver.ingest.sources.source import SourceRows
 from pipelines.driver.ingest.spill import SpillFolder, spill_folder
 from pipelines.executor.ingest.decode import DecodeRules, decode_batches, decode_guarded
@@ -78,7 +77,7 @@ class DecodedRows:
 def decode_rows(spark: SparkSession, platform: Platform, request: IngestRequest) -> Iterator[DecodedRows]:
     """Decode rows into a spill folder that exists while the block runs.
 
-    Inside the block, Delta commits carry the note of the source, and Arrow batches have a limited size.
+    Inside the block, Arrow batches have a limited size.
 
     Raises:
         StageFailed: Spark failed in this function or in the block.
@@ -87,7 +86,6 @@ def decode_rows(spark: SparkSession, platform: Platform, request: IngestRequest)
     with (
         translate_spark_errors("the input could not be ingested", where=request.config.source.where),
         bounded_batches(spark),
-        commit_note(spark, source_note(request.source)),
         spill_folder(platform) as spill,
     ):
         outcomes = run_or_guard(

@@ -118,11 +118,11 @@ def plan_pictures(outcomes: DataFrame, existing: DataFrame, max_texts: int | Non
     """Return one narrow row per picture of the input.
 
     The columns are image_id, sha256, rows (number of raw rows), spilled (POSITION, format, width and height of the
-    picture), source_row, split, fingerprint, is_new, conflicting (whether another picture has the same id), new_texts
-    (texts to append to those in `samples`), contributing (number of rows that add a text) and full (all accepted texts
-    of the picture if the input has more texts than `max_texts` allows, else null). The texts are merged by
-    `pipelines.executor.ingest.merge_texts`, in the order of the files, then of the rows in a file, then of the texts
-    in a row.
+    picture), source_row, split, fingerprint, is_new, conflicting (whether another picture has the same id), known_texts
+    (texts in `samples`), new_texts (texts to append to those in `samples`), contributing (number of rows that add a
+    text) and full (all accepted texts of the picture if the input has more texts than `max_texts` allows, else null).
+    The texts are merged by `pipelines.executor.ingest.merge_texts`, in the order of the files, then of the rows in a
+    file, then of the texts in a row.
 
     If two pictures have the same id, the picture in `samples` stays. If neither picture is in `samples`, both pictures
     are refused, because files have no fixed order that decides which picture comes first. A picture in several splits
@@ -155,7 +155,7 @@ def plan_pictures(outcomes: DataFrame, existing: DataFrame, max_texts: int | Non
         F.coalesce("known_texts", F.array().cast(TEXTS)).alias("known_texts"),
         F.col("in_order.texts").cast(f"array<{TEXTS}>").alias("row_texts"),
     )
-    schema = StructType([*joined.schema.fields[:-2], *from_arrow_schema(MERGED).fields])
+    schema = StructType([*joined.schema.fields[:-1], *from_arrow_schema(MERGED).fields])
     return joined.mapInArrow(partial(merge_texts_of_pictures, max_texts=max_texts), schema)
 
 

@@ -7,8 +7,8 @@ import logging
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from pipelines.driver.delta.settings import uncompressed_parquet
-from pipelines.driver.delta.versions import read_versions, skip_if_changed_since
+from pipelines.driver.delta.settings import UNCOMPRESSED, uncompressed_parquet
+from pipelines.driver.delta.versions import guarded_options, note_options, read_versions
 from pipelines.driver.ingest.plan import IngestPlan, overfull_rows
 from pipelines.driver.ingest.table_rows import existing_rows, verify_append
 from pipelines.executor.ingest.spill import POSITION
@@ -68,8 +68,9 @@ def add_to_quarantine(platform: Platform, plan: IngestPlan) -> dict[str, int]:
     new = refused_rows(plan).join(existing, "source_row", "left_anti").dropDuplicates(["source_row"])
     reasons = _count_by_reason(new)
     if reasons:
-        with uncompressed_parquet(spark), skip_if_changed_since(spark, source, version):
-            _quarantine_rows(new, plan).writeTo(table).append()
+        with uncompressed_parquet(spark):
+            options = guarded_options(source, version) | UNCOMPRESSED
+            _quarantine_rows(new, plan).writeTo(table).options(**options).append()
         verify_append(spark, platform, QUARANTINE, plan.stamp, sum(reasons.values()))
         logger.info("%d rows quarantined: %s", sum(reasons.values()), reasons)
     return reasons
@@ -79,8 +80,9 @@ def replace_quarantine(platform: Platform, plan: IngestPlan) -> dict[str, int]:
     """Replace all rows of the source in `quarantine` by the refused rows. Return the number of new rows by reason."""
     new = refused_rows(plan).dropDuplicates(["source_row"])
     with uncompressed_parquet(plan.pictures.sparkSession):
-        table = platform.table(QUARANTINE.name)
-        _quarantine_rows(new, plan).writeTo(table).overwrite(F.col("source") == plan.stamp.source)
+        table, options = platform.table(QUARANTINE.name), note_options(plan.stamp.source) | UNCOMPRESSED
+        rows = _quarantine_rows(new, plan).writeTo(table).options(**options)
+        rows.overwrite(F.col("source") == plan.stamp.source)
     return _count_by_reason(new)
 
 

@@ -13,6 +13,7 @@ from pyspark.sql import functions as F
 
 from pipelines.driver.delta.on_disk import count_on_disk, has_rows, open_on_disk
 from pipelines.driver.delta.retry import WriteConflict
+from pipelines.driver.delta.versions import note_condition
 from pipelines.formats.table_schema import Table
 from pipelines.formats.tables import QUARANTINE, SAMPLES, TEXTS
 from pipelines.platform import Platform
@@ -47,7 +48,8 @@ def rows_of_source(spark: SparkSession, platform: Platform, table: str, source: 
 def merge_into(table: str, updates: DataFrame, key: str, source: str, *clauses: str) -> Row | None:
     """Merge `updates` into the rows of one source in a table, and return the row counts that Delta reports.
 
-    The name of the source is a literal in the merge condition, so Delta skips the files of other sources.
+    The name of the source is a literal in the merge condition, so Delta skips the files of other sources. The condition
+    also contains the note of the source.
 
     Args:
         table: full name of the table, whose alias is `target`.
@@ -58,7 +60,8 @@ def merge_into(table: str, updates: DataFrame, key: str, source: str, *clauses: 
     """
     merge = (
         f"MERGE INTO {table} target USING {{updates}} updates "
-        f"ON target.source = {{source}} AND target.{key} = updates.{key} {' '.join(clauses)}"
+        f"ON target.source = {{source}} AND {note_condition(source)} AND target.{key} = updates.{key} "
+        + " ".join(clauses)
     )
     return updates.sparkSession.sql(merge, updates=updates, source=source).head()
 

@@ -71,12 +71,15 @@ def merge_texts(known: Sequence[Text], rows: Sequence[Sequence[Text]], max_texts
 
 
 def merge_texts_of_pictures(batches: Iterator[pa.RecordBatch], max_texts: int | None) -> Iterator[pa.RecordBatch]:
-    """Replace the last two columns of the batches, `known_texts` and `row_texts`, by the columns of MERGED."""
+    """Replace the last column of the batches, `row_texts`, by the columns of MERGED.
+
+    The column before the last column is `known_texts`, the texts that `samples` has.
+    """
     for batch in batches:
-        *others, known_texts, row_texts = batch.columns
+        *others, row_texts = batch.columns
         merged = [
             merge_texts(_to_texts(known), [_to_texts(row) for row in rows], max_texts)
-            for known, rows in zip(known_texts.to_pylist(), row_texts.to_pylist(), strict=True)
+            for known, rows in zip(others[-1].to_pylist(), row_texts.to_pylist(), strict=True)
         ]
         columns = [
             pa.array([_to_structs(each.new_texts) for each in merged], MERGED.field("new_texts").type),
@@ -85,7 +88,7 @@ def merge_texts_of_pictures(batches: Iterator[pa.RecordBatch], max_texts: int | 
                 [None if each.full is None else _to_structs(each.full) for each in merged], MERGED.field("full").type
             ),
         ]
-        yield pa.RecordBatch.from_arrays([*others, *columns], names=[*batch.schema.names[:-2], *MERGED.names])
+        yield pa.RecordBatch.from_arrays([*others, *columns], names=[*batch.schema.names[:-1], *MERGED.names])
 
 
 def _to_texts(structs: Sequence[dict[str, str]]) -> list[Text]:

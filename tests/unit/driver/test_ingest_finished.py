@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import pyarrow as pa
 import pytest
-from deltalake import CommitProperties, write_deltalake
+from deltalake import CommitProperties, DeltaTable, write_deltalake
 from local_platforms import open_local
 from pyspark.sql import SparkSession
 
@@ -132,6 +134,18 @@ def test_the_dataset_version_of_a_source_is_the_last_table_version_that_may_have
         table.update_incremental()
         assert read_versions_of_files(table, "a") == (table.version(), last)
     assert read_versions_of_files(table, "c") == (5, 5)
+
+
+def test_the_condition_of_a_merge_without_a_note_tells_whether_the_merge_may_have_changed_a_source() -> None:
+    written = "concat(lakesight ingest , source#7) = lakesight ingest {}"
+    merges = {written.format("a"): 1, written.format("ab"): 1, "concat('lakesight ingest ', source#7) = 'x'": 3}
+    commits = [{"version": 0, "operation": "CREATE TABLE"}]
+    for version, (condition, last) in enumerate(merges.items(), 1):
+        predicate = json.dumps([f"(((source#7 = a) AND ({condition})) AND (image_id#8 = image_id#9))"])
+        commits.append({"version": version, "operation": "MERGE", "operationParameters": {"predicate": predicate}})
+        table = create_autospec(DeltaTable, instance=True)
+        table.history.return_value = list(commits)
+        assert read_versions_of_files(table, "a") == (version, last)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from pipelines.config import RunConfig, load_run
 from pipelines.platform import Platform, open_platform
 
 SETTINGS = ("platform.catalog=main", "platform.schema=vision", "platform.volume=files", "platform.ranks=2")
-HISTORY = [{"version": 0, "operation": "CREATE TABLE", "userMetadata": None}]
+HISTORY = [{"version": 0, "operation": "CREATE TABLE", "userMetadata": None, "operationParameters": {}}]
 
 
 @dataclass

@@ -18,7 +18,7 @@ from pipelines.config import DataConfig
 from pipelines.driver.delta.retry import retry_on_conflict
 from pipelines.driver.delta.settings import bounded_batches
 from pipelines.driver.delta.spark_errors import translate_spark_errors
-from pipelines.driver.delta.versions import commit_note, read_versions, skip_if_changed_since, source_note
+from pipelines.driver.delta.versions import guarded_options, note_options, read_versions
 from pipelines.driver.ingest.plan import PlanTotals, held_out_rank
 from pipelines.driver.ingest.sources.source import Source
 from pipelines.driver.ingest.spill import spill_folder
@@ -48,7 +48,6 @@ def write_texts(
     with (
         translate_spark_errors("the input could not be ingested", where=config.source.where),
         bounded_batches(spark),
-        commit_note(spark, source_note(name)),
         spill_folder(platform) as spill,
     ):
         outcomes = spill.materialize(source.rows.frame.mapInArrow(decode, from_arrow_schema(OUTCOME)), "outcomes")
@@ -89,8 +88,7 @@ def _append(spark: SparkSession, platform: Platform, table: Table, rows: DataFra
     new = rows.join(known, key, "left_anti")
     counts = _count(new)
     if counts:
-        with skip_if_changed_since(spark, source, version):
-            _stamped(new, table, stamp).writeTo(name).append()
+        _stamped(new, table, stamp).writeTo(name).options(**guarded_options(source, version)).append()
         verify_append(spark, platform, table, stamp, sum(counts.values()))
         logger.info("%d rows added to %s", sum(counts.values()), name)
     return counts
@@ -98,7 +96,8 @@ def _append(spark: SparkSession, platform: Platform, table: Table, rows: DataFra
 
 def _replace(spark: SparkSession, platform: Platform, table: Table, rows: DataFrame, *, stamp: Stamp) -> dict[str, int]:
     """Replace all rows of the source in a table in one commit. Return the number of rows by reason."""
-    _stamped(rows, table, stamp).writeTo(platform.table(table.name)).overwrite(F.col("source") == stamp.source)
+    writer = _stamped(rows, table, stamp).writeTo(platform.table(table.name)).options(**note_options(stamp.source))
+    writer.overwrite(F.col("source") == stamp.source)
     return _count(rows)
 
 
