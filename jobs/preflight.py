@@ -25,18 +25,29 @@ from pipelines.platform import Platform, spark_errors
 
 MIN_RUNTIME = 17
 """Oldest supported major version of the Databricks runtime, which is the first version with Spark 4."""
+SERVERLESS = "client."
+"""Beginning of the runtime version on serverless compute."""
+MIN_ENVIRONMENT = 4
+"""Oldest supported version of the environment of serverless compute, which is the first version with Spark 4."""
 
 RUNTIME_MODULES = ("pyspark", "delta", "mlflow", "torch", "pandas")
 WHEEL_MODULES = ("deltalake", "pyarrow", "safetensors", "tokenizers")
 INDEX_TIMEOUT_SECONDS = 10
 ML_RUNTIME = "set cpu_runtime and gpu_runtime of the bundle to an ML runtime, such as 18.x-cpu-ml-scala2.13"
+ENVIRONMENT = 'set environment_version in the bundle variable cpu_compute to "4", and keep mlflow in its dependencies'
 LIBRARIES = "add the wheel of Lakesight to the libraries of the task, and let the cluster reach a package index"
 
 
 def check_workspace(config: RunConfig, platform: Platform) -> Iterator[DoctorCheck]:
-    """Run all checks of a workspace."""
-    yield check_runtime(os.environ.get("DATABRICKS_RUNTIME_VERSION", ""))
-    modules = [check_module(name, ML_RUNTIME) for name in RUNTIME_MODULES]
+    """Run all checks of a workspace.
+
+    Serverless compute runs no task that needs torch, so torch may be missing there.
+    """
+    version = os.environ.get("DATABRICKS_RUNTIME_VERSION", "")
+    serverless = version.startswith(SERVERLESS)
+    yield check_runtime(version)
+    fix = ENVIRONMENT if serverless else ML_RUNTIME
+    modules = [check_module(name, fix) for name in RUNTIME_MODULES if not (serverless and name == "torch")]
     modules += [check_module(name, LIBRARIES) for name in WHEEL_MODULES]
     yield from modules
     yield check_volume(platform.root)
@@ -48,11 +59,13 @@ def check_workspace(config: RunConfig, platform: Platform) -> Iterator[DoctorChe
 
 
 def check_runtime(version: str) -> DoctorCheck:
-    """Check the version of the Databricks runtime, such as `18.0`."""
-    major = re.match(r"\d+", version)
-    if major and int(major[0]) >= MIN_RUNTIME:
+    """Check the version of the Databricks runtime, such as `18.0`, or of a serverless environment (`client.4.9`)."""
+    serverless = version.startswith(SERVERLESS)
+    major = re.match(r"\d+", version.removeprefix(SERVERLESS))
+    if major and int(major[0]) >= (MIN_ENVIRONMENT if serverless else MIN_RUNTIME):
         return DoctorCheck(name="runtime", status="ok", found=version)
-    return DoctorCheck(name="runtime", status="fail", found=version or "not a Databricks cluster", fix=ML_RUNTIME)
+    fix = ENVIRONMENT if serverless else ML_RUNTIME
+    return DoctorCheck(name="runtime", status="fail", found=version or "not a Databricks cluster", fix=fix)
 
 
 def check_module(name: str, fix: str) -> DoctorCheck:

@@ -25,6 +25,8 @@ EXAMPLE = {
     "resources.volumes.files.name": "files",
     "resources.experiments.runs.name": "/Shared/[dev me] lakesight-dev",
 }
+CPU_COMPUTE = "${var.cpu_compute.%s}"
+"""Setting of a task that needs neither a GPU nor torch, and that runs on a cluster or on serverless compute."""
 REQUIRED = ("catalog", "service_principal", "readers", "captioners")
 """Bundle variables without a default value. A deployment that lacks a value stops instead of using a wrong catalog."""
 
@@ -89,12 +91,14 @@ def test_every_task_depends_on_existing_tasks_and_runs_on_an_existing_cluster(ke
     assert len(set(names)) == len(names)
     for index, task in enumerate(job["tasks"]):
         assert {need["task_key"] for need in task.get("depends_on", [])} <= set(names[:index])
-    assert {task["job_cluster_key"] for job_key, _, task in tasks() if job_key == key} == set(clusters)
+    default = BUNDLE["variables"]["cpu_compute"]["default"]["cluster"]
+    used = {task["job_cluster_key"] for job_key, _, task in tasks() if job_key == key}
+    assert {name.replace(CPU_COMPUTE % "cluster", default) for name in used} == set(clusters)
 
 
 def test_every_variable_of_the_bundle_is_declared_and_used_and_has_a_value() -> None:
     declared = BUNDLE["variables"]
-    used = {name.removeprefix("var.") for name in references([BUNDLE, JOBS]) if name.startswith("var.")}
+    used = {name.split(".")[1] for name in references([BUNDLE, JOBS]) if name.startswith("var.")}
     assert used == set(declared)
     assert {name for name, variable in declared.items() if "default" not in variable} == set(REQUIRED)
     for target in BUNDLE["targets"].values():
@@ -145,12 +149,12 @@ def test_a_shared_deployment_belongs_to_one_service_principal_and_protects_its_d
 
 
 @pytest.mark.parametrize("key", JOBS)
-def test_every_job_begins_with_the_preflight_task_on_a_cpu_cluster_and_has_time_limits_and_notifications(
+def test_every_job_begins_with_the_preflight_task_without_gpus_and_has_time_limits_and_notifications(
     key: str,
 ) -> None:
     job = JOBS[key]
     first, *others = job["tasks"]
-    assert (first["task_key"], first["job_cluster_key"]) == ("preflight", "cpu")
+    assert (first["task_key"], first["job_cluster_key"]) == ("preflight", CPU_COMPUTE % "cluster")
     assert all(task.get("depends_on") for task in others)
     assert job["timeout_seconds"] > job["health"]["rules"][0]["value"] > 0
     assert job["email_notifications"]["on_failure"] == "${var.notify}"
@@ -162,7 +166,7 @@ def test_every_job_begins_with_the_preflight_task_on_a_cpu_cluster_and_has_time_
 def test_every_task_calls_a_command_with_valid_options_and_settings(job: str, name: str, task: dict[str, Any]) -> None:
     wheel = PythonWheelTask.from_dict(task["python_wheel_task"])
     assert (wheel.package_name, wheel.entry_point) == ("lakesight", "lakesight")
-    assert task["libraries"] == [{"whl": "../dist/*.whl"}]
+    assert task["libraries"] in ([{"whl": "../dist/*.whl"}], CPU_COMPUTE % "libraries")
     parameters = defaults(JOBS[job])
     command, *arguments = [fill(text, parameters) for text in task["python_wheel_task"]["parameters"]]
     assert command == {"preflight": "doctor"}.get(name, name)
@@ -202,6 +206,16 @@ def test_every_training_rank_of_a_job_gets_a_whole_gpu(key: str) -> None:
     (cluster,) = [c for c in JOBS[key]["job_clusters"] if c["job_cluster_key"] == "gpu"]
     assert cluster["new_cluster"]["spark_conf"]["spark.task.resource.gpu.amount"] == "1"
     assert {task["job_cluster_key"] for _, name, task in tasks() if name == "train"} == {"gpu"}
+
+
+def test_the_tasks_that_need_neither_gpus_nor_torch_run_on_the_compute_that_a_variable_names() -> None:
+    movable = {name for _, name, task in tasks() if "environment_key" in task}
+    assert movable == {"preflight", "ingest", "shard", "maintain", "rollback", "endpoint"}
+    for _, name, task in tasks():
+        settings = [task.get(key) for key in ("job_cluster_key", "environment_key", "libraries")]
+        expected = [CPU_COMPUTE % part for part in ("cluster", "environment", "libraries")]
+        assert (settings == expected) == (name in movable), name
+    assert {job["environments"] for job in JOBS.values()} == {CPU_COMPUTE % "environments"}
 
 
 def test_every_schedule_is_a_valid_quartz_expression() -> None:

@@ -147,6 +147,30 @@ def check_command(parameters: list[str], values: dict[str, str]) -> None:
     assert load_run(parsed["run"], platform=parsed["platform"], overrides=parsed["overrides"]).name == values["run"]
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_tasks_without_gpus_and_torch_run_on_serverless_compute_with_the_variable_of_the_docs(
+    deployment: Deployment, target: str
+) -> None:
+    page = (ROOT / "docs" / "databricks.md").read_text()
+    (block,) = re.findall(r"```yaml\n(cpu_compute:.*?)```", page, re.DOTALL)
+    deployment.edit(
+        lambda settings: settings["targets"][target].setdefault("variables", {}).update(yaml.safe_load(block))
+    )
+    deployment.expect("validate --strict", target, "Validation OK!")
+    deployment.expect("deploy", target, "created")
+    for job in deployment.workspace.jobs.values():
+        wheels = [task for task in job["tasks"] if "python_wheel_task" in task]
+        serverless = {task["task_key"] for task in wheels if "job_cluster_key" not in task}
+        assert serverless == {task["task_key"] for task in wheels} - {
+            "import-weights",
+            "train",
+            "evaluate",
+            "promote",
+            "caption",
+        }
+    deployment.expect("plan", target, "0 to add, 0 to change, 0 to delete")
+
+
 def include_ai_runtime(settings: dict[str, Any]) -> None:
     settings["include"].append("jobs/ai_runtime.yml")
     settings["sync"]["paths"].append("jobs/ai_runtime.sh")

@@ -35,11 +35,7 @@ def _problems(settings: dict[str, Any], workspace: Workspace) -> Iterator[str]:
                 yield f"Task {task['task_key']} depends on {need['task_key']}, which does not exist."
         if "condition_task" in task:
             continue
-        if task["job_cluster_key"] not in clusters:
-            yield f"Job cluster {task['job_cluster_key']} is not defined."
-        for library in task["libraries"]:
-            if library["whl"].removeprefix("/Workspace") not in workspace.nodes:
-                yield f"Library {library['whl']} does not exist."
+        yield from _compute_problems(task, settings, workspace)
     trigger = settings.get("trigger", {})
     for table in trigger.get("table_update", {}).get("table_names", []):
         if table not in workspace.tables:
@@ -49,6 +45,29 @@ def _problems(settings: dict[str, Any], workspace: Workspace) -> Iterator[str]:
         yield f"The Volume of {url} does not exist."
     if "trigger" in settings and "schedule" in settings:
         yield "A job has either a schedule or a trigger."
+
+
+def _compute_problems(task: dict[str, Any], settings: dict[str, Any], workspace: Workspace) -> Iterator[str]:
+    """Yield the problems of a wheel task, which runs either on a job cluster or in an environment (serverless)."""
+    libraries = [library["whl"] for library in task.get("libraries", [])]
+    if ("job_cluster_key" in task) == ("environment_key" in task):
+        yield f"Task {task['task_key']} needs either a job cluster or an environment."
+    elif "job_cluster_key" in task:
+        if task["job_cluster_key"] not in [cluster["job_cluster_key"] for cluster in settings["job_clusters"]]:
+            yield f"Job cluster {task['job_cluster_key']} is not defined."
+    else:
+        environments = {each["environment_key"]: each["spec"] for each in settings.get("environments", [])}
+        if task["environment_key"] not in environments:
+            yield f"Environment {task['environment_key']} is not defined."
+            return
+        if libraries:
+            yield f"Task {task['task_key']} runs on serverless compute, so its libraries belong into its environment."
+        libraries = [each for each in environments[task["environment_key"]]["dependencies"] if each.endswith(".whl")]
+    if not libraries:
+        yield f"Task {task['task_key']} has no wheel."
+    for library in libraries:
+        if library.removeprefix("/Workspace") not in workspace.nodes:
+            yield f"Library {library} does not exist."
 
 
 def _ai_runtime_problems(task: dict[str, Any], settings: dict[str, Any], workspace: Workspace) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,6 +110,12 @@ FAULTS = {
 
 
 def test_the_preflight_reports_no_fault_in_a_healthy_workspace(place: Place) -> None:
+    assert place.failures() == {}
+
+
+def test_the_preflight_reports_no_fault_on_serverless_compute_without_torch(place: Place) -> None:
+    place.patch.setenv("DATABRICKS_RUNTIME_VERSION", "client.4.9")
+    place.patch.setitem(sys.modules, "torch", None)
     assert place.failures() == {}
 
 

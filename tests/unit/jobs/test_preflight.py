@@ -93,10 +93,13 @@ def test_outside_a_workspace_the_preflight_reports_the_runtime_and_volume_but_su
 
 
 @pytest.mark.parametrize(
-    ("version", "status"), [("18.0", "ok"), ("17.3", "ok"), ("16.4", "fail"), ("client.2", "fail")]
+    ("version", "status"),
+    [("18.0", "ok"), ("17.3", "ok"), ("16.4", "fail"), ("client.4.9", "ok"), ("client.3.1", "fail"), ("other", "fail")],
 )
 def test_the_preflight_refuses_a_databricks_runtime_with_a_spark_version_below_4(version: str, status: str) -> None:
-    assert check_runtime(version).status == status
+    found = check_runtime(version)
+    assert found.status == status
+    assert ("cpu_compute" in found.fix) == (version == "client.3.1")
 
 
 def test_preflight_finds_a_module_whose_distribution_has_another_name() -> None:
