@@ -17,6 +17,8 @@ from jobs.train import register_checkpoint, register_finished_runs
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
+    from pipelines.config import RunConfig
+    from pipelines.driver.evaluate.hallucination import ObjectWords
     from pipelines.driver.evaluate.run import EvaluationReport
     from pipelines.driver.model_files import ModelFiles
     from pipelines.formats.shards import Shards
@@ -43,7 +45,8 @@ ByOption = Annotated[
 ]
 SHOWN_METRICS = (
     *("exact_match", "word_f1", "cider", "bleu_4", "rouge_l", "meteor"),
-    *("coco_cider", "coco_bleu_4", "coco_rouge_l", "coco_meteor", "loss", "blind_gap", "error_share"),
+    *("coco_cider", "coco_bleu_4", "coco_rouge_l", "coco_meteor", "chair_i", "chair_s", "loss"),
+    *("blind_gap", "error_share"),
 )
 
 
@@ -62,9 +65,11 @@ def evaluate(
 
     The command computes BLEU, ROUGE-L, CIDEr, exact match, token accuracy and blind gap, each with a confidence
     interval, for all rows and for groups of rows (--by). With Java, the command also computes METEOR and the figures of
-    COCO's evaluation (coco_*), which papers quote. The command also measures two baselines: the best constant caption
-    and the nearest neighbour's caption. The command writes an HTML page of the worst and best captions. An existing
-    evaluation is reused. With --checkpoint, the command measures any checkpoint that the training has kept.
+    COCO's evaluation (coco_*), which papers quote. With data.object_words, the command also computes how often captions
+    mention objects that no human text of the picture mentions (chair_i and chair_s). The command also measures two
+    baselines: the best constant caption and the nearest neighbour's caption. The command writes an HTML page of the
+    worst and best captions. An existing evaluation is reused. With --checkpoint, the command measures any checkpoint
+    that the training has kept.
 
     For a model of text, the command computes the loss per character, bits per character, perplexity, token accuracy.
 
@@ -141,6 +146,17 @@ def open_split(job: Job, model: ModelFiles) -> Shards:
     return Shards.open(Path(run_shard(job, job.config.data.evaluate_on, config.image).folder))
 
 
+def open_object_words(config: RunConfig) -> ObjectWords | None:
+    """Read the word list of objects that a run's config names, or return None if the config names no word list.
+
+    Raises:
+        UserError: the word list cannot be used.
+    """
+    from pipelines.driver.evaluate.hallucination import read_object_words
+
+    return None if config.data.object_words is None else read_object_words(Path(config.data.object_words))
+
+
 def evaluate_version(
     job: Job, model: ModelFiles, shards: Shards, columns: tuple[str, ...] | None = None, *, with_java: bool = False
 ) -> EvaluationReport:
@@ -153,6 +169,7 @@ def evaluate_version(
     from pipelines.driver.evaluate.run import COLUMNS, evaluate
     from pipelines.tracking.registry import resolve, tag
 
+    objects = open_object_words(job.config)
     train = run_shard(job, "train", model.read_config().image)
     with show_elapsed("evaluate"):
         report = evaluate(
@@ -163,11 +180,14 @@ def evaluate_version(
             Path(train.folder),
             columns=COLUMNS if columns is None else columns,
             with_java=with_java,
+            objects=objects,
         )
     if report.settings:
         return report
     version = resolve(job.platform, job.model_name, model.version)
     labels = {"evaluation": report.scores_hash, "tokenisation": report.tokenisation}
+    if report.object_words:
+        labels["object_words"] = report.object_words
     if not report.reused or any(version.tags.get(name) != value for name, value in labels.items()):
         log_evaluation(job, report, shards)
         tags = {name: f"{value:.6g}" for name, value in report.values().items() if name in LOGGED_METRICS}

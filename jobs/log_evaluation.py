@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from pipelines.driver.evaluate.run import EvaluationReport
     from pipelines.formats.shards import Shards
 
-LOGGED_METRICS = ("exact_match", "word_f1", "cider", "bleu_4", "rouge_l", "loss", "blind_gap", "error_share")
+LOGGED_METRICS = (
+    *("exact_match", "word_f1", "cider", "bleu_4", "rouge_l", "chair_i", "chair_s"),
+    *("loss", "blind_gap", "error_share"),
+)
 """Metrics that become MLflow metrics and tags of the model version. Unity Catalog limits the number of tags.
 
 The MLflow table `figures` contains all metrics."""
@@ -35,6 +38,7 @@ def log_evaluation(job: Job, report: EvaluationReport, shards: Shards) -> None:
     from pipelines.tracking.runs import log_report
 
     values, scored = report.values(), captioned(report.scores())
+    identity = "-".join(filter(None, (report.scores_hash, report.object_words)))
     lengths = {
         "human": [len(words(reference)) for row in scored for reference in row.references],
         "model": [len(words(row.caption or "")) for row in scored],
@@ -49,7 +53,7 @@ def log_evaluation(job: Job, report: EvaluationReport, shards: Shards) -> None:
         {f"{report.split}_{name}": values[name] for name in LOGGED_METRICS if name in values},
         [report.gallery, report.gallery_png, report.figures_png],
         tables={
-            f"figures-{report.scores_hash}.json": figures_by_column(report),
+            f"figures-{identity}.json": figures_by_column(report),
             f"rows-{report.scores_hash}.json": rows_by_column(report),
         },
         figures={"lengths.png": draw_lengths(lengths)},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jobs.caption import run_caption
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
-from jobs.evaluate import run_evaluate
+from jobs.evaluate import open_object_words, run_evaluate
 from jobs.ingest import run_ingest
 from jobs.pipeline_report import PipelineReport, describe_stages
 from jobs.promote import run_promote
@@ -43,6 +43,7 @@ def run_pipeline(job: Job) -> PipelineReport:
     from pipelines.driver.train.run import check_config
 
     check_config(job.config)
+    open_object_words(job.config)  # an invalid word list must not be found only after the training
     ingested = run_ingest(job)
     trained = run_train(job)
     evaluated = run_evaluate(job, trained.model_version)

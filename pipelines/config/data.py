@@ -309,6 +309,8 @@ class DataConfig(Config):
         text_weights: how often each text of a picture is drawn for training. With `frequency`, a text is drawn in
             proportion to the number of times that the source repeats the text. With `uniform`, all different texts of a
             picture are drawn equally often.
+        object_words: path of a text file with one object per line, such as `dog, dogs, puppy`, or null. With this file,
+            `evaluate` computes how often captions mention objects that no human text of the picture mentions (CHAIR).
     """
 
     source: SourceConfig = CsvSourceConfig()
@@ -320,6 +322,7 @@ class DataConfig(Config):
     evaluate_on: Split = "test"
     mix: dict[str, Share] = Field(default_factory=dict)
     text_weights: Annotated[TextWeights, ADDED_LATER] = "frequency"
+    object_words: Annotated[str | None, Field(min_length=1), ADDED_LATER] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -346,8 +349,8 @@ class DataConfig(Config):
             return self
         if self.split.kind == "column":
             raise ValueError("plain text has no column of splits: use split kind hash or file")
-        if self.mix:
-            raise ValueError("mix joins sources of captioned pictures: a source of kind text cannot be mixed")
+        if self.mix or self.object_words:
+            raise ValueError("a source of kind text cannot be mixed and has no object_words: both concern captions")
         if self.shards.encoding != "raw" or self.shards.draft:
             raise ValueError("shards.encoding and shards.draft concern pictures: leave them out for plain text")
         return self

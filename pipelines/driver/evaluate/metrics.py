@@ -33,7 +33,10 @@ Floats = npt.NDArray[np.float64]
 Metric = Callable[[Floats], Floats]
 """Function that takes weights of shape (S, R) and returns values of shape (S,)."""
 
-WORD_METRICS = re.compile(r"(constant_|neighbour_|over_)?(word_f1|rouge_l|cider|meteor|bleu_\d|words|distinct(_\w+)?)")
+WORD_METRICS = re.compile(
+    r"(constant_|neighbour_|over_)?(word_f1|rouge_l|cider|meteor|bleu_\d|words|distinct(_\w+)?"
+    r"|chair_[is]|object_mentions)"
+)
 """Pattern of the names of metrics that compare or count words, and therefore depend on the tokenisation."""
 COCO_PREFIX = "coco_"
 """Prefix of the metrics for which COCO's tokenizer splits the texts into words."""

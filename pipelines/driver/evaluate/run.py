@@ -34,7 +34,8 @@ from pipelines.driver.evaluate.gallery import (
     write_html,
     write_png,
 )
-from pipelines.driver.evaluate.metrics import ScoredRow, captioned, describe_words, tokenisation_of
+from pipelines.driver.evaluate.hallucination import ObjectWords, hallucination_metrics
+from pipelines.driver.evaluate.metrics import Metric, ScoredRow, captioned, describe_words, tokenisation_of
 from pipelines.driver.evaluate.scores import SCORES, evaluation_folder, read_scores, score_split, scores_hash
 from pipelines.driver.evaluate.table import merge_rows
 from pipelines.driver.evaluate.verdict import verdict
@@ -79,6 +80,8 @@ class EvaluationReport(Config):
         definitions: version of the definitions of the metrics; 1 in reports of earlier versions.
         settings: generation settings of the captions; null for the generation settings of the model version at
             temperature 0. A report with other settings is not merged into table `evaluations`.
+        object_words: hash of the word list with which `chair_i` and `chair_s` were computed, or empty without these
+            metrics.
         metrics: metrics of the whole split, including the metrics of the baselines (constant_*, neighbour_*).
         columns: names of the columns by whose values evaluation slices are made.
         slices: metrics of each slice, by `column=value`.
@@ -104,6 +107,7 @@ class EvaluationReport(Config):
     tokenisation: str = ""
     definitions: int = 1
     settings: GenerationConfig | None = None
+    object_words: str = ""
     metrics: dict[str, Interval]
     columns: tuple[str, ...]
     slices: dict[str, dict[str, Interval]]
@@ -133,6 +137,7 @@ def evaluate(
     *,
     columns: Sequence[str] = COLUMNS,
     with_java: bool = False,
+    objects: ObjectWords | None = None,
 ) -> EvaluationReport:
     """Compute the metrics of a model version on a split, and write them to table `evaluations` and to the gallery.
 
@@ -145,6 +150,7 @@ def evaluate(
         columns: names of the columns by whose values evaluation slices are made.
         with_java: whether to compute METEOR and COCO's figures, which need Java, if Java is installed. Java takes
             seconds to start.
+        objects: word list for the metrics of object hallucination, or None to leave out these metrics.
 
     Raises:
         UserError: the split is empty, a folder does not hold a model or shards, or a column does not exist.
@@ -154,7 +160,7 @@ def evaluate(
     model.read_config()
     shards, train = Shards.open(shards_folder), Shards.open(train_folder)
     folder = _find_folder(platform, model, shards, train)
-    requested = RequestedMetrics(tuple(columns), with_java and has_java())
+    requested = RequestedMetrics(tuple(columns), with_java and has_java(), objects)
     if (folder / REPORT).exists():
         found = read_json(folder / REPORT, EvaluationReport).model_copy(update=_report_paths(folder) | {"reused": True})
         if requested.included_in(found) and all(path.exists() for path in _report_paths(folder).values()):
@@ -189,20 +195,27 @@ def _find_folder(platform: Platform, model: ModelFiles, shards: Shards, train: S
 
 
 class RequestedMetrics(NamedTuple):
-    """Optional metrics of an evaluation: columns of the slices, and whether to compute the metrics that need Java."""
+    """Optional metrics: columns of the slices, whether to compute metrics that need Java, and the objects of CHAIR."""
 
     columns: tuple[str, ...]
     java: bool
+    objects: ObjectWords | None
+
+    def functions(self, scored: Sequence[ScoredRow]) -> dict[str, Metric]:
+        """Return the requested metrics of the whole split, except the metrics that every evaluation has."""
+        found = java_metrics(captioned(scored)) if self.java else {}
+        return found | (hallucination_metrics(scored, self.objects) if self.objects else {})
 
     def included_in(self, report: EvaluationReport) -> bool:
         """Return whether a report has all requested optional metrics, computed with the current metric definitions."""
         has_metrics = set(self.columns) <= set(report.columns) and self.java <= ("meteor" in report.metrics)
+        has_metrics &= self.objects is None or self.objects.digest() == report.object_words
         return has_metrics and (report.tokenisation, report.definitions) == (TOKENISATION, DEFINITIONS)
 
     def merged_with(self, report: EvaluationReport) -> RequestedMetrics:
-        """Return the union of the requested optional metrics and the optional metrics that a report has."""
+        """Return the union of the requested optional metrics and those of a report that need no word list."""
         columns = tuple(dict.fromkeys((*report.columns, *self.columns)))
-        return RequestedMetrics(columns, self.java or ("meteor" in report.metrics and has_java()))
+        return RequestedMetrics(columns, self.java or ("meteor" in report.metrics and has_java()), self.objects)
 
 
 def _report_paths(folder: Path) -> dict[str, Path]:
@@ -251,7 +264,8 @@ def _evaluate(
         tokenisation=TOKENISATION,
         definitions=DEFINITIONS,
         settings=model.settings,
-        metrics=measure(scored, further=java_metrics(with_caption) if requested.java else None),
+        object_words=requested.objects.digest() if requested.objects else "",
+        metrics=measure(scored, further=requested.functions(scored)),
         columns=requested.columns,
         slices=slice_metrics(scored, values, names=SLICE_METRICS),
         slice_rows={name: int(inside.sum()) for name, inside in slices.items()},

@@ -1,0 +1,129 @@
+"""Object hallucination (CHAIR): objects that a caption mentions although no human text of the picture mentions them.
+
+A word list of the team says which words stand for an object. `vlm.text.words` splits captions, human texts and the word
+list into words, so that the metrics are defined for all writing systems. Word forms are not derived: a plural counts
+only if the word list contains the plural.
+
+Source: Rohrbach et al., "Object Hallucination in Image Captioning" (2018), https://arxiv.org/abs/1809.02156. In
+the paper, an object also counts as present if COCO's segmentation of the picture contains the object.
+
+In the names of arrays, R stands for rows (a picture and a prompt) and S stands for resamples.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import numpy as np
+
+from pipelines.config import short_hash
+from pipelines.driver.evaluate.metrics import Floats, Metric, ScoredRow, captioned, ratio
+from pipelines.errors import UserError
+from vlm.text.words import words
+
+Phrase = tuple[str, ...]
+"""Consecutive words, such as ('fire', 'hydrant')."""
+
+
+class ObjectWords(NamedTuple):
+    """Word list of objects.
+
+    Attributes:
+        objects: names of the objects, by the phrases that stand for the object. The name of an object is such a phrase.
+        max_words: number of words of the longest phrase.
+    """
+
+    objects: Mapping[Phrase, str]
+    max_words: int
+
+    def digest(self) -> str:
+        """Return a hash of the word list."""
+        return short_hash(sorted(self.objects.items()))
+
+    def mentions(self, text: str) -> list[str]:
+        """Return the names of the objects that a text mentions, once per mention and in the order of the text.
+
+        The longest phrase of the word list is used at each place of the text, so `hot dog` does not mention a dog.
+        """
+        text_words, found, at = words(text), list[str](), 0
+        while at < len(text_words):
+            for end in range(min(at + self.max_words, len(text_words)), at, -1):
+                if name := self.objects.get(tuple(text_words[at:end])):
+                    found.append(name)
+                    at = end
+                    break
+            else:
+                at += 1
+        return found
+
+
+def read_object_words(file: Path) -> ObjectWords:
+    """Read a word list: a text file with one object per line, which is the name and synonyms, separated by commas.
+
+    Empty lines and lines that begin with `#` are ignored.
+
+    Raises:
+        UserError: the file cannot be read, contains no object, or contains a phrase for two objects.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        _refuse(file, error.strerror or str(error), "set data.object_words to a text file that exists")
+    except UnicodeDecodeError:
+        _refuse(file, "bytes that are not UTF-8", "save the file in the encoding UTF-8")
+    objects: dict[Phrase, str] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        phrases = [phrase for part in line.split(",") if (phrase := tuple(words(part)))]
+        for phrase in phrases:
+            name = " ".join(phrases[0])
+            if objects.setdefault(phrase, name) != name:
+                got = (
+                    f"line {number} has {' '.join(phrase)!r} for {name!r}, which already stands for {objects[phrase]!r}"
+                )
+                _refuse(file, got, "write each word or phrase in the line of only one object")
+    if not objects:
+        _refuse(file, "no object", "write one object per line, for example: dog, dogs, puppy, puppies")
+    return ObjectWords(objects, max(map(len, objects)))
+
+
+def _refuse(file: Path, got: str, fix: str) -> NoReturn:
+    raise UserError("the word list of objects cannot be used", where=f"data.object_words: {file}", got=got, fix=fix)
+
+
+def hallucination_metrics(scored: Sequence[ScoredRow], objects: ObjectWords) -> dict[str, Metric]:
+    """Return the metrics of object hallucination, as functions of the weights of the rows that have a caption.
+
+    - chair_i is the share of mentions of objects that no human text of the picture mentions (for any prompt). If no
+      caption mentions an object, chair_i is missing. For a resample without a mention, chair_i is 0.
+    - chair_s is the share of captions with at least one such mention.
+    - object_mentions is the mean number of mentions per caption. Captions that mention no object have a chair_s of 0.
+
+    Args:
+        scored: all rows of the split, because the human texts of a row without a caption also describe the picture.
+        objects: word list of objects.
+    """
+    present: dict[str, set[str]] = defaultdict(set)
+    for item in scored:
+        present[item.image_id].update(name for text in item.references for name in objects.mentions(text))
+    with_caption = captioned(scored)
+    mentions = [objects.mentions(item.caption or "") for item in with_caption]
+    counts = [float(len(names)) for names in mentions]
+    hallucinated = [
+        float(sum(name not in present[item.image_id] for name in names))
+        for item, names in zip(with_caption, mentions, strict=True)
+    ]
+    count_R, hallucinated_R = np.array(counts), np.array(hallucinated)
+
+    def chair_i(weights_SR: Floats) -> Floats:
+        return np.asarray((weights_SR @ hallucinated_R) / np.maximum(weights_SR @ count_R, 1))
+
+    of_mentions: dict[str, Metric] = {"chair_i": chair_i} if any(counts) else {}
+    return of_mentions | {
+        "chair_s": ratio([float(count > 0) for count in hallucinated]),
+        "object_mentions": ratio(counts),
+    }
