@@ -13,7 +13,7 @@ from torch import nn
 from vlm.config import ScheduleConfig
 from vlm.errors import ConfigError
 
-NO_DECAY_SUFFIXES = ("bias", "position", "_token")
+NO_DECAY_SUFFIXES = ("bias", "position", "_token", "frequency")
 """A parameter whose name ends with one of these suffixes has no weight decay, regardless of the parameter's shape."""
 AVERAGE = "average"
 """Key of a parameter's moving average in the optimizer state.
@@ -51,8 +51,8 @@ def parameter_groups(
 ) -> list[dict[str, object]]:
     """Group the trainable parameters by learning rate and weight decay.
 
-    Matrices have weight decay. Vectors (norms and biases), position embeddings and embedding tables have no weight
-    decay.
+    Matrices have weight decay. Vectors (norms and biases), position embeddings, rotary frequencies and embedding
+    tables have no weight decay.
 
     Args:
         model: model whose trainable parameters are grouped.

@@ -27,6 +27,7 @@ from vlm.config import ScheduleConfig, StableScheduleConfig
 from vlm.errors import CheckpointError, ConfigError
 from vlm.factory import build_model
 from vlm.layers.block import compile_blocks, recompute_blocks
+from vlm.layers.position import MixedRotary
 from vlm.model import VisionLanguageModel
 from vlm.seeds import mix
 from vlm.text.base import Tokenizer
@@ -145,6 +146,13 @@ def test_embeddings_and_1d_parameters_have_no_weight_decay_and_each_parameter_is
     assert id(model.decoder.tokens.weight) in free
     assert id(model.encoder.position) in free
     assert {p.ndim for p in model.parameters() if id(p) in decayed} == {2, 4}
+
+
+def test_the_frequencies_of_rotary_positions_have_no_weight_decay() -> None:
+    model, _, _ = fresh("parallel")
+    assert isinstance(model.encoder.rotary, MixedRotary)
+    free = {id(parameter) for parameter in parameter_groups(model, 0.1)[1]["params"]}  # type: ignore[attr-defined]
+    assert id(model.encoder.rotary.frequency) in free
 
 
 @pytest.mark.parametrize(
