@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from pipelines.config.split import HashSplitConfig, Split, SplitConfig
 from vlm.config import ADDED_LATER, Config
@@ -12,6 +12,7 @@ from vlm.config import ADDED_LATER, Config
 TextWeights = Literal["frequency", "uniform"]
 MAX_DOCUMENT_CHARS = 16 * 2**20
 """Default of `limits.max_text_chars` for a source of kind `text`."""
+LINE_BREAKS = "\r\n"
 PICTURE = "__picture__"
 """Name of the record field that holds the bytes of a picture which the source stores as a separate file."""
 
@@ -108,6 +109,15 @@ class RowSourceBase(SourceBase):
         return self.columns if self.image_root is None else self.columns.model_copy(update={"image": PICTURE})
 
 
+def _require_one_character(value: str) -> str:
+    if len(value) != 1 or value in LINE_BREAKS:
+        raise ValueError("expected one character that is not a line break")
+    return value
+
+
+Character = Annotated[str, AfterValidator(_require_one_character)]
+
+
 class CsvSourceConfig(RowSourceBase):
     """CSV files with a header and base64 pictures.
 
@@ -124,9 +134,9 @@ class CsvSourceConfig(RowSourceBase):
 
     kind: Literal["csv"] = "csv"
     multiline: bool = False
-    delimiter: Annotated[str | None, Field(pattern=r'^[^"\r\n]$'), ADDED_LATER] = None
-    escape: Annotated[str | None, Field(pattern=r'^[^"\r\n]$'), ADDED_LATER] = None
-    quote: Annotated[str | None, Field(pattern=r"^[^\r\n]$"), ADDED_LATER] = '"'
+    delimiter: Annotated[Character | None, ADDED_LATER] = None
+    escape: Annotated[Character | None, ADDED_LATER] = None
+    quote: Annotated[Character | None, ADDED_LATER] = '"'
 
     @model_validator(mode="after")
     def _quoted_where_needed(self) -> Self:

@@ -128,6 +128,12 @@ def test_the_value_of_an_override_may_contain_an_equals_sign() -> None:
         ("train.start_state=training", "train: start_state training needs start_from"),
         ("train.adapter.pattern=decoder.*", "train: adapter needs start_from"),
         ("train.adapter.pattern=decoder(", "train.adapter.pattern: the pattern is not a regular expression: missing )"),
+        (
+            "data.source.delimiter=ab",
+            "expected one character that is not a line break (got 'ab')",
+        ),
+        ('data.source.delimiter="', "quote '\"' is also the delimiter or the escape character"),
+        ("data.source={quote: null, multiline: true}", "multiline and escape need quoted fields"),
         ("data.split={column: half}", "data.split.column: unknown key"),
         ("model.projector={hidden: 8}", "model.projector: kind is missing (one of "),
         ("data.source={kind: folder}", "data.source.captions: missing"),

@@ -91,11 +91,14 @@ def require_columns(config: DataConfig, found: Sequence[str], where: str) -> Non
     if missing:
         unused = [column for column in found if column not in wanted.values()]
         suggestions = [f"--set {setting}={_suggest(name, unused)}" for setting, name in missing.items()]
+        fix = f"name the right column with {' '.join(suggestions)} on the command line"
+        if any("\ufffd" in column for column in found):
+            fix = "give a file of text in UTF-8: the first row of this file contains bytes that are not text"
         raise UserError(
             f"the input has no column {', '.join(missing.values())}",
             where=where,
             got=f"columns {', '.join(column[:80] for column in found[:20])}",
-            fix=f"name the right column with {' '.join(suggestions)} on the command line",
+            fix=fix,
         )
 
 
