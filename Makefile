@@ -32,7 +32,7 @@ bench: $(STAMP)  ## Run all benchmarks of docs/benchmarks.md
 	@for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 faults: $(STAMP)  ## Run the slow tests and the tests that kill ranks and processes
-	$(BIN)/pytest -m "faults or matrix"
+	$(BIN)/pytest -n 2 --dist loadgroup -m "faults or matrix"
 
 ui: $(STAMP)  ## Serve the MLflow UI
 	$(BIN)/lakesight ui

@@ -11,7 +11,15 @@ from local_platforms import open_local
 from pipelines.config import LocalPlatformConfig, SparkConfig, short_hash
 from pipelines.platform import Platform
 
-LONGEST_FIRST = ("spark in spark", "pipelines", "training", "parallel")
+LONGEST_FIRST = (
+    "spark in e2e",
+    "spark in spark",
+    "pipelines",
+    "training",
+    "test_failures",
+    "finished home",
+    "parallel",
+)
 """Test groups for pytest-xdist, in the order in which they start; the slowest group is first. Tests without a group run
 last, in the process that becomes free first.
 """
@@ -19,10 +27,15 @@ last, in the process that becomes free first.
 
 @pytest.hookimpl(tryfirst=True)  # this hook must run before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests of a folder that need Spark into one group with one Spark session, and sort all tests by group."""
+    """Put tests that share something into one group, and sort all tests by group.
+
+    All tests of a folder that need Spark share one Spark session. All other slow tests of a file may share a fixture.
+    """
     for item in items:
         if "spark" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group(f"spark in {item.path.parent.name}"))
+        elif item.get_closest_marker("matrix") and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     items.sort(key=_rank)  # the sort is stable: tests of a group keep their order
 
 

@@ -116,9 +116,13 @@ def test_the_failure_matrix_has_at_least_forty_different_cases() -> None:
     assert set(cells()) > SAMPLE
 
 
-@pytest.mark.parametrize(
-    "cell", [pytest.param(c, id=str(c), marks=[] if c in SAMPLE else pytest.mark.matrix) for c in cells()]
-)
+def marks(cell: Cell) -> list[pytest.MarkDecorator]:
+    """Return the marks of a cell: only `make faults` runs most cells, and all cells with executors share a session."""
+    session = [pytest.mark.xdist_group("spark in e2e")] if cell.where == EXECUTORS else []
+    return session if cell in SAMPLE else [*session, pytest.mark.matrix]
+
+
+@pytest.mark.parametrize("cell", [pytest.param(cell, id=str(cell), marks=marks(cell)) for cell in cells()])
 def test_a_failing_training_ends_before_its_deadline_and_its_error_names_the_rank_and_the_cause(
     request: pytest.FixtureRequest, make_run: MakeRun, platform: Platform, cell: Cell
 ) -> None:

@@ -99,7 +99,7 @@ def test_ranks_started_by_torchrun_write_results_metrics_and_checkpoints(whole: 
 
 
 POINTS = random.Random(0)
-KILLS = [(POINTS.randrange(60), POINTS.randrange(3)) for _ in range(20)]
+KILLS = [(POINTS.randrange(60), POINTS.randrange(3)) for _ in range(10)]
 
 
 @pytest.mark.faults

@@ -1,4 +1,4 @@
-"""Helpers that kill a Spark Python worker, an executor or a driver at a random moment by SIGKILL (Linux only)."""
+"""Helpers that kill Spark's Python workers, executors and drivers at random moments by SIGKILL (Linux only)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +21,8 @@ from pipelines.background_thread import in_background
 
 T = TypeVar("T")
 ProcessKind = Literal["worker", "executor"]
+KILLS = 4
+"""Largest number of processes that are killed during one job."""
 COMMANDS = {"worker": "pyspark.daemon", "executor": "CoarseGrainedExecutorBackend"}
 
 
@@ -50,54 +52,57 @@ def _command(pid: int) -> str:
 
 
 @contextmanager
-def kill_one(kind: ProcessKind, after: float, rng: random.Random) -> Iterator[list[int]]:
-    """Kill one process of the given kind while the block runs.
+def kill_some(kind: ProcessKind, moments: Sequence[float], rng: random.Random) -> Iterator[list[int]]:
+    """Kill processes of the given kind while the block runs.
 
     Args:
         kind: which kind of process to kill: a Python `worker` or an `executor`.
-        after: seconds from the start of the block to the kill, which comes later if no process of the kind runs at this
-            time.
-        rng: random generator that chooses the process to kill.
+        moments: seconds from the start of the block to each kill, which comes later if no process of the kind runs at
+            this time.
+        rng: random generator that chooses the processes to kill.
 
     Yields:
-        A list that is empty before the kill, and that contains the id of the killed process after the kill.
+        A list that is empty before the first kill, and that contains the ids of the killed processes.
     """
-    killed = list[int]()
+    killed, started = list[int](), time.monotonic()
 
     def kill(ended: threading.Event) -> None:
-        ended.wait(after)
-        while not (ended.is_set() or killed):
-            for pid in rng.sample(found := spark_processes(kind), min(1, len(found))):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-                    killed.append(pid)
-            ended.wait(0.05)
+        for number, moment in enumerate(sorted(moments), start=1):
+            ended.wait(max(0.0, started + moment - time.monotonic()))
+            while not ended.is_set() and len(killed) < number:
+                for pid in rng.sample(found := spark_processes(kind), min(1, len(found))):
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                        killed.append(pid)
+                ended.wait(0.05)
 
     with in_background(kill, "killer"):
         yield killed
 
 
 class KillWindow:
-    """Longest time from the start of a job to its kill, in seconds: 1.2 times the duration of a complete job."""
+    """Longest time from the start of a job to a kill, in seconds: 1.2 times the duration of a complete job."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
 
-def run_with_kill(kind: ProcessKind, rng: random.Random, window: KillWindow, job: Callable[[str], T]) -> T:
-    """Run a job, kill one process at a random moment during the job, and return the job's result.
+def run_with_kills(kind: ProcessKind, rng: random.Random, window: KillWindow, job: Callable[[str], T]) -> T:
+    """Run a job, kill up to KILLS processes at random moments during the job, and return the job's result.
 
     Args:
         kind: which kind of process to kill: a Python `worker` or an `executor`.
-        rng: random generator that chooses the moment of the kill and the process to kill.
-        window: time window of the kill; if a job ends before the kill, the window is shortened and a new job is run.
+        rng: random generator that chooses the moments of the kills and the processes to kill.
+        window: time window of the kills; if a job ends before the first kill, the window is shortened and a new job is
+            run.
         job: function to run, called with a name that is different for each attempt.
     """
     for attempt in range(8):
         started = time.monotonic()
-        with kill_one(kind, rng.uniform(0, window.seconds), rng) as killed:
+        with kill_some(kind, [rng.uniform(0, window.seconds) for _ in range(KILLS)], rng) as killed:
             result = job(f"attempt-{attempt}")
         if killed:
+            print(f"{len(killed)} processes killed")
             return result
         window.seconds = 1.2 * (time.monotonic() - started)
     raise AssertionError("in all eight attempts, the job ended before a process was killed")
