@@ -97,7 +97,7 @@ class LazyCommands(Mapping[str, Any]):
 
 
 class Commands(TyperGroup):
-    """Group of commands. Printing the group's help imports no command, and Ctrl-C is reported as an error."""
+    """Group of all commands, which prints its help without importing a command and reports Ctrl-C as an error."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings | {"commands": settings.get("commands") or LazyCommands()})

@@ -119,7 +119,8 @@ class Job:
     def add_run(self, text: str) -> str:
         """Add the run to each command in an error message, such as "run `lakesight ingest` first".
 
-        Functions below the commands do not know the options of the command, but people copy the command.
+        The functions that raise errors do not know the options of the running command, but people copy commands from
+        error messages.
         """
 
         def complete(found: re.Match[str]) -> str:

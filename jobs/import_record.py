@@ -26,7 +26,8 @@ class ImportRequest(Config):
 
     Attributes:
         model: config of the model.
-        sources: dict from each imported part (such as `encoder`) to the SHA-256 of each file in the part's folder.
+        sources: for each imported part (such as `encoder`), a dict from the name of a file in the part's folder to the
+            file's SHA-256.
         seed: random seed for initialising the weights that no folder contains.
     """
 

@@ -27,8 +27,8 @@ class PromotionReport(Config):
     Attributes:
         already: whether the version was already the champion; no check of the gate runs for the current champion.
         found: dict from the name of each check of the promotion gate to the result of the check.
-        tokenisation: rules that split texts into words for the gate's metric; None for a metric without words, or if no
-            check ran.
+        tokenisation: rules that split texts into words for the gate's metric. The value is None if the metric uses no
+            words or if no check ran.
     """
 
     model_name: str

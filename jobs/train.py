@@ -37,7 +37,7 @@ class TrainReport(Config):
     model_name: str
     model_version: str
     trained: bool
-    """Whether the command trained. If a finished run with the same model, data and settings was reused, it did not."""
+    """Whether the command trained; false if a finished run with the same model, data and settings was reused."""
     steps: int
     world_size: int
     train_seconds: float
@@ -179,8 +179,9 @@ def run_train(job: Job) -> TrainReport:
 
 
 def register_checkpoint(job: Job, which: str, step: int) -> str:
-    """Return the model version of the checkpoint at step `step` of version `which`'s training, after registering the
-    returned version if necessary.
+    """Return the model version made from the checkpoint at step `step` of the training run of version `which`.
+
+    If there is no such model version yet, register it.
 
     Raises:
         UserError: there is no version `which`, its run folder does not exist, or the run has not kept the checkpoint.
@@ -214,8 +215,8 @@ def register_checkpoint(job: Job, which: str, step: int) -> str:
 def register_finished_runs(job: Job) -> None:
     """Log and register finished trainings of the run that the `train` command itself did not log and register.
 
-    Such a training is left behind if the `train` command was killed or the tracking server was down. If registering
-    fails again, log a warning.
+    A finished training is not registered if the `train` command was killed or the tracking server was down. If
+    registering fails again, log a warning.
 
     Raises:
         TrackingDown: the tracking server is still down.

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 PROCESS_LIMIT = 2
-"""The process is ended when the block has used this multiple of the time limit as processor time."""
+"""The process is killed when the CPU time of the block exceeds the time limit times this factor."""
 MIN_PROCESS_SECONDS = 1.0
 
 

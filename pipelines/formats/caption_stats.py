@@ -19,7 +19,8 @@ from vlm.text.words import words
 SAMPLED_CAPTIONS = 100
 """Number of captions from which `distinct_words` is computed.
 
-The number is fixed, because more captions contain more distinct words.
+The number is the same for all jobs. Otherwise a job with more captions would have a larger figure, because more
+captions contain more distinct words.
 """
 
 
@@ -50,17 +51,17 @@ class CaptionStats(Config):
 
     @classmethod
     def from_caption(cls, caption: str, logprob: float) -> CaptionStats:
-        """Return the sums for one caption with its mean log-probability per token, in nats."""
+        """Return the sums for a single caption, whose mean log-probability per token is `logprob` (in nats)."""
         caption_words = words(caption)
         counts = dict.fromkeys(caption_words, 1)
         return cls(captioned=1, words=len(caption_words), captions_with_word=counts, logprobs=logprob)
 
     def figures(self) -> dict[str, float]:
-        """Compute figures from the sums. A figure without data is left out.
+        """Compute the figures, such as the share of errors, from the sums. A figure without data is left out.
 
-        The figures are words (mean number per caption), distinct_words (expected number of distinct words in
-        SAMPLED_CAPTIONS captions; left out if there are fewer captions), mean_logprob (mean over captions),
-        error_share, brightness (mean over pictures) and contrast (mean over pictures).
+        The figures are words (mean number of words in a caption), distinct_words (expected number of distinct words in
+        SAMPLED_CAPTIONS captions; left out if there are fewer captions), mean_logprob (mean over captions), error_share
+        (share of rows with an error), brightness (mean over pictures) and contrast (mean over pictures).
         """
         found = {}
         if rows := self.captioned + self.errors:

@@ -29,7 +29,10 @@ COLUMNS = {
     "image_column": "Column of source_table with the pictures",
     "image_root": "Folder or URL of the pictures if image_column holds paths or URLs; null otherwise",
 }
-"""Columns of the view and their meanings. The view has one row per picture of a source table, model and prompt."""
+"""Columns of the view: a dict from the name of a column to its comment.
+
+The view has one row for each combination of source table, picture, model and prompt.
+"""
 TABLES = (GENERATED_CAPTIONS.name, DECISIONS.name, VERDICTS.name)
 """Tables from which the view `champion_captions` reads."""
 
@@ -67,7 +70,8 @@ def select(prefix: str = "", champions: Mapping[str, str] | None = None) -> str:
 
     Args:
         prefix: text before the names of the tables, such as `schema.`.
-        champions: versions of the champions, by model, about which the table `decisions` has no row.
+        champions: champions that the table `decisions` does not name: a dict from the name of a model to the version of
+            its champion.
     """
     others = "".join(
         f"\n    UNION ALL SELECT {quoted_text(name)}, {quoted_text(version)}, CAST(NULL AS VARCHAR), 1"

@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 
 BATCH_ROWS = 32
 UNSUPPORTED = re.compile(r"[\[\]\\^|\x00-\x1f]|%[0-9A-Fa-f]{2}")
-"""Parts of a path with which `deltalake` fails, ends the process, or uses another folder. Spark supports all paths."""
+"""Pattern of the characters in a path that make `deltalake` fail, end the process, or use another folder.
+
+Spark can read tables under such paths.
+"""
 
 
 def is_supported(folder: Path | None) -> TypeGuard[Path]:
-    """Return whether `deltalake` can open tables in a folder (None if a catalog manages the tables)."""
+    """Return whether `deltalake` can open tables in a folder. `folder` is None if a catalog manages the tables."""
     return folder is not None and not UNSUPPORTED.search(str(folder))
 
 
@@ -93,7 +96,7 @@ def query(tables: Mapping[str, DeltaTable], sql: str) -> pa.RecordBatchReader:
     """Run an SQL query on Delta tables, without Spark. Without ORDER BY, rows have the order of the files.
 
     Args:
-        tables: tables to query: a dict from the name that the query uses to the table.
+        tables: tables to query: a dict from the name of a table in the query to the table.
         sql: query in the SQL of DataFusion, the engine inside the package `deltalake`.
 
     Raises:
@@ -124,8 +127,8 @@ def _without_views(kind: pa.DataType) -> pa.DataType:
 def arrow_dataset(table: DeltaTable) -> Dataset:
     """Open a table on a local disk as an Arrow dataset that uses Arrow's own file system.
 
-    By default, Arrow's threads read files through Python code of `deltalake`. A thread that is still reading when the
-    interpreter exits aborts the process with exit code 134 (delta-io/delta-rs issue 2184).
+    By default, Arrow's threads read files through Python code of `deltalake`. If such a thread is still reading when
+    the interpreter exits, the process aborts with exit code 134 (delta-io/delta-rs issue 2184).
     """
     from pyarrow.fs import FileSystem, SubTreeFileSystem
 

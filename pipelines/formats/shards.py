@@ -95,7 +95,8 @@ class Manifest(Config):
 
     Attributes:
         format: version of the shard format.
-        request: request from which the folder was made; for a mix, the request of its first part.
+        request: shard request that determines the content of the folder; for a mix, the shard request of the first
+            part.
         files: one entry for each shard file, in row order.
         parts: sources of a mix, or empty if there is only one source.
     """

@@ -76,14 +76,14 @@ class Table:
         return [c.name for c in self.columns]
 
     def insert_clause(self, alias: str) -> str:
-        """Return the INSERT clause of a MERGE statement with the columns of this definition.
+        """Return the INSERT clause of a MERGE statement, which inserts all columns of this definition.
 
         `INSERT *` would also require values for columns that users have added to the table.
         """
         return f"INSERT ({', '.join(self.names)}) VALUES ({', '.join(f'{alias}.{name}' for name in self.names)})"  # noqa: S608 (names of our own)
 
     def update_clause(self, alias: str) -> str:
-        """Return the UPDATE clause of a MERGE statement with the columns of this definition."""
+        """Return the UPDATE clause of a MERGE statement, which sets all columns of this definition."""
         return f"UPDATE SET {', '.join(f'{name} = {alias}.{name}' for name in self.names)}"
 
     def ddl(self) -> str:

@@ -82,7 +82,8 @@ class CardText:
         label: author of the text, such as Human or Model; empty to show no author.
         exact: whether a caption equals a reference word for word, or None for a text that is not compared.
         score: word F1 of a caption (0 to 1), or None for a text that is not compared.
-        parts: consecutive parts of the text, and whether each part is marked; empty to show the text without marks.
+        parts: the text in consecutive parts, each with a flag that says whether the page marks the part; empty to show
+            the text without marks.
     """
 
     text: str
@@ -128,13 +129,13 @@ class Card:
 
     @property
     def search_text(self) -> str:
-        """Lower-case text of the card in which the page's filter searches."""
+        """The card's text in lower case, which the page's filter searches."""
         return " ".join([self.name, *(text.text for text in self.texts)]).lower()
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Cards under one title. If the title is empty, the cards have no heading."""
+    """Group of picture cards with a title. If the title is empty, the group has no heading."""
 
     title: str
     cards: Sequence[Card]
@@ -147,9 +148,9 @@ class Page:
     Attributes:
         title: heading of the page.
         about: paragraph about the data, shown at the end of a page with a verdict, and below the heading otherwise.
-        figures: numbers to show: a dict from the name to the value. The numbers are hidden until a click if the page
-            has bars.
-        tables: tables of numbers, which are folded.
+        figures: numbers to show: a dict from the name to the value. If the page has bars, these numbers stay hidden
+            until the reader opens them.
+        tables: tables of numbers, each of which stays folded until the reader opens it.
         charts: bar charts of counts.
         galleries: groups of picture cards.
         verdict: result in one sentence, shown below the heading; empty if the page has no verdict.

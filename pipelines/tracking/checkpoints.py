@@ -1,4 +1,4 @@
-"""Choice of the checkpoint of a run that is registered, and of the files of its version."""
+"""Functions that choose which checkpoint of a run is registered, and which files the model version contains."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class FilesToRegister(NamedTuple):
 
 @contextmanager
 def files_to_register(checkpoint: Path, generation: GenerationConfig | None) -> Iterator[FilesToRegister]:
-    """Yield the files of a version, which differ from the checkpoint only if `generation` changes config.json."""
+    """Yield the files of a version: the checkpoint's own files, unless `generation` changes config.json."""
     file = checkpoint / "config.json"
     config = ModelConfig.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else None
     if config is None or generation is None or generation == config.generation:

@@ -41,7 +41,8 @@ def signature(settings: GenerationConfig, *, text_only: bool = False) -> ModelSi
 
     A model of text has no column of pictures, and continues its prompts.
 
-    A caller may change the generation settings for one request with `params`. The defaults are the model's settings.
+    A caller may change the generation settings for one request with `params`. By default, the model's own generation
+    settings are used.
     """
     defaults = settings.model_dump(mode="json")
     params = [

@@ -3,9 +3,9 @@
 MLflow executes this file to load the model ("models from code"), so nothing is pickled. The input is a DataFrame with
 the column `image` and an optional column `prompt`. REST clients send each picture as base64 text, with or without a
 `data:` prefix. Python callers may also pass bytes, because MLflow does not convert object columns. The output is a
-DataFrame with the columns `caption` and `error`, of which one is null in each row. A bad picture or prompt therefore
-affects no other row. A value of a wrong type, such as a list, also gives an error only in its own row. A model of
-text has only the column `prompt`, and continues the texts in it.
+DataFrame with the columns `caption` and `error`, and exactly one of these columns is null in each row. A bad picture or
+prompt therefore affects no other row. A value of a wrong type, such as a list, also causes an error only in its own
+row. A model of text has only the column `prompt`, and continues the texts in it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class CaptionModel(PythonModel):
     """Model that captions DataFrames of pictures. The MLflow artifacts of the model are the files of a checkpoint."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the weights. Torch is imported here, so that importing this file does not need torch."""
+        """Load the weights. This method imports torch, so that importing this file does not need torch."""
         from pipelines.worker.caption import load_captioner
 
         self._captioner = load_captioner(str(Path(context.artifacts["model.safetensors"]).parent))
@@ -36,7 +36,7 @@ class CaptionModel(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """Caption the pictures in column `image`. Return columns `caption` and `error` with the index of the input.
+        """Caption the pictures in column `image`. Return the columns `caption` and `error`, with the input's index.
 
         `params` are generation settings. MLflow passes all settings, and uses the model's own value for each setting
         that the caller has not given (`logged_model.signature`).

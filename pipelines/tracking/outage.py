@@ -68,7 +68,7 @@ def http_status(error: BaseException) -> int:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and its causes, because MLflow replaces the errors of libraries by its own errors."""
+    """Yield an error and all its causes, because MLflow wraps the errors of libraries in its own errors."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause

@@ -356,7 +356,7 @@ def _read_version(client: MlflowClient, name: str, number: str) -> ModelVersion:
 
 
 def _prefixed(tags: Mapping[str, str]) -> dict[str, str]:
-    """Add the prefix to the keys of tags. For Unity Catalog, replace `. , - = / :` in keys and truncate long values."""
+    """Add TAG_PREFIX to tag keys. For Unity Catalog, replace `. , - = / :` in keys and truncate long values."""
     return {f"{TAG_PREFIX}{re.sub('[.,=/: -]', '_', key)}": text[:MAX_TAG_CHARS].strip() for key, text in tags.items()}
 
 

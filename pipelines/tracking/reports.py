@@ -92,7 +92,7 @@ def log_stage(platform: Platform, log: StageLog, *, good: bool) -> str:
 
 
 def _numbers(report: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Return the numbers in a nested mapping. The key of a number is its path, such as `figures/words`."""
+    """Flatten a nested mapping to a dict of its numbers. The key of a number is its path, such as `figures/words`."""
     found: dict[str, float] = {}
     for key, value in report.items():
         if isinstance(value, Mapping):

@@ -164,7 +164,7 @@ def log_report(
 
 
 class Follower(threading.Thread):
-    """Thread that logs the metric and sample files of a run folder to MLflow. Each file is logged once, in order."""
+    """Thread that logs the metric and sample files of a run folder to MLflow, each once and in step order."""
 
     def __init__(self, run: RunFolder, config: RunConfig, platform: Platform) -> None:
         super().__init__(name="lakesight-mlflow-follower", daemon=True)
@@ -330,7 +330,7 @@ def _logged_points(client: MlflowClient, run_id: str) -> set[tuple[str, int]]:
 
 
 def _logged_sample_steps(client: MlflowClient, run_id: str) -> set[int]:
-    """Return the steps whose sample captions the MLflow run has."""
+    """Return the steps for which sample captions are logged in the MLflow run."""
     if SAMPLES_TABLE not in {artifact.path for artifact in client.list_artifacts(run_id)}:
         return set()
     table = mlflow.artifacts.load_dict(f"runs:/{run_id}/{SAMPLES_TABLE}")

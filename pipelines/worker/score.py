@@ -1,10 +1,8 @@
 """Scores of a model on shard rows: the caption, the loss with the right picture, and losses with three wrong pictures.
 
-The three wrong pictures are:
-    the picture of another row, which is row (i + n // 2) mod n for row i of n rows. Shards are shuffled, so this
-        picture serves as a random picture that is the same on every host;
-    a grey picture;
-    a picture of noise, seeded by the index of the row.
+The first wrong picture of row i of n rows is the picture of row (i + n // 2) mod n. Shards are shuffled, so this
+picture serves as a random picture that is the same on every host. The second wrong picture is grey. The third wrong
+picture is random noise, whose seed is the index of the row.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def decode_batches(batches: Iterator[pa.RecordBatch], read: Read, rules: DecodeR
 
 
 def decode_guarded(batches: Iterator[pa.RecordBatch], read: Read, rules: DecodeRules) -> Iterator[pa.RecordBatch]:
-    """Decode rows like `decode_batches`, but in child processes. Refuse rows that crash or block these processes."""
+    """Decode rows like `decode_batches`, but in child processes. Refuse each row that crashes or blocks its process."""
     load_decoders()
     chunks = split_into_chunks(read(batches), _record_bytes)
     decode, refuse = partial(decode_record, rules=rules), partial(_refuse_deadly, rules=rules)
@@ -200,7 +200,7 @@ def _decode_sample(file: str, fields: Fields, rules: DecodeRules) -> dict[str, A
 
 
 class _SameBytes:
-    """Cache key of a bytes object. Two keys are equal only if they hold the identical object; no bytes are read."""
+    """Cache key of a bytes object. Two keys are equal only if they hold the same object; bytes are not compared."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data

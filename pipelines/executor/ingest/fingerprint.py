@@ -19,7 +19,10 @@ HASH_BYTES = 8
 GRID = 8
 FINGERPRINT_BYTES = HASH_BYTES + 3 * GRID * GRID
 MARGIN = 2
-"""A hash bit is set if two cells differ by more than MARGIN grey levels. Encoder noise causes smaller differences."""
+"""A hash bit is set if two cells differ by more than MARGIN grey levels.
+
+The noise that a picture encoder adds to cells of equal brightness causes smaller differences.
+"""
 MAX_DIFFERING_BITS = 3
 """Largest number of hash bits in which near duplicates differ.
 

@@ -32,7 +32,7 @@ class MergedTexts(NamedTuple):
 
     Attributes:
         new_texts: texts to append, in the order of the rows. A text may occur several times.
-        contributing: number of distinct rows with a new text, which the picture did not have.
+        contributing: number of distinct rows that add at least one text which the picture did not have.
         full: all distinct accepted texts if a row has exceeded the largest number of texts, else None.
     """
 

@@ -23,7 +23,7 @@ INACCESSIBLE = frozenset(
 DAMAGE = (EOFError, zlib.error, LZMAError, UnicodeError, tarfile.TarError, pa.ArrowException)
 """Exceptions that decompressors and parsers raise for damaged data."""
 FILE_ERRORS = (OSError, *DAMAGE)
-"""Exceptions that may affect only one file.
+"""Exceptions whose cause may be a single file.
 
 `require_damage` decides whether an exception of these classes means a damaged file or a fault of the machine.
 """
@@ -71,10 +71,10 @@ def url_system(path: str) -> tuple[Any, str]:
 
 
 def describe_damage(error: Exception) -> str | None:
-    """Describe an error that affects only one file, or return None if the error is a fault of the machine.
+    """Describe an error that affects only one file, or return None if the error counts as a machine failure.
 
-    The caller must raise an error that is a fault of the machine, such as a network drive that does not answer. Spark
-    then retries the task, and no file is refused because a drive was offline.
+    The caller must raise an error that counts as a machine failure, for example because a network drive does not
+    answer. Spark then retries the task, and no file is refused because a drive was offline.
     """
     if isinstance(error, OSError):
         if (error.errno is not None and error.errno not in INACCESSIBLE) or _has_lost_its_folder(error):

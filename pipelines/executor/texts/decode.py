@@ -82,7 +82,7 @@ def decode_text(record: Record, rules: TextRules) -> dict[str, Any]:
 
 
 def _accept(record: Record, rules: TextRules) -> dict[str, Any]:
-    """Return the columns of a text.
+    """Return the values of OUTCOME's columns for a record that becomes a text.
 
     Raises:
         Refused: the row cannot become a text.

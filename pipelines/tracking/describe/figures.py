@@ -116,7 +116,7 @@ def draw_lengths(lengths: Mapping[str, Sequence[int]]) -> Figure:
 
 
 def draw_expert_load(metrics: Metrics) -> Figure:
-    """Draw a heat map of the share of tokens that each expert receives. A row is a layer, and a column is an expert.
+    """Draw a heat map with a row per layer and a column per expert, which shows the expert's share of the tokens.
 
     An expert in a white cell receives an even share of the tokens, an expert in a blue cell receives less, and an
     expert in a fully red cell receives at least twice an even share.

@@ -65,7 +65,7 @@ def put_sections(note: str, sections: Mapping[str, str]) -> str:
 
 
 def read_sections(note: str) -> dict[str, str]:
-    """Return the text of each section of a description, by heading."""
+    """Split a description into sections, and return a dict from each heading to the text below the heading."""
     parts = (part.partition("\n") for part in re.split(r"(?m)^### ", note)[1:])
     return {heading.strip(): body.strip() for heading, _, body in parts}
 

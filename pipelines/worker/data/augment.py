@@ -8,7 +8,7 @@ clipped only once.
 A picture is only augmented in ways that keep its text true. A text with "left" or "right" would be wrong for a flipped
 picture, a text with "above" would be wrong for a rotated picture, and boxes in a text would be wrong for any crop.
 
-Letters in tensor names: B rows, N random numbers, H W pixels, C channels.
+Letters in tensor names: rows (B), random numbers (N), height (H), width (W), channels (C).
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     SLOT x N     <bos>  prompt \\n  answer  <eos>
     '----------- prefix ----------' '-- targets --'
 
-The tokens of a batch are this sequence without its last token. The labels are this sequence without its first token,
-and labels inside the prefix are IGNORE.
+The input tokens of a row are this token sequence without its last token. The labels of a row are this token sequence
+without its first token, and labels inside the prefix are IGNORE.
 
-Letters in tensor names: B rows, P pictures, H W pixels, C channels, T positions.
+Letters in tensor names: rows (B), pictures (P), height (H), width (W), channels (C), positions (T).
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def map_ahead(make: Callable[[S], T], items: Iterable[S], workers: int) -> Itera
     without a copy.
 
     Args:
-        make: pure function that is called with an item, in any order of the items.
+        make: pure function that makes the result of one item. The items may be passed to `make` in any order.
         items: arguments for `make`. The results have the same order as the items.
         workers: number of threads. With 0 threads, `make` is called when the item's result is requested.
     """

@@ -31,7 +31,10 @@ Float64s = npt.NDArray[np.float64]
 
 ROUNDS = 6
 MIN_HALF_BITS = 4
-"""Smallest number of bits in a half of the Feistel network. Shorter halves cannot produce most permutations."""
+"""Smallest number of bits in a half of the Feistel network.
+
+With shorter halves, the network could not produce most permutations.
+"""
 
 _WORD = 2**64 - 1
 
@@ -113,7 +116,7 @@ def _permute_few(positions: Int64s, epochs: Int64s, *, num_rows: int, seed: int)
     """Compute `permute` for at most 4**MIN_HALF_BITS rows, from a lookup table of the Feistel network of each epoch.
 
     With three rows, for example, a position needs 85 passes through the Feistel network on average. A lookup in the
-    table is much faster than a pass through the network.
+    table is much faster than a pass through the Feistel network.
     """
     found, epoch_number = np.unique(epochs, return_inverse=True)
     values = np.arange(4**MIN_HALF_BITS, dtype=np.uint64)
@@ -154,7 +157,8 @@ def random_fractions(picks: RowPicks, count: int, *, seed: int) -> Float64s:
 
     Args:
         picks: indices of rows, and the epoch of each row.
-        count: number of random numbers per row. A larger count does not change the first numbers.
+        count: number of random numbers per row. A larger `count` appends numbers to each row, but does not change
+            the first numbers.
         seed: seed of the run.
     """
     number = np.arange(count, dtype=np.uint64)
@@ -165,7 +169,7 @@ def random_fractions(picks: RowPicks, count: int, *, seed: int) -> Float64s:
 
 
 def hash64s(*columns: UInt64s) -> UInt64s:
-    """Hash the values at each position of arrays of equal shape to 64 bits, with a chain of SplitMix64."""
+    """For each position, hash the values of all arrays at this position to 64 bits, with a chain of SplitMix64."""
     state = np.zeros_like(columns[0])
     for column in columns:
         state = splitmix64(state ^ column)

@@ -123,7 +123,7 @@ def _make_room(root: Path, needed: int, limit: float, own: set[Path]) -> bool:
         root: folder of the copies.
         needed: size of the file, in bytes.
         limit: largest total size of all copies, in bytes.
-        own: paths of the copies that belong to this run and are kept.
+        own: paths of the copies that belong to this run, which are never removed.
     """
     copies = {path: path.stat() for path in root.glob("*.arrow")}
     disk = shutil.disk_usage(root)

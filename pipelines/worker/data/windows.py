@@ -1,10 +1,10 @@
 """Windows of a token file, the samples on which a model of text is trained.
 
-A window has as many tokens as the model has positions, and is read across the ends of texts, as in GPT-2. In each epoch
-the windows are cut at another place, which depends on (seed, epoch). The windows of a step are picked like the rows of
-shards (`order.py`), so a run resumes at any step without stored state.
+A window has as many tokens as the model has positions, and may span several texts, as in GPT-2. In each epoch the
+windows begin at other positions of the token file, which depend on (seed, epoch). The windows of a step are picked like
+the rows of shards (`order.py`), so a run resumes at any step without stored state.
 
-Letters in tensor names: B windows, T positions.
+Letters in tensor names: windows (B), positions (T).
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ class Windows(NamedTuple):
         return max(1, len(self.ids) // self.context)
 
     def training_batch(self, rows: npt.NDArray[np.int64], epochs: npt.NDArray[np.int64], seed: int) -> Batch:
-        """Return windows of the given epochs. At its end, the token sequence starts again from the beginning."""
+        """Return windows, which are cut at the positions of their epoch.
+
+        A window that reaches the end of the token sequence continues at the start of the sequence.
+        """
         shifts = np.array([hash64(seed, int(epoch)) % self.context for epoch in epochs])
         starts = rows * self.context + shifts
         positions_BT = (starts[:, None] + np.arange(self.context + 1)) % len(self.ids)

@@ -1,18 +1,18 @@
 """Monitor of a rank: heartbeat, timeout, and a failure record written by the rank itself.
 
-torchrun reports only "exit code 1, see the logs". The failure record of a rank says more: it separates the root cause
-from consequences, such as a signal from the launcher or a connection that was lost because another rank died.
+torchrun reports only "exit code 1, see the logs". The failure record of a rank distinguishes the root cause from
+consequences, such as a signal from the launcher or a connection that was lost because another rank died.
 
 Python's signal handlers are not used for SIGTERM and SIGINT. Python runs a signal handler in the main thread. When
-another rank has died, the main thread is blocked in a C++ collective, so the handler would never run. Instead the
-C-level handler writes the signal's number to a pipe. A thread reads the pipe, writes the failure record and exits the
-process.
+another rank has died, the main thread is blocked in a C++ collective, so the handler would never run. Instead, Python's
+C-level handler writes the signal's number to a pipe. The monitor thread reads the pipe, writes the failure record and
+exits the process.
 
-The thread also ends the rank for two other reasons. If the launcher has died, the rank exits, so no rank outlives its
-launcher. If the rank reports no progress for `train.timeout_seconds`, the rank writes the stacks of all threads and
-exits. When one rank hangs, all other ranks wait for this rank and time out at the same moment. A rank that is inside a
-collective is therefore recorded as waiting, not as the cause. If the interpreter itself is stuck, faulthandler's C
-thread ends the rank.
+The monitor thread also ends the rank for two other reasons. If the launcher has died, the rank exits, so no rank
+outlives its launcher. If the rank reports no progress for `train.timeout_seconds`, the rank writes the stacks of all
+threads and exits. When one rank hangs, all other ranks wait for this rank and time out at the same moment. A rank that
+is inside a collective is therefore recorded as waiting, not as the cause. If the interpreter itself is stuck,
+faulthandler's C thread ends the rank.
 """
 
 from __future__ import annotations

@@ -116,11 +116,11 @@ class MeanSinceLog:
         self.restart()
 
     def restart(self) -> None:
-        """Start a new mean."""
+        """Discard all values added so far."""
         self._sum, self._weight = 0.0, 0
 
     def add(self, mean: float, weight: int) -> None:
-        """Add the mean value of a step with its weight, such as the number of target tokens of the step."""
+        """Add the mean value of a step, weighted for example by the number of target tokens in the step."""
         self._sum, self._weight = self._sum + mean * weight, self._weight + weight
 
     def take(self) -> float:

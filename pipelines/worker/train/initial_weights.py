@@ -117,7 +117,7 @@ class ModelBuilder:
         return model
 
     def _fill(self, model: VisionLanguageModel, path: Path, *, decoder_alone: bool = False) -> None:
-        """Read weights from a file into the model. If the model is sharded, read only the rows of this rank.
+        """Read weights from a file into the model. If the model is sharded, read only this rank's rows of each tensor.
 
         With `decoder_alone`, the file holds the decoder of a model of text, and no other weights are read.
         """

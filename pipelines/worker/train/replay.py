@@ -50,7 +50,10 @@ class Replayer(Trainer):
             super()._train_stage(stage, range(step, step + 1))
 
     def _write_rows(self, step: int) -> None:
-        """Write the loss of each row of this rank, with the dropout of the step. This method is a collective."""
+        """Compute and write the loss of each row of this rank, with the same dropout as in the step.
+
+        This method is a collective.
+        """
         settings = self.file.config.train
         rows, texts, picks = rows_of_step(self.train_shards, step, **self.row_order())
         shown = self.augmenter.rows(rows, texts, picks) if self.augmenter else rows

@@ -66,7 +66,7 @@ def sampled_rows(shards: Shards, step: int, order: RowOrder, augmenter: Augmente
 
 
 class CaptionSampler:
-    """Sampler of captions of training rows, which returns the captions as batches that are weighted by advantage.
+    """Samples captions for training rows, and returns batches in which each caption is weighted by its advantage.
 
     Args:
         model: model whose captions are sampled, without a DDP wrapper.

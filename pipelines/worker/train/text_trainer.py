@@ -138,7 +138,10 @@ def validate_text(
 def continue_windows(
     model: VisionLanguageModel, tokenizer: Tokenizer, windows: Windows, count: int
 ) -> tuple[CaptionSample, ...]:
-    """Let the model continue the beginnings of the first windows. Return the original texts and the continued texts."""
+    """Let the model continue the beginnings of the first windows.
+
+    Return, for each of these windows, the window's text and the text that the model has made from the beginning.
+    """
     settings = model.config.generation
     length = min(windows.context // PROMPT_SHARE, windows.context - settings.max_new_tokens - 1)
     samples = []

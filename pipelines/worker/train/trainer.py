@@ -139,7 +139,7 @@ class Trainer:
         )
 
     def copied_shards(self) -> tuple[Shards, ...]:
-        """Return the shards whose files are copied to this host, if the platform has a limit for such copies."""
+        """Return the shards whose files are copied to this host if `platform.cache_gib` is set."""
         return self.train_shards, self.validate_shards
 
     def train(self) -> None:

@@ -65,7 +65,7 @@ def validate(
     rank_pairs = [pairs[number] for number in np.array_split(np.arange(len(pairs)), world_size)[rank]]
     device = model.mean.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    checked: list[tuple[list[str], torch.Tensor]] = []  # for each batch: image ids, and whether losses are finite
+    checked: list[tuple[list[str], torch.Tensor]] = []  # for each batch: image ids, and whether each loss is finite
     model.eval()
     for first in range(0, -(-len(pairs) // world_size), batch_size):
         # All ranks must call a sharded model equally often, so a rank without texts computes losses and discards them.
@@ -89,7 +89,7 @@ def validate(
 def _not_finite(step: int, checked: Sequence[tuple[list[str], torch.Tensor]]) -> NotFiniteError:
     """Build the error for a validation loss that is not finite.
 
-    For each batch of this rank, `checked` has the image ids and whether the loss of each row is finite.
+    `checked` lists, for each batch of this rank, the image ids of the rows and whether the loss of each row is finite.
     """
     pictures = [i for ids, finite_B in checked for i, ok in zip(ids, finite_B.tolist(), strict=False) if not ok]
     error = NotFiniteError(
@@ -124,7 +124,7 @@ def _weighted_texts(shards: Shards, index: int) -> list[_WeightedText]:
 
 
 def _read_rows(shards: Shards, chosen: Sequence[_WeightedText], total: int) -> tuple[list[Row], npt.NDArray[np.uint8]]:
-    """Return the row of each text, and the pixels (BHWC) of the next row. Each row is read only once."""
+    """For each text, return its row and the pixels (BHWC) of the row after its row. Each row is read only once."""
     read = {number: shards.row(number) for number in {(t.row + step) % total for t in chosen for step in (0, 1)}}
     return [read[t.row] for t in chosen], np.stack([read[(t.row + 1) % total].pixels for t in chosen])
 

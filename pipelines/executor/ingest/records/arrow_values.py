@@ -166,7 +166,7 @@ def _part_by_part(array: pa.Array) -> Any:
 
 
 def _exact_value(array: pa.Array) -> Any:
-    """Return the one value of an array as a time of day, or else as a text with the exact value.
+    """Return the only element of an array: a time of day as a Python time, any other value as an exact text.
 
     Raises:
         pa.ArrowException: Arrow cannot write the value as text.
@@ -188,7 +188,8 @@ class NotStored(dict[str, str]):
 
     Args:
         what: text that describes the value, such as "5,000 bytes; at most 100 are allowed".
-        value: array that contains only the value. Different strings or binaries give different hashes.
+        value: array whose only element is the value that is not stored. The placeholders of different strings or
+            binaries contain different hashes.
 
     Attributes:
         what: text that describes the value, such as "5,000 bytes; at most 100 are allowed".
@@ -198,7 +199,7 @@ class NotStored(dict[str, str]):
         super().__init__({"not stored": what})
         self.what = what
         buffer = None if value is None else _buffer(value)
-        if buffer is not None:  # hash only the two ends, because a file may repeat a value of 60 MB many times
+        if buffer is not None:  # hash only beginning and end, because a file may repeat a value of 60 MB many times
             ends = buffer.slice(0, END_BYTES), buffer.slice(max(buffer.size - END_BYTES, 0))
             self["hash of its ends"] = hashlib.sha256(b"".join(end.to_pybytes() for end in ends)).hexdigest()
 

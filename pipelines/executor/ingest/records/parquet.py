@@ -53,7 +53,7 @@ class _Columns(NamedTuple):
 def parquet_records(
     batches: Iterator[pa.RecordBatch], image: str, named: Sequence[str], max_bytes: int
 ) -> Iterator[Record]:
-    """Read the rows of byte ranges of Parquet files. One record `unreadable_file` describes all damage in a range.
+    """Read the rows of byte ranges of Parquet files. All damage in a range becomes one record `unreadable_file`.
 
     Args:
         batches: batches with the columns path, file, start, end and partition. The column partition is a map with the
@@ -72,7 +72,7 @@ def parquet_records(
 def _read_range(part: _Range, columns: _Columns) -> Iterator[Record]:
     opened = _open(part, columns)
     if isinstance(opened, str):
-        if part.start == 0:  # only the first range of a file reports an error of the whole file
+        if part.start == 0:  # an error of the whole file is reported once, for the file's first range
             yield unreadable_file(part.file, part.path, opened)
         return
     damage = []
@@ -108,7 +108,10 @@ def _open(part: _Range, columns: _Columns) -> ParquetColumns | str:
 
 
 def _describe_or_raise(error: Exception) -> str:
-    """Describe the damage of a file. Raise an error that is a fault of the machine, so that Spark retries the task."""
+    """Describe the damage of a file.
+
+    Raise an error that counts as a machine failure, so that Spark retries the task.
+    """
     if isinstance(error, MemoryError):
         raise error
     return " ".join(require_damage(error).split())

@@ -118,7 +118,7 @@ class ParquetColumns:
             yield batch.column(0)
 
     def _reader(self, rows: int, *, kept: bool) -> pq.ParquetFile:
-        """Return the reader for a batch size of `rows` rows. A reader has the same batch size for all columns."""
+        """Return the reader for batches of `rows` rows. A reader cannot change its batch size from column to column."""
         if (rows, kept) not in self._readers:
             self._readers[rows, kept] = self._open(self._texts if kept else [], metadata=self.metadata)
         return self._readers[rows, kept]
@@ -138,7 +138,10 @@ class ParquetColumns:
         return sizes
 
     def _keeps_dictionaries(self, group: int, sizes: Mapping[int, PageSizes]) -> bool:
-        """Return whether to read a column as a dictionary array, as for lists and for large repeated values."""
+        """Return whether to read a column as an Arrow dictionary array.
+
+        This saves memory if the column holds lists or large repeated values.
+        """
         texts = [leaf for leaf in sizes if leaf in self._texts]
         if not any(self._column(leaf).max_repetition_level for leaf in texts):
             return any(sizes[leaf].repeats and sizes[leaf].dictionary > BATCH_BYTES for leaf in texts)
@@ -166,6 +169,6 @@ class ParquetColumns:
 
 
 def _count_leaves(kind: pa.DataType) -> int:
-    """Return the number of Parquet columns in which a column of an Arrow type is stored."""
+    """Return how many Parquet columns are needed to store a column of an Arrow type."""
     kind = stored_type(kind)
     return sum(_count_leaves(kind.field(index).type) for index in range(kind.num_fields)) or 1

@@ -18,7 +18,7 @@ MAX_PAGE_BYTES = 256 * 2**20
 MAX_LIST_VALUES = 2**24
 """Largest number of values in the lists of a column chunk with more than HONEST_RATIO values per byte."""
 HONEST_RATIO = 4
-"""Compression ratio up to which a page of any size is read, because the file itself then has a similar size."""
+"""Pages with at most this compression ratio are read whatever their size, because the file has a similar size."""
 HEADER_BYTES = 256
 MAX_HEADER_BYTES = 2**20
 """Largest size of a page header, in bytes. A header may contain the smallest and the largest value of the page."""
@@ -141,7 +141,7 @@ class _Thrift:
 
     def _value(self, kind: int, depth: int) -> Any:
         value: Any = None
-        if kind in (1, 2):  # the type of a boolean field contains its value
+        if kind in (1, 2):  # in Thrift, the type code of a boolean says whether the value is true
             value = kind == 1
         elif kind == 3:
             value = self._byte()

@@ -36,7 +36,10 @@ def delta_records(batches: Iterator[pa.RecordBatch], names: Sequence[str], image
 
 
 def _read_others(row: pa.Array) -> Fields:
-    """Convert the struct of unused columns to fields. The struct is null if the table has no unused columns."""
+    """Convert the struct that holds the unused columns to a dict.
+
+    The struct is null if the table has no unused columns.
+    """
     fields: Fields = to_python(row)[0] or {}
     return fields
 

@@ -29,7 +29,7 @@ class Links:
         self._targets: dict[str, str] = {}
 
     def add(self, member: Member) -> None:
-        """Store a link, unless MAX_LINKS links are already stored. A link that is not stored leads nowhere."""
+        """Store a link, unless MAX_LINKS links are already stored. A link that is not stored counts as broken."""
         if member.target is not None and len(self._targets) < MAX_LINKS:
             self._targets[posixpath.normpath(member.name)] = posixpath.normpath(member.target)
 
@@ -43,7 +43,7 @@ class Links:
         return name
 
     def ends(self) -> set[str]:
-        """Return the names of the members at the ends of all chains of links."""
+        """Follow all chains of links, and return the names of the members at their ends."""
         return {self.follow(target) for target in self._targets.values()}
 
 
@@ -87,7 +87,7 @@ class LinkTargets:
         return start, member.size
 
     def size_of(self, target: str) -> int | Problem:
-        """Return the size of the member to which a link leads, or the problem of the link."""
+        """Return the size of the member to which a link leads, or a Problem that says what is wrong."""
         found = self._found.get(self._links.follow(target))
         if found is None:
             return Problem("malformed_record", "the tar has no such member")

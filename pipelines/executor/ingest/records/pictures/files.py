@@ -101,7 +101,7 @@ def _spellings(name: str) -> Iterator[str]:
 
 
 def _parts(roots: Sequence[str], path: str) -> list[str]:
-    """Split a path below the folder into its parts. `roots` are the possible paths of the folder.
+    """Split a path below the root folder into its parts. `roots` are all known paths of the root folder.
 
     Raises:
         _Outside: an absolute path is not below the folder, or a URI has another scheme than `file:`.
@@ -120,7 +120,8 @@ def _walk(root: Path, parts: list[str]) -> PictureFile | str:
     """Follow a path part by part, and check that each part is inside the root folder.
 
     Returns:
-        The file, or the end of the error message "the folder has no file ..." (which may be empty).
+        The file or, if there is no such file, a text that completes the error message "the folder has no file PATH",
+        such as ": the link leads nowhere". The text may be empty.
     """
     path, status = root, root.stat()
     for part in parts:

@@ -32,7 +32,7 @@ class PictureRoot:
     max_bytes: int
 
     def read(self, name: object) -> bytes | Problem:
-        """Read the picture that a row names, or return the problem because of which the picture cannot be read.
+        """Read the picture that a row names, or return a Problem that says why the picture cannot be read.
 
         Raises:
             OSError: the machine or the server has a fault, so Spark has to retry the task.

@@ -85,7 +85,7 @@ def read_url(root: str, name: str, max_bytes: int) -> bytes | Problem:
 
 
 def _paths_below(root: str, name: str) -> list[str] | Problem:
-    """Return the paths below the root URL that a name may mean, with the literal path first."""
+    """Return all paths below the root URL that a name may mean. The path that is spelled like the name comes first."""
     outside = Problem("missing_field", f"{name!r} is not below {root}")
     if scheme_of(name):
         parts, top = urlsplit(name), urlsplit(root)
@@ -118,8 +118,8 @@ def _server(url: str) -> tuple[str, str]:
 def _in_time(fetch: Callable[[float], bytes | Problem]) -> bytes | Problem:
     """Call a function in a separate thread, and wait no longer than the time limit.
 
-    The thread is necessary because no client library limits the total time of a request. The function receives the
-    deadline, and the thread ends at the deadline or when its connection ends.
+    The thread is necessary because no client library limits the total time of a request. The function is called with
+    the deadline. The thread may live on after this call, until the deadline or the end of its connection.
     """
     done: SimpleQueue[bytes | Problem | Exception] = SimpleQueue()
     deadline = time.monotonic() + READ_SECONDS
