@@ -19,7 +19,7 @@ COLUMNS = 5
 MARGIN = 8
 HOT = (255, 64, 0)
 MAX_ALPHA = 0.8
-"""Colour of the patch with the most attention, and weight of this colour in the blend with the grey picture."""
+"""HOT colours the patch with the most attention. MAX_ALPHA is the weight of HOT in the blend with the grey picture."""
 MAX_TITLE = 24
 
 
@@ -31,14 +31,15 @@ class Panel(NamedTuple):
 
 
 def draw_attention(picture: Image, config: ImageConfig, maps: AttentionMaps) -> Image:
-    """Draw the panels of all words in rows. A panel's title has the word, and the share of the word's attention that
-    goes to the picture.
+    """Draw a panel for each word into one picture.
+
+    The title of a panel is the word and the share of its attention that goes to the picture.
     """
     return join_panels(attention_panels(picture, config, maps))
 
 
 def attention_panels(picture: Image, config: ImageConfig, maps: AttentionMaps) -> list[Panel]:
-    """Return a panel of the picture, and a panel for each word, coloured from the least to the most attention.
+    """Return a panel of the picture and a panel for each word, whose colours show the attention to each patch.
 
     Args:
         picture: picture in RGB.
@@ -64,7 +65,7 @@ def attention_panels(picture: Image, config: ImageConfig, maps: AttentionMaps) -
 
 
 def join_panels(panels: Sequence[Panel]) -> Image:
-    """Put panels with their titles into rows of COLUMNS panels."""
+    """Draw all panels with their titles into one picture, with COLUMNS panels in a row."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(14)

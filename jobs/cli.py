@@ -198,7 +198,7 @@ def _restore_default() -> None:
 
 
 def _fail(error: LakesightError) -> None:
-    """Print an error and exit: as one paragraph, or on a terminal with a line for each part."""
+    """Print an error and exit. On a terminal, each part of the error has its own line."""
     if sys.stderr.isatty():
         from jobs.output import format_error, has_colours
 

@@ -71,7 +71,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as on
 WITHOUT_RUN = ("demo", *WEIGHT_COMMANDS)
 """Commands that have no option --run."""
 MIN_FREE_BYTES = 256 * 2**20
-"""Minimum free disk space, in bytes, to start a command. On a full disk, Spark errors would be unclear."""
+"""Minimum free disk space for a command to start, in bytes. Spark's own errors about a full disk are unclear."""
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Job:
     overrides: tuple[str, ...]
     output: CommandOutput
     shown: set[str] = field(default_factory=set)
-    """Shard folders that the output has already named. Each folder is named once, even if several stages use it."""
+    """Shard folders whose paths were printed. A path is printed once, even if several stages use the folder."""
 
     @cached_property
     def spark(self) -> SparkSession:
@@ -135,7 +135,7 @@ class Job:
         self.config = load_run(self.config.name, platform=self.config.chosen.platform, overrides=self.overrides)
 
     def finish(self, report: object, next_command: str) -> None:
-        """Print the report as JSON if the user asked for JSON, then print the command to run next."""
+        """Print the report if the user asked for JSON. Then print the command to run next."""
         self.output.report(report)
         self.output.next(self.command(next_command))
 

@@ -68,7 +68,7 @@ def record(
 ) -> None:
     """Record a decision about a version of the run's model in table `decisions`, with the digest of its files.
 
-    See `record_decision` for the arguments.
+    `record_decision` explains the arguments.
     """
     from pipelines.driver.evaluate.decisions import record_decision
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from databricks.sdk import WorkspaceClient
 
 ENTITY = "champion"
-"""Name that the endpoint gives to the served version. The name does not change when the champion changes."""
+"""Name of the served version inside the endpoint, which stays the same when the champion changes."""
 
 
 class EndpointReport(Config):

@@ -27,7 +27,7 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
 
 
 def with_generation_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options to a command. An option that the user gives becomes the override `model.generation.NAME=VALUE`.
+    """Add the options to a command. If the user gives an option, it becomes the override `model.generation.NAME=VALUE`.
 
     The command must have a parameter `overrides`.
     """

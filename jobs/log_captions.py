@@ -25,7 +25,7 @@ NAMES = ("model_name", "model_version", "model_digest", "settings_hash", "source
 def log_captions(job: Job, report: CaptionReport, request: CaptionRequest, started: datetime, *, good: bool) -> None:
     """Log a caption report to MLflow if any row was captioned; warn if the tracking server does not answer.
 
-    The captions are written before this call, so an outage of MLflow does not fail the job.
+    The captions have already been written, so the job does not fail if MLflow is down.
 
     Args:
         job: running command.

@@ -127,7 +127,7 @@ class CommandOutput:
             label = ""
 
     def text(self, text: str, end: str = "\n") -> None:
-        """Print a text for people without adding a label."""
+        """Print a text for people, without a label."""
         print(text, end=end, file=self._stream, flush=True)
 
     def report(self, report: object) -> None:
@@ -138,7 +138,7 @@ class CommandOutput:
 
 @contextmanager
 def reserved_stdout() -> Iterator[TextIO]:
-    """Yield the real stdout. All other output of this process and its children goes to stderr during the block."""
+    """Yield the real stdout. During the block, all other output of this process and its children goes to stderr."""
     real = sys.stdout
     real.flush()
     try:

@@ -98,7 +98,7 @@ def progress_text(count: int, total: int | None, elapsed: float, initial: int, t
         count: how much of the step is done.
         total: count at which the step is complete, or None if the progress cannot be counted.
         elapsed: seconds since the start.
-        initial: how much was already done at the start; not 0 if the step was resumed.
+        initial: count at the start; above 0 if the step was resumed.
         text: status text.
     """
     parts = [f"{_clock(elapsed)} elapsed"]

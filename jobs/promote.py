@@ -64,7 +64,7 @@ def promote(
 
 
 def advice(config: RunConfig, pictures: int) -> str:
-    """Return what to do after the gate has refused a version that was evaluated on a number of pictures."""
+    """Return the advice for a user whose version, evaluated on this number of pictures, was refused by the gate."""
     text = (
         "look at the captions in the gallery of `lakesight evaluate`. Train longer, use another seed, or give the "
         "decoder more picture features (vision.select: patches). The limits are in section gate of the run"
@@ -134,8 +134,8 @@ def run_promote(job: Job, which: str) -> PromotionReport:
 def _record_champion(job: Job, champion: ModelVersion) -> None:
     """Record the champion if table `decisions` names another version.
 
-    Otherwise the view `champion_captions` would show captions of a version whose promotion or rollback was recorded,
-    but not carried out, because the command was killed or the registry did not answer.
+    A promotion or rollback may have been recorded but not carried out, because the command was killed or the registry
+    did not answer. The view `champion_captions` would then show captions of a version that is not the champion.
     """
     from pipelines.driver.evaluate.decisions import recorded_champion
 

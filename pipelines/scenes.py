@@ -26,10 +26,10 @@ from vlm.files import atomic_write, file_digest
 SIDE = 64
 """Width and height of a picture in pixels."""
 OVERSAMPLE = 4
-"""Factor by which a picture is drawn larger and then scaled down, for smooth edges."""
+"""A picture is drawn larger by this factor and is then scaled down, so that edges look smooth."""
 
 RADII = {"small": (6.0, 7.5), "large": (12.0, 13.5)}
-"""Range of the radius of a small object and of a large object, in pixels."""
+"""Smallest and largest radius of a small object, and of a large object, in pixels."""
 COLOURS = {
     "red": (206, 28, 36),
     "green": (40, 150, 60),

@@ -27,7 +27,7 @@ OUT_OF_MEMORY = 77
 
 
 class Death(NamedTuple):
-    """How and why a child process died.
+    """Description of how a child process died.
 
     Attributes:
         how: phrase that says how the process died, such as "was ended by SIGSEGV".

@@ -69,7 +69,7 @@ def _copy(files: list[Path], target: Path, digest: str) -> None:
 
 
 def _remove_others(root: Path) -> None:
-    """Remove incomplete copies, and all complete copies except the KEPT most recently used."""
+    """Remove all incomplete copies. Of the complete copies, keep the KEPT copies that were used most recently."""
     copies = sorted((path for path in root.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
     complete = [path for path in copies if not path.suffix]
     for path in {*copies} - {*complete[-KEPT:]}:

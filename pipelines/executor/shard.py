@@ -158,7 +158,7 @@ def write_files(
 
 
 def split_by_file(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Split batches where the file number changes. Yield each file number with its rows."""
+    """Split batches where the file number changes. Yield pairs of a file number and the rows of this file."""
     for batch in batches:
         files = batch.column("file").to_numpy()
         starts = [0, *(np.flatnonzero(np.diff(files)) + 1).tolist()] if len(files) else []

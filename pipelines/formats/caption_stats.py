@@ -25,7 +25,7 @@ captions contain more distinct words.
 
 
 class CaptionStats(Config):
-    """Sums over rows, where a row is a picture with a caption or with an error.
+    """Sums over rows. A row is a picture that has either a caption or an error.
 
     Attributes:
         captioned: number of rows for which the model generated a caption.
@@ -91,7 +91,7 @@ class CaptionStats(Config):
 
 
 def sum_stats(stats: Iterable[CaptionStats]) -> CaptionStats:
-    """Add statistics field by field."""
+    """Add the statistics of several files or rows, field by field."""
     sums: Counter[str] = Counter()
     captions_with_word: Counter[str] = Counter()
     for each in stats:

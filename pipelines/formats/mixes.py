@@ -84,12 +84,13 @@ def write_mix(parts: Sequence[ShardFolder], shares: Sequence[float], shards: Pat
     """Write a folder that contains only a manifest, which refers to the files of other shard folders.
 
     The manifest says how many rows of each part an epoch draws. The number of draws in an epoch is the number of rows
-    of all parts together. Each part except the first part gets its share of the draws. The first part gets all
-    remaining draws.
+    of all parts together. Each part except the first part gets its share of the draws. The first part gets the draws
+    that are left.
 
     Args:
         parts: shard folders with the same parent folder.
-        shares: share of the draws for each part except the first part. Each share is above 0, and their sum is below 1.
+        shares: share of the draws for each part except the first part. Each share is above 0, and the sum of the shares
+            is below 1.
         shards: parent folder of the shard folders.
     """
     draws = _draws(parts, shares)

@@ -1,6 +1,6 @@
 """Ownership of a run folder, which ensures that only one process at a time trains a run.
 
-Ownership needs two mechanisms:
+Two mechanisms ensure the ownership:
 
 - On one host, the owner holds a lock of the kernel (flock) on `owner.lock`. The kernel releases the lock when the
   process ends in any way. A killed process or a reused process id therefore cannot block a run.
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 RENEW_SECONDS = 5.0
 """Time between two renewals of a lease, in seconds."""
 WATCH_SECONDS = 30.0
-"""Time in seconds after which a lease whose counter has not changed counts as abandoned."""
+"""A lease counts as abandoned if its counter has not changed for this time, in seconds."""
 POLL_SECONDS = 1.0
 
 WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
@@ -60,7 +60,9 @@ class Lease(Config):
 
 @contextmanager
 def own_run(run: RunFolder) -> Iterator[None]:
-    """Own a run folder while the block executes. Take ownership before MLflow or any file of the run is changed.
+    """Own a run folder while the block executes.
+
+    A caller owns the run before the caller changes MLflow or any file of the run.
 
     Raises:
         UserError: another process owns the run. No file of the run was changed.

@@ -1,4 +1,4 @@
-"""Definitions of all Delta tables: columns, types and comments. No other module defines a column."""
+"""Definitions of all Delta tables: columns, types and comments. No other module defines columns of a Delta table."""
 
 from __future__ import annotations
 

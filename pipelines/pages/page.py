@@ -28,7 +28,9 @@ class FormattedValue:
 
 @dataclass(frozen=True)
 class ValueTable:
-    """A table of numbers, folded until the reader opens the table. `rows` maps a row's name to one value per column."""
+    """A table of numbers, folded until the reader opens the table. `rows` is a dict from row name to the row's
+    values.
+    """
 
     title: str
     columns: Sequence[str]
@@ -37,7 +39,7 @@ class ValueTable:
 
 @dataclass(frozen=True)
 class Chart:
-    """A bar chart of counts by name."""
+    """A bar chart with a bar for each name, whose length shows a count."""
 
     title: str
     values: Mapping[str, int]
@@ -124,7 +126,7 @@ class Card:
 
     @property
     def good(self) -> bool:
-        """Whether the row has no problem and every compared caption is exact."""
+        """Whether the row was not refused and every compared caption equals a reference."""
         return not self.problem and all(text.exact is not False for text in self.texts)
 
     @property

@@ -38,7 +38,7 @@ def find_checkpoint(run: RunFolder, result: Result, which: Register) -> Path:
 
 
 def metrics_of(run: RunFolder, checkpoint: Path) -> dict[str, float]:
-    """Return the metrics at the step of a checkpoint, or no metrics if the step was neither logged nor validated."""
+    """Return the metrics of a checkpoint's step, or an empty dict if the step was neither logged nor validated."""
     path = run.metrics(step_of(checkpoint))
     return read_json(path, Metrics).values if path.exists() else {}
 

@@ -174,7 +174,7 @@ class Follower(threading.Thread):
         self._stopping = threading.Event()
         self._metrics_step = self._samples_step = -1
         self._read: dict[int, Metrics] = {}
-        # False at the start and after an error, because MLflow may have points that this thread did not log
+        # False at the start and after an error. MLflow may then have points that this thread did not log.
         self._in_sync = False
 
     def open_run(self) -> MlflowClient:
@@ -368,7 +368,7 @@ def logged_ids(run: RunFolder) -> list[str]:
 
 
 def _tracked_run(client: MlflowClient, run_ids: Sequence[str]) -> Run | None:
-    """Return the MLflow run of the first id that the server knows, or None if the server knows none of the ids."""
+    """Look up the ids in order, and return the first MLflow run that the server has, or None if it has no such run."""
     for run_id in run_ids:
         try:
             found = client.get_run(run_id)

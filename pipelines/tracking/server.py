@@ -20,7 +20,7 @@ from pipelines.tracking.moved_home import artifact_root, follow_moved_home
 from pipelines.tracking.outage import TrackingDown, disk_problem, first_line, http_status, is_outage
 
 REQUEST_ERRORS = (MlflowException, OSError)
-"""Exceptions of a failed request to the tracking server.
+"""Classes of the exceptions that a failed request to the tracking server raises.
 
 Exceptions of the packages `requests` and `databricks.sdk` are OSErrors.
 """

@@ -34,7 +34,7 @@ ARTIFACTS = "artifacts"
 
 
 def digest_tags(checkpoint: Path, model_id: str) -> dict[str, str]:
-    """Return the tags with the two digests of a logged model.
+    """Compute the two digests of a logged model, and return them as tags of the model version.
 
     The digest of the model files is computed from the checkpoint, so no weights are downloaded. The files that are not
     model files are downloaded from the artifact store, because MLflow has written these files.

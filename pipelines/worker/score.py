@@ -148,7 +148,7 @@ def _caption(captioner: Captioner, items: Sequence[Item], settings: GenerationCo
 
 
 def _losses(captioner: Captioner, collator: Collator, items: Sequence[Item], pictures: Sequence[Row]) -> _Losses:
-    """Compute the losses of the items, where item i gets the pixels of pictures[i]."""
+    """Compute the losses of the items when the model sees the pixels of pictures[i] for item i."""
     found = _Losses([0.0] * len(items), [0] * len(items), [0] * len(items))
     flat = [(number, item.prompt, text) for number, item in enumerate(items) for text in item.drawn]
     for start in range(0, len(flat), BATCH_ROWS):

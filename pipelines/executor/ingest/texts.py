@@ -16,7 +16,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def extract_texts(fields: Fields, columns: ColumnNames, max_chars: int) -> list[dict[str, str]]:
-    """Return the texts of a row with their prompts, in the order of the row and with repeated texts.
+    """Return the texts of a row with their prompts. The texts have the order of the row, and repeated texts are kept.
 
     The text column contains one text or a list of texts. The prompt column contains one prompt for all texts, or a list
     with one prompt per text. Missing texts are left out.

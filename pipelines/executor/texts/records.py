@@ -33,7 +33,7 @@ def text_records(batches: Iterator[pa.RecordBatch], rows: Rows, max_chars: int) 
 
     Args:
         batches: batches of the schema FILES.
-        rows: kind of the rows: document, paragraph or line.
+        rows: what becomes a row: `document`, `paragraph` or `line`.
         max_chars: number of characters from which a row is refused without being kept in memory.
     """
     for batch in batches:
@@ -71,7 +71,7 @@ def split_text(lines: io.TextIOBase, file: str, rows: Rows, max_chars: int) -> I
 
 
 class _PendingRow:
-    """A row of which only the beginning has been read. Of a row that is too long, only the beginning is kept."""
+    """A row that has not been read to its end. If the row becomes too long, only its beginning is kept in memory."""
 
     def __init__(self, file: str, max_chars: int) -> None:
         self._file, self._max_chars = file, max_chars

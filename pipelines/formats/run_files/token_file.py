@@ -43,11 +43,11 @@ class TokenSummary(Config):
 
     @property
     def targets(self) -> int:
-        """Number of tokens that a model predicts: all tokens but the start tokens."""
+        """Number of tokens that a model predicts, which are all tokens except start tokens."""
         return self.tokens - self.texts
 
     def windows(self, context: int) -> int:
-        """Return the number of windows of `context` positions that contain each token once as a target."""
+        """Return how many windows of `context` positions are needed so that each token is a target exactly once."""
         return max(1, -(-(self.tokens - 1) // context))
 
 

@@ -97,7 +97,7 @@ def _draw_blind_gap(gaps: Points) -> Figure:
 def draw_lengths(lengths: Mapping[str, Sequence[int]]) -> Figure:
     """For each name, draw a histogram of the number of words per text.
 
-    The last bar counts all texts that are at least as long as the 99th percentile of all texts.
+    The last bar counts all texts whose length is at least the 99th percentile of all lengths.
     """
     longest = max(1, int(np.percentile(np.concatenate([np.array(each) for each in lengths.values()]), 99)))
     width = 0.9 / len(lengths)

@@ -95,8 +95,8 @@ def _crop(
 ) -> tuple[float, float, float, float]:
     """Return left, top, right and bottom of a random crop. The crop's share of the picture's area is within `scale`.
 
-    The shape is drawn only from shapes that fit into the picture. No draw is rejected, so every row uses the same
-    number of random numbers. The aspect ratio of the crop is between 1 / widest and widest.
+    The shape is drawn only from shapes that fit into the picture. The shape is never drawn again, so every row uses the
+    same number of random numbers. The aspect ratio of the crop is between 1 / widest and widest.
     """
     area = scale[0] + numbers[0] * (scale[1] - scale[0])
     ratio = min(widest, 1 / area) ** (2 * numbers[1] - 1)

@@ -75,7 +75,7 @@ class Collator:
         return batch
 
     def collate_parts(self, rows: Sequence[Row], texts: Sequence[tuple[str, str]], rows_at_once: int) -> list[Batch]:
-        """Collate rows into parts of `rows_at_once` rows. A part is padded to the longest sequence of the part.
+        """Collate rows into parts of `rows_at_once` rows. All rows of a part are padded to its longest row.
 
         Rows are sorted by length to reduce padding. If all rows fit into one part, the rows keep their order.
         """
@@ -182,7 +182,7 @@ def rows_of_step(
 ) -> tuple[list[Row], list[tuple[str, str]], RowPicks]:
     """Return the rows of this rank at a step, the (prompt, text) on which each row is trained, and the RowPicks.
 
-    The arguments have the same meaning as in `training_batches`. The pictures of the rows are not augmented.
+    `training_batches` explains the arguments. The pictures of the rows are not augmented.
     """
     parts = shards.manifest.parts
     sizes, draws = [part.rows for part in parts], [part.draws for part in parts]

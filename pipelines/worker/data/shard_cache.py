@@ -44,7 +44,7 @@ class CacheEntry(NamedTuple):
 class ShardCopier(threading.Thread):
     """Thread that copies shard files to this host while the disk has room, and redirects reads to the copies.
 
-    The thread is a daemon thread, so a run that ends does not wait for the thread.
+    The thread is a daemon thread, so a run can end while files are still being copied.
     """
 
     def __init__(self, shards: Sequence[Shards], limit: float, root: Path | None = None) -> None:

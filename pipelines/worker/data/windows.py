@@ -45,7 +45,7 @@ class Windows(NamedTuple):
 
     @property
     def per_epoch(self) -> int:
-        """Number of windows of an epoch of training. Each epoch leaves out fewer tokens than a window has."""
+        """Number of windows in a training epoch. The tokens that an epoch leaves out would not fill one more window."""
         return max(1, len(self.ids) // self.context)
 
     def training_batch(self, rows: npt.NDArray[np.int64], epochs: npt.NDArray[np.int64], seed: int) -> Batch:

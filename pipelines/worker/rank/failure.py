@@ -83,8 +83,8 @@ class RankMonitor:
     """Context manager around all the work of one rank.
 
     The monitor writes the rank's RankFile at start and end, writes heartbeats, ends the rank after a timeout, and
-    records every failure. An error is recorded and raised again. The process then has EXIT_SECONDS to exit, so that a
-    thread or communicator that does not stop cannot block the launcher.
+    records every failure. An error inside the `with` block is recorded and raised again. The process then has
+    EXIT_SECONDS to exit, so that a thread or communicator that does not stop cannot block the launcher.
     """
 
     def __init__(self, run: RunFolder, rank: int) -> None:

@@ -87,7 +87,7 @@ class ModelBuilder:
 
         Args:
             folder: folder of the checkpoint.
-            copy: training state of a model that is not sharded.
+            copy: copy of the training state of a model that is not sharded.
             last: whether the checkpoint is the last checkpoint of the run, which also contains the merged model of an
                 adapter run.
         """

@@ -137,7 +137,7 @@ class CaptionSampler:
 
 
 def advantages(rewards: Sequence[float]) -> list[float]:
-    """Return the reward of each sample of a picture, minus the mean reward of the other samples (Luo, 2020)."""
+    """For each sample of a picture, return its reward minus the mean reward of the other samples (Luo, 2020)."""
     total, others = sum(rewards), len(rewards) - 1
     return [reward - (total - reward) / others for reward in rewards]
 

@@ -215,7 +215,7 @@ class Trainer:
         return RowOrder(rank=env.rank, world_size=env.world_size, batch_size=settings.batch_size, seed=settings.seed)
 
     def with_pictures(self, error: NotFiniteError) -> NotFiniteError:
-        """Return the error with the pictures of the step and with the command that replays the step."""
+        """Return the error after adding the pictures of the step and the command that replays the step."""
         got = error.got
         if not error.in_validation:
             rows, _, _ = rows_of_step(self.train_shards, error.step, **self.row_order())
@@ -230,7 +230,8 @@ class Trainer:
     def after_step(self, stage: Stage, report: StepReport) -> None:
         """Report the step and, when due, write metrics, validate, caption samples and save a checkpoint.
 
-        Only rank 0 writes files of the run. All ranks take part in validation and in checkpoints of a sharded model.
+        Only rank 0 writes files of the run. All ranks take part in validation. If the model is sharded, all ranks also
+        take part in writing a checkpoint.
         """
         settings, done = self.file.config.train, report.step + 1
         if settings.optimizer.ema_decay:

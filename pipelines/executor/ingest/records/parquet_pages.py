@@ -51,7 +51,7 @@ class _Page(NamedTuple):
 DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_V2 = 0, 2, 3
 DICTIONARY_ENCODINGS = (2, 8)
 REPETITIONS = 4
-"""A column is read as a dictionary array if each dictionary value occurs at least this many times on average."""
+"""A column is read as a dictionary array if its dictionary values occur at least this many times on average."""
 
 
 def page_sizes(file: IO[bytes], chunk: Any, *, in_lists: bool) -> PageSizes:

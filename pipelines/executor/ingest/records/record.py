@@ -72,7 +72,7 @@ def unreadable_file(file: str, path: str, what: str) -> Record:
 
 
 Read = Callable[[Iterator[pa.RecordBatch]], Iterator[Record]]
-"""Type of a parser, which converts batches of raw rows to records. The columns of the rows depend on the source."""
+"""Type of a parser, which converts batches of raw rows to records. The columns of a raw row depend on the source."""
 
 
 def parse_integer(digits: str) -> int | str:

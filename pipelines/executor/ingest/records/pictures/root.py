@@ -137,7 +137,7 @@ def add_pictures(records: Iterator[Record], root: PictureRoot, column: str) -> I
 
 
 def _split_by_folder(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[str, pa.RecordBatch]]:
-    """Split batches into parts whose rows come from files in the same folder. Yield each folder with its rows."""
+    """Split batches into parts whose rows come from files in the same folder. Yield pairs of a folder and its rows."""
     for batch in batches:
         folders = [posixpath.dirname(os.fsdecode(path)) for path in batch.column("path").to_pylist()]
         start = 0
