@@ -64,7 +64,7 @@ def promote(
 
 
 def advice(config: RunConfig, pictures: int) -> str:
-    """Return the advice for a user whose version, evaluated on this number of pictures, was refused by the gate."""
+    """Return advice on what to do after the gate has refused a version that was evaluated on `pictures` pictures."""
     text = (
         "look at the captions in the gallery of `lakesight evaluate`. Train longer, use another seed, or give the "
         "decoder more picture features (vision.select: patches). The limits are in section gate of the run"

@@ -40,7 +40,7 @@ def user_cache_folder(kind: str, root: Path | None = None) -> Path:
 
 @contextmanager
 def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock while the block runs. The kernel releases the lock of a process that is killed."""
+    """Hold a folder's lock while the block runs. If the process is killed, the kernel releases the lock."""
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -222,7 +222,7 @@ def write_scenes(path: Path, count: int, seed: int) -> SceneSummary:
 
 
 def _rows(count: int, broken: int, duplicates: int, seed: int) -> Iterator[list[str]]:
-    """Yield good rows, with broken rows and copies of earlier good rows at regular intervals."""
+    """Yield good rows and, at regular intervals, a broken row or a copy of an earlier good row."""
     corruptions = list(CORRUPTIONS.values())
     broken_at = (
         {(2 * k + 1) * count // (2 * broken): corruptions[k % len(corruptions)] for k in range(broken)}

@@ -40,7 +40,7 @@ FILE_STATS_SCHEMA = pa.schema([pa.field("stats", pa.string(), nullable=False)])
 
 
 class CaptionJob(Config):
-    """Settings of a captioning job that executors need.
+    """Settings that executors need to caption pictures.
 
     Attributes:
         model_folder: folder of the model's weights, config and tokenizer.

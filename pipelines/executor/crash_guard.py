@@ -118,7 +118,7 @@ class _Child(Generic[T, R]):
         self.wait()
 
     def wait(self) -> Death:
-        """Wait until the child process has ended, and return the cause of its end."""
+        """Wait until the child process has ended, and return how it died."""
         self._reader.close()
         self._process.join()
         code = self._process.exitcode or 0

@@ -32,7 +32,7 @@ GRID_SIDE = 8
 
 
 class ScoreJob(Config):
-    """Settings of a scoring job that executors need.
+    """Settings that executors need to score rows of shards.
 
     Attributes:
         model_folder: folder of the model's weights, config and tokenizer.

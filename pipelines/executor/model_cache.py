@@ -1,9 +1,10 @@
 """Cache of model files on the host's local disk, shared by all processes of the user on the host.
 
-The first process copies the files under a lock, and all other processes wait for the lock. A copy gets its final name
-when the copy is complete, so a killed process leaves no copy that looks complete. The name of a copy is a hash of the
-model folder's path, the model's digest, and the names, sizes and modification times of the model's files. If the files
-of a copy differ from the record of the copy, the model is copied again. Only the most recently used models are kept.
+The first process copies the files while it holds a lock, and all other processes wait for the lock. A copy gets its
+final name when the copy is complete, so a killed process never leaves a copy that looks complete. The name of a copy is
+a hash of the model folder's path, the model's digest, and the names, sizes and modification times of the model's files.
+If the files of a copy differ from the record of the copy, the model is copied again. Only the most recently used models
+are kept.
 """
 
 from __future__ import annotations

@@ -41,7 +41,10 @@ WRITTEN = pa.schema([("file", pa.string()), ("rows", pa.int64()), ("bytes", pa.i
 
 
 def shuffle_key(image_id: str, seed: int) -> str:
-    """Return the sort key of a picture, a hash of its id and the seed, which does not depend on Spark's partitions."""
+    """Return the sort key of a picture, which is a hash of its id and the seed.
+
+    The shuffled order therefore does not depend on Spark's partitions.
+    """
     return hashlib.sha256(f"{seed}/{image_id}".encode()).hexdigest()
 
 

@@ -35,7 +35,7 @@ class ModelCopy(Config):
 
     @property
     def digest(self) -> str:
-        """Digest of the model."""
+        """Digest of the copied model, computed from the SHA-256 of its files."""
         return combine_digests({name: file.sha256 for name, file in self.files.items()})
 
 
@@ -57,7 +57,7 @@ def record_copy(folder: Path) -> ModelCopy:
 
 
 def check_copy(folder: Path) -> ModelCopy | None:
-    """Return the record of a copy if the files are unchanged. Return None if the copy must be made again.
+    """Return the record of a copy if its files are unchanged, else None. The caller must then copy the model again.
 
     If only the modification time of a file has changed, for example in a copied home folder, the SHA-256 is compared.
     """

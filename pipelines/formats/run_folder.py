@@ -282,7 +282,7 @@ class RunFolder:
         return self.failures / f"rank-{rank}.stacks.txt"
 
     def log(self, rank: int) -> Path:
-        """Path of the rank's full log."""
+        """Path of the file with the complete log of a rank."""
         return self.path / "logs" / f"rank-{rank}.log"
 
     def checkpoint(self, step: int) -> Path:

@@ -91,7 +91,9 @@ class MixPart(Config):
 
 
 class Manifest(Config):
-    """Content of a shard folder. The manifest is written last, so a folder with a manifest is complete.
+    """Description of the content of a shard folder.
+
+    The manifest is written last, so a folder with a manifest is complete.
 
     Attributes:
         format: version of the shard format.
@@ -108,12 +110,15 @@ class Manifest(Config):
 
     @cached_property
     def num_rows(self) -> int:
-        """Number of rows in all files."""
+        """Number of rows of all shard files together."""
         return sum(file.rows for file in self.files)
 
     @property
     def content_hash(self) -> str:
-        """Hash of the content of all files and of the rule for drawing texts. Equal hashes mean equal training data."""
+        """Hash of the contents of all shard files and of the rule by which training draws texts.
+
+        Equal hashes mean equal training data.
+        """
         parts: list[object] = [(part.rows, part.draws) for part in self.parts]
         if self.request.text_weights != "frequency":
             parts.append(self.request.text_weights)
@@ -299,7 +304,7 @@ class Shards:
         return list(dict.fromkeys(texts)) if self.manifest.request.text_weights == "uniform" else texts
 
     def use_copy(self, file: int, copy: Path) -> None:
-        """From now on, read the rows of one file from a local copy. Other threads may read rows during this call."""
+        """Read all further rows of one file from a local copy. Other threads may read rows during this call."""
         self._mapped[file] = MappedFile.of(copy)
 
     def _file(self, number: int) -> MappedFile:

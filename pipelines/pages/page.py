@@ -53,7 +53,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar of a comparison: its name, its value as text, and its length in percent of the scale.
+    """A bar in a group of bars: the bar's name, its value as text, and its length in percent of the scale.
 
     `low` and `high` are the ends of the confidence interval in percent of the scale, and are equal if there is no
     interval. `main` is true for the bar with which all other bars are compared.
@@ -170,7 +170,7 @@ class Page:
 
     @property
     def groups(self) -> list[str]:
-        """Distinct groups of all cards: names in order of appearance, then sorted slices such as `size=64`."""
+        """Distinct groups of all cards: first names in order of appearance, then sorted slices such as `size=64`."""
         found = list(dict.fromkeys(g for gallery in self.galleries for card in gallery.cards for g in card.groups))
         return [g for g in found if "=" not in g] + sorted((g for g in found if "=" in g), key=natural_key)
 

@@ -31,7 +31,7 @@ Key = tuple[str, str, str, str]
 
 
 class CaptionVerdict(Config):
-    """Verdict on one caption.
+    """Verdict of a reviewer on one caption.
 
     Attributes:
         model_digest: digest of the model, or empty if Lakesight 0.1.0 wrote the caption.
@@ -53,12 +53,12 @@ class CaptionVerdict(Config):
 
     @property
     def key(self) -> Key:
-        """Key of the caption."""
+        """Values that identify the caption among all captions of its table and model."""
         return self.image_id, self.model_version, self.settings_hash, self.model_digest
 
 
 class Review:
-    """Review of the captions of one model and one table.
+    """Captions of one model for the pictures of one table, with the verdicts of reviewers.
 
     Attributes:
         captions: rows of `generated_captions` that have a caption. The captions are sorted by ascending likelihood,

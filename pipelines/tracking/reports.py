@@ -36,7 +36,7 @@ class StageLog(Config):
         tags: tags by which runs can be searched, without the prefix `lakesight.`.
         params: parameters of the MLflow run, such as the settings of the stage.
         tables: tables to log as MLflow artifacts: a dict from the name of the table to its columns (names and values).
-            If the report has a key with the name of a table, the numbers below this key do not become metrics.
+            If a key of the report is also the name of a table, the numbers below this key do not become metrics.
         inputs: MLflow datasets that describe what the stage has read.
         pages: paths of HTML pages, which are logged as artifacts.
         text: description of the run, in Markdown.

@@ -15,7 +15,7 @@ from vlm.training.objective import row_scores
 
 
 class WindowScores(NamedTuple):
-    """Sums over the target tokens of each window: loss in nats, number of targets, and number of correct tokens."""
+    """For each window, the loss summed over its targets (in nats), its number of targets and of correct tokens."""
 
     loss: list[float]
     targets: list[int]

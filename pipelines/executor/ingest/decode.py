@@ -4,8 +4,8 @@ A bad row never raises an exception. Even an unexpected error becomes a refusal,
 If the machine runs out of memory or the image decoder crashes, the task fails, and Spark retries the task. If all
 retries fail, the driver starts a Spark job that decodes the rows again in child processes (`decode_guarded`).
 
-The identifier of a row is a hash of the row's content and does not depend on the row's position. A row therefore keeps
-its identifier, however Spark splits the files and however often the files are read.
+The identifier of a row is a hash of the row's content and does not depend on the row's position. A row therefore has
+the same identifier each time the files are read, and no matter how Spark splits the files.
 """
 
 from __future__ import annotations
@@ -218,8 +218,8 @@ def _decode_picture(
 ) -> tuple[ImageInfo, str, bytes | None]:
     """Return the format and size of a picture, its SHA-256 and its fingerprint.
 
-    Consecutive rows may hold the same picture with different captions. The result of the last call is cached, so the
-    picture of consecutive rows is decoded only once.
+    Consecutive rows may hold the same picture with different captions. The result of the last call is cached, so a
+    picture that consecutive rows share is decoded only once.
     """
     pixels, info = _open_image(image.data, limits)
     return info, _sha256(image.data), fingerprint(pixels) if near_duplicates else None

@@ -2,7 +2,8 @@
 
 Several people may write the same caption for a picture. The number of repeats of a caption matters in the references of
 an evaluation, and determines how often training shows a caption. However, an ingest that runs twice must not add its
-texts twice. After the merge, a text therefore occurs as often as in `samples` or as in the ingest, whichever is more.
+texts twice. After the merge, a text therefore occurs as often as it did in `samples` or as it does in the ingest,
+whichever is more.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def decode_texts(batches: Iterator[pa.RecordBatch], read: Read, rules: TextRules
 
     Args:
         batches: batches of raw rows, the input of `read`.
-        read: parser of the source.
+        read: function that parses raw rows of the source into records.
         rules: settings that decide whether a record becomes a text.
     """
     outcomes: list[dict[str, Any]] = []

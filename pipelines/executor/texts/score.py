@@ -27,7 +27,7 @@ BATCH_WINDOWS = 64
 
 
 class TextScoreJob(Config):
-    """Settings of a scoring job that executors need.
+    """Settings that executors need to score windows of texts.
 
     Attributes:
         model_folder: folder of the model's weights, config and tokenizer.

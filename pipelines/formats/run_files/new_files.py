@@ -56,7 +56,7 @@ class _StepFiles(Generic[T]):
     Attributes:
         run: run folder.
         next_step: function that takes a step, and returns the first later step at which rank 0 writes a file.
-        path: function that returns the path of the file of a step.
+        path: function that takes a step, and returns the path of the step's file.
         kind: class that describes the content of a file, such as `Metrics`.
         listed: function that takes a step, lists the folder, and reads the files of all later steps.
     """
@@ -70,7 +70,7 @@ class _StepFiles(Generic[T]):
     def read(self, after: int) -> Iterator[T]:
         """Read the files of the steps after the step `after`. List the folder if the file of a passed step is missing.
 
-        For example, a run that starts from a checkpoint of another run has no files of the first steps.
+        For example, a run that starts from a checkpoint of another run has no files of its first steps.
         """
         while (expected := self.next_step(after)) > after and self.path(expected).exists():
             yield read_json(self.path(expected), self.kind)

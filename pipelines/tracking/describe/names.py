@@ -48,7 +48,7 @@ def repeat_command(config: RunConfig, command: str = "train") -> str:
 
 
 def changed_settings(config: RunConfig) -> dict[str, str]:
-    """Return the settings of a run that differ from its config files, as keys and values of the option `--set`.
+    """Return the settings of a run that differ from its config files: a dict of keys and values for the option `--set`.
 
     If a config file is missing or invalid, log a message and return no settings.
     """

@@ -89,7 +89,7 @@ def _training_text(config: RunConfig, file: RunFile, manifest: Manifest) -> str:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Flatten a nested mapping. The result maps dotted names to values converted to text."""
+    """Flatten a nested mapping to a dict from dotted names, such as `train.steps`, to values as text."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"

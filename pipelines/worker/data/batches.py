@@ -155,7 +155,7 @@ def training_batches(
     Args:
         shards: training shards.
         collator: collator that makes the model's batches.
-        steps: steps for which batches are made.
+        steps: numbers of the training steps for which batches are made.
         rank: number of this rank, 0 <= rank < world_size.
         world_size: number of ranks, a divisor of `batch_size`.
         batch_size: number of rows per step over all ranks together.

@@ -2,9 +2,9 @@
 
 The selection is a pure function of the step, so a run can resume at a step without any stored state of the row order.
 
-Position k of epoch e is row `permute(k)`, where the permutation is keyed by (seed, e) and computed per position in
-O(1) time and memory. No list of rows is shuffled, stored or replayed. At any step, after any restart and at any world
-size, a rank computes its part of the same infinite sequence of rows.
+Position k of epoch e is row `permute(k)`, where the permutation is keyed by (seed, e) and computed per position in O(1)
+time and memory. No list of rows is shuffled, stored or replayed. All ranks compute their parts of the same infinite
+sequence of rows, at any step, after any restart and for any number of ranks.
 
 The permutation of n rows is a Feistel network over the next power of four. A result outside [0, n) is mapped again
 until a result is inside [0, n). This method is called cycle walking (Black and Rogaway, "Ciphers with Arbitrary Finite
@@ -78,8 +78,7 @@ def pick_mix_rows(picks: RowPicks, rows: Sequence[int], draws: Sequence[int], *,
         seed: seed of the run.
 
     Returns:
-        The row of each draw, and the epoch of the row. The epoch of a row is the number of complete passes over the
-        row's part before the draw.
+        The row of each draw, and the row's epoch, which counts the complete passes over the row's part before the draw.
     """
     found, rounds = np.empty_like(picks.rows), np.empty_like(picks.epochs)
     first_row = first_draw = 0

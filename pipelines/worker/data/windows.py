@@ -59,7 +59,7 @@ class Windows(NamedTuple):
         return self._batch(self.ids[positions_BT].astype(np.int64), np.ones_like(positions_BT, bool))
 
     def held_out_batch(self, numbers: npt.NDArray[np.int64]) -> Batch:
-        """Return windows of the unshifted token sequence. The last window is padded after the end of the sequence."""
+        """Return windows that are cut at multiples of `context`. The last window is padded to full length."""
         positions_BT = numbers[:, None] * self.context + np.arange(self.context + 1)
         inside_BT = positions_BT < len(self.ids)
         ids_BT = self.ids[np.minimum(positions_BT, len(self.ids) - 1)].astype(np.int64)

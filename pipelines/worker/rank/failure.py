@@ -252,4 +252,4 @@ def _is_waiting(frame: FrameType) -> bool:
 
 
 def _ignore_in_main_thread(number: int, frame: FrameType | None) -> None:
-    """Do nothing, because the C-level handler has already written the number of the signal to the pipe."""
+    """Ignore a signal whose number Python's C-level handler has already written to the pipe."""

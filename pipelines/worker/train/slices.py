@@ -25,7 +25,7 @@ POLL_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class CheckpointSlices:
-    """Slices (parts of a checkpoint), which the ranks write for the checkpoint of one step.
+    """The slices (parts) of the checkpoint of one step. Each rank writes one slice.
 
     Attributes:
         folder: folder of the slices, which is visible to all ranks.

@@ -1,7 +1,7 @@
 """Stages of a training run: the steps, the trainable parameters and the learning rates of each stage.
 
-A stage starts with a new optimizer for the stage's trainable parameters. Therefore frozen parameters have neither
-gradients nor optimizer state, and a run that resumes at the first step of a stage needs only the weights.
+Each stage starts with a new optimizer for its trainable parameters. Therefore frozen parameters have neither gradients
+nor optimizer state, and a run that resumes at the first step of a stage needs only the weights.
 """
 
 from __future__ import annotations

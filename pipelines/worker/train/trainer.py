@@ -184,7 +184,7 @@ class Trainer:
             raise self.with_pictures(error) from error
 
     def batches(self, steps: range) -> Iterator[list[Batch]]:
-        """Return the batches of steps, as `fit` takes them."""
+        """Return the batches of the given steps, in the form that the training loop `fit` expects."""
         settings = self.file.config.train
         return training_batches(
             self.train_shards,

@@ -62,7 +62,7 @@ def page_sizes(file: IO[bytes], chunk: Any, *, in_lists: bool) -> PageSizes:
     Args:
         file: Parquet file, opened for reading.
         chunk: Arrow's metadata of the column chunk.
-        in_lists: whether the values of the column are in lists.
+        in_lists: whether the column chunk stores elements of lists.
     """
     pages: list[_Page] = []
     with suppress(pa.ArrowInvalid):

@@ -22,7 +22,7 @@ def delta_records(batches: Iterator[pa.RecordBatch], names: Sequence[str], image
     Args:
         batches: batches with the columns of `sources.table.select_columns`: the file, the used columns, and a struct of
             the unused columns.
-        names: names of the used columns.
+        names: names of the columns that the data config uses.
         image: name of the image column.
     """
     for batch in batches:
@@ -66,7 +66,9 @@ def _image_id(value: Any, source: str) -> str | None:
 
 
 def payload_records(batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:
-    """Restore the original records of `quarantine` rows. A row that ingest could not parse is refused again.
+    """Convert rows of `quarantine` back to the records that were refused.
+
+    A row that ingest could not parse is refused again.
 
     Args:
         batches: Arrow batches with the columns `source_row` and `payload` of `quarantine`.

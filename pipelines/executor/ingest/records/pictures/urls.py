@@ -62,7 +62,7 @@ def require_readable(root: str) -> None:
 
 
 def read_url(root: str, name: str, max_bytes: int) -> bytes | Problem:
-    """Read the picture that a row names, below a URL.
+    """Read the picture that a row names and that is stored below a root URL.
 
     Args:
         root: root URL of all pictures.
