@@ -31,7 +31,7 @@ class Panel(NamedTuple):
 
 
 def draw_attention(picture: Image, config: ImageConfig, maps: AttentionMaps) -> Image:
-    """Draw a panel for each word into one picture.
+    """Draw one picture with a panel for each word.
 
     The title of a panel is the word and the share of its attention that goes to the picture.
     """

@@ -76,7 +76,10 @@ class Interrupted(LakesightError):
 
 
 class LazyCommands(Mapping[str, Any]):
-    """Mapping from a name to the command. The module of a command is imported when the command is looked up."""
+    """Mapping from the name of a command to the command.
+
+    The module of a command is imported when the command is looked up.
+    """
 
     def __getitem__(self, name: str) -> Any:
         """Import the module of a command, and return the command."""

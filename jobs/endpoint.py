@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from databricks.sdk import WorkspaceClient
 
 ENTITY = "champion"
-"""Name of the served version inside the endpoint, which stays the same when the champion changes."""
+"""Name of the served version inside the endpoint. The name stays the same when the champion changes."""
 
 
 class EndpointReport(Config):

@@ -84,7 +84,7 @@ def draw_regions(picture: Image, regions: Sequence[FoundRegion]) -> Image:
     for region in regions:
         colour = COLOURS[labels.index(region.label) % len(COLOURS)]
         # In Pillow, `right` and `bottom` are the last pixels of a rectangle. In a region, `right` and `bottom` are the
-        # pixels after the last pixels. A box of zero width is drawn as a line.
+        # pixels after the region's last pixels. A box of zero width is drawn as a line.
         right, bottom = max(region.left, region.right - 1), max(region.top, region.bottom - 1)
         pen.rectangle((region.left, region.top, right, bottom), outline=colour, width=max(1, side // 150))
         if region.label:

@@ -19,8 +19,8 @@ from vlm.text.words import words
 SAMPLED_CAPTIONS = 100
 """Number of captions from which `distinct_words` is computed.
 
-The number is the same for all jobs. Otherwise a job with more captions would have a larger figure, because more
-captions contain more distinct words.
+The number is the same for all jobs. Otherwise a job with more captions would have a larger value of `distinct_words`,
+because more captions contain more distinct words.
 """
 
 

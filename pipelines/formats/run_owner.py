@@ -1,6 +1,6 @@
 """Ownership of a run folder, which ensures that only one process at a time trains a run.
 
-Two mechanisms ensure the ownership:
+Two mechanisms ensure that a run has only one owner:
 
 - On one host, the owner holds a lock of the kernel (flock) on `owner.lock`. The kernel releases the lock when the
   process ends in any way. A killed process or a reused process id therefore cannot block a run.
@@ -62,7 +62,7 @@ class Lease(Config):
 def own_run(run: RunFolder) -> Iterator[None]:
     """Own a run folder while the block executes.
 
-    A caller owns the run before the caller changes MLflow or any file of the run.
+    Callers enter this block before they change MLflow or any file of the run.
 
     Raises:
         UserError: another process owns the run. No file of the run was changed.

@@ -39,7 +39,7 @@ class ValueTable:
 
 @dataclass(frozen=True)
 class Chart:
-    """A bar chart with a bar for each name, whose length shows a count."""
+    """A bar chart with one bar for each name. The length of a bar shows a count."""
 
     title: str
     values: Mapping[str, int]

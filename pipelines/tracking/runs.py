@@ -174,7 +174,7 @@ class Follower(threading.Thread):
         self._stopping = threading.Event()
         self._metrics_step = self._samples_step = -1
         self._read: dict[int, Metrics] = {}
-        # False at the start and after an error. MLflow may then have points that this thread did not log.
+        # False at the start and after an error, when MLflow may have points that this thread did not log
         self._in_sync = False
 
     def open_run(self) -> MlflowClient:

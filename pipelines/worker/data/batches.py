@@ -75,7 +75,9 @@ class Collator:
         return batch
 
     def collate_parts(self, rows: Sequence[Row], texts: Sequence[tuple[str, str]], rows_at_once: int) -> list[Batch]:
-        """Collate rows into parts of `rows_at_once` rows. All rows of a part are padded to its longest row.
+        """Collate rows into parts of `rows_at_once` rows.
+
+        In each part, all rows are padded to the length of the longest row.
 
         Rows are sorted by length to reduce padding. If all rows fit into one part, the rows keep their order.
         """

@@ -132,7 +132,7 @@ def _epoch_keys(epochs: Int64s, seed: int) -> UInt64s:
 
 
 def _feistel(values: UInt64s, keys: UInt64s, half: int) -> UInt64s:
-    """Apply a keyed bijection of [0, 4**half). Each round is invertible for any hash function."""
+    """Apply a keyed bijection of [0, 4**half). Each round of the network is invertible, whatever its hash function."""
     shift, mask = np.uint64(half), np.uint64(2**half - 1)
     left, right = values >> shift, values & mask
     for number in range(ROUNDS):

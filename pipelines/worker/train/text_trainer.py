@@ -38,7 +38,7 @@ class TextTrainer(Trainer):
         self.validate_windows = Windows.of(held_out, context, self.tokenizer)
 
     def copied_shards(self) -> tuple[Shards, ...]:
-        """Return no shards, because ranks read token files."""
+        """Return no shards, because the ranks of a model of text read token files."""
         return ()
 
     def batches(self, steps: range) -> Iterator[list[Batch]]:
@@ -140,7 +140,8 @@ def continue_windows(
 ) -> tuple[CaptionSample, ...]:
     """Let the model continue the beginnings of the first windows.
 
-    Return, for each of these windows, the window's text and the text that the model has made from the beginning.
+    Return, for each of these windows, the window's text and the text that the model has made from the window's
+    beginning.
     """
     settings = model.config.generation
     length = min(windows.context // PROMPT_SHARE, windows.context - settings.max_new_tokens - 1)

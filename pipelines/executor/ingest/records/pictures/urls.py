@@ -30,7 +30,7 @@ READ_SECONDS = 60.0
 CHUNK = 1 << 20
 WEB = ("http", "https")
 STORES = {"s3": "s3", "s3a": "s3", "s3n": "s3", "gs": "gs", "gcs": "gs", "abfs": "abfs", "abfss": "abfs", "az": "abfs"}
-"""URL schemes of object stores. The value names the kind of object store."""
+"""URL schemes of object stores: a dict from the scheme to the kind of object store."""
 ATTEMPTS = 3
 RETRIED = frozenset({429, 500, 502, 503, 504})
 """HTTP status codes after which a request is sent again."""
