@@ -51,7 +51,7 @@ FOLLOWER_ERRORS = (*REQUEST_ERRORS, UserError)
 
 
 class Tracking(Config):
-    """tracking.json: id of the MLflow run to which a run folder was logged last, and its run ids on other servers."""
+    """tracking.json: id of the newest MLflow run of a run folder, and the ids of its MLflow runs on other servers."""
 
     run_id: str
     others: tuple[str, ...] = ()
