@@ -57,9 +57,10 @@ def record_copy(folder: Path) -> ModelCopy:
 
 
 def check_copy(folder: Path) -> ModelCopy | None:
-    """Return the record of a copy if its files are unchanged, else None. For None, the caller copies the model again.
+    """Return the record of a copy if its files are unchanged, else None.
 
-    If only the modification time of a file has changed, for example in a copied home folder, the SHA-256 is compared.
+    If the result is None, the caller copies the model again. If only the modification time of a file has changed, for
+    example in a copied home folder, the SHA-256 is compared.
     """
     try:
         recorded = ModelCopy.model_validate_json((folder / RECORD).read_text(encoding="utf-8"))

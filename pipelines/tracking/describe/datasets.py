@@ -35,7 +35,7 @@ def shard_input(manifest: Manifest, context: str) -> DatasetInput:
 
     Args:
         manifest: manifest of the shard folder.
-        context: what the rows are used for, such as 'training'; MLflow shows this word beside the dataset.
+        context: what the rows are used for, such as 'training'. MLflow shows the context beside the dataset.
     """
     request = manifest.request
     profile = {"num_rows": manifest.num_rows, "source": request.source, "split": request.split}
@@ -58,7 +58,7 @@ def table_input(
         schema: names and types of the columns of the rows.
         profile: description of the rows: a dict with the number of rows and the conditions by which they were
             selected.
-        context: what the rows are used for, such as 'training'; MLflow shows this word beside the dataset.
+        context: what the rows are used for, such as 'training'. MLflow shows the context beside the dataset.
     """
     name, number = version
     dataset = Dataset(

@@ -55,7 +55,7 @@ class Augmenter:
         """Return the rows with augmented pixels. The shape of the pixels does not change.
 
         Args:
-            rows: B rows of the shards.
+            rows: rows of the shards, whose number is B.
             texts: pair (prompt, text) that is shown with each row.
             picks: index of each row in the shards, and epoch in which the row is shown.
         """

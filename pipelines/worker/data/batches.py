@@ -68,7 +68,7 @@ class Collator:
         """Collate rows into one batch, padded to the longest sequence.
 
         Args:
-            rows: B rows of the shards.
+            rows: rows of the shards, whose number is B.
             texts: pair (prompt, text) to train on, for each row.
         """
         (batch,) = self.collate_parts(rows, texts, len(rows))

@@ -25,7 +25,7 @@ from pipelines.executor.ingest.storage import require_damage
 LOCAL_URI = re.compile(r"(?:file:(?://(?:localhost)?)?|dbfs:)(/.*)", re.DOTALL | re.IGNORECASE)
 """Pattern of a URI of a local file, or of a file on a Volume."""
 HINT = ", did you mean "
-"""Words in the problem of a missing file whose folder has a file with a similar name."""
+"""Words before the suggested name in the message about a missing file, if the folder has a file of a similar name."""
 MAX_LISTED = 200_000
 """Largest number of entries of a folder that are searched for a name in another Unicode form."""
 
