@@ -4,9 +4,10 @@ A version contains weights, config, tokenizer, the code of the model, and pip re
 The alias `champion` names the version that generates captions, `previous` names the champion before the present
 champion, and `challenger` names the version that was last submitted for promotion.
 
-A promotion moves two aliases, and a registry has no transactions. A tag of the registered model therefore records the
-move before the move starts, and the tag is deleted when both aliases are set. If a process finds the tag of an
-interrupted move, the process completes the move if `champion` has moved already, and cancels the move otherwise.
+A promotion moves two aliases, but a registry cannot move both aliases in one transaction. A tag of the registered model
+therefore records the move before the move starts, and the tag is deleted when both aliases are set. If a process finds
+the tag of an interrupted move, the process completes the move if `champion` has moved already, and cancels the move
+otherwise.
 """
 
 from __future__ import annotations

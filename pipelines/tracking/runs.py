@@ -324,7 +324,7 @@ def _cause(error: Exception) -> str:
 
 
 def _logged_points(client: MlflowClient, run_id: str) -> set[tuple[str, int]]:
-    """Return (metric, step) of every point that the MLflow run has."""
+    """Return a pair (metric, step) for every point that is stored in the MLflow run."""
     metrics = client.get_run(run_id).data.metrics
     return {(key, point.step) for key in metrics for point in client.get_metric_history(run_id, key)}
 

@@ -40,7 +40,7 @@ class Item(NamedTuple):
 
 
 class _Losses(NamedTuple):
-    """Loss, number of targets and number of correct targets of each item, summed over the texts of the item."""
+    """For each item, its loss, number of targets and number of correct targets, summed over the item's texts."""
 
     losses: list[float]
     targets: list[int]

@@ -34,7 +34,7 @@ def text_records(batches: Iterator[pa.RecordBatch], rows: Rows, max_chars: int) 
     Args:
         batches: batches of the schema FILES.
         rows: what becomes a row: `document`, `paragraph` or `line`.
-        max_chars: number of characters from which a row is refused without being kept in memory.
+        max_chars: largest length of a row, in characters. A longer row is refused and is not kept in memory.
     """
     for batch in batches:
         for row in batch.to_pylist():

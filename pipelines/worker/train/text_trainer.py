@@ -1,4 +1,4 @@
-"""Training of a model of text in one rank: windows of a token file instead of pictures with captions."""
+"""Training of a model of text in one rank, which reads windows of a token file instead of pictures with captions."""
 
 from __future__ import annotations
 

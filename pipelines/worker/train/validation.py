@@ -111,7 +111,7 @@ def name_pictures(image_ids: Sequence[str]) -> str:
 
 
 class _WeightedText(NamedTuple):
-    """A (prompt, text) pair of a row. The weight of a pair is 1 / number of pairs of the row."""
+    """A (prompt, text) pair of a row. The weight of a pair is 1 divided by the number of pairs of its row."""
 
     row: int
     text: tuple[str, str]
