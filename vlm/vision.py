@@ -81,9 +81,9 @@ class VisionEncoder(nn.Module):
     """Vision transformer with stem, class token, registers, position embeddings, blocks, norms and an output selection.
 
     Learned position embeddings are added to all tokens, only to the patches, or to no token (if `position_on` is None).
-    With `rotary`, queries and keys are also rotated by the positions of the patches. `relative` has the biases of the
-    attention scores for each block, or one bias for all blocks. The module `pre_norm` or `norm` is an identity if the
-    model has no such norm.
+    With `rotary`, queries and keys are also rotated by the positions of the patches. The modules in `relative`, one
+    per block or one for all blocks, compute biases of the attention scores. The module `pre_norm` or `norm` is an
+    identity if the model has no such norm.
     """
 
     def __init__(

@@ -191,7 +191,7 @@ def fill(text: str, parameters: dict[str, str]) -> str:
     return re.sub(r"\{\{job\.parameters\.(\w+)\}\}", lambda match: parameters[match[1]], text)
 
 
-def test_each_developer_gets_a_separate_schema_and_experiment_because_tasks_name_both_by_bundle_references() -> None:
+def test_each_developer_gets_a_separate_schema_and_experiment_through_bundle_references_in_the_tasks() -> None:
     for _, _, task in tasks():
         parameters = task["python_wheel_task"]["parameters"]
         if parameters[0] in WITHOUT_RUN:

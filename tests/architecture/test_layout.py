@@ -56,7 +56,7 @@ def test_no_folder_has_more_than_fourteen_modules() -> None:
 
 
 def test_no_two_test_files_have_the_same_name() -> None:
-    """Test folders are not packages, so pytest imports test files by name and refuses a second file of a name."""
+    """Test folders are not packages, so pytest imports test files by name and refuses two files with the same name."""
     files = sorted(file for file in (ROOT / "tests").rglob("*.py") if file.name != "conftest.py")
     counts = Counter(file.name for file in files)
     assert [relative(file) for file in files if counts[file.name] > 1] == []

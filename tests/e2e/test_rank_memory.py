@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 MARGIN = 60e6
-"""Memory for activations, threads and the allocator, in bytes. It does not depend on the number of weights."""
+"""Memory for activations, threads and the allocator, in bytes. This memory does not depend on the number of weights."""
 VOCABULARY = 29
 
 

@@ -1,4 +1,4 @@
-"""Each `vit_*` or `deit*` architecture of timm gives timm's features after import, or is refused with a reason."""
+"""Each imported `vit_*` or `deit*` architecture has the same features as in timm, or is refused with a reason."""
 
 from __future__ import annotations
 

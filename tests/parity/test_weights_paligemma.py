@@ -27,7 +27,7 @@ from vlm.text.base import SLOT
 
 SLOTS = (SIZE // PATCH) ** 2
 MARK = VOCAB
-"""Id of transformers' image token, which our models do not have. The id is past the last embedding row."""
+"""Id of transformers' image token, which our models do not have. The embedding table has no row for this id."""
 
 
 def ours(version: int) -> ModelConfig:

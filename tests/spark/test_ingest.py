@@ -168,7 +168,7 @@ def test_new_pictures_with_conflicting_ids_are_quarantined_and_the_picture_in_sa
     assert sorted(payloads, key=lambda row: str(row[TEXT])) == [dict(zip(header, row, strict=True)) for row in fights]
 
 
-def test_if_file_names_give_the_split_csv_files_without_a_split_in_their_name_are_ignored(
+def test_csv_files_without_a_split_in_their_name_are_ignored_if_file_names_give_the_split(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     header = (TEXT, IMAGE)

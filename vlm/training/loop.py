@@ -168,7 +168,7 @@ def _backward(
     objectives, report = [objective * (world_size() / tokens).to(objective.dtype)], None
     if layers:
         router_part, report = router_loss(layers, part)
-        if router_part.requires_grad:  # no gradient if every trained weight comes after the last router
+        if router_part.requires_grad:  # False if every trained weight comes after the last router
             objectives.append(router_part * (world_size() / num_parts))
     if contrast:  # after the router loss, because the pass over the texts stores a new routing
         with mixed_precision(part.tokens_BT.device, bf16=bf16):

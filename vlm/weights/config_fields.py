@@ -165,8 +165,8 @@ def attention_biases(path: str, qkv: ConfigField, out: bool | None = None) -> tu
     Args:
         path: dotted path of our attention config.
         qkv: config field which says whether queries, keys and values have a bias.
-        out: whether all models of the family have an output bias (True) or no model has one (False), or None if a model
-            has an output bias exactly when queries, keys and values have a bias.
+        out: True if all models of the family have an output bias, False if no model has an output bias, or None if a
+            model has an output bias exactly when queries, keys and values have a bias.
     """
     return (
         qkv,

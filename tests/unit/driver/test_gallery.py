@@ -96,7 +96,7 @@ def test_a_gallery_in_png_format_can_show_captions_with_any_characters(tmp_path:
         assert image.height > 800
 
 
-def test_the_filters_of_the_gallery_page_work_in_a_browser(tmp_path: Path) -> None:
+def test_the_filters_of_the_gallery_page_show_only_matching_pictures_in_a_browser(tmp_path: Path) -> None:
     rows = [row(n, exact=n == 0, caption="A red square" if n < 3 else "a blue circle") for n in range(5)]
     write(tmp_path / "gallery.html", rows)
     address = (tmp_path / "gallery.html").as_uri()

@@ -24,7 +24,7 @@ TRUTH = ("a red square", "a blue circle", "a green dot", "a white line")
 
 
 def scored(captions: list[str | None], *, gap: float = 1.0) -> list[ScoredRow]:
-    """Return evaluated rows with the given captions, whose human captions take the four values of TRUTH in turn.
+    """Return evaluated rows with the given captions. The human captions of the rows are the values of TRUTH in turn.
 
     The captions of the neighbour baseline are right for three of the four values.
     """
@@ -78,7 +78,7 @@ def evaluated(folder: Path, rows: list[ScoredRow], version: str = "2") -> Evalua
 
 
 def good(count: int = 40, wrong: int = 4) -> list[str | None]:
-    """Make captions for `count` rows. The first `wrong` captions are wrong, and all other captions are right."""
+    """Make captions for `count` rows. The number `wrong` says how many captions are wrong."""
     return ["a thing" if row < wrong else TRUTH[row % 4] for row in range(count)]
 
 
@@ -126,7 +126,7 @@ def test_the_limits_of_the_checks_come_from_the_gate_config(
     assert [name for name, check in result.checks.items() if not check.passed] == refused
 
 
-def test_a_model_version_no_better_than_a_baseline_that_the_gate_config_names_is_refused(
+def test_a_model_version_that_is_no_better_than_a_baseline_in_the_gate_config_is_refused(
     tmp_path: Path,
 ) -> None:
     report = evaluated(tmp_path, [replace(row, caption=row.neighbour) for row in scored(good())])
@@ -137,7 +137,7 @@ def test_a_model_version_no_better_than_a_baseline_that_the_gate_config_names_is
 
 
 def test_the_constant_caption_is_chosen_by_the_metric_of_the_gate(tmp_path: Path) -> None:
-    """The best constant caption by word F1 differs from the best one by CIDEr, which the model always gives."""
+    """The model always generates the constant caption with the best CIDEr, whose word F1 is not the best."""
     truth = ["a cat", "a cat", "a dog on a mat", "a big red dog on a mat", "a dog"] * 8
     rows = [replace(row, references=(truth[row.row],)) for row in scored(["a dog"] * 40)]
     by_f1, by_cider = (best_constants(rows)[name] for name in ("word_f1", "cider"))

@@ -1,4 +1,4 @@
-"""Tests of the file that holds the generation settings of all runs of a name."""
+"""Tests of the file that holds the generation settings of all runs with the same run name."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def write_failed_rank(
     write_json(run.failure(rank), record)
 
 
-def test_the_root_cause_is_the_earliest_failure_record_that_is_no_consequence_of_another_failure(
+def test_the_root_cause_is_the_earliest_failure_record_that_is_not_a_consequence_of_another_failure(
     run: RunFolder,
 ) -> None:
     write_failed_rank(run, 0, 1.0, consequence=True)

@@ -146,7 +146,7 @@ def test_links_inside_the_folder_are_followed(folder: Path) -> None:
     assert read(folder, "loop.png") == "missing_field: the folder has no file 'loop.png': the link leads nowhere"
 
 
-def test_a_picture_name_in_wrong_upper_or_lower_case_is_refused_and_the_problem_shows_the_right_name(
+def test_a_picture_name_with_wrong_letter_case_is_refused_and_the_error_message_gives_the_right_name(
     folder: Path,
 ) -> None:
     (folder / "in" / "IMG_1.JPG").write_bytes(b"picture")
@@ -244,7 +244,7 @@ def test_a_row_of_a_csv_json_lines_or_parquet_file_may_name_its_picture_by_path(
         assert missing.problem == Problem("missing_field", "the folder has no file 'b.png'")
 
 
-def test_an_unreadable_picture_is_a_problem_of_its_row_only(folder: Path) -> None:
+def test_an_unreadable_picture_gives_a_problem_only_in_its_row(folder: Path) -> None:
     (folder / "a.png").write_bytes(b"picture")
     batch = pa.RecordBatch.from_pydict({"image": ["a.png", None, "b.png", " ", "../secret.png", "a.png"]})
     found = records([batch], str(folder))

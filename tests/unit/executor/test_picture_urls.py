@@ -108,7 +108,7 @@ def test_a_row_may_name_a_picture_on_a_web_server_by_path_or_by_url(server: str)
         ("file:///etc/hostname", "missing_field"),
     ],
 )
-def test_no_url_outside_the_image_root_is_requested_and_an_unreadable_picture_is_a_problem(
+def test_no_url_outside_the_image_root_is_requested_and_an_unreadable_picture_gives_a_problem(
     server: str, name: str, words: str
 ) -> None:
     PictureServer.requested.clear()

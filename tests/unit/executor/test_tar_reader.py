@@ -87,7 +87,7 @@ def test_a_damaged_extended_tar_header_is_a_problem_of_its_member_only(record: b
 
 
 @pytest.mark.parametrize("size", [2**63, 2**40, -1])
-def test_a_member_that_claims_an_absurd_size_counts_as_damage(size: int) -> None:
+def test_a_tar_member_whose_header_states_an_impossible_size_is_reported_as_damaged(size: int) -> None:
     reader = TarReader(io.BytesIO(pack(header("a", content=b"a"), header("b", size=size))))
     assert next(iter(reader)) == Member("a", 1)
     with pytest.raises(tarfile.ReadError, match=r"inside a member|bytes"):

@@ -16,7 +16,7 @@ from pipelines.executor.thumbnail import SHOWN_CHARS, find_picture, make_thumbna
 from pipelines.pages.thumbnail import SIDE
 
 
-def test_a_thumbnail_is_a_small_jpeg_and_null_if_the_bytes_are_no_picture() -> None:
+def test_a_thumbnail_is_a_small_jpeg_or_null_if_the_bytes_are_not_a_picture() -> None:
     batch = pa.RecordBatch.from_pydict({"image": [png(1, (900, 450)), b"words", None], "name": ["a", "b", "c"]})
     [out] = with_thumbnails(iter([batch]), "image")
     assert out.schema.names == ["name", "thumbnail"]

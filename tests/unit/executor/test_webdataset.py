@@ -144,7 +144,7 @@ def test_an_archive_or_a_second_compression_under_the_name_of_a_tar_is_named(tmp
 
 
 @pytest.mark.parametrize("content", [b"[1]", b"null", b"", b"{cut", b"7", b"\xff"])
-def test_a_json_member_that_is_no_object_is_a_problem_only_if_the_config_names_one_of_its_columns(
+def test_a_json_member_that_is_not_an_object_is_a_problem_only_if_the_config_names_one_of_its_columns(
     tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_tar(tmp_path / "x.tar", {"a.png": b"p", "a.txt": b"x", "a.json": content})
@@ -335,7 +335,7 @@ def test_a_link_in_a_tar_is_read_as_the_member_that_the_link_names(tmp_path: Pat
     }
 
 
-def test_a_tar_member_that_is_no_plain_file_is_a_problem_of_its_row(tmp_path: Path) -> None:
+def test_a_tar_member_that_is_not_a_plain_file_gives_a_problem_in_its_row(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         add(tar, "a.jpg", type=tarfile.CHRTYPE)
         add(tar, "b.jpg", b"ignored", type=b"Z")

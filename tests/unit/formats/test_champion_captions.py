@@ -76,7 +76,7 @@ def test_the_view_champion_captions_changes_after_a_promotion_or_rollback_but_no
     assert view(tmp_path, captions, []) == []
 
 
-def test_the_view_champion_captions_works_for_a_champion_without_any_recorded_decision(tmp_path: Path) -> None:
+def test_the_view_champion_captions_shows_captions_of_a_champion_without_a_recorded_decision(tmp_path: Path) -> None:
     captions = [CAPTION, CAPTION | {"model_version": "2", "caption": "blue"}]
     captions += [caption | {"model_name": "it's"} for caption in captions]
     rows = view(tmp_path, captions, [decision("promote", "1", 0)], champions={"it's": "2"})

@@ -202,7 +202,7 @@ def test_boxes_with_equal_labels_have_equal_colours_and_boxes_without_area_can_b
         ("https://example.org/a.png", "download the picture"),
     ],
 )
-def test_lakesight_ask_refuses_an_endless_file_and_a_file_that_is_no_picture_in_one_paragraph(
+def test_lakesight_ask_refuses_an_endless_file_and_a_file_that_is_not_a_picture_in_one_paragraph(
     name: str, got: str, tmp_path: Path, random_model: tuple[Path, VisionLanguageModel, Tokenizer]
 ) -> None:
     os.mkfifo(tmp_path / "pipe")

@@ -74,7 +74,7 @@ def test_help_lists_every_command_and_a_first_command_to_run() -> None:
 
 
 @pytest.mark.parametrize("name", [*COMMANDS, *WEIGHT_COMMAND_NAMES])
-def test_the_help_of_a_command_fits_into_80_columns_and_begins_with_its_text_in_the_list_of_commands(name: str) -> None:
+def test_the_help_of_a_command_fits_into_80_columns_and_begins_like_its_line_in_the_command_list(name: str) -> None:
     command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
     assert command.help.partition("\n")[0] == ALL_COMMANDS[name]
     text = CliRunner().invoke(app, [name, "-h"], terminal_width=80).output
@@ -205,7 +205,7 @@ def test_sigterm_interrupts_a_command_as_ctrl_c_does_and_ends_a_forked_child_at_
     assert int(printed) == signal.SIGTERM  # exit status of a child process that SIGTERM has ended
 
 
-def test_commands_work_for_a_user_whose_name_and_home_folder_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_succeed_for_a_user_whose_name_and_home_folder_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(_: int) -> None:
         raise KeyError("getpwuid(): uid not found")
 

@@ -83,7 +83,7 @@ NO_GRANT = "[INSUFFICIENT_PERMISSIONS] User does not have CREATE TABLE on Schema
 
 
 class Fault(NamedTuple):
-    """How to plant a fault, which check fails, and a part of what the check says."""
+    """A fault of a workspace: a function that plants the fault, the check that must fail, and a part of its message."""
 
     plant: Callable[[Place], object]
     check: str

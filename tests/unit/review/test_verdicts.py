@@ -91,7 +91,7 @@ def rewrite_and_vacuum(folder: Path) -> None:
     DeltaTable(folder).vacuum(retention_hours=0, enforce_retention_duration=False, dry_run=False)
 
 
-def test_a_running_review_and_command_show_still_work_after_vacuum_of_older_table_versions(tmp_path: Path) -> None:
+def test_a_running_review_and_command_show_can_read_tables_after_vacuum_of_older_table_versions(tmp_path: Path) -> None:
     captions = write(tmp_path, GENERATED_CAPTIONS, [CAPTION])
     pictures = write(tmp_path, SAMPLES, [SAMPLE])
     review = Review(captions, pictures, tmp_path / "verdicts", table="samples", model="m")

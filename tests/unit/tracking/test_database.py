@@ -40,7 +40,7 @@ def refused(platform: Platform) -> str:
 @pytest.mark.parametrize(
     "content", [b"garbage" * 1000, b"SQLite format 3\x00" + b"\xff" * 5000], ids=["text", "header"]
 )
-def test_a_tracking_file_that_is_no_database_is_reported(laptop: Platform, content: bytes) -> None:
+def test_a_tracking_file_that_is_not_a_database_is_reported(laptop: Platform, content: bytes) -> None:
     (laptop.root / "mlflow.db").write_bytes(content)
     message = refused(laptop)
     assert "the tracking database cannot be used" in message
@@ -73,7 +73,7 @@ def test_a_missing_database_driver_and_a_wrong_address_are_reported_without_the_
     assert "c4nary" not in message
 
 
-def test_a_database_server_that_gives_no_answer_is_an_outage(laptop: Platform) -> None:
+def test_a_database_server_that_gives_no_answer_counts_as_an_outage(laptop: Platform) -> None:
     uri = "postgresql+psycopg://me:c4nary@127.0.0.1:1/db"
     with pytest.raises(TrackingDown, match="the tracking database cannot be used") as caught:
         connect(replace(laptop, tracking_uri=uri, registry_uri=uri))

@@ -87,7 +87,7 @@ def error_of(platform: Platform, address: str) -> UserError:
         (500, '{"error_code": "INTERNAL_ERROR", "message": "oops"}'),
     ],
 )
-def test_an_internal_error_of_the_server_is_an_outage(platform: Platform, status: int, body: str) -> None:
+def test_an_internal_error_of_the_server_counts_as_an_outage(platform: Platform, status: int, body: str) -> None:
     with answering(status, body) as address:
         assert isinstance(error_of(platform, address), TrackingDown)
 
@@ -102,7 +102,7 @@ def test_an_internal_error_of_the_server_is_an_outage(platform: Platform, status
         (200, "<h1>please log in</h1>", "correct MLFLOW_TRACKING_URI"),
     ],
 )
-def test_an_answer_that_refuses_the_request_is_no_outage(
+def test_an_answer_that_refuses_the_request_does_not_count_as_an_outage(
     platform: Platform,
     status: int,
     body: str,
@@ -114,7 +114,7 @@ def test_an_answer_that_refuses_the_request_is_no_outage(
     assert fix in error.fix
 
 
-def test_a_server_that_gives_no_answer_is_an_outage(platform: Platform) -> None:
+def test_a_server_that_gives_no_answer_counts_as_an_outage(platform: Platform) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
@@ -126,7 +126,9 @@ def test_a_server_that_gives_no_answer_is_an_outage(platform: Platform) -> None:
 @pytest.mark.parametrize(
     "address", ["http://no-such-host.invalid:5000", "http://127.0.0.1:port", "https://127.0.0.1:{}"]
 )
-def test_an_unknown_host_a_wrong_port_and_a_wrong_protocol_are_no_outages(platform: Platform, address: str) -> None:
+def test_an_unknown_host_a_wrong_port_and_a_wrong_protocol_do_not_count_as_outages(
+    platform: Platform, address: str
+) -> None:
     with answering(200, "{}") as served:
         error = error_of(platform, address.format(served.rpartition(":")[2]))
     assert not isinstance(error, TrackingDown)

@@ -131,7 +131,9 @@ def test_a_serving_request_without_rows_gets_an_empty_answer(model: Any) -> None
     assert predict(model, []) == []
 
 
-def test_a_served_model_of_text_continues_each_prompt_and_a_bad_prompt_is_an_error_of_its_row(tmp_path: Path) -> None:
+def test_a_served_model_of_text_continues_each_prompt_and_a_bad_prompt_gives_an_error_in_its_row(
+    tmp_path: Path,
+) -> None:
     network, tokenizer = tiny_model("plain")
     config = network.config.model_copy(update={"text_only": True})
     model = served(tmp_path, build_model(config, tokenizer.vocab_size), tokenizer)

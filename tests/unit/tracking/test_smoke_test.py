@@ -92,7 +92,7 @@ def test_the_unchanged_files_of_a_model_version_pass_the_check_of_digests(
     check_all_files(folder, registered.tags, "here")
 
 
-def test_a_model_version_of_an_earlier_release_without_digests_is_executed_with_a_warning(
+def test_a_model_version_without_digests_from_an_earlier_release_is_loaded_with_a_warning(
     platform: Platform, registered: registry.ModelVersion, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = registry.download_files(platform, registered, tmp_path)

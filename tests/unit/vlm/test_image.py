@@ -181,7 +181,7 @@ def test_a_tiff_palette_of_8_bit_values_gives_the_same_colours_as_a_palette_of_1
     assert opened(narrow)[0] == opened(data)[0]
 
 
-def test_a_jpeg_decoded_at_reduced_size_is_no_smaller_than_requested_and_hardly_differs() -> None:
+def test_a_jpeg_decoded_at_reduced_size_has_at_least_the_requested_size_and_nearly_the_same_pixels() -> None:
     config = ImageConfig(size=60)
     whole = picture(3, (500, 250)).resize((60, 30)).resize((500, 250))
     data = encoded(whole, "JPEG", quality=95)

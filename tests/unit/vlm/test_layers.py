@@ -79,7 +79,7 @@ def test_attention_computed_piece_by_piece_with_the_cache_equals_attention_over_
     torch.testing.assert_close(torch.cat(outputs, dim=1), whole)
 
 
-def test_the_dot_product_of_rotated_vectors_depends_only_on_their_distance() -> None:
+def test_the_dot_product_of_rotated_vectors_depends_only_on_the_distance_of_their_positions() -> None:
     rotary, q, k = Rotary(8, 64, 10_000.0), torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
 
     def rotated(x: Tensor, at: int) -> Tensor:

@@ -69,7 +69,8 @@ DEFAULTS_2 = {
 def rope_base(settings: Settings) -> Any:
     """Return the base of the rotary angles.
 
-    If the angles are scaled, return all settings of the angles. If several keys give different bases, return all bases.
+    If the angles are scaled, return all settings of the angles. If several keys of config.json give different bases,
+    return all of these bases.
     """
     bases = {settings.get("rope_theta")}
     for rope in (settings.get("rope_parameters") or {}, settings.get("rope_scaling") or {}):
@@ -82,7 +83,7 @@ def rope_base(settings: Settings) -> Any:
 
 
 def other_activation(key: str, used: str) -> ConfigField:
-    """Return the config field of `key`, a second key for the activation, whose value must equal that of key `used`."""
+    """Return a config field that compares `key`, a second config.json key for the activation, with our activation."""
 
     def theirs(settings: Settings) -> Any:
         name = settings.get(key) or settings[used]
@@ -140,8 +141,8 @@ def windows_of(config: ModelConfig) -> tuple[int | None, ...]:
 
 
 def windows_in(settings: Settings) -> tuple[Any, ...]:
-    """Return the attention window of each layer in config.json. By default, only layers with an even number have a
-    window.
+    """Return the attention window of each layer in config.json. By default, only even-numbered layers use windowed
+    attention.
     """
     kinds = settings.get("layer_types") or [
         "full_attention" if layer % 2 else "sliding_attention" for layer in range(settings["num_hidden_layers"])

@@ -139,7 +139,7 @@ def pretrained_settings(config: ModelConfig) -> dict[str, Any]:
 
 
 def mlp_ratio(config: ModelConfig) -> float:
-    """Return the ratio from which timm computes our MLP width as int(width * ratio)."""
+    """Return timm's setting `mlp_ratio`, for which int(width * mlp_ratio) is our MLP width."""
     width, mlp_width = config.vision.transformer.width, value_at(f"{TRANSFORMER}.mlp.mlp_width")(config)
     ratio = float(mlp_width / width)
     return ratio if int(width * ratio) == mlp_width else (mlp_width + 0.5) / width
@@ -187,7 +187,7 @@ ARGUMENTS = (
 
 
 def whole_patches(settings: Settings) -> str:
-    """Return WHOLE_PATCHES if every picture size is a square of whole patches, or describe the first other size."""
+    """Return WHOLE_PATCHES if all picture sizes are squares of whole patches, or else describe the first wrong size."""
     named = re.search(r"patch(\d+)", settings["architecture"])
     patch = scalar(settings.get("patch_size") or (int(named[1]) if named else 1))
     sizes = (settings.get("img_size"), (settings.get("pretrained_cfg") or {}).get("input_size"))
