@@ -33,8 +33,8 @@ class SlotsFusion(nn.Module):
     """Fusion that writes the features of each picture into the slots of the picture."""
 
     def forward(self, x_BTW: Tensor, is_slot_BT: Tensor, features_PNW: Tensor) -> tuple[Tensor, None]:
-        """Replace the embeddings of the slots by picture features. The second result is None: there is no
-        cross-attention.
+        """Replace the embeddings of the slots by picture features. The second result is None, because a model with
+        image slots has no cross-attention.
 
         Raises:
             ValueError: the numbers of slots and features differ.

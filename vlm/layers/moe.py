@@ -49,7 +49,7 @@ class GroupedLinear(nn.Module):
 
 
 class PlainExperts(nn.Module):
-    """Experts with the formula of `PlainMlp`. The weights of all experts are stacked in one tensor per layer."""
+    """Experts that compute the same as `PlainMlp`. The weights of all experts are stacked in one tensor per layer."""
 
     def __init__(
         self, num_experts: int, width: int, mlp_width: int, activation: ActivationFunction, *, bias: bool
@@ -65,7 +65,7 @@ class PlainExperts(nn.Module):
 
 
 class GatedExperts(nn.Module):
-    """Experts with the formula of `GatedMlp`. The weights of all experts are stacked in one tensor per layer."""
+    """Experts that compute the same as `GatedMlp`. The weights of all experts are stacked in one tensor per layer."""
 
     def __init__(
         self, num_experts: int, width: int, mlp_width: int, activation: ActivationFunction, *, bias: bool

@@ -15,9 +15,9 @@ def find_stop(text: str, stop: Sequence[str]) -> int | None:
 def safe_text(tokenizer: Tokenizer, tokens: Sequence[int], stop: Sequence[str]) -> str:
     """Return the beginning of an unfinished answer that later tokens cannot change.
 
-    Three kinds of endings can still change. Adjacent byte tokens are decoded together, so a further byte token can
-    change the text of all adjacent byte tokens. A replacement character can become a real character. The beginning of a
-    stop string is cut if the rest of the stop string follows.
+    Later tokens can change three kinds of endings. Adjacent byte tokens are decoded together, so a further byte token
+    can change the text of all adjacent byte tokens. A replacement character (U+FFFD) at the end can become a real
+    character. The beginning of a stop string is cut if the rest of the stop string follows.
 
     Args:
         tokenizer: tokenizer of the model.

@@ -109,8 +109,8 @@ class Family:
         return unchecked_paths(self.fields, self._with_defaults(settings))
 
     def known_values(self, settings: Settings) -> dict[str, Any]:
-        """Return a dict from paths of our config to the values that a config.json determines. An unknown value is
-        UNKNOWN.
+        """Return a dict from paths of our config to the values that a config.json determines. A value that config.json
+        does not determine is UNKNOWN.
         """
         seen = self._with_defaults(settings)
         return {each.path: each.theirs(seen) for each in self.fields}

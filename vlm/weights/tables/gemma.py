@@ -1,7 +1,8 @@
 """Gemma 1 and 2 (Gemma Team, 2024) in transformers.
 
-The files store each norm weight minus one. Our config key for this format is `norm.offset`. Gemma 2 also normalises the
-output of each branch, caps attention scores and logits, and uses sliding-window attention in every second layer.
+Gemma's files store each norm weight minus one. Our config key for this format is `norm.offset`. Gemma 2 also
+normalises the output of each branch, caps attention scores and logits, and uses sliding-window attention in every
+second layer.
 """
 
 from __future__ import annotations

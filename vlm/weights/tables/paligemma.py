@@ -65,7 +65,7 @@ def _fields(text: tuple[ConfigField, ...], text_type: str, defaults: Settings) -
 
 
 def _select_by_text_type(text_type: str) -> Callable[[Settings], Settings | None]:
-    """Return the `select_settings` of one PaliGemma version. The versions differ in the decoder's `model_type`."""
+    """Return the `select_settings` of one PaliGemma version. PaliGemma 1 and 2 differ in the decoder's `model_type`."""
 
     def settings_of(settings: Settings) -> Settings | None:
         found = settings.get("text_config", {}).get("model_type", "gemma")
@@ -91,7 +91,7 @@ WITHOUT_EFFECT = {
 
 
 def _version(name: str, text_type: str, text: tuple[ConfigField, ...], defaults: Settings) -> Family:
-    """Return the family of one PaliGemma version. The versions differ in the decoder only."""
+    """Return the family of one PaliGemma version. PaliGemma 1 and 2 differ in the decoder only."""
     return Family(
         name,
         "model",

@@ -1,8 +1,8 @@
 """Vision encoders of SigLIP (Zhai et al., 2023) and SigLIP 2 (Tschannen et al., 2025) in transformers.
 
-Neither encoder has a class token. If a model has `select: attention`, a learned query pools the features. NaFlex, the
-variant of SigLIP 2 for any aspect ratio, stores the stem as a linear layer and resizes position embeddings bilinearly.
-Lakesight uses only square pictures. SigLIP 2 with a fixed resolution is published in the format of SigLIP.
+Neither SigLIP nor SigLIP 2 has a class token. If a model has `select: attention`, a learned query pools the features.
+NaFlex, the variant of SigLIP 2 for any aspect ratio, stores the stem as a linear layer and resizes position embeddings
+bilinearly. Lakesight uses only square pictures. SigLIP 2 with a fixed resolution is published in the format of SigLIP.
 """
 
 from __future__ import annotations
