@@ -103,7 +103,7 @@ def num_heads(settings: Settings) -> Any:
 
 
 def mlp_kind(settings: Settings) -> str:
-    """Return the kind of the MLP that the architecture's name implies. Giant variants of DINOv2 and TIPS have SwiGLU."""
+    """Return the kind of the MLP that the architecture's name implies. Giant DINOv2 and TIPS models use SwiGLU."""
     return "gated" if re.fullmatch(r"vit_giant_patch14_.*(dinov2|tipsv2)", settings["architecture"]) else "plain"
 
 
