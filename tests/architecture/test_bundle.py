@@ -127,7 +127,7 @@ def test_every_referenced_resource_exists_in_the_bundle() -> None:
 
 
 @pytest.mark.parametrize("target", BUNDLE["targets"])
-def test_in_every_bundle_target_the_number_of_ranks_is_divisible_by_the_number_of_workers(target: str) -> None:
+def test_the_number_of_ranks_in_every_bundle_target_is_divisible_by_the_number_of_workers(target: str) -> None:
     values = {name: variable.get("default") for name, variable in BUNDLE["variables"].items()}
     values |= BUNDLE["targets"][target].get("variables", {})
     assert values["ranks"] % values["workers"] == 0

@@ -264,7 +264,7 @@ REFUSALS: dict[str, tuple[Callable[[dict[str, Any]], object], dict[str, str], st
 
 @pytest.mark.faults
 @pytest.mark.parametrize("fault", REFUSALS)
-def test_if_the_workspace_refuses_a_deployment_the_command_fails_and_prints_the_reason(
+def test_the_command_fails_and_prints_the_reason_if_the_workspace_refuses_a_deployment(
     deployment: Deployment, fault: str
 ) -> None:
     change, variables, message = REFUSALS[fault]

@@ -89,7 +89,7 @@ def files_of_others(home: Path) -> list[Path]:
     return [path for path in found if not re.search("/artifacts/(code|model.py)", path.as_posix())]
 
 
-def test_if_spark_needs_more_open_files_than_allowed_the_error_names_the_limit(tmp_path: Path) -> None:
+def test_the_error_names_the_open_file_limit_if_spark_needs_more_open_files_than_allowed(tmp_path: Path) -> None:
     done = run(tmp_path / "lakesight", "ingest", environment={}, prepare=forbid_more_files)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("Spark needs more open files than this process may open.")

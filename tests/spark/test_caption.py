@@ -257,7 +257,7 @@ def test_rows_with_errors_are_captioned_again_with_option_retry_errors_and_too_m
 
 
 @pytest.mark.matrix
-def test_after_a_cancelled_caption_job_two_concurrent_caption_jobs_write_each_caption_only_once(
+def test_two_concurrent_caption_jobs_write_each_caption_only_once_after_a_cancelled_caption_job(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The job has 12 tasks, so the test can cancel the job after the first tasks have ended.

@@ -256,7 +256,7 @@ def test_rows_of_50_megabytes_are_ingested_or_quarantined(
 
 
 @pytest.mark.matrix
-def test_for_random_rows_the_counts_in_the_ingest_report_equal_the_counts_of_a_simple_loop(
+def test_the_counts_in_the_ingest_report_of_random_rows_equal_the_counts_of_a_simple_loop(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     rng = random.Random(7)

@@ -85,7 +85,7 @@ def test_an_override_with_the_value_null_removes_an_optional_setting() -> None:
     assert load_run("demo", overrides=overrides).data.source.columns.id is None
 
 
-def test_if_a_key_is_overridden_several_times_the_last_value_is_used() -> None:
+def test_the_last_value_is_used_if_a_key_is_overridden_several_times() -> None:
     assert load_run("demo", overrides=["train.steps=1", "train.steps=2"]).train.steps == 2
 
 

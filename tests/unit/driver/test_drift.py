@@ -55,7 +55,7 @@ def test_the_number_of_distinct_words_is_counted_in_a_sample_of_fixed_size() -> 
     )
 
 
-def test_if_all_rows_of_a_caption_job_failed_its_only_drift_figure_is_the_error_share() -> None:
+def test_the_error_share_is_the_only_drift_figure_of_a_caption_job_in_which_all_rows_failed() -> None:
     assert CaptionStats().figures() == sum_stats([]).figures() == {}
     assert CaptionStats(errors=3).figures() == {"error_share": 1.0}
 

@@ -132,14 +132,16 @@ def test_the_csv_delimiter_can_be_set_in_the_config(tmp_path: Path) -> None:
         read_csv(tmp_path)
 
 
-def test_if_columns_have_similar_names_the_column_with_exactly_the_configured_name_is_read(tmp_path: Path) -> None:
+def test_the_column_with_exactly_the_configured_name_is_read_if_several_columns_have_similar_names(
+    tmp_path: Path,
+) -> None:
     write(tmp_path, {"a.csv": ",image,text,Text,TEXT,text ,a.b,`c`,,,x,x\n0,p,right,1,2,3,4,5,6,7,8,9\n"})
     [record] = read_csv(tmp_path)
     assert (record.fields["text"], record.fields["_c0"], record.fields["a.b"]) == ("right", "0", "4")
     assert sorted(map(str, record.fields.values())) == sorted(["p", "right", *"0123456789"])
 
 
-def test_if_several_columns_have_the_same_name_the_first_column_is_read_and_a_warning_is_logged(
+def test_the_first_column_is_read_and_a_warning_is_logged_if_several_columns_have_the_same_name(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(tmp_path, {"a.csv": "text,image,text,text\nfirst,p,second,third\n"})

@@ -89,7 +89,7 @@ def test_losses_are_averaged_over_tokens_and_not_over_rows() -> None:
     assert metrics["blind_gap"].value == pytest.approx(0.9)
 
 
-def test_a_split_of_one_picture_has_no_blind_gap_and_no_cider() -> None:
+def test_a_split_of_one_picture_has_neither_a_blind_gap_nor_a_cider() -> None:
     metrics = measure(scored(TRUTH[:1], MADE[:1], gap=None))
     assert not {"blind_gap", "cider", "constant_cider"} & set(metrics)
     assert metrics["exact_match"].value == 0

@@ -86,7 +86,7 @@ def test_the_root_cause_is_the_earliest_failure_record_that_is_not_a_consequence
     assert "the traceback" in error.__notes__[0]
 
 
-def test_if_every_failure_record_is_a_consequence_of_another_failure_the_rank_without_a_record_is_blamed(
+def test_the_rank_without_a_record_is_blamed_if_every_failure_record_is_a_consequence_of_another_failure(
     run: RunFolder,
 ) -> None:
     write_failed_rank(run, 0, 1.0, consequence=True)
@@ -98,7 +98,7 @@ def test_if_every_failure_record_is_a_consequence_of_another_failure_the_rank_wi
 
 
 @pytest.mark.parametrize("damage", ["truncated", "overwritten", "none"])
-def test_after_a_rank_crashed_the_shards_are_verified_and_a_damaged_file_is_named_in_the_error(
+def test_the_shards_are_verified_after_a_rank_has_crashed_and_a_damaged_file_is_named_in_the_error(
     run: RunFolder, tmp_path: Path, damage: str
 ) -> None:
     shards = write_shards(tmp_path / "shards", rows=10)
@@ -118,7 +118,7 @@ def test_after_a_rank_crashed_the_shards_are_verified_and_a_damaged_file_is_name
     assert error.got.startswith("Fatal Python error: Segmentation fault")
 
 
-def test_if_two_ranks_left_no_failure_record_the_rank_with_the_earlier_last_heartbeat_is_blamed(run: RunFolder) -> None:
+def test_the_rank_with_the_earlier_last_heartbeat_is_blamed_if_two_ranks_left_no_failure_record(run: RunFolder) -> None:
     write_started_rank(run, 1)
     time.sleep(0.01)
     write_started_rank(run, 0)
@@ -150,7 +150,7 @@ def test_a_rank_that_others_waited_for_and_that_left_no_failure_record_is_report
     assert "the silent rank was stopped" in error.got
 
 
-def test_if_every_rank_waited_for_another_rank_the_network_is_blamed(run: RunFolder) -> None:
+def test_the_network_is_blamed_if_every_rank_waited_for_another_rank(run: RunFolder) -> None:
     write_failed_rank(run, 0, 1.0, consequence=True, exception="Waited", message="waited 60 s for other ranks")
     write_failed_rank(run, 1, 2.0, consequence=True, exception="SIGTERM", waiting=True)
     error = diagnose_failure(run, 2, None)
@@ -164,7 +164,7 @@ def test_if_every_rank_waited_for_another_rank_the_network_is_blamed(run: RunFol
     assert error.got == "rank 0 waited 60 s for other ranks"
 
 
-def test_if_a_rank_has_no_failure_record_the_cause_is_read_from_the_log_of_the_rank_or_of_the_launcher(
+def test_the_cause_is_read_from_the_log_of_the_rank_or_of_the_launcher_if_a_rank_has_no_failure_record(
     run: RunFolder,
 ) -> None:
     write_started_rank(run, 1)

@@ -59,7 +59,7 @@ def describe(number: int, death: Death) -> str:
     return f"{number} {death.how} {death.timed_out}"
 
 
-def test_if_an_item_ends_its_child_process_only_the_result_of_this_item_is_lost() -> None:
+def test_only_the_result_of_one_item_is_lost_if_this_item_ends_its_child_process() -> None:
     started = time.monotonic()
     results = list(run_guarded(range(13), double, describe))
     faults = {
@@ -73,7 +73,7 @@ def test_if_an_item_ends_its_child_process_only_the_result_of_this_item_is_lost(
     assert time.monotonic() - started < 20
 
 
-def test_if_the_last_or_the_only_item_crashes_its_child_process_only_this_item_is_lost() -> None:
+def test_only_the_last_item_is_lost_if_the_last_or_the_only_item_crashes_its_child_process() -> None:
     assert list(run_guarded([1, 3], double, describe)) == ["2", "3 was ended by SIGSEGV False"]
     assert list(run_guarded([3], double, describe)) == ["3 was ended by SIGSEGV False"]
     assert list(run_guarded([], double, describe)) == []

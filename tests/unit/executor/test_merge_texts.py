@@ -22,7 +22,7 @@ def flat(rows: Rows) -> list[Text]:
 
 @settings(max_examples=60, deadline=None)
 @given(ROWS, ROWS)
-def test_if_two_ingests_repeat_a_text_the_larger_number_of_repeats_is_kept(first: Rows, second: Rows) -> None:
+def test_the_larger_number_of_repeats_is_kept_if_two_ingests_repeat_a_text(first: Rows, second: Rows) -> None:
     known = merge_texts([], first, None).new_texts
     assert known == flat(first)
     both = [*known, *merge_texts(known, second, None).new_texts]

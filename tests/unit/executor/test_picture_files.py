@@ -271,7 +271,7 @@ def test_an_unreadable_picture_gives_a_problem_only_in_its_row(folder: Path) -> 
     ],
     ids=["blank", "number", "list", "struct", "data URI", "long"],
 )
-def test_if_a_picture_cell_holds_no_path_the_problem_names_the_type_of_the_value(
+def test_the_problem_names_the_type_of_the_value_if_a_picture_cell_holds_no_path(
     folder: Path, named: object, problem: str
 ) -> None:
     found = PictureRoot(str(folder), 100).read(named)
@@ -279,7 +279,7 @@ def test_if_a_picture_cell_holds_no_path_the_problem_names_the_type_of_the_value
     assert f"{found.reason}: {found.detail}" == problem
 
 
-def test_if_the_image_root_does_not_exist_the_problem_of_each_row_names_the_image_root(folder: Path) -> None:
+def test_the_problem_of_each_row_names_the_image_root_if_the_image_root_does_not_exist(folder: Path) -> None:
     found = PictureRoot(f"{folder}/absent", 100).read("a.png")
     assert found == Problem("missing_field", f"image_root: there is no folder '{folder}/absent'")
 

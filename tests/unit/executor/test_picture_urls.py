@@ -125,7 +125,7 @@ def test_reading_a_picture_from_a_url_ends_at_the_time_limit(server: str, monkey
     assert time.monotonic() - started < 2
 
 
-def test_if_the_picture_server_does_not_answer_the_task_fails_and_no_row_is_refused() -> None:
+def test_the_task_fails_and_no_row_is_refused_if_the_picture_server_does_not_answer() -> None:
     with pytest.raises(ConnectionError, match="does not answer"):
         read("http://127.0.0.1:9/p", "a.png")
 

@@ -180,7 +180,7 @@ def test_every_generation_setting_is_applied_by_all_commands_and_by_the_register
 
 
 @pytest.mark.parametrize("surface", ["caption", "evaluate", "pyfunc", "server"])
-def test_without_settings_captions_follow_the_generation_settings_in_the_model_config(
+def test_captions_follow_the_generation_settings_in_the_model_config_if_no_settings_are_given(
     surface: str, world: World
 ) -> None:
     assert SURFACES[surface](world, {}, None) == world.expected({})

@@ -103,7 +103,7 @@ def test_the_suggested_next_command_names_the_platform_file_and_no_setting_of_sp
         (["data.evaluate_on=train"], None),
     ],
 )
-def test_if_a_version_judged_by_few_pictures_is_refused_the_suggested_next_step_is_to_use_more_pictures(
+def test_the_next_step_is_to_use_more_pictures_if_a_model_version_is_refused_after_a_test_on_few_pictures(
     changes: list[str], expected: str | None
 ) -> None:
     text = advice(load_run("demo", overrides=changes), pictures=4)

@@ -63,7 +63,7 @@ def test_all_runs_of_a_deployment_share_the_experiment_of_the_deployment(workspa
 @pytest.mark.parametrize(
     ("call", "check"), [("experiments/create", "experiment"), ("registered-models/create", "model")]
 )
-def test_if_mlflow_refuses_a_request_the_preflight_check_fails_and_states_the_reason(
+def test_the_preflight_check_fails_and_states_the_reason_if_mlflow_refuses_a_request(
     workspace: Workspace, call: str, check: str
 ) -> None:
     workspace.denied = {call}
@@ -82,7 +82,7 @@ def test_the_preflight_only_warns_about_a_tracking_server_that_does_not_answer(
     assert {check.status for check in mlflow_checks(load_run("demo")).values()} == {"warn"}
 
 
-def test_outside_a_workspace_the_preflight_reports_the_runtime_and_volume_but_suggests_no_laptop_packages(
+def test_the_preflight_outside_a_workspace_reports_the_runtime_and_volume_but_suggests_no_laptop_packages(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("jobs.preflight.RUNTIME_MODULES", ("no_such_module",))
@@ -148,5 +148,5 @@ def test_the_version_of_mlflow_is_known_where_only_mlflow_skinny_is_installed(mo
     assert logged_model._public_version("numpy") == installed("numpy")
 
 
-def test_in_a_workspace_mlflow_connects_to_the_tracking_server_of_the_workspace(workspace: Workspace) -> None:
+def test_mlflow_connects_to_the_tracking_server_of_the_workspace_in_a_workspace(workspace: Workspace) -> None:
     assert connect(open_platform(workspace_run().platform)).search_experiments() == []

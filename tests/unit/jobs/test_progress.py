@@ -12,7 +12,7 @@ import pytest
 from jobs import progress
 
 
-def test_without_a_terminal_a_progress_line_is_printed_regularly_even_if_progress_cannot_be_counted(
+def test_a_progress_line_is_printed_regularly_without_a_terminal_even_if_progress_cannot_be_counted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(progress, "LINE_EVERY", 0.01)

@@ -89,7 +89,7 @@ def test_the_error_for_a_database_that_cannot_be_written_advises_to_free_space_o
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
-def test_if_a_model_cannot_be_copied_to_a_full_or_read_only_disk_the_error_names_the_disk(
+def test_the_error_names_the_disk_if_a_model_cannot_be_copied_to_a_full_or_read_only_disk(
     laptop: Platform, number: int
 ) -> None:
     """MLflow says only that a file of the code cannot be copied."""

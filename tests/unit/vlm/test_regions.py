@@ -68,7 +68,7 @@ pieces = st.one_of(
 
 
 @given(st.lists(pieces, max_size=40).map("".join), st.sampled_from(["stretch", "crop", "pad"]))
-def test_in_any_text_the_box_parser_finds_only_boxes_inside_the_picture(text: str, resize: str) -> None:
+def test_the_box_parser_finds_only_boxes_inside_the_picture_in_any_text(text: str, resize: str) -> None:
     config = ImageConfig.model_validate({"size": 224, "resize": resize})
     for region in parse_regions(text):
         box = to_box(region, compute_resize(640, 481, config))

@@ -51,7 +51,7 @@ def test_words_between_spaces_keep_their_combining_marks(text: str) -> None:
 
 
 @pytest.mark.parametrize(("text", "count"), UNSPACED.values(), ids=UNSPACED)
-def test_in_scripts_without_spaces_each_character_with_its_marks_is_a_word(text: str, count: int) -> None:
+def test_each_character_with_its_marks_is_a_word_in_scripts_without_spaces(text: str, count: int) -> None:
     assert len(words(text)) == count
     assert "".join(words(text)) == text
 

@@ -60,7 +60,7 @@ def test_augmented_pictures_do_not_depend_on_the_number_of_ranks_or_workers_or_o
     assert samples(shards, range(5, 8), 2, 3) == whole[5 * 8 :]
 
 
-def test_without_augmentation_pixels_equal_the_pixels_of_the_shards(shards: Shards) -> None:
+def test_training_pixels_equal_the_pixels_of_the_shards_without_augmentation(shards: Shards) -> None:
     stored = {shards.row(index).pixels.tobytes() for index in range(len(shards))}
     assert {pixels for pixels, _ in samples(shards, config=None)} == stored
     assert tiny_run().train.augment is None

@@ -176,7 +176,7 @@ def test_shard_files_are_not_copied_to_a_nearly_full_disk(
     assert any("only 0 of 4 shard files fit" in message for message in caplog.messages)
 
 
-def test_if_the_disk_of_the_shard_cache_is_full_one_warning_is_logged_and_training_continues(
+def test_training_continues_with_one_warning_if_the_disk_of_the_shard_cache_is_full(
     source: Shards, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

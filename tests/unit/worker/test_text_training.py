@@ -51,7 +51,7 @@ def weights(run: RunFolder, step: int) -> bytes:
     return (run.checkpoint(step) / "model.safetensors").read_bytes()
 
 
-def test_in_held_out_windows_each_token_is_a_target_once_and_start_tokens_are_never_targets(
+def test_each_token_of_held_out_windows_is_a_target_once_and_start_tokens_are_never_targets(
     laptop: Platform, report: ShardReport
 ) -> None:
     run = prepare(text_run(), laptop, report, report)
