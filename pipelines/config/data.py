@@ -38,7 +38,8 @@ class ColumnNames(Config):
 
     @property
     def named(self) -> dict[str, str]:
-        """Map each purpose (image, text, id, prompt) to the name of the column, without the columns that are null."""
+        """Map each purpose (image, text, id, prompt) to the name of its column, and leave out purposes whose column is
+        null."""
         return {purpose: name for purpose, name in self if name is not None}
 
 
@@ -88,12 +89,12 @@ class SourceBase(Config):
 
     @property
     def where(self) -> str:
-        """Name of the source in messages, which is its path."""
+        """Path of the source, by which messages name the source."""
         return self.path
 
 
 class RowSourceBase(SourceBase):
-    """Settings of sources whose rows hold pictures, or paths or URIs of pictures.
+    """Settings of sources whose rows hold pictures or name pictures by their paths or URIs.
 
     Attributes:
         image_root: folder or URL of the pictures if the image column holds paths, or null if the image column holds the
@@ -105,7 +106,7 @@ class RowSourceBase(SourceBase):
 
     @property
     def record_columns(self) -> ColumnNames:
-        """Column names of the records. The bytes of a named picture are in the field PICTURE."""
+        """Column names of the records that executors read. The bytes of a named picture are in the field PICTURE."""
         return self.columns if self.image_root is None else self.columns.model_copy(update={"image": PICTURE})
 
 
@@ -185,7 +186,7 @@ class TableSourceConfig(RowSourceBase):
 
     @property
     def where(self) -> str:
-        """Name of the source in messages, which is the table's name or its path."""
+        """Name or path of the table, by which messages name the source."""
         return self.table or self.path
 
 
@@ -203,7 +204,7 @@ class FolderSourceConfig(SourceBase):
 
     @property
     def record_columns(self) -> ColumnNames:
-        """Column names of the records. The bytes of the picture are in the field PICTURE."""
+        """Column names of the records that executors read. The bytes of the picture are in the field PICTURE."""
         return self.columns.model_copy(update={"image": PICTURE})
 
 
@@ -215,7 +216,8 @@ class WebDatasetSourceConfig(SourceBase):
 
     @property
     def record_columns(self) -> ColumnNames:
-        """Column names of the records. The picture is in the field PICTURE, whatever its file extension."""
+        """Column names of the records that executors read. The picture is in the field PICTURE, whatever its file
+        extension."""
         return self.columns.model_copy(update={"image": PICTURE})
 
 
@@ -253,11 +255,11 @@ SourceConfig = Annotated[
 
 
 class LimitsConfig(Config):
-    """Limits on the picture and the texts of a row. A row that exceeds a limit is quarantined.
+    """Limits on the picture and the texts of a row. A row that violates a limit is quarantined.
 
     Attributes:
         max_bytes: largest accepted size of a picture file, in bytes.
-        max_pixels: largest accepted number of pixels of a picture, which is width times height.
+        max_pixels: largest accepted number of pixels (width times height) of a picture.
         min_side: smallest accepted width and height of a picture, in pixels.
         max_decode_seconds: longest accepted time to decode one picture, in seconds.
         max_text_chars: largest accepted length of a text, in characters.
@@ -279,7 +281,7 @@ class ShardConfig(Config):
     """Format of training shards.
 
     Attributes:
-        encoding: how shards store pictures. `raw` stores pixels, which training reads without decoding. `jpeg` needs
+        encoding: how shards store pictures. `raw` stores pixels, so training need not decode pictures. `jpeg` needs
             less disk space.
         rows: number of rows per shard file.
         seed: random seed of the order of rows in the shards.
@@ -310,7 +312,7 @@ class DataConfig(Config):
         split: rule that divides rows into train, val and test.
         near_duplicates: whether the ingest searches for pictures that are nearly equal to a new picture, and puts
             nearly equal pictures into the same split.
-        limits: limits above which a row is quarantined.
+        limits: limits of pictures and texts; a row that violates a limit is quarantined.
         shards: format of training shards.
         validate_on: split on which the model is validated during training.
         evaluate_on: split on which a registered model version is evaluated.
@@ -337,7 +339,7 @@ class DataConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _add_default_kinds(cls, raw: Any) -> Any:
-        """Add the kind of the default, csv or hash, to a source or a split that does not name its kind."""
+        """If the source or the split has no `kind`, add the default: csv for the source, hash for the split."""
         if not isinstance(raw, dict):
             return raw
         defaults = {"source": "csv", "split": "hash"}

@@ -1,6 +1,6 @@
 """Thresholds of a run for promotion and for drift.
 
-Thresholds belong to the run and not to the deployment, because the right metric and value depend on the data.
+The thresholds are set per run and not per deployment, because the right metric and the right values depend on the data.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class GateConfig(Config):
         min_blind_gap: smallest accepted blind gap, in nats per token. The blind gap is the loss if each text is paired
             with a picture of another row, minus the loss with the right pictures.
         max_error_share: largest accepted share of pictures without a caption.
-        baselines: baselines that the model version must beat. `constant` gives all pictures the same caption, which is
-            the best such caption by `metric`. `neighbour` gives each picture the caption of the most similar training
-            picture. A run that only tests the pipeline can set an empty list of baselines.
+        baselines: baselines that the model version must beat. The baseline `constant` gives all pictures the same
+            caption, chosen so that `metric` is best. The baseline `neighbour` gives each picture the caption of the
+            most similar training picture. A run that only tests the pipeline can set an empty list of baselines.
         min_distinct: smallest accepted number of distinct captions, as a share of the number of distinct human captions
             of the same rows. The limit refuses a model that gives many pictures the same caption. The limit applies
             only if `baselines` contains `constant`.
-        min_pictures: smallest number of pictures for which the whole confidence interval of the difference from a
-            baseline must be above zero. With fewer pictures, only the difference itself must be above zero.
+        min_pictures: from this number of pictures, the whole confidence interval of the difference from a baseline must
+            be above zero. With fewer pictures, only the difference itself must be above zero.
         trial_pictures: number of pictures that the model version captions in a separate process, as a check that the
             version loads and works.
     """
@@ -55,8 +55,8 @@ class DriftConfig(Config):
         error_share: largest difference in the share of pictures without a caption.
         brightness: largest difference in the mean pixel value, on the scale from 0 to 255.
         contrast: largest difference in the standard deviation of the pixel values, on the scale from 0 to 255.
-        min_rows: number of rows that the job and the evaluation must each have before they are compared. With fewer
-            rows, random differences would exceed the thresholds.
+        min_rows: the job and the evaluation are compared only if both have at least this many rows. With fewer rows,
+            random differences would exceed the thresholds.
         fail: whether drift ends the job with exit code 1, after all captions are written; if false, drift only causes a
             warning.
     """
@@ -75,8 +75,7 @@ class Trial(Config):
     """Result of loading a model version and captioning with it in a separate process.
 
     Attributes:
-        failure: reason for which the model version cannot be loaded, or the names of its forbidden files, or an empty
-            text if the version works.
+        failure: why the model version does not work, such as 'it holds pickles: a.pkl'; empty if the version works.
         pictures: number of pictures that the model version was given.
         errors: error messages, one per picture that the model version could not caption.
     """

@@ -24,7 +24,7 @@ def config_error(problems: Iterable[str], where: str) -> ConfigError:
 
 
 def validation_error(error: ValidationError, root: type[BaseModel], where: str) -> ConfigError:
-    """Turn pydantic's error about `root` into one ConfigError."""
+    """Turn pydantic's error about the model `root` into one ConfigError."""
     return config_error((text for text, _ in describe(error, root)), where)
 
 
@@ -53,8 +53,8 @@ def describe(error: ValidationError, root: type[BaseModel]) -> Iterator[tuple[st
 def _field_path(root: type[BaseModel], loc: Sequence[int | str]) -> tuple[str, list[str], list[type[BaseModel]]]:
     """Return the dotted path as the user wrote the path (without pydantic's union tags).
 
-    The second value lists the valid names for the last element of the path. The third value lists the models that the
-    field at the path accepts.
+    The second returned value lists the valid names for the last element of the path. The third returned value lists the
+    models that the field at the path accepts.
     """
     candidates: list[type[BaseModel]] = [root]
     parts: list[str] = []

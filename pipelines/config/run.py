@@ -47,7 +47,8 @@ OWN_SPARK_SETTINGS = {
     "spark.authenticate": "on a laptop, Lakesight protects Spark's ports with a secret",
     "spark.lakesight": "these settings belong to Lakesight",
 }
-"""Spark settings that users cannot set (or the beginnings of their names), with the reason or an alternative."""
+"""Spark settings that users cannot set: a dict from the setting's name, or its beginning, to the reason or an
+alternative."""
 LOOPBACK_SETTINGS = ("spark.driver.host", "spark.driver.bindAddress")
 """Spark settings that users can set only if the master is a Spark cluster (`spark://`)."""
 
@@ -151,7 +152,7 @@ PlatformConfig = Annotated[LocalPlatformConfig | DatabricksPlatformConfig, Field
 
 
 class Chosen(Config):
-    """The four names that select a run's settings. Each name is that of a YAML file under conf/, without `.yml`."""
+    """The four names that select a run's settings. Each name is the name of a YAML file under conf/, without `.yml`."""
 
     model: Name
     data: Name
@@ -213,7 +214,7 @@ class RunConfig(Config):
 
 
 def short_hash(*parts: object) -> str:
-    """Return the first 16 hex digits of the SHA-256 of the parts as canonical JSON."""
+    """Write the parts as canonical JSON, and return the first 16 hex digits of the SHA-256."""
     canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -233,8 +234,8 @@ def available(kind: str) -> list[str]:
 def load_run(name: str, *, platform: str = "local", overrides: Sequence[str] = ()) -> RunConfig:
     """Resolve a run's four names into a RunConfig and apply `a.b=c` overrides.
 
-    The YAML file of a run may contain the data section itself, which then has the name of the run. The YAML file may
-    also contain the sections `gate` and `drift`.
+    The YAML file of a run may contain the section `data` instead of a name. The section then gets the name of the run.
+    The YAML file may also contain the sections `gate` and `drift`.
 
     Raises:
         ConfigError: a name or key is unknown, or a value is invalid. The error lists every problem.
@@ -294,7 +295,8 @@ def load_model(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
 
 
 def _chosen_name(run: dict[str, Any], kind: str, problems: list[str]) -> str:
-    """Return the name that a run's YAML file gives for a kind of settings, or an empty string without such a name."""
+    """Return the name under a key (`kind`, such as `data`) of a run's YAML file, or an empty string if the key is
+    missing."""
     name = run.get(kind)
     if isinstance(name, bool | float | list | date):
         problems.append(f"run.{kind}: got {name!r}, which YAML does not read as a name: write the name in quotes")
@@ -303,7 +305,7 @@ def _chosen_name(run: dict[str, Any], kind: str, problems: list[str]) -> str:
 
 
 def _find(kind: str, name: str, problems: list[str]) -> Path | None:
-    """Return the path of the YAML file that belongs to a name. If there is none, add a message to `problems`."""
+    """Return the path of the YAML file that belongs to a name. If no such file exists, add a message to `problems`."""
     if re.fullmatch(NAME_PATTERN, name):
         for folder in conf_folders():
             path = folder / kind / f"{name}.yml"

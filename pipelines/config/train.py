@@ -50,7 +50,7 @@ class GroupConfig(Config):
 
     Attributes:
         pattern: regular expression that matches the full names of the parameters.
-        lr: highest learning rate of these parameters. A learning rate of 0 freezes the parameters.
+        lr: highest learning rate of the matching parameters. A learning rate of 0 freezes the parameters.
     """
 
     pattern: Pattern
@@ -90,7 +90,8 @@ class StageConfig(Config):
     Attributes:
         steps: length of the stage, in training steps.
         warmup_steps: length of the stage's warm-up, in training steps, or null for `train.optimizer.warmup_steps`.
-        objective: what the stage improves: the loss of the training rows' `texts`, or the `cider` of sampled captions.
+        objective: what the stage improves: with `texts`, the loss on the texts of the training rows; with `cider`, the
+            CIDEr of sampled captions.
         groups: groups of parameters, each with a learning rate. A parameter belongs to the first group whose pattern
             matches the name of the parameter. A parameter is frozen if no pattern matches.
     """
@@ -142,7 +143,7 @@ class AugmentConfig(Config):
             multiplied by a factor between 1 - saturation and 1 + saturation.
         sided_words: words that prevent mirroring and rotation if the text or the prompt of the picture contains them,
             as whole words in upper or lower case.
-        upright_words: further words that prevent rotation and mirroring from top to bottom.
+        upright_words: further words that prevent rotation and top-to-bottom mirroring.
     """
 
     scale: tuple[Share, Share] = (1.0, 1.0)
@@ -228,10 +229,10 @@ class TrainConfig(Config):
             stay fp32.
         start_from: checkpoint folder of a model with the same config, or null. The run takes its initial weights and
             the tokenizer from this folder.
-        start_state: what the run takes from `start_from`: only the `weights`, or the whole state of the `training`.
-            With `training`, the folder must be a checkpoint of a run with the same settings and fewer steps. The new
-            run then continues from the step, the optimizer state and the position in the training rows that the
-            checkpoint has stored.
+        start_state: `weights` to take only the weights from the folder `start_from`, or `training` to continue the
+            training of a checkpoint. With `training`, `start_from` must be a checkpoint of a run with the same settings
+            and fewer steps. The new run then starts at the checkpoint's step, with its optimizer state and its position
+            in the training rows.
         adapter: low-rank corrections (LoRA) of some weights, or null to train the weights themselves. If an adapter is
             set, only the corrections are trained. Before registration, the corrections are merged into the weights.
         augment: random changes of training pictures, or null for unchanged pictures.
@@ -251,17 +252,17 @@ class TrainConfig(Config):
         score_every: number of steps between two computations of the metric `val/cider`, or null to never compute the
             metric. `val/cider` is the CIDEr of the model's captions of the `validate_rows` validation pictures, and is
             also computed after the last step.
-        best_by: metric that decides which checkpoint is the best: the validation `loss`, or the `cider` on validation
-            pictures, which needs `score_every`.
-        stop: number of consecutive values of the metric `best_by` without a new best value after which training ends
-            early, or null to take all steps.
+        best_by: metric that decides which checkpoint is the best: `loss` for the validation loss, or `cider` for the
+            metric `val/cider`, which needs `score_every`.
+        stop: end training early if this many consecutive values of the metric `best_by` bring no new best value; null
+            to take all steps.
         checkpoint_every: number of steps between two checkpoints. A checkpoint is also written after the last step.
         keep_checkpoints: number of newest checkpoints to keep. The best checkpoint is always kept in addition.
         caption_samples: number of validation pictures that the model captions at each validation, as samples for
             people.
         register_: checkpoint that is registered as a model version: the `last` checkpoint, the `best` checkpoint by the
-            metric `best_by`, or the checkpoint of a step, such as 1200. If the setting is changed after the run has
-            finished, the checkpoint that is now selected is registered too.
+            metric `best_by`, or the checkpoint of a step, such as 1200. If `register` is changed after the run has
+            finished, the newly selected checkpoint is registered as a further model version.
         profile_steps: number of steps that PyTorch's profiler records on rank 0, after five unrecorded steps. The
             profiler trace is logged to MLflow.
         timeout_seconds: time after which a run is stopped if a rank has reported no progress, in seconds.

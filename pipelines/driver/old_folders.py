@@ -30,7 +30,7 @@ from vlm.config import Config
 from vlm.errors import LakesightError
 
 RUNNING = timedelta(days=2)
-"""An unfinished run with a file younger than this age may still be training or waiting for a restart."""
+"""An unfinished run that changed a file within this time may still be training or waiting for a restart."""
 TRASH = ".removed-"
 """Prefix of the names of folders that are being removed."""
 
@@ -41,10 +41,10 @@ LEFTOVERS: dict[Kind, str] = {
     "shards": "shards",
     "report": "reports",
 }
-"""Folders in which a killed command may leave a half-removed folder, as patterns below the home folder."""
+"""Folders (as patterns below the home folder) in which a killed command may leave a half-removed folder."""
 Needs = Callable[[RunFolder], Collection[str] | None]
-"""Function that returns the names of a run's checkpoints from which model versions were registered, or None if these
-names are not known."""
+"""Function that returns, for a run folder, the names of the checkpoints that were registered as model versions, or None
+if these names are not known."""
 T = TypeVar("T")
 
 
@@ -70,7 +70,8 @@ def find_old_folders(platform: Platform, keep: int, needs: Needs) -> list[OldFol
         keep: number of folders to keep in each group of similar folders; the newest folders are kept. Runs with the
             same name form a group, and so do shards that differ only in the table version, and reports on the same
             subject.
-        needs: function that returns the checkpoints of a run from which model versions were registered.
+        needs: function that returns, for a run folder, the names of the checkpoints that were registered as model
+            versions.
 
     Raises:
         UserError: `keep` is below 1.
@@ -178,7 +179,7 @@ def _old_shards(folder: Path, keep: int, used: Collection[str]) -> list[Path]:
 
 
 def _old_reports(folder: Path, keep: int) -> list[Path]:
-    """Return the reports that are not the newest on their subject.
+    """Return the reports that are not among the newest reports on their subject.
 
     The last part of a report's name is a hash, a number or an id. All evaluations of one model version are reports on
     the same subject.

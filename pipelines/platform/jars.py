@@ -49,7 +49,7 @@ class Jars:
         return Jars(self.record, tuple(paths) if all(Path(path).exists() for path in paths) else ())
 
     def settings(self) -> dict[str, str]:
-        """Return Spark settings that load the recorded jars, or that download the jars if there are no paths."""
+        """Return Spark settings that load the recorded jars, or that download the jars if no paths are recorded."""
         if self.paths:
             return {"spark.jars": ",".join(self.paths)}
         artifact, number = delta_artifact()

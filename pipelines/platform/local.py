@@ -35,11 +35,11 @@ SHORT_JOBS = (
 )
 """JVM options for short jobs on few cores.
 
-The JVM's second compiler takes more time than its faster code saves. The default garbage collector (G1) is slow with
+The JVM's second compiler takes more time than the faster code saves. The default garbage collector (G1) is slow with
 objects larger than half a region, such as pictures. Without a limit, the space for new objects would grow to a third of
-the heap and save no processor time. With a limit on this space, the JVM takes 0.8 GB instead of 1.9 GB after four small
-ingests. Spark's classes need about 150 MB of metaspace, and a metaspace that has to grow triggers collections of the
-whole heap.
+the heap and save no processor time. With a limit on the space for new objects, the JVM takes 0.8 GB instead of 1.9 GB
+after four small ingests. Spark's classes need about 150 MB of metaspace, and a metaspace that has to grow triggers
+collections of the whole heap.
 """
 
 OFF_HEAP = "1g"
@@ -197,7 +197,8 @@ def session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]:
         "spark.databricks.delta.snapshotPartitions": partitions,
         # Number of tasks with which VACUUM lists the folder of a table, instead of Spark's 10,000 tasks.
         "spark.sql.sources.parallelPartitionDiscovery.parallelism": partitions,
-        # Keep rows with pictures, sorts and shuffles outside the heap, where garbage collection does not copy them.
+        # Keep the data of sorts and shuffles, and rows that contain pictures, outside the heap, so that garbage
+        # collection does not copy these data.
         "spark.memory.offHeap.enabled": "true",
         "spark.memory.offHeap.size": OFF_HEAP,
         "spark.sql.columnVector.offheap.enabled": "true",
@@ -271,7 +272,7 @@ def _start_failure(log: Path, start: int, error: Exception) -> UserError:
             got="Maven Central did not serve the jars",
             fix="connect to the internet for the first start; later starts use Ivy's cache in the home folder",
         )
-    _, open_files = resource.getrlimit(resource.RLIMIT_NOFILE)  # the JVM raises its limit of open files to this one
+    _, open_files = resource.getrlimit(resource.RLIMIT_NOFILE)  # the JVM raises its own limit to the hard limit
     if 0 <= open_files < MIN_OPEN_FILES:
         return UserError(
             "Spark needs more open files than this process may open",

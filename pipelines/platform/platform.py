@@ -91,7 +91,8 @@ class Platform:
         return str(self.tables / table) if self.tables is not None and schema == self.namespace else None
 
     def folder(self, kind: FolderKind) -> Path:
-        """Return the folder for one kind of files. The code that writes files must first create the folder."""
+        """Return the folder for one kind of files, such as `shards` or `reports`. The code that writes files must first
+        create the folder."""
         return self.root / kind
 
     def model_name(self, run: str) -> str:
@@ -106,7 +107,7 @@ class Platform:
 def redact_uri(uri: str) -> str:
     """Remove passwords (user information and query string) from a URI or from a message that contains a URI.
 
-    SQLAlchemy accepts a password that contains a slash.
+    Passwords that contain a slash are also removed, because SQLAlchemy accepts such passwords.
     """
     return re.sub(r"\?\S*", "", re.sub(r"//([^/\s]*|[^/\s:@]*:\S*)@", "//", uri))
 
@@ -114,8 +115,9 @@ def redact_uri(uri: str) -> str:
 def sqlite_uri(file: Path) -> str:
     """Return the URI of an SQLite store.
 
-    SQLAlchemy decodes percent escapes, and a question mark would end the path. For `sqlite:///`, MLflow creates the
-    folder of the undecoded path, which for an escaped path would be another folder.
+    Percent signs and question marks in the path are escaped: SQLAlchemy decodes percent escapes and ends the path at a
+    question mark. For a URI that begins with `sqlite:///`, MLflow would create a folder with the escaped name, so the
+    URI of an escaped path begins with `sqlite+pysqlite:///`.
     """
     escaped = str(file).replace("%", "%25").replace("?", "%3F")
     return f"sqlite:///{file}" if escaped == str(file) else f"sqlite+pysqlite:///{escaped}"
@@ -125,5 +127,5 @@ def user_name() -> str:
     """Return the name of this user, or the user id if the id has no name, as in many containers."""
     try:
         return getpass.getuser()
-    except (OSError, KeyError):  # Python 3.12 and earlier raise a KeyError
+    except (OSError, KeyError):  # Python 3.12 and earlier raise KeyError for an id without a name
         return f"user {os.getuid()}"

@@ -53,7 +53,7 @@ def quiet_loggers() -> None:
 
 
 def spark_errors() -> tuple[type[Exception], ...]:
-    """Return the exceptions with which a query fails. A client of Spark Connect may lack py4j."""
+    """Return the exception classes that a failed query raises. A client of Spark Connect may lack py4j."""
     from pyspark.errors import PySparkException
 
     try:
@@ -103,10 +103,10 @@ def task_cpus(spark: SparkSession) -> int:
 
 
 def count_slots(spark: SparkSession) -> int:
-    """Return how many tasks can run at once, which Spark compares with the number of tasks of a barrier stage.
+    """Return how many tasks can run at once. Spark compares this number with the number of tasks of a barrier stage.
 
-    A Connect session only knows the number of cores. If there are fewer GPUs than cores, the result is too large, and
-    only Spark reports missing slots, after ten minutes.
+    A Connect session only knows the number of cores. If there are fewer GPUs than cores, the result is too large. Spark
+    then reports the missing slots, but only after ten minutes.
     """
     if is_connect(spark):
         return default_parallelism(spark) // task_cpus(spark)

@@ -31,8 +31,8 @@ FIGURES = ("words", "distinct_words", "mean_logprob", *PROMPT_INDEPENDENT)
 class Drift(Config):
     """Comparison of one figure between a caption job and an evaluation.
 
-    `change` and `limit` are relative to the evaluation's figure if the figure is in RELATIVE, else absolute
-    differences.
+    For a figure in RELATIVE, `change` and `limit` are shares of the evaluation's figure. For any other figure, `change`
+    and `limit` are absolute differences.
     """
 
     value: float

@@ -117,7 +117,7 @@ def _open_tables(platform: Platform, request: CaptionRequest) -> tuple[DeltaTabl
 
 
 def _is_plain(source: DeltaTable, request: CaptionRequest) -> bool:
-    """Return whether every Delta reader can read the table, and its id column and picture column have usual types.
+    """Return whether every Delta reader can read the table and whether its id and picture columns have usual types.
 
     A Delta table with reader version 1 has no deletion vectors and no column mapping.
     """

@@ -1,10 +1,10 @@
 """Files of captions that executors wrote and that are not yet merged into `generated_captions`.
 
-A folder belongs to one key (table, model name and version number, settings), not to one job. A job that is killed
-leaves files, and the next job with the same key merges these files. If two registries have a model version of the same
-name and number, both models use the folder, and each row is merged under the digest of its own model. Two jobs with the
-same key may run at the same time and merge each other's files, because merging is idempotent and each job skips the
-files that the other job has merged.
+A folder of caption files belongs to one key (table, model name and version number, settings), not to one job. A job
+that is killed leaves files, and the next job with the same key merges these files. If two registries have a model
+version of the same name and number, both models use the folder, and each row is merged under the digest of its own
+model. Two jobs with the same key may run at the same time and merge each other's files, because merging is idempotent
+and each job skips the files that the other job has merged.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pipelines.platform import Platform
 logger = logging.getLogger(__name__)
 
 STALE = timedelta(days=1)
-"""Age from which a temporary file is removed, because the task that wrote the file was probably killed."""
+"""Age from which a temporary file is removed. The task that wrote such an old file was probably killed."""
 
 
 @dataclass(frozen=True)

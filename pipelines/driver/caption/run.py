@@ -71,7 +71,7 @@ class CaptionRequest(Config):
         retry_errors: whether rows that have an error are captioned again.
         remove_deleted: whether to remove the captions (by any model) of rows that the table no longer has.
         max_error_share: largest allowed share of errors among the rows that this job processes. If the share of errors
-            is larger, the job writes all rows and then fails.
+            is larger than this limit, the job writes all rows and then fails.
     """
 
     source_table: str = "samples"
@@ -149,7 +149,7 @@ class TooManyErrors(StageFailed):
 
 
 CaptionIdentity = tuple[GenerationConfig, dict[str, object], dict[str, str]]
-"""Decoding settings, the values that identify them, and the key of a table's caption files."""
+"""Decoding settings, the values that identify these settings, and the key of a table's caption files."""
 Progress = Callable[[Callable[[], int], int], AbstractContextManager[None]]
 """Function that returns a context manager, which shows progress. The first argument is a function that returns the
 number of finished rows. The second argument is the number of all rows."""
@@ -172,8 +172,8 @@ def caption(
         UserError: the table, the version, a column or the folder of the pictures does not exist, the condition is not
             valid SQL, the ids are not unique, the prompt leaves no space for a caption, or the library for the
             precision is not installed.
-        StageFailed: Spark failed. The next caption job with the same request captions only the rows that have no
-            caption yet.
+        StageFailed: Spark failed. The next caption job with the same request skips the rows that already have a
+            caption.
         TooManyErrors: the share of errors is larger than `max_error_share`. The results of all rows are written
             nevertheless.
     """
@@ -271,7 +271,7 @@ def _create_job(
 
 
 def caption_key(model: ModelFiles, request: CaptionRequest, table: str) -> CaptionIdentity:
-    """Return the decoding settings, the values that identify them, and the key of the table's caption files.
+    """Return the decoding settings, the values that identify these settings, and the key of the table's caption files.
 
     The model's digest is not in the key, because the folder of the files must keep the name that the folder had in
     Lakesight 0.1.0. Each row in a file has the digest of its own model.
@@ -308,7 +308,7 @@ def _captions_of_model(spark: SparkSession, platform: Platform, key: dict[str, s
 def _find_uncaptioned_rows(
     spark: SparkSession, captions: DataFrame, source: SourceTable, request: CaptionRequest
 ) -> tuple[DataFrame, RowCounts]:
-    """Return the rows to process, and row counts. Column `known` has the SHA-256 of the picture captioned before."""
+    """Return the rows to process, and row counts. Column `known` has the SHA-256 of the picture captioned earlier."""
     old = captions.where("error IS NULL") if request.retry_errors else captions
     done = old.select("image_id", "sha256", "source_version", F.lit(True).alias("is_done"))
     unchanged = _unchanged_files(spark, source, done)

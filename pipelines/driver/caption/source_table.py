@@ -137,7 +137,7 @@ def files_at(spark: SparkSession, name: str, version: int) -> set[str]:
 
 
 def compared_versions(rows: Mapping[int, int], newest: int) -> list[int]:
-    """Choose the earlier versions of a table whose files are compared with the files of the newest version.
+    """Choose earlier versions of a table, whose data files the caller compares with those of the newest version.
 
     A nightly job adds captions of one more table version every night, and listing the files of a version takes seconds.
     Therefore, only the versions from which most rows were captioned are compared. The pictures of all other rows are
@@ -145,8 +145,8 @@ def compared_versions(rows: Mapping[int, int], newest: int) -> list[int]:
     version.
 
     Args:
-        rows: numbers of captioned rows: a dict from a version of the table to the number of rows captioned from it.
-        newest: newest version of the table, which is captioned now.
+        rows: numbers of captioned rows: a dict from a table version to the number of rows captioned at this version.
+        newest: newest version of the table, from which rows are captioned now.
     """
     earlier = sorted(rows.keys() - {newest}, key=lambda version: (-rows[version], version))
     return earlier[:MAX_COMPARED_VERSIONS]

@@ -26,7 +26,7 @@ from vlm.config import Config
 logger = logging.getLogger(__name__)
 
 MIN_RETAIN_HOURS = 168
-"""Minimum retention time: one week, as Delta itself requires, because running jobs may still read older files."""
+"""Minimum retention time. Delta itself requires one week, because running jobs may still read older files."""
 ATTEMPTS = 3
 
 
@@ -114,7 +114,7 @@ def _maintain_table(spark: SparkSession, name: str, checks: Mapping[str, str], r
 
 
 def _count_removed(spark: SparkSession, name: str) -> int:
-    """Return the number of files that the last VACUUM deleted, which Delta stores in the table history."""
+    """Return the number of files that the last VACUUM deleted, according to the table history."""
     ended = spark.sql(f"DESCRIBE HISTORY {name} LIMIT 5").filter(F.col("operation") == "VACUUM END")
     commits = ended.orderBy(F.desc("version")).select("operationMetrics").collect()
     return int(commits[0]["operationMetrics"]["numDeletedFiles"]) if commits else 0

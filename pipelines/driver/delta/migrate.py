@@ -91,8 +91,8 @@ def migrate(spark: SparkSession, platform: Platform, *, dry_run: bool) -> Migrat
 def _was_interrupted(backup: Path, home_format: int) -> bool:
     """Return whether a backup belongs to an interrupted migration.
 
-    A migration changes the format of the home folder last. After an interruption, the home folder therefore still has
-    the format that the backup contains.
+    A migration first changes all tables and only then the format of the home folder. After an interruption, the home
+    folder therefore still has the format that the backup contains.
     """
     return backup.exists() and read_json(backup, Backup).format == home_format
 
@@ -144,7 +144,7 @@ def undo(spark: SparkSession, platform: Platform) -> MigrationReport:
 
 
 def _require_no_writes(spark: SparkSession, name: str, version: int) -> None:
-    """Check that no commit after a version has changed rows, except commits of migrations."""
+    """Check that no commit after a version has changed rows. Commits of migrations are ignored."""
     history = spark.sql(f"DESCRIBE HISTORY {name}").where(f"version > {version}")
     written = [
         f"{commit['operation']} at version {commit['version']}"
@@ -161,10 +161,10 @@ def _require_no_writes(spark: SparkSession, name: str, version: int) -> None:
 
 
 def _existing(spark: SparkSession, platform: Platform) -> list[tuple[Table, str]]:
-    """Return the tables that exist, each with the name of the table in SQL.
+    """Return the existing tables, each with the name by which SQL statements refer to the table.
 
-    On a laptop, the name of a table in SQL is a path, because the catalog in memory has no tables before a command
-    registers them.
+    On a laptop, this name contains the path of the table's folder, because Spark's catalog in memory is empty until a
+    command registers the tables.
     """
     if platform.tables is None:
         return [(table, name) for table in TABLES if spark.catalog.tableExists(name := platform.table(table.name))]

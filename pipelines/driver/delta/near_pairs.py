@@ -22,7 +22,7 @@ BLOCKS = (13, 13, 13, 13, 12)
 """Number of bits of each block of the difference hash."""
 MAX_PICTURES_OF_A_KEY = 500
 FEW_PICTURES = 50_000
-"""Up to this number of new pictures, all keys of new pictures are sent to every task (about 50 MB per executor)."""
+"""If there are at most this many new pictures, all of their keys are sent to every task (about 50 MB per executor)."""
 COMPARED = ("image_id", "split", "fingerprint", "existing")
 
 
@@ -38,7 +38,7 @@ KEY_MASKS = _key_masks()
 
 
 def shared_keys(pictures: DataFrame, num_new: int) -> DataFrame:
-    """Return one row per picture and key, for keys that a new picture shares with another picture.
+    """For each key that a new picture shares with another picture, return one row for each picture with this key.
 
     The columns of the result are image_id, existing, bits (the difference hash), mask (index into KEY_MASKS), key and
     pictures (number of pictures with the key). A fingerprint is long, so a row contains only the difference hash, which
@@ -53,7 +53,7 @@ def shared_keys(pictures: DataFrame, num_new: int) -> DataFrame:
 
 
 def keys_of_new_pictures(pictures: DataFrame, num_new: int) -> DataFrame:
-    """Return one row per picture and key, for keys that a new picture has.
+    """For each key of a new picture, return one row for each picture with this key.
 
     This function leaves out keys that no new picture has, before the rows are sorted by key. Otherwise an ingest of one
     picture would sort ten keys of each known picture.
@@ -97,8 +97,8 @@ def find_pairs(shared: DataFrame, pictures: DataFrame) -> DataFrame:
 def copies_across_sources(samples: DataFrame) -> DataFrame:
     """Return the training pictures that copy a validation or test picture of another source, in image_id and source.
 
-    A copy has the same bytes, the same fingerprint or the fingerprint of a near duplicate. Pictures without a
-    fingerprint are compared by their bytes.
+    A training picture counts as a copy if the two pictures have the same bytes or the same fingerprint, or if their
+    fingerprints are those of near duplicates. Pictures without a fingerprint are compared by their bytes.
 
     Args:
         samples: rows of `samples` of several sources.

@@ -30,7 +30,7 @@ def count_on_disk(table: DeltaTable, equal: Mapping[str, str | datetime], by: st
     Args:
         table: Delta table whose rows are counted.
         equal: required values: a non-empty dict from the name of a column to the value.
-        by: name of the column for whose values rows are counted.
+        by: name of the column by which the counts are grouped, such as 'source'.
     """
     counts: Counter[str] = Counter()
     for batch in arrow_dataset(table).to_batches(columns=[by], filter=_condition(equal)):

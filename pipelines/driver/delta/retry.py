@@ -39,13 +39,13 @@ CONFLICTS = (
     MetadataChangedException,
     ProtocolChangedException,
 )
-"""Errors that Delta raises for a write that wrote nothing because another writer committed first. The classes have no
-common base class."""
+"""Errors that Delta raises for a write that wrote nothing because another writer committed first. These exception
+classes have no common base class."""
 MAX_ATTEMPTS = 12
 
 
 def retry_on_conflict(write: Callable[[], Result], where: str = "the tables it writes") -> Result:
-    """Call `write` until it has no conflict with another writer, at most MAX_ATTEMPTS times. Return the result.
+    """Call `write` until no other writer conflicts with the call, at most MAX_ATTEMPTS times. Return the result.
 
     Args:
         write: function that writes everything in one commit, or nothing.

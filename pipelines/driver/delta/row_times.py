@@ -1,7 +1,8 @@
 """Times of new rows, which are later than the times of earlier rows even if the clock was set back.
 
-Readers find the last decision on a model, the newest caption of a picture and the last ingest of a table by the times
-of the rows. If the clock was ahead when an earlier row was written, the rows of later jobs would not count as newer.
+Readers use the times of the rows to find the last decision on a model, the newest caption of a picture and the last
+ingest of a table. If the clock was ahead when an earlier row was written, the rows of later jobs would not count as
+newer.
 """
 
 from __future__ import annotations

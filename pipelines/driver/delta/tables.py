@@ -47,7 +47,7 @@ def ensure_tables(spark: SparkSession, platform: Platform) -> None:
 
 
 def _check_schema(spark: SparkSession, schema: str, folder: Path) -> None:
-    """Check that the schema in a Hive metastore, which several home folders may share, has its tables in `folder`."""
+    """Check that a schema's tables are in `folder`, because several home folders may share a Hive metastore."""
     found = urlsplit(spark.catalog.getDatabase(schema).locationUri).path
     if Path(unquote(found)) != folder.resolve():
         raise UserError(
@@ -85,7 +85,8 @@ def ensure_table(spark: SparkSession, platform: Platform, table: Table) -> bool:
 
 
 def open_tables(platform: Platform, *tables: Table) -> dict[str, DeltaTable] | None:
-    """Open tables in local folders. Return the tables by name, or None if a table does not exist or lacks a column.
+    """Open tables in local folders. Return a dict from name to table, or None if a table does not exist or lacks a
+    column.
 
     Raises:
         UserError: a newer release of Lakesight wrote a table.

@@ -63,9 +63,9 @@ def newest_version(spark: SparkSession, name: str) -> int:
 def read_versions(spark: SparkSession, platform: Platform, source: str, table: Table = SAMPLES) -> TableVersions:
     """Read the newest version of a table, and the version to which a source is to be pinned.
 
-    All sources share one table. The newest version of the table grows when any source is ingested, so a pin to the
-    newest version would make the shards of every source stale. Each ingest writes the name of its source into its
-    commit (`note_options`, `note_condition`), and this function skips commits of other sources and
+    The table holds the rows of all sources. The newest version number of the table grows when any source is ingested,
+    so a pin to the newest version would make the shards of every source stale. Each ingest writes the name of its
+    source into its commit (`note_options`, `note_condition`), and this function skips commits of other sources and
     maintenance commits. A commit without a note, such as a DELETE by hand, counts as a change of every source. The
     oldest commit that Delta still keeps also counts as a change, so the pinned version may be newer than the last
     change of the source, but never older.
@@ -140,10 +140,10 @@ def guarded_options(source: str, version: int) -> dict[str, str]:
 def rows_of_source(spark: SparkSession, table: str, source: str) -> DataFrame:
     """Return the rows of a source at the newest version of a table.
 
-    Shards name the table version that last changed the source of the shards. This function does not read the older
-    version, because VACUUM may have removed files of that version. If an ingest has changed the source after the shards
-    were written, a picture of the shards may be missing. Call this function just before the rows are read, because a
-    DataFrame keeps reading the table version at which the DataFrame was created.
+    Shards name the table version that last changed their source. This function reads the newest version instead,
+    because VACUUM may have removed files of the older version. If an ingest has changed the source after the shards
+    were written, the returned rows may lack a picture of the shards. Call this function just before the rows are read,
+    because a DataFrame keeps reading the table version at which the DataFrame was created.
     """
     return spark.table(table).filter(F.col("source") == source)
 

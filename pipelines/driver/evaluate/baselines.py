@@ -1,4 +1,4 @@
-"""Baselines: captions that need no model, with which a model version is compared.
+"""Baselines: captions that are made without a model. A model version is compared with these captions.
 
 The constant baseline gives the same caption to all pictures. The caption that is best by one metric may not be the best
 by another metric. So each metric has a constant caption of its own, which is the constant caption that is hardest to
@@ -22,10 +22,10 @@ from vlm.text.cider import SIGMA, bigrams, ngrams, norms
 from vlm.text.words import words
 
 MAX_PAIRS = 25_000_000
-"""Largest number of pairs of a candidate and a reference to compare, so that the comparison takes only seconds."""
+"""Largest number of pairs (candidate, reference) to compare. With this limit, the comparison takes only seconds."""
 MIN_CANDIDATES = 256
 SHORTLIST = 4
-"""The slower metrics are computed only for this many of the best candidates by word F1, and as many by CIDEr."""
+"""The slower metrics are computed only for the best candidates: this many by word F1, and this many by CIDEr."""
 
 
 def baseline_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
@@ -44,7 +44,8 @@ def baseline_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
 
 
 def baselines(scored: Sequence[ScoredRow], metric: str) -> dict[str, list[ScoredRow]]:
-    """For each baseline, return the rows with the captions of the baseline, to compare the model by one metric.
+    """For each baseline, return the rows with the baseline's captions instead of the model's. `metric` selects the
+    constant caption.
 
     The baselines are `constant`, and `neighbour` if every row has a neighbour.
     """
@@ -54,7 +55,7 @@ def baselines(scored: Sequence[ScoredRow], metric: str) -> dict[str, list[Scored
 
 
 def neighbour_rows(scored: Sequence[ScoredRow]) -> list[ScoredRow] | None:
-    """Return the rows with the captions of their neighbours, or None if a row has no neighbour."""
+    """Return copies of the rows with the captions of their neighbours, or None if any row lacks a neighbour."""
     if any(item.neighbour is None for item in scored):
         return None
     return [replace(item, caption=item.neighbour) for item in scored]
@@ -116,7 +117,7 @@ def constant_word_f1(candidates: Sequence[list[str]], references: Sequence[list[
 def constant_cider(candidates: Sequence[list[str]], references: Sequence[list[list[str]]]) -> Floats:
     """Compute CIDEr-D (Vedantam et al., 2015) of each candidate as the caption of every row, as an array of shape (C,).
 
-    The result equals that of pycocoevalcap, which would process all references again for each candidate.
+    The result equals pycocoevalcap's result, but pycocoevalcap would process all references again for each candidate.
     """
     flat = [ngrams(reference) for group in references for reference in group]
     weights_F = np.array([1 / (len(group) * len(references)) for group in references for _ in group])
@@ -143,7 +144,8 @@ def constant_cider(candidates: Sequence[list[str]], references: Sequence[list[li
 
 
 class _Postings:
-    """Inverted index of references: maps a word or n-gram to the references that contain it, with its value in each."""
+    """Inverted index: maps a word or n-gram to the numbers of the references that contain it, and to its value in each
+    reference."""
 
     def __init__(self, references: Sequence[Mapping[Any, float]]) -> None:
         found: dict[object, list[tuple[int, float]]] = defaultdict(list)

@@ -19,9 +19,9 @@ from vlm.config import Config
 
 RESAMPLES = 200
 MAX_VALUES = 8
-"""Largest number of evaluation slices that a column gets for single values. The values of a column with more distinct
-numbers are divided into quartiles instead. In a text column with more distinct values, only the MAX_VALUES most
-frequent values have their own slice."""
+"""Largest number of values of a column that get an evaluation slice of their own. The values of a column with more
+distinct numbers are divided into quartiles instead. In a text column with more distinct values, only the MAX_VALUES
+most frequent values have their own slice."""
 MIN_SLICE_ROWS = 2
 
 
@@ -36,15 +36,15 @@ class Interval(Config):
 def draw_weights(scored: Sequence[ScoredRow], *, seed: int = 0) -> Floats:
     """Draw the weights of the rows in each resample, as an array of shape (RESAMPLES + 1, rows).
 
-    The first line of the array is the original sample, in which every weight is 1. Each further line is one resample,
-    in which the weight of a row is the number of times that the row's picture was drawn with replacement.
+    The first line of the array is the original sample, in which every weight is 1. Each further line of the array is
+    one resample, in which the weight of a row is the number of times that the row's picture was drawn with replacement.
     """
     pictures = np.unique([item.row for item in scored], return_inverse=True)[1]
     return draw_counts(int(pictures.max()) + 1, seed=seed)[:, pictures]
 
 
 def draw_counts(count: int, *, seed: int = 0) -> Floats:
-    """Draw the number of times that each of `count` items occurs in each resample, as an array (RESAMPLES + 1, count).
+    """For each resample, draw how often each of `count` items occurs, as an array of shape (RESAMPLES + 1, count).
 
     The first line of the array is the original sample, in which each item occurs once.
     """
@@ -169,8 +169,8 @@ def slices_of(
 def _labels(values: Sequence[object]) -> list[str]:
     """Return the slice label of each value.
 
-    If a column has more than MAX_VALUES distinct numbers, the labels are quartiles. In all other columns the MAX_VALUES
-    most frequent values keep their own label, and all other values get the label `other`.
+    If a column has more than MAX_VALUES distinct numbers, the labels are the ranges of the quartiles. In all other
+    columns the MAX_VALUES most frequent values keep their own label, and all other values get the label `other`.
     """
     numbers = [value for value in values if isinstance(value, int | float)]
     if len(numbers) == len(values) and len(set(numbers)) > MAX_VALUES:

@@ -1,7 +1,7 @@
 """Figures that can be compared with papers: METEOR, and COCO's own BLEU, ROUGE-L, CIDEr-D and METEOR.
 
 Two Java programs that pycocoevalcap contains compute the parts that Python cannot: Stanford's tokenizer, which splits
-the texts as COCO's evaluation does, and METEOR's alignment of words. Each program runs once and reads all rows.
+the texts as COCO's evaluation does, and METEOR's alignment of words. Each Java program runs once and reads all rows.
 
 In the names of arrays, R stands for rows (a picture and a prompt) and S stands for resamples.
 
@@ -33,14 +33,14 @@ STATISTICS = 23
 """Number of METEOR's statistics per row: 4 lengths, 4 counts for each of 4 kinds of matches, the number of chunks, and
 2 sums of matches."""
 MATCH_WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])
-"""Weights of an exact match and of a match by stem, synonym and paraphrase (METEOR 1.5, English)."""
+"""Weights of the four kinds of matches: exact word, stem, synonym and paraphrase (METEOR 1.5, English)."""
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
 """METEOR 1.5's parameters for English: weight of recall, exponent and factor of the fragmentation penalty, and weight
 of content words."""
 
 
 def has_java() -> bool:
-    """Return whether Java, which the metrics of this module need, is installed."""
+    """Return whether Java is installed. The metrics of this module need Java."""
     return shutil.which("java") is not None
 
 
@@ -48,8 +48,8 @@ def java_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
     """Return the metrics that need Java, which are `meteor` and the figures of COCO's evaluation (`coco_*`).
 
     `meteor` compares words as `vlm.text.words` splits them. The Java program stems English words, but breaks words of
-    other scripts, such as Chinese, into pieces. A word that is not ASCII is therefore replaced by a code, so that it
-    matches only the same word.
+    other scripts, such as Chinese, into pieces. A word that is not ASCII is therefore replaced by a code, which matches
+    only the code of the same word.
     """
     codes: dict[str, str] = {}
 

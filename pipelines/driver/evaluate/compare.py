@@ -38,12 +38,13 @@ class Comparison(Config):
     Attributes:
         rows: number of rows that both versions captioned.
         tokenisation: name of the rules that split texts into words.
-        differences: difference of each metric (`one` minus `other`), by name, with the interval of a paired bootstrap.
+        differences: a dict from the name of a metric to the difference (`one` minus `other`), with the interval of a
+            paired bootstrap.
         one_metrics: metrics of version `one` on the rows that both versions captioned, by name.
         other_metrics: metrics of version `other` on the rows that both versions captioned, by name.
         wins: number of rows where `one` has the higher word F1.
         losses: number of rows where `other` has the higher word F1.
-        ties: number of rows with equal word F1.
+        ties: number of rows where `one` and `other` have the same word F1.
         page: path of the HTML page that shows the rows with the largest differences.
     """
 

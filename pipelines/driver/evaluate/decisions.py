@@ -96,7 +96,7 @@ def recorded_champion(open_spark: Callable[[], SparkSession], platform: Platform
 
 
 def _append_to_catalog(spark: SparkSession, platform: Platform, row: dict[str, Any]) -> None:
-    """Append a row with Spark, whose user is recorded as the person who decided."""
+    """Append a row with Spark, and record the user of the Spark session as the person who decided."""
     from pyspark.sql import functions as F
 
     from pipelines.driver.delta.tables import ensure_tables

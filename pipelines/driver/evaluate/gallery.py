@@ -21,7 +21,7 @@ from vlm.files import atomic_write
 from vlm.text.words import words
 
 GROUP_ROWS = 16
-"""Number of rows in each of the groups worst, best and sample."""
+"""Number of rows in each of the groups `worst`, `best` and `sample`."""
 PNG_ROWS = 12
 PNG_COLUMNS = 4
 NAMES = {  # names of the metrics on HTML pages, in the order of the page
@@ -67,7 +67,7 @@ PLOTTED = ("exact_match", "word_f1", "rouge_l", "bleu_4")
 
 @dataclass(frozen=True)
 class ModelCaption:
-    """Caption of a picture by the model named `label`.
+    """Caption that the model named `label` has generated for a picture.
 
     `exact` says whether `text` equals a reference. `score` is word F1 from 0 to 1.
     `parts` has the consecutive parts of the text, each with a flag that says whether the part differs from the
@@ -124,8 +124,8 @@ def select_rows(scored: Sequence[ScoredRow]) -> list[tuple[ScoredRow, tuple[str,
     """Select the worst rows, the best rows and a sample of all other rows. Return the rows with their group names.
 
     The worst row comes first. The sample consists of the first rows that are neither among the worst nor among the best
-    rows. These rows are a random sample, because shards are shuffled. A small split is shown completely, and then a row
-    may be in several groups.
+    rows. These rows are a random sample, because shards are shuffled. A small split is shown completely. In this case,
+    a row may be in several groups.
     """
     ordered = sorted(scored, key=lambda item: (item.f1, -item.loss / max(1, item.num_targets), item.row))
     groups = {"worst": ordered[:GROUP_ROWS], "best": ordered[::-1][:GROUP_ROWS]}
@@ -138,7 +138,7 @@ def select_rows(scored: Sequence[ScoredRow]) -> list[tuple[ScoredRow, tuple[str,
 
 
 def mark_differences(caption: str, references: Sequence[str]) -> tuple[tuple[str, bool], ...]:
-    """Split a caption into parts, and mark the words that the most similar reference does not have at this place."""
+    """Split a caption into parts, and mark each word that the most similar reference lacks at this place."""
     split = [WORD_GAP.split(text) for text in (caption, *references)]
     keys = [[" ".join(words(token)) or token.strip() for token in tokens[::2]] for tokens in split]
     own, tokens = keys[0], split[0]
@@ -161,7 +161,7 @@ def write_html(path: Path, page: Page, metrics: Mapping[str, Interval], *, signe
     Args:
         path: path of the HTML file to write.
         page: contents of the page, to which this function adds the metrics.
-        metrics: metrics of the split, or differences of metrics, by name.
+        metrics: a dict from the name of a metric to its value on the split, or to a difference of two values.
         signed: whether the metrics are differences, which are shown with a plus or minus sign.
     """
     figures = {name: _format(metrics[key], signed) for key, name in NAMES.items() if key in metrics}
@@ -202,11 +202,11 @@ def headline_bars(metrics: Mapping[str, Interval]) -> list[BarGroup]:
 
 
 def slice_tables(slices: Mapping[str, Mapping[str, Interval]], rows: Mapping[str, int]) -> list[ValueTable]:
-    """Return a list that contains one table for the page, with all slices; without slices, return an empty list.
+    """Return a list with one table that shows all slices, or an empty list if there are no slices.
 
     Args:
-        slices: metrics of each slice, by the name of the slice (`column=value`), in the order of the page.
-        rows: number of rows of each slice; empty for a report of an earlier Lakesight version.
+        slices: a dict from the name of a slice (`column=value`) to the metrics of the slice, in the order of the page.
+        rows: a dict from the name of a slice to its number of rows; empty for a report of an earlier Lakesight version.
     """
     if not slices:
         return []

@@ -131,7 +131,7 @@ def _count_distinct(texts: Sequence[str]) -> int:
 
 
 def _check_baseline(gate: GateConfig, gain: Interval | None, baseline: str, *, pictures: int) -> GateCheck:
-    """Check that the model version beats a baseline even at the lower end of the interval of the gain.
+    """Check that the model version beats a baseline: the whole confidence interval of the gain must be above zero.
 
     A higher value of the metric is not enough, because by chance a model that is only as good as the baseline has a
     better value in half of the cases. With fewer than `gate.min_pictures` pictures, the value alone decides, because
@@ -153,7 +153,7 @@ def _format_difference(difference: Interval) -> str:
 
 
 def _check_champion(gate: GateConfig, difference: Interval | None, version: str, rows: int) -> GateCheck:
-    """Check that the upper end of the interval of the difference from the champion is not below zero.
+    """Check that the confidence interval of the difference from the champion is not completely below zero.
 
     By chance, this check refuses one in forty model versions that are as good as the champion.
     """

@@ -1,8 +1,9 @@
 """Metrics of captions as functions of row weights.
 
-A metric takes weights (S resamples, R rows) and returns S values. Intervals, slices and paired differences of two
-models are computed by calling the same metric with different weights (`bootstrap.py`). To add a metric that needs only
-captions and references, extend `caption_metrics`. To add any other metric, extend `model_metrics`.
+A metric is a function that takes an array of weights (S resamples, R rows) and returns S values. Intervals, slices and
+paired differences of two models are computed by calling the same metric with different weights (`bootstrap.py`). To add
+a metric that needs only captions and references, extend `caption_metrics`. To add any other metric, extend
+`model_metrics`.
 
 pycocoevalcap computes BLEU, ROUGE-L and CIDEr-D. `vlm.text.words` splits the texts into words. This module handles all
 writing systems and needs no Java, so the gate gives the same verdict on every host. Figures in papers are computed
@@ -68,12 +69,13 @@ class ScoredRow(RowScore):
 
     @property
     def f1(self) -> float:
-        """Word F1 of the caption with the best matching reference."""
+        """Highest word F1 of the caption with any of its references."""
         return best_f1(words(self.caption or ""), [words(reference) for reference in self.references])
 
 
 def best_f1(caption: Sequence[str], references: Iterable[Sequence[str]]) -> float:
-    """Compute word F1 with the best reference. Word F1 is the harmonic mean of word precision and word recall."""
+    """Compute the highest word F1 of a caption with any of its references. Word F1 is the harmonic mean of word
+    precision and word recall."""
 
     def f1(reference: Sequence[str]) -> float:
         total = len(caption) + len(reference)
@@ -104,23 +106,24 @@ def captioned(scored: Sequence[ScoredRow]) -> list[ScoredRow]:
 
 
 def model_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
-    """Return the metrics of rows that all have a caption. The weights that a metric takes are in the order of the rows.
+    """Return the metrics of rows that all have a caption. A metric takes one weight per row, in the order of the rows.
 
     - loss is in nats per target token. The texts of a picture share a weight of 1, because training draws one text of a
-      picture in each epoch. The same weights apply to the gaps and to token_accuracy, the share of target tokens that
-      the model ranks first.
+      picture in each epoch. token_accuracy is the share of target tokens that the model ranks first. token_accuracy and
+      the three gaps below have the same weights as loss.
     - blind_gap, blank_gap and noise_gap are loss differences in nats per token: the loss with the picture of another
       row, with a grey picture or with noise, minus the loss with the right picture. If the split has only one picture,
       blind_gap is missing.
     - exact_match, word_f1, bleu_1..4, rouge_l and cider compare captions with references. For a single row, cider is
       missing, because the word weights of CIDEr need several rows.
-    - words and tokens are the mean lengths of a caption in words and in tokens. captions_per_second is the speed of one
+    - words and tokens are the mean number of words and of tokens per caption. captions_per_second is the speed of one
       process.
-    - distinct is the share of different captions. distinct_1..2 are the share of different word n-grams.
+    - distinct is the share of different captions. distinct_1 and distinct_2 are the shares of different words and of
+      different word pairs.
     - distinct_words is the expected number of different words in 100 captions. With fewer than 100 captions,
       distinct_words is missing.
     - mean_logprob is the mean log-probability of the captions, in nats per token.
-    - brightness and contrast are means over pictures, in levels of 0 to 255.
+    - brightness and contrast are means over pictures, on the scale from 0 to 255.
     """
     texts: Counter[int] = Counter()
     for item in scored:
@@ -188,7 +191,7 @@ def ngram_metrics(captions: Sequence[list[str]], references: Sequence[list[list[
 def _as_coco(
     captions: Sequence[list[str]], references: Sequence[list[list[str]]]
 ) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
-    """Return references and captions in the format of pycocoevalcap, which is lists of texts by row number."""
+    """Return references and captions as pycocoevalcap needs them: two dicts from a row number to a list of texts."""
     truth = {i: [" ".join(reference) for reference in group] for i, group in enumerate(references)}
     return truth, {i: [" ".join(caption)] for i, caption in enumerate(captions)}
 

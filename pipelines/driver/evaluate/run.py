@@ -1,8 +1,9 @@
 """Evaluation of a model version: executors caption and score a split, and the driver computes metrics from the scores.
 
 The driver receives a few hundred bytes of text and numbers per picture, and thumbnails of the pictures in the gallery.
-Each model version and split has one folder, and `report.json` is written last. A repeated evaluation only reads
-`report.json`. An evaluation with more metrics starts from the stored scores, so no model runs twice.
+Each pair of a model version and a split has its own folder, in which `report.json` is the last file to be written. A
+repeated evaluation only reads `report.json`. An evaluation with more metrics starts from the stored scores, so no model
+runs twice.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ words of the references."""
 SLICE_METRICS = ("exact_match", "word_f1", "rouge_l", "cider", "loss", "token_accuracy", "blind_gap")
 REPORT = "report.json"
 DEFINITIONS: int = 2
-"""Version number of the metric definitions. A report with an older version is computed again from the stored scores.
+"""Version number of the metric definitions. A report with an older version number is computed again from the stored
+scores.
 
 Version 2 computes METEOR over the whole corpus, and chooses a constant caption for each metric separately.
 """
@@ -75,17 +77,17 @@ class EvaluationReport(Config):
             (`scores.scores_hash`).
         pictures: number of pictures of the split.
         left_out: number of rows whose prompt leaves no room for a caption; only `error_share` counts these rows.
-        tokenisation: name of the rules that split texts into words; empty in reports of earlier versions, which are
-            computed again from the stored scores.
-        definitions: version of the definitions of the metrics; 1 in reports of earlier versions.
+        tokenisation: name of the rules that split texts into words; empty in reports of earlier versions of Lakesight,
+            which are computed again from the stored scores.
+        definitions: version number of the metric definitions; 1 in reports of earlier versions of Lakesight.
         settings: generation settings of the captions; null for the generation settings of the model version at
-            temperature 0. A report with other settings is not merged into table `evaluations`.
+            temperature 0. A report with any other generation settings is not merged into table `evaluations`.
         object_words: hash of the word list with which `chair_i` and `chair_s` were computed, or empty without these
             metrics.
         metrics: metrics of the whole split, including the metrics of the baselines (constant_*, neighbour_*).
         columns: names of the columns by whose values evaluation slices are made.
-        slices: metrics of each slice, by `column=value`.
-        slice_rows: number of rows of each slice; empty in reports of earlier versions.
+        slices: a dict from the name of a slice (`column=value`) to the metrics of the slice.
+        slice_rows: a dict from the name of a slice to its number of rows; empty in reports of earlier versions.
         folder: folder of the scores, the report and the pages.
         gallery: HTML page that shows the worst rows, the best rows and a sample of all other rows.
         gallery_png: PNG file that shows the sample of the rows.
@@ -148,8 +150,8 @@ def evaluate(
         shards_folder: shard folder of the split.
         train_folder: shard folder of the training split, for the nearest-neighbour baseline.
         columns: names of the columns by whose values evaluation slices are made.
-        with_java: whether to compute METEOR and COCO's figures, which need Java, if Java is installed. Java takes
-            seconds to start.
+        with_java: whether to compute METEOR and COCO's figures. These metrics need Java, and are left out without Java.
+            Java takes seconds to start.
         objects: word list for the metrics of object hallucination, or None to leave out these metrics.
 
     Raises:
@@ -180,9 +182,9 @@ def evaluate(
 def _find_folder(platform: Platform, model: ModelFiles, shards: Shards, train: Shards) -> Path:
     """Return the folder of an evaluation.
 
-    Lakesight 0.1.0 did not store the digest of an evaluated model. If the report of an evaluation has no digest, the
-    first model of the same MLflow run that finds the report stores its own digest in the report. A model of this run
-    with different files then does not use the evaluation.
+    Lakesight 0.1.0 did not store the digest of an evaluated model. If a report has no digest, this function stores the
+    digest of the model in the report. Later, a model of the same MLflow run with different files does not use the
+    report.
     """
     folder = evaluation_folder(platform, model, shards, train)
     earlier = evaluation_folder(platform, model.model_copy(update={"digest": ""}), shards, train)
@@ -219,7 +221,7 @@ class RequestedMetrics(NamedTuple):
 
 
 def _report_paths(folder: Path) -> dict[str, Path]:
-    """Return the paths of the files of a report, by field name."""
+    """Return the paths in a report: a dict from the name of the field, such as 'gallery', to the path."""
     pages = {"gallery": "gallery.html", "gallery_png": "gallery.png", "figures_png": "figures.png"}
     return {"folder": folder} | {field: folder / name for field, name in pages.items()}
 
@@ -317,7 +319,7 @@ def _check_columns(samples: DataFrame, request: ShardRequest, columns: Sequence[
 def _column_values(
     samples: DataFrame, scored: Sequence[ScoredRow], columns: Sequence[str], table_columns: Sequence[str]
 ) -> dict[str, dict[str, object]]:
-    """Return the values by which slices are made, by column name and image_id."""
+    """Return the values by which slices are made: a dict from column name to a dict from image_id to value."""
     values: dict[str, dict[str, object]] = {name: {} for name in columns}
     needed = [*table_columns, *(["width", "height"] if "size" in columns else [])]
     if needed:
@@ -390,7 +392,7 @@ def _write_pages(report: EvaluationReport, rows: Sequence[GalleryRow]) -> None:
 
 
 def _describe_settings(report: EvaluationReport) -> str:
-    """Return a sentence with the generation settings if they differ from the model version's, else an empty string."""
+    """Return a sentence with the generation settings, or an empty string if they are the model version's own."""
     if report.settings is None:
         return ""
     return f"Settings: {', '.join(f'{name} {value}' for name, value in report.settings)}. "

@@ -36,8 +36,8 @@ SCORING = 2
 pictures."""
 ROWS_PER_TASK = 128
 MAX_NEIGHBOURS = 20_000
-"""Largest number of training pictures among which the most similar picture is searched. The first training pictures are
-used, which are a random sample, because shards are shuffled."""
+"""Largest number of training pictures among which the most similar picture is searched. Only the first training
+pictures of the shards are candidates. These pictures are a random sample, because shards are shuffled."""
 BLOCK_ROWS = 512
 """Number of evaluated rows in each block of the distance matrix between evaluated pictures and training pictures."""
 SCORES = "scores.parquet"
@@ -50,7 +50,8 @@ GridAndText = tuple[str, bytes, str]
 def scores_hash(model: ModelFiles, shards: Shards, train: Shards) -> str:
     """Return a hash of everything that determines the scores of a model version on a split.
 
-    A model without a digest has the hash of Lakesight 0.1.0, which identified a model by its MLflow run.
+    For a model without a digest, the hash is the same as in Lakesight 0.1.0, which identified a model by its MLflow
+    run.
     """
     pictures = [each.manifest.content_hash for each in (shards, train)]
     settings = model.settings and model.settings.hashed_settings()
@@ -120,7 +121,7 @@ def _run_model(spark: SparkSession, model: ModelFiles, shards: Shards) -> list[d
 
 
 def _neighbour_captions(spark: SparkSession, train: Shards, shards: Shards) -> dict[tuple[str, str], str]:
-    """Find a text of the most similar training picture for each evaluated row.
+    """For each evaluated row, find a text of the most similar training picture.
 
     Return a dict from the image_id and prompt of the evaluated row to the text. Candidates for a row are the training
     pictures with the same prompt. If no training picture has that prompt, all training pictures are candidates. An
@@ -149,7 +150,8 @@ def _neighbour_captions(spark: SparkSession, train: Shards, shards: Shards) -> d
 
 
 def _nearest_texts(rows: Sequence[GridAndText], candidates: Sequence[GridAndText]) -> Iterable[str | None]:
-    """For each row, return the text of the nearest candidate whose image_id differs from the row's, or None."""
+    """For each row, return the text of the nearest candidate with another image_id, or None if there is no such
+    candidate."""
     if not candidates:
         return [None] * len(rows)
     grids, names = _as_array(candidates), np.array([image_id for image_id, _, _ in candidates])

@@ -1,4 +1,4 @@
-"""Evaluation of a model of text: the loss per character of a split, with intervals, in table `evaluations`.
+"""Evaluation of a model of text: write the loss per character of a split, with intervals, to table `evaluations`.
 
 Executors compute the losses of the windows of the split's token file, as validation does during training. A second
 evaluation of the same model on the same texts reads the report of the first evaluation.
@@ -47,8 +47,8 @@ class TextEvaluationReport(Config):
         dataset_version: version of `texts` that last changed the source.
         texts: number of texts of the split.
         chars: number of characters of the texts.
-        metrics: `loss` in nats per token, `loss_per_char` in nats per character, `bits_per_char`, `perplexity` per
-            character, and `token_accuracy`. The end of a text is a token too.
+        metrics: metrics of the split: `loss` in nats per token, `loss_per_char` in nats per character, `bits_per_char`,
+            `perplexity` per character, and `token_accuracy`. The end of a text is a token too.
         reused: whether the report was read from an earlier evaluation.
         seconds: duration of the evaluation that computed the report, in seconds.
     """
@@ -115,7 +115,8 @@ def evaluate_texts(
 def _measure(
     spark: SparkSession, model: ModelFiles, tokens: Path, summary: TokenSummary, context: int
 ) -> dict[str, Interval]:
-    """Score all windows on executors. The bootstrap resamples windows or, of a long split, blocks of windows."""
+    """Score all windows on executors. The bootstrap resamples windows; for a long split, it resamples blocks of
+    windows."""
     job = TextScoreJob(
         model_folder=model.folder,
         model_digest=model.digest,

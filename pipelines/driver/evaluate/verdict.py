@@ -17,7 +17,7 @@ JUDGED = ("cider", "word_f1")
 class Comparison(NamedTuple):
     """Comparison of the captions with one baseline.
 
-    The captions are better or worse than the baseline only if the value of the baseline is outside the model's
+    The captions count as better or worse than the baseline only if the baseline's value is outside the model's
     interval.
     """
 

@@ -29,8 +29,9 @@ def write_samples(platform: Platform, plan: IngestPlan) -> NearReport:
     Pictures that are near duplicates of each other get the same split.
 
     Raises:
-        WriteConflict: another ingest of the source has committed since the plan was made. Nothing is written, unless
-            the session refuses settings: then texts may be added to pictures that the other ingest has not changed.
+        WriteConflict: after the plan was made, another ingest has committed rows of the same source. Nothing is
+            written, unless the session refuses settings: then texts may be added to pictures that the other ingest has
+            not changed.
     """
     write = _replace if plan.request.replace else _add
     if not (plan.totals.new or plan.totals.updated):
@@ -45,7 +46,7 @@ def write_samples(platform: Platform, plan: IngestPlan) -> NearReport:
 
 
 def _add(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
-    """Insert new pictures and add new texts to existing pictures in one commit. `pictures` needs a column `near_of`."""
+    """Insert new pictures and add new texts to existing pictures in one commit. `pictures` has a column `near_of`."""
     stamp, totals = plan.stamp, plan.totals
     spark, table = pictures.sparkSession, platform.table(SAMPLES.name)
     changed = pictures.filter("NOT conflicting AND size(new_texts) > 0")
@@ -74,7 +75,7 @@ def _add(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
 
 
 def _replace(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
-    """Replace all pictures of the source by the planned pictures in one commit. `pictures` needs a column `near_of`."""
+    """Replace all pictures of the source by the planned pictures in one commit. `pictures` has a column `near_of`."""
     stamp, totals = plan.stamp, plan.totals
     spark, table = pictures.sparkSession, platform.table(SAMPLES.name)
     rows = _sample_rows(plan, pictures.filter("NOT conflicting"))
@@ -104,7 +105,8 @@ def _sample_rows(plan: IngestPlan, pictures: DataFrame) -> DataFrame:
 def remove_gone(platform: Platform, decoded: DecodedRows, covered: Covered) -> int:
     """Delete covered pictures (`Covered`) that the decoded rows no longer have. Return the number of deleted pictures.
 
-    A picture with a changed text is deleted too. The ingest plan then adds the picture again, with the current texts.
+    If a text of a picture has changed, the picture is deleted too. The ingest plan then adds the picture again, with
+    the current texts.
     """
     source, table = decoded.request.source, platform.table(SAMPLES.name)
     spark = decoded.outcomes.sparkSession

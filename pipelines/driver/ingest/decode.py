@@ -32,7 +32,8 @@ from pipelines.platform import Platform
 logger = logging.getLogger(__name__)
 
 READ_ORDER = "read_order"
-"""Column of decoded rows: a number that increases in the order in which the rows of a file are read."""
+"""Name of a column of decoded rows. The numbers in this column increase in the order in which the rows of a file are
+read."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class DecodedRows:
 def decode_rows(spark: SparkSession, platform: Platform, request: IngestRequest) -> Iterator[DecodedRows]:
     """Decode rows into a spill folder that exists while the block runs.
 
-    Inside the block, Arrow batches have a limited size.
+    Inside the block, the size of Arrow batches is limited.
 
     Raises:
         StageFailed: Spark failed in this function or in the block.

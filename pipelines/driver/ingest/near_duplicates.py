@@ -34,10 +34,10 @@ class NearReport(Config):
 
 
 class NearDuplicates(NamedTuple):
-    """Near duplicates among the pictures of a plan, read from files in the spill folder.
+    """Near duplicates among the pictures of an ingest plan, read from files in the spill folder.
 
     Attributes:
-        shared: one row per picture and key, for keys that several pictures share, from `shared_keys`.
+        shared: result of `shared_keys`, which has one row for each picture and each key that the picture shares.
         pairs: pairs of near duplicates, with the schema PAIRS.
         neighbours: split and near duplicate of each new picture that has a near duplicate, from `_resolve`.
     """

@@ -2,9 +2,9 @@
 
 The rows of an ingest plan do not contain the pictures. Two ingests of one source may run at the same time. Delta
 commits are atomic, but a plan may be out of date when it is committed, because another ingest may have added the same
-pictures. A plan therefore records the version of `samples` that the plan is based on. If another ingest of the source
-commits after that version, nothing is written (`WriteConflict`), and the caller makes a new plan from the same decoded
-rows.
+pictures. An ingest plan therefore records the version of `samples` that the plan is based on. If another ingest has
+committed rows of the same source after that version, nothing is written (`WriteConflict`), and the caller makes a new
+plan from the same decoded rows.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 TEXT = "struct<prompt:string,text:string>"
 TEXTS = f"array<{TEXT}>"
 FEW_ROWS = 200_000
-"""Up to this number of input rows, the ids of all input rows are sent to every task (about 50 MB per executor)."""
+"""If the input has at most this many rows, the ids of all input rows are sent to every task (about 50 MB per
+executor)."""
 FILE = "left(source_row, length(source_row) - length(substring_index(source_row, '#', -1)))"
 """SQL expression for the file part of `source_row`, up to and including the last `#`."""
 
@@ -124,9 +125,9 @@ def plan_pictures(outcomes: DataFrame, existing: DataFrame, max_texts: int | Non
     The texts are merged by `pipelines.executor.ingest.merge_texts`, in the order of the files, then of the rows in a
     file, then of the texts in a row.
 
-    If two pictures have the same id, the picture in `samples` stays. If neither picture is in `samples`, both pictures
-    are refused, because files have no fixed order that decides which picture comes first. A picture in several splits
-    goes to the first of test, val and train.
+    If two different pictures have the same id and one of them is in `samples`, the picture in `samples` stays and the
+    other picture is refused. If neither picture is in `samples`, both pictures are refused, because files have no fixed
+    order that decides which picture comes first. A picture in several splits goes to the first of test, val and train.
     """
     pictures = (
         outcomes.filter(F.col("reason").isNull())

@@ -59,7 +59,7 @@ def add_to_quarantine(platform: Platform, plan: IngestPlan) -> dict[str, int]:
     A row is identified by its content (`source` and `source_row`), so a bad row of a growing file is added only once.
 
     Raises:
-        WriteConflict: another ingest of the source has added refused rows since this function read `quarantine`.
+        WriteConflict: another ingest of the same source has added refused rows since this function read `quarantine`.
             Nothing is written.
     """
     spark, source, table = plan.pictures.sparkSession, plan.stamp.source, platform.table(QUARANTINE.name)
@@ -107,7 +107,8 @@ def _quarantine_rows(refused: DataFrame, plan: IngestPlan) -> DataFrame:
 
 
 def _payload_with_image(column: str) -> Column:
-    """Return the payload. The payload of a row that the plan refuses gets the picture as base64 text in `column`."""
+    """Return the payload. If the ingest plan refuses the row, add the picture to the payload, as base64 text in
+    `column`."""
     name = column.replace("\\", "\\\\").replace('"', '\\"')
     rest = F.expr("substring(payload, 1, length(payload) - 1)")
     encoded = F.translate(F.base64("image"), "\r\n", "")  # some Spark versions break base64 into lines of 76 characters

@@ -160,11 +160,12 @@ def select_examples(table: DataFrame, rows: int) -> list[Row]:
 
 
 _BASE64 = re.compile(r"([A-Za-z0-9+/_=-]{24})[A-Za-z0-9+/_=-]{40,}")
-"""Pattern of a picture's base64 text, of which a card shows only the beginning, because people cannot read base64."""
+"""Pattern of a picture's base64 text. A card shows only the beginning of such a text, because people cannot read
+base64."""
 
 
 def card_of(row: Row | dict[str, Any]) -> Card:
-    """Return the page card of a refused row that has a thumbnail."""
+    """Return the page card of a refused row, whose thumbnail has been made already."""
     payload = _BASE64.sub(r"\1...", row["payload"])
     return Card(row["source_row"], row["thumbnail"], [CardText(payload)], f"{row['reason']}: {row['detail']}")
 

@@ -1,9 +1,9 @@
 """Replay of rows in `quarantine`: decode these rows again, after the cause of their refusal has been fixed.
 
-The cause may have been a limit, a column name or the code. A defect in an input file must be corrected in the file. The
-next ingest then reads the corrected row as a new row. Accepted rows are first written to `samples`, as in any ingest,
-and then marked in `quarantine`. If a replay is killed before the rows are marked, the next replay recognizes these rows
-as duplicates and marks the rows.
+The cause of the refusal may have been a limit, a column name or a defect in the code. A defect in an input file must be
+corrected in the file. The next ingest then reads the corrected row as a new row. Accepted rows are first written to
+`samples`, as in any ingest, and then marked in `quarantine`. If a replay is killed before the rows are marked, the next
+replay recognizes these rows as duplicates and marks the rows.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ReplayReport(Config):
     Attributes:
         source: name of the source, which is the name of its data config.
         reasons: quarantine reasons of the replayed rows.
-        rows_in: number of replayed rows, which have one of the reasons and were not accepted by an earlier replay.
+        rows_in: number of replayed rows: rows that have one of the reasons and that no earlier replay has accepted.
         new: number of rows that added a new picture to `samples`.
         merged: number of rows that added a text to a picture.
         duplicates: number of valid rows that added nothing.

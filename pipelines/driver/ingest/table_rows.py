@@ -70,8 +70,8 @@ def verify_merge(row: Row | None, *, inserted: int, updated: int) -> None:
     """Compare the row counts that Delta reports for a merge with the counts of the plan.
 
     Raises:
-        WriteConflict: the counts differ, because Delta skips the merge if another ingest of the source has committed
-            since the plan was made.
+        WriteConflict: the counts differ, because Delta skips the merge if, after the plan was made, another ingest has
+            committed rows of the same source.
     """
     found = (row["num_inserted_rows"], row["num_updated_rows"]) if row else (0, 0)
     if found != (inserted, updated):
@@ -84,8 +84,8 @@ def verify_append(spark: SparkSession, platform: Platform, table: Table, stamp: 
     """Check that a table has the expected number of rows with the source and the time of a plan.
 
     Raises:
-        WriteConflict: the table has a different number of rows, because Delta skips the append if another ingest of the
-            source has committed since the plan was made.
+        WriteConflict: the table has a different number of rows, because Delta skips the append if, after the plan was
+            made, another ingest has committed rows of the same source.
     """
     ours: dict[str, str | datetime] = {"source": stamp.source, TIME_COLUMNS[table.name]: stamp.planned_at}
     written = count_rows(spark, platform, table, ours, by="source").get(stamp.source, 0)
@@ -96,7 +96,8 @@ def verify_append(spark: SparkSession, platform: Platform, table: Table, stamp: 
 def count_rows(
     spark: SparkSession, platform: Platform, table: Table, equal: Mapping[str, str | datetime], by: str
 ) -> dict[str, int]:
-    """Count the rows whose columns have the values `equal`. Return a dict from a value of column `by` to the count."""
+    """Count the rows whose columns have the values `equal`. Return a dict from each value of column `by` to its number
+    of rows."""
     if (opened := open_on_disk(platform, table)) is not None:
         return count_on_disk(opened, equal, by)
     rows = spark.table(platform.table(table.name)).filter(

@@ -1,4 +1,4 @@
-"""Shard stage: find or write the shards of one source and split, at a pinned version of the table of their rows.
+"""Shard stage: find or write the shards of one source and split at a pinned version of table `samples` or `texts`.
 
 The request determines the contents of a shard folder, and the folder's name is a hash of the request, so the same
 request finds the folder again. Two processes may write the same folder at the same time, because both write the same
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 SHOWN_PICTURES = 5
 """Largest number of copied pictures of a source that a log message names."""
 TIME_FACTOR = 2
-"""Longest time to decode a picture in this stage, as a multiple of the longest time in an ingest.
+"""Time limit for decoding a picture in the shard stage, as a multiple of the time limit in an ingest.
 
 The ingest has decoded every picture within its time limit, but perhaps on a faster machine."""
 
@@ -66,11 +66,12 @@ class ShardReport(Config):
 def shard(  # noqa: PLR0917 (each argument is one part of a run, and all are required)
     spark: SparkSession, platform: Platform, source_name: str, config: DataConfig, image: ImageConfig, split: Split
 ) -> ShardReport:
-    """Find or write the shards of one source and split, and for a training mix the shards of the other sources too.
+    """Find or write the shards of one source and split. For a training mix, do the same for the other sources of the
+    mix.
 
     A shard request names the version of `samples` that last changed the source. The rows are read at the newest
-    version, because VACUUM may have removed the files of the pinned version. The rows of the source are the same in
-    both versions.
+    version, because VACUUM may have removed the files of the pinned version. The rows of the source are equal in the
+    pinned version and in the newest version.
 
     A training picture of a mix is left out if it copies a validation or test picture of another source of the mix.
 
@@ -101,7 +102,7 @@ def shard(  # noqa: PLR0917 (each argument is one part of a run, and all are req
 def shard_texts(
     spark: SparkSession, platform: Platform, source_name: str, config: DataConfig, split: Split
 ) -> ShardReport:
-    """Find or write the shards of the texts of one source of kind `text` and split, as `shard` does for pictures.
+    """Find or write the text shards of one split of a source of kind `text`, as `shard` does for pictures.
 
     Raises:
         UserError: the split has no texts, or data.shards.where is not a valid SQL condition.
@@ -185,7 +186,8 @@ def _report(  # noqa: PLR0917 (each argument is one part of a report)
 def _compare_sources(
     spark: SparkSession, platform: Platform, requests: Sequence[ShardRequest], version: int
 ) -> MixCopies:
-    """Compare the sources of a mix at a version of `samples`, and store which training pictures are copies."""
+    """Compare the sources of a mix at a version of `samples`, and store which training pictures copy validation or test
+    pictures."""
     sources = [request.source for request in requests]
     samples = spark.read.option("versionAsOf", version).table(requests[0].table).filter(F.col("source").isin(*sources))
     found: dict[str, list[str]] = defaultdict(list)
@@ -207,7 +209,7 @@ def _compare_sources(
 def _find_or_write(
     spark: SparkSession, platform: Platform, request: ShardRequest, version: int, config: DataConfig
 ) -> ShardFolder:
-    """Return the shard folder of a request. Write the folder from a version of `samples` if it is missing."""
+    """Return the shard folder of a request. If the folder is missing, write the folder from a version of `samples`."""
     folder = platform.folder("shards") / request.folder_name
     reused = (folder / MANIFEST).exists()
     if not reused:

@@ -38,14 +38,15 @@ SAMPLED_ROWS = 64
 """Number of pictures whose mean size decides whether to decode pictures before or after the shuffle."""
 
 Assign = Callable[..., Iterator[RecordBatch]]
-"""Function with the interface of `executor.shard.assign_files`, which may also decode the pictures."""
+"""Function with the same arguments and result as `executor.shard.assign_files`. The function may also decode the
+pictures."""
 
 
 def rows_of_split(spark: SparkSession, request: ShardRequest, version: int) -> DataFrame:
-    """Return the rows of a source and split that meet the condition.
+    """Return the rows of a source and split that meet the SQL condition of the request.
 
     Raises:
-        UserError: no row meets the condition, or the condition is not valid.
+        UserError: no row meets the condition, or the condition is not valid SQL.
     """
     samples = spark.read.option("versionAsOf", version).table(request.table).filter(F.col("source") == request.source)
     samples = filter_rows(samples, request.where, where="data.shards.where")
@@ -92,8 +93,9 @@ def no_rows(  # noqa: PLR0917 (each argument is one part of the message)
 def write_folder(rows: DataFrame, folder: Path, request: ShardRequest, seconds: float) -> None:
     """Write all shard files, then the manifest. Decoding a picture may take at most `seconds` seconds."""
     folder.mkdir(parents=True, exist_ok=True)
-    # A single task numbers the shuffle keys, which have 64 characters per picture. Pictures do not pass through this
-    # task. Each picture goes directly to its shard file, because the driver knows the first shuffle key of each file.
+    # A single task numbers the shuffle keys. The key of a picture has only 64 characters. Pictures do not pass through
+    # this task. Each picture goes directly to its shard file, because the driver knows the first shuffle key of each
+    # file.
     numbered = rows.select("shuffle_key", (F.row_number().over(Window.orderBy("shuffle_key")) - 1).alias("number"))
     starts = numbered.filter(F.col("number") % request.rows == 0).orderBy("number").collect()
     first_keys = [row["shuffle_key"] for row in starts]
@@ -168,7 +170,8 @@ def write_texts(rows: DataFrame, folder: Path, request: ShardRequest) -> None:
     """Write the shard files of texts, then the manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = rows.select("text_id", "text", _shuffle_key(request, "text_id"))
-    # A single task numbers the keys, which have 64 characters per text. The texts do not pass through this task.
+    # A single task numbers the shuffle keys. The key of a text has only 64 characters. The texts do not pass through
+    # this task.
     number = F.row_number().over(Window.orderBy("shuffle_key")) - 1
     files_of = rows.select("text_id", F.floor(number / request.rows).cast("int").alias("file"))
     expected = rows.count()

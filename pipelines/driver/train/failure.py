@@ -20,13 +20,14 @@ from pipelines.formats.run_folder import Failure, RankFile, RunFolder
 from pipelines.formats.shards import Shards
 
 HUNG, WAITED = "Hung", "Waited"
-"""Exception names in failure records of timeouts, for a rank that hung and for a rank that waited for other ranks."""
+"""Exception names in failure records of timeouts: HUNG for a rank that hung, WAITED for a rank that waited for
+others."""
 
 LAST_LOG_LINE = re.compile(r"Fatal Python error: .+|Timeout \(.+|rank {rank} ended at step .+")
-"""Pattern of log lines, of a rank or of the launcher, that name the cause if the rank wrote no failure record."""
+"""Pattern of the log lines (of a rank or the launcher) that name the cause if the rank wrote no failure record."""
 
 CRASH = re.compile(r"Fatal Python error: (?:Segmentation fault|Bus error)")
-"""Pattern of the log line of a crash whose cause may be that a memory-mapped file was truncated or overwritten."""
+"""Pattern of the log lines of crashes that may have been caused by a truncated or overwritten memory-mapped file."""
 
 VERIFY_SECONDS = 60.0
 """Time limit for verifying shards after a crash, in seconds. Some tens of gigabytes can be verified in a minute."""
@@ -63,7 +64,7 @@ def diagnose_failure(run: RunFolder, world_size: int, launcher: BaseException | 
     """Build the error that names the rank, host and cause of a failed run.
 
     Args:
-        run: run folder, after a call of `wait_for_failure_records`.
+        run: run folder, for which `wait_for_failure_records` has been called.
         world_size: number of ranks that were launched.
         launcher: exception raised by the launcher, if any.
     """
@@ -146,7 +147,7 @@ def _disconnected(run: RunFolder, failures: list[Failure], waited: Failure) -> T
 def _executor_lost(run: RunFolder, silent: list[RankFile], failures: list[Failure], message: str) -> TrainingFailed:
     """Describe a lost executor.
 
-    The rank on the executor has recorded that the rank's launcher died, or has no failure record.
+    The rank on the executor has either recorded that its launcher died, or recorded no failure at all.
     """
     orphaned = [failure for failure in failures if failure.exception == "LauncherGone"]
     rank = (orphaned or silent or failures)[0]

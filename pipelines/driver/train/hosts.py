@@ -79,8 +79,8 @@ def check_compatible(hosts: Sequence[Host], driver_version: str) -> None:
 
     Args:
         hosts: descriptions of the hosts, one per Python interpreter.
-        driver_version: Lakesight version of the driver. Ranks need the same version, because they read files that the
-            driver writes.
+        driver_version: Lakesight version of the driver. Ranks need the driver's version, because ranks read files that
+            the driver writes.
 
     Raises:
         UserError: a package is missing, or the versions of torch or Lakesight differ.
@@ -147,7 +147,8 @@ def check_code(hosts: Sequence[Host], code: TrainingCode | None) -> None:
 
 
 def _versions(hosts: Sequence[Host]) -> dict[str, list[HostValue]]:
-    """Collect what the hosts report, by name: versions of packages, Python, CUDA, NCCL and GPU driver, and GPUs."""
+    """Return a dict from a name, such as a package, 'python' or 'GPUs', to the versions or GPUs that the hosts
+    report."""
     values = {name: [(host.packages[name], _host_label(host)) for host in hosts] for name in hosts[0].packages}
     for name in ("python", "cuda", "nccl", "driver"):
         values[name] = [(getattr(host, name), _host_label(host)) for host in hosts]

@@ -1,4 +1,5 @@
-"""File with the generation settings of all runs of a name, so that a command need not read the run.json of each run."""
+"""File with the generation settings of all runs of one name. A command reads this file instead of the run.json of each
+run."""
 
 from __future__ import annotations
 
@@ -14,11 +15,12 @@ log = logging.getLogger(__name__)
 
 
 class GenerationsFile(Config):
-    """runs/NAME.generations.json: generation settings of the runs of a name. The file may be removed at any time.
+    """runs/NAME.generations.json: generation settings of the runs whose run config is called NAME. The file may be
+    removed at any time.
 
     Attributes:
         folders: names of the run folders whose run.json has been read.
-        settings: all different generation settings in these files.
+        settings: all different generation settings in these run.json files.
     """
 
     folders: tuple[str, ...] = ()
@@ -26,7 +28,7 @@ class GenerationsFile(Config):
 
 
 def read_generations(runs: Path, name: str) -> tuple[GenerationConfig, ...]:
-    """Return the different generation settings of all runs of a name. Only the run.json of new runs is read.
+    """Return all different generation settings of the runs of one name. Only the run.json of new runs is read.
 
     Folders of other programs and of incompatible versions are left out.
 
@@ -55,7 +57,7 @@ def read_generations(runs: Path, name: str) -> tuple[GenerationConfig, ...]:
 
 
 def _read_file(path: Path) -> GenerationsFile:
-    """Return the content of the file, or no settings if the file is missing or another version has written it."""
+    """Return the content of the file, or no settings if it is missing or has an unknown format."""
     try:
         return read_json(path, GenerationsFile)
     except UserError:

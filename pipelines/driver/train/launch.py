@@ -1,6 +1,6 @@
 """Launch of ranks, either as child processes on this host, or on executors with TorchDistributor.
 
-TorchDistributor is used only to start processes on executors. TorchDistributor would notice missing slots after ten
+TorchDistributor is used only to start processes on executors. TorchDistributor notices missing slots only after ten
 minutes, reports no causes of failures, and prints the output of ranks to the terminal. Therefore, this module itself
 counts the slots and writes the output of TorchDistributor (the launcher) to a file in the run folder, and `failure.py`
 finds the causes of failures.
@@ -124,7 +124,7 @@ def run_ranks(
 
 @contextlib.contextmanager
 def _stderr_to_file(run: RunFolder) -> Iterator[None]:
-    """Redirect the launcher's output, which the launcher writes to stderr, to launcher.log.
+    """Redirect the output that the launcher writes to stderr into launcher.log.
 
     Log lines of the driver still reach the terminal, because the existing logging handlers keep the terminal as their
     stream.

@@ -27,7 +27,7 @@ TERM_SECONDS = 15.0
 
 
 def run_local_ranks(run: RunFolder, ranks: int, entry: RankEntry) -> Exception | None:
-    """Run all ranks on this host until they end, and return why the launch failed, or None.
+    """Run all ranks on this host until they end. Return an exception that says which failure ended them, or None.
 
     If a rank fails, all other ranks are ended. When this function returns or raises, no rank is running.
 
@@ -60,7 +60,7 @@ def run_local_ranks(run: RunFolder, ranks: int, entry: RankEntry) -> Exception |
 
 
 def _rank_environment(rank: int, ranks: int, store: Path) -> dict[str, str]:
-    """Return the environment of a rank: the variables that torchrun sets, the file store and the loopback device."""
+    """Return the environment variables of a rank: those that torchrun sets, the file store and the loopback device."""
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "lo")
     environment = child_environment(
         RANK=str(rank),

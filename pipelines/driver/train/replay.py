@@ -44,7 +44,7 @@ def replay_rank(run_folder: str) -> None:
 
 
 def replay_step(run: RunFolder, launch: Launch, open_spark: Callable[[], SparkSession], step: int) -> Replay:
-    """Repeat the training from the last checkpoint before a step up to this step, and return the loss of each row.
+    """Repeat the training up to a step, from the last checkpoint before this step, and return the loss of each row.
 
     The caller must own the run. The replay has as many ranks as the run, because each rank draws different random
     numbers.

@@ -71,8 +71,8 @@ def prepare(
         code: description of the training code, by default of the installed code.
 
     Raises:
-        UserError: a split has no rows, the batch cannot be divided among the ranks, or `train.start_from` does not
-            contain the run's model, or another process is training the run.
+        UserError: a split has no rows, the batch cannot be divided among the ranks, `train.start_from` does not contain
+            the run's model, or another process is training the run.
     """
     check_config(config)
     _check_splits(train, validate)
@@ -114,7 +114,7 @@ def prepare(
 def _write_text_files(
     run: RunFolder, config: RunConfig, train: ShardReport, validate: ShardReport, start: StartFolder | None
 ) -> None:
-    """Write the tokenizer, and the document frequencies if a stage rewards CIDEr. Files that exist are kept."""
+    """Write the tokenizer, and the document frequencies if a stage rewards CIDEr. Existing files are kept."""
     shards = Shards.open(Path(train.folder))
     if not run.tokenizer.exists():
         tokenizer = text.load(start.tokenizer) if start else text.learn(config.model.text, shards.texts())
@@ -186,8 +186,8 @@ def reason_not_to_restart(root: Failure | None, previous: Failure | None, restar
     """Return why a failed run must not be restarted, or an empty string if the run may be restarted.
 
     Args:
-        root: failure record of the root cause of the failed attempt, if any.
-        previous: failure record of the root cause of the previous attempt, if any.
+        root: failure record that names the root cause of the failed attempt, if any.
+        previous: failure record that names the root cause of the attempt before, if any.
         restarts: number of restarts so far.
         allowed: largest number of restarts.
     """
@@ -249,7 +249,7 @@ def check_config(config: RunConfig) -> None:
 
 
 def _check_splits(train: ShardReport, validate: ShardReport) -> None:
-    """Check that both splits have rows."""
+    """Check that the training split and the validation split have rows."""
     for purpose, report in (("train on", train), ("validate on", validate)):
         if not report.num_rows:
             raise UserError(

@@ -1,4 +1,5 @@
-"""Choice of the run folder. Everything that determines the outcome of a run also determines the run's folder.
+"""Choice of the folder in which a run trains. Everything that determines the outcome of a run also determines the run's
+folder.
 
 The name of a folder contains a hash of the model, the settings and the data. The first version of the training code
 that trains a run uses the folder with this name, as Lakesight 0.1.0 did. Any other version of the code appends its
@@ -23,28 +24,29 @@ from vlm.config import ModelConfig, config_differences
 log = logging.getLogger(__name__)
 
 NAMING = "0.1.0"
-"""Part of every hash in the name of a run folder. Never change this value, or no existing run is found any more."""
+"""Text that enters every hash in the name of a run folder. Never change this text, because existing runs would no
+longer be found."""
 SHOWN_FILES = 5
 
 
 def hash_run(model: ModelConfig, settings: Mapping[str, Any], train: str, validate: str) -> str:
-    """Return the hash of a run's model, the run's settings, and the content hashes of the run's shards."""
+    """Return one hash of a run's model, the run's settings, and the content hashes of the run's shards."""
     return short_hash(model.hashed_settings(), settings, train, validate, NAMING)
 
 
 def keep_generation(config: RunConfig, code: TrainingCode, path_of: Callable[[RunConfig], Path]) -> RunConfig:
     """Return the config with the generation settings of a run that has learned, or is learning, the same model.
 
-    Generation settings change nothing that is learned, except if captions are scored or rewarded while training. The
-    hash in the name of a run folder nevertheless depends on generation settings, as in Lakesight 0.1.0.
+    Generation settings do not affect what a run learns, unless training scores or rewards captions. The hash in the
+    name of a run folder nevertheless depends on generation settings, as in Lakesight 0.1.0.
 
     Args:
         config: resolved run config.
         code: code that trains the run now.
-        path_of: function that returns the path of the folder of a config.
+        path_of: function that returns the path of a config's run folder.
 
     Returns:
-        The unchanged config if no run has learned the same model, or if a run with the config's generation settings
+        The config, unchanged if no run has learned the same model or if a run with the config's own generation settings
         exists.
     """
     own, train = path_of(config), config.train
@@ -61,7 +63,8 @@ def keep_generation(config: RunConfig, code: TrainingCode, path_of: Callable[[Ru
 
 
 def _has_run(path: Path, code: TrainingCode) -> bool:
-    """Return whether there is a run of this version of the training code in the folder of this path."""
+    """Return whether this version of the training code has a run folder at this path, with or without the code's
+    digest."""
     first, own = RunFolder(path), RunFolder(path.with_name(f"{path.name}-{code.digest}"))
     if not first.run_file.exists():
         return False
@@ -72,8 +75,8 @@ def _has_run(path: Path, code: TrainingCode) -> bool:
 def find_folder(path: Path, config: RunConfig, code: TrainingCode) -> RunFolder:
     """Return the existing or new run folder of a run, and log why an unfinished run is not resumed.
 
-    A folder of Lakesight 0.1.0 does not say which code trained the run. The first version of the code that finds a
-    folder of Lakesight 0.1.0 is stored in the run.json of the folder, and from then on counts as the code of the run.
+    A folder of Lakesight 0.1.0 does not say which code trained the run. The first version of the code that finds such a
+    folder with a finished run writes itself into run.json, and from then on counts as the code of the run.
 
     Args:
         path: path of the run folder for the first version of the training code.

@@ -57,7 +57,7 @@ class SourceFile(NamedTuple):
 
     @property
     def state(self) -> str:
-        """Change token of the file, which contains the size and the modification time."""
+        """Change token of the file, made from the size and the modification time."""
         return change_token(self.size, self.modified) if self.accessible else NO_ACCESS
 
 
@@ -69,7 +69,7 @@ class Listing(NamedTuple):
 
 
 def range_bytes(size: int) -> int:
-    """Return the number of bytes that one task reads of an input, given the size of all files of the input."""
+    """Return the number of bytes that each task reads, given the total size of the input files."""
     return min(max(size // MIN_TASKS, MIN_RANGE_BYTES), MAX_RANGE_BYTES)
 
 
@@ -98,8 +98,8 @@ def _hash_files(name: str, files: Sequence[SourceFile]) -> str:
 def list_files(config: DataConfig, suffixes: tuple[str, ...]) -> Listing:
     """List the files at the path of the source, and select the files to read.
 
-    Earlier versions listed files through Spark, so the ledger still uses the names and times that Spark reported. The
-    name of a file is a URI such as `file:/x/a.csv`, and its modification time is in milliseconds.
+    Earlier versions of Lakesight listed files through Spark, so the ledger still uses the names and times that Spark
+    reported: the name of a file is a URI such as `file:/x/a.csv`, and the modification time is in milliseconds.
 
     Raises:
         UserError: no path is set, the path does not exist, or no file is selected.
@@ -110,7 +110,7 @@ def list_files(config: DataConfig, suffixes: tuple[str, ...]) -> Listing:
 
 
 def list_plain_files(config: DataConfig, suffixes: tuple[str, ...]) -> Listing:
-    """List the files at the path of the source like `list_files`, but name a file in the ledger by its plain path.
+    """List the files as `list_files` does, but use the plain path of a file as the file's name in the ledger.
 
     A path to a single file reads that file, whatever its suffix. With split kind `file`, only files whose names
     contain the name of a split are read.
@@ -160,7 +160,7 @@ def _source_file(found: Found, config: DataConfig) -> SourceFile:
     relative = printable(found.relative)
     *folders, name = relative.split("/")
     if config.split.kind == "file" and split_of_file(name) is None:
-        name = relative  # executors need the name of the folder, which is the split of the file
+        name = relative  # executors read the split of the file from the folder's name
     pairs = [folder.split("=", 1) for folder in folders if "=" in folder]
     partition = {unquote(key): None if value == NULL_PARTITION else unquote(value) for key, value in pairs}
     path = printable(found.path)
@@ -191,7 +191,7 @@ def _no_file(config: DataConfig, suffixes: tuple[str, ...], passed_over: Sequenc
 
 
 def _spark_path(path: str) -> str:
-    """Return a path in the form in which Spark reports it."""
+    """Return a path in Spark's notation, such as `file:/x/a.csv`."""
     if is_url(path):
         return path
     return f"dbfs:{printable(path)}" if path.startswith("/Volumes/") else f"file:{printable(path)}"

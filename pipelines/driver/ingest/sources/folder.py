@@ -44,7 +44,7 @@ from pipelines.executor.ingest.records.record import Read
 from pipelines.executor.ingest.storage import describe_damage, printable
 
 CAPTION_BYTES_PER_TASK = 64 * 1024
-"""Number of bytes of the captions file (a few hundred captions) for which one task looks up the pictures."""
+"""Number of bytes of the captions file (a few hundred captions) per Spark task that looks up the pictures."""
 MAX_TASKS = 10_000
 SMALL_CAPTIONS_BYTES = 8 * 2**20
 """Size in bytes up to which a captions file is read in one process, because starting Spark would take longer."""
@@ -136,7 +136,7 @@ def _open_listed(name: str, folder: Path, file: SourceFile, listed: pa.Table, in
 
 
 def passed_over(folder: str, used: Collection[str | None]) -> tuple[PassedOver, ...]:
-    """Return the entries below the folder that are not read, including the pictures that no row names.
+    """Return the files and folders that are not read, including the pictures that no row names.
 
     Links to folders are not followed, because a link may lead to all files of the machine.
 

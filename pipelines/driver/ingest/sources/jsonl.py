@@ -63,6 +63,6 @@ def first_keys(files: Sequence[SourceFile], layouts: Sequence[Layout], limit: in
 
 
 def _find_later_keys(frame: DataFrame, search: Callable[..., Iterator[pa.RecordBatch]]) -> list[str]:
-    """Return the keys, among those that `search` looks for, that at least one line contains."""
+    """Return the keys that `search` looks for and that occur in at least one line."""
     keys = frame.mapInArrow(search, from_arrow_schema(KEYS)).distinct().collect()
     return [row["key"] for row in keys]

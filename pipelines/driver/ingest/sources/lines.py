@@ -21,12 +21,12 @@ COMPRESSION_SUFFIXES = ("", ".gz", ".bz2", ".zst", ".xz")
 """Suffixes of text files, one for each kind of compression. The empty suffix stands for no compression. The suffix only
 selects files: the content of a file tells how the file is compressed."""
 UNPACKED_SHARE = 4
-"""Number of uncompressed bytes that are assumed per byte of a compressed file, to choose the number of tasks."""
+"""Assumed number of uncompressed bytes per byte of a compressed file, from which the number of tasks is computed."""
 THREADS = 16
 """Number of files whose beginnings are read at the same time, because network storage answers slowly."""
 LINE_END_BYTES = 2**20
-"""Number of bytes within which the first line end is looked for. If the first line is longer, its line end is taken to
-be a line feed."""
+"""Number of bytes within which the first line end is looked for. If the first line is longer than this limit, lines are
+assumed to end with a line feed."""
 
 ReadHead = Callable[[SourceFile, Layout], Layout]
 
@@ -68,7 +68,7 @@ def _find_separator(stream: IO[bytes]) -> bytes:
 
 
 def whole_range(file: SourceFile, layout: Layout) -> Range:
-    """Return the range of a whole file."""
+    """Return one range that covers a whole file."""
     return Range(file.path, file.name, 0, WHOLE, layout, dict(file.partition))
 
 
@@ -80,7 +80,7 @@ def load_ranges(
     Args:
         spark: Spark session.
         files: text files that are read line by line.
-        layouts: layout of each file.
+        layouts: layout of each file, such as the separator of its lines, in the order of `files`.
     """
     distinct = tuple(dict.fromkeys(layouts))
     size = sum(f.size * (UNPACKED_SHARE if one.whole else 1) for f, one in zip(files, layouts, strict=True))
@@ -97,7 +97,7 @@ def split_files(
 
     Args:
         files: text files that are read line by line.
-        layouts: layout of each file.
+        layouts: layout of each file, such as the separator of its lines, in the order of `files`.
         distinct: list of all different layouts. A range refers to its layout by the index in this list.
         size: number of bytes of a range.
     """

@@ -44,7 +44,7 @@ def open_source(spark: SparkSession, platform: Platform, name: str, config: Data
         ingested: items that need not be read again, from `ledger.read_ledger`.
 
     Raises:
-        UserError: the input does not exist, has no file of the source's kind, or lacks a column, or the location of the
+        UserError: the input does not exist, has no file of the source's kind, or lacks a column; or the location of the
             pictures that rows name cannot be read.
     """
     given, config = config, generate_scenes(config, platform)
@@ -85,7 +85,8 @@ def check_input(platform: Platform, config: DataConfig) -> None:
 
 
 def open_unchanged(platform: Platform, name: str, config: DataConfig, ingested: pa.Table) -> Source | None:
-    """Open a source without Spark. Return None if an item is pending, or if only Spark can tell.
+    """Open a source without Spark. Return None if an item is pending, or if only Spark can tell whether an item is
+    pending.
 
     Args:
         platform: platform whose home folder holds generated input files.

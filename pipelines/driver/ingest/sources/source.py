@@ -73,7 +73,8 @@ class Source:
 
 
 def used_columns(config: DataConfig) -> dict[str, str]:
-    """For each column that an ingest uses, map the setting that names the column to the name of the column."""
+    """Return a dict from the setting that names a used column, such as `data.source.columns.text`, to the column's
+    name."""
     used = {f"data.source.columns.{purpose}": name for purpose, name in config.source.columns.named.items()}
     if isinstance(config.split, ColumnSplitConfig):
         used["data.split.column"] = config.split.column

@@ -1,8 +1,8 @@
 """Delta table sources: the first ingest reads one version of a table, and later ingests read only the changes.
 
-The changes come from the table's change data feed. If the feed cannot be read or does not suffice, all rows are read.
-Reading the complete table takes longer, but has the same result: no row is added twice, and pictures whose rows are
-gone are removed (`Covered`).
+The changes come from the table's change data feed. If the change data feed cannot be read or does not suffice, all rows
+are read. Reading the complete table takes longer, but has the same result: no row is added twice, and pictures whose
+rows are gone are removed (`Covered`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from pipelines.platform import analysed, spark_errors
 logger = logging.getLogger(__name__)
 
 BROADCAST_IDS = 1_000_000
-"""Up to this number of changed rows, their ids are sent to every executor, so that no picture is shuffled."""
+"""If at most this many rows have changed, the ids of these rows are sent to every executor, so that no picture is
+shuffled."""
 OTHER_CHARS = 2**20
 """Largest number of characters (or bytes) that `quarantine` stores of a value in an unused column."""
 PLAIN = (
@@ -43,7 +44,7 @@ PLAIN = (
 )
 """Spark types whose values executors receive unchanged. Values of all other types are converted to text."""
 KEYS = (T.StringType, T.CharType, T.VarcharType, T.NumericType, T.DateType, T.TimestampType, T.TimestampNTZType)
-"""Types of an id column by which the rows of a change data feed can be found in the table."""
+"""If the id column has one of these types, rows of the change data feed can be looked up in the table by their ids."""
 
 
 class _Table(NamedTuple):
@@ -56,7 +57,8 @@ class _Table(NamedTuple):
 
 
 class _Changes(NamedTuple):
-    """Rows of a table to read, and the ids (column `image_id`) of the pictures whose rows may be gone, or None."""
+    """Rows to read from a table, and ids (column `image_id`) of pictures whose rows may be gone (None if no row can be
+    gone)."""
 
     rows: DataFrame
     image_ids: DataFrame | None
@@ -260,7 +262,8 @@ def _select_changed(frame: DataFrame, changes: DataFrame, name: str, source: Tab
     column, another row may have the picture of a deleted row, so all rows must be read.
 
     Raises:
-        PySparkException, Py4JError: the feed lacks a column of the table, or a file of the feed cannot be read.
+        PySparkException, Py4JError: the change data feed lacks a column of the table, or one of its files cannot be
+            read.
     """
     added = changes.filter("_change_type IN ('insert', 'update_postimage')")
     added = added.select(*(F.col(_quoted(column)) for column in frame.columns))
@@ -268,7 +271,8 @@ def _select_changed(frame: DataFrame, changes: DataFrame, name: str, source: Tab
     key = source.columns.id
     key_column = F.col(_quoted(key or source.columns.image))
     old = changes.filter("_change_type IN ('delete', 'update_preimage')").select(key_column.alias("key"))
-    # Spark notices a missing feed or file only when rows are read, so this query reads the column from every file.
+    # Spark notices a missing change data feed or a missing file only when rows are read, so this query reads the column
+    # from every file.
     seen = changes.agg(
         F.count_if(F.col("_change_type").isin("delete", "update_preimage")).alias("old"),
         F.count(key_column).alias("read"),

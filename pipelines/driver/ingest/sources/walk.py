@@ -1,4 +1,4 @@
-"""Listing of the files below a path. Every entry is either found, or passed over for one of a fixed list of reasons.
+"""Listing of the files below a path. Every file is either returned, or passed over for a reason in PASSED_OVER.
 
 The name of a file is never read as a pattern, and no file is left out without a reason. Spark, in contrast, silently
 leaves out files whose names begin with `_` or `.`, and reads `[1]` in a name as a pattern.
@@ -195,7 +195,8 @@ def file_reason(name: str) -> str | None:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expand alternatives such as {a,b} in a pattern, which Spark's paths allow and Python's `glob` does not."""
+    """Expand alternatives such as {a,b} in a pattern. Spark's paths allow alternatives, and Python's `glob` does
+    not."""
     found = re.search(r"\{([^{}]*,[^{}]*)\}", pattern)
     if not found:
         return [pattern]
