@@ -134,6 +134,11 @@ def _print_report(job: Job, report: FullReport) -> None:
         f"{report.rows_in:,} rows = {report.new:,} new + {report.merged:,} merged + "
         f"{report.duplicates:,} duplicates + {report.quarantined:,} quarantined",
     )
+    if known := report.refused - report.quarantined:
+        job.output.line(
+            "",
+            f"{known:,} of the duplicates were refused again; quarantine keeps the reason of their first refusal",
+        )
     if report.splits:
         job.output.line("splits", ", ".join(f"{count:,} {split}" for split, count in report.splits.items()))
     if report.near_duplicates.pictures:

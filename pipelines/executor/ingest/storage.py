@@ -59,13 +59,13 @@ def url_system(path: str) -> tuple[Any, str]:
         from fsspec.core import url_to_fs
 
         system, inside = url_to_fs(path)
-    except (ImportError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 each package has exception classes of its own for a wrong URL
         raise UserError(
             f"URLs of kind {scheme}:// cannot be opened",
             where=path,
             got=" ".join(str(error).split()),
-            fix="install the fsspec package for this storage (such as s3fs, gcsfs or adlfs) on the driver and on all "
-            "executors, or give a mounted folder such as a Volume",
+            fix="correct the URL, install the fsspec package for this storage (such as s3fs, gcsfs or adlfs) on the "
+            "driver and on all executors, or give a mounted folder such as a Volume",
         ) from None
     return system, inside
 

@@ -161,6 +161,19 @@ def test_the_ledger_entry_of_a_file_is_the_same_as_in_earlier_versions_of_lakesi
     assert (file.item, file.state) == (f"{tmp_path}/a b.csv", "3 bytes, 2023-11-14T22:13:20.123456Z")
 
 
+def test_a_url_that_its_package_refuses_gives_an_error_about_the_input() -> None:
+    registry = pytest.importorskip("fsspec.registry")
+
+    class Refusing(registry.get_filesystem_class("memory")):  # type: ignore[misc]
+        def isfile(self, path: str) -> bool:
+            raise LookupError(f"no repository\nis named {path}")
+
+    registry.register_implementation("refusing", Refusing, clobber=True)
+    config = DataConfig.model_validate({"source": {"kind": "csv", "path": "refusing://datasets/x"}})
+    with pytest.raises(UserError, match=r"the input cannot be read.*Got: LookupError: no repository is named refusing"):
+        list_plain_files(config, (".csv",))
+
+
 def test_files_are_listed_from_a_url_of_a_local_folder_or_of_an_object_store(tmp_path: Path) -> None:
     write(tmp_path, {"a.csv": "x"})
     for url in (f"file:{tmp_path}", f"file://{tmp_path}/a.csv"):

@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 from glob import has_magic
 from typing import Any, NamedTuple
 
+from pipelines.errors import UserError
 from pipelines.executor.ingest.storage import is_url, printable, url_system
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,12 @@ def list_entries(path: str) -> list[Found | PassedOver]:
         UserError: the package for this kind of URL is missing.
     """
     if is_url(path):
-        return _list_url(path)
+        try:
+            return _list_url(path)
+        except (OSError, UserError):
+            raise
+        except Exception as error:  # each package for URLs has exception classes of its own
+            raise OSError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
     if os.path.isdir(path):  # noqa: PTH112 (a path may hold undecodable bytes)
         return list(_walk(path, "", frozenset()))
     if not os.path.exists(path) and (matches := _match(path)):  # noqa: PTH110
