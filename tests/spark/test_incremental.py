@@ -294,7 +294,7 @@ def test_an_ingest_makes_a_new_plan_after_a_conflict_and_two_concurrent_ingests_
 
 
 @pytest.mark.matrix
-def test_a_plan_that_another_ingest_has_outdated_adds_no_text_twice_if_the_session_refuses_settings(
+def test_an_ingest_with_an_outdated_plan_adds_no_text_twice_if_the_session_refuses_settings(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     picture, other, third = (as_base64(png(n)) for n in range(3))

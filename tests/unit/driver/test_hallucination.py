@@ -90,7 +90,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> ObjectWords:
         ("", []),
     ],
 )
-def test_a_text_mentions_the_objects_of_the_longest_phrases_by_the_words_of_unicode(
+def test_mentions_are_found_by_unicode_words_and_only_the_longest_phrase_at_each_place_counts(
     objects: ObjectWords, text: str, expected: list[str]
 ) -> None:
     assert objects.mentions(text) == expected
@@ -101,7 +101,9 @@ def test_a_text_mentions_the_objects_of_the_longest_phrases_by_the_words_of_unic
     phrases=st.sets(st.lists(st.sampled_from("xyz"), min_size=1, max_size=3).map(tuple), min_size=1, max_size=4),
     text=st.lists(st.sampled_from("wxyz"), max_size=12),
 )
-def test_mentions_equal_the_matches_of_a_regular_expression(phrases: set[tuple[str, ...]], text: list[str]) -> None:
+def test_the_mentions_in_random_texts_equal_the_matches_of_a_regular_expression(
+    phrases: set[tuple[str, ...]], text: list[str]
+) -> None:
     names = {phrase: " ".join(phrase) for phrase in phrases}
     longest_first = sorted(names.values(), key=len, reverse=True)
     expected = re.findall(rf"\b(?:{'|'.join(longest_first)})\b", " ".join(text))
@@ -121,7 +123,9 @@ def test_chair_counts_mentions_of_objects_that_no_human_text_of_the_picture_ment
 
 @settings(max_examples=20)
 @given(times=st.lists(st.integers(0, 3), min_size=4, max_size=4).filter(any))
-def test_a_resample_has_the_metrics_of_a_split_with_repeated_rows(objects: ObjectWords, times: list[int]) -> None:
+def test_a_bootstrap_sample_gives_the_same_metrics_as_a_split_in_which_rows_are_repeated(
+    objects: ObjectWords, times: list[int]
+) -> None:
     weighted = hallucination_metrics(ROWS, objects)
     repeated = [item for item, count in zip(ROWS[:4], times, strict=True) for _ in range(count)]
     captions = hallucination_metrics([*repeated, *ROWS[4:]], objects)
@@ -130,7 +134,7 @@ def test_a_resample_has_the_metrics_of_a_split_with_repeated_rows(objects: Objec
         assert metric(np.array([times], float)) == pytest.approx(expected), name
 
 
-def test_without_a_mention_chair_i_is_missing(objects: ObjectWords) -> None:
+def test_chair_i_is_missing_if_no_caption_mentions_an_object(objects: ObjectWords) -> None:
     rows = scored([("a", ["a dog"], "nothing"), ("b", ["a dog"], "")])
     metrics = measure(rows, further=hallucination_metrics(rows, objects))
     assert "chair_i" not in metrics
@@ -146,7 +150,7 @@ def test_without_a_mention_chair_i_is_missing(objects: ObjectWords) -> None:
         (b"dog, Puppy\nwolf, puppy\n", "Got: line 2 has 'puppy' for 'wolf', which already stands for 'dog'"),
     ],
 )
-def test_a_word_list_that_cannot_be_used_is_refused_with_its_line(
+def test_an_invalid_or_missing_word_list_is_refused_and_the_error_names_the_problem(
     tmp_path: Path, content: bytes | None, message: str
 ) -> None:
     file = tmp_path / "objects.txt"
@@ -156,7 +160,7 @@ def test_a_word_list_that_cannot_be_used_is_refused_with_its_line(
         open_object_words(load_run("demo", overrides=[f"data.object_words={file}"]))
 
 
-def test_a_run_without_a_word_list_has_no_objects_and_a_word_list_changes_no_rules_of_an_ingest() -> None:
+def test_a_word_list_of_objects_is_optional_and_does_not_change_the_hash_of_the_ingest_rules() -> None:
     plain, listed = load_run("demo"), load_run("demo", overrides=["data.object_words=objects.txt"])
     assert open_object_words(plain) is None
     assert hash_rules(plain.data) == hash_rules(listed.data)
@@ -208,7 +212,9 @@ def test_a_stored_report_is_reused_unless_it_lacks_the_metrics_of_the_word_list(
     assert before.metrics.items() <= after.metrics.items()
 
 
-def test_the_page_the_tables_and_mlflow_have_the_metrics(tmp_path: Path, objects: ObjectWords) -> None:
+def test_the_metrics_of_invented_objects_are_on_the_page_and_in_the_tables_and_in_mlflow(
+    tmp_path: Path, objects: ObjectWords
+) -> None:
     after = report(tmp_path, RequestedMetrics((), False, objects))
     _write_pages(after, [GalleryRow("b", None, "", "", (ModelCaption.of_row("Model", ROWS[1]),), ("sample",))])
     page = after.gallery.read_text(encoding="utf-8")

@@ -183,7 +183,7 @@ def test_a_needed_column_that_no_file_has_raises_one_error_instead_of_a_refusal_
         read_csv(tmp_path, columns={"text": "caption", "prompt": "why"})
 
 
-def test_a_picture_that_is_given_as_a_csv_file_is_named_as_no_text(tmp_path: Path) -> None:
+def test_a_picture_that_is_given_as_a_csv_file_is_refused_because_its_bytes_are_not_text(tmp_path: Path) -> None:
     write(tmp_path, {"a.csv": b"\x89PNG\r\n\x1a\n" + bytes(20)})
     with pytest.raises(UserError, match="contains bytes that are not text"):
         read_csv(tmp_path)

@@ -38,7 +38,7 @@ def test_write_conflicts_of_a_spark_connect_session_raise_the_exception_classes_
     assert len(retried) == len(set(CONFLICTS) - {WriteConflict})
 
 
-def test_a_block_runs_without_refused_settings_unless_they_are_required_and_other_settings_are_restored() -> None:
+def test_refused_settings_are_skipped_unless_they_are_required_and_other_settings_are_restored() -> None:
     spark = create_autospec(SparkSession, instance=True, conf=create_autospec(RuntimeConfig, instance=True))
     values = {"accepted": "before"}
 
@@ -58,7 +58,7 @@ def test_a_block_runs_without_refused_settings_unless_they_are_required_and_othe
     spark.conf.unset.assert_not_called()
 
 
-def test_a_task_has_one_core_if_the_session_refuses_to_return_the_setting() -> None:
+def test_the_number_of_cores_per_task_is_one_if_the_session_refuses_to_return_the_setting() -> None:
     spark = create_autospec(SparkSession, instance=True, conf=create_autospec(RuntimeConfig, instance=True))
     spark.conf.get.return_value = "4"
     assert task_cpus(spark) == 4

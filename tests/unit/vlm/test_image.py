@@ -154,14 +154,16 @@ def float_tiff() -> bytes:
     ],
     ids=["float TIFF", "12-bit JPEG", "lossless JPEG", "TGA", "MP4"],
 )
-def test_a_complete_picture_that_cannot_be_decoded_is_refused_with_what_it_is(data: bytes, detail: str) -> None:
+def test_a_complete_picture_that_cannot_be_decoded_is_refused_and_the_error_describes_its_format(
+    data: bytes, detail: str
+) -> None:
     with pytest.raises(ImageError) as caught:
         opened(data)
     assert (caught.value.reason, caught.value.detail[: len(detail)]) == ("unsupported_format", detail)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.99])
-def test_a_truncated_file_of_pixels_that_cannot_be_decoded_is_refused_as_truncated(share: float) -> None:
+def test_a_truncated_file_is_refused_as_truncated_even_if_its_pixel_format_cannot_be_decoded(share: float) -> None:
     data = float_tiff()
     assert rejection(data[: int(len(data) * share)]) == "truncated_image"
 
