@@ -37,7 +37,7 @@ def decoding_settings(job: Job, fixed: ModelConfig, name: str) -> GenerationConf
 
 
 def with_overrides(job: Job, model: ModelFiles) -> ModelFiles:
-    """Return the version with the generation settings of the command, or unchanged if the command overrides none.
+    """Return the version with the command's generation settings, which may override the version's own settings.
 
     Raises:
         UserError: an override changes a setting that training has fixed, or the settings exclude each other.

@@ -65,7 +65,10 @@ def describe_host() -> dict[str, object]:
 
 
 def hash_sources() -> dict[str, str]:
-    """Return a dict from the path of each source file that ranks import, relative to the project, to its hash."""
+    """Hash the source files that ranks import.
+
+    Return a dict from the path of a file, relative to the project, to the hash of the file.
+    """
     found = {}
     for name in SOURCES:
         spec = find_spec(name.replace("/", "."))

@@ -15,7 +15,7 @@ class RowScore:
         row: index of the picture in the shards. Scores with the same index belong to the same picture.
         image_id: id of the picture, as in the table `samples`.
         prompt: prompt, or an empty string for a plain caption.
-        references: reference texts of the prompt with repeats, at least one.
+        references: all reference texts of the prompt (at least one), including repeated texts.
         caption: caption that the model generated, or None if the prompt leaves no room for a caption.
         loss: loss when the model is given the right picture.
         blind_loss: loss when the model is given the picture of another row, or None if the split has only one picture.

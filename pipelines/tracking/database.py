@@ -56,7 +56,7 @@ def check_database(uri: str) -> None:
             got=first_line(error),
             fix=f"pip install {DRIVERS.get(dialect) or DRIVERS.get(kind, 'the driver')}",
         ) from None
-    except (SQLAlchemyError, ValueError) as error:  # ValueError: a port that is not a number
+    except (SQLAlchemyError, ValueError) as error:  # ValueError: the port in the URI is not a number
         down = kind != "sqlite" and DATABASE_DOWN.search(str(error))
         raise (TrackingDown if down else UserError)(
             "the tracking database cannot be used",

@@ -172,7 +172,7 @@ def _decode_or_refuse(record: Record, rules: DecodeRules) -> dict[str, Any]:
         return _decode_sample(record.file, record.fields, rules)
     except (Refused, MemoryError):
         raise
-    except Exception as error:  # the cause goes to quarantine, where the row can be inspected and replayed
+    except Exception as error:  # quarantine stores the cause, so that users can inspect and replay the row
         raise Refused("decode", "malformed_record", f"unexpected {type(error).__name__}: {error}") from error
 
 

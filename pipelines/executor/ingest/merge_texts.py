@@ -74,7 +74,7 @@ def merge_texts(known: Sequence[Text], rows: Sequence[Sequence[Text]], max_texts
 def merge_texts_of_pictures(batches: Iterator[pa.RecordBatch], max_texts: int | None) -> Iterator[pa.RecordBatch]:
     """Replace the last column of the batches, `row_texts`, by the columns of MERGED.
 
-    The column before the last column is `known_texts`, the texts that `samples` has.
+    The column before the last column is `known_texts`, which holds the texts that are already in `samples`.
     """
     for batch in batches:
         *others, row_texts = batch.columns

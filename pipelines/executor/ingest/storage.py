@@ -92,7 +92,7 @@ def require_damage(error: Exception) -> str:
 
 
 def _has_lost_its_folder(error: OSError) -> bool:
-    """Return whether a missing local file's folder is missing too, for example on a disconnected network drive."""
+    """Return whether the folder of a missing local file is missing too, as on a disconnected network drive."""
     path = error.filename
     return error.errno == errno.ENOENT and isinstance(path, str) and not os.path.isdir(os.path.dirname(path))  # noqa: PTH112, PTH120
 

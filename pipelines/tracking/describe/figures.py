@@ -141,7 +141,7 @@ def draw_expert_load(metrics: Metrics) -> Figure:
 
 
 def _draw_expert_load_over_time(loads: Sequence[Metrics]) -> Figure:
-    """Draw the share of tokens that each expert receives over the steps: a panel per layer, a line per expert."""
+    """Draw each expert's share of the tokens over the training steps, with a panel per layer and a line per expert."""
     from matplotlib.figure import Figure
 
     layers = list(loads[-1].expert_load)

@@ -175,7 +175,8 @@ class RankMonitor:
     def _write_heartbeats(self) -> None:
         """Write a heartbeat every HEARTBEAT_SECONDS if the rank has reported progress since the last heartbeat.
 
-        This method has its own thread, because a write to a network file system may hang and would block the monitor.
+        This method runs in its own thread, because a write to a network file system may hang and would block the
+        monitor.
         """
         reported = self._progress_at
         while not self._ended.wait(HEARTBEAT_SECONDS):

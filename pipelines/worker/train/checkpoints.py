@@ -223,7 +223,7 @@ def check_settings(folder: Path, file: RunFile) -> None:
     """Check that a checkpoint was trained with the settings and data of the run.
 
     Raises:
-        UserError: a setting or the data of the checkpoint differs from the run's. The error lists each difference.
+        UserError: the checkpoint was trained with other settings or data. The error lists each difference.
     """
     saved = read_json(folder / "run.json", RunFile)
     differing = list(config_differences(_outcome_settings(saved), _outcome_settings(file)))

@@ -1,4 +1,4 @@
-"""Links inside a tar. A member that is a hard or symbolic link has the content of another member of the same tar.
+"""Functions for links inside a tar. A hard or symbolic link has the content of another member of the same tar.
 
 A tar is read as a stream, and the target of a link may be anywhere in the tar. The first pass therefore skips rows with
 links. The second pass copies the targets to a temporary file, and the third pass reads the rows with links.
@@ -62,7 +62,7 @@ class LinkTargets:
         self._file.close()
 
     def collect(self, reader: TarReader) -> None:
-        """Copy the contents of the targets from a tar.
+        """Copy the contents of all link targets from a tar to the temporary file.
 
         Raises:
             tarfile.TarError: the tar is damaged. All targets before the damage have been copied.

@@ -179,7 +179,10 @@ def _fold(name: str) -> str:
 
 @lru_cache(maxsize=8)
 def _names(folder: Path, _modified: int) -> dict[str, list[str]]:
-    """Map case-folded names in one Unicode form to the names in a folder. A folder that has changed is listed again."""
+    """Return a dict from the folded form of a name to all names in a folder with this form (see `_fold`).
+
+    A folder that has changed is listed again.
+    """
     names: dict[str, list[str]] = {}
     with os.scandir(folder) as entries:
         for entry in islice(entries, MAX_LISTED):
