@@ -88,8 +88,8 @@ def default_parallelism(spark: SparkSession) -> int:
 def task_cpus(spark: SparkSession) -> int:
     """Return the number of cores of a Spark task, which is also the number of threads that torch may use in the task.
 
-    This is the setting `spark.task.cpus`. Serverless compute refuses to return the setting, so its default value 1 is
-    used.
+    The number is the setting `spark.task.cpus`. If the session refuses to return this setting, as serverless compute
+    does, the result is the default value 1.
     """
     from pyspark.errors import AnalysisException
 

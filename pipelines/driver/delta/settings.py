@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 MAX_BATCH_BYTES = 16 * 2**20
 MAX_BATCH_ROWS = 32
 UNCOMPRESSED = {"compression": "uncompressed"}
-"""Option of a write to a Delta table. Pictures are compressed already."""
+"""Option that turns off the compression of a write to a Delta table, because pictures are compressed already."""
 WILDCARDS = re.compile(r"[\[\]{}*?\\]")
 """Characters that are wildcards in a path from which Spark reads, but not in a path to which Spark writes."""
 
@@ -29,8 +29,8 @@ def escape_wildcards(path: str) -> str:
 def spark_settings(spark: SparkSession, values: dict[str, str], *, required: bool = False) -> Iterator[None]:
     """Set Spark settings while the block runs, then restore the previous values.
 
-    Serverless compute of Databricks refuses to change most settings. A refused setting keeps its value, unless the
-    settings are `required`. A setting that is not required saves time or memory, or avoids a second attempt.
+    Serverless compute of Databricks refuses to change most settings. A refused setting that is not `required` keeps its
+    value. Such a setting only saves time or memory, or avoids a second attempt.
 
     Raises:
         AnalysisException: the session refuses a required setting.
@@ -62,7 +62,7 @@ def bounded_batches(spark: SparkSession) -> Iterator[None]:
 
     With Spark's default limit of 10,000 rows, a batch of megapixel pictures takes 17 GB. Spark 4.1 and later also
     limit the bytes of a batch, but Spark 4.0 limits only the rows. The limit is set to 32 rows, because 32 pictures of
-    the largest usual size take 50 MB together. If the session refuses the settings, the limits of the compute apply.
+    the largest usual size take 50 MB together. If the session refuses these settings, the limits of the session apply.
     """
     with spark_settings(
         spark,

@@ -35,7 +35,8 @@ MAINTENANCE_OPERATIONS = frozenset(
 COMMIT = ("version", "operation", "userMetadata", "operationParameters")
 """Fields of a commit that tell whether the commit may have changed rows of a source."""
 NOTE_IN_CONDITION = re.compile(rf"= '?({NOTE_PREFIX}[\w.-]+)")
-"""Note in the condition of a MERGE (`note_condition`), as Delta stores the condition in the history."""
+"""Pattern of the note in the condition of a MERGE (`note_condition`), as Delta stores the condition in the table
+history."""
 
 
 class TableVersions(NamedTuple):
@@ -114,23 +115,24 @@ def source_note(source: str) -> str:
 
 
 def note_condition(source: str) -> str:
-    """Return a condition for a MERGE into rows of `source`, in SQL, which is true for all these rows.
+    """Return an SQL condition for a MERGE that is true for all rows of `source` and contains the note of the source.
 
-    A MERGE takes no options, but Delta stores its condition in the table history. So the condition contains the note.
+    A MERGE takes no option for a note, but Delta stores the condition of a MERGE in the table history.
     """
     return f"concat('{NOTE_PREFIX}', target.source) = '{source_note(source)}'"
 
 
 def note_options(source: str) -> dict[str, str]:
-    """Return the options with which a write to a Delta table has a note of its source."""
+    """Return the options with which a write to a Delta table stores the note of its source in the commit."""
     return {"userMetadata": source_note(source)}
 
 
 def guarded_options(source: str, version: int) -> dict[str, str]:
-    """Return the options with which Delta skips a write if another guarded write was planned at `version` or later.
+    """Return options that make Delta skip a write after the commit of a guarded write that was planned at `version` or
+    later.
 
-    These are Delta's idempotent writes. `txnAppId` names the source, and `txnVersion` is `version`, which is the last
-    change of the source when the write was planned. Delta skips a write whose `txnVersion` is not above the last
+    The options use Delta's idempotent writes. `txnAppId` names the source, and `txnVersion` is `version`, the version
+    of the source's last change when the write was planned. Delta skips a write whose `txnVersion` is not above the last
     committed `txnVersion` of the source. If two writers planned at the same version, the first writer commits, and
     Delta skips the write of the second writer.
     """
@@ -161,10 +163,10 @@ def commit_note(spark: SparkSession, note: str) -> Iterator[None]:
 
 @contextmanager
 def skip_if_changed_since(spark: SparkSession, source: str, version: int) -> Iterator[None]:
-    """Make Delta skip a MERGE in the block in the cases in which Delta skips a write with `guarded_options`.
+    """Make Delta skip a MERGE in the block in the same cases as a write with `guarded_options`.
 
-    A MERGE takes no options. If the session refuses settings, Delta does not skip the MERGE, so its WHEN clauses must
-    leave out rows that have changed.
+    A MERGE takes no options. If the session refuses settings, Delta does not skip the MERGE, so the WHEN clauses of the
+    MERGE must leave out rows that have changed.
     """
     with spark_settings(spark, {f"{TXN_CONF}AppId": source_note(source), f"{TXN_CONF}Version": str(version)}):
         yield

@@ -34,7 +34,7 @@ class GateCheck(Config):
 
 
 class GateResult(Config):
-    """Results of all checks of a model version, by name, and the metrics that the checks used.
+    """Results of all checks of a model version (by the name of the check), and the metrics that the checks used.
 
     Attributes:
         pictures: number of pictures that were captioned.

@@ -32,7 +32,8 @@ class ObjectWords(NamedTuple):
     """Word list of objects.
 
     Attributes:
-        objects: names of the objects, by the phrases that stand for the object. The name of an object is such a phrase.
+        objects: a dict from each phrase of the word list to the name of the object for which the phrase stands. The
+            name is itself one of the phrases.
         max_words: number of words of the longest phrase.
     """
 
@@ -46,7 +47,7 @@ class ObjectWords(NamedTuple):
     def mentions(self, text: str) -> list[str]:
         """Return the names of the objects that a text mentions, once per mention and in the order of the text.
 
-        The longest phrase of the word list is used at each place of the text, so `hot dog` does not mention a dog.
+        At each place of the text, only the longest matching phrase counts, so `hot dog` does not mention a dog.
         """
         text_words, found, at = words(text), list[str](), 0
         while at < len(text_words):
@@ -61,12 +62,13 @@ class ObjectWords(NamedTuple):
 
 
 def read_object_words(file: Path) -> ObjectWords:
-    """Read a word list: a text file with one object per line, which is the name and synonyms, separated by commas.
+    """Read a word list: a text file in which each line has the name and the synonyms of one object, separated by
+    commas.
 
     Empty lines and lines that begin with `#` are ignored.
 
     Raises:
-        UserError: the file cannot be read, contains no object, or contains a phrase for two objects.
+        UserError: the file cannot be read, contains no object, or contains the same phrase for two objects.
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
@@ -96,10 +98,11 @@ def _refuse(file: Path, got: str, fix: str) -> NoReturn:
 
 
 def hallucination_metrics(scored: Sequence[ScoredRow], objects: ObjectWords) -> dict[str, Metric]:
-    """Return the metrics of object hallucination, as functions of the weights of the rows that have a caption.
+    """Return the metrics of object hallucination. A metric takes one weight for each row that has a caption.
 
-    - chair_i is the share of mentions of objects that no human text of the picture mentions (for any prompt). If no
-      caption mentions an object, chair_i is missing. For a resample without a mention, chair_i is 0.
+    - Of all mentions of objects in captions, chair_i is the share whose object no human text of the picture mentions
+      (for any prompt). If no caption mentions an object, chair_i is missing. For a resample without a mention, chair_i
+      is 0.
     - chair_s is the share of captions with at least one such mention.
     - object_mentions is the mean number of mentions per caption. Captions that mention no object have a chair_s of 0.
 

@@ -82,8 +82,8 @@ class EvaluationReport(Config):
         definitions: version number of the metric definitions; 1 in reports of earlier versions of Lakesight.
         settings: generation settings of the captions; null for the generation settings of the model version at
             temperature 0. A report with any other generation settings is not merged into table `evaluations`.
-        object_words: hash of the word list with which `chair_i` and `chair_s` were computed, or empty without these
-            metrics.
+        object_words: hash of the word list with which `chair_i` and `chair_s` were computed, or empty if these metrics
+            were not computed.
         metrics: metrics of the whole split, including the metrics of the baselines (constant_*, neighbour_*).
         columns: names of the columns by whose values evaluation slices are made.
         slices: a dict from the name of a slice (`column=value`) to the metrics of the slice.
@@ -204,7 +204,7 @@ class RequestedMetrics(NamedTuple):
     objects: ObjectWords | None
 
     def functions(self, scored: Sequence[ScoredRow]) -> dict[str, Metric]:
-        """Return the requested metrics of the whole split, except the metrics that every evaluation has."""
+        """Return the requested optional metrics of the whole split, as functions of the weights of the rows."""
         found = java_metrics(captioned(scored)) if self.java else {}
         return found | (hallucination_metrics(scored, self.objects) if self.objects else {})
 
@@ -215,7 +215,7 @@ class RequestedMetrics(NamedTuple):
         return has_metrics and (report.tokenisation, report.definitions) == (TOKENISATION, DEFINITIONS)
 
     def merged_with(self, report: EvaluationReport) -> RequestedMetrics:
-        """Return the union of the requested optional metrics and those of a report that need no word list."""
+        """Return the union of the requested optional metrics and a report's optional metrics that need no word list."""
         columns = tuple(dict.fromkeys((*report.columns, *self.columns)))
         return RequestedMetrics(columns, self.java or ("meteor" in report.metrics and has_java()), self.objects)
 
