@@ -239,7 +239,7 @@ def test_a_picture_is_captioned_again_after_a_change_but_not_after_a_move_to_ano
     assert commits(spark, platform) == before
 
 
-def test_rows_with_errors_are_captioned_again_with_option_retry_errors_and_too_many_errors_fail_the_job(
+def test_option_retry_errors_captions_rows_with_errors_again_and_too_many_errors_fail_the_job(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
     table = write(spark, tmp_path / "photos", [(0, picture(0)), (1, picture(1)), (2, b"no picture")])

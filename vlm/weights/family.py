@@ -129,7 +129,7 @@ class Family:
     def canonical_names(self, names: Iterable[str]) -> dict[str, str]:
         """Return a dict from canonical tensor names, which weight tables use, to the tensor names in the file.
 
-        If two names of a file have the same canonical form, the second name is not changed.
+        If two tensor names in a file have the same canonical form, the second name is not changed.
         """
         names = list(names)
         prefix = "" if any(name.startswith(self.prefix) for name in names) else self.prefix
