@@ -57,7 +57,7 @@ def check_special_tokens(folder: Path, tokenizer: Tokenizer) -> list[str]:
 
 
 def _named_tokens(folder: Path, tokenizer: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """Yield the file, the key and the value of each start and end token. If a file gives a token as text, the text is converted to the token's id."""
+    """Yield the file, the key and the value of each start and end token; convert a token that is a text to its id."""
     config = read_settings(folder)
     sections = {"": config, "text_config.": config.get("text_config") or {}}
     for section, settings in sections.items():
