@@ -61,7 +61,7 @@ def caption(
     prompt: PromptOption = "",
     version: VersionOption = "champion",
     precision: PrecisionOption = Precision.FP32,
-    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Also try rows with an error again.")] = False,
+    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Caption rows with an error again.")] = False,
     remove_deleted: Annotated[
         bool, typer.Option("--remove-deleted", help="Remove the captions of rows that were deleted from the table.")
     ] = False,

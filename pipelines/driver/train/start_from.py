@@ -82,7 +82,7 @@ def check_start_folder(folder: Path, config: ModelConfig, settings: TrainConfig)
             "the model to start from is a decoder alone, and the encoder would have no trained weights",
             where=f"train.start_from: {folder}",
             got="train.adapter" if settings.adapter else "train.start_state: training",
-            fix="leave this setting out, so that all parts are trained",
+            fix=f"remove train.{'adapter' if settings.adapter else 'start_state'}, so that all parts are trained",
         )
     compared = {"decoder", "text"} if decoder_alone else None
     saved_model, run_model = (model.model_dump(include=compared, exclude={"generation"}) for model in (saved, config))

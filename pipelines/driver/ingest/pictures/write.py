@@ -31,7 +31,8 @@ def write_pictures(
 ) -> Written:
     """Decode the pending rows of a source of pictures, and write them to `quarantine` and `samples`.
 
-    If another ingest of the source commits meanwhile, the plan is made again, but no picture is decoded again.
+    If another ingest of the same source has committed meanwhile, the plan is made again, but no picture is decoded
+    again.
 
     Raises:
         UserError: no row is usable, and the source has pictures in `samples` that would be removed.
