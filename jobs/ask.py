@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import vlm
-from jobs.attention_drawing import draw_attention
 from jobs.common import Job, JsonOption, PlatformOption, PrecisionOption, PromptOption, RunOption, SetOption, open_job
 from jobs.evaluate import VersionOption, open_model
 from jobs.generation_options import with_generation_options
@@ -25,6 +24,7 @@ from pipelines.config import LimitsConfig
 from pipelines.errors import StageFailed, UserError
 from pipelines.executor.crash_guard import Death, run_guarded
 from pipelines.executor.time_limit import TimeLimitExceeded, time_limit
+from pipelines.pages.attention import draw_attention
 from vlm.config import Config, GenerationConfig, Precision
 from vlm.errors import CheckpointError, ImageError
 

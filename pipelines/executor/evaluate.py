@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,9 @@ from pipelines.formats.shards import Shards
 from pipelines.formats.tables import TEXT_TYPE
 from vlm.config import Config, GenerationConfig
 
+if TYPE_CHECKING:
+    from vlm.captioner import Captioner
+
 COLOUR_GRID_SCHEMA = pa.schema(
     [
         pa.field("index", pa.int64(), nullable=False),
@@ -27,6 +31,15 @@ COLOUR_GRID_SCHEMA = pa.schema(
         pa.field("texts", pa.list_(TEXT_TYPE), nullable=False),
     ]
 )
+ATTENTION_SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("titles", pa.list_(pa.string()), nullable=False),
+        pa.field("pictures", pa.list_(pa.binary()), nullable=False),
+    ]
+)
+"""Drawn attention of one caption: a title and a JPEG file for each word."""
 GRID_SIDE = 8
 """Width and height of a colour grid in pixels. A colour grid is a small copy of a picture, stored as RGB bytes."""
 
@@ -53,17 +66,42 @@ class ScoreJob(Config):
 
 def score_batches(job: ScoreJob, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Score the shard rows whose indices are in the column `id`. Yield batches of the schema SCORE_SCHEMA."""
-    from pipelines.worker.caption import limit_threads, load_captioner
     from pipelines.worker.score import score_rows
 
-    limit_threads(job.threads)
-    folder = local_copy(job.model_folder, job.model_digest) if job.remote else job.model_folder
-    captioner = load_captioner(str(folder))
-    settings = job.settings or captioner.settings(temperature=0.0)
+    captioner, settings = _load(job)
     shards = Shards.open(Path(job.shards_folder))
     for batch in batches:
         scores = score_rows(captioner, shards, batch.column("id").to_pylist(), settings)
         yield pa.RecordBatch.from_pylist([vars(score) for score in scores], schema=SCORE_SCHEMA)
+
+
+def attention_batches(job: ScoreJob, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Draw the attention of captions. Yield batches of the schema ATTENTION_SCHEMA.
+
+    The columns of a batch are `row` (index of a shard row), `prompt` and `caption`.
+    """
+    from pipelines.worker.attention import draw_row_attention
+
+    captioner, settings = _load(job)
+    shards = Shards.open(Path(job.shards_folder))
+    for batch in batches:
+        drawn = []
+        for item in batch.to_pylist():
+            row, prompt = item["row"], item["prompt"]
+            words = draw_row_attention(captioner, shards.row(row), prompt, item["caption"], settings)
+            titles, pictures = [title for title, _ in words], [picture for _, picture in words]
+            drawn.append({"row": row, "prompt": prompt, "titles": titles, "pictures": pictures})
+        yield pa.RecordBatch.from_pylist(drawn, schema=ATTENTION_SCHEMA)
+
+
+def _load(job: ScoreJob) -> tuple[Captioner, GenerationConfig]:
+    """Load the model of a job, and return its captioner and the generation settings of the job."""
+    from pipelines.worker.caption import limit_threads, load_captioner
+
+    limit_threads(job.threads)
+    folder = local_copy(job.model_folder, job.model_digest) if job.remote else job.model_folder
+    captioner = load_captioner(str(folder))
+    return captioner, job.settings or captioner.settings(temperature=0.0)
 
 
 def colour_grid_batches(folders: tuple[str, str], batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

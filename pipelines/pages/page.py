@@ -96,6 +96,19 @@ class CardText:
 
 
 @dataclass(frozen=True)
+class WordPicture:
+    """A small JPEG file that shows where a model looked when it generated a word. `title` has the word."""
+
+    title: str
+    picture: bytes
+
+    @property
+    def data_uri(self) -> str:
+        """Picture as a data: URI."""
+        return _data_uri(self.picture)
+
+
+@dataclass(frozen=True)
 class Card:
     """A picture with its texts.
 
@@ -105,6 +118,7 @@ class Card:
         texts: texts below the picture, from top to bottom.
         problem: reason for which the row was refused, or empty if the row was not refused.
         groups: names by which the page's filter selects the card.
+        attention: a picture for each word of the model's caption, shown below the texts.
     """
 
     name: str
@@ -112,11 +126,12 @@ class Card:
     texts: Sequence[CardText]
     problem: str = ""
     groups: Sequence[str] = ()
+    attention: Sequence[WordPicture] = ()
 
     @property
     def data_uri(self) -> str:
         """Thumbnail as a `data:` URI, or an empty string if the card has no thumbnail."""
-        return f"data:image/jpeg;base64,{base64.b64encode(self.thumbnail).decode('ascii')}" if self.thumbnail else ""
+        return _data_uri(self.thumbnail) if self.thumbnail else ""
 
     @property
     def alt(self) -> str:
@@ -173,6 +188,10 @@ class Page:
         """Distinct groups of all cards: first names in order of appearance, then sorted slices such as `size=64`."""
         found = list(dict.fromkeys(g for gallery in self.galleries for card in gallery.cards for g in card.groups))
         return [g for g in found if "=" not in g] + sorted((g for g in found if "=" in g), key=natural_key)
+
+
+def _data_uri(jpeg: bytes) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode('ascii')}"
 
 
 def natural_key(text: str) -> list[tuple[bool, float, str]]:

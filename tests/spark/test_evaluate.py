@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -16,13 +17,14 @@ from tiny_runs import tiny_model_config, write_shards
 from pipelines.driver.caption.drift import read_evaluation_figures
 from pipelines.driver.delta.model_rows import is_of_model
 from pipelines.driver.evaluate.run import REPORT, EvaluationReport, evaluate
-from pipelines.driver.evaluate.scores import SCORES
+from pipelines.driver.evaluate.scores import ATTENTION, ATTENTION_ROWS, SCORES
 from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import UserError
 from pipelines.formats.run_folder import write_json
 from pipelines.formats.shards import Shards, write_manifest
 from pipelines.formats.tables import EVALUATIONS
 from pipelines.platform import Platform
+from pipelines.worker.attention import MAX_WORDS
 from pipelines.worker.caption import load_captioner
 from pipelines.worker.data.batches import Collator
 from vlm import text
@@ -140,11 +142,12 @@ def test_a_repeated_evaluation_neither_computes_nor_writes_the_metrics_again(
     report.gallery_png.unlink()
     evaluate(spark, platform, model, shards, shards)
     assert report.gallery_png.exists(), "a missing page is written again"
-    scores = (report.folder / "scores.parquet").stat().st_mtime_ns
+    scores, attention = ((report.folder / name).stat().st_mtime_ns for name in (SCORES, ATTENTION))
     further = evaluate(spark, platform, model, shards, shards, columns=["height"])
     assert {part.partition("=")[0] for part in further.slices} == {"format", "size", "height"}
     assert further.metrics == report.metrics
     assert (report.folder / "scores.parquet").stat().st_mtime_ns == scores, "another slice does not run the model"
+    assert (report.folder / ATTENTION).stat().st_mtime_ns == attention, "another slice does not draw the attention"
     assert stored(spark, platform, report).items() > (whole | parts).items()
     with pytest.raises(UserError, match=r"Got: colour\. Fix: name one of these columns with --by: image_id"):
         evaluate(spark, platform, model, shards, shards, columns=["colour"])
@@ -187,7 +190,7 @@ def test_the_gallery_shows_the_worst_pictures_the_best_pictures_and_a_sample_of_
     report: EvaluationReport,
 ) -> None:
     page = report.gallery.read_text(encoding="utf-8")
-    assert page.count("data:image/jpeg;base64,") == 48
+    assert page.count('<div class="frame"><img') == 48
     for group in ("worst", "best", "sample"):
         assert len(re.findall(f'data-groups="{group}["|]', page)) == 16, "the other groups are slices"
     assert "blind gap" in page
@@ -195,6 +198,21 @@ def test_the_gallery_shows_the_worst_pictures_the_best_pictures_and_a_sample_of_
     for picture in (report.gallery_png, report.figures_png):
         with Image.open(picture) as image:
             assert np.asarray(image.convert("L")).std() > 5
+
+
+def test_the_worst_rows_of_the_gallery_show_where_the_model_looked_at_each_word(report: EvaluationReport) -> None:
+    page = report.gallery.read_text(encoding="utf-8")
+    figures = page.split("<figure ")[1:]
+    shown = [number for number, figure in enumerate(figures) if 'class="attention"' in figure]
+    assert shown
+    assert set(shown) <= set(range(ATTENTION_ROWS)), "the worst rows come first"
+    captions = {(row.row, row.prompt): row.caption or "" for row in report.scores()}
+    drawn = pq.read_table(report.folder / ATTENTION).to_pylist()
+    assert len(drawn) == ATTENTION_ROWS
+    for item in drawn:
+        words = captions[item["row"], item["prompt"]].split()[:MAX_WORDS]
+        assert [title.rpartition(" ")[0] for title in item["titles"]] == words
+    assert page.count("<small>") >= sum(len(item["titles"]) for item in drawn) > 0
 
 
 def test_a_split_of_one_picture_has_no_blind_gap(

@@ -58,6 +58,19 @@ def inactive_parameters(config: ModelConfig) -> int:
     )
 
 
+def num_attention_weights(config: ModelConfig, text: int) -> int:
+    """Return the number of attention weights in the blocks of encoder and decoder, for one picture and a text.
+
+    Args:
+        config: config of a model with an encoder.
+        text: length of the text in tokens.
+    """
+    encoder, decoder = config.vision.transformer, config.decoder.transformer
+    patches = config.num_patches + config.vision.class_token + config.vision.registers
+    stacks = ((encoder, patches), (decoder, config.num_slots + text))
+    return sum(stack.depth * stack.attention.num_heads * tokens**2 for stack, tokens in stacks)
+
+
 def _encoder(config: ModelConfig) -> int:
     vision = config.vision
     tokens = config.num_patches + vision.class_token + vision.registers

@@ -17,10 +17,11 @@ from pipelines.driver.evaluate.gallery import (
     GalleryRow,
     ModelCaption,
     bar_group,
+    read_thumbnails,
     write_html,
 )
 from pipelines.driver.evaluate.metrics import ScoredRow
-from pipelines.driver.evaluate.run import EvaluationReport, read_thumbnails
+from pipelines.driver.evaluate.run import EvaluationReport
 from pipelines.driver.evaluate.verdict import JUDGED
 from pipelines.errors import StageFailed
 from pipelines.formats.shards import ShardRequest

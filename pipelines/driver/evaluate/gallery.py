@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
+from functools import partial
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+from pyspark.sql import DataFrame
 
+from pipelines.driver.delta.settings import bounded_batches
 from pipelines.driver.evaluate.bootstrap import Interval
 from pipelines.driver.evaluate.metrics import ScoredRow
-from pipelines.pages.page import Bar, BarGroup, Card, CardText, FormattedValue, Page, ValueTable, write_page
+from pipelines.executor.thumbnail import with_thumbnails
+from pipelines.pages.page import (
+    Bar,
+    BarGroup,
+    Card,
+    CardText,
+    FormattedValue,
+    Page,
+    ValueTable,
+    WordPicture,
+    write_page,
+)
 from vlm.files import atomic_write
 from vlm.text.words import words
 
@@ -62,6 +77,10 @@ HEADLINES = ("cider", "word_f1", "exact_match", "rouge_l", "blind_gap")
 SHARES = ("exact_match", "word_f1", "rouge_l")
 """Metrics with values from 0 to 1, whose bars are drawn on a scale from 0 to 1."""
 WORD_GAP = re.compile(r"(\s+)")
+ABOUT_ATTENTION = (
+    "The worst rows also show where the model looked: in the small picture of a word, orange patches got the most "
+    "attention, and the number is the share of the word's attention that goes to the picture."
+)
 PLOTTED = ("exact_match", "word_f1", "rouge_l", "bleu_4")
 
 
@@ -98,6 +117,7 @@ class GalleryRow:
         human: human captions (references), separated by slashes.
         captions: captions by the models, one caption per model.
         groups: names of the groups by which a reader can filter the page.
+        attention: a picture for each word of the model's caption that shows where the model looked; empty to show none.
     """
 
     image_id: str
@@ -106,6 +126,7 @@ class GalleryRow:
     human: str
     captions: tuple[ModelCaption, ...]
     groups: tuple[str, ...]
+    attention: tuple[WordPicture, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -117,7 +138,7 @@ class GalleryRow:
         texts = [CardText(self.prompt, "Prompt")] if self.prompt else []
         texts.append(CardText(self.human, "Human"))
         texts += [CardText(each.text, each.label, each.exact, each.score, each.parts) for each in self.captions]
-        return Card(self.image_id, self.thumbnail, texts, groups=self.groups)
+        return Card(self.image_id, self.thumbnail, texts, groups=self.groups, attention=self.attention)
 
 
 def select_rows(scored: Sequence[ScoredRow]) -> list[tuple[ScoredRow, tuple[str, ...]]]:
@@ -135,6 +156,18 @@ def select_rows(scored: Sequence[ScoredRow]) -> list[tuple[ScoredRow, tuple[str,
     members = {name: {item.key for item in group} for name, group in groups.items()}
     named = [(item, tuple(name for name, keys in members.items() if item.key in keys)) for item in ordered]
     return [(item, names) for item, names in named if names]
+
+
+def read_thumbnails(samples: DataFrame, image_ids: Sequence[str]) -> dict[str, bytes | None]:
+    """Make thumbnails of pictures in `samples` on executors. Return the thumbnails by image_id.
+
+    A picture that is no longer in the table has no thumbnail.
+    """
+    chosen = samples.where(samples.image_id.isin(list(image_ids))).select("image_id", "image")
+    with bounded_batches(samples.sparkSession):
+        thumbnails = partial(with_thumbnails, column="image", max_pixels=sys.maxsize)  # ingest checked sizes already
+        rows = chosen.mapInArrow(thumbnails, "image_id string, thumbnail binary").collect()
+    return {row["image_id"]: row["thumbnail"] and bytes(row["thumbnail"]) for row in rows}
 
 
 def mark_differences(caption: str, references: Sequence[str]) -> tuple[tuple[str, bool], ...]:

@@ -9,10 +9,8 @@ runs twice.
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -20,15 +18,16 @@ from typing import NamedTuple
 from pydantic import Field
 from pyspark.sql import DataFrame, SparkSession
 
-from pipelines.driver.delta.settings import bounded_batches
 from pipelines.driver.delta.tables import add_columns, ensure_tables
 from pipelines.driver.delta.versions import rows_of_source
 from pipelines.driver.evaluate.bootstrap import Interval, measure, slice_metrics, slices_of
 from pipelines.driver.evaluate.coco import has_java, java_metrics
 from pipelines.driver.evaluate.gallery import (
+    ABOUT_ATTENTION,
     GalleryRow,
     ModelCaption,
     headline_bars,
+    read_thumbnails,
     select_rows,
     slice_tables,
     write_figures,
@@ -37,16 +36,23 @@ from pipelines.driver.evaluate.gallery import (
 )
 from pipelines.driver.evaluate.hallucination import ObjectWords, hallucination_metrics
 from pipelines.driver.evaluate.metrics import Metric, ScoredRow, captioned, describe_words, tokenisation_of
-from pipelines.driver.evaluate.scores import SCORES, evaluation_folder, read_scores, score_split, scores_hash
+from pipelines.driver.evaluate.scores import (
+    ATTENTION_ROWS,
+    SCORES,
+    draw_attention,
+    evaluation_folder,
+    read_scores,
+    score_split,
+    scores_hash,
+)
 from pipelines.driver.evaluate.table import merge_rows
 from pipelines.driver.evaluate.verdict import verdict
 from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import StageFailed, UserError
-from pipelines.executor.thumbnail import with_thumbnails
 from pipelines.formats.run_folder import read_json, write_json
 from pipelines.formats.shards import ShardRequest, Shards
 from pipelines.formats.tables import EVALUATIONS, MODEL_DIGEST
-from pipelines.pages.page import Gallery, Page
+from pipelines.pages.page import Gallery, Page, WordPicture
 from pipelines.platform import Platform
 from vlm.config import Config, GenerationConfig
 from vlm.text.words import TOKENISATION, words
@@ -278,7 +284,9 @@ def _evaluate(
     names = {
         item.key: tuple(name for name, inside in slices.items() if inside[row]) for row, item in enumerate(with_caption)
     }
-    return report, _gallery_rows(samples, with_caption, names)
+    shown = select_rows(with_caption)
+    worst = [item for item, groups in shown if "worst" in groups][:ATTENTION_ROWS]
+    return report, _gallery_rows(samples, shown, names, draw_attention(spark, model, shards, worst, folder))
 
 
 # ------------------------------------------------------------------------------------------------ the table
@@ -335,26 +343,16 @@ def _column_values(
     return values
 
 
-def read_thumbnails(samples: DataFrame, image_ids: Sequence[str]) -> dict[str, bytes | None]:
-    """Make thumbnails of pictures in `samples` on executors. Return the thumbnails by image_id.
-
-    A picture that is no longer in the table has no thumbnail.
-    """
-    chosen = samples.where(samples.image_id.isin(list(image_ids))).select("image_id", "image")
-    with bounded_batches(samples.sparkSession):
-        thumbnails = partial(with_thumbnails, column="image", max_pixels=sys.maxsize)  # ingest checked sizes already
-        rows = chosen.mapInArrow(thumbnails, "image_id string, thumbnail binary").collect()
-    return {row["image_id"]: row["thumbnail"] and bytes(row["thumbnail"]) for row in rows}
-
-
 def _gallery_rows(
-    samples: DataFrame, scored: Sequence[ScoredRow], slices: Mapping[tuple[str, str], tuple[str, ...]]
+    samples: DataFrame,
+    shown: Sequence[tuple[ScoredRow, tuple[str, ...]]],
+    slices: Mapping[tuple[str, str], tuple[str, ...]],
+    attention: Mapping[tuple[str, str], tuple[WordPicture, ...]],
 ) -> list[GalleryRow]:
-    """Return the worst rows, the best rows and a sample of all other rows, with their thumbnails.
+    """Return the rows that the gallery shows, with their thumbnails.
 
-    `slices` maps the key of each row to the names of the row's slices.
+    `slices` and `attention` map the key of a row to the names of its slices, and to the attention for its caption.
     """
-    shown = select_rows(scored)
     thumbnails = read_thumbnails(samples, [item.image_id for item, _ in shown])
     return [
         GalleryRow(
@@ -364,6 +362,7 @@ def _gallery_rows(
             human=" / ".join(dict.fromkeys(item.references)),
             captions=(ModelCaption.of_row("Model", item),),
             groups=(*groups, *slices[item.key]),
+            attention=attention.get(item.key, ()),
         )
         for item, groups in shown
     ]
@@ -378,6 +377,8 @@ def _write_pages(report: EvaluationReport, rows: Sequence[GalleryRow]) -> None:
         f"Texts are split into words by {describe_words(report.metrics)}. "
         "The page shows the worst and the best rows by word F1, and a sample of the others."
     )
+    if any(row.attention for row in rows):
+        about += f" {ABOUT_ATTENTION}"
     page = Page(
         title,
         about,

@@ -1,4 +1,6 @@
-"""Scores of one model version for every row of a split. Executors compute the scores once and write them to a file.
+"""Scores of one model version for every row of a split, and its attention for the worst rows.
+
+Executors compute scores and attention once, and the driver writes them to files.
 
 The name of the file's folder contains a hash of everything that determines the scores (model files, pictures, scoring
 method). A second evaluation finds the folder and runs no model. The scores file also has the nearest-neighbour caption
@@ -7,6 +9,7 @@ of each row, which is a human caption of the training picture with the most simi
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
@@ -25,11 +28,23 @@ from pipelines.driver.delta.map_in_arrow import spark_schema
 from pipelines.driver.delta.spark_errors import translate_spark_errors
 from pipelines.driver.evaluate.metrics import ScoredRow
 from pipelines.driver.model_files import ModelFiles
-from pipelines.executor.evaluate import COLOUR_GRID_SCHEMA, ScoreJob, colour_grid_batches, score_batches
+from pipelines.executor.evaluate import (
+    ATTENTION_SCHEMA,
+    COLOUR_GRID_SCHEMA,
+    ScoreJob,
+    attention_batches,
+    colour_grid_batches,
+    score_batches,
+)
 from pipelines.formats.row_scores import SCORE_SCHEMA
 from pipelines.formats.shards import Shards
+from pipelines.pages.page import WordPicture
 from pipelines.platform import Platform, default_parallelism, task_cpus
+from vlm.config import ModelConfig
+from vlm.config.size import num_attention_weights
 from vlm.files import atomic_write
+
+logger = logging.getLogger(__name__)
 
 SCORING = 2
 """Version of the scoring method. Increase this number when a code change gives different scores for the same model and
@@ -41,6 +56,12 @@ pictures of the shards are candidates. These pictures are a random sample, becau
 BLOCK_ROWS = 512
 """Number of evaluated rows in each block of the distance matrix between evaluated pictures and training pictures."""
 SCORES = "scores.parquet"
+ATTENTION = "attention.parquet"
+ATTENTION_ROWS = 6
+"""Number of worst rows of which the gallery shows the attention of the model."""
+MAX_ATTENTION_WEIGHTS = 2**28
+"""Largest number of attention weights of one caption, which take 1 GB in fp32. The gallery of a larger model shows no
+attention."""
 
 ColourGrids = npt.NDArray[np.float32]
 GridAndText = tuple[str, bytes, str]
@@ -98,12 +119,9 @@ def write_scores(file: Path, scored: Iterable[ScoredRow]) -> None:
         pq.write_table(pa.Table.from_pylist([asdict(item) for item in scored], schema), temporary)
 
 
-def _run_model(spark: SparkSession, model: ModelFiles, shards: Shards) -> list[dict[str, Any]]:
-    """Score all rows of a split on executors.
-
-    Return one dict per row, with the keys of SCORE_SCHEMA, sorted by row and prompt.
-    """
-    job = ScoreJob(
+def _score_job(spark: SparkSession, model: ModelFiles, shards: Shards) -> ScoreJob:
+    """Return the settings with which executors run a model on the rows of a split."""
+    return ScoreJob(
         model_folder=model.folder,
         model_digest=model.digest,
         remote=model.remote,
@@ -111,10 +129,77 @@ def _run_model(spark: SparkSession, model: ModelFiles, shards: Shards) -> list[d
         threads=task_cpus(spark),
         settings=model.settings,
     )
+
+
+def _run_model(spark: SparkSession, model: ModelFiles, shards: Shards) -> list[dict[str, Any]]:
+    """Score all rows of a split on executors.
+
+    Return one dict per row, with the keys of SCORE_SCHEMA, sorted by row and prompt.
+    """
     tasks = max(default_parallelism(spark), -(-len(shards) // ROWS_PER_TASK))
     rows = spark.range(0, len(shards), 1, min(tasks, len(shards)))
-    table = rows.mapInArrow(partial(score_batches, job), spark_schema(SCORE_SCHEMA))
+    table = rows.mapInArrow(partial(score_batches, _score_job(spark, model, shards)), spark_schema(SCORE_SCHEMA))
     return sorted((row.asDict() for row in table.collect()), key=lambda row: (row["row"], row["prompt"]))
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+
+def draw_attention(
+    spark: SparkSession, model: ModelFiles, shards: Shards, rows: Sequence[ScoredRow], folder: Path
+) -> dict[tuple[str, str], tuple[WordPicture, ...]]:
+    """Draw for each word of captions where in the picture the model looked.
+
+    If `folder` has no attention file, one executor draws the attention, and the file is written.
+
+    Args:
+        spark: Spark session.
+        model: evaluated model version.
+        shards: evaluated split.
+        rows: rows whose captions are drawn.
+        folder: folder of the evaluation.
+
+    Returns:
+        Dict from the key of a row to one picture per word. A row without words in its caption has no picture. The dict
+        is empty if the attention weights of a caption take too much memory.
+
+    Raises:
+        StageFailed: the executor failed.
+    """
+    file = folder / ATTENTION
+    if not file.exists():
+        settings = model.settings or model.read_config().generation
+        fits = can_show_attention(model.read_config(), settings.max_new_tokens)
+        with atomic_write(file) as temporary:
+            drawn = _run_attention(spark, model, shards, rows) if fits else []
+            pq.write_table(pa.Table.from_pylist(drawn, ATTENTION_SCHEMA), temporary)
+    keys = {(item.row, item.prompt): item.key for item in rows}
+    return {
+        keys[row["row"], row["prompt"]]: tuple(map(WordPicture, row["titles"], row["pictures"]))
+        for row in pq.read_table(file).to_pylist()
+        if (row["row"], row["prompt"]) in keys
+    }
+
+
+def can_show_attention(config: ModelConfig, max_new_tokens: int) -> bool:
+    """Return whether a caption has at most MAX_ATTENTION_WEIGHTS attention weights, which fit an executor's memory."""
+    weights = num_attention_weights(config, max_new_tokens)
+    if weights > MAX_ATTENTION_WEIGHTS:
+        logger.info("the gallery shows no attention, because a caption has %d attention weights", weights)
+    return weights <= MAX_ATTENTION_WEIGHTS
+
+
+def _run_attention(
+    spark: SparkSession, model: ModelFiles, shards: Shards, rows: Sequence[ScoredRow]
+) -> list[dict[str, Any]]:
+    """Draw the attention of the captions of rows in one task. Return dicts with the keys of ATTENTION_SCHEMA."""
+    captions = [(item.row, item.prompt, item.caption) for item in rows]
+    table = spark.createDataFrame(captions, "row bigint, prompt string, caption string").coalesce(1)
+    draw = partial(attention_batches, _score_job(spark, model, shards))
+    with translate_spark_errors(
+        "the attention could not be drawn", where=f"model {model.name} version {model.version}"
+    ):
+        return [row.asDict() for row in table.mapInArrow(draw, spark_schema(ATTENTION_SCHEMA)).collect()]
 
 
 # ------------------------------------------------------------------------------------------------ neighbours

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipelines.config import load_model
 from pipelines.driver.evaluate.bootstrap import Interval
 from pipelines.driver.evaluate.gallery import (
     GalleryRow,
@@ -25,8 +26,9 @@ from pipelines.driver.evaluate.gallery import (
     write_html,
     write_png,
 )
+from pipelines.driver.evaluate.scores import can_show_attention
 from pipelines.driver.evaluate.verdict import verdict
-from pipelines.pages.page import Gallery, Page, natural_key
+from pipelines.pages.page import Gallery, Page, WordPicture, natural_key
 
 
 def row(number: int, *, exact: bool, caption: str = "a red square") -> GalleryRow:
@@ -77,6 +79,23 @@ def test_a_caption_cannot_inject_html_into_the_gallery_page(tmp_path: Path) -> N
     assert evil not in page
     assert "&lt;script&gt;" in page
     assert [tag for tag, _ in Tags(page).tags if tag in ("img", "script")] == ["img", "script"]
+
+
+def test_the_gallery_shows_the_attention_pictures_of_a_row_with_their_escaped_words(tmp_path: Path) -> None:
+    plain = row(1, exact=False)
+    assert plain.thumbnail
+    looks = tuple(WordPicture(title, plain.thumbnail) for title in ("a 12%", "<b> 40%"))
+    page = write(tmp_path / "gallery.html", [replace(plain, attention=looks), row(2, exact=False)])
+    assert page.count('class="attention"') == 1
+    assert re.findall("<small>([^<]*%)</small>", page) == ["a 12%", "&lt;b&gt; 40%"]
+    assert sum(tag == "img" for tag, _ in Tags(page).tags) == 4
+
+
+def test_the_gallery_of_a_model_with_too_many_attention_weights_shows_no_attention() -> None:
+    model = load_model("nano")
+    assert can_show_attention(model, 32)
+    large = model.model_copy(update={"image": model.image.model_copy(update={"size": 64 * model.image.size})})
+    assert not can_show_attention(large, 32)
 
 
 def test_the_gallery_marks_right_and_wrong_captions_with_a_word_as_well_as_with_a_colour(tmp_path: Path) -> None:

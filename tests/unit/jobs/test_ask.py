@@ -19,10 +19,10 @@ from published_tokenizers import byte_fallback
 from tokenizers import AddedToken
 
 from jobs.ask import ask
-from jobs.attention_drawing import PANEL, attention_panels, draw_attention, join_panels
 from jobs.regions import FoundRegion, draw_regions
 from pipelines.config import load_model
 from pipelines.errors import StageFailed, UserError
+from pipelines.pages.attention import PANEL, attention_panels, draw_attention, join_panels
 from vlm import text
 from vlm.captioner import Captioner
 from vlm.checkpoint import save_model

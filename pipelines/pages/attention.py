@@ -1,4 +1,4 @@
-"""Draw attention maps: one panel with the picture as the model sees it, and one panel for each word of the answer."""
+"""Drawings of attention maps: the picture as the model sees it, and one panel for each word of the answer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vlm.generation.attention_maps import AttentionMaps
 
 PANEL = 224
-"""Side of a panel, in pixels."""
+"""Side of a panel that `ask` draws, in pixels."""
 COLUMNS = 5
 MARGIN = 8
 HOT = (255, 64, 0)
@@ -24,7 +24,7 @@ MAX_TITLE = 24
 
 
 class Panel(NamedTuple):
-    """A picture of PANEL x PANEL pixels with its title."""
+    """A square picture with its title."""
 
     title: str
     picture: Image
@@ -38,26 +38,27 @@ def draw_attention(picture: Image, config: ImageConfig, maps: AttentionMaps) -> 
     return join_panels(attention_panels(picture, config, maps))
 
 
-def attention_panels(picture: Image, config: ImageConfig, maps: AttentionMaps) -> list[Panel]:
+def attention_panels(picture: Image, config: ImageConfig, maps: AttentionMaps, *, side: int = PANEL) -> list[Panel]:
     """Return a panel of the picture and a panel for each word, whose colours show the attention to each patch.
 
     Args:
         picture: picture in RGB.
         config: settings with which the picture was resized for the model; a panel shows the same part of the picture.
         maps: attention maps of the answer.
+        side: side of a panel, in pixels.
     """
     from PIL import Image
 
     from vlm.image import to_pixels
 
-    seen = Image.fromarray(to_pixels(picture, config.model_copy(update={"size": PANEL})))
+    seen = Image.fromarray(to_pixels(picture, config.model_copy(update={"size": side})))
     grey = np.asarray(seen.convert("L").convert("RGB"), np.float32)
     panels = [Panel("", seen)]
     for word, patches in maps.words():
         share = float(patches.sum())
         scaled = (patches - patches.min()) / (patches.max() - patches.min()).clamp(min=1e-12)
         heat = Image.fromarray(scaled.numpy().astype(np.float32))
-        alpha = np.asarray(heat.resize((PANEL, PANEL), Image.Resampling.BILINEAR))[..., None] * MAX_ALPHA
+        alpha = np.asarray(heat.resize((side, side), Image.Resampling.BILINEAR))[..., None] * MAX_ALPHA
         blended = grey * (1 - alpha) + np.array(HOT, np.float32) * alpha
         title = word if len(word) <= MAX_TITLE else f"{word[: MAX_TITLE - 3]}..."
         panels.append(Panel(f"{title} {share:.0%}", Image.fromarray(blended.round().astype(np.uint8))))
