@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import locale
 import logging
 import os
 import re
@@ -171,9 +172,13 @@ def _prepare_environment(master: str) -> None:
 
     PYSPARK_PYTHON makes Python workers use this Python instead of the `python3` on PATH. PYTHONSAFEPATH removes the
     working folder from the module search path of processes started with `python -m`. Otherwise a folder `pipelines`,
-    `vlm` or `jobs` of the user would be imported instead of ours. PYTHONPATH still applies.
+    `vlm` or `jobs` of the user would be imported instead of ours. PYTHONPATH still applies. LC_ALL names a UTF-8 locale
+    if the user's locale is not UTF-8 (`LC_ALL=C` in cron jobs and containers, or a locale that is not installed).
+    Python then uses UTF-8 for the names of files, but the JVM would replace each letter outside of ASCII by `?`.
     """
     os.environ.setdefault(SAFE_PATH, "1")
+    if locale.nl_langinfo(locale.CODESET).upper() != "UTF-8":
+        os.environ["LC_ALL"] = "C.UTF-8"
     if master.startswith("spark://"):
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     else:
