@@ -81,6 +81,9 @@ def _rare_config(variant: str) -> ModelConfig:
     capped = variant == "capped"
     config = tiny_config("prefix" if capped else "plain").model_dump()
     config["vision"] |= VISION.get(variant, {})
+    if variant == "looking":
+        config["vision"] |= {"registers": 1}
+        config["vision"]["transformer"]["position"] = {"kind": "axial", "first": "column", "learned": True}
     if variant == "relative":
         position = {"kind": "relative", "mlp_width": 8}
         config["vision"]["transformer"] |= {"position": position, "sandwich": True, "input_norms": False}
@@ -93,9 +96,7 @@ def _rare_config(variant: str) -> ModelConfig:
     config["projector"] = PROJECTOR.get(variant, config["projector"])
     config["fusion"] = FUSION.get(variant, {"kind": "slots"})
     if variant == "routed":
-        config["vision"] |= {"registers": 1}
-        position = {"kind": "axial", "first": "column", "learned": True}
-        config["vision"]["transformer"] |= {"mlp": ENCODER_EXPERTS, "position": position}
+        config["vision"]["transformer"]["mlp"] = ENCODER_EXPERTS
         config["decoder"]["transformer"]["mlp"] = DECODER_EXPERTS
     if capped:
         config["decoder"] |= {"scale_embeddings": True, "soft_cap": 3.0}

@@ -8,6 +8,7 @@ from pathlib import Path
 from pyspark.sql import SparkSession
 
 from pipelines.driver.delta.tables import ensure_tables
+from pipelines.driver.delta.thumbnails import read_thumbnails
 from pipelines.driver.delta.versions import rows_of_source
 from pipelines.driver.evaluate.bootstrap import Interval, pair_rows, paired_metrics
 from pipelines.driver.evaluate.gallery import (
@@ -17,7 +18,6 @@ from pipelines.driver.evaluate.gallery import (
     GalleryRow,
     ModelCaption,
     bar_group,
-    read_thumbnails,
     write_html,
 )
 from pipelines.driver.evaluate.metrics import ScoredRow

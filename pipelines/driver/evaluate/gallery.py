@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import io
 import re
-import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
-from functools import partial
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
-from pyspark.sql import DataFrame
 
-from pipelines.driver.delta.settings import bounded_batches
 from pipelines.driver.evaluate.bootstrap import Interval
 from pipelines.driver.evaluate.metrics import ScoredRow
-from pipelines.executor.thumbnail import with_thumbnails
 from pipelines.pages.page import (
     Bar,
     BarGroup,
@@ -156,18 +151,6 @@ def select_rows(scored: Sequence[ScoredRow]) -> list[tuple[ScoredRow, tuple[str,
     members = {name: {item.key for item in group} for name, group in groups.items()}
     named = [(item, tuple(name for name, keys in members.items() if item.key in keys)) for item in ordered]
     return [(item, names) for item, names in named if names]
-
-
-def read_thumbnails(samples: DataFrame, image_ids: Sequence[str]) -> dict[str, bytes | None]:
-    """Make thumbnails of pictures in `samples` on executors. Return the thumbnails by image_id.
-
-    A picture that is no longer in the table has no thumbnail.
-    """
-    chosen = samples.where(samples.image_id.isin(list(image_ids))).select("image_id", "image")
-    with bounded_batches(samples.sparkSession):
-        thumbnails = partial(with_thumbnails, column="image", max_pixels=sys.maxsize)  # ingest checked sizes already
-        rows = chosen.mapInArrow(thumbnails, "image_id string, thumbnail binary").collect()
-    return {row["image_id"]: row["thumbnail"] and bytes(row["thumbnail"]) for row in rows}
 
 
 def mark_differences(caption: str, references: Sequence[str]) -> tuple[tuple[str, bool], ...]:

@@ -19,6 +19,7 @@ from pydantic import Field
 from pyspark.sql import DataFrame, SparkSession
 
 from pipelines.driver.delta.tables import add_columns, ensure_tables
+from pipelines.driver.delta.thumbnails import read_thumbnails
 from pipelines.driver.delta.versions import rows_of_source
 from pipelines.driver.evaluate.bootstrap import Interval, measure, slice_metrics, slices_of
 from pipelines.driver.evaluate.coco import has_java, java_metrics
@@ -27,7 +28,6 @@ from pipelines.driver.evaluate.gallery import (
     GalleryRow,
     ModelCaption,
     headline_bars,
-    read_thumbnails,
     select_rows,
     slice_tables,
     write_figures,

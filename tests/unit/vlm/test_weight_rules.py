@@ -145,4 +145,6 @@ def test_a_model_config_made_of_published_parts_fits_the_weight_families_of_thes
         fitting = [family for family in families() if family.part == part and family.matches_architecture(config)]
         assert [family.name for family in fitting if family.name in names] == names
         for family in fitting:
+            if not family.exportable:
+                continue  # our config of such a model has no config.json of the family
             assert family.mismatches(config, family.to_settings(config)) == []
