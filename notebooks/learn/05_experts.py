@@ -269,7 +269,7 @@ plt.colorbar(label="share of the tokens", shrink=0.8)
 plt.yticks(range(len(kinds)), list(kinds))
 plt.xlabel("expert")
 assert np.allclose(shares.sum(axis=1), 1)
-assert np.abs(shares[0] - shares[3]).sum() > 0.2  # patches and colours go to different experts
+assert np.abs(shares[0] - shares[3]).sum() > 0.2  # patches and words for colours go to different experts
 
 # COMMAND ----------
 

@@ -21,7 +21,7 @@ MIN_READ_SHARE = 0.95
 
 @pytest.mark.parametrize("count", [10, pytest.param(80, marks=[pytest.mark.faults, pytest.mark.matrix])])
 @pytest.mark.parametrize("kind", SOURCES)
-def test_no_row_that_a_naive_reader_finds_is_lost_without_a_report(
+def test_every_row_that_a_naive_reader_finds_is_ingested_or_reported(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path, kind: str, count: int
 ) -> None:
     drawn = draw_source(kind, tmp_path / "in", count, seed=21 + count)

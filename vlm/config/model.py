@@ -29,7 +29,8 @@ class DecoderConfig(Config):
         tie_embeddings: whether the output head uses the weights of the token embedding table.
         scale_embeddings: whether token embeddings are multiplied by sqrt(width) (Vaswani et al., 2017). Picture
             features are never multiplied by this factor.
-        soft_cap: largest absolute value of the logits, which tanh limits (Gemma Team, 2024), or null for no limit.
+        soft_cap: bound of the absolute logits, which become soft_cap * tanh(logit / soft_cap) (Gemma Team, 2024), or
+            null for no bound.
     """
 
     context: PositiveInt

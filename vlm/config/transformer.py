@@ -136,8 +136,8 @@ class AttentionConfig(Config):
         windows: window size of each layer, in positions. A position attends to itself and to the positions before it,
             up to the window size in total; null means all positions. If the list has fewer entries than the transformer
             has layers, the list is repeated.
-        soft_cap: largest absolute value of the attention scores, which tanh limits (Gemma Team, 2024), or null for no
-            limit.
+        soft_cap: bound of the absolute attention scores, which become soft_cap * tanh(score / soft_cap) (Gemma Team,
+            2024), or null for no bound.
         scale: factor by which attention scores are multiplied, or null for head_dim ** -0.5.
         qk_norm: whether the queries and the keys of each head are normalised (Dehghani et al., 2023), by norms with the
             settings of the transformer's other norms.

@@ -40,7 +40,7 @@ def decode_without_end(data: bytes, decode: Callable[[bytes], Image.Image]) -> I
 
 
 def _has_all_coefficients(data: bytes) -> bool:
-    """Return whether the scans of the file hold each of the 64 coefficients of each component, to the last bit."""
+    """Return whether the scans of a JPEG file together hold all 64 coefficients of all components in full."""
     missing: set[tuple[int, int]] = set()
     position = 2
     progressive = False

@@ -142,7 +142,7 @@ def _sum_over_ranks(rank_sums: list[_RouterSums]) -> list[_RouterSums]:
 
 
 def _is_decoder_layer(layer: str) -> bool:
-    """Return whether a layer belongs to the decoder. Only decoder layers read padding; encoder layers read patches."""
+    """Return whether a layer belongs to the decoder. Only the inputs of decoder layers have padding."""
     return layer.startswith("decoder.")
 
 

@@ -137,7 +137,7 @@ def _newest_unfinished(folder: Path, name: str) -> RunFolder | None:
 def _warn_of_unfinished_run(folder: Path, config: RunConfig, code: TrainingCode) -> None:
     """Log how a new run differs from the newest unfinished run of the same name. The unfinished run is not resumed.
 
-    A folder of another program or of an incompatible version never stops the new run.
+    The new run also starts if another program or an incompatible version wrote a folder.
     """
     try:
         unfinished = _newest_unfinished(folder, config.name)

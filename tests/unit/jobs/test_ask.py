@@ -224,7 +224,7 @@ def test_lakesight_ask_applies_the_picture_limits_of_the_run(
         ask([Path("wide.png")], checkpoint=random_model[0], overrides=[f"data.limits.{limit}"])
 
 
-def test_a_picture_whose_decoding_crashes_or_never_ends_leads_to_an_error(
+def test_an_error_is_reported_if_the_decoding_of_a_picture_crashes_or_never_ends(
     random_model: tuple[Path, VisionLanguageModel, Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = ["data.limits.max_decode_seconds=0.5"]

@@ -34,8 +34,8 @@ from pipelines.platform import analysed, spark_errors
 logger = logging.getLogger(__name__)
 
 BROADCAST_IDS = 1_000_000
-"""If at most this many rows have changed, the ids of these rows are sent to every executor, so that no picture is
-shuffled."""
+"""Largest number of changed rows whose ids are sent to every executor, so that the join sends no pictures between
+executors."""
 OTHER_CHARS = 2**20
 """Largest number of characters (or bytes) that `quarantine` stores of a value in an unused column."""
 PLAIN = (
