@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import random
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import caption_job
 import pytest
 from caption_job import BAD, ROWS, caption_table, prepare, read_captions
-from process_killer import KillWindow, ProcessKind, kill_after, run_with_kills, start_script
+from process_killer import KillWindow, ProcessKind, kill_after, retry, run_with_kills, start_script
 from pyspark.sql import SparkSession
 
 from pipelines.driver.caption.run import CaptionReport
-from pipelines.errors import StageFailed
 from pipelines.platform import Platform
 
 pytestmark = [
@@ -51,22 +51,12 @@ def window(reference: Reference) -> KillWindow:
     return KillWindow(reference.seconds)
 
 
-def retry(spark: SparkSession, platform: Platform, folder: Path, version: str) -> CaptionReport:
-    """Run the caption job until the job succeeds, at most four times, as a scheduler does."""
-    for _ in range(3):
-        try:
-            return caption_table(spark, platform, folder, version)
-        except StageFailed:
-            continue
-    return caption_table(spark, platform, folder, version)
-
-
 def check_after_kill(
     spark: SparkSession, platform: Platform, reference: Reference, kind: ProcessKind, seed: int, window: KillWindow
 ) -> None:
     def job(attempt: str) -> tuple[str, CaptionReport]:
         version = f"{kind}-{seed}-{attempt}"
-        return version, retry(spark, platform, reference.folder, version)
+        return version, retry(partial(caption_table, spark, platform, reference.folder, version))
 
     version, report = run_with_kills(kind, random.Random(seed), window, job)
     assert report.considered == report.already + report.captioned + report.errors == ROWS

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import random
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import ingest_job
 import pytest
 from deltalake import DeltaTable
 from ingest_job import SOURCE, ingest_and_shard, write_rows
-from process_killer import KillWindow, ProcessKind, kill_after, run_with_kills, start_script
+from process_killer import KillWindow, ProcessKind, kill_after, retry, run_with_kills, start_script
 from pyspark.sql import SparkSession
 
-from pipelines.errors import StageFailed
 from pipelines.formats.shards import Shards
 from pipelines.platform import Platform
 
@@ -49,27 +49,17 @@ def assert_complete(home: Path, source: str, expected: dict[str, str]) -> None:
     assert shards.manifest.num_rows == len(expected)
 
 
-def retry(spark: SparkSession, platform: Platform, source: str, folder: Path) -> None:
-    """Run ingest and sharding until both succeed, at most four times, as a job scheduler does."""
-    for _ in range(3):
-        try:
-            return ingest_and_shard(spark, platform, source, folder)
-        except StageFailed:
-            continue
-    return ingest_and_shard(spark, platform, source, folder)
-
-
 def check_after_kill(
     spark: SparkSession, platform: Platform, source: str, folder: Path, kind: ProcessKind, seed: int, window: KillWindow
 ) -> None:
     expected = write_rows(folder, 1, ROWS)
 
     def job(attempt: str) -> str:
-        retry(spark, platform, f"{source}-{attempt}", folder)
+        retry(partial(ingest_and_shard, spark, platform, f"{source}-{attempt}", folder))
         return f"{source}-{attempt}"
 
     name = run_with_kills(kind, random.Random(seed), window, job)
-    retry(spark, platform, name, folder)
+    retry(partial(ingest_and_shard, spark, platform, name, folder))
     assert_complete(platform.root, name, expected)
 
 

@@ -18,12 +18,23 @@ from typing import Literal, TypeVar
 from processes import TEST_PATH
 
 from pipelines.background_thread import in_background
+from pipelines.errors import StageFailed
 
 T = TypeVar("T")
 ProcessKind = Literal["worker", "executor"]
 KILLS = 4
 """Largest number of processes that are killed during one job."""
 COMMANDS = {"worker": "pyspark.daemon", "executor": "CoarseGrainedExecutorBackend"}
+
+
+def retry(job: Callable[[], T]) -> T:
+    """Run a job until the job succeeds, at most four times, as a job scheduler does."""
+    for _ in range(3):
+        try:
+            return job()
+        except StageFailed:
+            continue
+    return job()
 
 
 def spark_processes(kind: ProcessKind) -> list[int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scored_rows import scored_row
 
 from pipelines.config import GateConfig, Trial
 from pipelines.driver.evaluate.baselines import best_constants
@@ -29,12 +30,10 @@ def scored(captions: list[str | None], *, gap: float = 1.0) -> list[ScoredRow]:
     The captions of the neighbour baseline are right for three of the four values.
     """
     return [
-        ScoredRow(
-            row=row,
-            image_id=f"x/{row}",
-            prompt="",
-            references=(TRUTH[row % 4],),
-            caption=caption,
+        scored_row(
+            row,
+            [TRUTH[row % 4]],
+            caption,
             neighbour=TRUTH[row % 4] if row % 2 else TRUTH[0],
             loss=2.0,
             blind_loss=2.0 + 4 * gap,
@@ -42,11 +41,7 @@ def scored(captions: list[str | None], *, gap: float = 1.0) -> list[ScoredRow]:
             noise_loss=4.0,
             num_targets=4,
             num_correct=3,
-            num_tokens=4,
             seconds=0.1,
-            mean_logprob=-0.5,
-            brightness=100.0,
-            contrast=40.0,
         )
         for row, caption in enumerate(captions)
     ]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scored_rows import scored_row
 
 from jobs.evaluate import open_object_words
 from jobs.log_evaluation import LOGGED_METRICS, figures_by_column
@@ -35,25 +36,7 @@ caf\u00e9,
 def scored(rows: list[tuple[str, list[str], str | None]]) -> list[ScoredRow]:
     """Return rows with the given image_ids, references and captions."""
     return [
-        ScoredRow(
-            row=row,
-            image_id=image_id,
-            prompt=str(row),
-            references=tuple(references),
-            caption=caption,
-            neighbour=None,
-            loss=1.0,
-            blind_loss=2.0,
-            blank_loss=2.0,
-            noise_loss=2.0,
-            num_targets=3,
-            num_correct=2,
-            num_tokens=4,
-            seconds=0.25,
-            mean_logprob=-0.5,
-            brightness=100.0,
-            contrast=40.0,
-        )
+        scored_row(row, references, caption, image_id=image_id, prompt=str(row))
         for row, (image_id, references, caption) in enumerate(rows)
     ]
 

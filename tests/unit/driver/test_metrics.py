@@ -13,6 +13,7 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+from scored_rows import scored_row
 
 from pipelines.driver.evaluate.baselines import best_constants, constant_cider
 from pipelines.driver.evaluate.bootstrap import measure, metric_differences, slice_metrics
@@ -31,12 +32,10 @@ MADE = ["a red square left of a circle", "a small green triangle", "a dog runs o
 
 def scored(truth: list[list[str]], made: list[str], *, gap: float | None = 1.0, tokens: int = 5) -> list[ScoredRow]:
     return [
-        ScoredRow(
-            row=row,
-            image_id=f"x/{row}",
-            prompt="",
-            references=tuple(references),
-            caption=caption,
+        scored_row(
+            row,
+            references,
+            caption,
             neighbour=references[-1],
             loss=0.5 * tokens,
             blind_loss=None if gap is None else (0.5 + gap) * tokens,
@@ -45,10 +44,6 @@ def scored(truth: list[list[str]], made: list[str], *, gap: float | None = 1.0, 
             num_targets=tokens,
             num_correct=4,
             num_tokens=tokens + 1,
-            seconds=0.25,
-            mean_logprob=-0.5,
-            brightness=100.0,
-            contrast=40.0,
         )
         for row, (references, caption) in enumerate(zip(truth, made, strict=True))
     ]
