@@ -1,8 +1,8 @@
 """Model library: configuration, layers, tokenizers, training and generation of vision-language models.
 
-`vlm.load` and `vlm.build` return a `Captioner`; other names are loaded on first use, so that `import vlm` needs no
-PyTorch. The library never imports `pipelines`, Spark or MLflow; start reading in `model.py`, which holds the forward
-pass, and continue with `factory.py`, which builds a model from its config.
+`vlm.load` and `vlm.build` return a `Captioner`; the modules that need PyTorch are imported on first use, so that
+`import vlm` needs no PyTorch. Start reading in `model.py` (the forward pass) and `factory.py` (construction of a model
+from its config); no module imports `pipelines`, Spark or MLflow.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return the tensors of the batch, in the order in which the class declares its fields."""
+        """Return the tensors of the batch, in the order of the fields of this class."""
         return tuple(self._named_tensors().values())
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:

@@ -101,7 +101,7 @@ class Captioner:
 
     `vlm.load` and `vlm.build` return a captioner. A picture may be a Pillow image, a `pathlib.Path`, the bytes of a
     picture file, or base64 text. Every method takes generation settings as keyword arguments (`vlm.GenerationConfig`).
-    A setting that is not given has the value that is stored with the model.
+    If a caller does not pass a setting, the method uses the value that is stored with the model.
 
     Example:
         >>> import vlm
@@ -195,8 +195,8 @@ class Captioner:
     def stream(self, images: Picture | Sequence[Picture], prompt: str = "", **settings: Any) -> Iterator[str]:
         """Answer one prompt about one or several pictures, and yield the answer piece by piece.
 
-        The pieces together are the answer of `caption` to the same picture and prompt. With beam search, the whole
-        answer is one piece.
+        The concatenated pieces equal the answer that `caption` returns for the same picture and prompt. With beam
+        search, the whole answer is one piece.
 
         Args:
             images: one picture, or the pictures in the order in which the model reads them.
@@ -290,7 +290,8 @@ class Captioner:
 
         Raises:
             ImageError: a picture cannot be decoded.
-            UserError: the prompt is not valid Unicode, or pictures are given to a model of text, which has no encoder.
+            UserError: the prompt is not valid Unicode, or pictures are given to a text-only model, which has no
+            encoder.
 
         Example:
             >>> import vlm
@@ -347,7 +348,7 @@ class Captioner:
             For each picture, a completion, or an error if the prompt is not a text or does not fit the model's context.
 
         Raises:
-            UserError: the model is a model of text.
+            UserError: the model is a text-only model.
 
         Example:
             >>> import vlm

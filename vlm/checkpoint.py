@@ -41,7 +41,7 @@ MODEL_FILES = (WEIGHTS, CONFIG, TOKENIZER)
 FORMAT_KEY, FORMAT = "lakesight_format", 2
 """Version of the checkpoint format. A file without a version counts as version 0.
 
-Since version 2, the learned query of `vision.select: attention` reads only the patches. In older versions, the query
+In version 2, the learned query of `vision.select: attention` reads only the patches. In versions 0 and 1, this query
 also reads the class token and the registers.
 """
 
@@ -65,7 +65,7 @@ def save_config(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None
 
 
 def model_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return a dict from the name of each parameter to the parameter itself, which is not copied.
+    """Return a dict from name to parameter, without copying the parameters.
 
     Tied parameters appear once, as in `named_parameters`.
     """
@@ -190,12 +190,12 @@ def fill_weights(config: ModelConfig, weights: Mapping[str, Tensor | TensorRows]
 
 
 class TensorRows(NamedTuple):
-    """Consecutive rows (indices of the first dimension) of a tensor that is sharded over ranks.
+    """The rows (indices of the first dimension) of a sharded tensor that one rank stores.
 
     Attributes:
-        rows: the rows that this rank stores; a tensor with zero rows if the rank stores no row.
+        rows: tensor of the consecutive rows that this rank stores; the tensor may have zero rows.
         shape: shape of the whole tensor.
-        first: index of the first of these rows in the whole tensor.
+        first: index that the first row of `rows` has in the whole tensor.
     """
 
     rows: Tensor
@@ -254,8 +254,8 @@ class ManifestEntry(Config):
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that replaces `folder` when the `with` block ends without an error.
 
-    Before the rename, this function adds files.json to the folder and flushes every file to disk. After a crash of the
-    host, the folder is therefore either complete or absent.
+    Before the rename, this function adds files.json to the folder and flushes every file to disk. If the host crashes,
+    the folder is therefore either complete or absent.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

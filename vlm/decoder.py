@@ -48,7 +48,9 @@ class Decoder(nn.Module):
         self.norm, self.head = norm, head
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Return the embeddings (..., W) of token ids. The negative id of a slot gets an arbitrary finite vector."""
+        """Return the embeddings (..., W) of token ids. An image slot has a negative id and gets an arbitrary finite
+        vector, which the fusion later replaces.
+        """
         vectors = self.tokens(tokens.clamp(min=0))
         return vectors * self.embedding_scale if self.embedding_scale != 1 else vectors
 

@@ -91,7 +91,8 @@ class CheckpointError(LakesightError):
 def nearest(name: str, valid: Iterable[str], count: int = 1) -> list[str]:
     """Return up to `count` valid names that are similar to a misspelled name, starting with the most similar name."""
     folded, by_folded = name.casefold(), {each.casefold(): each for each in valid}
-    anagrams = [each for each in by_folded if sorted(each) == sorted(folded)]  # difflib does not suggest "id" for "di"
+    # difflib finds no similarity between "di" and "id", so search for anagrams too
+    anagrams = [each for each in by_folded if sorted(each) == sorted(folded)]
     similar = difflib.get_close_matches(folded, by_folded, n=count, cutoff=0.6)
     return [by_folded[match] for match in dict.fromkeys([*anagrams, *similar])][:count]
 

@@ -71,12 +71,12 @@ def construct_model(config: ModelConfig, vocab_size: int) -> VisionLanguageModel
 
 
 def initialize_weights(model: VisionLanguageModel) -> None:
-    """Initialize the weights in place. The weights of linear layers get a variance of 1 / fan_in.
+    """Initialize the weights of a model in place. The weights of linear layers get a variance of 1 / fan_in.
 
     - The weights of layers that write into the residual stream are also divided by sqrt(2 * depth).
     - The output head, the embedding table and learned tokens get a standard deviation of 0.02, so that the first loss
       is log(vocabulary size). A larger standard deviation of the head makes the start of training unstable.
-    - Routers also get a standard deviation of 0.02. With large weights, a router would hardly change its initial choice
+    - Routers also get a standard deviation of 0.02. If a router starts with large weights, it hardly changes its choice
       of experts during training.
     """
     for module in model.modules():

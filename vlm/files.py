@@ -26,11 +26,12 @@ def atomic_write(path: Path, *, sync: bool = True) -> Iterator[Path]:
 
     Args:
         path: path of the file to write.
-        sync: whether to flush the bytes to disk before the rename, so that a power failure leaves no empty file. The
-            value False suits files that are useless after a crash, such as heartbeats.
+        sync: whether to flush the bytes to disk before the rename, so that a power failure leaves no empty file. Use
+            False for files that are useless after a crash, such as heartbeats.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # `path.name` with a suffix might be too long
+    # A temporary name that contains `path.name` might exceed the length limit of file names.
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
         if sync:
@@ -72,9 +73,9 @@ COPY_BYTES = 16 * 2**20
 def join_rows(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) -> None:
     """Join safetensors files, each of which holds some rows (indices of the first dimension) of the same tensors.
 
-    The rows of a tensor are concatenated in the order of the files. Any file except the first file may lack a tensor.
-    The joined file is written from start to end and no tensor is ever read as a whole, so the memory does not grow with
-    the size of the files.
+    The rows of a tensor are concatenated in the order of the files. A tensor may be missing in any file except the
+    first file. The joined file is written from start to end and no tensor is ever read as a whole, so the memory does
+    not grow with the size of the files.
 
     Args:
         parts: safetensors files; the first file must hold rows of every tensor.
@@ -93,7 +94,7 @@ def join_rows(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) ->
         for name, entry in headers[0].items():
             entries = [header[name] for header in headers if name in header]
             begin, end = end, end + sum(last - first for first, last in (each["data_offsets"] for each in entries))
-            # A scalar has no rows, so only the first file holds it.
+            # A scalar has no rows, so only the first file contains the scalar.
             rows = [sum(each["shape"][0] for each in entries)] if entry["shape"] else []
             shape = [*rows, *entry["shape"][1:]]
             joined[name] = {"dtype": entry["dtype"], "shape": shape, "data_offsets": [begin, end]}
@@ -108,8 +109,8 @@ def join_rows(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) ->
 
 
 def _read_header(file: BinaryIO) -> dict[str, Any]:
-    """Return the header of a safetensors file without its metadata, and leave the file at the first byte of the
-    tensors.
+    """Read the header of a safetensors file, and return it without the metadata. The next read returns the bytes of the
+    first tensor.
     """
     header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     header.pop("__metadata__", None)
@@ -118,7 +119,7 @@ def _read_header(file: BinaryIO) -> dict[str, Any]:
 
 def _write_header(file: BinaryIO, header: Mapping[str, Any]) -> None:
     data = json.dumps(header, separators=(",", ":")).encode()
-    data += b" " * (-len(data) % 8)  # add spaces, so that the tensors start at a multiple of 8 bytes
+    data += b" " * (-len(data) % 8)  # the format aligns tensors at multiples of 8 bytes
     file.write(len(data).to_bytes(8, "little") + data)
 
 

@@ -89,8 +89,8 @@ class GatedCrossBlock(nn.Module):
     def forward(self, x_BTW: Tensor, keys_values: tuple[Tensor, Tensor], mask_B1TS: Tensor) -> Tensor:
         """Apply the block. The attention adds nothing to a position before the first picture."""
         has_picture = mask_B1TS.any(dim=-1, keepdim=True)
-        # The softmax of a position that attends to nothing is NaN. A position before the first picture thus attends
-        # to all keys here, and the result is multiplied by zero below.
+        # The softmax of a position that attends to nothing is NaN. Let a position before the first picture attend to
+        # all keys, and multiply its result by zero afterwards.
         attended = self.attention(self.attention_norm(x_BTW), keys_values, mask_B1TS | ~has_picture)
         x_BTW = x_BTW + torch.tanh(self.attention_gate) * attended * has_picture[:, 0]
         return x_BTW + torch.tanh(self.mlp_gate) * self.mlp(self.mlp_norm(x_BTW))

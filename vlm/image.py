@@ -47,9 +47,9 @@ FILTERS = {
 picture."""
 
 MAX_ASPECT = 16
-"""Limit of the ratio of a picture's scaled side to the side of the model's input. Up to this limit, the whole picture
-is resized. Above the limit, only the visible part of the picture is resized. Resizing a whole picture of 4 x 16,000,000
-pixels for a crop of side 384 would need 1.8 TB of memory.
+"""Largest length of a scaled picture, as a multiple of the side of the model's input, for which the whole picture is
+resized. Of a longer picture, only the part inside the crop is resized. For a crop of side 384, resizing a whole picture
+of 4 x 16,000,000 pixels would need 1.8 TB of memory.
 """
 
 UNSUPPORTED_SIGNATURES = (
@@ -66,7 +66,7 @@ MEDIA_BRANDS = {
     **dict.fromkeys((b"avif", b"avis"), "AVIF"),
     **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIF"),
 }
-"""Names of the picture formats that consist of ISO media boxes, by brand."""
+"""Dict from the brand of an ISO media file to the name of its picture format."""
 
 URL_SAFE = str.maketrans("-_", "+/")
 DATA_URL = re.compile(r"data:[^,]{0,1000};\s*base64\s*,", re.IGNORECASE)
@@ -110,7 +110,7 @@ def decode_base64(text: str, max_bytes: int = sys.maxsize) -> bytes:
     try:
         try:
             data = _decode_strictly(body)
-        except (binascii.Error, ValueError):  # the tolerant decoding is slower, so the strict decoding comes first
+        except (binascii.Error, ValueError):  # the tolerant decoding is slower, so try the strict decoding first
             data = _decode_strictly("".join(unquote(body).split()).rstrip("=").translate(URL_SAFE))
     except (binascii.Error, ValueError) as error:
         raise ImageError("bad_base64", f"{len(body)} characters: {error}") from None
@@ -209,8 +209,8 @@ def _load_draft(image: Image.Image, draft_side: int | None) -> Image.Image:
 def _free_webp_decoder(image: Any) -> None:
     """Make a WebP picture free its decoder after the first frame is decoded.
 
-    The decoder holds two canvases, half a gigabyte at 64 megapixels, and Pillow would keep the decoder as long as the
-    picture.
+    For a picture of 64 megapixels, the decoder needs half a gigabyte of memory. Pillow would free this memory only
+    together with the picture.
     """
     get_next = image._get_next
 
@@ -335,7 +335,7 @@ def load_decoders() -> tuple[str, ...]:
 
 def _claimed_format(data: bytes) -> str | None:
     """Return the name of the format whose signature matches the first bytes, or None if no signature matches."""
-    start = data[:16].ljust(16, b"\0")  # Pillow's signature tests do not check the length of the data
+    start = data[:16].ljust(16, b"\0")  # Pillow's tests read fixed positions, also in shorter data
     if start[4:8] == b"ftyp":
         return MEDIA_BRANDS.get(start[8:12], "an ISO media file, such as MP4")
     for signature, name in UNSUPPORTED_SIGNATURES:
@@ -343,7 +343,7 @@ def _claimed_format(data: bytes) -> str | None:
             return name
     for name, (_, accept) in Image.OPEN.items():
         if accept is not None and accept(start) is True:
-            # Pillow has no signature of TGA, whose header looks like that of a CUR file with 0 cursors.
+            # Pillow does not know the header of TGA, and takes a TGA file for a CUR file with 0 cursors.
             return "TGA" if name == "CUR" and start[4:6] == b"\0\0" else name
     return None
 

@@ -1,7 +1,7 @@
 """Lower precision for inference, with 16-bit weights or with linear layers that torchao quantizes to 8 or 4 bits.
 
-The conversion changes a model in memory. Checkpoint files keep the trained weights. The output head is not quantized,
-because its rounding errors would go directly into the logits, and because the weight of a tied head would be stored
+The conversion changes a model in memory. Checkpoint files keep the trained weights. The output head is not quantized
+for two reasons. Its rounding errors would directly change the logits, and the weight of a tied head would be stored
 twice.
 """
 
@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 INT4_GROUP_SIZE = 32
 """Number of input channels that share an int4 scale and zero point.
 
-The scale and the zero point of a group together take 32 bits, so each weight takes 4 + 32 / 32 = 5 bits in all."""
+The scale and the zero point of 32 weights together take 32 bits, so each weight takes 4 + 32 / 32 = 5 bits in all.
+"""
 INT4_OUTPUT_MULTIPLE = 16
 """On a CPU, the int4 kernel can run a layer only if its number of output channels is a multiple of this number."""
 

@@ -24,7 +24,9 @@ def splitmix64(word: Word) -> Word:
 
 
 def _wrap(word: Word) -> Word:
-    """Reduce an integer modulo 2**64. A uint64 array is returned unchanged, because numpy wraps it around already."""
+    """Reduce an integer modulo 2**64. A uint64 array is returned unchanged, because numpy computes with such arrays
+    modulo 2**64.
+    """
     return word & (2**64 - 1) if isinstance(word, int) else word
 
 

@@ -15,9 +15,10 @@ class _AddedLater:
 
 
 ADDED_LATER = _AddedLater()
-"""Mark for a config field that is left out of hashes of stored data while the field has its default value.
+"""Mark for a config field that a later version of Lakesight added. Hashes of stored data leave out the field while the
+field has its default value.
 
-Every field that is added to an existing config needs the mark in its type, for example
+A developer who adds a field to an existing config must put this mark into the type of the field, for example
 `Annotated[int | None, ADDED_LATER]`.
 """
 

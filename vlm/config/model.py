@@ -139,7 +139,7 @@ class GenerationConfig(Config):
 
         Args:
             changes: dict from names of settings to their new values.
-            where: where the settings come from, which the error message says, such as "generation settings".
+            where: text for the error message that says where the settings come from, such as "generation settings".
 
         Raises:
             ConfigError: a name in `changes` is not the name of a setting, a value is invalid, or two settings exclude
@@ -178,8 +178,8 @@ class ModelConfig(Config):
         fusion: how the decoder receives the picture.
         mask: which positions of the decoder's sequence attend to which other positions.
         text_only: true for a decoder without encoder and projector, which is trained on a source of kind `text`. With
-            `text_only`, the sections `image`, `vision`, `projector` and `fusion` take no memory, and only describe the
-            captioner that may later start from the decoder.
+            `text_only`, no part is built from the sections `image`, `vision`, `projector` and `fusion`. These sections
+            describe a captioner whose training may later start from this decoder.
     """
 
     image: ImageConfig

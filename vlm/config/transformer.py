@@ -61,11 +61,12 @@ class AxialPositionConfig(Config):
 
     Attributes:
         base: base of the rotation frequencies.
-        coordinates: how the position of a patch is counted. `index` numbers rows and columns. `centred` counts from -1
-            to 1 over the picture, and at frequency 1, a distance of 1 is one whole turn (Simeoni et al., 2025).
+        coordinates: how the position of a patch is counted. `index` numbers rows and columns. `centred` uses
+            coordinates from -1 to 1 over the picture; at frequency 1, a step of 1 rotates by a full turn (Simeoni et
+            al., 2025).
         offset: number that is added to the row number and the column number of each patch.
         grid: number of patches per side to which row and column numbers are scaled, or null for no scaling. If the
-            weights were trained at another resolution, set the number of patches per side at that resolution.
+            weights were trained at another resolution, set `grid` to the number of patches per side at that resolution.
         first: whether the first half of the rotated pairs of channels encodes the `row` or the `column` of a patch.
         learned: whether learned position vectors are also added to the input.
     """
@@ -241,12 +242,12 @@ class TransformerConfig(Config):
         depth: number of transformer blocks.
         attention: config of the attention layer in each block.
         mlp: config of the MLP in each block.
-        norm: config of the norms. By default, a norm comes before each attention layer, before each MLP and after the
-            last block.
+        norm: config of the norms. By default, the transformer has a norm before each attention layer, before each MLP
+            and after the last block.
         sandwich: whether the outputs of attention layer and MLP are also normalised before they are added to the
             residual stream (Gemma Team, 2024).
-        input_norms: whether a norm comes before each attention layer and each MLP; false only with `sandwich`, so that
-            each branch has one norm, after the layer (Liu et al., 2022).
+        input_norms: whether a norm comes before each attention layer and each MLP. The value false needs `sandwich`;
+            each attention layer and each MLP then has only the norm after it (Liu et al., 2022).
         parallel: whether attention layer and MLP read the same input after one norm, and both outputs are added to the
             residual stream at once (Dehghani et al., 2023).
         layer_scale: initial value of the learned factors by which each channel of the outputs of attention layer and

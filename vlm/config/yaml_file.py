@@ -1,4 +1,4 @@
-"""Reading of YAML files that people write. The error message of each defect names the place in the file.
+"""Reading of YAML files that people write. The error message for a defect names the line of the defect.
 
 A key that occurs twice is an error, because the YAML library would silently use the last value.
 """
@@ -16,7 +16,7 @@ MAX_VALUES = 50_000
 """Maximum number of values in a file. A value counts once more for each alias (`*name`) that refers to the value."""
 ENCODINGS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark is the beginning of this mark
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark is a prefix of this mark
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
@@ -33,7 +33,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     The encoding is taken from the file's byte-order mark, and is UTF-8 if the file has no such mark.
 
     Raises:
-        YamlProblem: the file cannot be read, is not valid YAML, or holds something else.
+        YamlProblem: the file cannot be read, is not valid YAML, or does not contain a mapping.
     """
     try:
         with path.open("rb") as file:
@@ -68,7 +68,7 @@ def parse_yaml(text: str) -> Any:
         raise YamlProblem(f"invalid YAML ({place}{what}{hint})") from None
     except RecursionError:
         raise YamlProblem("invalid YAML (lists or mappings are nested too deeply)") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError for a date such as 2026-02-30
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # a date such as 2026-02-30: ValueError
         raise YamlProblem(f"invalid YAML ({' '.join(str(error).split())})") from None
     _check_size(value)
     return value
@@ -91,7 +91,9 @@ class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, for which a key that occurs twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Check the keys before keys of a merge (`<<`) are added, because a merged key may be overridden."""
+        """Check for duplicates before merged mappings (`<<`) add their keys, because a key may override a merged
+        key.
+        """
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):

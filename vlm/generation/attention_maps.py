@@ -1,9 +1,9 @@
 """Attention maps, which show where in a picture a model looks when the model generates each token of an answer.
 
-One forward pass reads the picture, the prompt and the whole answer. The layers that connect the answer with the patches
-of the picture keep their attention weights in this pass. The weights of the decoder show which features of the picture
-a token reads. The rollout of the encoder (Abnar and Zuidema, 2020) shows which patches of the picture a feature
-consists of.
+One forward pass reads the picture, the prompt and the whole answer. In this pass, all attention layers between the
+patches of the picture and the answer keep their attention weights. The weights of the decoder show which features of
+the picture a token reads. The attention rollout of the encoder (Abnar and Zuidema, 2020) shows how much each patch of
+the picture contributes to each feature.
 
 Letters in tensor names: tokens of the answer (T), layers (L), heads (H), features of the picture (N), patches (P),
 keys (S), positions of the encoder (X), latents of a resampler (Q).
@@ -38,13 +38,13 @@ class AttentionMaps:
     Attributes:
         text: the answer.
         spans: for each token, the index of its first character in the answer, and the index after its last character.
-        decoder_TLHN: attention weights of the decoder, by token, layer, head and picture feature. The weights of a
-            token are those of the position that predicts the token. In a model with image slots, the position also
-            attends to the text, so a token's weights over the features sum to at most 1. In a model with
-            cross-attention, a token's weights over the features sum to exactly 1.
+        decoder_TLHN: attention weights of the decoder, by token, layer, head and picture feature. For each token, the
+            weights are the attention weights of the position that predicts the token. In a model with image slots, this
+            position also attends to the text, so the weights over the features sum to at most 1. In a model with
+            cross-attention, the weights over the features sum to exactly 1.
         rollout_NP: share of each feature that comes from each patch, from 0 to 1. The patches are ordered by the rows
-            of the picture, from top to bottom. The shares of a feature add up to less than 1 if the encoder also has a
-            class token or registers.
+            of the picture, from top to bottom. If the encoder also has a class token or registers, the shares of all
+            patches in a feature sum to less than 1.
     """
 
     text: str
@@ -91,7 +91,7 @@ def attention_maps(
 ) -> AttentionMaps:
     """Compute the attention of a completion to the picture of its request, which must have exactly one picture."""
     assert len(request.pixels) == 1, "attention maps need exactly one picture"
-    assert isinstance(model.encoder, VisionEncoder), "a model of text gets no request with a picture"
+    assert isinstance(model.encoder, VisionEncoder), "a text-only model accepts no picture"
     cross: list[Attention | CrossAttention] = [
         block.attention for block in model.decoder.cross_blocks if isinstance(block, GatedCrossBlock)
     ]
@@ -133,8 +133,8 @@ def _resampler_attention(projector: nn.Module) -> list[Attention | CrossAttentio
 def rollout(weights_LHXX: Sequence[Tensor]) -> Tensor:
     """Compute by attention rollout how much each input of a stack of layers contributes to each output (X, X).
 
-    In each layer, one half of an output is the input at the same position (the residual connection), and the other half
-    is the attention, averaged over the heads.
+    Attention rollout assumes that half of a layer's output is the input at the same position (the residual connection).
+    The other half is the attention, averaged over the heads.
     """
     shares_XX = torch.eye(weights_LHXX[0].shape[-1])
     for weights_HXX in weights_LHXX:
@@ -154,8 +154,8 @@ def pool_shares(encoder: VisionEncoder, shares_XX: Tensor, pool_HNP: Sequence[Te
 
 
 def project_shares(projector: nn.Module, shares_NP: Tensor, resampler_LHQS: Sequence[Tensor]) -> Tensor:
-    """Return how much each patch contributes to each output of the projector, given its shares in the projector's
-    inputs.
+    """Return how much each patch contributes to each output of the projector, given how much each patch contributes to
+    each input.
     """
     if isinstance(projector, PixelShuffle):
         side, f = math.isqrt(len(shares_NP)) // projector.factor, projector.factor
@@ -163,7 +163,8 @@ def project_shares(projector: nn.Module, shares_NP: Tensor, resampler_LHQS: Sequ
         return squares.mean(dim=(1, 3)).flatten(0, 1)
     if not resampler_LHQS:
         return shares_NP
-    # The latents hold nothing of the picture before the first block. Each block reads the picture and the latents.
+    # Before the first block, the latents contain no information about the picture, so their shares are zero. Each block
+    # reads the picture and the latents.
     shares_QP = shares_NP.new_zeros(resampler_LHQS[0].shape[1], shares_NP.shape[1])
     for weights_HQS in resampler_LHQS:
         attended_QP = weights_HQS.mean(dim=0) @ torch.cat((shares_NP, shares_QP))
@@ -174,8 +175,8 @@ def project_shares(projector: nn.Module, shares_NP: Tensor, resampler_LHQS: Sequ
 def _spans(tokenizer: Tokenizer, completion: Completion) -> tuple[tuple[int, int], ...]:
     """Return the span of characters that each token has in the text of a completion.
 
-    A token after a stop string has an empty span. If several byte tokens form a character, the last of these tokens has
-    the span of the whole character, and the earlier tokens have empty spans.
+    The text of a completion ends before a stop string, so later tokens have empty spans. If several byte tokens form a
+    character, the last of these tokens has the span of the whole character, and the earlier tokens have empty spans.
     """
     ends = [0]
     for count in range(1, len(completion.tokens) + 1):

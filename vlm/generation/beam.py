@@ -6,8 +6,8 @@ return the same tokens:
 - Each step considers twice as many candidates as beams. A finished candidate counts only if the candidate is among the
   best `num_beams` candidates.
 - The normalized score of a candidate is its log-probability divided by length ** length_penalty.
-- The search of a request ends when the search holds `num_beams` finished candidates and the best open beam has no
-  higher normalized score than the worst finished candidate.
+- The search of a request ends when two conditions hold: the search has `num_beams` finished candidates, and none of
+  them has a lower normalized score than the best unfinished beam.
 
 Letters in tensor names: active requests (B), beams (K), candidates (C), rows (R = B * K), vocabulary (V), continuations
 of a request (X = K * V).
@@ -97,7 +97,7 @@ class _Beam:
 
 
 _IMPOSSIBLE = -math.inf
-"""Score of a filler beam, which only keeps the number of beams of each request constant."""
+"""Score of a filler beam, which is never chosen. Filler beams keep the number of beams of each request constant."""
 
 
 class _Search:
@@ -105,13 +105,13 @@ class _Search:
 
     def __init__(self, num_beams: int, is_finished: Callable[[list[int]], bool]) -> None:
         self._is_finished = is_finished
-        # Only the first beam is viable, because all beams are equal at the start and would choose the same token.
+        # At the start, all beams are equal and would choose the same token, so only the first beam can be extended.
         self.beams = [_Beam()] + [_Beam(score=_IMPOSSIBLE)] * (num_beams - 1)
         self.done = False
         self._finished: list[_Beam] = []
 
     def advance(self, candidates: Sequence[_Beam]) -> None:
-        """Divide the candidates of one step, sorted from best to worst, into finished and open beams."""
+        """Divide the candidates of one step, sorted from best to worst, into finished and unfinished beams."""
         K = len(self.beams)
         finished = [self._is_finished(candidate.tokens) for candidate in candidates]
         viable = [c.score > _IMPOSSIBLE for c in candidates]

@@ -2,7 +2,7 @@
 each row.
 
 Rows of a batch do not influence each other, so a completion does not depend on the other rows. A finished row leaves
-the batch. The suppressed ids of the tokenizer are never generated.
+the batch. Generation never produces the tokens in `suppressed_ids` of the tokenizer, such as padding.
 
 Letters in tensor names: unfinished rows of the batch (B), vocabulary (V).
 """
@@ -48,8 +48,8 @@ def generate(
 def stream(
     model: VisionLanguageModel, tokenizer: Tokenizer, request: Request, settings: GenerationConfig
 ) -> Iterator[Completion]:
-    """Generate one completion, and yield the completion after each token, with the text that later tokens cannot
-    change.
+    """Generate one completion, and yield the completion after each token. Its text is the part of the answer that later
+    tokens cannot change.
 
     All yielded completions are the same object. Each yielded text begins with the previously yielded text, and the last
     text equals the text that `generate` returns. With beam search, the completion is yielded once, after the search has

@@ -27,7 +27,7 @@ class AnswerLogprobs:
     Attributes:
         tokens: text of each token of the answer; the last token is the end token, whose text is empty.
         logprobs: log-probability of each token, in nats, given the pictures, the prompt and the earlier tokens. As in
-            `Completion.logprobs`, tokens that generation never produces have probability 0.
+            `Completion.logprobs`, a token that generation never produces (such as padding) has probability 0.
     """
 
     tokens: tuple[str, ...]

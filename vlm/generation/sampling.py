@@ -19,7 +19,8 @@ from vlm.text.base import SLOT
 
 
 class TokenSampler:
-    """Sampler that chooses the best next token of every row at temperature 0, and a random next token otherwise.
+    """Sampler that chooses the next token of every row: the most likely token at temperature 0, and a random token at a
+    higher temperature.
 
     The random numbers of a row depend only on the request and the settings, so a completion does not depend on the
     other rows of the batch.
@@ -90,7 +91,7 @@ class RepetitionPenalty:
 def sample_tokens(scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """Sample one token for each row from the softmax of the row's scores, by inverse transform sampling.
 
-    The caller provides the random numbers, so the choice is the same on every device. The cumulative sum has double
+    The caller passes the random numbers, so that every device chooses the same tokens. The cumulative sum has double
     precision, because single precision would lose the rare tokens of a large vocabulary.
 
     Args:

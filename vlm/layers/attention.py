@@ -72,9 +72,9 @@ class Attention(nn.Module):
 
         Args:
             x_BTW: input of the layer.
-            mask: tensor that broadcasts to (B, H, T, S), or None. The tensor is either a bool mask, True where query t
-                attends to key s, or has numbers that are added to the attention scores.
-            causal: whether attention without a `mask` is causal; otherwise, every position attends to every position.
+            mask: tensor that broadcasts to (B, H, T, S), or None. A bool tensor is True where query t attends to key s.
+                The numbers of a float tensor are added to the attention scores.
+            causal: whether attention is causal if `mask` is None; if False, every position attends to every position.
             angles: rotary angles of the positions of x.
             cache: keys and values of earlier positions; this call adds the keys and values of the new positions.
             layer: index of this layer in the cache.

@@ -39,7 +39,8 @@ def prefix_marks(prefix_lengths_B: Tensor, length: int) -> Tensor:
 
 
 def apply_window(mask: Tensor | None, window: int, *, queries: int, keys: int, device: torch.device) -> Tensor:
-    """Restrict a mask to a sliding window, which contains the keys less than `window` positions before the query.
+    """Restrict a mask to a sliding window: a query attends to a key only if the key is less than `window` positions
+    earlier.
 
     As in transformers, two positions of a prefix attend to each other at any distance.
 

@@ -14,7 +14,7 @@ RANDOM_INIT = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, Tens
 
 
 def initialized_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return the tensor that is initialised by a call of a RANDOM_INIT function with these arguments."""
+    """Return the tensor that a RANDOM_INIT function with these arguments initialises."""
     tensor: Tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
     return tensor
 

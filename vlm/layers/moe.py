@@ -49,7 +49,7 @@ class GroupedLinear(nn.Module):
 
 
 class PlainExperts(nn.Module):
-    """Experts that compute the same as `PlainMlp`. The weights of all experts are stacked in one tensor per layer."""
+    """Experts that are MLPs of the form `PlainMlp`. The weights of all experts are stacked in one tensor per layer."""
 
     def __init__(
         self, num_experts: int, width: int, mlp_width: int, activation: ActivationFunction, *, bias: bool
@@ -65,7 +65,7 @@ class PlainExperts(nn.Module):
 
 
 class GatedExperts(nn.Module):
-    """Experts that compute the same as `GatedMlp`. The weights of all experts are stacked in one tensor per layer."""
+    """Experts that are MLPs of the form `GatedMlp`. The weights of all experts are stacked in one tensor per layer."""
 
     def __init__(
         self, num_experts: int, width: int, mlp_width: int, activation: ActivationFunction, *, bias: bool
@@ -142,9 +142,9 @@ class MoeMlp(nn.Module):
             return Routing(logits_NX, best_NK.softmax(dim=-1), chosen_NK)
 
     def pop_routing(self) -> Routing:
-        """Return the routing of the last training pass, and delete the routing from the layer.
+        """Return the routing that the last training pass stored in the layer, and delete it from the layer.
 
-        Return a routing of zero tokens if no routing is stored.
+        If the layer stores no routing, return a routing of zero tokens.
         """
         routing, self.routing = self.routing, None
         if routing is None:
@@ -186,8 +186,8 @@ def padded_matmul(x_AI: Tensor, weight_XOI: Tensor, groups: Groups) -> Tensor:
     """Compute `grouped_matmul` on any version of torch: pad the rows of each expert to the row count of the busiest
     expert.
 
-    The cost is the number of experts times the cost of the busiest expert, which is close to optimal for a balanced
-    load.
+    All experts cost as much as the busiest expert, so the padding costs little if the experts have similar numbers of
+    rows.
     """
     X, O, I = weight_XOI.shape  # noqa: E741
     loads_X = torch.diff(groups.ends_X, prepend=groups.ends_X.new_zeros(1))

@@ -1,4 +1,4 @@
-"""RMS norm that stores scale - 1 instead of its scale. All other norms of the model are classes of torch."""
+"""RMS norm whose weight is the scale minus 1. All other norms of the model are classes of torch."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Rotary position embeddings of queries and keys, and biases of attention scores by the distance of two patches.
 
-Learned positions are a plain embedding table and need no class here.
+Learned positions are a plain embedding table and need no class in this module.
 
 Letters in tensor names: batch (B), layers (L), heads (H), queries (T), width of a head (D), side of the patch grid (S),
 patches of a picture (N, which is S * S).
@@ -97,11 +97,13 @@ class MixedRotary(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Initialise the frequencies of each head of each layer along two perpendicular random directions."""
+        """Initialise the frequencies: for each head of each layer, draw a random direction, and use this direction and
+        the direction perpendicular to it.
+        """
         _, depth, num_heads, pairs = self.frequency.shape
         size = self.INITIAL_BASE ** (-torch.arange(pairs // 2, dtype=torch.float32) / (pairs // 2))
         direction_LH1 = 2 * math.pi * torch.rand(depth, num_heads, 1)
-        for axis, shift in enumerate((0.0, -math.pi / 2)):  # cos(a - pi/2) is sin(a)
+        for axis, shift in enumerate((0.0, -math.pi / 2)):  # with the shift, the cosine below is a sine
             halves = [size * torch.cos(direction_LH1 + shift + turn) for turn in (0.0, math.pi / 2)]
             self.frequency[axis] = torch.cat(halves, dim=-1)
 

@@ -1,9 +1,9 @@
 """Convert decoded pictures of all modes to RGB with 8 bits per sample.
 
 Samples of 16 bits are scaled to 8 bits. Cameras, microscopes and X-ray detectors store 8, 10 or 12 bits in samples of
-16 bits without scaling them, so that the pictures are almost black. If the largest sample of a picture fits in 8, 10
-or 12 bits, the samples are scaled from the smallest of these widths that fits. All other pictures are scaled from 16
-bits. The same holds for the palettes of TIFF pictures, whose values have 16 bits, but were 8 bits in old programs.
+16 bits without scaling them, so that the pictures are almost black. If the largest sample of a picture fits in 8, 10 or
+12 bits, the samples are scaled from the smallest such number of bits. All other pictures are scaled from 16 bits. The
+values of TIFF palettes have 16 bits, but old programs wrote values of 8 bits, which are also scaled.
 
 Pictures are converted in bands of rows, because a conversion needs several times the memory of its band. Decoding a
 picture of 64 megapixels needs 0.6 GB.
@@ -83,7 +83,7 @@ def _grey_to_rgb(image: Image.Image, shift: int) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "La":  # Pillow converts La (premultiplied grey in TIFF files) only to LA
+    if image.mode == "La":  # Pillow cannot convert La (premultiplied grey in TIFF files) to RGBA
         image = image.convert("LA")
     if image.has_transparency_data:
         layers = image.convert("RGBA")
@@ -94,7 +94,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _scale_colours(image: Image.Image, data: bytes) -> Image.Image:
     """Scale the colours of a PNG with 16 bits per sample, of which Pillow has kept only the upper 8 bits.
 
-    A second decoding, which swaps the two bytes of each sample, returns the lower 8 bits.
+    This function decodes the file a second time and swaps the two bytes of each sample, so that Pillow keeps the lower
+    8 bits.
     """
     colours = np.array(image.getextrema())[:3]
     if colours.max() >= 2**4 or "transparency" in image.info:

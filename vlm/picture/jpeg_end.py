@@ -2,8 +2,8 @@
 
 Pillow's decoder does not report missing pixels, but fills them with grey. This module therefore makes two checks.
 First, the scans of the file must contain every coefficient of every component, because a progressive file may end
-between two scans. Second, the picture must have the same pixels if noise follows the data: a decoder that has not
-reached the end of the last block reads the noise as pixels.
+between two scans. Second, random bytes after the data must not change the pixels. If the last block were incomplete,
+the decoder would read the random bytes as pixels.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def decode_without_end(data: bytes, decode: Callable[[bytes], Image.Image]) -> I
 
 
 def _has_all_coefficients(data: bytes) -> bool:
-    """Return whether the scans of a JPEG file together hold all 64 coefficients of all components in full."""
+    """Return whether the scans of a JPEG file together contain all bits of the 64 coefficients of every component."""
     missing: set[tuple[int, int]] = set()
     position = 2
     progressive = False

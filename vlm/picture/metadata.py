@@ -2,8 +2,8 @@
 
 Metadata (texts, colour profiles, EXIF, XMP and their checksums) is often broken or huge, and Pillow then refuses the
 whole picture. The function `split_metadata` therefore returns the file without metadata. The function also returns the
-only metadata value that decides how a picture looks, which is the orientation. A part of the file that this module
-cannot parse is not changed, so the decoder refuses a damaged picture.
+orientation, because no other metadata value changes how the picture looks. This module does not change a part of the
+file that it cannot parse, so that the decoder still detects damage in this part.
 
 | format | what stays |
 |---|---|
@@ -71,7 +71,9 @@ class PictureFile(NamedTuple):
 
 
 def split_metadata(data: bytes) -> PictureFile:
-    """Return a picture file without its metadata, and the picture's orientation. Return any other data unchanged."""
+    """Return a picture file without its metadata, and the picture's orientation. Return data of an unknown format
+    unchanged.
+    """
     if data.startswith(PNG_SIGNATURE):
         return _split_png(data)
     if data.startswith(b"\xff\xd8\xff"):
@@ -125,8 +127,8 @@ def _choose(exif: bytes, xmp: bytes) -> int:
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yield the kind, start and end of each chunk up to the end chunk. In a truncated file, the last chunk ends after
-    the data.
+    """Yield the kind, start and end of each chunk up to the end chunk. In a truncated file, the end of the last chunk
+    is beyond the end of the data.
     """
     start = len(PNG_SIGNATURE)
     while start + 8 <= len(data):
@@ -155,7 +157,7 @@ def _split_png(data: bytes) -> PictureFile:
                 kept.insert(_png_chunk(kind, bytes(content)))
         elif kind in PNG_CHUNKS and end <= len(data):
             kept.keep(start, end)
-        elif kind == b"IDAT":  # the file is truncated inside this chunk, perhaps after the last pixel
+        elif kind == b"IDAT":  # the file ends inside this chunk, perhaps after the last pixel
             kept.insert(_png_chunk(kind, data[start + 8 :]))
         elif kind == b"eXIf":
             exif = bytes(content)
@@ -178,7 +180,9 @@ def _is_usable_transparency(colour_type: bytes, length: int) -> bool:
 
 
 def _png_text(kind: bytes, content: memoryview) -> tuple[bytes, bytes]:
-    """Return the keyword and the text of a text chunk. The text is b'' if the keyword announces no orientation."""
+    """Return the keyword and the text of a text chunk. The text is b'' if a chunk with this keyword never contains an
+    orientation.
+    """
     keyword, _, rest = bytes(content[:80]).partition(b"\0")
     if keyword not in {b"Raw profile type exif", b"XML:com.adobe.xmp"}:
         return keyword, b""
@@ -186,7 +190,7 @@ def _png_text(kind: bytes, content: memoryview) -> tuple[bytes, bytes]:
     if kind == b"tEXt":
         return keyword, rest
     compressed = kind == b"zTXt" or rest[:1] == b"\1"
-    # in an iTXt chunk, a compression flag and method, a language tag and a translated keyword precede the text
+    # in an iTXt chunk, four fields precede the text: compression flag and method, language tag, translated keyword
     text = rest[1:] if kind == b"zTXt" else rest[2:].split(b"\0", 2)[-1]
     return keyword, _decompress(text) if compressed else text
 
@@ -211,7 +215,7 @@ class JpegSegment(NamedTuple):
 
 
 def jpeg_segments(data: bytes, position: int = 2) -> Iterator[JpegSegment]:
-    """Yield each segment that has a length, from a position up to the next scan header, which is the last segment.
+    """Yield the segments that have a length, from a position up to and including the next scan header.
 
     Iteration ends at a segment that does not fit into the data.
     """
@@ -292,7 +296,7 @@ def _split_tiff(data: bytes) -> PictureFile:
         return PictureFile(data, _choose(data, b""))
     entries = [data[entry : entry + size] for entry in range(start, end, size)]
     kept = [entry for entry in entries if struct.unpack_from(order + "H", entry)[0] in TIFF_TAGS]
-    directory = struct.pack(order + number, len(kept)) + b"".join(kept)  # zeros follow: there is no next directory
+    directory = struct.pack(order + number, len(kept)) + b"".join(kept)  # the zeros added below: no next directory
     directory = directory.ljust(end + struct.calcsize(order + word) - first, b"\0")
     file = data[:first] + directory + data[first + len(directory) :]
     return PictureFile(file, _choose(data, _tiff_xmp(data, entries, order, big=big)))

@@ -1,7 +1,7 @@
 """Describe picture files that are complete but that Pillow cannot decode, to distinguish them from damaged files.
 
-A person looks for a better copy of a damaged file, but converts a complete file that has an unusual pixel type. The
-functions read only the headers of the files.
+A user replaces a damaged file by another copy, but converts a complete file with an unusual pixel type. The functions
+read only the headers of the files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DECODED_FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)
 """JPEG markers of the frames that Pillow decodes: sequential and progressive."""
 TIFF_BITS, TIFF_COMPRESSION, TIFF_SAMPLES, TIFF_SAMPLE_FORMAT = 258, 259, 277, 339
 TIFF_DATA = ((273, 279), (324, 325))
-"""Tags of the offsets and sizes of the parts of a picture, for strips and for tiles."""
+"""TIFF tags of the offsets and sizes of strips, and of the offsets and sizes of tiles."""
 SAMPLE_FORMATS = {1: "unsigned", 2: "signed", 3: "floating-point", 5: "complex integer", 6: "complex"}
 MAX_PARTS = 2**20
 """Largest number of strips or tiles to check."""
@@ -72,7 +72,7 @@ def _describe_tiff(data: bytes) -> str | None:
 
 
 def _fits(starts: object, sizes: object, length: int) -> bool:
-    """Return whether all parts of a picture are inside the file."""
+    """Return whether all strips or tiles of a picture are inside the file."""
     if not isinstance(starts, tuple) or not isinstance(sizes, tuple) or not 0 < len(starts) == len(sizes) < MAX_PARTS:
         return False
     return all(0 < start <= start + size <= length for start, size in zip(starts, sizes, strict=True))

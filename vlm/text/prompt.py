@@ -4,9 +4,9 @@
     '--------- prefix --------' '-- targets --'
 
 Training and generation both build the prefix with this module, so the layout is always the same. The first answer token
-is predicted at the last position of the prefix, from the pictures and the prompt only. The image slots of pictures
-before the first text come before the start token. If the prompt begins with a text, the sequence begins with the start
-token.
+is predicted at the last position of the prefix, from the pictures and the prompt only. If the prompt begins with
+pictures, their image slots come before the start token. If the prompt begins with a text, the sequence begins with the
+start token.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def prefix_ids(tokenizer: Tokenizer, num_slots: int, prompt: str, num_images: in
 
 
 def continuation_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Return the ids of the beginning of a text that a model of text continues: the start token and the beginning.
+    """Return the token ids of a prompt that a text-only model continues: the start token, then the tokens of the
+    prompt.
 
     Raises:
         UserError: the text contains a surrogate, which no tokenizer can encode.

@@ -1,6 +1,6 @@
-"""Division of a text into pieces (words, marks and spaces), and the rule that says where a space needs no piece.
+"""Division of a text into pieces, which are words, marks and the spaces that a simple rule does not predict.
 
-Most spaces of a text need no piece. The rule expects one space before each word and no space before a mark (`,`).
+The rule expects one space before each word and no space before a mark (`,`), so most spaces of a text need no piece.
 Between two words of scripts without spaces, such as Han and Thai, the rule expects no space. A space that the rule does
 not expect is a piece, and the piece JOIN marks the place of an expected space that is missing. The pieces of a text
 therefore restore the text exactly.
@@ -16,7 +16,7 @@ import regex
 JOIN = ""
 """Piece that marks the place of an expected space that the text lacks, such as the place after `(` in `(see`."""
 BOUNDARY = regex.compile(r"\b", regex.V1 | regex.WORD)
-SPACES = re.compile(r"(\s+)")  # in `re`, unlike in `regex`, `\s` matches exactly what `isspace` accepts
+SPACES = re.compile(r"(\s+)")  # `\s` of `regex` differs from `isspace`; `\s` of `re` does not
 NO_SPACES = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]")
 
 
@@ -58,7 +58,9 @@ def is_word(piece: str) -> bool:
 
 
 def expected_space(previous: str, piece: str) -> str:
-    """Return the text that the rule expects before `piece`: a space or an empty string. `previous` may be empty."""
+    """Return the text that the spacing rule expects between the pieces `previous` and `piece`: a space or an empty
+    string. If `piece` is the first piece, `previous` is empty.
+    """
     if not previous or not is_word(piece) or (NO_SPACES.match(previous[-1]) and NO_SPACES.match(piece)):
         return ""
     return " "

@@ -7,8 +7,8 @@ import unicodedata
 import regex
 
 TOKENISATION = "UAX 29 (ASCII punctuation separates)"
-"""Name of the rules by which `words` splits a text. Change this name if a code change makes `words` split a text
-differently.
+"""Name of the rules by which the function `words` splits a text. Change this name if a code change makes `words` split
+a text differently.
 """
 CHUNK = regex.compile(r"[[\w[^\x00-\x7f]]--\s]+(?:'[[\w[^\x00-\x7f]]--\s]+)?", regex.V1)
 """Pattern of a run of characters without white space and ASCII punctuation, except one apostrophe inside the run."""
@@ -19,9 +19,9 @@ GRAPHEME = regex.compile(r"\X")
 def words(text: str) -> list[str]:
     """Return the words of a text in lower case, without punctuation. If a text has no word (`:-)`), return its symbols.
 
-    White space and ASCII punctuation separate words, except one apostrophe inside a word. Text of other characters is
-    split at Unicode's word boundaries (UAX 29), so a letter keeps its combining marks. In scripts that put no spaces
-    between words, each character with its marks counts as one word (Han, Hiragana, Thai, Lao, Khmer and Burmese).
+    White space and ASCII punctuation separate words, except one apostrophe inside a word. All other text is split at
+    Unicode's word boundaries (UAX 29), so a letter keeps its combining marks. In scripts that put no spaces between
+    words, each character with its marks counts as one word (Han, Hiragana, Thai, Lao, Khmer and Burmese).
 
     Source: https://www.unicode.org/reports/tr29/
     """

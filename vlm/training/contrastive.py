@@ -4,8 +4,9 @@ The vector of a picture is the mean of its features at the input of the decoder.
 decoder's hidden states when the decoder reads the text without the picture. The contrastive loss needs no further
 weights. The loss teaches the encoder which pictures a text can belong to.
 
-Each pair of a picture and a text is a binary classification: does the text belong to the picture? The negatives of a
-picture are the other texts in the same part of the rank's batch, except texts that equal the picture's own text.
+Each pair of a picture and a text is a binary classification: does the text belong to the picture? A rank divides its
+batch into parts. The negatives of a picture are the other texts in the same part, except texts that equal the picture's
+own text.
 
 Letters in tensor names: rows (B), pictures (P), features of a picture (N), positions (T), width (W).
 """
@@ -47,7 +48,7 @@ class Contrast:
 
     @contextmanager
     def keep_features(self) -> Iterator[None]:
-        """Keep the picture features that the forward pass computes while the `with` block runs; `loss` uses them."""
+        """Keep the picture features that a forward pass inside the `with` block computes, for the method `loss`."""
         self._features.clear()
         hook = self._model.projector.register_forward_hook(lambda *call: self._features.append(call[2]))
         try:
@@ -73,7 +74,7 @@ def text_vectors(model: VisionLanguageModel, batch: Batch) -> Tensor:
     """Return the mean hidden state (B, W) at the target positions when the decoder reads the texts without pictures."""
     slots = model.config.num_slots
     tokens_BT, is_target_BT = batch.tokens_BT[:, slots:], batch.labels_BT[:, slots:] != IGNORE
-    assert not (batch.tokens_BT[:, slots:] == SLOT).any(), "each row has one picture, which comes first"
+    assert not (batch.tokens_BT[:, slots:] == SLOT).any(), "each row must have exactly one picture, before the text"
     x_BTW = model.decoder.embed(tokens_BT)
     nothing = Media(x_BTW.new_zeros(len(x_BTW), 1, x_BTW.shape[-1]), is_target_BT.new_zeros(*tokens_BT.shape, 1))
     states_BTW = model.decoder(x_BTW, mask=None, media=nothing)
@@ -84,8 +85,8 @@ def text_vectors(model: VisionLanguageModel, batch: Batch) -> Tensor:
 def sigmoid_loss(pictures_BW: Tensor, texts_BW: Tensor, same_BB: Tensor) -> Tensor:
     """Compute SigLIP's loss: the binary cross entropy of all pairs, summed over texts and averaged over pictures.
 
-    The logits get a bias of -log(B - 1), so that vectors with a cosine of 0 give the probability 1 / B. One of the B
-    texts of the batch belongs to each picture.
+    The logits get a bias of -log(B - 1), so that vectors with a cosine of 0 give the probability 1 / B. This value is
+    the share of matching texts, because one of the B texts belongs to each picture.
 
     Args:
         pictures_BW: vectors of the pictures.

@@ -86,8 +86,9 @@ def fit(
         batches: for each step, this rank's share of the global batch as a sequence of parts, whose gradients are
             accumulated. The number of parts is the same on all ranks. A larger number of smaller parts needs less
             memory.
-        start: number of the first step to take; the step with number 0 is the first of a new run.
-        lr_schedule: function that returns the learning rate of a step; each group multiplies the rate by `lr_share`.
+        start: number of the first step to take; a new run starts with step 0.
+        lr_schedule: function that returns the learning rate of a step; each parameter group multiplies the rate by its
+            `lr_share`.
         grad_clip: largest gradient norm; a larger gradient is scaled down to this norm.
         seed: seed of the training run.
         rank: rank of this process.
@@ -168,9 +169,9 @@ def _backward(
     objectives, report = [objective * (world_size() / tokens).to(objective.dtype)], None
     if layers:
         router_part, report = router_loss(layers, part)
-        if router_part.requires_grad:  # False if every trained weight comes after the last router
+        if router_part.requires_grad:  # False if no trained weight can change the choice of a router
             objectives.append(router_part * (world_size() / num_parts))
-    if contrast:  # after the router loss, because the pass over the texts stores a new routing
+    if contrast:  # only after the router loss, because this pass overwrites the routing
         with mixed_precision(part.tokens_BT.device, bf16=bf16):
             objectives.append(contrast.loss(part) / num_parts)
     torch.autograd.backward(objectives)

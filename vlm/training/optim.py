@@ -30,7 +30,8 @@ def set_trainable(model: nn.Module, rates: Mapping[str, float]) -> None:
             several patterns match a name, the first pattern decides.
 
     Raises:
-        ConfigError: a pattern is not the first match of any parameter.
+        ConfigError: a pattern has no effect, because it matches no parameter, or only parameters for which an earlier
+        pattern decides.
     """
     matched = {name: _first_match(name, rates) for name, _ in model.named_parameters()}
     if unused := [pattern for pattern in rates if pattern not in matched.values()]:

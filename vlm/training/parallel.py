@@ -30,8 +30,8 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     if world_size() == 1 or isinstance(model, FSDPModule):
         return model
     on_gpu = device.type == "cuda"
-    # Every trainable parameter gets a gradient, so DDP need not search for unused parameters. But without the search,
-    # DDP rebuilds its gradient buckets after the first step. With three or more ranks, a resumed run would then sum
+    # Every trainable parameter gets a gradient, so DDP need not search for unused parameters. However, DDP without this
+    # search rebuilds its gradient buckets after the first step. With three or more ranks, a resumed run would then sum
     # gradients in a different order than an uninterrupted run. On CPUs, the weights of a resumed run and an
     # uninterrupted run must be equal bit for bit, and the search has no measurable cost.
     return DistributedDataParallel(

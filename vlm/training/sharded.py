@@ -1,4 +1,4 @@
-"""Models whose parameters are sharded over the ranks with FSDP: how such a model is built, and the rows of its tensors.
+"""Construction of models whose parameters are sharded over the ranks with FSDP, and access to the rows of the tensors.
 
 A rank never holds the whole model. The model is constructed on the meta device, and each rank allocates only its rows
 (indices of the first dimension) of each parameter. Initial weights are drawn one parameter at a time, with the same
@@ -97,7 +97,7 @@ def _with_values_of_rank_0(method: Callable[..., Tensor]) -> Callable[..., Tenso
 
 
 def rows_of(tensor: Tensor) -> Tensor | TensorRows:
-    """Return this rank's rows of a sharded tensor, without a copy. Return any other tensor unchanged."""
+    """Return this rank's rows of a sharded tensor, without a copy. Return a tensor that is not sharded unchanged."""
     if not isinstance(tensor, DTensor):
         return tensor
     assert tensor.placements == (Shard(0),), "parameters are sharded along their first dimension, by this module"

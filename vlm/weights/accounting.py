@@ -1,8 +1,8 @@
 """Check that an import knows every key of another library's config.json. An unknown key is an error.
 
 An import reads config.json through `TrackedSettings`, which records the path of every value that a config field or a
-family reads. A key that nothing has read must be in the family's list of keys without effect. Any other key could
-change what the model computes, so an import refuses the key.
+family reads. A key that no config field and no family reads must be in the family's list of keys without effect. Any
+other key could change what the model computes, so an import refuses the key.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class TrackedSettings(Mapping[str, Any]):
 
 
 def tracked(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return settings with defaults for missing keys. If the settings record what is read, so does the copy."""
+    """Return settings with defaults for missing keys. If the settings are TrackedSettings, the returned copy also
+    records each value that is read.
+    """
     if isinstance(settings, TrackedSettings):
         return settings.with_defaults(defaults)
     return {**defaults, **settings}
@@ -143,4 +145,4 @@ ENCODER_WITHOUT_EFFECT = {
 DECODER_WITHOUT_EFFECT = dict.fromkeys(
     ("bos_token_id", "eos_token_id"), "is compared with the tokenizer of the model by `import-weights`"
 )
-"""Keys that `vlm.weights.special_tokens` compares later, when the tokenizer is known."""
+"""Keys that `vlm.weights.special_tokens` compares later, after the tokenizer is loaded."""

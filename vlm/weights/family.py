@@ -22,7 +22,7 @@ Part = Literal["model", "encoder", "decoder"]
 
 @dataclass(frozen=True)
 class KeyAccount:
-    """Keys of a config.json as dotted paths, divided by what an import does with a key.
+    """Keys of a config.json as dotted paths, in three groups: compared keys, keys without effect, and unknown keys.
 
     Attributes:
         compared: keys whose values an import compares with the model's config or with the shapes of the tensors.
@@ -79,7 +79,7 @@ class Family:
     def mismatches(self, config: ModelConfig, settings: Settings) -> list[str]:
         """Return one sentence for each value that differs between a config.json and the model's config.
 
-        A config.json key of unknown meaning also gives a sentence.
+        Also return one sentence for each key of config.json whose meaning Lakesight does not know.
         """
         differences = find_mismatches(self.fields, config, self._with_defaults(settings))
         return differences + [
@@ -119,7 +119,9 @@ class Family:
         return tracked(self.select_settings(settings) or {}, self.defaults)
 
     def matches_architecture(self, config: ModelConfig) -> bool:
-        """Return True if a model of any size has the architecture of this family."""
+        """Return True if the model config has the architecture of this family, regardless of sizes such as width and
+        depth.
+        """
         return not find_mismatches([each for each in self.fields if not each.keys], config, {})
 
     def to_settings(self, config: ModelConfig) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def _open_source(part: Part, folder: Path, config: ModelConfig, model: nn.Module
     table = family.table(config)
     for tie in table.ties:
         if tie.ours not in ours and tie.theirs in names and tie.partner not in names:
-            names[tie.partner] = names[tie.theirs]  # the file contains only `theirs`, not its tied partner
+            names[tie.partner] = names[tie.theirs]  # the file lacks one of two equal tensors, so use the other for both
     plan = plan_load(table, ours, {name: files.headers[names[name]] for name in names})
     return Source(part, family, files, names, plan, settings)
 
@@ -268,8 +268,9 @@ def _read(source: Source, rule: Rule, model: nn.Module) -> list[Tensor]:
 def _is_finite(tensor: Tensor) -> bool:
     """Return True if no value is NaN or infinite.
 
-    If a value is NaN, the minimum and the maximum are NaN. `torch.isfinite` would allocate another tensor of the same
-    size. Although torch would free the other tensor immediately, the process would keep a part of the memory.
+    This function checks only the minimum and the maximum, which are NaN if any value is NaN. `torch.isfinite` would
+    allocate another tensor of the same size. Torch would free that tensor immediately, but the process would keep a
+    part of the memory.
     """
     return tensor.numel() == 0 or all(math.isfinite(value) for value in torch.aminmax(tensor))
 

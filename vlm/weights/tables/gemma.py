@@ -71,7 +71,7 @@ def rope_base(settings: Settings) -> Any:
     """Return the base of the rotary angles.
 
     If the angles are scaled, return all settings of the angles. If several keys of config.json give different bases,
-    return all of these bases.
+    return all of these bases. Such a result never equals the base in our config, so the import fails.
     """
     bases = {settings.get("rope_theta")}
     for rope in (settings.get("rope_parameters") or {}, settings.get("rope_scaling") or {}):

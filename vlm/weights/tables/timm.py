@@ -65,7 +65,9 @@ def select_settings(settings: Settings) -> Settings | None:
 
 
 def selector(pattern: str) -> Callable[[Settings], Settings | None]:
-    """Return a function that reads the settings of a `vit_*` architecture if the architecture's name has a pattern."""
+    """Return a function that reads the settings of a `vit_*` architecture if the architecture's name matches
+    `pattern`.
+    """
 
     def select(settings: Settings) -> Settings | None:
         name = str(settings.get("architecture", ""))
@@ -80,7 +82,7 @@ def by_name(path: str, value: Callable[[str], Any]) -> ConfigField:
 
 
 def fields_except(*paths: str) -> tuple[ConfigField, ...]:
-    """Return the config fields of family `timm`, except the fields with one of these paths or keys."""
+    """Return the config fields of family `timm`, except fields whose path or keys are in `paths`."""
     return tuple(field for field in FIELDS if not {field.path, field.keys} & {*paths} - {""})
 
 
@@ -303,7 +305,7 @@ FAMILIES = (
         table,
         fixed_settings={},
         without_effect=WITHOUT_EFFECT,
-        # DeiT's distillation token becomes a register, which the blocks read and which the features do not contain.
+        # DeiT's distillation token becomes a register: the blocks read the token, but the encoder's output excludes it.
         legacy_prefixes=(("dist_token", "reg_token"),),
     ),
 )

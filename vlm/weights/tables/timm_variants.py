@@ -159,7 +159,7 @@ def _join_branches(theirs: Sequence[str], ours: Sequence[str], parts: int) -> Ru
         return [torch.ones(width), torch.zeros(width), *joined, torch.cat(outputs, dim=1), output_bias]
 
     def write(tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Divide a layer into branches without norms and scales, of which an import uses only the shapes."""
+        """Divide a layer into branches without norms and scales. An import uses only the shapes of these tensors."""
         norm, norm_bias, weight, bias, output, output_bias = tensors
         first, first_bias, second = weight.chunk(NUM_BRANCHES), bias.chunk(NUM_BRANCHES), output.chunk(NUM_BRANCHES, 1)
         return [
