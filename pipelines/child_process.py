@@ -21,7 +21,7 @@ SECRET = re.compile("TOKEN|SECRET|PASSW|CREDENTIAL|KEY|AUTH")
 
 
 def child_environment(**more: str) -> dict[str, str]:
-    """Return `more` and this process's environment variables that PASSED_ON allows, for a child process."""
+    """Return the environment of a child process: `more`, and the variables of this process that PASSED_ON allows."""
     allowed = {
         name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name) and not SECRET.search(name)
     }
@@ -29,7 +29,7 @@ def child_environment(**more: str) -> dict[str, str]:
 
 
 def drop_other_variables(*needed: str) -> None:
-    """Remove each environment variable that a child process would not receive, unless its name matches one of `needed`.
+    """Remove all environment variables except those that child processes receive or whose names match one of `needed`.
 
     A torch rank on an executor calls this function before it does anything else, because Spark starts the rank with
     all variables of the executor.
@@ -42,7 +42,8 @@ def drop_other_variables(*needed: str) -> None:
 def end_group(leader: subprocess.Popen[bytes], seconds: float = 5.0) -> None:
     """End a process that was started with `start_new_session`, and all processes in its process group."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS raises EPERM for a group of zombies
+        # On macOS, `killpg` raises EPERM if all processes of the group have ended but were not waited for.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(leader.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             leader.wait(seconds)

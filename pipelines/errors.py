@@ -8,7 +8,7 @@ __all__ = ["ConfigError", "LakesightError", "StageFailed", "TrainingFailed", "Us
 
 
 class StageFailed(LakesightError):
-    """Error for a stage that failed without a mistake of the user."""
+    """Error for a stage whose failure was not caused by a mistake of the user."""
 
 
 class TrainingFailed(LakesightError):

@@ -1,8 +1,8 @@
 """Data of the demo: generated pictures of simple scenes, each with one sentence that describes the scene.
 
-A scene is one object at a location, or two objects in a relation. The scene determines its sentence, which names the
-upper or the left object first. All words of the sentence describe something visible in the picture, so exact match is a
-meaningful metric. Some rows are broken on purpose, so that a first run has rows in quarantine.
+A scene is one object at a location, or two objects in a relation, such as "left of". The scene determines its sentence,
+which names the upper or the left object first. All words of the sentence describe something visible in the picture, so
+exact match is a meaningful metric. Some rows are broken on purpose, so that a first run has rows in quarantine.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Captioning on executors: a task receives Arrow batches of pictures and writes Parquet files of captions.
 
-A Spark task writes a caption file to the job's folder before the task reports the file to the driver. If the job is
-killed afterwards, the next job finds the file and does not caption the pictures of this file again. The modules of
-`pipelines.worker`, which import torch, are imported inside the functions, so that the driver can import this module
+A Spark task writes a caption file to the job's folder before the task reports the file to the driver. If a job is
+killed, the next job finds the caption files that are complete, and does not caption their pictures again. The modules
+of `pipelines.worker`, which import torch, are imported inside the functions, so that the driver can import this module
 without torch.
 """
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 PENDING_SCHEMA = GENERATED_CAPTIONS.arrow_schema.append(pa.field("unchanged", pa.bool_(), nullable=False))
 """Columns of `generated_captions`, and the column `unchanged`, which is true if the picture already has a caption."""
 FILE_STATS_SCHEMA = pa.schema([pa.field("stats", pa.string(), nullable=False)])
-"""Schema of a row that holds the CaptionStats of one written file as JSON."""
+"""Schema of a row that describes one written caption file: the JSON text of the file's CaptionStats."""
 
 
 class CaptionJob(Config):
@@ -53,10 +53,11 @@ class CaptionJob(Config):
         image_root: folder or URL of the pictures, or None if the batches contain the pictures and not their paths.
         threads: number of torch threads in each Spark task.
         output_folder: folder of the caption files, which has the same path on every executor.
-        rows_per_file: number of rows after which a task writes a file. If a task is killed, only the rows after the
-            last written file are lost.
+        rows_per_file: number of rows after which a task writes a file. If a task is killed, only the captions that the
+            task has not yet written to a file are lost.
         constants: columns that have the same value in all rows: a dict from the name of the column to the value.
-        started_at: time at which the job started, or a later time (see `row_times`).
+        started_at: time of all new rows: the start of the job, or a later time if the table has rows with a later time
+            (`pipelines.driver.delta.row_times`).
     """
 
     model_folder: Path
@@ -158,7 +159,10 @@ def _join_batches(batches: Iterator[list[Picture]], size: int) -> Iterator[list[
 def _caption_pictures(
     captioner: Captioner, job: CaptionJob, pictures: list[Picture]
 ) -> Iterator[tuple[dict[str, Any], CaptionStats]]:
-    """Yield a row of the schema PENDING_SCHEMA and the statistics of each picture (zero for an unchanged picture)."""
+    """Yield a row of the schema PENDING_SCHEMA and the statistics of each picture.
+
+    The statistics of an unchanged picture are zero.
+    """
     changed = [picture for _, known, picture in pictures if known is None or known != picture.sha256]
     results = iter(captioner.caption_decoded(changed, [job.prompt] * len(changed), job.settings))
     for image_id, known, picture in pictures:

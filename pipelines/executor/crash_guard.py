@@ -69,7 +69,7 @@ def run_guarded(items: Sequence[T], function: Callable[[T], R], on_death: Callab
         items: items for which the function is called, in the order of the results.
         function: function that the child process calls with each item. The results of the function must be picklable.
         on_death: function that is called in this process, with the item and the `Death`, if an item killed the child
-            process. The return value of the function becomes the result of the item.
+            process. The return value of `on_death` becomes the result of the item.
 
     Raises:
         Exception: any exception that `function` raised, except MemoryError, which counts as a crash.
@@ -81,7 +81,8 @@ def run_guarded(items: Sequence[T], function: Callable[[T], R], on_death: Callab
             for result in child.results():
                 yield result
                 done += 1
-        except BaseException:  # the function raised an error, or the caller closed this generator
+        except BaseException:
+            # The function raised an error, or the caller closed this generator, so the child has no more work.
             child.kill()
             raise
         death = child.wait()

@@ -39,7 +39,7 @@ ATTENTION_SCHEMA = pa.schema(
         pa.field("pictures", pa.list_(pa.binary()), nullable=False),
     ]
 )
-"""Drawn attention of one caption: a title and a JPEG file for each word."""
+"""Attention of the model for each word of one caption: the title and the JPEG file of the word's drawing."""
 GRID_SIDE = 8
 """Width and height of a colour grid in pixels. A colour grid is a small copy of a picture, stored as RGB bytes."""
 

@@ -1,7 +1,7 @@
 """Description of a host: its Python packages, CPU, memory and GPUs, collected with the standard library only.
 
 No third-party package is imported, so a host that lacks packages can still report which packages are missing. The
-versions of torch and CUDA are read from torch's files, because importing torch takes seconds, and torch's memory would
+versions of torch and CUDA are read from torch's files. An import of torch would take seconds, and torch's memory would
 stay allocated in the executor's Python worker.
 """
 

@@ -21,7 +21,7 @@ from pipelines.host_cache import exclusive_lock, user_cache_folder
 KEPT = 3
 """Number of models that the cache keeps.
 
-A process finishes reading its copy of a model within seconds, so older copies can be removed.
+Older copies can be removed, because each process finishes reading its copy within seconds.
 """
 
 

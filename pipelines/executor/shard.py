@@ -3,7 +3,7 @@
 Sharding has two steps with Spark's shuffle between them. Before the shuffle, each picture gets its shuffle key and its
 file number. If pixels are smaller than picture files, pictures are also decoded before the shuffle. After the shuffle,
 `write_files` receives the rows in their final order, decodes pictures that are not decoded yet, and streams each file
-to disk. A task holds batches in memory, never a whole file.
+to disk. A Spark task has a few batches in memory, but never a whole shard file.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ WRITTEN = pa.schema([("file", pa.string()), ("rows", pa.int64()), ("bytes", pa.i
 def shuffle_key(image_id: str, seed: int) -> str:
     """Return the sort key of a picture, which is a hash of its id and the seed.
 
-    The shuffled order therefore does not depend on Spark's partitions.
+    The order of the shuffled pictures depends only on their keys, and not on Spark's partitions.
     """
     return hashlib.sha256(f"{seed}/{image_id}".encode()).hexdigest()
 
@@ -118,7 +118,8 @@ def _decode_picture(image_id: str, data: bytes, request: ShardRequest, seconds: 
     assert request.image is not None
     enough = request.image.size if request.draft else None
     try:
-        # The size is not checked, because ingest has refused pictures with too many pixels or with a too short side.
+        # The number of pixels is not checked, because ingest has refused pictures with too many pixels or a side that
+        # is too short.
         with time_limit(seconds):
             image, _ = open_image(data, max_pixels=sys.maxsize, min_side=1, draft_side=enough)
     except ImageError as error:

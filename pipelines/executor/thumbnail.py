@@ -61,9 +61,9 @@ def _make_thumbnail(data: bytes | None, max_pixels: int) -> bytes | None:
 
 
 def _safe_to_decode(batch: pa.RecordBatch) -> list[bool]:
-    """Return for each row whether to decode its picture: no if the row was refused for a decoder crash or a timeout.
+    """Return for each row whether to decode its picture: False if the row was refused for a decoder crash or a timeout.
 
-    Decoding a picture again after it has crashed the decoder or exceeded the time limit would only cost time.
+    A picture that has crashed the decoder or exceeded the time limit would only do the same again.
     """
     if "reason" not in batch.schema.names:
         return [True] * batch.num_rows

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 PROCESS_LIMIT = 2
-"""The process is killed when the CPU time of the block exceeds the time limit times this factor."""
+"""The process is killed when the CPU time of the block exceeds this factor times the time limit."""
 MIN_PROCESS_SECONDS = 1.0
 
 
@@ -23,11 +23,11 @@ class TimeLimitExceeded(BaseException):
 def time_limit(seconds: float) -> Iterator[None]:
     """Interrupt the block after a number of seconds.
 
-    A Python signal handler cannot interrupt C code, which may loop forever. Two timers are therefore set. The first
-    timer (SIGALRM) raises an exception as soon as Python code runs again. The second timer (SIGVTALRM) ends the process
-    without running Python code, after PROCESS_LIMIT * `seconds` of processor time. Processor time is used because a
-    healthy process may be slow on a busy machine. `pipelines.executor.crash_guard` then finds the row that exceeded the
-    limit.
+    A Python signal handler cannot interrupt C code, and the C code of an image decoder may loop forever. Two timers are
+    therefore set. The first timer (SIGALRM) raises an exception as soon as Python code runs again. The second timer
+    (SIGVTALRM) ends the process without running Python code, after PROCESS_LIMIT * `seconds` of processor time.
+    Processor time is used because a healthy process may be slow on a busy machine. `pipelines.executor.crash_guard`
+    then finds the row that exceeded the limit.
 
     The block must run in the main thread, in which Spark's Python workers run our functions.
 

@@ -1,6 +1,6 @@
 """Statistics of captions and their pictures: sums over rows, which can be added, and figures computed from the sums.
 
-An executor computes the sums of one caption file, the driver adds the sums of all files of a caption job, and an
+An executor computes the sums of one caption file, and the driver adds the sums of all files of a caption job. An
 evaluation computes the sums of its rows. Caption jobs and evaluations both use `CaptionStats`, so the figures of a job
 can be compared with the figures of an evaluation.
 """
@@ -19,8 +19,8 @@ from vlm.text.words import words
 SAMPLED_CAPTIONS = 100
 """Number of captions from which `distinct_words` is computed.
 
-The number is the same for all jobs. Otherwise a job with more captions would have a larger value of `distinct_words`,
-because more captions contain more distinct words.
+The number is the same for all caption jobs, so their values of `distinct_words` can be compared. Otherwise a job with
+more captions would have a larger value of `distinct_words`, because more captions contain more distinct words.
 """
 
 
@@ -57,11 +57,13 @@ class CaptionStats(Config):
         return cls(captioned=1, words=len(caption_words), captions_with_word=counts, logprobs=logprob)
 
     def figures(self) -> dict[str, float]:
-        """Compute the figures, such as the share of errors, from the sums. A figure without data is left out.
+        """Compute the figures, such as the share of errors, from the sums.
 
-        The figures are words (mean number of words in a caption), distinct_words (expected number of distinct words in
-        SAMPLED_CAPTIONS captions; left out if there are fewer captions), mean_logprob (mean over captions), error_share
-        (share of rows with an error), brightness (mean over pictures) and contrast (mean over pictures).
+        A figure is left out if there are no data for it.
+
+        `words` is the mean number of words in a caption. `distinct_words` is the expected number of distinct words in
+        SAMPLED_CAPTIONS captions, and is left out if there are fewer captions. `mean_logprob` is a mean over captions.
+        `error_share` is the share of rows with an error. `brightness` and `contrast` are means over pictures.
         """
         found = {}
         if rows := self.captioned + self.errors:

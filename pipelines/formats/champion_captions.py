@@ -70,8 +70,8 @@ def select(prefix: str = "", champions: Mapping[str, str] | None = None) -> str:
 
     Args:
         prefix: text before the names of the tables, such as `schema.`.
-        champions: champions that the table `decisions` does not name: a dict from the name of a model to the version of
-            its champion.
+        champions: champions of models for which the table `decisions` has no champion: a dict from the name of the
+            model to the version of its champion.
     """
     others = "".join(
         f"\n    UNION ALL SELECT {quoted_text(name)}, {quoted_text(version)}, CAST(NULL AS VARCHAR), 1"

@@ -63,7 +63,7 @@ def open_or_create(folder: Path, table: Table) -> DeltaTable:
         name=table.name,
         description=table.comment,
         configuration=table.properties,
-        raise_if_key_not_exists=False,  # Delta does not know the key `lakesight.format`
+        raise_if_key_not_exists=False,  # allow the key `lakesight.format`, which Delta does not know
     )
     check_table_format(opened)
     existing = {field.name for field in opened.schema().fields}

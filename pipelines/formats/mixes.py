@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class ShardFolder(NamedTuple):
-    """A complete shard folder. `reused` says whether the folder existed before."""
+    """A complete shard folder. `reused` is true if an earlier command has written the folder."""
 
     folder: Path
     manifest: Manifest
@@ -24,7 +24,7 @@ class ShardFolder(NamedTuple):
 
 
 class MixCopies(Config):
-    """Training pictures of a mix that copy a validation or test picture of another source of the mix.
+    """Training pictures of a mix that are copies of a validation or test picture of another source of the mix.
 
     Attributes:
         left_out: ids of the pictures, by source.
@@ -52,7 +52,7 @@ def known_copies(shards: Path, requests: Sequence[ShardRequest], shares: Sequenc
     Args:
         shards: parent folder of the shard folders.
         requests: requests of the sources, which leave no picture out.
-        shares: share of the draws for each source except the first source.
+        shares: for each source except the first source, its share of the rows that an epoch draws.
     """
     file = copies_file(shards, requests)
     if file.exists():
@@ -84,13 +84,13 @@ def write_mix(parts: Sequence[ShardFolder], shares: Sequence[float], shards: Pat
     """Write a folder that contains only a manifest, which refers to the files of other shard folders.
 
     The manifest says how many rows of each part an epoch draws. The number of draws in an epoch is the number of rows
-    of all parts together. Each part except the first part gets its share of the draws. The first part gets the draws
-    that are left.
+    of all parts together. Each part except the first part gets its share of the draws. The first part gets the
+    remaining draws.
 
     Args:
         parts: shard folders with the same parent folder.
-        shares: share of the draws for each part except the first part. Each share is above 0, and the sum of the shares
-            is below 1.
+        shares: for each part except the first part, its share of the rows that an epoch draws. Each share is above 0,
+            and the sum of the shares is below 1.
         shards: parent folder of the shard folders.
     """
     draws = _draws(parts, shares)

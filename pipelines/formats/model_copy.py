@@ -1,8 +1,8 @@
 """Local copies of a model's files, and the digest that identifies a model by the content of its files.
 
 A copy is a folder with the file RECORD, which is written last. The record lists the size, the modification time and the
-SHA-256 of each file. Before each use of a copy, sizes and modification times are compared with the record, so a damaged
-or replaced file is detected without reading the weights.
+SHA-256 of each file. Before each use of a copy, the sizes and modification times of its files are compared with the
+record. A damaged or replaced file is therefore detected without reading the weights.
 """
 
 from __future__ import annotations

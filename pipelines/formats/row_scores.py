@@ -29,8 +29,8 @@ class RowScore:
         brightness: mean pixel level (0 to 255) of the picture at the model's resolution.
         contrast: standard deviation of the picture's pixel levels.
         num_texts: number of texts from which training would draw one text: all references, or the distinct references
-            if `data.text_weights` is `uniform`. The value is 0 in scores of earlier versions, which added the losses of
-            all references.
+            if `data.text_weights` is `uniform`. `num_texts` is 0 in scores that earlier versions of Lakesight wrote,
+            which added the losses of all references.
     """
 
     row: int

@@ -94,7 +94,7 @@ class Host(Config):
 
 
 class HostsFile(Config):
-    """hosts.json: hosts of an attempt's ranks, one entry per Python interpreter, written before the ranks start."""
+    """hosts.json: hosts of the ranks, one entry per Python interpreter. The file is written before the ranks start."""
 
     hosts: tuple[Host, ...]
 
@@ -149,7 +149,7 @@ class Metrics(Config):
 
     @property
     def points(self) -> dict[str, float]:
-        """All values of the step by MLflow metric name, including the expert load."""
+        """All values of the step by MLflow metric name, including the share of the tokens that each expert received."""
         load = {
             f"expert_load/{layer}.expert_{expert}": share
             for layer, shares in self.expert_load.items()
@@ -251,8 +251,10 @@ class RunFolder:
         return self.path / "logs" / "launcher.log"
 
     def shard_folder(self, stored: str) -> Path:
-        """Return the shard folder that run.json names. A home folder may have been moved or copied after run.json was
-        written, so shards in the home folder of this run are preferred to a stored absolute path.
+        """Return the shard folder that run.json names.
+
+        The home folder may have been moved or copied after run.json was written. Shards in the home folder of this run
+        are therefore preferred to the absolute path in run.json.
         """
         beside = self.path.parent.parent / "shards" / Path(stored).name
         return beside if beside.is_dir() else self.path / stored
@@ -333,9 +335,9 @@ class RunFolder:
         return Heartbeat(int(step), float(seconds))
 
     def archive_attempt(self) -> None:
-        """Move the previous attempt's rank files, logs and failure records to attempts/N.
+        """Move the rank files, logs and failure records of the last start of the ranks to attempts/N.
 
-        Checkpoints, metrics and sample captions are not moved, because they belong to the run and not to an attempt.
+        Checkpoints, metrics and sample captions are not moved, because a restarted run continues with these files.
         """
         names = ("failures", "ranks", "heartbeat", "logs", "hosts.json", "result.json")
         found = [path for name in names if (path := self.path / name).exists()]

@@ -47,12 +47,18 @@ WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, err
 
 
 class Lease(Config):
-    """launcher.json: lease of the process that owns the run. Older versions wrote only `host` and `pid`."""
+    """launcher.json: lease of the process that owns the run.
+
+    Older versions of Lakesight wrote only `host` and `pid` into launcher.json.
+    """
 
     host: str
     pid: int
     boot: str = ""
-    """Boot id of the kernel, which is equal in all containers of a machine; empty in a file of an older version."""
+    """Boot id of the kernel, which is equal in all containers of a machine.
+
+    The value is empty in a file from an older version of Lakesight.
+    """
     owner: str = ""
     """Random id of the owner; empty in a file from an older version of Lakesight, which did not renew leases."""
     renewals: int = 0

@@ -1,9 +1,9 @@
 """Format of training shards: a folder of Arrow IPC files, and a manifest that is written last.
 
-A rank memory-maps the files and finds any row fast. The rank finds the file of the row by bisection and the record
-batch by division, because every record batch has BATCH_ROWS rows, except the last record batch of a file. With the
-encoding `raw`, the stored bytes are the pixels, so no decoding is necessary. The name of a shard folder contains a hash
-of everything that determines the folder's content. The manifest of a mix names files in other shard folders, so several
+A rank memory-maps the files and finds any row fast. The rank finds the file of the row by bisection, and the record
+batch by division. Every record batch of a file has BATCH_ROWS rows, except the last record batch. With the encoding
+`raw`, the stored bytes are the pixels, so no decoding is necessary. The name of a shard folder contains a hash of
+everything that determines the folder's content. The manifest of a mix names files in other shard folders, so several
 sources are mixed without copying pixels.
 """
 
@@ -44,7 +44,7 @@ class ShardRequest(Config):
 
     Attributes:
         image: image config of the model, or None for shards of text.
-        left_out: ids of training pictures of a mix that copy a validation or test picture of another source.
+        left_out: ids of training pictures of a mix that are copies of a validation or test picture of another source.
     """
 
     table: str
@@ -195,10 +195,10 @@ def _rebatch(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[p
 def _copy(rows: pa.Table) -> pa.RecordBatch:
     """Copy rows into one record batch whose buffers contain only these rows.
 
-    Arrow pads the buffers in a file. If a record batch is a slice of a larger batch, the padding consists of bytes of
-    the larger batch's next rows, so the bytes of the file would depend on the sizes of Spark's batches.
+    Arrow pads the buffers in a file. If a record batch is a slice of a larger batch, Arrow pads the slice with bytes of
+    the larger batch's next rows. The bytes of the file would then depend on the sizes of Spark's batches.
     """
-    two_parts = pa.concat_tables([rows.schema.empty_table(), rows])  # combine_chunks copies if there are two parts
+    two_parts = pa.concat_tables([rows.schema.empty_table(), rows])  # with one part, combine_chunks would not copy
     return two_parts.combine_chunks().to_batches()[0]
 
 
@@ -292,7 +292,7 @@ class Shards:
         return self._read(index, self._decode_row)
 
     def texts_of(self, index: int) -> list[tuple[str, str]]:
-        """Read the (prompt, text) pairs of one row without its picture. Raise the same errors as `row`."""
+        """Read the (prompt, text) pairs of one row without its picture. Raise the same errors as the method `row`."""
         return self._read(index, _pairs_of)
 
     def drawn_texts(self, texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -304,7 +304,10 @@ class Shards:
         return list(dict.fromkeys(texts)) if self.manifest.request.text_weights == "uniform" else texts
 
     def use_copy(self, file: int, copy: Path) -> None:
-        """Read all further rows of one file from a local copy. Other threads may read rows during this call."""
+        """From now on, read the rows of one shard file from a local copy.
+
+        Other threads may read rows during this call.
+        """
         self._mapped[file] = MappedFile.of(copy)
 
     def _file(self, number: int) -> MappedFile:
@@ -322,13 +325,13 @@ class Shards:
         mapped = self._file(file)
         try:
             return read(mapped, *divmod(within, BATCH_ROWS))
-        except (ValueError, OSError, IndexError) as error:  # Arrow and Pillow raise subclasses of these exceptions
+        except (ValueError, OSError, IndexError) as error:  # the errors of Arrow and Pillow are subclasses
             raise damaged_shard(mapped.path, f"{type(error).__name__}: {error}", row=within) from error
 
     def _decode_row(self, mapped: MappedFile, number: int, offset: int) -> Row:
         request = self.manifest.request
         batch, stored = mapped.pixels(number, offset)
-        assert request.image is not None, "rows of text are read as tokens"
+        assert request.image is not None, "shards of text have no pixels"
         if request.encoding == "raw":
             side = request.image.size
             pixels = np.frombuffer(stored, np.uint8).reshape(side, side, 3)

@@ -19,7 +19,10 @@ COLUMNS = 5
 MARGIN = 8
 HOT = (255, 64, 0)
 MAX_ALPHA = 0.8
-"""HOT colours the patch with the most attention. MAX_ALPHA is the weight of HOT in the blend with the grey picture."""
+"""HOT is the colour of the patch with the most attention.
+
+MAX_ALPHA is the weight of HOT in the blend with the grey picture.
+"""
 MAX_TITLE = 24
 
 

@@ -97,7 +97,7 @@ class CardText:
 
 @dataclass(frozen=True)
 class WordPicture:
-    """A small JPEG file that shows where a model looked when it generated a word. `title` has the word."""
+    """A small JPEG file that shows where a model looked when it generated a word. `title` contains the word."""
 
     title: str
     picture: bytes
@@ -185,7 +185,7 @@ class Page:
 
     @property
     def groups(self) -> list[str]:
-        """Distinct groups of all cards: first names in order of appearance, then sorted slices such as `size=64`."""
+        """Distinct groups of all cards: names in order of their first card, then sorted slices such as `size=64`."""
         found = list(dict.fromkeys(g for gallery in self.galleries for card in gallery.cards for g in card.groups))
         return [g for g in found if "=" not in g] + sorted((g for g in found if "=" in g), key=natural_key)
 

@@ -1,8 +1,8 @@
 """Delta Lake's jars for the local Spark session, which are downloaded once and then loaded from recorded paths.
 
 Spark finds and downloads the jars with Ivy. Ivy takes two seconds to find jars that are already downloaded, and two
-processes that download at the same time corrupt Ivy's cache. So the paths of the jars are recorded in a file, and only
-one process at a time runs Ivy.
+processes that download at the same time corrupt Ivy's cache. Therefore the paths of the jars are recorded in a file,
+and only one process at a time runs Ivy.
 """
 
 from __future__ import annotations

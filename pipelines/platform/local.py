@@ -36,11 +36,12 @@ SHORT_JOBS = (
 )
 """JVM options for short jobs on few cores.
 
-The JVM's second compiler takes more time than the faster code saves. The default garbage collector (G1) is slow with
-objects larger than half a region, such as pictures. Without a limit, the space for new objects would grow to a third of
-the heap and save no processor time. With a limit on the space for new objects, the JVM takes 0.8 GB instead of 1.9 GB
-after four small ingests. Spark's classes need about 150 MB of metaspace, and a metaspace that has to grow triggers
-collections of the whole heap.
+The JVM's second compiler is switched off, because it takes more time than its faster code saves. The default garbage
+collector (G1) is not used, because it is slow with objects larger than half a region, such as pictures. Without a
+limit, the space for new objects would grow to a third of the heap, which would save no processor time. With a limit on
+the space for new objects, the JVM takes 0.8 GB instead of 1.9 GB after four small ingests. Spark's classes need about
+150 MB of metaspace. The metaspace starts with 256 MB, because each growth of the metaspace triggers a garbage
+collection of the whole heap.
 """
 
 OFF_HEAP = "1g"
@@ -174,7 +175,8 @@ def _prepare_environment(master: str) -> None:
     working folder from the module search path of processes started with `python -m`. Otherwise a folder `pipelines`,
     `vlm` or `jobs` of the user would be imported instead of ours. PYTHONPATH still applies. LC_ALL names a UTF-8 locale
     if the user's locale is not UTF-8 (`LC_ALL=C` in cron jobs and containers, or a locale that is not installed).
-    Python then uses UTF-8 for the names of files, but the JVM would replace each letter outside of ASCII by `?`.
+    In a locale that is not UTF-8, the JVM would replace each letter outside of ASCII by `?` in the names of files,
+    although Python uses UTF-8.
     """
     os.environ.setdefault(SAFE_PATH, "1")
     if locale.nl_langinfo(locale.CODESET).upper() != "UTF-8":
@@ -207,12 +209,13 @@ def session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]:
         "spark.memory.offHeap.enabled": "true",
         "spark.memory.offHeap.size": OFF_HEAP,
         "spark.sql.columnVector.offheap.enabled": "true",
-        # With the default of 100 entries, compiled code is evicted before the same query runs again.
+        # With the default of 100 entries, Spark's cache would drop the compiled code of a query before the same query
+        # runs again.
         "spark.sql.codegen.cache.maxEntries": "1000",
         # Number of bytes per checksum and per write call for local files, instead of Hadoop's 512 bytes.
         "spark.hadoop.file.bytes-per-checksum": "65536",
-        # Hadoop sets the permissions of each file explicitly, so the umask of the process has no effect unless Hadoop
-        # gets it as a setting.
+        # Hadoop gets the umask of the process as a setting, because Hadoop sets the permissions of each file explicitly
+        # and ignores the umask of the process.
         "spark.hadoop.fs.permissions.umask-mode": f"{_umask():03o}",
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
@@ -277,7 +280,8 @@ def _start_failure(log: Path, start: int, error: Exception) -> UserError:
             got="Maven Central did not serve the jars",
             fix="connect to the internet for the first start; later starts use Ivy's cache in the home folder",
         )
-    _, open_files = resource.getrlimit(resource.RLIMIT_NOFILE)  # the JVM raises its own limit to the hard limit
+    # Only the hard limit counts, because the JVM raises its own soft limit to the hard limit.
+    _, open_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= open_files < MIN_OPEN_FILES:
         return UserError(
             "Spark needs more open files than this process may open",

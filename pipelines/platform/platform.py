@@ -47,7 +47,8 @@ class Platform:
         open_spark: function that returns the Spark session, and on a laptop first starts the session.
         namespace: prefix of table names without the last dot, such as `catalog.schema`.
         root: folder that holds all other folders.
-        remote: whether `root` is on a network. Files on a network are copied to local disk if many processes read them.
+        remote: whether `root` is on a network. If `root` is on a network, files that many processes read are copied to
+            local disk.
         tables: folder of the Delta tables as plain files, or None if a catalog manages the tables.
         launch: settings with which ranks are launched.
         tracking_uri: URI of the MLflow tracking server.
@@ -91,8 +92,10 @@ class Platform:
         return str(self.tables / table) if self.tables is not None and schema == self.namespace else None
 
     def folder(self, kind: FolderKind) -> Path:
-        """Return the folder for one kind of files, such as `shards` or `reports`. The code that writes files must first
-        create the folder."""
+        """Return the folder for one kind of files, such as `shards` or `reports`.
+
+        The folder may be missing, so code that writes files must first create the folder.
+        """
         return self.root / kind
 
     def model_name(self, run: str) -> str:

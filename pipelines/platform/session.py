@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MANY_ROWS = 100_000
 """Number of rows that is large enough for Spark to split a query into the default number of tasks."""
 SHORTAGE_SECONDS = 30.0
-"""Time in seconds after which the jobs of a barrier stage are cancelled if the cluster has too few slots."""
+"""Time in seconds after which the jobs of a barrier stage are cancelled if not all its tasks can run at once."""
 POLL_SECONDS = 1.0
 QUERY_LOGGERS = ("DataFrameQueryContextLogger", "SQLQueryContextLogger")
 """Loggers of pyspark that print the Java stack trace of an invalid query, in addition to the query's exception."""
@@ -53,7 +53,7 @@ def quiet_loggers() -> None:
 
 
 def spark_errors() -> tuple[type[Exception], ...]:
-    """Return the exception classes that a failed query raises. A client of Spark Connect may lack py4j."""
+    """Return the exception classes that a failed query raises. On a client of Spark Connect, py4j may be missing."""
     from pyspark.errors import PySparkException
 
     try:
@@ -64,7 +64,7 @@ def spark_errors() -> tuple[type[Exception], ...]:
 
 
 def analysed(frame: DataFrame) -> DataFrame:
-    """Return a DataFrame after its analysis, so that a wrong name or a missing table raises an error here.
+    """Analyse a DataFrame and return it, so that a wrong name or a missing table raises an error here and not later.
 
     Raises:
         AnalysisException: a column, function, table or version does not exist.
@@ -105,8 +105,8 @@ def task_cpus(spark: SparkSession) -> int:
 def count_slots(spark: SparkSession) -> int:
     """Return how many tasks can run at once. Spark compares this number with the number of tasks of a barrier stage.
 
-    A Connect session only knows the number of cores. If there are fewer GPUs than cores, the result is too large. Spark
-    then reports the missing slots, but only after ten minutes.
+    A Connect session only knows the number of cores. If there are fewer GPUs than cores, the result is too large. A
+    barrier stage with too many tasks then fails, but only after ten minutes.
     """
     if is_connect(spark):
         return default_parallelism(spark) // task_cpus(spark)
@@ -117,11 +117,12 @@ def count_slots(spark: SparkSession) -> int:
 
 @contextlib.contextmanager
 def cancel_if_slots_are_lost(spark: SparkSession, tasks: int) -> Iterator[None]:
-    """Cancel the Spark jobs started inside the block if the cluster no longer has `tasks` slots.
+    """Cancel the Spark jobs started inside the block if the cluster can no longer run `tasks` tasks at once.
 
-    Spark counts slots only when a barrier stage starts, so Spark would wait forever for a lost host. The thread that
-    waits for the stage receives a Spark error with the number of remaining slots. A Connect session cannot count slots
-    while a barrier stage occupies them, so only a timeout of the job ends the wait in a Connect session.
+    Spark counts its slots (the tasks that can run at once) only when a barrier stage starts. Spark would therefore wait
+    forever for a host that is lost later. The thread that waits for the stage receives a Spark error with the number of
+    remaining slots. A Connect session cannot count slots while a barrier stage occupies them, so only a timeout of the
+    job ends the wait in a Connect session.
     """
     if is_connect(spark):
         yield
@@ -147,7 +148,7 @@ def cancel_if_slots_are_lost(spark: SparkSession, tasks: int) -> Iterator[None]:
 def call_in_barrier_stage(
     spark: SparkSession, function: Callable[[], dict[str, object]], tasks: int
 ) -> list[dict[str, object]]:
-    """Call a function in each task of a barrier stage, which occupies all slots at once. Return the results.
+    """Call a function in each task of a barrier stage, whose tasks all run at the same time. Return the results.
 
     With a classic session, this function needs no package on executors. A Connect session has no RDDs, so its
     executors need pyarrow.

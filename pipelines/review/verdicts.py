@@ -95,7 +95,7 @@ class Review:
         ]
 
     def picture(self, image_id: str) -> bytes | None:
-        """Read a picture file, or return None if the table no longer contains the row."""
+        """Return the bytes of a caption's picture file, or None if the table no longer contains the picture."""
         return self._pictures.read([image_id]).get(image_id)
 
     def save_verdict(self, verdict: CaptionVerdict, reviewer: str) -> None:

@@ -17,7 +17,7 @@ from pipelines.executor.ingest.storage import open_binary
 
 MAGIC = {
     "gzip": rb"\x1f\x8b\x08",
-    "bz2": rb"BZh[1-9](?:1AY&|\x17rE8)",  # BZh alone may be the beginning of a text
+    "bz2": rb"BZh[1-9](?:1AY&|\x17rE8)",  # "BZh" alone may also begin a text
     "xz": rb"\xfd7zXZ\0",
     "zstd": rb"\x28\xb5\x2f\xfd",
 }
@@ -28,9 +28,12 @@ ARCHIVES = {
     (0, b"Rar!"): "a RAR archive",
     (257, b"ustar"): "a tar",
 }
-"""Kind of archive for each signature (position, bytes). All archives of the kind have these bytes at this position."""
+"""Kind of archive for each signature, which is a position in the file and the bytes at this position.
+
+All archives of a kind have the signature of the kind.
+"""
 SKIPPABLE_FRAME = b"\x2a\x4d\x18"
-"""Bytes 2 to 4 of a skippable zstd frame. Parallel compressors begin a file with a skippable frame."""
+"""Bytes 2 to 4 of a skippable zstd frame. A file that a parallel compressor wrote may begin with this frame."""
 XZ_MEMORY = 128 * 2**20
 """Number of bytes of memory that decompression of an xz file may need. A file that needs more memory is refused. A file
 that `xz -9` wrote needs 65 MB."""
@@ -84,7 +87,7 @@ def decompress(file: IO[bytes], start: bytes) -> IO[bytes]:
 
 
 class _ZstdReader(io.RawIOBase):
-    """Decompressor of zstd frames, which reads small pieces, because Arrow returns nothing of a damaged piece."""
+    """Decompressor of zstd frames. It reads small pieces, because Arrow returns no content of a damaged piece."""
 
     PIECE = 4 << 10
 

@@ -119,7 +119,8 @@ def decode_record(record: Record, rules: DecodeRules) -> dict[str, Any]:
 def _decode_bytes(fields: Fields, rules: DecodeRules) -> Fields:
     """Convert values of type bytes in the text, id and split columns to strings.
 
-    The payload stores bytes as base64. Without this conversion, a replay of the row would take the base64 for the text.
+    The payload stores bytes as base64. Without the conversion to strings, a replay of the row would use the base64 of a
+    text as the text.
     """
     columns, split = rules.columns, rules.split
     named = (columns.text, columns.prompt, split.column if split.kind == "column" else None)

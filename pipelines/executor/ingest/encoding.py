@@ -6,7 +6,8 @@ import codecs
 
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),  # tried before UTF-16, because the mark of UTF-32 begins with UTF-16's mark
+    # UTF-32 is tried before UTF-16, because the byte-order mark of UTF-32 begins with the mark of UTF-16.
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
@@ -31,7 +32,11 @@ def encoding_of(start: bytes) -> tuple[str, int]:
 
 
 def _unmarked_encoding(content: bytes) -> str:
-    """Return UTF-16 if most bytes at even (or at odd) positions and few other bytes are zero, else UTF-8."""
+    """Recognise UTF-16 without a byte-order mark by the positions of its zero bytes.
+
+    Return utf-16-be if most bytes at even positions and few bytes at odd positions are zero, utf-16-le if it is the
+    other way round, else utf-8.
+    """
     even, odd = content[0:2000:2], content[1:2000:2]
     if len(content) % 2 or not odd:
         return "utf-8"

@@ -21,12 +21,12 @@ FINGERPRINT_BYTES = HASH_BYTES + 3 * GRID * GRID
 MARGIN = 2
 """A hash bit is set if two cells differ by more than MARGIN grey levels.
 
-The noise that a picture encoder adds to cells of equal brightness causes smaller differences.
+A picture encoder adds noise to cells of equal brightness, but the noise causes differences below MARGIN.
 """
 MAX_DIFFERING_BITS = 3
 """Largest number of hash bits in which near duplicates differ.
 
-The driver's search for candidates relies on this limit.
+The driver's search for candidate pairs finds all pairs within this limit, so a larger limit needs another search.
 """
 MAX_COLOUR_DIFFERENCE = 12
 """Largest difference between the mean colours of a cell in two near duplicates, in levels of 0 to 255."""

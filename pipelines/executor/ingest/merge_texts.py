@@ -1,7 +1,7 @@
 """Functions that merge the texts of a picture in the rows of an ingest with the texts that `samples` already has.
 
-Several people may write the same caption for a picture. The number of repeats of a caption matters in the references of
-an evaluation, and determines how often training shows a caption. However, an ingest that runs twice must not add its
+Several people may write the same caption for a picture. The number of repeats of a caption changes the scores of an
+evaluation, and determines how often training shows the caption. However, an ingest that runs twice must not add its
 texts twice. After the merge, a text therefore occurs as often as it did in `samples` or as it does in the ingest,
 whichever is more.
 """
@@ -49,8 +49,8 @@ def merge_texts(known: Sequence[Text], rows: Sequence[Sequence[Text]], max_texts
         known: texts that the picture already has in `samples`, with repeats.
         rows: texts of each row, in the order of the rows.
         max_texts: largest number of distinct texts of a picture, or None for any number. Rows are sorted by their
-            texts, and accepted up to the first row that exceeds the limit. A later row is accepted only if the row adds
-            no new text. The accepted texts therefore do not depend on the order of `rows`.
+            texts, and accepted up to the first row that exceeds the limit. After this row, a row is accepted only if
+            all its texts have already been accepted. The accepted texts therefore do not depend on the order of `rows`.
     """
     seen, contributing, exceeded = set(known), 0, False
     for texts in sorted({tuple(dict.fromkeys(row)) for row in rows}):

@@ -70,8 +70,8 @@ def split_of_file(file: str) -> Split | None:
 
     The file name is examined first, then the names of its folders, nearest folder first. A name contains a split if one
     of its words stands for the split, as in `val-00000-of-00005.csv`, `train_0.parquet` or `cats.test.tar`. A name with
-    words for two splits is ignored, except a file name such as `train.test.csv`, where the word before the first dot
-    decides.
+    words for two splits is ignored. The only exception is a file name such as `train.test.csv`, in which the word
+    before the first dot decides.
 
     Args:
         file: name of the file, or its path relative to the source.

@@ -73,8 +73,8 @@ def url_system(path: str) -> tuple[Any, str]:
 def describe_damage(error: Exception) -> str | None:
     """Describe an error that affects only one file, or return None if the error counts as a machine failure.
 
-    The caller must raise an error that counts as a machine failure, for example because a network drive does not
-    answer. Spark then retries the task, and no file is refused because a drive was offline.
+    If the error is a machine failure, for example because a network drive does not answer, the caller must raise the
+    error. Spark then retries the task. Otherwise, files would be refused because a drive was offline for a moment.
     """
     if isinstance(error, OSError):
         if (error.errno is not None and error.errno not in INACCESSIBLE) or _has_lost_its_folder(error):

@@ -58,7 +58,7 @@ def normalize_text(text: str, max_chars: int) -> str:
     if CONTROL.search(text):
         text = CONTROL.sub(" ", text.replace("\r\n", "\n").replace("\r", "\n"))
     text = trim(text)
-    if len(text) <= MAX_SHRINKAGE * max_chars:  # NFC may take quadratic time, so a long text skips NFC
+    if len(text) <= MAX_SHRINKAGE * max_chars:  # a longer text is not normalised, because NFC may take quadratic time
         text = trim(unicodedata.normalize("NFC", text))
     if is_missing(text):
         return ""

@@ -37,7 +37,7 @@ FLUSH_ROWS = 1024
 
 @dataclass(frozen=True)
 class TextRules:
-    """Settings that decide whether a row becomes a text, and what its split is.
+    """Settings that decide whether a row becomes a text, and in which split the text is.
 
     Attributes:
         source: name of the data config, which is the prefix of text ids.

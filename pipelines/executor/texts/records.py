@@ -21,7 +21,10 @@ from pipelines.executor.ingest.text_stream import open_text
 TEXT = "text"
 """Name of the field of a record that holds the text."""
 FILES = pa.schema([("path", pa.binary()), ("file", pa.string())])
-"""Schema of the raw rows, one per file. A path is encoded by os.fsencode, because a name may not be UTF-8."""
+"""Schema of the raw rows, one per file.
+
+A path is encoded by os.fsencode, because the name of a file can contain bytes that are not UTF-8.
+"""
 KEPT_CHARS = 64 * 2**10
 """Number of characters that `quarantine` keeps of a row that is too long."""
 
@@ -90,7 +93,7 @@ class _PendingRow:
         self._chars += len(piece)
 
     def end(self) -> Iterator[Record]:
-        """Yield the row if a piece of the row has been read, and begin a new row."""
+        """Begin a new row. First yield the finished row if a piece of this row has been read."""
         text, chars = "".join(self._pieces), self._chars
         self._pieces, self._chars = [], 0
         if chars > self._max_chars:

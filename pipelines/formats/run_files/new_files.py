@@ -1,8 +1,8 @@
 """Functions that read the metric files and sample files of a run while rank 0 is still writing such files.
 
 A long run has tens of thousands of metric files. On a network file system, such as a Databricks Volume, listing or
-opening a file takes tens of milliseconds. A reader therefore opens the file of the next step at which rank 0 writes a
-file, and lists the folder only if the run has passed this step without writing the file.
+opening a file takes tens of milliseconds. A reader therefore tries to open the file of the next step at which rank 0
+writes a file. The reader lists the folder only if the run has passed this step and the file is missing.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class _StepFiles(Generic[T]):
     listed: Callable[[int], Iterator[T]]
 
     def read(self, after: int) -> Iterator[T]:
-        """Read the files of the steps after the step `after`. List the folder if the file of a passed step is missing.
+        """Read the files of the steps after the step `after`.
+
+        List the folder if the file of a step that the run has passed is missing.
 
         For example, a run that starts from a checkpoint of another run has no files of its first steps.
         """

@@ -256,7 +256,7 @@ def test_an_unreadable_picture_gives_a_problem_only_in_its_row(folder: Path) -> 
 @pytest.mark.parametrize(
     ("named", "problem"),
     [
-        (" ", "missing_field: no file is named"),
+        (" ", "missing_field: the row names no file"),
         (7, "malformed_record: a value of type int instead of the path or URL that image_root requires"),
         (["a.png"], "malformed_record: a value of type list instead of the path or URL that image_root requires"),
         (
@@ -302,7 +302,7 @@ def test_a_batch_of_picture_paths_is_split_into_smaller_batches_when_the_picture
     assert [row["image_id"] for row in rows] == list("abcde")
     assert [row["image"] for row in rows] == [b"picture 10", b"picture 10", None, b"picture 10", None]
     missing = "missing_field: the folder has no file 'b.png'"
-    assert [row["problem"] for row in rows] == [None, None, missing, None, "missing_field: no file is named"]
+    assert [row["problem"] for row in rows] == [None, None, missing, None, "missing_field: the row names no file"]
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,8 @@ class NotStored(dict[str, str]):
         super().__init__({"not stored": what})
         self.what = what
         buffer = None if value is None else _buffer(value)
-        if buffer is not None:  # hash only beginning and end, because a file may repeat a value of 60 MB many times
+        if buffer is not None:
+            # A file may repeat a value of 60 MB many times, so only the beginning and the end of a value are hashed.
             ends = buffer.slice(0, END_BYTES), buffer.slice(max(buffer.size - END_BYTES, 0))
             self["hash of its ends"] = hashlib.sha256(b"".join(end.to_pybytes() for end in ends)).hexdigest()
 
@@ -228,7 +229,10 @@ def content_of(array: pa.Array) -> pa.Buffer:
 
 
 def _value_of_dictionary(array: pa.Array) -> pa.Array:
-    """Return the dictionary value of a dictionary array with one row, without a copy. Return other arrays unchanged."""
+    """Return the dictionary value of a dictionary array with one row, without a copy.
+
+    An array that is not a dictionary array is returned unchanged.
+    """
     if not types.is_dictionary(array.type) or not array.indices[0].is_valid:
         return array
     return stored(array.dictionary).slice(array.indices[0].as_py(), 1)
@@ -291,12 +295,12 @@ def _whole_picture(array: pa.Array, most: int) -> bytes | str | NotStored:
     content: bytes = buffer.to_pybytes()
     try:
         return content.decode() if text else content
-    except UnicodeDecodeError:  # a program may have stored the bytes of a picture file as a string
+    except UnicodeDecodeError:  # some programs store the bytes of a picture file in a column of strings
         return content
 
 
 def _bytes_of_numbers(values: pa.Array, most: int) -> bytes | list[int] | NotStored:
-    """Convert a list of numbers to bytes, or return the list if a number is not a byte."""
+    """Convert a list of numbers to bytes, or return the list if a number is not an integer from 0 to 255."""
     if len(values) > most:
         return NotStored(f"a list of {len(values):,} numbers; at most {most:,} are allowed")
     numbers: np.ndarray = values.to_numpy(zero_copy_only=False)

@@ -29,13 +29,16 @@ from pipelines.executor.ingest.records.record import Problem, Record, add_partit
 MAX_LINES_OF_ROW = 100_000
 """Largest number of lines of a row with line breaks inside quotes."""
 MAX_BROKEN_LINES = 100
-"""Number of lines in which the parser searches for the closing quote of a field with a forbidden line break."""
+"""Number of lines to search for the closing quote of a field with a line break, if fields may have no line breaks."""
 NEAR_BYTES = 4 * 2**20
 """Number of bytes before and after a range in which the parser searches for quoted fields that cross its borders."""
 
 
 class _Quoting(NamedTuple, Generic[AnyStr]):
-    """Characters of a CSV file: delimiter of the fields, quote and escape character. The last two may be empty."""
+    """Characters of a CSV file: delimiter of the fields, quote and escape character.
+
+    Quote and escape character may be empty.
+    """
 
     delimiter: AnyStr
     quote: AnyStr
@@ -104,7 +107,11 @@ def _lines(part: Range, limit: int) -> Iterator[tuple[str | LongLine, bool]]:
 
 
 def _rows_near(part: Range, limit: int) -> Iterator[tuple[int, str | LongLine]]:
-    """Yield the rows shortly before a range (with -1), in the range (with 0) and shortly after the range (with 1)."""
+    """Yield the rows in and near a range, each with its place.
+
+    The place is -1 for a row shortly before the range, 0 for a row in the range, and 1 for a row shortly after the
+    range.
+    """
     parts = {0: part}
     if part.start:
         parts = {-1: part._replace(start=max(0, part.start - NEAR_BYTES), end=part.start), **parts}
@@ -148,10 +155,10 @@ def is_blank(row: str, delimiter: str) -> bool:
 def _join_quoted(
     lines: Iterator[tuple[bytes, bytes] | LongLine], quoting: _Quoting[bytes], last: bytes | None, limit: int
 ) -> Iterator[bytes | LongLine]:
-    """Join lines that are one row because a quoted field contains their line ends.
+    """Join lines into one row if a quoted field contains their line ends.
 
-    If a quote is never closed, only the line with this quote becomes a row, and the lines after this line are parsed
-    again. Without this rule, the field after the quote would contain the rest of the file.
+    If a quote is never closed, the line with this quote becomes a row, and the next lines are parsed as rows of their
+    own. Otherwise, the field after a quote that is never closed would contain the rest of the file.
 
     Args:
         lines: lines with their line ends.
@@ -169,7 +176,8 @@ def _join_quoted(
             yield line
             continue
         row, size = [line], len(line[0])
-        # If a row cannot continue after this line, the quotes are not checked here, because `split_line` checks them.
+        # A row cannot continue after a line that ends with `last`. The quotes of this line are not checked here but in
+        # `split_line`.
         opened = line[1] != last and _ends_in_quotes(line[0], quoting, opened=False)
         while opened and size <= limit and len(row) < MAX_LINES_OF_ROW and row[-1][1] != last:
             line = following()
@@ -216,8 +224,9 @@ def split_line(line: str, delimiter: str = ",", escape: str = "", quote: str = '
     character. In a field without quotes, the escape character has no special meaning.
 
     A field that does not begin with a quote may contain quotes, as in `5" pipe`, although the standard forbids such
-    quotes. However, a field that ends with a lone quote after a letter is wrong, because such a field is probably the
-    end of a quoted field that began in an earlier line. A quote after a number means inches.
+    quotes. However, the row is wrong if such a field ends with a single quote after a letter. The field is then
+    probably the end of a quoted field that began in an earlier line. A single quote after a number is allowed, because
+    the quote may mean inches.
     """
     if not quote:
         return line.split(delimiter)

@@ -98,7 +98,7 @@ def _caption_row(record: Record, captions: str, folder: str, column: str) -> dic
     found = _find_picture(folder, subfolder_of(captions, folder), record.fields.get(column))
     if isinstance(found, PictureFile):
         row["picture"] = printable(str(found.path))
-        if not record.problem:  # a refused row depends only on the captions file
+        if not record.problem:  # a refused row is not read again when its picture changes
             row["state"] = change_token(found.status.st_size, found.status.st_mtime_ns // 1000)
     return row
 
@@ -153,7 +153,7 @@ def subfolder_of(captions: str, folder: str) -> str:
 def _find_picture(folder: str, subfolder: str, name: object) -> PictureFile | Problem:
     """Find the picture file that a row names, first relative to `folder`, then relative to `folder/subfolder`."""
     if is_missing(name):
-        return Problem("missing_field", "no file is named")
+        return Problem("missing_field", "the row names no file")
     if isinstance(name, float) and name.is_integer():
         name = int(name)
     if not isinstance(name, str | int):

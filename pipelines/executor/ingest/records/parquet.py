@@ -1,4 +1,4 @@
-"""Parser of Parquet files. Executors read the columns that are used, in batches of bounded size.
+"""Parser of Parquet files. Executors read the columns that the data config uses, in batches of bounded size.
 
 Unused columns may have any types, names and values. The parser reads unused columns only for a refused row, because the
 table `quarantine` stores the whole row.
@@ -56,8 +56,8 @@ def parquet_records(
     """Read the rows of byte ranges of Parquet files. All damage in a range becomes one record `unreadable_file`.
 
     Args:
-        batches: batches with the columns path, file, start, end and partition. The column partition is a map with the
-            values of folder names such as `year=2024`, which all rows of the file have.
+        batches: batches with the columns path, file, start, end and partition. The column `partition` is a map of the
+            values in folder names such as `year=2024`. All rows of the file have these values.
         image: name of the picture column. Hugging Face's struct of bytes and path becomes the two fields IMAGE and
             IMAGE.path.
         named: names of all columns that are used.

@@ -24,7 +24,8 @@ BATCH_ROWS = 1024
 DICTIONARY_BYTES = 64 * 2**20
 """Largest size of a column chunk of lists that is read as an Arrow dictionary array, in bytes.
 
-If the dictionary page of the file lacks a value, Arrow adds the value to the dictionary of the array.
+Arrow adds values that the file's dictionary page lacks to the dictionary of the array. The dictionary may therefore
+become as large as the column chunk.
 """
 
 SIGNATURE_BYTES = 28
@@ -118,7 +119,10 @@ class ParquetColumns:
             yield batch.column(0)
 
     def _reader(self, rows: int, *, kept: bool) -> pq.ParquetFile:
-        """Return the reader for batches of `rows` rows. A reader cannot change its batch size from column to column."""
+        """Return the reader for batches of `rows` rows.
+
+        Each batch size needs its own reader, because a reader cannot change its batch size.
+        """
         if (rows, kept) not in self._readers:
             self._readers[rows, kept] = self._open(self._texts if kept else [], metadata=self.metadata)
         return self._readers[rows, kept]

@@ -18,7 +18,10 @@ MAX_PAGE_BYTES = 256 * 2**20
 MAX_LIST_VALUES = 2**24
 """Largest number of values in the lists of a column chunk with more than HONEST_RATIO values per byte."""
 HONEST_RATIO = 4
-"""Pages with at most this compression ratio are read whatever their size, because the file has a similar size."""
+"""Largest compression ratio of a page that is read whatever its size.
+
+A page with at most this ratio is not much larger than its file.
+"""
 HEADER_BYTES = 256
 MAX_HEADER_BYTES = 2**20
 """Largest size of a page header, in bytes. A header may contain the smallest and the largest value of the page."""
@@ -141,7 +144,7 @@ class _Thrift:
 
     def _value(self, kind: int, depth: int) -> Any:
         value: Any = None
-        if kind in (1, 2):  # in Thrift, the type code of a boolean says whether the value is true
+        if kind in (1, 2):  # in Thrift, no value follows, because the type code of a boolean says whether it is true
             value = kind == 1
         elif kind == 3:
             value = self._byte()
@@ -151,7 +154,7 @@ class _Thrift:
             self._skip(8 if kind == 7 else self._varint())
         elif kind == 12 and depth < 8:
             value = self.struct(depth + 1)
-        else:  # a page header has neither lists nor maps
+        else:  # a valid page header contains neither lists nor maps
             raise pa.ArrowInvalid(f"a page header has a field of the type {kind}")
         return value
 

@@ -1,8 +1,8 @@
 """Streaming reader of tar files, with memory bounded for every input.
 
 Python's `tarfile` reads a header of any size into memory, and treats a damaged header as the end of the tar. The reader
-in this module limits the size of headers, distinguishes the end of a tar from damage, and continues after an end mark,
-because tars may be concatenated. The reader uses only `TarInfo.frombuf` of `tarfile`, which parses one block.
+in this module limits the size of headers, and distinguishes the end of a tar from damage. It continues after an end
+mark, because tars may be concatenated. The reader uses only `TarInfo.frombuf` of `tarfile`, which parses one block.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ CHUNK = 1 << 20
 HEADER_BYTES = 1 << 20
 """Largest size of an extended header, which contains a long name or attributes, in bytes."""
 EXTENDED = {tarfile.GNUTYPE_LONGNAME: "path", tarfile.GNUTYPE_LONGLINK: "linkpath"}
-"""Types of headers whose content is the name or the link target of the next member, each with the name of the attribute
-in which the content is stored."""
+"""For each type of extended header, the attribute of the next member that the header contains: name or link target."""
 PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 KINDS = {
     tarfile.CHRTYPE: "a device",
@@ -168,7 +167,7 @@ class TarReader:
 
 
 def _skip_sparse_map(file: IO[bytes], block: bytes) -> None:
-    """Skip the blocks that continue the list of a sparse file's parts after a header of the old GNU format."""
+    """Skip the blocks after a header of the old GNU format that continue the list of a sparse file's parts."""
     is_continued = block[156:157] == tarfile.GNUTYPE_SPARSE and block[482]
     while is_continued:
         block = file.read(BLOCK)

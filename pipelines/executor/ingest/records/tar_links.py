@@ -1,7 +1,8 @@
 """Functions for links inside a tar. A hard or symbolic link has the content of another member of the same tar.
 
-A tar is read as a stream, and the target of a link may be anywhere in the tar. The first pass therefore skips rows with
-links. The second pass copies the targets to a temporary file, and the third pass reads the rows with links.
+A tar is read as a stream, and the target of a link may be anywhere in the tar. The first pass over the tar therefore
+skips rows with links. The second pass copies the targets of links to a temporary file, and the third pass reads the
+rows with links.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from pipelines.executor.ingest.records.tar import Member, TarReader
 MAX_LINKS = 100_000
 """Largest number of links that are followed in one tar."""
 MAX_HOPS = 16
-"""Largest number of links in a chain, in which each link leads to the next link."""
+"""Largest number of links in a chain of links, each of which leads to the next link."""
 SPOOL_BYTES = 1 << 30
 """Largest size of the temporary file, in bytes."""
 
 
 class Links:
-    """Targets of the links of a tar, by the name of the link."""
+    """Links of a tar: for the name of each link, the name of its target."""
 
     def __init__(self) -> None:
         self._targets: dict[str, str] = {}
@@ -65,7 +66,7 @@ class LinkTargets:
         """Copy the contents of all link targets from a tar to the temporary file.
 
         Raises:
-            tarfile.TarError: the tar is damaged. All targets before the damage have been copied.
+            tarfile.TarError: the tar is damaged. All targets that precede the damage have been copied.
         """
         wanted = self._links.ends()
         for member in reader:

@@ -19,7 +19,10 @@ from pipelines.executor.ingest.records.tar_links import Links, LinkTargets
 from pipelines.executor.ingest.storage import FILE_ERRORS, require_damage
 
 MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
-"""Pattern of <key>.<extension>. The extension begins after the first dot. Names of hidden files do not match."""
+"""Pattern of <key>.<extension>.
+
+Everything after the first dot of a name is the extension. The pattern does not match the names of hidden files.
+"""
 SYSTEM_FOLDER = re.compile(r"(?:^|/)__MACOSX/")
 MAX_MEMBERS = 1_000
 """Largest number of tar members that one row may have."""
@@ -57,7 +60,7 @@ def tar_records(
         images: file extensions of pictures. If a row has several pictures, the picture whose extension comes first in
             this order is used.
         named: names of all columns that are used. A `json` member that is not a JSON object becomes the text field
-            `json`, but if one of the names begins with `json.`, the row is refused.
+            `json`. However, if a used column has a name that begins with `json.`, the row is refused.
         max_bytes: largest size of a tar member to read, in bytes. The limit for all members of a row together is 25 %
             larger.
     """
@@ -91,7 +94,11 @@ class _Tar:
             yield from self._linked_records()
 
     def _linked_records(self) -> Iterator[Record]:
-        """Yield the records of the rows that contain links. Stop at damage without another error."""
+        """Yield the records of the rows that contain links.
+
+        If the tar is damaged, stop without a record for the damage, because the first pass has already yielded this
+        record.
+        """
         with LinkTargets(self._links, self._limits.max_bytes) as targets:
             try:
                 with open_decompressed(self._path) as file:
@@ -131,7 +138,8 @@ class _Tar:
     def _damage(self, what: str) -> Record:
         where = f", in row {_readable(self._row.key)}" if self._row else ""
         detail = f"the tar ends or is damaged after {self._complete} rows{where}: {what}"
-        raw = f"{self._file} from row {self._complete + 1} on"  # do not reword this text: source_row is its hash
+        # The identifier `source_row` is a hash of this text, so a new wording would add the row to `quarantine` again.
+        raw = f"{self._file} from row {self._complete + 1} on"
         return Record(self._file, {}, raw, Problem("unreadable_file", detail))
 
 
@@ -222,7 +230,7 @@ class _TarRow:
         return Record(file, fields, None, self._problem)
 
     def _explain(self) -> None:
-        """Refuse a row without a picture, or with only a picture, if the names of its members show the cause."""
+        """Refuse a row that has no picture, or nothing but a picture, if the names of its members show why."""
         alike = [extension for extension in self._members if extension.rpartition(".")[2] in self._limits.images]
         if self._is_again:
             detail = "its members are in several places of the tar: sort the tar by name"

@@ -1,8 +1,8 @@
 """Functions that read the pictures that rows name by a path below a local folder.
 
-The names may come from any operating system, with backslashes, percent signs or another Unicode form of the same
-letters. The file with exactly the given name is tried first. A link may lead anywhere inside the folder, but no path
-may lead out of the folder.
+A path may have been written on any operating system. It may contain backslashes or percent escapes, or its letters may
+have another Unicode form than in the folder. The file with exactly the given name is tried first. A link may lead
+anywhere inside the folder, but no path may lead out of the folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pipelines.executor.ingest.storage import require_damage
 LOCAL_URI = re.compile(r"(?:file:(?://(?:localhost)?)?|dbfs:)(/.*)", re.DOTALL | re.IGNORECASE)
 """Pattern of a URI of a local file, or of a file on a Volume."""
 HINT = ", did you mean "
-"""Words before the suggested name in the message about a missing file, if the folder has a file of a similar name."""
+"""Beginning of the hint in the message about a missing file. The hint names a file with a similar name."""
 MAX_LISTED = 200_000
 """Largest number of entries of a folder that are searched for a name in another Unicode form."""
 
@@ -77,7 +77,7 @@ def read_file(found: PictureFile, max_bytes: int) -> bytes | Problem:
     Raises:
         OSError: the machine has a fault.
     """
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # the file may have been replaced by a link or a pipe
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a link or a pipe may have replaced the file
     try:
         with os.fdopen(os.open(found.path, flags), "rb") as file:
             status = os.fstat(file.fileno())
@@ -101,7 +101,9 @@ def _spellings(name: str) -> Iterator[str]:
 
 
 def _parts(roots: Sequence[str], path: str) -> list[str]:
-    """Split a path below the root folder into its parts. `roots` are all known paths of the root folder.
+    """Split a path below the root folder into its parts, which are the names of folders and of the file.
+
+    `roots` are all known paths of the root folder.
 
     Raises:
         _Outside: an absolute path is not below the folder, or a URI has another scheme than `file:`.

@@ -40,7 +40,7 @@ class PictureRoot:
         if isinstance(name, bytes):
             name = name.decode("utf-8", "replace")
         if is_missing(name):
-            return Problem("missing_field", "no file is named")
+            return Problem("missing_field", "the row names no file")
         if not isinstance(name, str) or name.lstrip()[:5].lower() == "data:":
             kind = "a data URI" if isinstance(name, str) else f"a value of type {type(name).__name__}"
             return Problem("malformed_record", f"{kind} instead of the path or URL that image_root requires")
@@ -128,7 +128,8 @@ def add_pictures(records: Iterator[Record], root: PictureRoot, column: str) -> I
             yield record
             continue
         name, path = record.fields.get(column), record.fields.get(f"{column}.path")
-        if path is not None and name is not None:  # Hugging Face's struct already contains the bytes of the picture
+        # Hugging Face's struct already contains the bytes of the picture, so no picture file is read.
+        if path is not None and name is not None:
             yield record._replace(fields=record.fields | {PICTURE: name})
             continue
         found = root.read(name if path is None else path)
@@ -137,7 +138,10 @@ def add_pictures(records: Iterator[Record], root: PictureRoot, column: str) -> I
 
 
 def _split_by_folder(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[str, pa.RecordBatch]]:
-    """Split batches into parts whose rows come from files in the same folder. Yield pairs of a folder and its rows."""
+    """Split batches into smaller batches whose rows come from files in the same folder.
+
+    Yield pairs of a folder and its rows.
+    """
     for batch in batches:
         folders = [posixpath.dirname(os.fsdecode(path)) for path in batch.column("path").to_pylist()]
         start = 0

@@ -76,7 +76,7 @@ def read_url(root: str, name: str, max_bytes: int) -> bytes | Problem:
     if isinstance(paths, Problem):
         return paths
     fetch = _fetch_web if scheme_of(root) in WEB else _fetch_store
-    found: bytes | Problem = Problem("missing_field", f"no file is named: {name!r}")
+    found: bytes | Problem = Problem("missing_field", f"the row names no file: {name!r}")
     for path in paths:
         found = _in_time(partial(fetch, root, path, max_bytes))
         if not (isinstance(found, Problem) and found.reason == "missing_field"):
@@ -99,7 +99,7 @@ def _paths_below(root: str, name: str) -> list[str] | Problem:
     elif name.startswith("/"):
         return outside
     if not name.strip() or "\0" in name:
-        return Problem("missing_field", "no file is named")
+        return Problem("missing_field", "the row names no file")
     paths = list(dict.fromkeys([name, name.replace("\\", "/"), unquote(name)]))
     if any(".." in re.split(r"[/\\]", unquote(unquote(path)).partition("?")[0]) for path in paths):
         return outside
@@ -118,8 +118,8 @@ def _server(url: str) -> tuple[str, str]:
 def _in_time(fetch: Callable[[float], bytes | Problem]) -> bytes | Problem:
     """Call a function in a separate thread, and wait no longer than the time limit.
 
-    The thread is necessary because no client library limits the total time of a request. The function is called with
-    the deadline. The thread may live on after this call, until the deadline or the end of its connection.
+    The thread is necessary because no client library limits the total time of a request. The function receives the
+    deadline as its argument. The thread may live on after this call, until the deadline or the end of its connection.
     """
     done: SimpleQueue[bytes | Problem | Exception] = SimpleQueue()
     deadline = time.monotonic() + READ_SECONDS
@@ -221,4 +221,4 @@ def _fetch_web(root: str, path: str, max_bytes: int, deadline: float) -> bytes |
             if attempt == ATTEMPTS:
                 return Problem("unreadable_file", f"{url}: {type(error).__name__}: {error}")
         time.sleep(min(PAUSE_SECONDS * attempt, max(0.0, deadline - time.monotonic())))
-    raise AssertionError("the loop returns or raises")
+    raise AssertionError("the last pass of the loop always returns or raises")
