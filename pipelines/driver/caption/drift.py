@@ -22,7 +22,7 @@ from vlm.text.words import TOKENISATION
 logger = logging.getLogger(__name__)
 
 RELATIVE = ("words", "distinct_words")
-"""Names of the figures whose limit is a relative change; the limits of all other figures are absolute differences."""
+"""Names of the figures for which the drift limit is a relative change. All other limits are absolute differences."""
 PROMPT_INDEPENDENT = ("error_share", "brightness", "contrast")
 """Names of the figures that do not depend on the prompt."""
 FIGURES = ("words", "distinct_words", "mean_logprob", *PROMPT_INDEPENDENT)
@@ -31,8 +31,8 @@ FIGURES = ("words", "distinct_words", "mean_logprob", *PROMPT_INDEPENDENT)
 class Drift(Config):
     """Comparison of one figure between a caption job and an evaluation.
 
-    For a figure in RELATIVE, `change` and `limit` are shares of the evaluation's figure. For any other figure, `change`
-    and `limit` are absolute differences.
+    If RELATIVE names the figure, `change` and `limit` are fractions of the evaluation's value. Otherwise, `change` and
+    `limit` are absolute differences.
     """
 
     value: float
@@ -54,9 +54,9 @@ def read_evaluation_figures(
 ) -> EvaluationFigures:
     """Read the figures of a model version's last evaluation on a split, or no figures if there is no evaluation.
 
-    `of_model` is the SQL condition that identifies the model by its content (`is_of_model`). The figures in RELATIVE
-    count words, so these figures are left out if the evaluation used other rules to split texts into words, as an
-    earlier version of Lakesight did.
+    `of_model` is the SQL condition that identifies the model by its content (`is_of_model`). The figures that RELATIVE
+    names count words. An earlier version of Lakesight split texts into words by other rules. If the evaluation used
+    these rules, this function leaves out the figures in RELATIVE.
     """
     rows = (
         spark.table(platform.table(EVALUATIONS.name))

@@ -1,8 +1,9 @@
-"""Early check for caption jobs with nothing to do. The check reads Delta logs and narrow columns of tables.
+"""Early check whether every row of a caption job has its caption, which saves the start of Spark.
 
-A job counts as finished only if every row certainly has its caption. The check leaves all other cases to Spark, for
-example if the job has an SQL condition, if a table is in a catalog or on an object store, if rows may change within a
-data file (deletion vectors), or if data files of a captioned table version were replaced.
+The check reads only Delta logs and small columns of tables. If the check is not certain that every row has its caption,
+Spark starts and looks for rows without a caption. This happens, for example, if the job has an SQL condition, or if a
+table is in a catalog or on an object store. The check is also not certain if the table may have deletion vectors, which
+delete rows without replacing a data file, or if data files of a captioned table version were replaced.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pipelines.platform import Platform
 from vlm.errors import did_you_mean
 
 ID_TYPES = (pa.string(), pa.int8(), pa.int16(), pa.int32(), pa.int64())
-"""Types of an id column whose values Spark and DataFusion convert to the same text."""
+"""Types of an id column whose values Spark and DataFusion (the SQL engine of this check) convert to the same text."""
 IMAGE_TYPES = (pa.string(), pa.binary())
 
 
@@ -89,7 +90,7 @@ def check_source(platform: Platform, request: CaptionRequest) -> None:
     try:
         names = [field.name for field in open_delta(location).schema().fields]
     except DeltaError:
-        return  # Spark may be able to read a table that deltalake cannot read
+        return  # Spark may read a table that deltalake cannot read
     for column in (request.id_column, request.image_column):
         if column not in names:
             raise UserError(

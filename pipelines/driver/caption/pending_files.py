@@ -1,10 +1,10 @@
 """Files of captions that executors wrote and that are not yet merged into `generated_captions`.
 
 A folder of caption files belongs to one key (table, model name and version number, settings), not to one job. A job
-that is killed leaves files, and the next job with the same key merges these files. If two registries have a model
-version of the same name and number, both models use the folder, and each row is merged under the digest of its own
-model. Two jobs with the same key may run at the same time and merge each other's files, because merging is idempotent
-and each job skips the files that the other job has merged.
+that is killed leaves files, and the next job with the same key merges these files. Two MLflow registries may have model
+versions of the same name and number. The files of both models are then in the same folder, and each row has the digest
+of its own model. Two jobs with the same key may run at the same time and merge each other's files, because merging is
+idempotent and each job skips the files that the other job has merged.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pipelines.platform import Platform
 logger = logging.getLogger(__name__)
 
 STALE = timedelta(days=1)
-"""Age from which a temporary file is removed. The task that wrote such an old file was probably killed."""
+"""Age from which a temporary caption file is removed, because the task that wrote the file was probably killed."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ class PendingFiles:
         folder: folder that contains the files.
         key: values that all rows of the files share: a dict from a column of `generated_captions`, such as model_name,
             to the value. The digest of the model is not part of the key.
-        counts: numbers of rows that have been read from Parquet footers: a dict from the path of a file to its number
-            of rows.
+        counts: cache of row counts from Parquet footers: a dict from the path of a file to its number of rows.
     """
 
     folder: Path
@@ -64,7 +63,7 @@ class PendingFiles:
     def num_rows(self) -> int:
         """Count the rows of all files from the Parquet footers. A progress bar calls this method twice a second.
 
-        A file never changes, so its footer is read only once.
+        The method reads the footer of each file only once, because a finished file never changes.
         """
         return sum(self._rows_of(path) for path in self.files())
 
@@ -86,9 +85,9 @@ class PendingFiles:
         files = self.files()
         if not files:
             return 0
-        # Spark lists the folder after this driver has listed it, so Spark reads at least the files that are removed
-        # below. Spark skips files that another driver has merged and removed. Columns that the files of Lakesight 0.1.0
-        # lack are null.
+        # Spark lists the folder after this driver has listed it. Spark therefore reads every file that the driver
+        # removes below. Spark skips files that another driver has merged and removed. Columns that the files of
+        # Lakesight 0.1.0 lack are null.
         rows = spark.read.schema(from_arrow_schema(PENDING_SCHEMA)).option("ignoreMissingFiles", "true")
         new = _newest_rows(rows.option("pathGlobFilter", "*.parquet").parquet(escape_wildcards(str(self.folder))))
         table = platform.table(GENERATED_CAPTIONS.name)
@@ -102,7 +101,7 @@ class PendingFiles:
 def matches_key(key: dict[str, str]) -> Column:
     """Return the SQL condition that selects the rows of `generated_captions` (alias `old`) with the values of the key.
 
-    The condition contains the values as literals, so Delta can skip files.
+    The condition contains the values as literals, so that Delta can skip data files without these values.
     """
     condition = F.lit(True)
     for column, value in key.items():

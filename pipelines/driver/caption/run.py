@@ -237,9 +237,9 @@ def _create_job(
     *,
     identity: CaptionIdentity,
 ) -> CaptionJob:
-    """Return the caption job with the settings that executors need. The time of the job is later than the times of all
-    captions that versions of the model have generated for the table. So the captions of this job are the newest, even
-    if the clock was set back.
+    """Return the caption job with the settings that executors need. The time of the job is later than the time of every
+    earlier caption that a version of the model has generated for the table. So the captions of this job are the newest,
+    even if the clock was set back.
     """
     earlier = spark.table(platform.table(GENERATED_CAPTIONS.name)).where(
         (F.col("source_table") == source.name) & (F.col("model_name") == model.name)
@@ -274,7 +274,7 @@ def caption_key(model: ModelFiles, request: CaptionRequest, table: str) -> Capti
     """Return the decoding settings, the values that identify these settings, and the key of the table's caption files.
 
     The model's digest is not in the key, because the folder of the files must keep the name that the folder had in
-    Lakesight 0.1.0. Each row in a file has the digest of its own model.
+    Lakesight 0.1.0. Each row of a caption file has the digest of its own model.
     """
     settings = request.settings or model.read_config().generation
     decoding = settings.hashed_settings() | {"precision": request.precision}
@@ -293,7 +293,9 @@ def pending_folder(platform: Platform, key: dict[str, str]) -> Path:
 
 
 class RowCounts(NamedTuple):
-    """Number of all rows, and number of rows that have no caption or whose picture may have changed (`todo`)."""
+    """Number of rows to consider (`rows`), and of rows that have no caption or whose picture may have changed
+    (`todo`).
+    """
 
     rows: int
     todo: int
@@ -308,7 +310,9 @@ def _captions_of_model(spark: SparkSession, platform: Platform, key: dict[str, s
 def _find_uncaptioned_rows(
     spark: SparkSession, captions: DataFrame, source: SourceTable, request: CaptionRequest
 ) -> tuple[DataFrame, RowCounts]:
-    """Return the rows to process, and row counts. Column `known` has the SHA-256 of the picture captioned earlier."""
+    """Return the rows that may need a caption, and row counts. Column `known` has the SHA-256 of a row's picture when
+    the row was captioned last.
+    """
     old = captions.where("error IS NULL") if request.retry_errors else captions
     done = old.select("image_id", "sha256", "source_version", F.lit(True).alias("is_done"))
     unchanged = _unchanged_files(spark, source, done)
@@ -335,7 +339,7 @@ def _find_uncaptioned_rows(
 
 
 def _unchanged_files(spark: SparkSession, source: SourceTable, done: DataFrame) -> DataFrame:
-    """Return the data files that the pinned table version shares with an earlier, captioned table version.
+    """Return the data files that are in the pinned table version and also in an earlier version with captioned rows.
 
     The columns are source_version (the earlier version), file and is_unchanged (always true).
     """
@@ -348,8 +352,8 @@ def _unchanged_files(spark: SparkSession, source: SourceTable, done: DataFrame) 
 
 def _run_executors(spark: SparkSession, todo: DataFrame, rows: int, job: CaptionJob) -> CaptionStats:
     """Caption rows on executors, which write the captions to files. Return the statistics of the captioned rows."""
-    # The rows are repartitioned, because Spark would read a small table, which has a single file, in a single task. The
-    # rows are repartitioned by id, so that a retried task gets the same rows. The number of tasks is a multiple of the
+    # The rows are repartitioned, because Spark would read a table with a single data file in a single task. The rows
+    # are repartitioned by id, so that a retried task gets the same rows. The number of tasks is a multiple of the
     # number of cores, because three tasks on two cores take as long as four tasks.
     cores = default_parallelism(spark)
     tasks = cores * -(-rows // (job.rows_per_file * cores))

@@ -21,7 +21,7 @@ from vlm.errors import did_you_mean
 TABLE_NAME = re.compile(r"([A-Za-z_]\w*\.){0,2}[A-Za-z_]\w*|delta\.`[^`]+`")
 
 MAX_COMPARED_VERSIONS = 32
-"""Largest number of earlier table versions whose files are listed in one caption job."""
+"""Largest number of earlier table versions whose data files one caption job lists."""
 
 ARROW_TYPES = {
     **dict.fromkeys(("string", "varchar", "char"), pa.string()),
@@ -137,12 +137,12 @@ def files_at(spark: SparkSession, name: str, version: int) -> set[str]:
 
 
 def compared_versions(rows: Mapping[int, int], newest: int) -> list[int]:
-    """Choose earlier versions of a table, whose data files the caller compares with those of the newest version.
+    """Choose the earlier versions of a table whose data files the caller compares with the newest version's data files.
 
-    A nightly job adds captions of one more table version every night, and listing the files of a version takes seconds.
-    Therefore, only the versions from which most rows were captioned are compared. The pictures of all other rows are
-    read again and compared by their bytes. A row with an unchanged picture then counts as captioned from the newest
-    version.
+    A nightly job captions rows of a different table version every night, and listing the files of one version takes
+    seconds. Therefore, this function chooses only the versions with the most captioned rows. For all other versions,
+    the pictures of the captioned rows are read again and compared by their bytes. A row with an unchanged picture then
+    counts as captioned from the newest version.
 
     Args:
         rows: numbers of captioned rows: a dict from a table version to the number of rows captioned at this version.

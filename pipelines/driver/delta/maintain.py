@@ -1,8 +1,8 @@
 """Maintenance of the Delta tables: adding missing columns and constraints, compaction (OPTIMIZE) and VACUUM.
 
-Maintenance changes no row: the operation of every commit is in `versions.MAINTENANCE_OPERATIONS`, so shards that are
-pinned to a table version stay valid. A stage that writes at the same time may conflict with OPTIMIZE. After three
-conflicts, maintenance skips the table until the next maintenance run.
+Maintenance changes no row, so shards that are pinned to a table version stay valid. `versions.MAINTENANCE_OPERATIONS`
+lists the operations of all commits of maintenance. A stage that writes at the same time may conflict with OPTIMIZE.
+After three conflicts, maintenance skips the table until the next maintenance run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vlm.config import Config
 logger = logging.getLogger(__name__)
 
 MIN_RETAIN_HOURS = 168
-"""Minimum retention time. Delta itself requires one week, because running jobs may still read older files."""
+"""Minimum retention time of old table versions. Delta also requires one week, because jobs may still read old files."""
 ATTEMPTS = 3
 
 

@@ -1,4 +1,4 @@
-"""Helper for `DataFrame.mapInArrow`: the result schema as SQL."""
+"""Function that converts an Arrow schema to the SQL text that `DataFrame.mapInArrow` takes."""
 
 from __future__ import annotations
 

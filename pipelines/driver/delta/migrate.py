@@ -1,11 +1,11 @@
 """Migration of the tables and the home folder to the format of this release, and undo of a migration.
 
-A step of a migration is a function that returns the SQL statements that bring one table to the next format. So a dry
-run prints exactly what a migration executes. Before the first change, the version of each table is written to the file
-BACKUP of the home folder. `undo` restores the versions in BACKUP.
+Each step of a migration is a function. The function returns the SQL statements that bring one table to the next format,
+so a dry run prints exactly the statements that a migration executes. Before the first change, the version of each table
+is written to the file BACKUP of the home folder. `undo` restores the versions in BACKUP.
 
-A migration changes no content: its commits do not count as changes of a source (`versions.MIGRATION_NOTE`), so shards,
-runs, evaluations and captions stay valid, and nothing is ingested, trained or captioned again.
+A migration changes no rows, and its commits have a note that says so (`versions.MIGRATION_NOTE`). Therefore shards,
+runs, evaluations and captions stay valid, and no stage repeats its work.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ Step = Callable[[SparkSession, str, Table], list[str]]
 
 
 def _complete_schema(spark: SparkSession, name: str, table: Table) -> list[str]:
-    """Return the SQL statements for format 1: all defined columns and constraints, and a property with the format."""
+    """Return the SQL statements that bring a table to format 1: statements that add the missing columns and
+    constraints.
+    """
     return [*missing_columns(spark, name, table), *missing_checks(spark, name, table.checks).values()]
 
 
@@ -113,7 +115,7 @@ def undo(spark: SparkSession, platform: Platform) -> MigrationReport:
     """Restore all tables, and the format of the home folder, to their state before the last migration.
 
     Raises:
-        UserError: there is no migration to undo, or rows were written after the migration, which the undo would lose.
+        UserError: there is no migration to undo, or the undo would remove rows that were written after the migration.
         StageFailed: Spark failed, for example because VACUUM has removed files of the earlier versions.
     """
     path = platform.root / BACKUP

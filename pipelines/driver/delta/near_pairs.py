@@ -87,7 +87,7 @@ def find_pairs(shared: DataFrame, pictures: DataFrame) -> DataFrame:
         & (F.col("left.key") == F.col("right.key"))
         & (F.col("left.image_id") != F.col("right.image_id"))
         & (F.bit_count(differing) <= MAX_DIFFERING_BITS)
-        & (_first_shared_mask(differing) == F.col("left.mask")),  # so each pair is compared only once
+        & (_first_shared_mask(differing) == F.col("left.mask")),  # so each pair of pictures is compared only once
     ).select("left.image_id", F.col("right.image_id").alias("other_id"))
     others = pictures.select(*(F.col(name).alias(f"other_{name.removeprefix('image_')}") for name in COMPARED))
     both = candidates.join(pictures.filter("NOT existing").drop("existing"), "image_id").join(others, "other_id")
@@ -95,7 +95,7 @@ def find_pairs(shared: DataFrame, pictures: DataFrame) -> DataFrame:
 
 
 def copies_across_sources(samples: DataFrame) -> DataFrame:
-    """Return the training pictures that copy a validation or test picture of another source, in image_id and source.
+    """Return the training pictures that copy a validation or test picture of another source (columns image_id, source).
 
     A training picture counts as a copy if the two pictures have the same bytes or the same fingerprint, or if their
     fingerprints are those of near duplicates. Pictures without a fingerprint are compared by their bytes.

@@ -29,8 +29,9 @@ def escape_wildcards(path: str) -> str:
 def spark_settings(spark: SparkSession, values: dict[str, str], *, required: bool = False) -> Iterator[None]:
     """Set Spark settings while the block runs, then restore the previous values.
 
-    Serverless compute of Databricks refuses to change most settings. A refused setting that is not `required` keeps its
-    value. Such a setting only saves time or memory, or avoids a second attempt.
+    Serverless compute of Databricks refuses to change most settings. If the session refuses a setting that is not
+    `required`, the setting keeps its value and the block runs. Settings that are not required only save time or memory,
+    or avoid a second attempt.
 
     Raises:
         AnalysisException: the session refuses a required setting.

@@ -51,7 +51,7 @@ def filter_rows(frame: DataFrame, condition: str, *, where: str) -> DataFrame:
 
 @contextmanager
 def translate_spark_errors(what: str, *, where: str) -> Iterator[None]:
-    """Raise StageFailed from the Spark error, with a message of one paragraph, if Spark fails in the block.
+    """If Spark fails in the block, raise StageFailed from the Spark error, with a message of one paragraph.
 
     Args:
         what: first sentence of the error message, which says what failed.

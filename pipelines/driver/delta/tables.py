@@ -158,8 +158,8 @@ def table_properties(spark: SparkSession, name: str) -> dict[str, str]:
 
 def _create(name: str, table: Table, location: str) -> str:
     clustered = f" CLUSTER BY ({', '.join(table.cluster_by)})" if table.cluster_by else ""
-    # A table in a folder is created together with its constraints. A catalog may require a separate statement per
-    # constraint.
+    # If the table is in a folder, this statement also adds its constraints. A catalog may require a separate statement
+    # for each constraint.
     checks = {f"{CONSTRAINT_PREFIX}{check}": table.checks[check] for check in table.checks if location}
     properties = ", ".join(f"'{key}' = {_quoted(value)}" for key, value in (table.properties | checks).items())
     return (
@@ -180,10 +180,10 @@ def _has_commits(folder: Path) -> bool:
     while log.is_dir():
         if any(log.glob("[0-9]*.json")) or any(log.glob("[0-9]*.parquet")):
             return True
-        with suppress(FileNotFoundError):  # raised if another process has removed the log folder
+        with suppress(FileNotFoundError):  # another process may have removed the log folder
             if modified != (modified := log.stat().st_mtime):
                 watched_since = time.monotonic()
-            # If the clock was set back, the time of the last change may be in the future.
+            # If the clock was set back, the modification time may be in the future, so the time of waiting also counts.
             if max(time.time() - modified, time.monotonic() - watched_since) > CREATION_TIMEOUT_S:
                 logger.warning(
                     "removing the log folder %s: it is at least %s seconds old and has no commit",

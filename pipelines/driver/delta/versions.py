@@ -35,8 +35,9 @@ MAINTENANCE_OPERATIONS = frozenset(
 COMMIT = ("version", "operation", "userMetadata", "operationParameters")
 """Fields of a commit that tell whether the commit may have changed rows of a source."""
 NOTE_IN_CONDITION = re.compile(rf"= '?({NOTE_PREFIX}[\w.-]+)")
-"""Pattern of the note in the condition of a MERGE (`note_condition`), as Delta stores the condition in the table
-history."""
+"""Pattern that finds the note in the condition of a MERGE. `note_condition` writes this note, and Delta stores the
+condition in the table history.
+"""
 
 
 class TableVersions(NamedTuple):
@@ -62,14 +63,14 @@ def newest_version(spark: SparkSession, name: str) -> int:
 
 
 def read_versions(spark: SparkSession, platform: Platform, source: str, table: Table = SAMPLES) -> TableVersions:
-    """Read the newest version of a table, and the version to which a source is to be pinned.
+    """Read the newest version of a table, and the last version that changed a source, to which jobs pin the source.
 
-    The table holds the rows of all sources. The newest version number of the table grows when any source is ingested,
-    so a pin to the newest version would make the shards of every source stale. Each ingest writes the name of its
-    source into its commit (`note_options`, `note_condition`), and this function skips commits of other sources and
-    maintenance commits. A commit without a note, such as a DELETE by hand, counts as a change of every source. The
-    oldest commit that Delta still keeps also counts as a change, so the pinned version may be newer than the last
-    change of the source, but never older.
+    The table holds the rows of all sources. An ingest of any source creates a new table version. If shards were pinned
+    to the newest version, an ingest of one source would make the shards of all sources stale. Each ingest writes the
+    name of its source into its commit (`note_options`, `note_condition`), and this function skips commits of other
+    sources and maintenance commits. A commit without a note, such as a DELETE by hand, counts as a change of every
+    source. The oldest commit that Delta still keeps also counts as a change, so the pinned version may be newer than
+    the last change of the source, but never older.
 
     Both version numbers come from one read of the table history, so rows of `source` are equal at `newest` and at
     `last_change`.
@@ -128,12 +129,11 @@ def note_options(source: str) -> dict[str, str]:
 
 
 def guarded_options(source: str, version: int) -> dict[str, str]:
-    """Return options that make Delta skip a write after the commit of a guarded write that was planned at `version` or
-    later.
+    """Return write options with which Delta skips a write if another writer has committed first for the same source.
 
-    The options use Delta's idempotent writes. `txnAppId` names the source, and `txnVersion` is `version`, the version
-    of the source's last change when the write was planned. Delta skips a write whose `txnVersion` is not above the last
-    committed `txnVersion` of the source. If two writers planned at the same version, the first writer commits, and
+    The options use Delta's idempotent writes. `txnAppId` names the source. `txnVersion` is `version`: the table version
+    that last changed the source when the write was planned. Delta skips a write whose `txnVersion` is not above the
+    last committed `txnVersion` of the source. If two writers planned at the same version, the first writer commits, and
     Delta skips the write of the second writer.
     """
     return {**note_options(source), "txnAppId": source_note(source), "txnVersion": str(version)}
@@ -165,8 +165,8 @@ def commit_note(spark: SparkSession, note: str) -> Iterator[None]:
 def skip_if_changed_since(spark: SparkSession, source: str, version: int) -> Iterator[None]:
     """Make Delta skip a MERGE in the block in the same cases as a write with `guarded_options`.
 
-    A MERGE takes no options. If the session refuses settings, Delta does not skip the MERGE, so the WHEN clauses of the
-    MERGE must leave out rows that have changed.
+    A MERGE takes no options, so this function changes Spark settings. If the session refuses the settings, Delta does
+    not skip the MERGE. The WHEN clauses of the MERGE must therefore leave out rows that have changed.
     """
     with spark_settings(spark, {f"{TXN_CONF}AppId": source_note(source), f"{TXN_CONF}Version": str(version)}):
         yield

@@ -1,8 +1,8 @@
-"""Baselines: captions that are made without a model. A model version is compared with these captions.
+"""Baselines: captions that are made without a model, with which an evaluation compares the captions of a model version.
 
 The constant baseline gives the same caption to all pictures. The caption that is best by one metric may not be the best
-by another metric. So each metric has a constant caption of its own, which is the constant caption that is hardest to
-beat by this metric.
+by another metric. So each metric has its own constant caption: the single caption that gets the best value of this
+metric if all pictures have this caption.
 
 In the names of arrays, C stands for candidates, F for all references of all rows, and R for rows.
 """
@@ -25,7 +25,9 @@ MAX_PAIRS = 25_000_000
 """Largest number of pairs (candidate, reference) to compare. With this limit, the comparison takes only seconds."""
 MIN_CANDIDATES = 256
 SHORTLIST = 4
-"""The slower metrics are computed only for the best candidates: this many by word F1, and this many by CIDEr."""
+"""Number of best candidates by word F1, and number of best candidates by CIDEr, for which slower metrics are
+computed.
+"""
 
 
 def baseline_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
@@ -44,8 +46,8 @@ def baseline_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
 
 
 def baselines(scored: Sequence[ScoredRow], metric: str) -> dict[str, list[ScoredRow]]:
-    """For each baseline, return the rows with the baseline's captions instead of the model's. `metric` selects the
-    constant caption.
+    """For each baseline, return the rows with the baseline's captions instead of the model's. The constant caption is
+    the best single caption by `metric`.
 
     The baselines are `constant`, and `neighbour` if every row has a neighbour.
     """

@@ -1,4 +1,4 @@
-"""Bootstrap confidence intervals of the metrics of a model, of metric differences of two models, and of slices.
+"""Bootstrap confidence intervals of a model's metrics, of differences between two models, and of slices of the rows.
 
 The bootstrap resamples pictures and not rows, so all rows (prompts) of a picture are drawn together. Two models are
 compared on the same resamples (paired bootstrap), so the difficulty of a picture affects both models and cancels in the
@@ -19,9 +19,10 @@ from vlm.config import Config
 
 RESAMPLES = 200
 MAX_VALUES = 8
-"""Largest number of values of a column that get an evaluation slice of their own. The values of a column with more
-distinct numbers are divided into quartiles instead. In a text column with more distinct values, only the MAX_VALUES
-most frequent values have their own slice."""
+"""Largest number of values of a column for which an evaluation computes separate metrics (one slice for each value).
+The values of a column with more distinct numbers are divided into quartiles instead. In a text column with more
+distinct values, only the MAX_VALUES most frequent values have their own slice.
+"""
 MIN_SLICE_ROWS = 2
 
 

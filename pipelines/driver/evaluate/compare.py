@@ -147,7 +147,9 @@ def _bars(report: Comparison, name: str) -> BarGroup:
 
 
 def _groups(pairs: Sequence[Pair], names: tuple[str, str]) -> dict[str, list[Pair]]:
-    """Select the rows to show in each group of the page. Rows with the largest difference in word F1 come first."""
+    """For each group of the page (one version is better, the other is better, both are equal), select the rows to show.
+    Rows with the largest difference in word F1 come first.
+    """
     by_gain = sorted(pairs, key=lambda pair: (pair[1].f1 - pair[0].f1, pair[0].row))
     better, worse = f"{names[0]}-better", f"{names[1]}-better"
     return {

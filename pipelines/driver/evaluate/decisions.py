@@ -74,7 +74,8 @@ def record_decision(
 def recorded_champion(open_spark: Callable[[], SparkSession], platform: Platform, model: str) -> str | None:
     """Return the version that the last promotion or rollback in table `decisions` made the champion, if there is one.
 
-    The champion in the registry is a different version if a command was killed after it had recorded a decision.
+    The registry may name a different champion, because a command may have been killed after it had recorded a decision
+    and before it changed the registry.
     """
     import pyarrow.compute as pc
 

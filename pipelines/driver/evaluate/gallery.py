@@ -73,8 +73,8 @@ SHARES = ("exact_match", "word_f1", "rouge_l")
 """Metrics with values from 0 to 1, whose bars are drawn on a scale from 0 to 1."""
 WORD_GAP = re.compile(r"(\s+)")
 ABOUT_ATTENTION = (
-    "The worst rows also show where the model looked: in the small picture of a word, orange patches got the most "
-    "attention, and the number is the share of the word's attention that goes to the picture."
+    "The worst rows also show where the model looked. Each word has a small picture, in which orange patches got the "
+    "most attention. The number is the share of the word's attention that goes to the picture."
 )
 PLOTTED = ("exact_match", "word_f1", "rouge_l", "bleu_4")
 

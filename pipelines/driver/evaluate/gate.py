@@ -133,9 +133,10 @@ def _count_distinct(texts: Sequence[str]) -> int:
 def _check_baseline(gate: GateConfig, gain: Interval | None, baseline: str, *, pictures: int) -> GateCheck:
     """Check that the model version beats a baseline: the whole confidence interval of the gain must be above zero.
 
-    A higher value of the metric is not enough, because by chance a model that is only as good as the baseline has a
-    better value in half of the cases. With fewer than `gate.min_pictures` pictures, the value alone decides, because
-    some bootstrap samples then contain a single picture only, and the interval of a perfect model reaches zero.
+    A higher value of the metric is not enough. By chance, a model that is only as good as the baseline has a higher
+    value in half of all evaluations. With fewer than `gate.min_pictures` pictures, only the gain itself must be above
+    zero. Some bootstrap samples of so few pictures repeat a single picture, so the interval reaches zero even for a
+    perfect model.
     """
     if gain is None:
         return GateCheck(

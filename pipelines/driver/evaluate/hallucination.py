@@ -1,8 +1,8 @@
 """Object hallucination (CHAIR): objects that a caption mentions although no human text of the picture mentions them.
 
-A word list of the team says which words stand for an object. `vlm.text.words` splits captions, human texts and the word
-list into words, so that the metrics are defined for all writing systems. Word forms are not derived: a plural counts
-only if the word list contains the plural.
+The user's word list (setting data.object_words) says which words stand for an object. `vlm.text.words` splits captions,
+human texts and the word list into words, so that the metrics are defined for all writing systems. Word forms are not
+derived: a plural counts only if the word list contains the plural.
 
 Source: Rohrbach et al., "Object Hallucination in Image Captioning" (2018), https://arxiv.org/abs/1809.02156. In
 the paper, an object also counts as present if COCO's segmentation of the picture contains the object.
@@ -100,10 +100,10 @@ def _refuse(file: Path, got: str, fix: str) -> NoReturn:
 def hallucination_metrics(scored: Sequence[ScoredRow], objects: ObjectWords) -> dict[str, Metric]:
     """Return the metrics of object hallucination. A metric takes one weight for each row that has a caption.
 
-    - Of all mentions of objects in captions, chair_i is the share whose object no human text of the picture mentions
-      (for any prompt). If no caption mentions an object, chair_i is missing. For a resample without a mention, chair_i
-      is 0.
-    - chair_s is the share of captions with at least one such mention.
+    - chair_i is the number of hallucinated mentions of objects, divided by the number of all mentions of objects in
+      captions. A mention is hallucinated if no human text of the picture (for any prompt) mentions the object. If no
+      caption mentions an object, chair_i is missing. For a resample without a mention, chair_i is 0.
+    - chair_s is the share of captions with at least one hallucinated mention.
     - object_mentions is the mean number of mentions per caption. Captions that mention no object have a chair_s of 0.
 
     Args:

@@ -2,8 +2,8 @@
 
 The driver receives a few hundred bytes of text and numbers per picture, and thumbnails of the pictures in the gallery.
 Each pair of a model version and a split has its own folder, in which `report.json` is the last file to be written. A
-repeated evaluation only reads `report.json`. An evaluation with more metrics starts from the stored scores, so no model
-runs twice.
+repeated evaluation only reads `report.json`. If a later evaluation requests further metrics, it computes them from the
+stored scores and does not run the model again.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def _find_folder(platform: Platform, model: ModelFiles, shards: Shards, train: S
     """Return the folder of an evaluation.
 
     Lakesight 0.1.0 did not store the digest of an evaluated model. If a report has no digest, this function stores the
-    digest of the model in the report. Later, a model of the same MLflow run with different files does not use the
+    digest of the model in the report. A later model of the same MLflow run with different files then does not use the
     report.
     """
     folder = evaluation_folder(platform, model, shards, train)
@@ -307,7 +307,8 @@ def _rows(report: EvaluationReport) -> Iterator[dict[str, object]]:
 
 
 def _check_columns(samples: DataFrame, request: ShardRequest, columns: Sequence[str]) -> list[str]:
-    """Check the names of the columns by which slices are made. Return only the names that are columns of the table.
+    """Check the names of the columns by which slices are made. Return only the names that are columns of table
+    `samples`.
 
     Raises:
         UserError: a name is neither a column of table `samples` nor a computed column.

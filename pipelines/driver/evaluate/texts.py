@@ -1,7 +1,8 @@
 """Evaluation of a model of text: write the loss per character of a split, with intervals, to table `evaluations`.
 
-Executors compute the losses of the windows of the split's token file, as validation does during training. A second
-evaluation of the same model on the same texts reads the report of the first evaluation.
+The token file of the split is divided into windows of consecutive tokens. Executors compute the loss of each window, as
+validation does during training. A second evaluation of the same model on the same texts reads the report of the first
+evaluation.
 """
 
 from __future__ import annotations
