@@ -126,7 +126,7 @@ def _split_runs(runs: dict[RunFolder, RunFile], keep: int, needs: Needs) -> tupl
     whole = {run for run in runs if run in newest or _may_be_training(run) or needs(run) is None}
     while True:  # a run that starts from another run needs the other run's weights
         starts = [Path(start).parts for run in whole if (start := runs[run].config.train.start_from)]
-        # Only the names of the folders are compared, because the home folder may have been moved since.
+        # Only the names of the folders are compared, because the home folder may have been moved after the training.
         needed = {run for run in runs if any(run.path.name in parts for parts in starts)}
         if needed <= whole:
             break

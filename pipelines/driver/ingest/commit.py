@@ -29,9 +29,9 @@ def write_samples(platform: Platform, plan: IngestPlan) -> NearReport:
     Pictures that are near duplicates of each other get the same split.
 
     Raises:
-        WriteConflict: after the plan was made, another ingest has committed rows of the same source. Nothing is
-            written, unless the session refuses settings: then texts may be added to pictures that the other ingest has
-            not changed.
+        WriteConflict: after the plan was made, another ingest has committed rows of the same source. Nothing is written
+            if the Spark session accepts the settings of `skip_if_changed_since`. Otherwise, texts may be added to
+            pictures that the other ingest has not changed.
     """
     write = _replace if plan.request.replace else _add
     if not (plan.totals.new or plan.totals.updated):
@@ -62,7 +62,8 @@ def _add(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
                     "image_id",
                     stamp.source,
                     # `updates.texts` has only texts that `samples` lacks, because the ingest plan leaves out the
-                    # others. The condition leaves out pictures whose texts have changed since the plan was made.
+                    # others. The condition of the update leaves out pictures whose texts have changed since the plan
+                    # was made.
                     "WHEN MATCHED AND target.texts = updates.known_texts "
                     "THEN UPDATE SET texts = concat(target.texts, updates.texts)",
                     f"WHEN NOT MATCHED AND updates.image IS NOT NULL THEN {SAMPLES.insert_clause('updates')}",
@@ -103,7 +104,8 @@ def _sample_rows(plan: IngestPlan, pictures: DataFrame) -> DataFrame:
 
 
 def remove_gone(platform: Platform, decoded: DecodedRows, covered: Covered) -> int:
-    """Delete covered pictures (`Covered`) that the decoded rows no longer have. Return the number of deleted pictures.
+    """Delete the pictures in `covered` that the source no longer has, according to the decoded rows. Return the number
+    of deleted pictures.
 
     If a text of a picture has changed, the picture is deleted too. The ingest plan then adds the picture again, with
     the current texts.
@@ -116,7 +118,7 @@ def remove_gone(platform: Platform, decoded: DecodedRows, covered: Covered) -> i
     gone = decoded.spill.materialize(gone, "gone")
     if gone.isEmpty():
         return 0
-    # Another ingest may have replaced a picture in the meantime. The new picture is not deleted.
+    # Another ingest may have replaced a picture since this query. The condition keeps the new picture.
     unchanged = "target.sha256 = updates.sha256 AND array_contains(target.texts, updates.text)"
     counts = merge_into(table, gone, "image_id", source, f"WHEN MATCHED AND {unchanged} THEN DELETE")
     assert counts is not None
@@ -128,8 +130,8 @@ def gone_pictures(outcomes: DataFrame, samples: DataFrame, quarantine: DataFrame
     """Find the pictures in `samples` that have a text which occurs in no usable row of the source.
 
     For each of these pictures, return the image_id, the sha256 and one text that occurs in no usable row. The picture
-    of a refused row is not returned if the row was refused by accident (KEPT_REASONS) or if a replay has accepted the
-    row.
+    of a refused row is not returned if the machine may have caused the refusal (KEPT_REASONS), or if a replay has
+    accepted the row.
 
     Args:
         outcomes: decoded rows of the source, without pictures and payloads.

@@ -1,4 +1,4 @@
-"""Decoding in an ingest: executors decode the raw rows of a source once, and write wide columns to spill files.
+"""Decoding in an ingest: executors decode the raw rows of a source once, and write the large columns to spill files.
 
 Pictures are in spill files (`pipelines.executor.ingest.spill`) until Spark writes the pictures to their table. If a
 plan has to be made again, the new plan uses the same decoded rows.

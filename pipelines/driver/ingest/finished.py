@@ -1,8 +1,9 @@
-"""Early check for ingests with nothing to read. The check uses the ledger, the files and the Delta logs.
+"""Early check whether an ingest has nothing to read, which saves the start of Spark.
 
-An ingest counts as finished only if it certainly has nothing to read. The check leaves all other cases to Spark: if a
-catalog manages the tables, if a table does not exist yet or was written by an earlier version of Lakesight, or if only
-Spark can read the source.
+The check reads the ledger (table `ingested`), the list of the source's files and the Delta logs. If the check is not
+certain that all items were ingested, Spark starts and opens the source. The check is not certain if a catalog manages
+the tables, or if only Spark can read the source. The check is also not certain if a table does not exist yet, or was
+written by an earlier version of Lakesight.
 """
 
 from __future__ import annotations

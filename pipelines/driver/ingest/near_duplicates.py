@@ -1,7 +1,7 @@
 """Near duplicates of an ingest: find new pictures that resemble another picture, and put both pictures in one split.
 
-A picture is not compared if too many pictures share one of its keys (`near_pairs.py`). The ingest report counts the
-pictures that were not compared.
+`near_pairs.py` compares only pictures that share a key, which is a part of their hashes. A picture is not compared if
+too many pictures share one of its keys. The ingest report counts the pictures that were not compared.
 """
 
 from __future__ import annotations

@@ -137,8 +137,9 @@ JOIN (
 ) AS chosen ON q.source = chosen.source AND q.source_row = chosen.source_row
 WHERE {included} ORDER BY q.source, q.reason, q.source_row
 """
-"""Queries in SQL that Spark and DataFusion both understand. The queries rank the rows without reading the large
-payloads."""
+"""Queries in SQL that both Spark and DataFusion (the SQL engine for tables on a local disk) understand. The queries
+rank the rows without reading the large payloads.
+"""
 _SHOWN = pa.schema(
     [pa.field(name, pa.string()) for name in ("source", "source_row", "reason", "detail", "payload")]
     + [pa.field("thumbnail", pa.binary())]

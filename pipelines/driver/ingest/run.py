@@ -8,8 +8,8 @@ ingest is idempotent: a second run, a run after a crash, or a concurrent run add
   makes no table version, so shards that are pinned to the last version stay valid.
 - If another ingest of the source commits after the plan was made, the plan is made again (`plan.py`).
 - `quarantine` is written first, then `samples` or `texts`, and then the ledger (`ledger.py`). Each write is one Delta
-  commit. If the process is killed between two writes, the next run reads every item that the ledger lacks, skips rows
-  that the tables already have, and adds the missing rows.
+  commit. If the process is killed between two writes, the next ingest reads every item that the ledger lacks. It skips
+  rows that the tables already have, and adds the missing rows.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def ingest(
     if report.new and table is SAMPLES and not refresh and has_other_rules(spark, platform, source_name, rules):
         _warn_of_other_ids(spark, platform, source_name)
     check_totals(report, config)
-    if source.rows:  # not reached if the check fails, so the next ingest reads these items again
+    if source.rows:  # if the check fails, this line is not reached, so the next ingest reads the items again
         entry = LedgerEntry(source_name, rules, source.ingest_id)
         retry_on_conflict(partial(append_to_ledger, spark, platform, source.pending, entry))
     return report
@@ -121,8 +121,8 @@ def _start_refresh(spark: SparkSession, platform: Platform, table: Table, name: 
 def _warn_of_other_ids(spark: SparkSession, platform: Platform, name: str) -> None:
     """Warn if pictures with equal bytes were stored under different ids by ingests with different settings.
 
-    For example, the config names an id column since the last ingest. The pictures of the earlier ingest stay in
-    `samples`, and may be in another split than the new pictures.
+    This happens, for example, if an id column was added to the config after the earlier ingest. The pictures of the
+    earlier ingest stay in `samples`, and may be in another split than the new pictures.
     """
     pictures = rows_of_source(spark, platform, SAMPLES.name, name).groupBy("sha256")
     times = pictures.agg(F.min("ingested_at").alias("first"), F.max("ingested_at").alias("last"))

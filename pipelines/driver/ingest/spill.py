@@ -33,7 +33,7 @@ PREFIX = "ingest-"
 FILE_BYTES = 128 * 2**20
 """Approximate size of the pictures in one data file of a table, in bytes."""
 STALE = timedelta(days=2)
-"""Age at which a leftover folder of a killed ingest is removed."""
+"""Age at which the spill folder of a killed ingest is removed."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class SpillFolder:
         return rows.sparkSession.read.schema(rows.schema).parquet(escape_wildcards(path))
 
     def restore(self, rows: DataFrame, *names: str) -> DataFrame:
-        """Replace the column `spilled` of rows (a struct that starts with POSITION) by the wide columns `names`.
+        """Read the large columns `names` from the spill files, and put them in place of the column `spilled`. This
+        column is a struct that starts with the position in the spill files (POSITION).
 
         Only the narrow rows, which have a few hundred bytes, are shuffled. Each task then reads its part of the spill
         files.

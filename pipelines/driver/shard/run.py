@@ -32,7 +32,7 @@ from vlm.config import Config, ImageConfig
 logger = logging.getLogger(__name__)
 
 SHOWN_PICTURES = 5
-"""Largest number of copied pictures of a source that a log message names."""
+"""Largest number of copied pictures that a log message names for one source."""
 TIME_FACTOR = 2
 """Time limit for decoding a picture in the shard stage, as a multiple of the time limit in an ingest.
 
@@ -130,7 +130,8 @@ def find_finished(
     the result is always None.
 
     Raises:
-        UserError: the split has no rows. Spark would find the same result, but takes several seconds to start.
+        UserError: the split has no rows. `shard` would find the same shards, but needs Spark, which takes several
+            seconds to start.
     """
     started = time.monotonic()
     table, shards = SAMPLES if image else TEXTS, platform.folder("shards")

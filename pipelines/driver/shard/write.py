@@ -1,8 +1,8 @@
 """Writing of shard files: the rows of a source and split, in shuffled order, as files that ranks read.
 
 Spark shuffles each picture to the task that writes the picture's shard file. Executors decode and resize the pictures,
-either before or after the shuffle (`_decode_after_shuffle`), and then write the shard files. The driver writes the
-manifest last.
+and then write the shard files. `_decode_after_shuffle` decides whether the pictures are decoded before or after the
+shuffle. The driver writes the manifest last.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Diagnosis of a failed training run: find the root cause in the failure records of the ranks.
 
-When one rank dies, all other ranks lose their connection to the dead rank and the launcher terminates them, so most
-failure records describe consequences and not the cause. The first of these rules that applies gives the root cause:
+When one rank dies, all other ranks lose their connection to the dead rank, and the launcher terminates them. Most
+failure records therefore describe consequences and not the cause. The first of these rules that applies gives the root
+cause:
     1. The root cause is the earliest failure record that is not a consequence.
     2. If ranks timed out while they waited, the root cause is in the rank that was not waiting with them.
     3. Otherwise, the root cause is in a rank that has left no failure record.

@@ -1,6 +1,6 @@
 """Check of the hosts on which ranks will run: installed packages, versions and GPUs.
 
-Without this check, a rank that lacks a package fails after a minute and writes its error to its log only, and ranks
+Without this check, a rank that lacks a package fails after a minute, and only the log of the rank has the error. Ranks
 with different versions of torch hang or fail in collectives. The check runs before any rank starts and reports the host
 and the package in one sentence.
 """
@@ -117,7 +117,7 @@ def check_gpus(hosts: Sequence[Host]) -> None:
     found = []
     for host in hosts:
         if not host.gpus:
-            found.append(f"{host.driver or 'no GPU'} on {_host_label(host)}")  # `driver` may be nvidia-smi's error
+            found.append(f"{host.driver or 'no GPU'} on {_host_label(host)}")  # `driver`: error of nvidia-smi, if any
         elif not host.cuda:
             found.append(f"torch {host.packages['torch']} was built without CUDA on {_host_label(host)}")
     if found:

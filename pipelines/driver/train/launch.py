@@ -1,9 +1,9 @@
 """Launch of ranks, either as child processes on this host, or on executors with TorchDistributor.
 
-TorchDistributor is used only to start processes on executors. TorchDistributor notices missing slots only after ten
-minutes, reports no causes of failures, and prints the output of ranks to the terminal. Therefore, this module itself
-counts the slots and writes the output of TorchDistributor (the launcher) to a file in the run folder, and `failure.py`
-finds the causes of failures.
+TorchDistributor is used only to start processes on executors. TorchDistributor notices missing task slots only after
+ten minutes, reports no causes of failures, and prints the output of ranks to the terminal. Therefore, this module
+counts the task slots before the launch, and writes the output of TorchDistributor (the launcher) to a file in the run
+folder. `failure.py` finds the causes of failures.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ GPU_AMOUNT = "spark.task.resource.gpu.amount"
 
 
 def run_rank(run_folder: str) -> None:
-    """Run one rank. TorchDistributor calls this function in each rank. A late import keeps torch out of the driver."""
+    """Run one rank. TorchDistributor calls this function in each rank. The function imports the module itself, so that
+    the driver does not import torch.
+    """
     importlib.import_module("pipelines.worker.main").run_rank(run_folder)
 
 

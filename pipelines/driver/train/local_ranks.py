@@ -1,9 +1,8 @@
 """Launch of ranks as child processes of the driver. The ranks open no port that other hosts can reach.
 
-torchrun is not used on one machine: the rendezvous of `torchrun --standalone` listens on every network interface and
-unpickles what a peer sends, so anybody on the network could execute code. Instead, the ranks on one machine meet in a
-file store, which is a file in a folder that only this user can open, and gloo and NCCL are bound to the loopback
-device.
+On one machine, torchrun is not used, because anybody on the network could execute code: the rendezvous of `torchrun
+--standalone` listens on every network interface and unpickles what a peer sends. Instead, the ranks meet in a file
+store, which is a file in a folder that only this user can open. gloo and NCCL are bound to the loopback device.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ TERM_SECONDS = 15.0
 
 
 def run_local_ranks(run: RunFolder, ranks: int, entry: RankEntry) -> Exception | None:
-    """Run all ranks on this host until they end. Return an exception that says which failure ended them, or None.
+    """Run all ranks on this host until they end. Return an exception with the first failure, or None.
 
     If a rank fails, all other ranks are ended. When this function returns or raises, no rank is running.
 
@@ -71,13 +70,13 @@ def _rank_environment(rank: int, ranks: int, store: Path) -> dict[str, str]:
         GLOO_SOCKET_IFNAME=loopback,
         NCCL_SOCKET_IFNAME=loopback,
     )
-    # Until a rank sets its number of threads itself, libraries must not start one thread per core, so OMP_NUM_THREADS
-    # is 1, as with torchrun.
+    # A rank sets its number of threads itself. OMP_NUM_THREADS is 1, as with torchrun, so that libraries do not start
+    # one thread per core before that.
     return environment if ranks == 1 else {"OMP_NUM_THREADS": "1"} | environment
 
 
 def _wait(started: Sequence[subprocess.Popen[bytes]]) -> RuntimeError | None:
-    """Wait until all ranks have succeeded or one rank has failed, and describe the first failure."""
+    """Wait until all ranks have succeeded or one has failed. Return an exception that names the failed rank, or None."""
     while True:
         codes = [process.poll() for process in started]
         failed = next((rank for rank, code in enumerate(codes) if code), None)

@@ -46,12 +46,12 @@ def replay_rank(run_folder: str) -> None:
 def replay_step(run: RunFolder, launch: Launch, open_spark: Callable[[], SparkSession], step: int) -> Replay:
     """Repeat the training up to a step, from the last checkpoint before this step, and return the loss of each row.
 
-    The caller must own the run. The replay has as many ranks as the run, because each rank draws different random
-    numbers.
+    The caller must own the run (`run_owner.own_run`). The replay has as many ranks as the run, because each rank draws
+    different random numbers.
 
     Raises:
         UserError: the run has no such step, or the cluster has too few slots.
-        TrainingFailed: the replay failed for a reason other than a loss that is not finite.
+        TrainingFailed: the replay failed, but not because of a loss that is NaN or infinite.
     """
     file = run.read_run()
     if not 0 <= step < file.config.train.steps:

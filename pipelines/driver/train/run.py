@@ -203,7 +203,7 @@ def _run_attempt(run: RunFolder, settings: Launch, open_spark: Callable[[], Spar
 
     Raises:
         TrainingFailed: the ranks wrote no result. The message names the cause.
-        StageFailed: the ranks of the run have formed more than one group.
+        StageFailed: the ranks have formed more than one process group, so each group has trained a model of its own.
     """
     run.archive_attempt()
     try:

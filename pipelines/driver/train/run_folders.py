@@ -63,8 +63,9 @@ def keep_generation(config: RunConfig, code: TrainingCode, path_of: Callable[[Ru
 
 
 def _has_run(path: Path, code: TrainingCode) -> bool:
-    """Return whether this version of the training code has a run folder at this path, with or without the code's
-    digest."""
+    """Return whether this version of the training code has a run folder at this path, or at this path with the code's
+    digest.
+    """
     first, own = RunFolder(path), RunFolder(path.with_name(f"{path.name}-{code.digest}"))
     if not first.run_file.exists():
         return False
@@ -137,7 +138,7 @@ def _newest_unfinished(folder: Path, name: str) -> RunFolder | None:
 def _warn_of_unfinished_run(folder: Path, config: RunConfig, code: TrainingCode) -> None:
     """Log how a new run differs from the newest unfinished run of the same name. The unfinished run is not resumed.
 
-    The new run also starts if another program or an incompatible version wrote a folder.
+    The new run also starts if another program or an incompatible version of Lakesight wrote one of the run folders.
     """
     try:
         unfinished = _newest_unfinished(folder, config.name)

@@ -31,7 +31,7 @@ def write_pictures(
 ) -> Written:
     """Decode the pending rows of a source of pictures, and write them to `quarantine` and `samples`.
 
-    If another ingest of the same source has committed meanwhile, the plan is made again, but no picture is decoded
+    If another ingest of the same source commits between plan and write, the plan is made again. No picture is decoded
     again.
 
     Raises:

@@ -21,7 +21,7 @@ from pipelines.executor.ingest.splits import split_of_file
 from pipelines.executor.ingest.storage import is_url, printable
 
 MIN_RANGE_BYTES, MAX_RANGE_BYTES = 4 * 2**20, 32 * 2**20
-"""Smallest and largest number of bytes of a file that one task reads, unless the file is smaller."""
+"""Smallest and largest number of bytes of a file that one task reads. A smaller file is read by one task."""
 MIN_TASKS = 32
 """Number of tasks for a small input, so that no core is idle. An input of less than MIN_TASKS * MIN_RANGE_BYTES bytes
 gets fewer tasks."""
@@ -112,8 +112,8 @@ def list_files(config: DataConfig, suffixes: tuple[str, ...]) -> Listing:
 def list_plain_files(config: DataConfig, suffixes: tuple[str, ...]) -> Listing:
     """List the files as `list_files` does, but use the plain path of a file as the file's name in the ledger.
 
-    A path to a single file reads that file, whatever its suffix. With split kind `file`, only files whose names
-    contain the name of a split are read.
+    If the path of the source is a single file, this file is read, whatever its suffix. With split kind `file`, only
+    files whose names contain the name of a split are read.
 
     Raises:
         UserError: no path is set, the path does not exist, or no file is selected.

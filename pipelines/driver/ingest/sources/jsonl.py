@@ -58,7 +58,7 @@ def first_keys(files: Sequence[SourceFile], layouts: Sequence[Layout], limit: in
                 keys |= dict.fromkeys(record.fields)
                 lines -= 1
         except FILE_ERRORS as error:
-            require_damage(error)  # executors refuse a damaged file
+            require_damage(error)  # executors will refuse a damaged file
     return list(keys)
 
 

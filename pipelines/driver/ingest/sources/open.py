@@ -62,7 +62,7 @@ def check_input(platform: Platform, config: DataConfig) -> None:
     """Before Spark starts, check that the input exists and that CSV files have the columns that the config names.
 
     On Databricks this function checks nothing, because Spark is already running. Inputs on an object store and tables
-    of a catalog are not checked either, because they would be looked up twice.
+    of a catalog are not checked either, to save a second look-up over the network.
 
     Raises:
         UserError: the input does not exist or has no file of the source's kind, or no CSV file has a column that the
@@ -98,7 +98,7 @@ def open_unchanged(platform: Platform, name: str, config: DataConfig, ingested: 
         UserError: the input does not exist, has no file of the source's kind, or lacks a column.
     """
     if is_url(config.source.path):
-        return None  # otherwise, an object store with many files would be listed twice
+        return None  # listing an object store takes long, so it is listed only once, later
     given, config = config, generate_scenes(config, platform)
     match config.source:
         case TableSourceConfig() as source:

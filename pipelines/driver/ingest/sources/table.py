@@ -1,8 +1,8 @@
 """Delta table sources: the first ingest reads one version of a table, and later ingests read only the changes.
 
-The changes come from the table's change data feed. If the change data feed cannot be read or does not suffice, all rows
-are read. Reading the complete table takes longer, but has the same result: no row is added twice, and pictures whose
-rows are gone are removed (`Covered`).
+The changes come from the table's change data feed. If the change data feed cannot be read, or does not show which
+pictures are gone, all rows of the table are read. Reading the complete table takes longer, but has the same result: no
+row is added twice, and pictures whose rows are gone are removed (`Covered`).
 """
 
 from __future__ import annotations

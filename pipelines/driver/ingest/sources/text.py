@@ -24,6 +24,7 @@ def load_rows(
     """Return one raw row per file. Each file is read by a separate task."""
     rows = [(os.fsencode(file.path), file.name) for file in files]
     frame = spark.createDataFrame(rows, from_arrow_schema(FILES)).coalesce(1).repartition(len(files))
-    # NFC may shorten a text, so a text that is a little too long is refused only after it has been normalised.
+    # Unicode normalisation (NFC) may shorten a text, so a text that is a little too long is refused only after
+    # normalisation.
     read = partial(text_records, rows=source.rows, max_chars=2 * config.limits.max_text_chars)
     return SourceRows(frame, read)

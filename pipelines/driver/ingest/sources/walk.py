@@ -82,7 +82,7 @@ def list_entries(path: str) -> list[Found | PassedOver]:
             return _list_url(path)
         except (OSError, UserError):
             raise
-        except Exception as error:  # each package for URLs has exception classes of its own
+        except Exception as error:  # packages for URLs have exceptions without a common base
             raise OSError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
     if os.path.isdir(path):  # noqa: PTH112 (a path may hold undecodable bytes)
         return list(_walk(path, "", frozenset()))

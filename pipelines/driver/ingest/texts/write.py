@@ -37,7 +37,8 @@ def write_texts(
 ) -> Written:
     """Decode the pending files of a source of plain text once, and write the decoded rows.
 
-    If another ingest of the same source has committed meanwhile, the rows are compared with the tables again.
+    If another ingest of the same source commits before this ingest writes, the decoded rows are compared with the
+    tables again.
 
     Raises:
         UserError: no row is usable, and a refresh would remove all rows of the source.
