@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 ALLOWED = {
     *("0BSD", "APACHE-2.0", "APACHE-2.0 WITH LLVM-EXCEPTION", "BSD", "BSD-2-CLAUSE", "BSD-3-CLAUSE", "BSL-1.0"),
     *("CC0-1.0", "CNRI-PYTHON", "ISC", "MIT", "MIT-0", "MIT-CMU", "PSF-2.0", "ZLIB"),
-    "MPL-2.0",  # its copyleft covers only the files under this licence
+    "MPL-2.0",  # the copyleft of MPL-2.0 covers only the files under MPL-2.0
 }
 """Licences that every dependency may have, as SPDX names in capitals. `BSD` is a BSD licence of unknown variant."""
 

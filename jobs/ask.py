@@ -230,7 +230,8 @@ def _unusable(verb: str, path: Path | str, got: str, fix: str) -> UserError:
 
 
 def _read_file(path: Path, max_bytes: int) -> bytes:
-    """Read a regular file of limited size. Devices, pipes and folders are never opened, because reading might not end.
+    """Read a regular file of limited size. Devices, pipes and folders are never opened, because reading a device or a
+    pipe might never end.
 
     Raises:
         OSError: the file cannot be opened or is not a regular file.
@@ -238,7 +239,7 @@ def _read_file(path: Path, max_bytes: int) -> bytes:
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("a folder" if path.is_dir() else "a device or pipe, which may have no end")
-    # Some files below /proc have size 0, and reading them would wait for data. With O_NONBLOCK, `read` returns None.
+    # Some files below /proc have size 0, and a read would wait for data. With O_NONBLOCK, `read` returns None instead.
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         data = (file.read(max_bytes + 1) if size <= max_bytes else None) or b""

@@ -1,4 +1,6 @@
-"""Command-line options that several commands have, and class `Job`, which holds what a running command needs."""
+"""Command-line options that several commands have, and class `Job`: the config, platform and output of a running
+command.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as on
 WITHOUT_RUN = ("demo", *WEIGHT_COMMANDS)
 """Commands that have no option --run."""
 MIN_FREE_BYTES = 256 * 2**20
-"""Minimum free disk space for a command to start, in bytes. Spark's own errors about a full disk are unclear."""
+"""Minimum free disk space for a command to start, in bytes. This check names the problem, because Spark's own errors
+about a full disk are unclear.
+"""
 
 
 @dataclass
@@ -119,8 +123,8 @@ class Job:
     def add_run(self, text: str) -> str:
         """Add the run to each command in an error message, such as "run `lakesight ingest` first".
 
-        The functions that raise errors do not know the options of the running command, but people copy commands from
-        error messages.
+        People copy commands from error messages, but the functions that raise errors do not know the options of the
+        running command.
         """
 
         def complete(found: re.Match[str]) -> str:

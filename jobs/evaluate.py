@@ -73,8 +73,9 @@ def evaluate(
 
     For a model of text, the command computes the loss per character, bits per character, perplexity, token accuracy.
 
-    A version is measured with its own generation settings at temperature 0. If the command gives other settings, the
-    report and its page are written, but table evaluations, MLflow and the gate keep the figures of the version itself.
+    A version is measured with its own generation settings at temperature 0. If options change these settings, the
+    command writes the report and its page, but table evaluations, MLflow and the gate keep the figures of the version's
+    own settings.
 
     \b
     Examples:

@@ -16,10 +16,10 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
     "temperature": (float, "T", "Temperature of sampling; 0 chooses the most likely tokens."),
     "top_k": (int, "N", "Sample from this number of most likely tokens."),
     "top_p": (float, "P", "Sample from the most likely tokens with this total probability."),
-    "min_p": (float, "P", "Sample from tokens with this share of the highest probability."),
+    "min_p": (float, "P", "Sample from tokens with at least this share of the highest probability."),
     "repetition_penalty": (float, "X", "Penalty on tokens that occurred before; 1: no penalty."),
     "num_beams": (int, "N", "Number of beams of beam search."),
-    "length_penalty": (float, "X", "Above 1, beam search prefers longer answers."),
+    "length_penalty": (float, "X", "Length penalty: with a value above 1, beam search prefers longer answers."),
     "stop": (list[str], "TEXT", "Text that ends an answer. Repeatable."),
     "seed": (int, "N", "Random seed of sampling."),
 }

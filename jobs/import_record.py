@@ -22,7 +22,7 @@ SOURCES = ("*.json", "*.safetensors")
 
 
 class ImportRequest(Config):
-    """Everything that determines the checkpoint which an import writes.
+    """Request for an import: everything that determines the contents of the checkpoint.
 
     Attributes:
         model: config of the model.

@@ -43,7 +43,7 @@ def run_pipeline(job: Job) -> PipelineReport:
     from pipelines.driver.train.run import check_config
 
     check_config(job.config)
-    open_object_words(job.config)  # an invalid word list must not be found only after the training
+    open_object_words(job.config)  # refuse an invalid word list before the training
     ingested = run_ingest(job)
     trained = run_train(job)
     evaluated = run_evaluate(job, trained.model_version)

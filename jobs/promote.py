@@ -134,13 +134,14 @@ def run_promote(job: Job, which: str) -> PromotionReport:
 def _record_champion(job: Job, champion: ModelVersion) -> None:
     """Record the champion if table `decisions` names another version.
 
-    A promotion or rollback may have been recorded but not carried out, because the command was killed or the registry
-    did not answer. The view `champion_captions` would then show captions of a version that is not the champion.
+    An earlier promotion or rollback may have been recorded but not carried out, because the command was killed or the
+    registry did not answer. The view `champion_captions` would then show captions of a version that is not the
+    champion.
     """
     from pipelines.driver.evaluate.decisions import recorded_champion
 
     if recorded_champion(lambda: job.spark, job.platform, champion.name) != champion.version:
-        reason = "it is the champion in the registry, and the last recorded decision was not carried out"
+        reason = "this version is the champion in the registry, and the last recorded decision was not carried out"
         record(job, champion.version, "promote", champion=champion.version, reasons=[reason])
 
 

@@ -48,7 +48,7 @@ def serve(
         command += ["--env-manager", "local", "--host", HOST, "--port", str(port)]
         # MLflow starts `uvicorn` from PATH. Without PYTHONSAFEPATH, the working folder would come first on sys.path.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        with suppress(KeyboardInterrupt):  # Ctrl-C is the usual way to stop a server
+        with suppress(KeyboardInterrupt):  # no error: people stop a server by Ctrl-C
             environment = child_environment(PYTHONSAFEPATH="1", PATH=path)
             address = f"http://{HOST}:{port}/invocations  (Ctrl-C stops it)"
             ready = partial(job.output.line, "serve", address)

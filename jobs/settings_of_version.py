@@ -50,13 +50,14 @@ def with_overrides(job: Job, model: ModelFiles) -> ModelFiles:
 
 
 def require_settings_of_version(job: Job, fixed: ModelConfig, name: str) -> None:
-    """Check that no override changes a setting of the model, because the gate measures with the version's settings.
+    """Check that no override changes a setting of the model, because the promotion gate uses the version's own
+    settings.
 
     Raises:
         UserError: an override changes a setting of the model.
     """
     for key in _different_keys(job, fixed):
-        followed = "`lakesight evaluate`, `caption` and `ask` follow it, and the gate measures the version as it is"
+        followed = "only `lakesight evaluate`, `caption` and `ask` use it; the gate uses the version's own settings"
         raise _refused(job, key, name, followed if _is_generation(key) else "training fixes it")
 
 

@@ -199,9 +199,10 @@ def champion_captions(job: Job) -> Relation:
 
 
 def _promoted_elsewhere(job: Job, tables: Mapping[str, DeltaTable]) -> dict[str, str]:
-    """Return a dict from each captioned model that was promoted only in other home folders to its champion.
+    """Look up the champions of captioned models that were never promoted in this home folder.
 
-    The model registry knows these champions. Table `decisions` records promotions in this home folder only.
+    Table `decisions` records only the promotions in this home folder, so the model registry is asked for these
+    champions. The result is a dict from the name of a model to the version of its champion.
     """
     from pipelines.formats.delta_files import query
 

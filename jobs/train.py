@@ -122,7 +122,7 @@ def prepare_run(job: Job) -> RunFolder:
     config = job.config
     check_config(config)
     train_shards = run_shard(job, "train", config.model.image)
-    same_split = config.data.validate_on == "train"  # as in run seemore, which memorises three pictures
+    same_split = config.data.validate_on == "train"  # run seemore, which memorises three pictures, validates on them
     validation_shards = train_shards if same_split else run_shard(job, config.data.validate_on, config.model.image)
     return prepare(config, job.platform, train_shards, validation_shards)
 
@@ -213,10 +213,10 @@ def register_checkpoint(job: Job, which: str, step: int) -> str:
 
 
 def register_finished_runs(job: Job) -> None:
-    """Log and register finished trainings of the run that the `train` command itself did not log and register.
+    """Log and register finished training runs that an earlier `train` command has left without a model version.
 
-    A finished training is not registered if the `train` command was killed or the tracking server was down. If
-    registering fails again, log a warning.
+    A finished training run has no model version if the `train` command was killed, or if the tracking server was down.
+    If registering fails again, log a warning.
 
     Raises:
         TrackingDown: the tracking server is still down.

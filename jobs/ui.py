@@ -45,7 +45,7 @@ def ui(
             )
         follow_moved_home(job.platform)
         check_port_free(port)
-        # Without the parameter, MLflow shows its pages for agents to a user who opens MLflow for the first time.
+        # Without the URL parameter VIEW, MLflow opens its pages for agents for a user who is new to MLflow.
         address = f"http://{HOST}:{port}/#/experiments?{VIEW}  (Ctrl-C stops it)"
         job.output.line("ui", "starting MLflow")
         command = [
@@ -64,7 +64,7 @@ def ui(
             "--workers",
             "1",
         ]
-        with suppress(KeyboardInterrupt):  # Ctrl-C is the usual way to stop a server.
+        with suppress(KeyboardInterrupt):  # no error: people stop a server by Ctrl-C
             # Without PYTHONSAFEPATH, the server would put its working folder, the home folder, first on sys.path, and
             # a file in the home folder could shadow a module.
             environment = os.environ | {"PYTHONSAFEPATH": "1"}

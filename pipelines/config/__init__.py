@@ -1,7 +1,7 @@
-"""Settings of a run: the YAML under `conf/`, validated and frozen before anything starts.
+"""Settings of a run: the YAML files under `conf/`, which are validated before any work starts.
 
-Start reading in `run.py`, which resolves four names (model, data, train, platform) into one `RunConfig` with the
-sections that `data.py`, `train.py` and `gate.py` define. The package never imports torch, Spark or MLflow.
+Start reading in `run.py`, which resolves four names (model, data, train, platform) into a `RunConfig`. The package
+never imports torch, Spark or MLflow.
 """
 
 from pipelines.config.data import (

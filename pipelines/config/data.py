@@ -14,7 +14,7 @@ MAX_DOCUMENT_CHARS = 16 * 2**20
 """Default of `limits.max_text_chars` for a source of kind `text`."""
 LINE_BREAKS = "\r\n"
 PICTURE = "__picture__"
-"""Name of the record field that holds the bytes of a picture which the source stores as a separate file."""
+"""Name of the record field with the bytes of a picture, if the source stores each picture as a separate file."""
 
 
 # ------------------------------------------------------------------------------------------------ columns
@@ -44,7 +44,7 @@ class ColumnNames(Config):
 
 
 class PlainColumns(ColumnNames):
-    """Names of the source's columns, by default names that are usual in tables and JSON lines."""
+    """Names of the source's columns. The defaults are usual names in tables and JSON lines files."""
 
     image: str = "image"
     text: str = "text"
@@ -89,7 +89,7 @@ class SourceBase(Config):
 
     @property
     def where(self) -> str:
-        """Path of the source, by which messages name the source."""
+        """Path of the source, which messages show."""
         return self.path
 
 
@@ -98,8 +98,8 @@ class RowSourceBase(SourceBase):
 
     Attributes:
         image_root: folder or URL of the pictures if the image column holds paths, or null if the image column holds the
-            pictures themselves. A relative folder starts at the folder of the row's file, or at the working folder if
-            the source is a table.
+            pictures themselves. A relative path is relative to the folder of the row's file, or to the working folder
+            if the source is a table.
     """
 
     image_root: Annotated[str | None, Field(min_length=1), ADDED_LATER] = None
@@ -186,7 +186,7 @@ class TableSourceConfig(RowSourceBase):
 
     @property
     def where(self) -> str:
-        """Name or path of the table, by which messages name the source."""
+        """Name or path of the table, which messages show."""
         return self.table or self.path
 
 
@@ -362,7 +362,7 @@ class DataConfig(Config):
         if self.split.kind == "column":
             raise ValueError("plain text has no column of splits: use split kind hash or file")
         if self.mix or self.object_words:
-            raise ValueError("a source of kind text cannot be mixed and has no object_words: both concern captions")
+            raise ValueError("mix and object_words need pictures and captions: remove them for a source of kind text")
         if self.shards.encoding != "raw" or self.shards.draft:
             raise ValueError("shards.encoding and shards.draft concern pictures: leave them out for plain text")
         return self

@@ -18,8 +18,8 @@ class GateConfig(Config):
     """Conditions that a model version must meet before `lakesight promote` moves the champion alias to it.
 
     Attributes:
-        metric: metric by which a model version is compared with the baselines and with the champion. Word F1 is defined
-            for every split and improves earlier in training than exact match.
+        metric: metric by which a model version is compared with the baselines and with the champion. The default is
+            word F1, because word F1 is defined for every split and improves earlier in training than exact match.
         min_blind_gap: smallest accepted blind gap, in nats per token. The blind gap is the loss if each text is paired
             with a picture of another row, minus the loss with the right pictures.
         max_error_share: largest accepted share of pictures without a caption.

@@ -1,4 +1,6 @@
-"""Functions that turn configuration errors into sentences that give a path, the problem, and the nearest valid name."""
+"""Functions that turn configuration errors into sentences with the setting's path, the problem, and a similar valid
+name.
+"""
 
 from __future__ import annotations
 

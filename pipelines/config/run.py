@@ -26,7 +26,7 @@ from vlm.config.yaml_file import YamlProblem, parse_yaml, read_mapping
 from vlm.errors import did_you_mean
 
 RUN_SECTIONS = ("gate", "drift")
-"""Sections of the config that are written in the YAML file of the run itself."""
+"""Sections of the config that have no YAML files of their own, because the YAML file of the run contains them."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
@@ -234,8 +234,8 @@ def available(kind: str) -> list[str]:
 def load_run(name: str, *, platform: str = "local", overrides: Sequence[str] = ()) -> RunConfig:
     """Resolve a run's four names into a RunConfig and apply `a.b=c` overrides.
 
-    The YAML file of a run may contain the section `data` instead of a name. The section then gets the name of the run.
-    The YAML file may also contain the sections `gate` and `drift`.
+    The YAML file of a run may contain the section `data` itself instead of the name of a data config. The data config
+    then has the same name as the run. The YAML file may also contain the sections `gate` and `drift`.
 
     Raises:
         ConfigError: a name or key is unknown, or a value is invalid. The error lists every problem.

@@ -13,12 +13,12 @@ SIDED_WORDS = (
     *("left", "lefthand", "leftmost", "leftward", "leftwards", "right", "righthand", "rightmost", "rightward"),
     *("rightwards", "clockwise", "counterclockwise", "anticlockwise"),
 )
-"""Words that may become false when a picture is mirrored."""
+"""Words, such as "left", that may become false when a picture is mirrored."""
 UPRIGHT_WORDS = (
     *("above", "below", "beneath", "underneath", "top", "bottom", "upper", "lower", "topmost", "upright", "upside"),
     *("north", "south", "east", "west", "northern", "southern", "eastern", "western"),
 )
-"""Words that may become false, in addition to the sided words, when a picture is turned or flipped top to bottom."""
+"""Further words, such as "above", that may become false when a picture is rotated or mirrored top to bottom."""
 
 
 class OptimizerConfig(Config):

@@ -293,9 +293,7 @@ def pending_folder(platform: Platform, key: dict[str, str]) -> Path:
 
 
 class RowCounts(NamedTuple):
-    """Number of rows to consider (`rows`), and of rows that have no caption or whose picture may have changed
-    (`todo`).
-    """
+    """Number of all rows (`rows`), and of rows without a caption or whose picture may have changed (`todo`)."""
 
     rows: int
     todo: int
@@ -310,9 +308,7 @@ def _captions_of_model(spark: SparkSession, platform: Platform, key: dict[str, s
 def _find_uncaptioned_rows(
     spark: SparkSession, captions: DataFrame, source: SourceTable, request: CaptionRequest
 ) -> tuple[DataFrame, RowCounts]:
-    """Return the rows that may need a caption, and row counts. Column `known` has the SHA-256 of a row's picture when
-    the row was captioned last.
-    """
+    """Return rows that may need a caption, and row counts. `known` has the SHA-256 of the last captioned picture."""
     old = captions.where("error IS NULL") if request.retry_errors else captions
     done = old.select("image_id", "sha256", "source_version", F.lit(True).alias("is_done"))
     unchanged = _unchanged_files(spark, source, done)

@@ -40,7 +40,8 @@ def generate_scenes(config: DataConfig, platform: Platform) -> DataConfig:
 
 
 def follow_moved_file(ingested: pa.Table, item: str) -> pa.Table:
-    """Return the ingested items, in which a generated file has its present path even if the home folder was moved.
+    """Return the ingested items with the present path of the generated file, because the home folder may have been
+    moved.
 
     Args:
         ingested: items that need not be read again.
