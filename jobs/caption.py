@@ -117,7 +117,7 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
         request: values for the fields of CaptionRequest other than `limits` and `settings`.
 
     Raises:
-        UserError: the model is a model of text.
+        UserError: the model is a text-only model.
         TooManyErrors: more rows failed than allowed. Captions and errors are written before the exception is raised.
         StageFailed: the drift exceeds its limits and the run sets `drift.fail`. The captions are written before the
             exception is raised.

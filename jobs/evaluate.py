@@ -71,7 +71,7 @@ def evaluate(
     worst and best captions. An existing evaluation is reused. With --checkpoint, the command measures any checkpoint
     that the training has kept.
 
-    For a model of text, the command computes the loss per character, bits per character, perplexity, token accuracy.
+    For a text-only model, the command computes the loss per character, bits per character, perplexity, token accuracy.
 
     A version is measured with its own generation settings at temperature 0. If options change these settings, the
     command writes the report and its page, but table evaluations, MLflow and the gate keep the figures of the version's
@@ -99,7 +99,7 @@ def evaluate(
 def _refuse_columns(by: list[str] | None) -> None:
     if by:
         raise UserError(
-            "a model of text cannot be evaluated for groups of rows",
+            "a text-only model cannot be evaluated for groups of rows",
             where="--by",
             got=", ".join(by),
             fix="leave --by out: the columns of table samples describe pictures",
@@ -138,7 +138,7 @@ def open_split(job: Job, model: ModelFiles) -> Shards:
     """Open the shards of the run's evaluation split at the model's image size; write the shards if they are missing.
 
     Raises:
-        UserError: the model is a model of text.
+        UserError: the model is a text-only model.
     """
     from pipelines.formats.shards import Shards
 

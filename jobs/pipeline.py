@@ -22,8 +22,8 @@ def pipeline(
     """Run every stage, from pictures to captions.
 
     The stages are ingest, shard, train, evaluate, promote and caption. The last stage captions the evaluation split.
-    A model of text has no captions, so its stages are ingest, shard, train and evaluate. Finished work is not repeated,
-    so run the same command again after an interruption.
+    A text-only model has no captions, so its stages are ingest, shard, train and evaluate. Finished work is not
+    repeated, so run the same command again after an interruption.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""Reports of `lakesight pipeline`: one for runs with pictures, and one for runs with a model of text."""
+"""Reports of `lakesight pipeline`: one for runs with pictures, and one for runs with a text-only model."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class PipelineReport(StagesReport):
 
 
 class TextPipelineReport(StagesReport):
-    """Report of `lakesight pipeline` for a run with a model of text.
+    """Report of `lakesight pipeline` for a run with a text-only model.
 
     Attributes:
         texts: number of rows that added a text to table `texts`.

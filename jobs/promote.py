@@ -84,7 +84,7 @@ def run_promote(job: Job, which: str) -> PromotionReport:
     """Run the promote stage: check the gate, record the decision, then move the aliases.
 
     Raises:
-        UserError: the model is a model of text.
+        UserError: the model is a text-only model.
         StageFailed: the gate refused the version. The error lists every reason.
     """
     from pipelines.tracking.registry import CHALLENGER, find_champion, promote, resolve, set_alias, tag

@@ -1,4 +1,4 @@
-"""Stages of a run whose model is a model of text (`model.text_only`): evaluation, pipeline, and refused stages."""
+"""Stages of a run whose model is a text-only model (`model.text_only`): evaluation, pipeline, and refused stages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def require_captioner(config: ModelConfig, stage: str) -> None:
     """Check that a model reads pictures.
 
     Raises:
-        UserError: the model is a model of text, which has no captions.
+        UserError: the model is a text-only model, which has no captions.
     """
     if config.text_only:
         raise UserError(
@@ -37,7 +37,7 @@ def require_captioner(config: ModelConfig, stage: str) -> None:
 
 
 def run_text_evaluate(job: Job, model: ModelFiles) -> TextEvaluationReport:
-    """Measure a version of a model of text on the run's evaluation split, and store the metrics in MLflow."""
+    """Measure a version of a text-only model on the run's evaluation split, and store the metrics in MLflow."""
     from pipelines.driver.evaluate.texts import evaluate_texts
     from pipelines.tracking.registry import resolve, tag
     from pipelines.tracking.runs import log_report
@@ -63,7 +63,7 @@ def run_text_evaluate(job: Job, model: ModelFiles) -> TextEvaluationReport:
 
 
 def run_text_pipeline(job: Job) -> TextPipelineReport:
-    """Run the stages of a model of text in order: ingest, shard, train and evaluate. Each stage prints its results."""
+    """Run the stages of a text-only model: ingest, shard, train and evaluate. Each stage prints its results."""
     from jobs.evaluate import open_model
 
     ingested = run_ingest(job)

@@ -27,9 +27,9 @@ last, in the process that becomes free first.
 
 @pytest.hookimpl(tryfirst=True)  # this hook must run before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put tests that share something into one group, and sort all tests by group.
+    """Put tests that share a Spark session or slow fixtures into one group, and sort all tests by group.
 
-    All tests of a folder that need Spark share one Spark session. All other slow tests of a file may share a fixture.
+    The tests of a folder that need Spark share one Spark session. The other slow tests of a file may share fixtures.
     """
     for item in items:
         if "spark" in getattr(item, "fixturenames", ()):

@@ -23,7 +23,7 @@ class VisionLanguageModel(nn.Module):
 
     Args:
         config: model config from which the modules below were built.
-        encoder: module that turns pixels into features, or NoEncoder for a model of text.
+        encoder: module that turns pixels into features, or NoEncoder for a text-only model.
         projector: module that maps features to the width of the decoder.
         fusion: module that inserts features into the sequence or prepares the features for cross-attention.
         decoder: language model.

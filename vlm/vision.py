@@ -160,7 +160,7 @@ class VisionEncoder(nn.Module):
 
 
 class NoEncoder(nn.Module):
-    """Module without weights that replaces the vision encoder in a model of text (`text_only`) and refuses pictures."""
+    """Module without weights that replaces the vision encoder in a text-only model and refuses pictures."""
 
     position: None = None
     pool: None = None
@@ -179,7 +179,7 @@ class NoEncoder(nn.Module):
 
 
 def no_pictures() -> UserError:
-    """Return the error for a picture that is given to a model of text."""
+    """Return the error for a picture that is given to a text-only model."""
     return UserError(
         "the model reads no pictures",
         where="model.text_only",

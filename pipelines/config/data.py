@@ -222,7 +222,7 @@ class WebDatasetSourceConfig(SourceBase):
 
 
 class TextSourceConfig(SourceBase):
-    """Files of plain text without pictures, on which a model of text (`model.text_only`) is trained.
+    """Files of plain text without pictures, on which a text-only model (`model.text_only`) is trained.
 
     Attributes:
         rows: what becomes a row of table `texts`: each `document` (a file), each `paragraph` (text between blank

@@ -192,7 +192,7 @@ class RunConfig(Config):
         if self.model.text_only and of_pictures:
             raise ValueError(
                 "augment, score_every, adapter, contrastive and a reward of captions concern pictures: leave them out "
-                "of train for a model of text"
+                "of train for a text-only model"
             )
         return self
 

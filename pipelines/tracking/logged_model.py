@@ -39,7 +39,7 @@ PARAMETERS = {
 def signature(settings: GenerationConfig, *, text_only: bool = False) -> ModelSignature:
     """Return the MLflow signature of a model: its input columns, its output columns, and its generation settings.
 
-    A model of text has no column of pictures, and continues its prompts.
+    A text-only model has no column of pictures, and continues its prompts.
 
     A caller may change the generation settings for one request with `params`. By default, the model's own generation
     settings are used.

@@ -5,7 +5,7 @@ the column `image` and an optional column `prompt`. REST clients send each pictu
 `data:` prefix. Python callers may also pass bytes, because MLflow does not convert object columns. The output is a
 DataFrame with the columns `caption` and `error`, and exactly one of these columns is null in each row. A bad picture or
 prompt therefore affects no other row. A value of a wrong type, such as a list, also causes an error only in its own
-row. A model of text has only the column `prompt`, and continues the texts in it.
+row. A text-only model has only the column `prompt`, and continues the texts in it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class CaptionModel(PythonModel):
         )
 
     def _continue(self, model_input: pd.DataFrame, params: dict[str, Any]) -> pd.DataFrame:
-        """Continue the texts in column `prompt`, if the model is a model of text."""
+        """Continue the texts in column `prompt`, if the model is a text-only model."""
         rows: list[tuple[str | None, str | None]] = []
         for prompt in map(_prompt_text, model_input["prompt"]):
             try:

@@ -1,4 +1,4 @@
-"""Losses of a model of text on the windows of a token file."""
+"""Losses of a text-only model on the windows of a token file."""
 
 from __future__ import annotations
 

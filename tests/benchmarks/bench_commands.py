@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_commands.py
 
-The table shows user and system time of the whole command, which depends less on other programs than the time by the
-clock does.
+The table shows user and system time of the whole command, because other programs on the machine change the wall time
+more.
 """
 
 from __future__ import annotations

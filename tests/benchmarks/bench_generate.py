@@ -57,7 +57,7 @@ class Ids(CharTokenizer):
     suppressed_ids: tuple[int, ...] = ()
 
     def decode(self, ids: object) -> str:
-        """Return an empty string, because only tokens are compared."""
+        """Return an empty string, because the benchmark compares only tokens."""
         return ""
 
 
@@ -192,10 +192,10 @@ def show(what: str, rates: dict[str, float], peak: int) -> None:
 
 
 def compare_with_seemore(folder: Path) -> None:
-    """Compare our generation with seemore's loop at 30 tokens, the longest text that seemore's position embeddings
-    allow.
+    """Compare our generation with seemore's loop for 30 tokens, the longest text for which seemore has position
+    embeddings.
     """
-    os.chdir(folder)  # importing seemore reads ./input.txt
+    os.chdir(folder)  # `import seemore` reads input.txt in the working folder
     sys.path.insert(0, str(folder))
     their: Any = importlib.import_module("seemore")
     theirs: Any = their.VisionLanguageModel(

@@ -48,7 +48,7 @@ WIDTH, EXPERTS, TOP_K = 128, 8, 2
 
 def original(folder: Path, rows: pd.DataFrame) -> tuple[Callable[[], int], nn.Module]:
     """Return the original's training step and its mixture of experts, with the sizes of seemore's `__main__` block."""
-    os.chdir(folder)  # importing seemoe reads ./input.txt
+    os.chdir(folder)  # `import seeMoE` reads input.txt in the working folder
     sys.path.insert(0, str(folder))
     their: Any = importlib.import_module("seeMoE")
     their.device, their.dropout = "cpu", 0.1  # only the `__main__` block of the original sets these global variables

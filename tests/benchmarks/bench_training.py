@@ -42,7 +42,7 @@ BATCH, STEPS, ROUNDS = 16, 10, 5
 
 def original(folder: Path, rows: pd.DataFrame) -> dict[str, Callable[[], int]]:
     """Return the original's training step, once with and once without the original's data loading."""
-    os.chdir(folder)  # importing seemore reads ./input.txt
+    os.chdir(folder)  # `import seemore` reads input.txt in the working folder
     sys.path.insert(0, str(folder))
     their: Any = importlib.import_module("seemore")
     model = their.VisionLanguageModel(

@@ -148,7 +148,7 @@ def check_command(parameters: list[str], values: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_tasks_without_gpus_and_torch_run_on_serverless_compute_with_the_variable_of_the_docs(
+def test_tasks_that_need_neither_gpus_nor_torch_run_on_serverless_compute_if_a_variable_is_set(
     deployment: Deployment, target: str
 ) -> None:
     page = (ROOT / "docs" / "databricks.md").read_text()

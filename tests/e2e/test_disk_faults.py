@@ -19,7 +19,9 @@ pytestmark = [
 
 
 class Disk(NamedTuple):
-    """A faulty disk: the folder of the home on this disk, and the KiB that are free. None: the disk is read-only."""
+    """A faulty disk: the subfolder of the home folder that is on this disk, and the free space in KiB (None for a
+    read-only disk).
+    """
 
     folder: str
     free_kib: int | None
@@ -39,7 +41,7 @@ FAULTS = {
     ],
     "caption": [Disk("staged", 4)],
 }
-"""For each stage: the disks on which its command fails, one after the other."""
+"""Dict from each stage to faulty disks. The test runs the command of the stage on each of these disks in turn."""
 
 
 def fail(stage: str, home: Path, disk: Disk) -> None:
@@ -53,7 +55,9 @@ def fail(stage: str, home: Path, disk: Disk) -> None:
 
 
 def assert_complete(stage: str, home: Path) -> None:
-    """Run a command twice without a fault. The first run must complete the work, the second run must do no work."""
+    """Run a command twice without a fault. The first run must complete the work, and the second run must find nothing
+    to do.
+    """
     found = report(NEW_WORK[stage], home)
     again = report(NEW_WORK[stage], home)
     if stage == "ingest":

@@ -23,7 +23,7 @@ SETTINGS = (
     "train.batch_size=16",
     "train.validate_every=10",
     "train.checkpoint_every=10",
-    "gate.baselines=[]",  # a model trained for so few steps may ignore its pictures
+    "gate.baselines=[]",  # the gate must accept a model that ignores its pictures
     "gate.min_blind_gap=-10",
 )
 NOWHERE = "http://127.0.0.1:9"

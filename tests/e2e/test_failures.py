@@ -1,9 +1,9 @@
 """Tests that training fails correctly, for every combination in a matrix of faults (the failure matrix).
 
-Each cell of the matrix is one combination of four values: the kind of fault, the rank that fails, the moment at which
-it fails, and the place where the ranks run (on the driver's host or on executors). The launch of the run must end
-within a time limit, the error must name rank, host, cause and fix, and no process may be left. `make test` runs a few
-cells of the matrix, while `make faults` runs all cells.
+Each cell of the matrix combines four values: the kind of fault, the failing rank, the moment of the fault, and the
+place of the ranks (on the driver's host or on executors). The launch must end within a time limit, and no process of
+the launch may keep running. The error must name rank, host, cause and fix. `make test` runs a few cells of the matrix,
+while `make faults` runs all cells.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def cells() -> Iterator[Cell]:
 
 
 SAMPLE = {Cell("kill", 1, "step", BESIDE)}
-"""Cells of the failure matrix that `make test` runs, while `make faults` runs all cells."""
+"""Cells of the failure matrix that `make test` runs."""
 
 
 @pytest.fixture

@@ -41,7 +41,9 @@ SMALL = (
     *("train.checkpoint_every=15", "train.validate_rows=8", "train.optimizer.warmup_steps=5"),
     *("gate.baselines=[]", "gate.min_blind_gap=-10", "gate.max_error_share=1", "model.generation.max_new_tokens=4"),
 )
-"""Settings for a machine without GPUs. The gate accepts a model that ignores its pictures after only 30 steps."""
+"""Settings for a machine without GPUs. Training takes only 30 steps, so the promotion gate must accept a model that
+ignores its pictures.
+"""
 
 
 class TrackingWorkspace(Workspace):

@@ -24,8 +24,8 @@ pytestmark = [
 ]
 ROWS = 60
 DRIVER_SECONDS = 15.0
-"""Longest time from the opening of a driver's Spark session to the kill of the driver, in seconds: about one job's
-duration."""
+"""A driver is killed at a random moment during this number of seconds after it opened its Spark session. A job takes
+about as long."""
 
 
 @pytest.fixture(scope="module")

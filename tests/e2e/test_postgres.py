@@ -35,7 +35,7 @@ SETTINGS = (
     "train.validate_every=40",
     "train.checkpoint_every=40",
     "platform.ranks=1",
-    "gate.baselines=[]",  # a model trained for so few steps may ignore its pictures
+    "gate.baselines=[]",  # the gate must accept a model that ignores its pictures
     "gate.min_blind_gap=-10",
 )
 

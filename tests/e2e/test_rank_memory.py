@@ -61,7 +61,7 @@ def test_a_rank_of_a_sharded_model_needs_only_memory_for_its_own_slice_of_the_we
     for rank in range(ranks):
         found = json.loads((run.path / f"memory-{rank}.json").read_text())
         built = 4 * weights / ranks + 4 * largest
-        trained = (16 + 12) * weights / ranks + 8 * (rest + 2 * block)  # 12 bytes per weight: the copy for a checkpoint
+        trained = (16 + 12) * weights / ranks + 8 * (rest + 2 * block)  # a checkpoint copies 12 bytes per weight
         print(f"{ranks} ranks, rank {rank}: " + ", ".join(f"{k} {v / 1e6:.0f} MB" for k, v in found.items()))
         print(f"by the formulas: built {built / 1e6:.0f} MB, trained {trained / 1e6:.0f} MB")
         assert found["built"] < built + MARGIN

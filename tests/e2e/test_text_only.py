@@ -1,4 +1,4 @@
-"""A model of text from its files to the registry, with real ranks, and the captioner that starts from its decoder."""
+"""A text-only model from its files to the registry, with real ranks, and the captioner that starts from its decoder."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ data:
 }
 
 
-def test_a_text_goes_from_its_file_to_the_registry_and_a_captioner_starts_from_its_decoder(tmp_path: Path) -> None:
+def test_a_text_only_model_is_trained_and_registered_and_a_captioner_starts_from_its_decoder(tmp_path: Path) -> None:
     home = tmp_path / "home"
     (tmp_path / "words.txt").write_text("\n\n".join(f"{text} {n}." for n, text in enumerate(random_texts(60))))
     for name, content in CONFIGS.items():

@@ -120,7 +120,7 @@ def test_the_mlflow_pages_of_a_run_and_of_a_model_version_explain_what_they_show
 
         def open_tab(address: str, text: str) -> str:
             tab.goto(address)
-            tab.get_by_text(text).first.wait_for(state="attached")  # pages load data again and again
+            tab.get_by_text(text).first.wait_for(state="attached")  # a page is never idle
             tab.screenshot(path=tmp_path / f"{re.sub(r'[^a-z]+', '-', text.lower())}-{width}.png")
             return " ".join(tab.inner_text("body").split())
 

@@ -109,7 +109,7 @@ def test_each_row_gets_a_caption_with_its_lineage_or_the_error_of_its_picture(
         assert (row["source_table"], row["source_version"], row["run_id"]) == (table, 0, "r")
     captioner = load_captioner(str(model.folder))
     settings = captioner.model.config.generation
-    for number, data in good[:5]:  # captions on executors equal captions of single pictures
+    for number, data in good[:5]:  # executors write the captions that single pictures get
         (alone,) = captioner.caption([data], [""], **settings.model_dump())
         row = rows[str(number)]
         assert (row["caption"], row["sha256"], row["num_tokens"]) == (alone.caption, alone.sha256, alone.num_tokens)
@@ -120,7 +120,7 @@ def test_each_row_gets_a_caption_with_its_lineage_or_the_error_of_its_picture(
     found = find_finished(platform, model, request(table))
     assert found is not None
     assert found.model_copy(update={"seconds": again.seconds}) == again
-    assert commits(spark, platform) == before  # a caption job without new rows writes nothing
+    assert commits(spark, platform) == before  # the second job found no new rows and wrote nothing
 
 
 def test_only_rows_without_a_caption_by_the_same_version_with_the_same_settings_are_captioned(

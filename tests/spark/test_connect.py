@@ -36,7 +36,7 @@ def server(spark: SparkSession) -> Iterator[str]:
     assert jvm is not None
     settings = jvm.org.apache.spark.SparkEnv.get().conf()
     settings.set("spark.connect.grpc.binding.address", "127.0.0.1")
-    settings.set("spark.connect.grpc.binding.port", "0")  # 0 lets the system choose a free port
+    settings.set("spark.connect.grpc.binding.port", "0")  # the system chooses a free port
     service = getattr(getattr(jvm.org.apache.spark.sql.connect.service, "SparkConnectService$"), "MODULE$")
     none = getattr(getattr(jvm.scala, "None$"), "MODULE$")
     service.start(context._jsc.sc())
@@ -60,7 +60,7 @@ def rows(spark: SparkSession, schema: str, table: Table) -> list[dict[str, Any]]
 
 
 @pytest.mark.matrix
-@pytest.mark.timeout(1800)  # every stage runs twice
+@pytest.mark.timeout(1800)  # the test runs every stage twice
 def test_every_stage_has_equal_results_on_a_spark_connect_session_that_refuses_settings(
     spark: SparkSession, server: str, tmp_path: Path
 ) -> None:

@@ -87,7 +87,7 @@ def alias(job: Job, name: str) -> str:
     return registry.resolve(job.platform, NAME, name).version
 
 
-def test_a_vacuum_deletes_the_files_of_the_table_version_that_the_shards_name(job: Job) -> None:
+def test_the_error_for_a_table_version_whose_files_a_vacuum_has_removed_names_the_vacuum(job: Job) -> None:
     request = open_split(job, open_model(job, GOOD)).manifest.request
     pinned = job.spark.read.option("versionAsOf", request.table_version).table(request.table)
     with pytest.raises(StageFailed, match="VACUUM has removed files"), translate_spark_errors("reading", where="it"):
@@ -278,7 +278,9 @@ def test_the_lineage_and_the_decisions_of_a_model_are_shown_without_starting_a_j
 
 
 def test_the_attention_of_a_colour_word_is_highest_in_the_corner_that_has_this_colour(job: Job) -> None:
-    """With random attention, a quarter of the pictures would pass by chance, because a picture has four corners."""
+    """A picture has four corners, so random attention would be highest in the right corner of a quarter of the
+    pictures.
+    """
     captioner = vlm.load(open_model(job, GOOD).folder)
     first = [
         captioner.attention(row[SAMPLES.names.index("image")]).words()[1][1].flatten().argmax() == 0

@@ -137,7 +137,7 @@ def test_a_table_migration_changes_no_row_and_no_dataset_version_and_can_be_undo
     data = DataConfig.model_validate({"source": {"path": str(tmp_path / "rows.csv")}, "near_duplicates": False})
     ingest(spark, home, source, data)
     samples = home.table(SAMPLES.name)
-    for table in TABLES:  # Lakesight 0.1.0 created tables without this property
+    for table in TABLES:  # as in tables that Lakesight 0.1.0 created
         spark.sql(f"ALTER TABLE {home.table(table.name)} UNSET TBLPROPERTIES ('{PROPERTY}')")
     spark.sql(f"ALTER TABLE {samples} DROP CONSTRAINT usable")
     (home.root / FILE).unlink()

@@ -99,7 +99,7 @@ def test_the_error_for_a_dropped_table_names_the_table_and_a_refresh_creates_the
     ingest(spark, home, source, data(pictures))
     assert home.tables is not None
     shutil.rmtree(home.tables / "samples")
-    for table in TABLES:  # the next command has a catalog without tables
+    for table in TABLES:  # a new command starts with an empty catalog
         spark.sql(f"DROP TABLE IF EXISTS {home.table(table.name)}")
     with pytest.raises(UserError, match="ingested before, but table samples has no row of this input"):
         ingest(spark, home, source, data(pictures))

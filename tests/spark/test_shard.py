@@ -124,7 +124,7 @@ def test_shuffling_encoded_pictures_writes_the_same_files_as_shuffling_decoded_p
     source, path = filled
     first = shard(spark, platform, source, config(path, seed=5), LARGE, "train")
     remove(first)
-    monkeypatch.setattr("pipelines.driver.shard.write.SAMPLED_ROWS", 0)  # 0 makes Spark shuffle decoded pixels
+    monkeypatch.setattr("pipelines.driver.shard.write.SAMPLED_ROWS", 0)  # with 0, Spark shuffles decoded pixels
     second = shard(spark, platform, source, config(path, seed=5), LARGE, "train")
     assert (second.reused, second.folder, second.content_hash) == (False, first.folder, first.content_hash)
 

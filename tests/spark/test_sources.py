@@ -189,8 +189,8 @@ def test_the_ingest_report_counts_every_row_of_every_kind_of_source(
 def plan_texts(
     spark: SparkSession, rows: list[list[str]], known: list[str], max_texts: int | None = None
 ) -> tuple[list[str], int]:
-    """Make the ingest plan of a picture whose rows have the given texts. Return the new texts and the number of
-    contributing rows.
+    """Make the ingest plan of a picture whose rows have the given texts. Return the new texts, and the number of rows
+    that contribute a new text.
     """
 
     def texts(said: list[str]) -> list[dict[str, str]]:
@@ -315,7 +315,7 @@ def test_a_picture_that_was_encoded_again_gets_the_split_of_the_original_picture
     assert set(near.values()) == set(names[:4]) | {min(names[7:])}
 
 
-def test_all_rows_that_name_the_same_picture_of_a_folder_go_to_the_same_task(
+def test_all_rows_that_name_the_same_picture_file_are_read_by_the_same_task(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
     # The captions file is so large that several tasks read the pictures.

@@ -19,7 +19,7 @@ SETTINGS = {
     "train.batch_size": "16",
     "train.validate_every": "10",
     "train.checkpoint_every": "10",
-    "gate.baselines": "[]",  # after so few steps, the model may ignore its pictures
+    "gate.baselines": "[]",  # the gate must accept a model that ignores its pictures
     "gate.min_blind_gap": "-10",
 }
 OPTIONS = [word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")]

@@ -46,7 +46,7 @@ def attack_ports(run: RunFolder, rank: int) -> None:
 
 
 def rank_with_attacked_store(run_dir: str) -> None:
-    """Run a rank whose store contains pickles from the beginning."""
+    """Run a rank whose rendezvous store already contains pickles when the rank starts."""
     run, store = RunFolder(Path(run_dir)), Path(os.environ["LAKESIGHT_STORE"])
     with store.open("ab") as file:
         file.write(payload(run))

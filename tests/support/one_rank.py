@@ -42,7 +42,7 @@ def open_group_of_one() -> Iterator[None]:
 def train(run: RunFolder, after: int = 10**6, kind: type[Trainer] = Trainer) -> Trainer:
     """Train from the last checkpoint to the end, or until `after` steps are taken."""
     trainer = kind.build(run, run.read_run(), RankEnv(0, 1, 0, 1), KillingMonitor(run, after), torch.device("cpu"))
-    torch.set_num_threads(1)  # `build` lets torch use all cores of the host, which other tests need too
+    torch.set_num_threads(1)  # `build` makes torch use all cores, but other tests need cores too
     try:
         trainer.train()
     finally:

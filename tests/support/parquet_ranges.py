@@ -47,7 +47,7 @@ def read_path(path: str, size: int) -> list[Record]:
 
 
 def count_each(path: Path) -> int:
-    """Count the records of a file, and hold only one record and its other columns in memory at a time."""
+    """Count the records of a file. Read the unused columns of each record too, but keep only one record in memory."""
     return sum(1 for record in stream(path, 2**25, ("image", "text"), {}) if not record.others or record.others() or 1)
 
 

@@ -56,8 +56,8 @@ class Postgres:
         words: Sequence[str] = [str(self._programs / program), *arguments]
         if os.geteuid() == 0:
             words = ["runuser", "-u", "postgres", "--", *words]
-        # Output goes to no pipe, because the server inherits stdout and stderr and would keep a pipe open until the
-        # server ends.
+        # Do not read the output through a pipe: the server inherits stdout and keeps it open, so the read would end
+        # only with the server.
         done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd="/", check=False)
         assert done.returncode == 0, f"{words} ended with exit code {done.returncode}"
 
@@ -65,7 +65,8 @@ class Postgres:
 @contextmanager
 def postgres_server() -> Iterator[Postgres]:
     """Start a server with an empty database `mlflow`, and stop the server after the block."""
-    # The folder is not in pytest's folder, which only root can read if root runs the tests.
+    # Use no folder of pytest: if root runs the tests, only root can read these folders, and PostgreSQL runs as another
+    # user.
     with tempfile.TemporaryDirectory(prefix="lakesight-postgres-") as folder:
         server = Postgres(find_programs(), Path(folder))
         server.start()

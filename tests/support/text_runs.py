@@ -1,4 +1,4 @@
-"""Helpers that write runs of a model of text and their shards without Spark."""
+"""Helpers that write runs of a text-only model and their shards without Spark."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "the", "dog", "ran", "to"
 
 
 def text_run(ranks: int = 1, **train: Any) -> RunConfig:
-    """Return the config of a run of a model of text that takes a few seconds."""
+    """Return the config of a run of a text-only model that takes a few seconds."""
     changes = {
         "model": tiny_model_config().model_dump() | {"text_only": True},
         "data": {"source": {"kind": "text", "path": "none"}},

@@ -43,7 +43,9 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), 
 
 
 def no_spark() -> SparkSession:
-    """Fail the test. Pass this function to `launch` where ranks on the driver's host must not start Spark."""
+    """Fail the test. A test passes this function to `launch` to check that ranks on the driver's host start no Spark
+    session.
+    """
     raise AssertionError("ranks on the driver's host need no Spark session")
 
 
@@ -148,7 +150,7 @@ def global_batches(
     workers: int = 0,
     augment: AugmentConfig | None = None,
 ) -> list[list[tuple[bytes, str]]]:
-    """For each global batch of eight rows, return pixels and text of each row, as found on all ranks together."""
+    """Return pixels and text of the eight rows of each global batch, joined from the batches of all ranks."""
     from pipelines.worker.data.augment import Augmenter
     from pipelines.worker.data.batches import Collator, training_batches
     from vlm.batch import IGNORE

@@ -15,7 +15,7 @@ from vlm.config import AttentionConfig, MlpConfig, ModelConfig, ResamplerProject
 def flops_per_sample(config: ModelConfig, vocab_size: int, text: int | None = None) -> int:
     """Return the FLOPs of one forward pass over one picture and a text. The output head runs on text positions only.
 
-    A model of text (`text_only`) reads no picture.
+    A text-only model (`text_only`) reads no picture.
 
     Args:
         config: config of the model.

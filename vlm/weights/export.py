@@ -68,12 +68,12 @@ def export_weights(
 
     Raises:
         CheckpointError: the family is unknown, or cannot represent the model (one error lists all mismatches), or the
-            model is a model of text, and the part is not its decoder.
+            model is a text-only model, and the part is not its decoder.
     """
     config = load_config(checkpoint)
     if config.text_only and part != "decoder":
         raise CheckpointError(
-            "a model of text has only a decoder to export",
+            "a text-only model has only a decoder to export",
             where=str(checkpoint),
             got=f"--part {part}",
             fix="export the decoder: --part decoder",

@@ -1,4 +1,4 @@
-"""Evaluation of a model of text: write the loss per character of a split, with intervals, to table `evaluations`.
+"""Evaluation of a text-only model: write the loss per character of a split, with intervals, to table `evaluations`.
 
 The token file of the split is divided into windows of consecutive tokens. Executors compute the loss of each window, as
 validation does during training. A second evaluation of the same model on the same texts reads the report of the first
@@ -41,7 +41,7 @@ MAX_BLOCKS = 4096
 
 
 class TextEvaluationReport(Config):
-    """Report on the evaluation of a model of text on a split.
+    """Report on the evaluation of a text-only model on a split.
 
     Attributes:
         source: name of the data config.
@@ -75,7 +75,7 @@ class TextEvaluationReport(Config):
 def evaluate_texts(
     spark: SparkSession, platform: Platform, model: ModelFiles, shards_folder: Path
 ) -> TextEvaluationReport:
-    """Compute the metrics of a version of a model of text on a split, and write them to table `evaluations`.
+    """Compute the metrics of a version of a text-only model on a split, and write them to table `evaluations`.
 
     Raises:
         UserError: a folder does not hold a model or shards.

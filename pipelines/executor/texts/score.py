@@ -1,4 +1,4 @@
-"""Scores of a model of text on executors: functions that receive window numbers and yield losses.
+"""Scores of a text-only model on executors: functions that receive window numbers and yield losses.
 
 The modules of `pipelines.worker`, which import torch, are imported inside the functions, so the driver can import this
 module without torch.

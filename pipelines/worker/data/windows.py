@@ -1,4 +1,4 @@
-"""Windows of a token file, which are the training samples of a model of text.
+"""Windows of a token file, which are the training samples of a text-only model.
 
 A window has as many tokens as the model has positions, and may span several texts, as in GPT-2. In each epoch the
 windows begin at different positions of the token file, which depend on (seed, epoch). The windows of a step are picked

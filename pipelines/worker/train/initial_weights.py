@@ -119,7 +119,7 @@ class ModelBuilder:
     def _fill(self, model: VisionLanguageModel, path: Path, *, decoder_alone: bool = False) -> None:
         """Read weights from a file into the model. If the model is sharded, read only this rank's rows of each tensor.
 
-        With `decoder_alone`, the file holds the decoder of a model of text, and no other weights are read.
+        With `decoder_alone`, the file holds the decoder of a text-only model, and no other weights are read.
         """
         rows = {
             name: rows_of(p.detach())
@@ -130,7 +130,7 @@ class ModelBuilder:
 
     @cached_property
     def _starts_from_decoder(self) -> bool:
-        """Whether a captioner starts from a model of text."""
+        """Whether a captioner starts from a text-only model."""
         if self.weights is None or self.config.text_only:
             return False
         return load_config(self.weights.parent).text_only

@@ -1,4 +1,4 @@
-"""Training of a model of text in one rank, which reads windows of a token file instead of pictures with captions."""
+"""Training of a text-only model in one rank, which reads windows of a token file instead of pictures with captions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROMPT_SHARE = 4
 
 
 class TextTrainer(Trainer):
-    """Trainer of a model of text, which overrides the methods of Trainer that read pictures."""
+    """Trainer of a text-only model, which overrides the methods of Trainer that read pictures."""
 
     def __post_init__(self) -> None:
         """Open the token files of the run."""
@@ -38,7 +38,7 @@ class TextTrainer(Trainer):
         self.validate_windows = Windows.of(held_out, context, self.tokenizer)
 
     def copied_shards(self) -> tuple[Shards, ...]:
-        """Return no shards, because the ranks of a model of text read token files."""
+        """Return no shards, because the ranks of a text-only model read token files."""
         return ()
 
     def batches(self, steps: range) -> Iterator[list[Batch]]:

@@ -334,7 +334,9 @@ def test_loading_a_run_that_another_lakesight_version_saved_is_an_error() -> Non
 
 
 @given(st.lists(st.integers() | st.text(), min_size=1))
-def test_two_short_hashes_are_equal_exactly_if_the_hashed_values_are_equal(parts: list[int | str]) -> None:
+def test_equal_lists_have_equal_short_hashes_and_a_longer_list_has_another_hash(
+    parts: list[int | str],
+) -> None:
     assert short_hash(parts) == short_hash(list(parts))
     assert short_hash(parts) != short_hash([*parts, "more"])
 

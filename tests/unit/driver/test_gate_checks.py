@@ -163,9 +163,8 @@ def test_a_model_version_with_perfect_captions_of_only_three_pictures_is_not_ref
     report = evaluated(tmp_path, perfect)
     result = apply_gate(GateConfig(), report, None, WELL)
     assert result.reasons == ()
-    assert (
-        result.figures["over_constant"].low == 0
-    )  # one bootstrap sample in 27 repeats only the row that the constant matches
+    # The interval begins at 0: one bootstrap sample in 27 consists only of the row whose text is the constant caption.
+    assert result.figures["over_constant"].low == 0
     assert "3 pictures are too few for an interval" in result.checks["constant"].found
     strict = apply_gate(GateConfig(min_pictures=3), report, None, WELL)
     assert [name for name, check in strict.checks.items() if not check.passed] == ["constant"]

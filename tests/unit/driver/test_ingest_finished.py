@@ -136,7 +136,7 @@ def test_the_dataset_version_of_a_source_is_the_last_table_version_that_may_have
     assert read_versions_of_files(table, "c") == (5, 5)
 
 
-def test_the_condition_of_a_merge_without_a_note_tells_whether_the_merge_may_have_changed_a_source() -> None:
+def test_a_merge_without_a_note_counts_as_a_change_of_a_source_unless_its_condition_names_another_source() -> None:
     written = "concat(lakesight ingest , source#7) = lakesight ingest {}"
     merges = {written.format("a"): 1, written.format("ab"): 1, "concat('lakesight ingest ', source#7) = 'x'": 3}
     commits = [{"version": 0, "operation": "CREATE TABLE"}]

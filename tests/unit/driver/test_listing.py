@@ -161,7 +161,7 @@ def test_the_ledger_entry_of_a_file_is_the_same_as_in_earlier_versions_of_lakesi
     assert (file.item, file.state) == (f"{tmp_path}/a b.csv", "3 bytes, 2023-11-14T22:13:20.123456Z")
 
 
-def test_a_url_that_its_package_refuses_gives_an_error_about_the_input() -> None:
+def test_an_input_url_that_the_package_for_its_scheme_refuses_is_a_user_error() -> None:
     registry = pytest.importorskip("fsspec.registry")
 
     class Refusing(registry.get_filesystem_class("memory")):  # type: ignore[misc]

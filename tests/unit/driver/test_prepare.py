@@ -57,7 +57,7 @@ def test_equal_runs_share_a_run_folder_and_different_runs_have_different_run_fol
     run = prepare(tiny_run(), laptop, report, report)
     other_data = as_report(write_shards(tmp_path / "other", rows=9))
     assert prepare(tiny_run(), laptop, report, report) == run
-    assert prepare(tiny_run(ranks=1), laptop, report, report) == run  # the number of ranks does not change the outcome
+    assert prepare(tiny_run(ranks=1), laptop, report, report) == run  # the number of ranks is not in the folder name
     others = [
         prepare(tiny_run(seed=1), laptop, report, report),
         prepare(tiny_run(), laptop, other_data, report),
@@ -309,7 +309,7 @@ def test_an_unfinished_run_of_other_code_is_resumed_only_on_request_and_the_log_
     resumed = prepare(tiny_run(resume_changed_code=True), laptop, report, report, other)
     assert resumed == unfinished
     assert resumed.read_run().earlier_code == (code.digest,)
-    assert prepare(tiny_run(), laptop, report, report, other) == unfinished  # the run now records this code
+    assert prepare(tiny_run(), laptop, report, report, other) == unfinished  # run.json now records the other code
 
 
 def test_a_finished_run_is_found_in_a_home_folder_that_was_moved(

@@ -126,7 +126,7 @@ def test_a_picture_file_is_read_only_once_for_any_number_of_rows_that_name_this_
     assert read_picture(tmp_path, "a.png").fields[PICTURE] == b"other"
 
 
-def test_an_empty_picture_file_is_named(tmp_path: Path) -> None:
+def test_the_problem_of_an_empty_picture_file_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "a.png").touch()
     assert read_picture(tmp_path, "a.png").problem == Problem("missing_field", "the picture file 'a.png' is empty")
 
@@ -143,7 +143,7 @@ def test_the_problem_of_a_missing_picture_names_a_file_whose_name_differs_only_i
         assert record.problem.detail.endswith("did you mean 'UPPER.JPG'?")
 
 
-def test_the_picture_of_a_refused_row_counts_as_named(tmp_path: Path) -> None:
+def test_the_picture_file_that_a_refused_row_names_is_still_listed(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"p")
 
     def read(_: Iterator[pa.RecordBatch]) -> Iterator[Record]:
@@ -155,7 +155,7 @@ def test_the_picture_of_a_refused_row_counts_as_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [7, 7.0, "7"])
-def test_a_number_names_the_file_with_the_digits_of_the_number(tmp_path: Path, name: object) -> None:
+def test_a_row_may_name_a_picture_file_by_a_number(tmp_path: Path, name: object) -> None:
     (tmp_path / "7").write_bytes(b"p")
     assert read_picture(tmp_path, name).fields[PICTURE] == b"p"
 

@@ -116,7 +116,9 @@ def test_a_cache_folder_of_another_user_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a link away")
 def test_a_link_that_another_user_has_put_in_place_of_the_cache_folder_is_refused(tmp_path: Path) -> None:
-    """With such a link, another user could make the cache remove the subfolders of any folder of ours."""
+    """The cache removes old subfolders of its folder. With a link, another user could make the cache remove subfolders
+    of any other folder.
+    """
     (tmp_path / "valuable" / "work").mkdir(parents=True)
     (tmp_path / "near").symlink_to(tmp_path / "valuable")
     os.lchown(tmp_path / "near", 12345, 12345)

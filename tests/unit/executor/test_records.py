@@ -65,7 +65,7 @@ def test_a_csv_line_that_spark_wrote_is_split_into_its_fields_with_backslash_as_
 
 
 @given(st.text(st.sampled_from('",ab '), min_size=1))
-def test_a_csv_line_is_either_split_as_by_the_csv_module_or_not_split(line: str) -> None:
+def test_a_csv_line_is_split_exactly_as_the_csv_module_splits_it_or_is_not_split(line: str) -> None:
     fields = split_line(line)
     try:
         [expected] = csv.reader([line], strict=True)

@@ -49,7 +49,7 @@ def test_the_reader_finds_the_members_that_tarfile_has_written(members: dict[str
             info.size = len(content)
             try:
                 tar.addfile(info, io.BytesIO(content))
-            except ValueError:  # the old format has no space for the name
+            except ValueError:  # the old tar format has no space for a long name
                 continue
             written[name] = content
     found = {member.name: content for member, content in read(file.getvalue())}

@@ -1,6 +1,6 @@
 """Tests of WebDataset tars: members with the same key form a row, and a damaged tar keeps its complete rows.
 
-Public bug reports (GitHub issues) that these tests repeat, with the verdict on this parser before its rewrite:
+Public bug reports (GitHub issues) that these tests repeat, grouped by what an earlier version of our parser did:
 
 - Rows were lost or mixed without an error: a damaged header ends the tar (python/cpython#84934), a tar that was not
   closed (webdataset/webdataset#32), hard and symbolic links (flapdoodle-oss/de.flapdoodle.embed.process#70,
@@ -129,7 +129,9 @@ def test_the_problem_of_a_row_without_a_picture_names_the_members_of_the_row(tmp
     assert record.problem.detail.endswith("names no extension of the row, which has jfif, txt")
 
 
-def test_an_archive_or_a_second_compression_under_the_name_of_a_tar_is_named(tmp_path: Path) -> None:
+def test_the_problem_of_a_tar_that_is_a_zip_archive_or_was_compressed_twice_names_the_cause(
+    tmp_path: Path,
+) -> None:
     with zipfile.ZipFile(tmp_path / "zip.tar", "w") as archive:
         archive.writestr("a.png", b"p")
     write_tar(tmp_path / "once.tar.gz", ROWS, "w:gz")

@@ -38,7 +38,7 @@ def test_pictures_are_compared_for_a_new_mix_but_not_for_a_mix_that_an_earlier_r
     assert known_copies(tmp_path, changed, SHARES) is None
 
 
-def test_the_known_copies_of_a_mix_are_valid_until_a_source_changes_and_are_part_of_its_shard_names(
+def test_the_stored_list_of_copies_of_a_mix_is_valid_until_a_source_changes_and_is_part_of_shard_names(
     tmp_path: Path,
 ) -> None:
     requests = write_parts(tmp_path)

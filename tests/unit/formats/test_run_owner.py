@@ -75,7 +75,7 @@ def test_a_lease_that_another_host_no_longer_renews_is_taken_over_even_if_the_cl
         assert read_json(run.launcher, Lease).owner != "other"
 
 
-def test_the_lease_protects_the_run_on_a_file_system_without_locks(
+def test_a_lease_protects_a_run_on_a_file_system_that_supports_no_locks(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_locks(*_: object) -> None:

@@ -136,9 +136,7 @@ def test_command_show_raises_a_user_error_if_the_rows_cannot_be_selected(
     assert_user_error(lakesight("show", *arguments), *expected)
 
 
-def test_the_error_for_the_view_names_the_command_that_upgrades_a_captions_table_of_an_earlier_version(
-    shop: None, home: Path
-) -> None:
+def test_show_names_the_command_that_upgrades_a_captions_table_of_an_earlier_version(shop: None, home: Path) -> None:
     old = DeltaTable(home / "warehouse" / "generated_captions").to_pyarrow_table().drop(["image_root"])
     write_deltalake(home / "warehouse" / "generated_captions", old, mode="overwrite", schema_mode="overwrite")
     assert_user_error(lakesight("show", "champion_captions"), "no column image_root", "lakesight maintain")

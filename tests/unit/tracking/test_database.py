@@ -92,7 +92,7 @@ def test_the_error_for_a_database_that_cannot_be_written_advises_to_free_space_o
 def test_the_error_names_the_disk_if_a_model_cannot_be_copied_to_a_full_or_read_only_disk(
     laptop: Platform, number: int
 ) -> None:
-    """MLflow says only that a file of the code cannot be copied."""
+    """MLflow's own message says only that a file of the code cannot be copied, so our error adds the cause."""
     error = MlflowException("Failed to copy the specified code path")
     error.__cause__ = OSError(number, os.strerror(number), "source.py")
     message = str(registry_failure(laptop, "model m", error))

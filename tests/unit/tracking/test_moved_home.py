@@ -123,7 +123,7 @@ def test_opening_a_home_folder_by_a_symbolic_link_or_without_its_artifacts_keeps
     assert locations(original) == before
     other = tmp_path / "other"
     other.mkdir()
-    shutil.copy(original / "mlflow.db", other / "mlflow.db")  # the artifacts are not copied
+    shutil.copy(original / "mlflow.db", other / "mlflow.db")  # copy no artifacts
     connect(open_home(other))
     assert locations(other) == before
 

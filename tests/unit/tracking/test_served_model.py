@@ -131,7 +131,7 @@ def test_a_serving_request_without_rows_gets_an_empty_answer(model: Any) -> None
     assert predict(model, []) == []
 
 
-def test_a_served_model_of_text_continues_each_prompt_and_a_bad_prompt_gives_an_error_in_its_row(
+def test_a_served_text_only_model_continues_each_prompt_and_a_bad_prompt_gives_an_error_in_its_row(
     tmp_path: Path,
 ) -> None:
     network, tokenizer = tiny_model("plain")

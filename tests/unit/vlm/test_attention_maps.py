@@ -55,7 +55,7 @@ def test_models_of_every_kind_give_for_each_token_an_attention_map_over_the_patc
 
 
 def test_the_attention_map_of_a_token_shows_the_attention_weights_at_the_position_that_predicts_the_token() -> None:
-    """The queries and keys of the first layer are computed here from the embeddings, without the model's attention."""
+    """The test computes the queries and keys of the first layer from the embeddings, without the model's attention."""
     model, tokenizer = tiny_model("plain")
     request, completion = ask(model, tokenizer, "what")
     maps = attention_maps(model, tokenizer, request, completion)
@@ -83,7 +83,9 @@ def test_the_attention_rollout_of_two_layers_multiplies_their_attention_with_res
 
 
 def test_the_attention_of_a_feature_that_merges_several_patches_is_divided_equally_among_them() -> None:
-    """A projector whose linear layer is a mean over the patches of a square gives the same shares."""
+    """The expected shares are the output of a projector whose linear layer computes the mean over the patches of a
+    square.
+    """
     shuffle = PixelShuffle(16, 16, factor=2)
     with torch.no_grad():
         shuffle.linear.weight.copy_(torch.eye(16).repeat(1, 4) / 4)

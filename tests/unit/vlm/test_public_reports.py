@@ -71,7 +71,9 @@ def jpeg(content: bytes) -> bytes:
 
 
 def exif(*entries: tuple[int, int, int, bytes], values: bytes = b"") -> bytes:
-    """Build EXIF data with entries (tag, type, count, four bytes). Values longer than four bytes follow at 8 + size."""
+    """Build EXIF data with entries (tag, type, count, four bytes). The bytes `values` follow the entries, for values of
+    more than four bytes.
+    """
     listed = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
     return b"II*\0" + struct.pack("<IH", 8, len(entries)) + listed + bytes(4) + values
 

@@ -122,7 +122,7 @@ def test_routers_start_near_zero_and_experts_start_with_the_scale_of_linear_laye
         assert float(out.std()) == pytest.approx((16 * 2 * 2) ** -0.5, rel=0.1)  # 2 blocks, each with 2 branches
 
 
-def test_a_dense_model_has_no_router_report() -> None:
+def test_a_model_without_experts_has_no_router_report() -> None:
     model, tokenizer = tiny_model("plain")
     assert [report.router for report in learn(model, tiny_batch(model, tokenizer, TEXTS), 2)] == [None, None]
 

@@ -189,7 +189,7 @@ def test_weight_commands_do_not_overwrite_existing_files() -> None:
     )
 
 
-def test_only_the_decoder_of_a_model_of_text_can_be_exported(trained: ModelConfig) -> None:
+def test_only_the_decoder_of_a_text_only_model_can_be_exported(trained: ModelConfig) -> None:
     config = trained.model_copy(update={"text_only": True})
     tokenizer = text.learn(config.text, ())
     save_model(Path("spoken"), build_model(config, tokenizer.vocab_size), tokenizer)

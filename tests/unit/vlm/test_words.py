@@ -73,7 +73,9 @@ def test_an_ascii_text_is_split_into_the_same_words_as_in_earlier_versions_of_la
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(categories=["L", "M", "N", "P", "Zs", "Cf"]), max_size=20))
 def test_the_words_of_a_text_contain_all_its_letters_and_no_white_space(text: str) -> None:
-    """Metrics join words by spaces and later split the joined text again."""
+    """Metrics join words by spaces and later split the joined text at white space, so no word may contain white
+    space.
+    """
     found = words(text)
     assert " ".join(found).split() == found
     letters = [char for char in unicodedata.normalize("NFC", text.lower()) if char.isalnum()]

@@ -190,7 +190,7 @@ def test_an_error_in_a_loader_thread_is_raised_when_training_needs_its_batch(wor
     def make(item: int) -> int:
         if item == 3:
             raise RuntimeError("the shard is gone")
-        time.sleep(0.01 * (3 - item))  # the first items take the longest time
+        time.sleep(0.01 * (3 - item))  # item 0 takes the longest time
         return item
 
     fetched = map_ahead(make, range(9), workers)
@@ -205,7 +205,7 @@ def test_loader_threads_work_a_few_items_ahead_and_stop_when_the_iterator_is_clo
 
     def make(item: int) -> int:
         if item < 2:
-            barrier.wait()  # waits for the other loader thread
+            barrier.wait()  # until both loader threads have an item
         made.append(item)
         return item
 

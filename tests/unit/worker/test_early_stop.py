@@ -63,11 +63,11 @@ STALLED: dict[str, Any] = {
     "checkpoint_every": 5,
     "best_by": "cider",
     "stop": 2,
-    "optimizer": OptimizerConfig(lr=1e-9, warmup_steps=2),  # a rate too small to change a caption
+    "optimizer": OptimizerConfig(lr=1e-9, warmup_steps=2),  # too small a rate to change a caption
 }
 
 
-def test_early_stopping_ends_an_interrupted_and_resumed_run_at_the_same_step(make_run: Any) -> None:
+def test_early_stopping_ends_a_resumed_run_at_the_same_step_as_an_uninterrupted_run(make_run: Any) -> None:
     whole = make_run("whole", **STALLED)
     train(whole).write_result()
     result = finished_result(whole)

@@ -1,4 +1,4 @@
-"""Training of a model of text: windows of a token file, exact resume, and a captioner that starts from the decoder."""
+"""Training of a text-only model: windows of a token file, exact resume, a captioner that starts from the decoder."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_the_error_for_a_damaged_token_file_names_the_file(laptop: Platform, rep
         read_tokens(run.path / TRAIN_TOKENS)
 
 
-def test_a_model_of_text_continues_a_text_refuses_pictures_and_has_no_encoder() -> None:
+def test_a_text_only_model_continues_a_text_refuses_pictures_and_has_no_encoder() -> None:
     config = text_run().model
     captioner = vlm.build(config, [])
     names = {name.partition(".")[0] for name, _ in captioner.model.named_parameters()}
@@ -131,7 +131,7 @@ def test_a_model_of_text_continues_a_text_refuses_pictures_and_has_no_encoder() 
             call()
 
 
-def test_a_captioner_starts_from_the_decoder_of_a_model_of_text(
+def test_a_captioner_starts_from_the_decoder_of_a_text_only_model(
     laptop: Platform, report: ShardReport, tmp_path: Path
 ) -> None:
     text = prepare(text_run(steps=8), laptop, report, report)
@@ -166,7 +166,7 @@ def test_a_captioner_starts_from_the_decoder_of_a_model_of_text(
         prepare(tiny_run(ranks=1, model=wider, **start), laptop, pictures, pictures)
 
 
-def test_a_source_of_text_needs_a_model_of_text_and_vice_versa() -> None:
+def test_a_text_source_needs_a_text_only_model_and_vice_versa() -> None:
     run = text_run().model_dump(by_alias=True)
     for changes in ({"model": tiny_model_config().model_dump()}, {"data": tiny_run().data.model_dump()}):
         with pytest.raises(ValueError, match=r"model\.text_only must be true for a source of kind text"):

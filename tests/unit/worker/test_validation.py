@@ -102,7 +102,7 @@ def test_the_logged_training_loss_is_the_mean_per_token_since_the_last_log() -> 
     mean.add(1.0, 30)
     assert mean.take() == pytest.approx(1.5)
     mean.add(9.0, 5)
-    mean.restart()  # a checkpoint restarts the mean
+    mean.restart()  # after a checkpoint, a new mean starts
     mean.add(2.0, 5)
     assert mean.take() == pytest.approx(2.0)
 
