@@ -1,4 +1,4 @@
-"""Errors of the pipelines, which have the four-part messages of `vlm.errors`."""
+"""Errors of the pipelines, whose messages say what failed, where, what was found, and how to fix the problem."""
 
 from __future__ import annotations
 

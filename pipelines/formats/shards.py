@@ -195,10 +195,11 @@ def _rebatch(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[p
 def _copy(rows: pa.Table) -> pa.RecordBatch:
     """Copy rows into one record batch whose buffers contain only these rows.
 
-    Arrow pads the buffers in a file. If a record batch is a slice of a larger batch, Arrow pads the slice with bytes of
-    the larger batch's next rows. The bytes of the file would then depend on the sizes of Spark's batches.
+    Arrow pads the buffers in a file. A slice of a larger batch is padded with bytes of the larger batch's next rows.
+    Without a copy, the bytes of the file would therefore depend on the sizes of Spark's batches.
     """
-    two_parts = pa.concat_tables([rows.schema.empty_table(), rows])  # with one part, combine_chunks would not copy
+    # `combine_chunks` copies the rows of a table only if the table has several parts, so an empty part is added.
+    two_parts = pa.concat_tables([rows.schema.empty_table(), rows])
     return two_parts.combine_chunks().to_batches()[0]
 
 
@@ -325,7 +326,7 @@ class Shards:
         mapped = self._file(file)
         try:
             return read(mapped, *divmod(within, BATCH_ROWS))
-        except (ValueError, OSError, IndexError) as error:  # the errors of Arrow and Pillow are subclasses
+        except (ValueError, OSError, IndexError) as error:  # Arrow and Pillow raise subclasses of these exceptions
             raise damaged_shard(mapped.path, f"{type(error).__name__}: {error}", row=within) from error
 
     def _decode_row(self, mapped: MappedFile, number: int, offset: int) -> Row:

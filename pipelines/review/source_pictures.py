@@ -92,7 +92,7 @@ def open_source(platform: Platform, name: str) -> DeltaTable:
         raise UserError(
             "the pictures of the table cannot be read without Spark",
             where=name,
-            got="a table of a catalog",
+            got="the table belongs to a catalog",
             fix="caption the table under the path of its folder: `lakesight caption --table /path/of/the/table`",
         )
     try:

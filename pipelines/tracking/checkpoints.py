@@ -55,7 +55,7 @@ def _best_checkpoint(run: RunFolder, result: Result) -> str:
 
 
 class FilesToRegister(NamedTuple):
-    """Folder of the model files of a version, and a hash of the generation settings that replace the checkpoint's.
+    """Folder of a version's model files, and a hash of the generation settings that replace the checkpoint's settings.
 
     The hash is empty if the version has the generation settings of its checkpoint.
     """
@@ -66,7 +66,10 @@ class FilesToRegister(NamedTuple):
 
 @contextmanager
 def files_to_register(checkpoint: Path, generation: GenerationConfig | None) -> Iterator[FilesToRegister]:
-    """Yield the files of a version: the checkpoint's own files, unless `generation` changes config.json."""
+    """Yield the files of a version, which are the files of its checkpoint.
+
+    If `generation` differs from the generation settings of the checkpoint, yield a copy with a changed config.json.
+    """
     file = checkpoint / "config.json"
     config = ModelConfig.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else None
     if config is None or generation is None or generation == config.generation:

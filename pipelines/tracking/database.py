@@ -25,7 +25,7 @@ DRIVERS = {
 """Package to install for each kind of database, by the scheme of the tracking URI, such as `mysql`."""
 
 
-@cache  # a failed check is not cached
+@cache  # an exception is not cached, so a failed check is repeated
 def check_database(uri: str) -> None:
     """Check that the database of a tracking URI can be read. The URI of an HTTP server or workspace is not checked.
 
@@ -46,7 +46,7 @@ def check_database(uri: str) -> None:
         engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool, connect_args=limit)
         file = str(engine.url.database or "").removeprefix("file:")
         if kind == "sqlite" and not Path(file).exists():
-            return  # MLflow creates the file
+            return  # MLflow creates the missing file
         with engine.connect() as connection:
             sqlalchemy.inspect(connection).get_table_names()
     except (ImportError, NoSuchModuleError) as error:

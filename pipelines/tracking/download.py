@@ -1,4 +1,4 @@
-"""Functions that download registered model versions into the home folder, and name checkpoints that versions need."""
+"""Functions that download registered versions into the home folder, and list checkpoints that versions need."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _fetch(platform: Platform, version: ModelVersion, target: Path) -> ModelCopy
 
 
 def needed_checkpoints(platform: Platform) -> Callable[[RunFolder], Collection[str] | None]:
-    """Return a function that returns the names of the checkpoints of a run from which model versions were registered.
+    """Return a function that takes a run, and returns the names of its checkpoints that have been registered.
 
     The function returns None for a run that was also logged to another tracking server, because the model versions on
     that server are not known.

@@ -47,7 +47,7 @@ class CaptionModel(PythonModel):
         prompts = [_prompt_text(prompt) for prompt in model_input.get("prompt", [""] * len(images))]
         try:
             results = self._captioner.caption(images, prompts, **params or {})
-        except ConfigError as error:  # a server answers with this message and status 400
+        except ConfigError as error:  # a model server returns this message with status 400
             raise MlflowException.invalid_parameter_value(str(error)) from None
         return pd.DataFrame(
             {"caption": [r.caption for r in results], "error": [r.error for r in results]},
@@ -82,7 +82,7 @@ def _prompt_text(cell: Any) -> Any:
     if is_missing(cell):
         return ""
     if isinstance(cell, bytes):
-        return cell.decode(errors="surrogateescape")  # the captioner refuses a text with surrogates
+        return cell.decode(errors="surrogateescape")  # bad UTF-8 becomes surrogates, which the captioner refuses
     return str(cell) if isinstance(cell, Number | np.generic) else cell
 
 

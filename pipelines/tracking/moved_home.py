@@ -76,8 +76,8 @@ def _other_roots(store: sqlite3.Connection, platform: Platform) -> list[str]:
 def _is_moved(store: sqlite3.Connection, old: str, present: Path) -> bool:
     """Return whether the artifacts at the location `old` are now in the folder `present`.
 
-    The old folder may still exist, for example because the home folder was copied. The artifacts then count as being in
-    `present` if `present` contains the artifacts of at least one run or model.
+    The old folder may still exist, for example because the home folder was copied. If the old folder exists, the result
+    is true if `present` contains the artifacts of at least one run or model.
     """
     folder = Path(unquote(urlsplit(old).path))
     if not folder.exists():

@@ -1,13 +1,13 @@
 """Functions that register the model of a run folder in MLflow's model registry, look up versions, and move aliases.
 
 A version contains weights, config, tokenizer, the code of the model, and pip requirements with exact version numbers.
-The alias `champion` names the version that generates captions, `previous` names the champion before the present
-champion, and `challenger` names the version that was last submitted for promotion.
+The alias `champion` names the version that generates captions. The alias `previous` names the champion before the
+present champion. The alias `challenger` names the version that was last submitted for promotion.
 
 A promotion moves two aliases, but a registry cannot move both aliases in one transaction. A tag of the registered model
-therefore records the move before the move starts, and the tag is deleted when both aliases are set. If a process finds
-the tag of an interrupted move, the process completes the move if `champion` has moved already, and cancels the move
-otherwise.
+therefore records the move before the move starts, and the tag is deleted when both aliases are set. A process that
+finds the tag of an interrupted move completes the move if `champion` has moved already. Otherwise, the process cancels
+the move.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ MAX_TAG_CHARS = 1000
 
 
 class ModelVersion(Config):
-    """Version of a registered model. The keys of `tags` lack the prefix `lakesight_`.
+    """Version of a registered model.
+
+    The keys of `tags` do not have the prefix `lakesight_` that they have in the registry.
 
     `created_ms` is the time at which the registry created the version, in milliseconds since the epoch.
     """

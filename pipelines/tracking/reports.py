@@ -1,7 +1,7 @@
 """Reports of ingest and caption jobs in MLflow. A report becomes one MLflow run with metrics, tags and HTML pages.
 
 All ingests share one MLflow experiment, and all caption jobs share another experiment. Reports of ingests and caption
-jobs are not part of training runs, because many training runs use the same data.
+jobs are not logged to training runs, because many training runs use the same data.
 """
 
 from __future__ import annotations

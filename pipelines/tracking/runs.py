@@ -121,8 +121,8 @@ def log_report(
 ) -> None:
     """Log a stage's report to an existing MLflow run.
 
-    Files, tables and figures are logged in the artifact folder `name`. A table that the run already has is skipped,
-    because MLflow would append the rows of the table again.
+    Files, tables and figures are logged in the artifact folder `name`. A table that the run already has is not logged
+    again, because MLflow would append its rows to the logged table.
 
     Args:
         platform: platform whose tracking server is used.
@@ -174,7 +174,7 @@ class Follower(threading.Thread):
         self._stopping = threading.Event()
         self._metrics_step = self._samples_step = -1
         self._read: dict[int, Metrics] = {}
-        # False at the start and after an error, when MLflow may have points that this thread did not log
+        # False at the start and after an error, because MLflow may then have points that this thread does not know
         self._in_sync = False
 
     def open_run(self) -> MlflowClient:
@@ -228,7 +228,7 @@ class Follower(threading.Thread):
                 pause *= 2
 
     def catch_up(self, *, to_end: bool = False) -> MlflowClient:
-        """Log every file that MLflow does not have yet. Return the client.
+        """Log every metric file and sample file that MLflow does not have yet. Return the client.
 
         Args:
             to_end: whether the ranks have ended; if true, the folders are listed, so that every file is found.

@@ -45,7 +45,7 @@ def connect(platform: Platform) -> MlflowClient:
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # urllib3's warnings repeat our errors
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # tracebacks that repeat our errors
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # its tracebacks repeat our errors
     follow_moved_home(platform)
     # `mlflow.set_tracking_uri` and `mlflow.set_registry_uri` also set these environment variables. `platform.local` and
     # child processes would mistake the variables for settings of the user.
@@ -118,7 +118,8 @@ def experiment_id(client: MlflowClient, name: str, platform: Platform) -> str:
             where=f"{experiment_name} on {redact_uri(platform.tracking_uri)}",
             fix=f"restore the experiment: mlflow experiments restore --experiment-id {experiment.experiment_id}",
         )
-    if KIND not in experiment.tags:  # an experiment of an earlier version of Lakesight
+    # An experiment that an earlier version of Lakesight created has no tag KIND.
+    if KIND not in experiment.tags:
         for key, value in describe_experiment(name).items():
             if key not in experiment.tags:
                 client.set_experiment_tag(experiment.experiment_id, key, value)

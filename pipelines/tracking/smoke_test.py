@@ -44,7 +44,7 @@ def smoke_test_version(platform: Platform, version: ModelVersion, pictures: Sequ
 def smoke_test_folder(folder: Path, pictures: Sequence[tuple[bytes, str]]) -> Trial:
     """Run the smoke test on a model version whose files are in a local folder (see `smoke_test_version`)."""
     if pickles := find_pickles(folder):
-        return Trial(failure=f"it holds pickles: {', '.join(pickles)}", pictures=0, errors=())
+        return Trial(failure=f"the version contains pickles: {', '.join(pickles)}", pictures=0, errors=())
     requests = {
         "image": [base64.b64encode(data).decode("ascii") for data, _ in pictures],
         "prompt": [prompt for _, prompt in pictures],
@@ -62,10 +62,10 @@ def smoke_test_folder(folder: Path, pictures: Sequence[tuple[bytes, str]]) -> Tr
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return Trial(failure=f"it does not answer within {TIMEOUT_SECONDS} s", pictures=0, errors=())
+        return Trial(failure=f"the version does not answer within {TIMEOUT_SECONDS} s", pictures=0, errors=())
     if done.returncode:
         cause = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return Trial(failure=f"it does not load in a fresh process: {cause[:500]}", pictures=0, errors=())
+        return Trial(failure=f"the version does not load in a fresh process: {cause[:500]}", pictures=0, errors=())
     errors = json.loads(done.stdout.strip().splitlines()[-1])["errors"]
     return Trial(failure="", pictures=len(pictures), errors=tuple(error for error in errors if error))
 

@@ -37,7 +37,7 @@ def digest_tags(checkpoint: Path, model_id: str) -> dict[str, str]:
     """Compute the two digests of a logged model, and return them as tags of the model version.
 
     The digest of the model files is computed from the checkpoint, so no weights are downloaded. The files that are not
-    model files are downloaded from the artifact store, because MLflow has written these files.
+    model files are downloaded from the artifact store, because MLflow created these files there.
     """
     repository = get_artifact_repository(f"models:/{model_id}")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Attention of a model on a shard row, drawn for the gallery of an evaluation."""
+"""Drawings of a model's attention to the picture of a shard row, for the gallery of an evaluation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlm.config import GenerationConfig
 logger = logging.getLogger(__name__)
 
 SIDE = 96
-"""Side of the picture of a word, in pixels."""
+"""Side of the drawing for one word, in pixels."""
 MAX_WORDS = 12
 
 

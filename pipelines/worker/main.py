@@ -78,7 +78,7 @@ def main() -> None:
             try:
                 stack.enter_context(own_run(RunFolder(Path(folder))))
             except UserError as error:
-                sys.exit(str(error))  # no failure record is written, because another process owns the run folder
+                sys.exit(str(error))  # write no failure record into a folder that another process owns
         run_rank(folder)
 
 

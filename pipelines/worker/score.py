@@ -40,7 +40,7 @@ class Item(NamedTuple):
 
 
 class _Losses(NamedTuple):
-    """For each item, its loss, number of targets and number of correct targets, summed over the item's texts."""
+    """Loss, number of targets and number of correct targets of each item, each summed over the texts of the item."""
 
     losses: list[float]
     targets: list[int]
@@ -110,7 +110,7 @@ def validation_cider(captioner: Captioner, shards: Shards, num_rows: int, report
         num_rows: largest number of rows to caption.
         report_progress: function that is called after each batch, to restart the timeout of the rank.
     """
-    from pycocoevalcap.cider.cider import Cider  # only runs with train.score_every need the package
+    from pycocoevalcap.cider.cider import Cider  # imported here, because only runs with train.score_every need it
 
     settings = captioner.settings(temperature=0.0)
     truth: dict[int, list[str]] = {}

@@ -15,7 +15,7 @@ from vlm.training.objective import row_scores
 
 
 class WindowScores(NamedTuple):
-    """For each window, the loss summed over its targets (in nats), its number of targets and of correct tokens."""
+    """Per window: sum of the losses of its targets (in nats), number of targets, and number of correct tokens."""
 
     loss: list[float]
     targets: list[int]

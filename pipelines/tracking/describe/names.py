@@ -63,7 +63,10 @@ def changed_settings(config: RunConfig) -> dict[str, str]:
 
 
 def _differences(before: Mapping[str, Any], present: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:
-    """Yield the key and present value of each setting that differs, or of a whole section whose `kind` differs."""
+    """Yield the key and present value of each setting that differs.
+
+    If the `kind` of a section differs, yield the whole section.
+    """
     for key, value in present.items():
         old = before.get(key)
         if isinstance(value, Mapping) and isinstance(old, Mapping) and _is_same_kind(old, value):

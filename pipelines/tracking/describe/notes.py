@@ -25,16 +25,18 @@ MAX_NOTE_CHARS = 5000
 
 
 STAGES = {
-    "ingest": "Ingests: one run for each ingest that changed a table. Metrics count rows. The page of each ingest "
-    "shows pictures and refused rows, and is an artifact.",
-    "caption": "Captioning jobs: one run for each job that captioned pictures. Parameters name the model version and "
-    "the table, and the table `caption/drift.json` compares the captions with the evaluation of the version.",
+    "ingest": "Ingests: one run for each ingest that changed a table. The metrics of a run count rows. The HTML page "
+    "among the artifacts of a run shows pictures and refused rows.",
+    "caption": "Captioning jobs: one run for each job that captioned pictures. The parameters of a run name the model "
+    "version and the captioned table. The artifact `caption/drift.json` of a run compares the captions with the "
+    "evaluation of the model version.",
 }
-"""For each stage that logs to one MLflow experiment for all run configs, the description of this experiment."""
+"""Description of the MLflow experiment of each stage that logs to one experiment for all run configs."""
 MODEL_DESCRIPTION = (
-    "Versions of a model that writes captions for pictures. The alias `champion` is the version that captions tables, "
-    "`previous` is the champion before it, and `challenger` was last submitted to the checks of `lakesight promote`. "
-    "Each version has a description with its training, its figures beside those of two baselines, and commands."
+    "Versions of a model that writes captions for pictures. The alias `champion` names the version that captions "
+    "tables. The alias `previous` names the champion before the present champion. The alias `challenger` names the "
+    "version that `lakesight promote` checked last. The description of a version says how the version was trained, "
+    "compares its figures with two baselines, and lists commands."
 )
 
 
@@ -45,8 +47,8 @@ def describe_experiment(name: str) -> dict[str, str]:
         name: name of a stage in STAGES, or of a run config.
     """
     training = (
-        f"Trainings of the run **{name}** (`conf/run/{name}.yml`). The name of a run says which settings differ from "
-        "that file, and its description has the command that repeats it."
+        f"Trainings of the run **{name}** (`conf/run/{name}.yml`). The name of a run lists the settings that "
+        "differ from this file. The description of a run has the command that repeats the run."
     )
     return {KIND: TRAINING_KIND, NOTE: STAGES.get(name, training)}
 

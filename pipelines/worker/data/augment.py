@@ -5,8 +5,9 @@ ranks and loader threads, and after a restart. Crop, flip and colour change need
 releases the GIL. Brightness, contrast and saturation are combined into one matrix, so pixel values are rounded and
 clipped only once.
 
-A picture is only augmented in ways that keep its text true. A text with "left" or "right" would be wrong for a flipped
-picture, a text with "above" would be wrong for a rotated picture, and boxes in a text would be wrong for any crop.
+A picture is only augmented in ways that keep its text true. For example, a picture is not flipped if its text contains
+"left" or "right", and not rotated if its text contains "above". A picture is not cropped if its text contains the
+coordinates of boxes.
 
 Letters in tensor names: rows (B), random numbers (N), height (H), width (W), channels (C).
 """
@@ -95,8 +96,9 @@ def _crop(
 ) -> tuple[float, float, float, float]:
     """Return left, top, right and bottom of a random crop. The crop's share of the picture's area is within `scale`.
 
-    The shape is drawn only from shapes that fit into the picture. The shape is never drawn again, so every row uses the
-    same number of random numbers. The aspect ratio of the crop is between 1 / widest and widest.
+    The aspect ratio is drawn at random from the ratios at which a crop of this area fits into the picture. The first
+    draw therefore always fits, so every row uses the same number of random numbers. The aspect ratio of the crop is
+    between 1 / widest and widest.
     """
     area = scale[0] + numbers[0] * (scale[1] - scale[0])
     ratio = min(widest, 1 / area) ** (2 * numbers[1] - 1)
@@ -115,8 +117,8 @@ def _erase(image: Image.Image, numbers: Floats) -> None:
 def _adjust_colours(image: Image.Image, brightness: float, contrast: float, saturation: float) -> Image.Image:
     """Change the saturation, then the contrast, then the brightness of a picture. A factor of 1 changes nothing.
 
-    `saturation` scales the distance of a pixel from its own grey value, `contrast` scales the distance of a pixel from
-    the mean grey value of the picture, and `brightness` scales the value of a pixel.
+    `saturation` scales the distance of a pixel from its own grey value. `contrast` scales the distance of a pixel from
+    the mean grey value of the picture. `brightness` scales the value of a pixel.
     """
     grey = np.asarray(image.reduce(image.size))[0, 0] @ LUMA
     colours = saturation * np.eye(3) + (1 - saturation) * LUMA

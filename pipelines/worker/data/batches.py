@@ -118,8 +118,8 @@ class Collator:
     def _sequence(self, image_id: str, prompt: str, text: str) -> TokenSequence:
         """Return the token sequence of one sample, truncated to the context.
 
-        A truncated sequence has no end token. If the prefix is longer than the context, the prefix is cut so that one
-        target token remains.
+        A truncated sequence has no end token. If the prefix is longer than the context, the prefix is cut so that there
+        is room for one target token.
         """
         prefix = prefix_ids(self._tokenizer, self._num_slots, prompt)
         sequence = prefix[: self._context] + answer_ids(self._tokenizer, text)
@@ -201,14 +201,14 @@ def rows_of_step(
 def map_ahead(make: Callable[[S], T], items: Iterable[S], workers: int) -> Iterator[T]:
     """Apply `make` to items in threads, a few items ahead of the consumer, and yield the results in item order.
 
-    An error of `make` is raised in the consumer when the item's result is due. Threads are used instead of processes
-    because rows are views of memory-mapped files, JPEG decoding releases the GIL, and threads hand over results
+    If `make` raises an error for an item, the error is raised when the consumer requests the result of the item.
+    Threads are used instead of processes, because JPEG decoding releases the GIL, and because threads return results
     without a copy.
 
     Args:
         make: pure function that makes the result of one item. The items may be passed to `make` in any order.
         items: arguments for `make`. The results have the same order as the items.
-        workers: number of threads. With 0 threads, `make` is called when the item's result is requested.
+        workers: number of threads. With 0 threads, `make` is called for an item when the consumer requests its result.
     """
     if not workers:
         yield from map(make, items)

@@ -2,9 +2,9 @@
 
 The selection is a pure function of the step, so a run can resume at a step without any stored state of the row order.
 
-Position k of epoch e is row `permute(k)`, where the permutation is keyed by (seed, e) and computed per position in O(1)
-time and memory. No list of rows is shuffled, stored or replayed. All ranks compute their parts of the same infinite
-sequence of rows, at any step, after any restart and for any number of ranks.
+Position k of epoch e is row `permute(k)`, where the permutation depends on (seed, e). The row of a position is computed
+in O(1) time and memory. No list of rows is shuffled, stored or replayed. All ranks compute their parts of the same
+infinite sequence of rows. The sequence does not depend on restarts or on the number of ranks.
 
 The permutation of n rows is a Feistel network over the next power of four. A result outside [0, n) is mapped again
 until a result is inside [0, n). This method is called cycle walking (Black and Rogaway, "Ciphers with Arbitrary Finite
@@ -33,7 +33,7 @@ ROUNDS = 6
 MIN_HALF_BITS = 4
 """Smallest number of bits in a half of the Feistel network.
 
-With shorter halves, the network could not produce most permutations.
+With fewer bits, the network could produce only a few of all permutations.
 """
 
 _WORD = 2**64 - 1
@@ -59,7 +59,7 @@ def pick_rows(step: int, *, rank: int, world_size: int, batch_size: int, num_row
         num_rows: number of rows in the training shards, at least 1.
         seed: seed of the run.
     """
-    assert batch_size % world_size == 0, "prepare() and run_rank() refuse this"
+    assert batch_size % world_size == 0, "prepare() and run_rank() refuse other batch sizes"
     share = batch_size // world_size
     first = step * batch_size + rank * share
     epochs, positions = np.divmod(np.arange(first, first + share, dtype=np.int64), num_rows)
@@ -112,7 +112,7 @@ def permute(positions: Int64s, epochs: Int64s, *, num_rows: int, seed: int) -> I
 
 
 def _permute_few(positions: Int64s, epochs: Int64s, *, num_rows: int, seed: int) -> Int64s:
-    """Compute `permute` for at most 4**MIN_HALF_BITS rows, from a lookup table of the Feistel network of each epoch.
+    """Compute `permute` for at most 4**MIN_HALF_BITS rows, from a table of all results of an epoch's Feistel network.
 
     With three rows, for example, a position needs 85 passes through the Feistel network on average. A lookup in the
     table is much faster than a pass through the Feistel network.

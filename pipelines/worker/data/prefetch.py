@@ -35,5 +35,5 @@ def prefetch_to_device(batches: Iterator[list[Batch]], device: torch.device) -> 
         batch, following = following, start_copy()
         for part in batch:
             for tensor in part.tensors():
-                tensor.record_stream(computing)  # the memory of the tensor is not reused until the step is done
+                tensor.record_stream(computing)  # keep the memory of the tensor until the step is done
         yield batch

@@ -45,11 +45,14 @@ class Windows(NamedTuple):
 
     @property
     def per_epoch(self) -> int:
-        """Number of windows in a training epoch. The tokens that an epoch leaves out would not fill one more window."""
+        """Number of windows in a training epoch.
+
+        The tokens that are left over in an epoch are too few for another window.
+        """
         return max(1, len(self.ids) // self.context)
 
     def training_batch(self, rows: npt.NDArray[np.int64], epochs: npt.NDArray[np.int64], seed: int) -> Batch:
-        """Return windows, which are cut at the positions of their epoch.
+        """Return training windows, whose first positions depend on their epoch.
 
         A window that reaches the end of the token sequence continues at the start of the sequence.
         """
@@ -59,7 +62,10 @@ class Windows(NamedTuple):
         return self._batch(self.ids[positions_BT].astype(np.int64), np.ones_like(positions_BT, bool))
 
     def held_out_batch(self, numbers: npt.NDArray[np.int64]) -> Batch:
-        """Return windows that are cut at multiples of `context`. The last window is padded to full length."""
+        """Return validation windows, which begin at multiples of `context`.
+
+        The last window is padded to full length.
+        """
         positions_BT = numbers[:, None] * self.context + np.arange(self.context + 1)
         inside_BT = positions_BT < len(self.ids)
         ids_BT = self.ids[np.minimum(positions_BT, len(self.ids) - 1)].astype(np.int64)

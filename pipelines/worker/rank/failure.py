@@ -44,7 +44,7 @@ EXIT_SECONDS = 5
 WAITING_EXTRA_SECONDS = 3.0
 """Seconds that are added to the timeout of a rank inside a collective.
 
-A rank that itself hangs therefore writes its failure record before the ranks that wait for this rank.
+If a rank hangs, it therefore writes its failure record before the ranks that wait for it.
 """
 START_SECONDS = 600.0
 """Timeout in seconds before the rank has read `train.timeout_seconds`, for example while torch is imported."""
@@ -67,7 +67,7 @@ _LOST_CONNECTION = (
 
 
 def is_consequence(error: BaseException) -> bool:
-    """Return whether an error was caused by another rank or by an interrupt.
+    """Return whether an error of this rank was caused by another rank or by an interrupt.
 
     Examples are a broken collective, a loss that was not finite on another rank, and KeyboardInterrupt.
     """

@@ -92,7 +92,7 @@ class Stopwatch:
         self._resumed = time.perf_counter()
 
     def lap(self) -> dict[str, float]:
-        """Return the rates since the last lap, and start a new lap.
+        """Return the rates since the last call of this method or, in the first call, since the start.
 
         Returns:
             samples_per_second, tokens_per_second, and data_wait: the fraction of time spent waiting for batches.
@@ -107,7 +107,7 @@ class Stopwatch:
 
 
 class MeanSinceLog:
-    """Mean of a value, such as the training loss per target token, over the steps since the last log or checkpoint.
+    """Mean of a value, such as the training loss per target token, since the last logged step or checkpoint.
 
     Each checkpoint starts a new mean, so that a run that resumes from the checkpoint logs the same values.
     """

@@ -57,7 +57,7 @@ def _gpu_utilisation(device: torch.device) -> float | None:
 def throughput(
     rates: Mapping[str, float], config: RunConfig, vocab_size: int, world_size: int, device: torch.device
 ) -> dict[str, float]:
-    """Return the rates of a lap of the stopwatch, the TFLOP/s of all ranks together, and the model FLOPs utilisation.
+    """Return the given rates, the TFLOP/s of all ranks together, and the model FLOPs utilisation.
 
     Args:
         rates: result of `Stopwatch.lap`, with keys such as tokens_per_second.

@@ -1,8 +1,8 @@
 """Functions that write checkpoints in a background thread, remove old checkpoints, and find the checkpoint to resume.
 
-The training loop waits only until its tensors are copied and until the previous checkpoint is written, so at most one
-copy of the tensors is in memory. An error in the thread is raised in the rank at its next step, because a run that
-cannot write checkpoints must fail.
+The training loop waits only until its tensors are copied and until the previous checkpoint is written. Therefore at
+most one copy of the tensors is in memory. An error in the thread is raised in the rank at its next step, because a run
+that cannot write checkpoints must fail.
 
 The newest `train.keep_checkpoints` checkpoints and the best checkpoint by `train.best_by` are kept. The metrics are
 read from the metric files, so a restarted run keeps the same checkpoints.
@@ -35,7 +35,7 @@ from vlm.files import read_training_step
 log = logging.getLogger(__name__)
 
 NO_CHECKPOINT = -1
-"""Number that rank 0 broadcasts instead of a step if there is no checkpoint."""
+"""Number that rank 0 broadcasts instead of the step of a checkpoint if there is no checkpoint."""
 
 
 class CheckpointWriter:
@@ -214,7 +214,7 @@ def find_training_state(checkpoint: Path | None, settings: TrainConfig) -> tuple
     if checkpoint:
         return checkpoint, step_of(checkpoint)
     if settings.start_state == "training":
-        assert settings.start_from, "TrainConfig allows no start_state training without start_from"
+        assert settings.start_from, "TrainConfig requires start_from if start_state is training"
         return Path(settings.start_from), read_training_step(Path(settings.start_from))
     return None, 0
 

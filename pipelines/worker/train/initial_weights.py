@@ -137,5 +137,5 @@ class ModelBuilder:
 
     @cached_property
     def _digest(self) -> str:
-        assert self.weights, "TrainConfig allows no adapter without start_from"
+        assert self.weights, "TrainConfig requires start_from if there is an adapter"
         return file_digest(self.weights)

@@ -22,7 +22,7 @@ from vlm.training.objective import row_losses
 from vlm.training.parallel import global_sum
 
 PROMPT_SHARE = 4
-"""A sample continues the first 1/PROMPT_SHARE of a validation window."""
+"""A sample is the model's continuation of the first 1/PROMPT_SHARE of a validation window."""
 
 
 class TextTrainer(Trainer):
@@ -68,11 +68,14 @@ class TextTrainer(Trainer):
         )
 
     def with_pictures(self, error: NotFiniteError) -> NotFiniteError:
-        """Return the error unchanged, because windows have no names and a step with windows cannot be replayed."""
+        """Return the error unchanged.
+
+        Nothing can be added, because windows have no names and a step with windows cannot be replayed.
+        """
         return error
 
     def sample(self, model: VisionLanguageModel, count: int) -> tuple[CaptionSample, ...]:
-        """Let the model continue the beginnings of the first validation windows."""
+        """Let the model continue the texts with which the first validation windows begin."""
         count = min(count, self.summary.windows(self.validate_windows.context))
         return continue_windows(model, self.tokenizer, self.validate_windows, count)
 
@@ -138,7 +141,7 @@ def validate_text(
 def continue_windows(
     model: VisionLanguageModel, tokenizer: Tokenizer, windows: Windows, count: int
 ) -> tuple[CaptionSample, ...]:
-    """Let the model continue the beginnings of the first windows.
+    """Let the model continue the texts with which the first windows begin.
 
     Return, for each of these windows, the window's text and the text that the model has made from the window's
     beginning.

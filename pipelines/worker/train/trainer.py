@@ -1,9 +1,9 @@
-"""Trainer of one rank: build the model, resume from the last checkpoint, train, report.
+"""Trainer of one rank, which builds the model, resumes from the last checkpoint, and trains.
 
-The training loop is `vlm.training.loop.fit`. This module supplies the training loop with batches, and after a training
-step this module writes metrics, validates and saves a checkpoint if due. A checkpoint contains the state that one step
-passes to the next step: the weights, the optimizer state, and the number of the next step. The number of a step
-determines the rows, the learning rate and the random numbers of the step.
+The training loop is `vlm.training.loop.fit`. This module supplies the training loop with batches. After a training
+step, this module writes metrics, validates and saves a checkpoint, if the settings of the run require this at the step.
+A checkpoint contains the state that one step passes to the next step: the weights, the optimizer state, and the number
+of the next step. The number of a step determines the rows, the learning rate and the random numbers of the step.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ class Trainer:
         return RowOrder(rank=env.rank, world_size=env.world_size, batch_size=settings.batch_size, seed=settings.seed)
 
     def with_pictures(self, error: NotFiniteError) -> NotFiniteError:
-        """Return the error after adding the pictures of the step and the command that replays the step."""
+        """Add the pictures of the step and the command that replays the step to an error, and return the error."""
         got = error.got
         if not error.in_validation:
             rows, _, _ = rows_of_step(self.train_shards, error.step, **self.row_order())
@@ -317,7 +317,7 @@ class Trainer:
         """Return the mean loss or, in a stage that rewards CIDEr, the mean CIDEr-D of the sampled captions."""
         if stage.objective.kind == "texts":
             return {"loss": self.loss.take()}
-        self.loss.restart()  # a loss that is weighted by advantage is not meaningful as a metric
+        self.loss.restart()  # the loss is weighted by advantages, so it is not a useful metric
         reward = torch.tensor(self.reward.take(), dtype=torch.float64, device=self.device)
         return {"cider": float(global_sum(reward)) / self.env.world_size}
 

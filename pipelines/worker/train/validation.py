@@ -124,7 +124,10 @@ def _weighted_texts(shards: Shards, index: int) -> list[_WeightedText]:
 
 
 def _read_rows(shards: Shards, chosen: Sequence[_WeightedText], total: int) -> tuple[list[Row], npt.NDArray[np.uint8]]:
-    """For each text, return its row and the pixels (BHWC) of the row after its row. Each row is read only once."""
+    """For each text, return its row and the pixels (BHWC) of the next row, which has the wrong picture.
+
+    Each row is read only once.
+    """
     read = {number: shards.row(number) for number in {(t.row + step) % total for t in chosen for step in (0, 1)}}
     return [read[t.row] for t in chosen], np.stack([read[(t.row + 1) % total].pixels for t in chosen])
 

@@ -363,9 +363,9 @@ def test_the_smoke_test_loads_the_model_in_a_new_process_and_refuses_pickles(
     assert (trial.failure, trial.pictures) == ("", 2)
     assert [error.partition(":")[0] for error in trial.errors] == ["not_an_image"]
     (folder / "artifacts" / "weights.pt").write_bytes(pickle.dumps(["anything"]))
-    assert smoke_test_folder(folder, []).failure == "it holds pickles: artifacts/weights.pt"
+    assert smoke_test_folder(folder, []).failure == "the version contains pickles: artifacts/weights.pt"
     (folder / "artifacts" / "weights.pt").rename(folder / "artifacts" / "weights.dat")
-    assert smoke_test_folder(folder, []).failure == "it holds pickles: artifacts/weights.dat"
+    assert smoke_test_folder(folder, []).failure == "the version contains pickles: artifacts/weights.dat"
 
 
 def test_the_best_checkpoint_and_any_kept_checkpoint_can_be_registered_besides_the_last_checkpoint(
