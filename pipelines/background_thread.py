@@ -11,9 +11,10 @@ from contextlib import contextmanager
 def in_background(function: Callable[[threading.Event], object], name: str) -> Iterator[None]:
     """Run `function` in a daemon thread until the block ends, then wait for the thread.
 
+    When the block ends, the `threading.Event` is set, and `function` must return soon.
+
     Args:
-        function: function that is called once, with a `threading.Event` as argument. The `threading.Event` is set at
-            the end of the block, and the function must return soon afterwards.
+        function: function that is called once, with a `threading.Event` as argument.
         name: name of the thread in stack traces.
     """
     ended = threading.Event()

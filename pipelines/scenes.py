@@ -187,7 +187,7 @@ def write_scenes(path: Path, count: int, seed: int) -> SceneSummary:
 
     About one row in 100 is broken on purpose, and one row in 500 repeats an earlier row. The bytes of the file depend
     only on `count` and `seed`. An existing file with these bytes is not written again, so the next ingest skips the
-    file. A small file beside the CSV file contains the digest of the CSV file, so that an unchanged CSV file is
+    file. A small file beside the CSV file contains the digest of the CSV file. An unchanged CSV file is therefore
     recognised without drawing the pictures again.
 
     Raises:

@@ -42,6 +42,8 @@ FILE_STATS_SCHEMA = pa.schema([pa.field("stats", pa.string(), nullable=False)])
 class CaptionJob(Config):
     """Settings that executors need to caption pictures.
 
+    If a Spark task is killed, only the captions that the task has not yet written to a file are lost.
+
     Attributes:
         model_folder: folder of the model's weights, config and tokenizer.
         model_digest: digest of the model, or empty if it is not known.
@@ -53,8 +55,7 @@ class CaptionJob(Config):
         image_root: folder or URL of the pictures, or None if the batches contain the pictures and not their paths.
         threads: number of torch threads in each Spark task.
         output_folder: folder of the caption files, which has the same path on every executor.
-        rows_per_file: number of rows after which a task writes a file. If a task is killed, only the captions that the
-            task has not yet written to a file are lost.
+        rows_per_file: number of rows after which a task writes a file.
         constants: columns that have the same value in all rows: a dict from the name of the column to the value.
         started_at: time of all new rows: the start of the job, or a later time if the table has rows with a later time
             (`pipelines.driver.delta.row_times`).

@@ -65,11 +65,14 @@ def split_into_chunks(items: Iterable[T], size_of: Callable[[T], int]) -> Iterat
 def run_guarded(items: Sequence[T], function: Callable[[T], R], on_death: Callable[[T, Death], R]) -> Iterator[R]:
     """Call a function in a child process for each item, and yield the results.
 
+    The results of `function` must be picklable. If an item killed the child process, the return value of `on_death`
+    becomes the result of the item.
+
     Args:
         items: items for which the function is called, in the order of the results.
-        function: function that the child process calls with each item. The results of the function must be picklable.
+        function: function that the child process calls with each item.
         on_death: function that is called in this process, with the item and the `Death`, if an item killed the child
-            process. The return value of `on_death` becomes the result of the item.
+            process.
 
     Raises:
         Exception: any exception that `function` raised, except MemoryError, which counts as a crash.

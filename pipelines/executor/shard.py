@@ -144,9 +144,10 @@ def write_files(
 ) -> Iterator[pa.RecordBatch]:
     """Write shard files, and yield a row of the schema WRITTEN for each file.
 
+    All rows of a shard file must be in the batches of the same call.
+
     Args:
-        batches: batches of the schema SHUFFLED, sorted by file and shuffle key. One call of this function receives all
-            rows of a shard file.
+        batches: batches of the schema SHUFFLED, sorted by file and shuffle key.
         request: shard request, which determines the content of the shards.
         folder: shard folder, an existing folder that has the same path on every executor.
         decoded: whether the column `image` already contains pixels.

@@ -25,11 +25,13 @@ def with_thumbnails(
 ) -> Iterator[pa.RecordBatch]:
     """Drop a column of pictures and append a column `thumbnail`: a JPEG file, or null if the picture is unusable.
 
+    If `column` contains payloads, the payloads are truncated to SHOWN_CHARS characters, and stay in a column of the
+    same name before `thumbnail`. The thumbnail of a picture with more than `max_pixels` pixels is null.
+
     Args:
         batches: Arrow batches with the column `column` and any other columns, which are kept.
-        column: name of a column of pictures (binary) or of quarantine payloads (string). Payloads are truncated to
-            SHOWN_CHARS characters and kept in a column of the same name before `thumbnail`.
-        max_pixels: largest width times height of a picture. The thumbnail of a larger picture is null.
+        column: name of a column of pictures (binary) or of quarantine payloads (string).
+        max_pixels: largest width times height of a picture.
     """
     for batch in batches:
         index = batch.schema.get_field_index(column)

@@ -26,8 +26,8 @@ def time_limit(seconds: float) -> Iterator[None]:
     A Python signal handler cannot interrupt C code, and the C code of an image decoder may loop forever. Two timers are
     therefore set. The first timer (SIGALRM) raises an exception as soon as Python code runs again. The second timer
     (SIGVTALRM) ends the process without running Python code, after PROCESS_LIMIT * `seconds` of processor time.
-    Processor time is used because a healthy process may be slow on a busy machine. `pipelines.executor.crash_guard`
-    then finds the row that exceeded the limit.
+    Processor time is used because a healthy process may be slow on a busy machine. When the process has ended,
+    `pipelines.executor.crash_guard` finds the row that exceeded the limit.
 
     The block must run in the main thread, in which Spark's Python workers run our functions.
 

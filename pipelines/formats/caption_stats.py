@@ -19,8 +19,8 @@ from vlm.text.words import words
 SAMPLED_CAPTIONS = 100
 """Number of captions from which `distinct_words` is computed.
 
-The number is the same for all caption jobs, so their values of `distinct_words` can be compared. Otherwise a job with
-more captions would have a larger value of `distinct_words`, because more captions contain more distinct words.
+The number is the same for all caption jobs, so their values of `distinct_words` can be compared. If `distinct_words`
+counted the words of all captions, a job with more captions would have a larger value.
 """
 
 

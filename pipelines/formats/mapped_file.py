@@ -92,7 +92,7 @@ def raise_open_file_limit(files: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY:
         limit = soft + files if hard == resource.RLIM_INFINITY else min(soft + files, hard)
-        # macOS may reject a limit that macOS itself reports. `MappedFile.of` then raises a UserError for the first file
+        # If macOS rejects a limit that macOS itself reports, `MappedFile.of` raises a UserError for the first file
         # above the present limit.
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -85,12 +85,11 @@ def write_mix(parts: Sequence[ShardFolder], shares: Sequence[float], shards: Pat
 
     The manifest says how many rows of each part an epoch draws. The number of draws in an epoch is the number of rows
     of all parts together. Each part except the first part gets its share of the draws. The first part gets the
-    remaining draws.
+    remaining draws. Each of the `shares` is above 0, and their sum is below 1.
 
     Args:
         parts: shard folders with the same parent folder.
-        shares: for each part except the first part, its share of the rows that an epoch draws. Each share is above 0,
-            and the sum of the shares is below 1.
+        shares: for each part except the first part, its share of the rows that an epoch draws.
         shards: parent folder of the shard folders.
     """
     draws = _draws(parts, shares)

@@ -11,8 +11,11 @@ import pyarrow as pa
 class RowScore:
     """Scores of a picture with one of its prompts. Each loss is a sum over the tokens of `num_texts` texts, in nats.
 
+    Scores with the same `row` belong to the same picture. `num_texts` is 0 in scores that earlier versions of Lakesight
+    wrote, because these versions added the losses of all references.
+
     Attributes:
-        row: index of the picture in the shards. Scores with the same index belong to the same picture.
+        row: index of the picture in the shards.
         image_id: id of the picture, as in the table `samples`.
         prompt: prompt, or an empty string for a plain caption.
         references: all reference texts of the prompt (at least one), including repeated texts.
@@ -29,8 +32,7 @@ class RowScore:
         brightness: mean pixel level (0 to 255) of the picture at the model's resolution.
         contrast: standard deviation of the picture's pixel levels.
         num_texts: number of texts from which training would draw one text: all references, or the distinct references
-            if `data.text_weights` is `uniform`. `num_texts` is 0 in scores that earlier versions of Lakesight wrote,
-            which added the losses of all references.
+            if `data.text_weights` is `uniform`.
     """
 
     row: int

@@ -57,7 +57,7 @@ class Lease(Config):
     boot: str = ""
     """Boot id of the kernel, which is equal in all containers of a machine.
 
-    The value is empty in a file from an older version of Lakesight.
+    The boot id is empty in a file that an older version of Lakesight wrote.
     """
     owner: str = ""
     """Random id of the owner; empty in a file from an older version of Lakesight, which did not renew leases."""

@@ -300,7 +300,7 @@ class Shards:
         """Return the (prompt, text) pairs of a row from which training draws one pair, with equal probabilities.
 
         The loss of a picture is the mean over the returned pairs. A text that occurs n times in the row occurs n times
-        in the result, unless `data.text_weights` is `uniform`.
+        in the result. However, if `data.text_weights` is `uniform`, each distinct text occurs only once.
         """
         return list(dict.fromkeys(texts)) if self.manifest.request.text_weights == "uniform" else texts
 

@@ -162,11 +162,12 @@ class Gallery:
 class Page:
     """Contents of a page, from top to bottom. The page has a filter if at least one card has groups.
 
+    If the page has bars, the `figures` stay hidden until the reader opens them.
+
     Attributes:
         title: heading of the page.
         about: paragraph about the data, shown at the end of a page with a verdict, and below the heading otherwise.
-        figures: numbers to show: a dict from the name to the value. If the page has bars, these numbers stay hidden
-            until the reader opens them.
+        figures: numbers to show: a dict from the name to the value.
         tables: tables of numbers, each of which stays folded until the reader opens it.
         charts: bar charts of counts.
         galleries: groups of picture cards.
@@ -213,7 +214,7 @@ def render(template: str, **values: object) -> str:
     Args:
         template: file name in `templates/`.
         values: variables of the template. Every template needs `title` and `nonce`. `nonce` is the nonce of the style
-            and the script for the Content Security Policy, and is empty for a page that is written to a file.
+            and the script for the Content Security Policy. A page that is written to a file has an empty `nonce`.
     """
     return _environment().get_template(template).render(values)
 

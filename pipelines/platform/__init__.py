@@ -1,7 +1,7 @@
 """Description of the place where a run happens: a laptop or a Databricks workspace.
 
-Start reading in `platform.py`, which defines `Platform`; `local.py` and `databricks.py` construct a `Platform`, and
-`session.py` hides how Spark Connect sessions differ from classic sessions. pyspark is imported only inside functions.
+Start reading in `platform.py`, which defines `Platform`; `local.py` and `databricks.py` construct a `Platform`. The
+package imports pyspark only inside functions, and `session.py` hides how Connect sessions differ from classic sessions.
 """
 
 from pipelines.config import LocalPlatformConfig, PlatformConfig

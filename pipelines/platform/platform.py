@@ -42,13 +42,14 @@ class Launch:
 class Platform:
     """Description of the place where a run happens.
 
+    If `root` is on a network, files that many processes read are copied to local disk.
+
     Attributes:
         kind: value of the option `--platform`: local or databricks.
         open_spark: function that returns the Spark session, and on a laptop first starts the session.
         namespace: prefix of table names without the last dot, such as `catalog.schema`.
         root: folder that holds all other folders.
-        remote: whether `root` is on a network. If `root` is on a network, files that many processes read are copied to
-            local disk.
+        remote: whether `root` is on a network.
         tables: folder of the Delta tables as plain files, or None if a catalog manages the tables.
         launch: settings with which ranks are launched.
         tracking_uri: URI of the MLflow tracking server.
@@ -119,8 +120,8 @@ def sqlite_uri(file: Path) -> str:
     """Return the URI of an SQLite store.
 
     Percent signs and question marks in the path are escaped: SQLAlchemy decodes percent escapes and ends the path at a
-    question mark. For a URI that begins with `sqlite:///`, MLflow would create a folder with the escaped name, so the
-    URI of an escaped path begins with `sqlite+pysqlite:///`.
+    question mark. The URI of an escaped path begins with `sqlite+pysqlite:///`, because MLflow would create a folder
+    with the escaped name for `sqlite:///`.
     """
     escaped = str(file).replace("%", "%25").replace("?", "%3F")
     return f"sqlite:///{file}" if escaped == str(file) else f"sqlite+pysqlite:///{escaped}"

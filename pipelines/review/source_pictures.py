@@ -58,8 +58,10 @@ class PictureColumns:
 class SourcePictures:
     """Reader of the pictures of a Delta table by id, without Spark. Several threads may use the reader.
 
+    Each read uses the newest version of the table.
+
     Args:
-        table: Delta table. Each read uses the newest version of the table.
+        table: Delta table.
         columns: columns of the pictures and their ids.
     """
 

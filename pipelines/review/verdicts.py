@@ -60,9 +60,10 @@ class CaptionVerdict(Config):
 class Review:
     """Captions of one model for the pictures of one table, with the verdicts of reviewers.
 
+    The captions are sorted by ascending likelihood, because unlikely captions need a review most.
+
     Attributes:
-        captions: rows of `generated_captions` that have a caption. The captions are sorted by ascending likelihood,
-            because unlikely captions need a review most.
+        captions: rows of `generated_captions` that have a caption.
         judged: verdicts so far: a dict from the key of a caption to the verdict on the caption.
     """
 

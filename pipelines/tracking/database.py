@@ -1,7 +1,6 @@
 """Function that checks a tracking database before MLflow opens the database.
 
-MLflow itself would try for minutes to open an unreachable database, and would then raise an exception of SQLAlchemy or
-of the Python driver of the database.
+MLflow itself would try for minutes to open an unreachable database, and then raise an exception of a database library.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class CaptionModel(PythonModel):
     """Model that captions DataFrames of pictures. The MLflow artifacts of the model are the files of a checkpoint."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the weights. This method imports torch, so that importing this file does not need torch."""
+        """Load the weights. torch is imported in this method, so that this file can be imported without torch."""
         from pipelines.worker.caption import load_captioner
 
         self._captioner = load_captioner(str(Path(context.artifacts["model.safetensors"]).parent))

@@ -6,8 +6,8 @@ present champion. The alias `challenger` names the version that was last submitt
 
 A promotion moves two aliases, but a registry cannot move both aliases in one transaction. A tag of the registered model
 therefore records the move before the move starts, and the tag is deleted when both aliases are set. A process that
-finds the tag of an interrupted move completes the move if `champion` has moved already. Otherwise, the process cancels
-the move.
+finds the tag of an interrupted move completes the move if `champion` has moved already. If `champion` has not moved
+yet, the process cancels the move.
 """
 
 from __future__ import annotations

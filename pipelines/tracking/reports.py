@@ -28,15 +28,16 @@ RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 class StageLog(Config):
     """Data that one stage logs to an MLflow run.
 
+    Every number in the report, at any depth, becomes a metric. Numbers below a key that is also the name of a parameter
+    or table do not become metrics.
+
     Attributes:
         kind: name of the stage, which is also the name of the MLflow experiment.
         name: name of the MLflow run.
-        report: report of the stage, as a nested dict. Every number in the report, at any depth, becomes a metric,
-            except numbers below the keys of `params` and `tables`.
+        report: report of the stage, as a nested dict.
         tags: tags by which runs can be searched, without the prefix `lakesight.`.
         params: parameters of the MLflow run, such as the settings of the stage.
         tables: tables to log as MLflow artifacts: a dict from the name of the table to its columns (names and values).
-            If a key of the report is also the name of a table, the numbers below this key do not become metrics.
         inputs: MLflow datasets that describe what the stage has read.
         pages: paths of HTML pages, which are logged as artifacts.
         text: description of the run, in Markdown.

@@ -44,8 +44,9 @@ def connect(platform: Platform) -> MlflowClient:
     check_database(platform.tracking_uri)
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # urllib3's warnings repeat our errors
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # its tracebacks repeat our errors
+    # The warnings of urllib3 and the tracebacks of MLflow's database module repeat our errors.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     follow_moved_home(platform)
     # `mlflow.set_tracking_uri` and `mlflow.set_registry_uri` also set these environment variables. `platform.local` and
     # child processes would mistake the variables for settings of the user.

@@ -87,7 +87,10 @@ def decompress(file: IO[bytes], start: bytes) -> IO[bytes]:
 
 
 class _ZstdReader(io.RawIOBase):
-    """Decompressor of zstd frames. It reads small pieces, because Arrow returns no content of a damaged piece."""
+    """Decompressor of zstd frames.
+
+    The decompressor reads small pieces, because Arrow returns no content of a damaged piece.
+    """
 
     PIECE = 4 << 10
 

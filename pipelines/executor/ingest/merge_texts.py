@@ -31,8 +31,10 @@ MERGED = pa.schema(
 class MergedTexts(NamedTuple):
     """Result of merging the texts of a picture's rows with the texts that the picture already has.
 
+    A text may occur several times in `new_texts`.
+
     Attributes:
-        new_texts: texts to append, in the order of the rows. A text may occur several times.
+        new_texts: texts to append, in the order of the rows.
         contributing: number of distinct rows that add at least one text which the picture did not have.
         full: all distinct accepted texts if a row has exceeded the largest number of texts, else None.
     """

@@ -1,10 +1,10 @@
 """Spill files: Arrow files that store pictures and payloads between decoding and the write to a table.
 
 The driver cannot decide whether a row is accepted until all rows are decoded. If Spark kept the pictures until all rows
-are decoded, Spark would copy each picture about ten times inside the JVM, which takes longer than decoding the picture.
-Therefore Python workers write the wide columns (picture and payload) to spill files, and Spark moves narrow rows, which
-contain a position in the spill files. When a row is written to its table, the wide columns are read from the spill
-files.
+are decoded, Spark would copy each picture about ten times inside the JVM. These copies would take longer than decoding
+the picture. Therefore Python workers write the wide columns (picture and payload) to spill files, and Spark moves
+narrow rows, which contain a position in the spill files. When a row is written to its table, the wide columns are read
+from the spill files.
 """
 
 from __future__ import annotations
@@ -54,9 +54,10 @@ def decode_and_spill(batches: Iterator[pa.RecordBatch], decode: Decode, folder: 
 def restore_wide(batches: Iterator[pa.RecordBatch], folder: str, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """Replace the POSITION columns of rows by the wide columns, which are read from the spill files.
 
+    If the rows are sorted by POSITION, each record batch of the spill files is read only once.
+
     Args:
-        batches: batches of rows whose last columns are POSITION. If the rows are sorted by POSITION, each record batch
-            of the spill files is read once.
+        batches: batches of rows whose last columns are POSITION.
         folder: spill folder.
         names: names of the wide columns to read.
     """

@@ -73,8 +73,8 @@ def url_system(path: str) -> tuple[Any, str]:
 def describe_damage(error: Exception) -> str | None:
     """Describe an error that affects only one file, or return None if the error counts as a machine failure.
 
-    If the error is a machine failure, for example because a network drive does not answer, the caller must raise the
-    error. Spark then retries the task. Otherwise, files would be refused because a drive was offline for a moment.
+    The caller must raise an error that counts as a machine failure, so that Spark retries the task. Without a retry,
+    files would be refused because a network drive was offline for a moment.
     """
     if isinstance(error, OSError):
         if (error.errno is not None and error.errno not in INACCESSIBLE) or _has_lost_its_folder(error):
@@ -84,7 +84,7 @@ def describe_damage(error: Exception) -> str | None:
 
 
 def require_damage(error: Exception) -> str:
-    """Describe an error that affects only one file. Raise an error that is a fault of the machine."""
+    """Describe an error that affects only one file. Raise the error if it is a fault of the machine."""
     damage = describe_damage(error)
     if damage is None:
         raise error

@@ -12,7 +12,7 @@ from pipelines.executor.ingest.records.record import Fields
 from pipelines.executor.ingest.values import MAX_SHRINKAGE, is_missing, to_text, trim
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Pattern of the control characters other than tab and line feed."""
+"""Pattern of all control characters except tab and line feed."""
 
 
 def extract_texts(fields: Fields, columns: ColumnNames, max_chars: int) -> list[dict[str, str]]:

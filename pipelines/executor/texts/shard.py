@@ -16,9 +16,10 @@ from pipelines.formats.tables import TEXT_TYPE
 def write_text_files(batches: Iterator[pa.RecordBatch], request: ShardRequest, folder: str) -> Iterator[pa.RecordBatch]:
     """Write shard files of texts, and yield one row of the schema `executor.shard.WRITTEN` per file.
 
+    All rows of a shard file must be in the batches of the same call.
+
     Args:
-        batches: batches of the columns file, text_id and text, in the order of the shards. One call of this function
-            receives all rows of a shard file.
+        batches: batches of the columns file, text_id and text, in the order of the shards.
         request: description of the content of the shards.
         folder: shard folder, an existing folder that has the same path on every executor.
     """

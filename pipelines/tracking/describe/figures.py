@@ -118,8 +118,8 @@ def draw_lengths(lengths: Mapping[str, Sequence[int]]) -> Figure:
 def draw_expert_load(metrics: Metrics) -> Figure:
     """Draw a heat map with a row per layer and a column per expert, which shows the expert's share of the tokens.
 
-    An expert in a white cell receives an even share of the tokens, an expert in a blue cell receives less, and an
-    expert in a fully red cell receives at least twice an even share.
+    A white cell stands for an even share of the tokens, and a blue cell for a smaller share. A fully red cell stands
+    for at least twice an even share.
     """
     layers = list(metrics.expert_load)
     widest = max(map(len, metrics.expert_load.values()))

@@ -151,7 +151,8 @@ def training_batches(
     """Yield this rank's part of the global batch for each step, as a list of smaller batches (parts).
 
     The batches do not depend on the number of loader threads. A picture with several texts is shown with one text per
-    epoch. The choice of the text depends on (seed, epoch, row).
+    epoch. The choice of the text depends on (seed, epoch, row). With 0 `workers`, each batch is made when the training
+    loop requests the batch.
 
     Args:
         shards: training shards.
@@ -162,7 +163,7 @@ def training_batches(
         batch_size: number of rows per step over all ranks together.
         seed: seed of the run.
         rows_at_once: number of rows in each smaller batch, or None for one batch with all rows of the rank.
-        workers: number of loader threads. With 0 threads, each batch is made when the batch is requested.
+        workers: number of loader threads.
         augmenter: augmenter of the pictures, or None to use the pixels of the shards unchanged.
         pinned: whether to place batches in pinned memory, from which a GPU copies asynchronously.
     """
@@ -203,12 +204,13 @@ def map_ahead(make: Callable[[S], T], items: Iterable[S], workers: int) -> Itera
 
     If `make` raises an error for an item, the error is raised when the consumer requests the result of the item.
     Threads are used instead of processes, because JPEG decoding releases the GIL, and because threads return results
-    without a copy.
+    without a copy. The items are passed to `make` in any order, but the results have the order of the items. With 0
+    `workers`, `make` is called for an item when the consumer requests its result.
 
     Args:
-        make: pure function that makes the result of one item. The items may be passed to `make` in any order.
-        items: arguments for `make`. The results have the same order as the items.
-        workers: number of threads. With 0 threads, `make` is called for an item when the consumer requests its result.
+        make: pure function that makes the result of one item.
+        items: arguments for `make`.
+        workers: number of threads.
     """
     if not workers:
         yield from map(make, items)

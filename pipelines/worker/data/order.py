@@ -49,12 +49,13 @@ class RowPicks(NamedTuple):
 def pick_rows(step: int, *, rank: int, world_size: int, batch_size: int, num_rows: int, seed: int) -> RowPicks:
     """Pick the rank's contiguous part of the global batch, which is [step * batch_size, (step + 1) * batch_size).
 
-    A batch continues across the end of an epoch, so every batch is full, even if the batch is larger than the data.
+    A batch continues across the end of an epoch, so every batch is full, even if the batch is larger than the data. The
+    global batches do not depend on the number of ranks.
 
     Args:
         step: number of the step, counted from 0.
         rank: number of this rank, 0 <= rank < world_size.
-        world_size: number of ranks, a divisor of batch_size. The global batches do not depend on the number of ranks.
+        world_size: number of ranks, a divisor of batch_size.
         batch_size: number of rows per step over all ranks together.
         num_rows: number of rows in the training shards, at least 1.
         seed: seed of the run.
@@ -154,10 +155,11 @@ def random_bits(picks: RowPicks, *, seed: int) -> UInt64s:
 def random_fractions(picks: RowPicks, count: int, *, seed: int) -> Float64s:
     """Compute random numbers in [0, 1) for each row in its epoch, in the shape [batch of the rank, count].
 
+    A larger `count` appends numbers to each row, but does not change the first numbers.
+
     Args:
         picks: indices of rows, and the epoch of each row.
-        count: number of random numbers per row. A larger `count` appends numbers to each row, but does not change
-            the first numbers.
+        count: number of random numbers per row.
         seed: seed of the run.
     """
     number = np.arange(count, dtype=np.uint64)

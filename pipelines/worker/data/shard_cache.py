@@ -2,15 +2,15 @@
 
 Rows are read in random order. If a rank waited for the copy of each file, nearly all files would have to be copied
 before the first step. A rank therefore reads rows from the original file until the copy of the file is complete. A
-thread in each rank copies files. The ranks of a host take turns under one lock, so each file is copied once, and most
-of the network bandwidth remains for reading rows.
+thread in each rank copies files. A lock lets only one rank of a host copy a file at a time. Each file is therefore
+copied once, and most of the network bandwidth remains for reading rows.
 
 The name of a copy is the SHA-256 of the file. A copy gets this name only after the content of the copy has been
 verified. A killed process leaves no lock, and the next process that starts removes the incomplete `.part` file.
 
 If the disk space is needed, copies that belong to other runs are removed, least recently used copies first. A process
-that has mapped a removed copy can still read the copy. A copy that belongs to this run is never removed, because all
-shard files of a run are used equally often and the removed file would have to be copied again.
+that has mapped a removed copy can still read the copy. A copy that belongs to this run is never removed. All shard
+files of a run are used equally often, so the file would have to be copied again.
 """
 
 from __future__ import annotations

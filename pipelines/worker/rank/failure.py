@@ -1,7 +1,8 @@
 """Monitor of a rank: heartbeat, timeout, and a failure record written by the rank itself.
 
 torchrun reports only "exit code 1, see the logs". The failure record of a rank distinguishes the root cause from
-consequences, such as a signal from the launcher or a connection that was lost because another rank died.
+consequences. Consequences are, for example, a signal from the launcher, or a connection that was lost because another
+rank died.
 
 Python's signal handlers are not used for SIGTERM and SIGINT. Python runs a signal handler in the main thread. When
 another rank has died, the main thread is blocked in a C++ collective, so the handler would never run. Instead, Python's
@@ -83,8 +84,8 @@ class RankMonitor:
     """Context manager around all the work of one rank.
 
     The monitor writes the rank's RankFile at start and end, writes heartbeats, ends the rank after a timeout, and
-    records every failure. An error inside the `with` block is recorded and raised again. The process then has
-    EXIT_SECONDS to exit, so that a thread or communicator that does not stop cannot block the launcher.
+    records every failure. An error inside the `with` block is recorded and raised again. After an error, the process
+    has EXIT_SECONDS to exit. A thread or communicator that does not stop therefore cannot block the launcher.
     """
 
     def __init__(self, run: RunFolder, rank: int) -> None:

@@ -2,8 +2,8 @@
 
 A replay has its own run folder, which contains a checkpoint from before the step. The ranks train from this checkpoint
 in the same way as the original ranks, with the same rows and random numbers. Before the step, each rank computes and
-writes the loss of each of its rows. Then the rank takes the step, and validates if the original run validated after
-this step.
+writes the loss of each of its rows. After writing the losses, each rank takes the step, and validates if the original
+run validated after this step.
 """
 
 from __future__ import annotations

@@ -68,13 +68,15 @@ def sampled_rows(shards: Shards, step: int, order: RowOrder, augmenter: Augmente
 class CaptionSampler:
     """Samples captions for training rows, and returns batches in which each caption is weighted by its advantage.
 
+    The setting `rows_at_once` limits the number of captions in a part of a batch.
+
     Args:
         model: model whose captions are sampled, without a DDP wrapper.
         tokenizer: tokenizer of the model.
         collator: collator of the model.
         cider: CIDEr-D with the document frequencies of the training texts, in which the end token counts as a word.
         objective: settings of the CIDEr objective: number of samples per picture, and temperature.
-        settings: settings of the run. `rows_at_once` limits the number of captions in a part of a batch.
+        settings: settings of the run.
         reward: running mean to which the CIDEr-D of the sampled captions is added.
     """
 

@@ -1,8 +1,8 @@
 """Checkpoints of sharded models. Each rank writes its rows of all tensors to files, and rank 0 joins these files.
 
-The joined files have the same format as the checkpoint of a model that is not sharded, so every reader of checkpoints
-can read the joined files. No rank has a whole tensor in memory, because rank 0 copies slices from file to file. All
-ranks write to the run folder, which they share.
+The joined files have the same format as the checkpoint of a model that is not sharded. Every reader of checkpoints can
+therefore read the joined files. No rank has a whole tensor in memory, because rank 0 copies slices from file to file.
+All ranks write to the run folder, which they share.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ class Trainer:
         return self.train_shards, self.validate_shards
 
     def train(self) -> None:
-        """Take all remaining steps, stage by stage, unless training stops early."""
+        """Take the remaining steps, stage by stage, until the last step or until training stops early."""
         settings = self.file.config.train
         if self.file.config.platform.cache_gib:
             self.copier.start()

@@ -102,8 +102,9 @@ def each_value(column: pa.Array) -> Iterator[pa.Array]:
 def to_python(array: pa.Array) -> list[Any]:
     """Convert an array to Python values. Invalid UTF-8, which many programs write into strings, becomes U+FFFD.
 
-    A value that Python cannot represent, such as a date in the year 14645, becomes a text with the exact value, or a
-    NotRepresentable if there is no such text. The 32-bit float 0.1 becomes 0.1, and not 0.10000000149011612.
+    A value that Python cannot represent, such as a date in the year 14645, becomes a text with the exact value. If
+    Arrow cannot write the value as text, the value becomes a NotRepresentable. The 32-bit float 0.1 becomes 0.1, and
+    not 0.10000000149011612.
     """
     if types.is_float16(array.type) or types.is_float32(array.type):
         return _shortest_floats(array)

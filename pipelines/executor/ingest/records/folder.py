@@ -1,7 +1,7 @@
 """Parser of folder sources: each row of a captions file names a picture file in the same folder.
 
 A row whose picture file is missing or too large is refused. Any other disk error fails the Spark task, and Spark
-retries the task, because a network drive that is offline for a minute must not fill the table `quarantine`.
+retries the task. Without a retry, a network drive that is offline for a minute would fill the table `quarantine`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Functions with which Python workers read the lines of files, in byte ranges and with bounded memory.
 
-A line may contain megabytes of base64. Spark's text reader is not used, because the reader copies each line about six
-times inside the JVM, which takes half as long as decoding the picture in the line. With Spark's text reader, one
+A line may contain megabytes of base64. Spark's text reader is not used, because it copies each line about six times
+inside the JVM. These copies take half as long as decoding the picture in the line. With Spark's text reader, one
 damaged file would also fail the whole Spark job.
 """
 
@@ -177,7 +177,7 @@ def split_stream(file: IO[bytes], separator: bytes, limit: int) -> Iterator[byte
     """Split a stream at a separator, with at most `limit` bytes and a few chunks in memory.
 
     A line that is longer than the limit is read, but not kept in memory. The line end may change in the middle of a
-    file, so a line that is too long is also split at the other line end (carriage return or line feed).
+    file. A line that is too long is therefore also split at the other line end (carriage return or line feed).
     """
     line = _PendingLine(_other_end(separator), limit)
     read1 = getattr(file, "read1", file.read)

@@ -55,11 +55,13 @@ def parquet_records(
 ) -> Iterator[Record]:
     """Read the rows of byte ranges of Parquet files. All damage in a range becomes one record `unreadable_file`.
 
+    The column `partition` of a batch is a map of the values in folder names such as `year=2024`. All rows of a file
+    have these values. Hugging Face's struct of bytes and path becomes two fields: the picture column IMAGE, and
+    IMAGE.path.
+
     Args:
-        batches: batches with the columns path, file, start, end and partition. The column `partition` is a map of the
-            values in folder names such as `year=2024`. All rows of the file have these values.
-        image: name of the picture column. Hugging Face's struct of bytes and path becomes the two fields IMAGE and
-            IMAGE.path.
+        batches: batches with the columns path, file, start, end and partition.
+        image: name of the picture column.
         named: names of all columns that are used.
         max_bytes: largest size of a picture, in bytes.
     """

@@ -52,9 +52,10 @@ class Record(NamedTuple):
 def add_partition(fields: Fields, partition: Mapping[str, str | None]) -> Fields:
     """Add the partition columns, whose values are in folder names such as `year=2024`, to the values of a row.
 
+    If a row has a value for a partition column, this value replaces the value in the folder name.
+
     Args:
-        fields: values of the row. A value in the row takes precedence over the value in the folder name, unless the
-            value in the row is missing.
+        fields: values of the row.
         partition: values of the partition columns: a dict from the name of the column to the value.
     """
     return {**partition, **{name: v for name, v in fields.items() if name not in partition or not is_missing(v)}}

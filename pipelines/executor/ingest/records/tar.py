@@ -1,8 +1,8 @@
 """Streaming reader of tar files, with memory bounded for every input.
 
 Python's `tarfile` reads a header of any size into memory, and treats a damaged header as the end of the tar. The reader
-in this module limits the size of headers, and distinguishes the end of a tar from damage. It continues after an end
-mark, because tars may be concatenated. The reader uses only `TarInfo.frombuf` of `tarfile`, which parses one block.
+in this module limits the size of headers, and distinguishes the end of a tar from damage. The reader continues after an
+end mark, because tars may be concatenated. The reader uses only `TarInfo.frombuf` of `tarfile`, which parses one block.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ KINDS = {
 class Member(NamedTuple):
     """A member of a tar.
 
+    A byte of the name that is not UTF-8 is stored as a lone surrogate.
+
     Attributes:
-        name: name of the member. A byte that is not UTF-8 is stored as a lone surrogate.
+        name: name of the member.
         size: number of bytes of the content.
         target: name of the member that this member links to, or None if the member is not a link.
         folder: whether the member is a folder.

@@ -30,7 +30,7 @@ class Links:
         self._targets: dict[str, str] = {}
 
     def add(self, member: Member) -> None:
-        """Store a link, unless MAX_LINKS links are already stored. A link that is not stored counts as broken."""
+        """Store a link if fewer than MAX_LINKS links are stored. A link that is not stored counts as broken."""
         if member.target is not None and len(self._targets) < MAX_LINKS:
             self._targets[posixpath.normpath(member.name)] = posixpath.normpath(member.target)
 

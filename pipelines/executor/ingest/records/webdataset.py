@@ -51,18 +51,18 @@ def tar_records(
 ) -> Iterator[Record]:
     """Read the rows of WebDataset tars as streams, with only one row in memory at a time.
 
-    A record has the fields __key__, PICTURE, __member__ (the name of the picture's member), one field per additional
-    member (named by the extension of the member), and json.KEY for each key of a `json` member. If a tar is damaged,
-    the records of the rows before the damage are followed by one record that describes the damage.
+    A record has the fields __key__, PICTURE, and __member__ (the name of the picture's member). Each additional member
+    becomes a field with the member's extension as its name. Each key of a `json` member becomes a field json.KEY. If a
+    tar is damaged, the records of the rows before the damage are followed by one record that describes the damage. If a
+    row has several pictures, the picture whose extension comes first in `images` is used. A `json` member that is not a
+    JSON object becomes the text field `json`. However, the row is refused if the name of a used column begins with
+    `json.`. All members of a row together may be 25 % larger than `max_bytes`.
 
     Args:
         batches: batches with the columns `path` (path of a tar, encoded by os.fsencode) and `file` (name of the tar).
-        images: file extensions of pictures. If a row has several pictures, the picture whose extension comes first in
-            this order is used.
-        named: names of all columns that are used. A `json` member that is not a JSON object becomes the text field
-            `json`. However, if a used column has a name that begins with `json.`, the row is refused.
-        max_bytes: largest size of a tar member to read, in bytes. The limit for all members of a row together is 25 %
-            larger.
+        images: file extensions of pictures.
+        named: names of all columns that are used.
+        max_bytes: largest size of a tar member to read, in bytes.
     """
     limits = _Limits(tuple(images), tuple(named), max_bytes, max_bytes + max_bytes // 4)
     for batch in batches:

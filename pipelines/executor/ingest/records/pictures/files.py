@@ -1,8 +1,8 @@
 """Functions that read the pictures that rows name by a path below a local folder.
 
-A path may have been written on any operating system. It may contain backslashes or percent escapes, or its letters may
-have another Unicode form than in the folder. The file with exactly the given name is tried first. A link may lead
-anywhere inside the folder, but no path may lead out of the folder.
+A path may have been written on any operating system. The path may contain backslashes or percent escapes, or its
+letters may have another Unicode form than in the folder. The file with exactly the given name is tried first. A link
+may lead anywhere inside the folder, but no path may lead out of the folder.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ def _walk(root: Path, parts: list[str]) -> PictureFile | str:
     """Follow a path part by part, and check that each part is inside the root folder.
 
     Returns:
-        The file or, if there is no such file, a text that completes the error message "the folder has no file PATH",
-        such as ": the link leads nowhere". The text may be empty.
+        The file, or a text that follows "the folder has no file PATH" in the error message. The text is, for example,
+        ": the link leads nowhere", and may be empty.
     """
     path, status = root, root.stat()
     for part in parts:

@@ -105,11 +105,13 @@ def picture_records(
 ) -> Iterator[Record]:
     """Add the field PICTURE to the records of a source, with the bytes of the picture that a column names.
 
+    A relative `location` is relative to the folder of the row's file, whose path is in the column `path` of the
+    batches.
+
     Args:
-        batches: batches that `read` parses. If the location is relative, the column `path` contains the path of a row's
-            file.
+        batches: batches that `read` parses.
         read: function that parses raw rows of the source into records.
-        location: folder or URL of the pictures. A relative folder is relative to the folder of the row's file.
+        location: folder or URL of the pictures.
         column: name of the column that names the picture of a row.
         max_bytes: largest size of a picture to read, in bytes.
     """
@@ -154,8 +156,8 @@ def _split_by_folder(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[str, p
 def read_picture_column(batches: Iterator[pa.RecordBatch], root: PictureRoot) -> Iterator[pa.RecordBatch]:
     """Replace the paths in the column `image` by pictures, and add the column `problem` (text, or null).
 
-    A yielded batch has at most CHUNK_ROWS rows and about CHUNK_BYTES bytes, so that the pictures of an input batch with
-    many paths are not all in memory together.
+    A yielded batch has at most CHUNK_ROWS rows and about CHUNK_BYTES bytes, because all pictures of an input batch
+    together may need too much memory.
     """
     for batch in batches:
         rows: list[tuple[bytes | None, str | None]] = []

@@ -119,7 +119,8 @@ def _in_time(fetch: Callable[[float], bytes | Problem]) -> bytes | Problem:
     """Call a function in a separate thread, and wait no longer than the time limit.
 
     The thread is necessary because no client library limits the total time of a request. The function receives the
-    deadline as its argument. The thread may live on after this call, until the deadline or the end of its connection.
+    deadline as its argument. The thread may continue to run after this call, until the deadline or the end of its
+    connection.
     """
     done: SimpleQueue[bytes | Problem | Exception] = SimpleQueue()
     deadline = time.monotonic() + READ_SECONDS
