@@ -11,8 +11,8 @@
 
 # COMMAND ----------
 
-PLATFORM = "local"  # in a workspace: "databricks"
-# In a workspace: ["platform.catalog=main", "platform.schema=you", "platform.volume=files", "platform.ranks=2"]
+PLATFORM = "local"  # "databricks" in a workspace
+# A workspace needs ["platform.catalog=main", "platform.schema=you", "platform.volume=files", "platform.ranks=2"].
 WORKSPACE = []
 SMALL = ["train.steps=40", "train.validate_every=20", "train.checkpoint_every=40", "train.validate_rows=16"]
 
@@ -39,8 +39,8 @@ spark = platform.open_spark()
 # MAGIC %md
 # MAGIC ## Ingest
 # MAGIC Executors decode the pictures. Good rows go to the table `samples`, and bad rows go to the table `quarantine`
-# MAGIC with a reason. In the report, rows in = new + merged + duplicates + quarantined. If you run the cell again, no
-# MAGIC row is added.
+# MAGIC with a reason. The numbers of the report have this relation: rows in = new + merged + duplicates + quarantined.
+# MAGIC If you run the cell again, the ingest adds no row.
 
 # COMMAND ----------
 
@@ -55,7 +55,7 @@ spark.table(platform.table("quarantine")).groupBy("reason").count().show()
 # MAGIC %md
 # MAGIC ## Write shards
 # MAGIC `shard` writes the rows of one version of the table `samples` to Arrow files, which every rank maps into memory.
-# MAGIC The name of the folder contains a hash of the inputs, so existing shards are reused.
+# MAGIC The name of the shard folder contains a hash of the inputs, so `shard` finds and reuses existing shards.
 
 # COMMAND ----------
 
@@ -96,9 +96,10 @@ print(version)
 # MAGIC %md
 # MAGIC ## Evaluate
 # MAGIC Captions and losses are computed on pictures that training has not seen. The *blind gap* is the increase of the
-# MAGIC loss when the model gets the picture of another row. A model with a gap near zero does not use its pictures, and
-# MAGIC `lakesight promote` refuses such a model. After only 40 steps, the gap of this model is near zero. Evaluation
-# MAGIC also measures two baselines: the best constant caption and the nearest neighbour's caption.
+# MAGIC loss when the model gets the picture of another row. A model whose blind gap is near zero does not use its
+# MAGIC pictures, and `lakesight promote` refuses this model. After only 40 training steps, the blind gap is still near
+# MAGIC zero. Evaluation also measures two baselines: the best constant caption and the caption of the most similar
+# MAGIC training picture.
 
 # COMMAND ----------
 
@@ -134,8 +135,8 @@ print(captioned)
 
 # MAGIC %md
 # MAGIC ## Compare with human texts
-# MAGIC After 40 steps, the captions are grammatical but do not describe the pictures. `lakesight demo` trains longer,
-# MAGIC and the captions of its model describe the pictures.
+# MAGIC After 40 training steps, the captions are grammatical but do not describe the pictures. `lakesight demo` trains
+# MAGIC longer, and the captions of its model describe the pictures.
 
 # COMMAND ----------
 

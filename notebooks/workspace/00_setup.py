@@ -7,8 +7,8 @@
 # MAGIC `notebook_settings.py`.
 # MAGIC
 # MAGIC * **In a workspace**, use a cluster with an ML runtime in dedicated access mode, and install the wheel on this
-# MAGIC   cluster (`%pip install /Volumes/.../lakesight-0.1.0-py3-none-any.whl`). Ranks and executors need the wheel,
-# MAGIC   too.
+# MAGIC   cluster (`%pip install /Volumes/.../lakesight-0.1.0-py3-none-any.whl`). All nodes of the cluster need the
+# MAGIC   wheel, because ranks and executors run on these nodes.
 # MAGIC * **On a laptop**, run `python notebooks/workspace/00_setup.py`.
 
 # COMMAND ----------
@@ -23,7 +23,7 @@ job = open_notebook(RUN, WORKSPACE, SMALL)
 # MAGIC %md
 # MAGIC ## Run all checks
 # MAGIC In a workspace, the checks test the runtime, the packages, the Volume, the tables, MLflow and the package
-# MAGIC index. The next notebooks need a workspace in which no check fails. The text after `fix:` says how to correct a
+# MAGIC index. Run the next notebooks only after all checks have passed. The text after `fix:` says how to correct a
 # MAGIC problem.
 
 # COMMAND ----------

@@ -3,7 +3,7 @@
 # MAGIC # Ingest pictures, and look at the rows
 # MAGIC
 # MAGIC Executors decode the pictures. Good rows go to the table `samples`. Refused rows go to the table `quarantine`
-# MAGIC with their whole content and a reason. If you run the next cells again, no row is added.
+# MAGIC with their whole content and a reason. If you run the next cells again, the ingest adds no row.
 
 # COMMAND ----------
 

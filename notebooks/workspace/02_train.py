@@ -3,8 +3,8 @@
 # MAGIC # Train on all ranks
 # MAGIC
 # MAGIC TorchDistributor starts the ranks: one rank per GPU on a GPU cluster, and processes on the CPU of a laptop. The
-# MAGIC driver logs the metrics to MLflow and registers the model. If you run the next cells again, the finished run is
-# MAGIC reused.
+# MAGIC driver logs the metrics to MLflow and registers the model. If you run the next cells again, `run_train` reuses
+# MAGIC the finished run.
 
 # COMMAND ----------
 

@@ -24,8 +24,8 @@ captioned = run_caption(job, "champion", where=held_out(job))
 
 # MAGIC %md
 # MAGIC ## Serve
-# MAGIC In a workspace, set `SERVE` to `True` to create or update a serving endpoint. The endpoint scales to zero when
-# MAGIC idle. The page `docs/databricks.md` shows the SQL query that calls the endpoint.
+# MAGIC In a workspace, set `SERVE` to `True` to create or update a serving endpoint. Without requests, the endpoint
+# MAGIC scales down to zero instances. The page `docs/databricks.md` shows the SQL query that calls the endpoint.
 
 # COMMAND ----------
 

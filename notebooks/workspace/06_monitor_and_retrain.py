@@ -2,10 +2,10 @@
 # MAGIC %md
 # MAGIC # Monitor captions, and train again
 # MAGIC
-# MAGIC If the pictures of a table change, the quality of the captions may change. More errors and a lower
-# MAGIC log-probability of the captions are signs of such a drift. `caption` compares the statistics of each
-# MAGIC captioning job with the evaluation of the same model version, and warns if the differences exceed the limits
-# MAGIC in the section `drift` of the run config.
+# MAGIC If the pictures of a table change over time (drift), the captions may become worse. Signs of drift are more
+# MAGIC errors and a lower log-probability of the captions. `caption` compares the statistics of each
+# MAGIC captioning job with the evaluation of the same model version. If a difference exceeds its limit in the section
+# MAGIC `drift` of the run config, `caption` prints a warning.
 
 # COMMAND ----------
 
@@ -33,8 +33,8 @@ by_day.orderBy("day", "model_version").show()
 # MAGIC %md
 # MAGIC ## Train again with new pictures
 # MAGIC `run_ingest` reads new files or rows of the source. With new pictures, `run_train` trains a new version, and
-# MAGIC the gate compares the new version with the champion on the same pictures. Without new pictures, the finished
-# MAGIC run is reused.
+# MAGIC the gate compares the new version with the champion on the same pictures. Without new pictures, `run_train`
+# MAGIC reuses the finished run.
 
 # COMMAND ----------
 
