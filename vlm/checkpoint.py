@@ -81,7 +81,7 @@ def find_checkpoint(folder: Path) -> Path:
     """Return the checkpoint folder inside a run folder or a model version's MLflow folder. Return any other folder
     unchanged.
 
-    In a run folder, which holds several checkpoints, choose the newest complete checkpoint.
+    If a run folder contains several checkpoints, choose the newest complete checkpoint.
     """
     steps = [path for path in folder.glob("checkpoints/step_*") if path.name.removeprefix("step_").isdigit()]
     if steps:
@@ -136,7 +136,7 @@ def _check_pooling(path: Path, version: int, config: ModelConfig) -> None:
         and (vision.class_token or vision.registers)
     ):
         raise CheckpointError(
-            "the checkpoint is from an older version of Lakesight, whose attention pooling computed other features",
+            "the checkpoint is from an older version of Lakesight, in which attention pooling computed other features",
             where=str(path),
             got=f"format {version}, in which the pooling query also read the class token and the registers",
             fix="train the model again, or import its published weights again",

@@ -1,4 +1,4 @@
-"""Construction of a model from its config. Only this module chooses classes by the field `kind` of a config."""
+"""Construction of a model from its config. No other module chooses classes by the field `kind` of a config."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 The bytes of a picture are untrusted. The header (format, number of pixels, sides) is checked before any pixel is
 decoded, and only the decoders of FORMATS run. Every defect becomes an ImageError whose reason is one of IMAGE_REASONS.
-This module changes no global setting of Pillow. Pillow's own limit rejects pictures above 178 megapixels.
+This module changes no global setting of Pillow, so Pillow also rejects pictures of more than 178 megapixels.
 
 Decoders get the file without its metadata (`vlm.picture.metadata`), so a text, colour profile or EXIF entry that is
 damaged or huge cannot make a picture unusable. A file without an end marker is accepted if the file has all pixels.

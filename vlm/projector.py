@@ -19,8 +19,8 @@ from vlm.layers.attention import CrossAttention
 class PixelShuffle(nn.Module):
     """Projector that concatenates each square of factor x factor patches and then applies a linear layer.
 
-    The layer maps (B, N, W) to (B, N / factor^2, out_width). This pixel unshuffle of InternVL (Chen et al., 2024) moves
-    detail from positions to channels.
+    The layer maps (B, N, W) to (B, N / factor^2, out_width). InternVL (Chen et al., 2024) calls this operation pixel
+    unshuffle: fewer positions have more channels.
     """
 
     def __init__(self, width: int, out_width: int, factor: int) -> None:

@@ -73,7 +73,7 @@ def import_graph() -> grimp.ImportGraph:
 
 @pytest.mark.parametrize("folder", LIBRARIES, ids=relative)
 def test_modules_and_folders_of_a_package_have_no_circular_imports(folder: Path) -> None:
-    """A subfolder, with all files below the subfolder, counts as one unit."""
+    """In this test, a subfolder with all of its files counts as one module."""
     imports = import_graph().nominate_cycle_breakers(relative(folder).replace("/", "."))
     assert sorted(imports) == [], "without these imports there would be no circle"
 

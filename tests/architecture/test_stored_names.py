@@ -3,8 +3,8 @@
 Lakesight finds existing rows, shards, models and captions by these hashes, so data of an earlier version is found only
 if the hashes stay the same.
 
-The expected values were computed with an earlier version of the code. Never edit these values to make a test pass: a
-changed value means that existing rows, shards, models or captions are no longer found and are computed again.
+The expected values were computed with an earlier version of the code. Never edit these values to make a test pass. If a
+value changes, Lakesight does not find existing rows, shards, models or captions, and computes them again.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ token, so that both libraries generate the same number of tokens. The first meas
 the tokens are equal. The second measurement is in bf16. The benchmark uses one thread and measures CPU time, so that
 other work on the machine does not change the ratio. In case `vit_gpt2`, the other model consists of timm's ViT, our
 projector, and GPT2LMHeadModel.generate(inputs_embeds=...). In case `paligemma`, the other model is
-PaliGemmaForConditionalGeneration with 4 layers in each tower and a vocabulary of 32,000, because the full model does
-not fit into memory. In both libraries, the vision tower encodes each picture only once.
+PaliGemmaForConditionalGeneration with 4 layers in each tower and a vocabulary of 32,000. The full model does not fit
+into memory. In both libraries, the vision tower encodes each picture only once.
 """
 
 from __future__ import annotations

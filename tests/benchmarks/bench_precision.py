@@ -5,8 +5,8 @@
 
 Speed and size are measured on `base` (214 M weights) with random weights, with one picture at a time and with batches
 of sixteen pictures. Each caption is 16 tokens long. The differences between captions are measured with `nano`, trained
-on the demo's scenes with the demo's settings. The captions of each precision are compared word for word with the
-captions in fp32, with the true captions, and with the captions that the same precision generates at batch size 1. The
+on the demo's scenes with the demo's settings. The benchmark compares the captions of each precision word for word with
+three lists: the captions in fp32, the true captions, and the captions of the same precision at batch size 1. The
 benchmark also prints the mean absolute difference per token between the log-probabilities of the true captions in this
 precision and in fp32. A time is the minimum of several rounds, in CPU seconds of one thread, so that other work on the
 machine has little influence.

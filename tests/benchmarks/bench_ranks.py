@@ -6,8 +6,8 @@ metrics.
 The model is `seemore` in full size, and the pictures are generated. torchrun starts the ranks, and each rank has one
 core and one thread. In the run with two ranks, each rank processes half of the batch that a single rank would process.
 Two simultaneous runs, each with one rank, show the speed of two cores without communication. An all-reduce of the
-gradients, without any other work, shows the cost of communication. The cost of a checkpoint is the difference between
-a run that writes a checkpoint after every step and a run that writes a single checkpoint at the end. The cost of
+gradients, without any other work, shows the cost of communication. One run writes a checkpoint after every step, and
+another run writes a single checkpoint at the end. The difference of their times is the cost of checkpoints. The cost of
 following metrics is measured by logging finished runs; this is a cost of the driver, not of the ranks.
 """
 

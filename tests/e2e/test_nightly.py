@@ -1,5 +1,5 @@
-"""Tests of docs/nightly.md: every command and file of the page works, in the order of the page, on a table of pictures
-that no ingest has read.
+"""Tests of docs/nightly.md: the commands and files of the page work, in the order of the page, for a table that no
+ingest has read.
 """
 
 from __future__ import annotations

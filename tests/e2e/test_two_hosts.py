@@ -38,7 +38,9 @@ def set_link(state: str) -> None:
 
 @pytest.fixture
 def network() -> Iterator[None]:
-    """Create two network namespaces with a veth pair between them. Both namespaces can resolve both host names."""
+    """Create two network namespaces with a veth pair between them. In both namespaces, the names of the two hosts can
+    be resolved.
+    """
     if os.geteuid() or not (shutil.which("ip") and shutil.which("unshare")):
         pytest.skip("network namespaces need root and the programs ip and unshare")
     files = [Path("/etc/netns", name) for name in NAMES]

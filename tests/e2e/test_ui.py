@@ -120,7 +120,8 @@ def test_the_mlflow_pages_of_a_run_and_of_a_model_version_explain_what_they_show
 
         def open_tab(address: str, text: str) -> str:
             tab.goto(address)
-            tab.get_by_text(text).first.wait_for(state="attached")  # a page is never idle
+            # MLflow's pages load data all the time, so wait for a text, not for an idle network.
+            tab.get_by_text(text).first.wait_for(state="attached")
             tab.screenshot(path=tmp_path / f"{re.sub(r'[^a-z]+', '-', text.lower())}-{width}.png")
             return " ".join(tab.inner_text("body").split())
 

@@ -1,4 +1,6 @@
-"""Gemma 1 and 2 give the same logits as in transformers after import and export, even for texts beyond the window."""
+"""Gemma 1 and 2 give the same logits as in transformers after import and export, even for texts longer than a
+window.
+"""
 
 from __future__ import annotations
 

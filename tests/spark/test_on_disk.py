@@ -34,7 +34,7 @@ def test_table_versions_row_counts_and_the_ledger_are_the_same_with_and_without_
     rows = [[as_base64(png(shade)), f"picture {shade}"] for shade in range(100, 106)]
     data = data_of(tmp_path / "a.csv", *rows, ["no picture", "bad"])
     report = ingest(spark, platform, source, data)
-    workspace = replace(platform, tables=None)  # in a workspace, Spark reads every table
+    workspace = replace(platform, tables=None)  # without a table folder, Spark reads every table
 
     for table in (SAMPLES, QUARANTINE):
         assert read_versions(spark, platform, source, table) == read_versions(spark, workspace, source, table)

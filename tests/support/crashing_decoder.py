@@ -43,11 +43,15 @@ class CrashingBmp(BmpImagePlugin.BmpImageFile):
 
 
 class CrashingLimits(LimitsConfig):
-    """Row limits whose class is defined here, so that unpickling the limits imports this module."""
+    """Row limits whose class is defined in this module, so that a process that unpickles the limits imports the
+    module.
+    """
 
 
 class CrashingImage(ImageConfig):
-    """Picture settings whose class is defined here, so that unpickling the settings imports this module."""
+    """Picture settings whose class is defined in this module, so that a process that unpickles the settings imports the
+    module.
+    """
 
 
 def install() -> None:

@@ -48,8 +48,8 @@ def spark_processes(kind: ProcessKind) -> list[int]:
         while ancestor in parents and ancestor != os.getpid():
             commands.append(_command(ancestor))
             ancestor = parents[ancestor]
-        # Python workers are forked from Spark's daemon and keep the daemon's command line, so a process is a worker if
-        # the process and its parent both have this command line.
+        # Python workers are forked from Spark's daemon and keep the daemon's command line. A process is therefore a
+        # worker if the process and its parent both have this command line.
         depth = 2 if kind == "worker" else 1
         if ancestor == os.getpid() and [COMMANDS[kind] in line for line in commands[:depth]] == [True] * depth:
             found.append(pid)

@@ -127,7 +127,9 @@ class Draw:
         return text.encode(encoding), encoding
 
     def store(self, path: Path, content: bytes) -> tuple[Path, str]:
-        """Write a file unchanged, compressed, truncated, or empty. Return the path and a description."""
+        """Write a file unchanged, compressed, truncated, or empty. Return the path of the file, and a description of
+        how the file was changed.
+        """
         how = self.rng.choice(("", "", "", *COMPRESS))
         if how:
             suffix = how.upper() if self.rng.random() < 0.2 else how

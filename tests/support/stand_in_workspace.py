@@ -1,8 +1,9 @@
 """Stand-in for a Databricks workspace: an HTTP server on loopback that answers the calls of Databricks' CLI.
 
-The workspace keeps what was deployed, and refuses what a real workspace refuses: a missing parent folder, catalog,
-schema, table, cluster or runtime version, an unknown principal or privilege, and a name that exists already. A request
-that the stand-in does not know is answered with 501, so a test fails instead of passing by accident.
+The workspace stores what was deployed, and refuses the same requests as a real workspace. These requests refer to a
+missing parent folder, catalog, schema, table, cluster or runtime version, to an unknown principal or privilege, or
+create a name that already exists. A request that the stand-in does not know is answered with 501, so a test fails
+instead of passing by accident.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ BATCH, LR = 32, 1e-2
 def corner_rows(source: str, split: str, count: int) -> list[tuple[Any, ...]]:
     """Return rows of table `samples`: pictures of four coloured fields whose text names only the first field's colour.
 
-    The other three fields have stronger, random colours. The nearest neighbour's text is therefore right in only two
-    of three cases.
+    The three fields that the text does not name have stronger, random colours. The nearest neighbour's text is
+    therefore right in only two of three cases.
     """
     rng = np.random.default_rng(len(split))
     rows = []

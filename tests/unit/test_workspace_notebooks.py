@@ -47,7 +47,7 @@ def mistakes(code: str) -> Iterator[str]:
 
 
 def accepts(function: object, call: ast.Call) -> bool:
-    """Return whether a function accepts the arguments of a call. An object of another kind accepts all calls."""
+    """Return whether a function accepts the arguments of a call. For objects that are not functions, return True."""
     if ast.unparse(call.func) == "job.platform.table":
         return ast.literal_eval(call.args[0]) in {table.name for table in TABLES}
     if inspect.isfunction(function):

@@ -23,7 +23,7 @@ Pattern = Annotated[str, AfterValidator(_check_regex)]
 
 
 class AdapterConfig(Config):
-    """Low-rank adapters (LoRA, Hu et al., 2021) on linear layers. All other weights are frozen.
+    """Low-rank adapters (LoRA, Hu et al., 2021) on linear layers. Training changes only the adapters.
 
     Attributes:
         pattern: regular expression for the full names of the linear layers to adapt, such as `decoder.blocks.*` or

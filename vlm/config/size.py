@@ -1,8 +1,8 @@
 """Functions that compute FLOPs and parameter counts from a model's config, without building the model.
 
-The functions count the FLOPs of one forward pass over one sample, which is one picture and a text. A multiply-add
-counts as two FLOPs. Only matrix products count, including the two matrix products of attention. A training step takes
-three times the FLOPs of a forward pass.
+The functions count the FLOPs of one forward pass over one sample, which is one picture and a text. One multiplication
+with one addition counts as two FLOPs. The functions count only matrix products, including the two matrix products of
+attention. A training step takes three times the FLOPs of a forward pass.
 """
 
 from __future__ import annotations

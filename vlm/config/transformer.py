@@ -134,14 +134,14 @@ class AttentionConfig(Config):
         head_dim: number of channels of a head.
         bias: whether the projections of queries, keys and values have a bias.
         out_bias: whether the output projection has a bias, or null for the same value as `bias`.
-        windows: window size of each layer, in positions. A position attends to itself and to the positions before it,
-            up to the window size in total; null means all positions. If the list has fewer entries than the transformer
+        windows: window size of each layer, in positions. In a window of n, a position attends to itself and to the n -
+            1 positions before it; null means all earlier positions. If the list has fewer entries than the transformer
             has layers, the list is repeated.
         soft_cap: bound of the absolute attention scores, which become soft_cap * tanh(score / soft_cap) (Gemma Team,
             2024), or null for no bound.
         scale: factor by which attention scores are multiplied, or null for head_dim ** -0.5.
-        qk_norm: whether the queries and the keys of each head are normalised (Dehghani et al., 2023), by norms with the
-            settings of the transformer's other norms.
+        qk_norm: whether norms with the settings of `norm` normalise the queries and the keys of each head (Dehghani et
+            al., 2023).
     """
 
     num_heads: PositiveInt
@@ -235,7 +235,7 @@ MlpConfig = Annotated[PlainMlpConfig | GatedMlpConfig | MoeMlpConfig, Field(disc
 
 
 class TransformerConfig(Config):
-    """Config of a stack of transformer blocks. The encoder and the decoder each have such a stack.
+    """Config of a stack of transformer blocks, which the encoder and the decoder each have.
 
     Attributes:
         width: number of channels of the residual stream.

@@ -16,7 +16,8 @@ MAX_VALUES = 50_000
 """Maximum number of values in a file. A value counts once more for each alias (`*name`) that refers to the value."""
 ENCODINGS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark is a prefix of this mark
+    # This byte-order mark begins with the mark of UTF-16, so it must come first.
+    (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
@@ -30,7 +31,7 @@ class YamlProblem(ValueError):
 def read_mapping(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping. An empty file counts as an empty mapping.
 
-    The encoding is taken from the file's byte-order mark, and is UTF-8 if the file has no such mark.
+    A byte-order mark decides the encoding; a file without a byte-order mark is read as UTF-8.
 
     Raises:
         YamlProblem: the file cannot be read, is not valid YAML, or does not contain a mapping.

@@ -134,7 +134,7 @@ def rollout(weights_LHXX: Sequence[Tensor]) -> Tensor:
     """Compute by attention rollout how much each input of a stack of layers contributes to each output (X, X).
 
     Attention rollout assumes that half of a layer's output is the input at the same position (the residual connection).
-    The other half is the attention, averaged over the heads.
+    The other half of the output is the attention, averaged over the heads.
     """
     shares_XX = torch.eye(weights_LHXX[0].shape[-1])
     for weights_HXX in weights_LHXX:
@@ -164,7 +164,7 @@ def project_shares(projector: nn.Module, shares_NP: Tensor, resampler_LHQS: Sequ
     if not resampler_LHQS:
         return shares_NP
     # Before the first block, the latents contain no information about the picture, so their shares are zero. Each block
-    # reads the picture and the latents.
+    # of the resampler reads the picture and the latents.
     shares_QP = shares_NP.new_zeros(resampler_LHQS[0].shape[1], shares_NP.shape[1])
     for weights_HQS in resampler_LHQS:
         attended_QP = weights_HQS.mean(dim=0) @ torch.cat((shares_NP, shares_QP))

@@ -48,8 +48,8 @@ def generate(
 def stream(
     model: VisionLanguageModel, tokenizer: Tokenizer, request: Request, settings: GenerationConfig
 ) -> Iterator[Completion]:
-    """Generate one completion, and yield the completion after each token. Its text is the part of the answer that later
-    tokens cannot change.
+    """Generate one completion, and yield the completion after each token. The text of a yielded completion is the part
+    of the answer that later tokens cannot change.
 
     All yielded completions are the same object. Each yielded text begins with the previously yielded text, and the last
     text equals the text that `generate` returns. With beam search, the completion is yielded once, after the search has
@@ -102,7 +102,7 @@ def _generate_steps(
 def _append_token(
     completion: Completion, token: int, logprob: float, tokenizer: Tokenizer, stop: Sequence[str]
 ) -> bool:
-    """Append a token to a completion, and return True if generation must continue."""
+    """Append a token to a completion, and return True if the completion is not finished."""
     completion.logprobs.append(logprob)
     if token == tokenizer.eos_id:
         return False

@@ -70,8 +70,8 @@ class KVCache:
     def keep_rows(self, active: Sequence[bool]) -> list[int]:
         """Drop the rows that are not active, and return the old index of each remaining row.
 
-        The last active rows move into the places of dropped rows. Dropping a row therefore copies the keys and values
-        of at most one row and allocates no new keys and values.
+        The last active rows replace dropped rows. Dropping a row therefore copies the keys and values of at most one
+        row and allocates no new keys and values.
         """
         count = sum(active)
         movable = (row for row in range(count, len(active)) if active[row])
@@ -89,7 +89,8 @@ class KVCache:
         return kept
 
     def reorder(self, rows_B: Tensor, start: int) -> None:
-        """Replace the positions from `start` to the end in each row i by those of the old row `rows_B[i]`.
+        """In each row i, replace the positions from `start` to the end by the same positions of the old row
+        `rows_B[i]`.
 
         The positions before `start` must already be equal in row i and in row `rows_B[i]`.
         """

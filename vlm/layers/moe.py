@@ -33,7 +33,9 @@ class Groups(NamedTuple):
 
 
 class GroupedLinear(nn.Module):
-    """Stacked linear layers of all experts. Each row goes through the linear layer of its expert."""
+    """Stacked linear layers of all experts. The forward pass applies to each row the linear layer of the row's
+    expert.
+    """
 
     def __init__(self, num_experts: int, inputs: int, outputs: int, *, bias: bool) -> None:
         super().__init__()

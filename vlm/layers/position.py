@@ -27,7 +27,7 @@ class Rotary(nn.Module):
     """Rotary position embedding (Su et al., 2021) in its half-split form.
 
     Channels i and i + D/2 are rotated by the angle position * base^(-2i/D). The dot product of a query and a key then
-    depends only on the distance of their positions. The tables hold the cosine and the sine of the angles of every
+    depends only on the distance between their positions. The tables hold the cosine and the sine of the angles of every
     position of the context, computed in fp32.
     """
 
@@ -103,7 +103,7 @@ class MixedRotary(nn.Module):
         _, depth, num_heads, pairs = self.frequency.shape
         size = self.INITIAL_BASE ** (-torch.arange(pairs // 2, dtype=torch.float32) / (pairs // 2))
         direction_LH1 = 2 * math.pi * torch.rand(depth, num_heads, 1)
-        for axis, shift in enumerate((0.0, -math.pi / 2)):  # with the shift, the cosine below is a sine
+        for axis, shift in enumerate((0.0, -math.pi / 2)):  # the shift turns the cosine into a sine
             halves = [size * torch.cos(direction_LH1 + shift + turn) for turn in (0.0, math.pi / 2)]
             self.frequency[axis] = torch.cat(halves, dim=-1)
 

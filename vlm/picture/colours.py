@@ -2,8 +2,8 @@
 
 Samples of 16 bits are scaled to 8 bits. Cameras, microscopes and X-ray detectors store 8, 10 or 12 bits in samples of
 16 bits without scaling them, so that the pictures are almost black. If the largest sample of a picture fits in 8, 10 or
-12 bits, the samples are scaled from the smallest such number of bits. All other pictures are scaled from 16 bits. The
-values of TIFF palettes have 16 bits, but old programs wrote values of 8 bits, which are also scaled.
+12 bits, the samples are scaled from the smallest such number of bits. Pictures with larger samples are scaled from 16
+bits. The values of TIFF palettes have 16 bits, but old programs wrote values of 8 bits, which are also scaled.
 
 Pictures are converted in bands of rows, because a conversion needs several times the memory of its band. Decoding a
 picture of 64 megapixels needs 0.6 GB.
@@ -66,7 +66,8 @@ def to_rgb(image: Image.Image, data: bytes) -> Image.Image:
 def _widen_palette(image: TiffImagePlugin.TiffImageFile) -> None:
     """Correct the palette of a TIFF picture whose colours have values from 0 to 255 instead of 0 to 65535.
 
-    Old programs wrote such palettes. Pillow keeps only the upper 8 bits of each value, so every colour becomes black.
+    Old programs wrote palettes with values of 8 bits. Pillow keeps only the upper 8 of 16 bits, so every colour becomes
+    black.
     """
     colours = image.tag_v2.get(TIFF_PALETTE, ())
     if colours and max(colours) < 2**8:

@@ -296,7 +296,7 @@ def _split_tiff(data: bytes) -> PictureFile:
         return PictureFile(data, _choose(data, b""))
     entries = [data[entry : entry + size] for entry in range(start, end, size)]
     kept = [entry for entry in entries if struct.unpack_from(order + "H", entry)[0] in TIFF_TAGS]
-    directory = struct.pack(order + number, len(kept)) + b"".join(kept)  # the zeros added below: no next directory
+    directory = struct.pack(order + number, len(kept)) + b"".join(kept)  # zeros mean that no directory follows
     directory = directory.ljust(end + struct.calcsize(order + word) - first, b"\0")
     file = data[:first] + directory + data[first + len(directory) :]
     return PictureFile(file, _choose(data, _tiff_xmp(data, entries, order, big=big)))

@@ -28,7 +28,7 @@ TRANSPOSES = {
 def exif_orientation(exif: bytes) -> int | None:
     """Return the orientation in the first directory of EXIF data or of a TIFF file.
 
-    Only this directory is read, entry by entry. All entries except the orientation are ignored and may be damaged. A
+    This function reads only the entry of the orientation, so damage in other entries or directories has no effect. A
     value outside of 1 to 8 counts as 1, as in a browser.
 
     Returns:

@@ -12,7 +12,8 @@ UNKNOWN_CHAR = "\N{REPLACEMENT CHARACTER}"
 
 
 class CharTokenizer:
-    """Tokenizer with one token per character of a fixed alphabet. Any other character becomes the unknown token.
+    """Tokenizer with one token per character of a fixed alphabet. A character outside the alphabet becomes the unknown
+    token.
 
     The lowest ids are the special tokens, the next id is the unknown token, and all higher ids are characters.
 

@@ -1,10 +1,10 @@
 """Tokenizer read from a published tokenizer.json of the `tokenizers` library.
 
-Special tokens of a tokenizer.json have a text form. This module distinguishes control tokens and region tokens. Control
-tokens are start, end, padding, and all further special tokens that are not region tokens. No text is encoded to a
-control token, so "<eos>" in a caption or prompt is encoded as ordinary characters. Region tokens (<loc0512>, <seg003>)
-are text: captions may contain region tokens, and decoding keeps region tokens. The template, truncation and padding
-settings of the file are not used, because `prompt.py` builds the sequence.
+Special tokens of a tokenizer.json have a text form. This module divides special tokens into control tokens and region
+tokens. Control tokens are start, end, padding, and all further special tokens that are not region tokens. No text is
+encoded to a control token, so "<eos>" in a caption or prompt is encoded as ordinary characters. Region tokens
+(<loc0512>, <seg003>) are text: captions may contain region tokens, and decoding keeps region tokens. The template,
+truncation and padding settings of the file are not used, because `prompt.py` builds the sequence.
 """
 
 from __future__ import annotations

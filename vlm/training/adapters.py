@@ -93,9 +93,9 @@ def add_adapter(model: nn.Module, config: AdapterConfig) -> None:
 def cast_frozen_to_bf16(model: nn.Module) -> None:
     """Convert frozen weights of linear layers and experts to bf16, in place, to save memory under bf16 autocast.
 
-    Results do not change, because autocast would round these weights in the same way at every use. Autocast does not
-    round embedding tables and routers, so the weights of embedding tables and routers stay in fp32. An output head that
-    shares the weight of an embedding table also stays in fp32.
+    The conversion does not change results, because autocast would round these weights in the same way at every use.
+    Autocast does not round embedding tables and routers, so the weights of embedding tables and routers stay in fp32.
+    An output head that shares the weight of an embedding table also stays in fp32.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     experts = [module for module in model.modules() if isinstance(module, GroupedLinear)]

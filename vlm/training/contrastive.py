@@ -85,8 +85,8 @@ def text_vectors(model: VisionLanguageModel, batch: Batch) -> Tensor:
 def sigmoid_loss(pictures_BW: Tensor, texts_BW: Tensor, same_BB: Tensor) -> Tensor:
     """Compute SigLIP's loss: the binary cross entropy of all pairs, summed over texts and averaged over pictures.
 
-    The logits get a bias of -log(B - 1), so that vectors with a cosine of 0 give the probability 1 / B. This value is
-    the share of matching texts, because one of the B texts belongs to each picture.
+    The logits get a bias of -log(B - 1), so that vectors with a cosine of 0 give the probability 1 / B. The value 1 / B
+    is the share of matching texts: one of the B texts belongs to each picture.
 
     Args:
         pictures_BW: vectors of the pictures.

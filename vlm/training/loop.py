@@ -171,7 +171,7 @@ def _backward(
         router_part, report = router_loss(layers, part)
         if router_part.requires_grad:  # False if no trained weight can change the choice of a router
             objectives.append(router_part * (world_size() / num_parts))
-    if contrast:  # only after the router loss, because this pass overwrites the routing
+    if contrast:  # after the router loss, because this forward pass overwrites the routing
         with mixed_precision(part.tokens_BT.device, bf16=bf16):
             objectives.append(contrast.loss(part) / num_parts)
     torch.autograd.backward(objectives)

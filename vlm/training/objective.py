@@ -90,8 +90,8 @@ def router_loss(layers: Mapping[str, MoeMlp], batch: Batch) -> tuple[Tensor, Rou
         batch: input batch of the last training pass.
 
     Returns:
-        This rank's part of the weighted router loss, and the router report. The sum of the parts of all ranks is the
-        weighted router loss.
+        This rank's part of the weighted router loss, and the router report. The weighted router loss is the sum of the
+        parts of all ranks.
     """
     valid_N = _valid_positions(batch).flatten().float()
     rank_sums = [
@@ -142,7 +142,9 @@ def _sum_over_ranks(rank_sums: list[_RouterSums]) -> list[_RouterSums]:
 
 
 def _is_decoder_layer(layer: str) -> bool:
-    """Return whether a layer belongs to the decoder. Only the inputs of decoder layers have padding."""
+    """Return whether a layer belongs to the decoder. Inputs of decoder layers have padding, and inputs of encoder
+    layers have none.
+    """
     return layer.startswith("decoder.")
 
 
@@ -179,8 +181,9 @@ def blind_losses(model: VisionLanguageModel, batch: Batch, other_pixels_PHWC: Te
     tokens.
 
     Each of the three results has shape (B,). The losses are sums over target tokens. The blind gap of a set of rows, in
-    nats per token, is the total loss with other pictures minus the total loss with the right pictures, divided by the
-    number of target tokens. If a model ignores its pictures, its blind gap is zero, whether the loss is large or small.
+    nats per token, is a difference of total losses, divided by the number of target tokens. The difference is the loss
+    with other pictures minus the loss with the right pictures. If a model ignores its pictures, its blind gap is zero,
+    whether the loss is large or small.
     """
     right_B, tokens_B = row_losses(model, batch)
     wrong_B, _ = row_losses(model, batch.with_pixels(other_pixels_PHWC))

@@ -18,7 +18,7 @@ NO_DECAY_SUFFIXES = ("bias", "position", "_token", "frequency")
 AVERAGE = "average"
 """Key of a parameter's moving average in the optimizer state.
 
-The average is saved, resumed and sharded in the same way as the AdamW moments."""
+Checkpoints and sharding treat the moving average in the same way as the AdamW moments."""
 
 
 def set_trainable(model: nn.Module, rates: Mapping[str, float]) -> None:

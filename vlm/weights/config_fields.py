@@ -147,9 +147,8 @@ def scalar(value: Any) -> Any:
 def write_only(key: str, ours: Callable[[ModelConfig], Any]) -> ConfigField:
     """Return a config field that an export writes and an import does not compare.
 
-    Use such a field for a setting that the shapes of the tensors already determine, or for a setting whose value in
-    config.json may differ from the value in our config. Because an import reads the key, the key is not refused as
-    unknown.
+    Use this function for a setting that the shapes of the tensors already determine, or whose value in config.json may
+    differ from the value in our config. The import still reads the key, so that the key is not refused as unknown.
     """
 
     def theirs(settings: Settings) -> Any:

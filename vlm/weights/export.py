@@ -41,8 +41,8 @@ class ExportReport(Config):
         tensors: number of tensors in the written files.
         left_out: number of parameters of the checkpoint that do not belong to the exported part.
         without: dict from a reason to the name patterns of tensors that the export leaves out for this reason, although
-            the other library's own files contain such tensors. The other library computes or initialises these tensors
-            itself.
+            the other library's own files contain such tensors. The other library computes or initialises the tensors in
+            `without` itself.
     """
 
     part: Part
@@ -146,8 +146,8 @@ def _add_token_settings(settings: dict[str, Any], family: Family, checkpoint: Pa
     section = {"vocab_size": rows, **ids}
     merge_settings(settings, {family.vocab_section: section} if family.vocab_section else section)
     if family.image_id_key:
-        # Our models have no image token. The other library never looks up the embedding of the image token, so the
-        # token's id may be larger than the index of the last row of the embedding table.
+        # Our models have no image token. The other library never reads the embedding of the image token, so the
+        # embedding table needs no row for the token's id.
         published = _read_published_tokenizer(checkpoint)
         found = Backend.from_str(json.dumps(published["tokenizer"])).token_to_id(IMAGE_MARKER) if published else None
         settings[family.image_id_key] = rows if found is None else found

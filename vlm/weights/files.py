@@ -1,8 +1,7 @@
 """Functions that read and write safetensors weights, in one file or in several shards.
 
-Each read of a tensor opens the weight file again. Tensors are views of the memory-mapped file, and all pages that were
-read count as memory of the process until the file is closed. If the file stayed open, loading a model would need twice
-the memory.
+Each read of a tensor opens and maps the weight file again. While a mapped file is open, all of its pages that were read
+count as memory of the process. If the file stayed open, loading a model would therefore need twice the memory.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ class TensorHeader:
 class WeightFiles:
     """All tensors in the weight files of a folder. The constructor reads only the headers of the files.
 
-    If a folder contains both model.safetensors and an index of shards, model.safetensors is read, as in transformers:
-    the index is often left in the folder after the shards were merged. The attribute `ignored` lists the shards that
-    are not read because of model.safetensors.
+    If a folder contains both model.safetensors and an index of shards, model.safetensors is read, as in transformers.
+    The index often stays in a folder whose shards were merged. The attribute `ignored` lists the shards that are not
+    read because of model.safetensors.
 
     Raises:
         CheckpointError: the folder has no weights, a shard is missing, a file is damaged, or the weights are pickled.

@@ -79,7 +79,7 @@ class ImportReport(Config):
 
 @dataclass(frozen=True)
 class Source:
-    """One folder of weights, and the import plan for filling one part of the model from this folder."""
+    """Folder of weights, and the import plan that fills one part of the model from the folder."""
 
     part: Part
     family: Family
@@ -101,7 +101,7 @@ def import_weights(
         seed: random seed for initialising the parameters that no folder contains.
 
     Raises:
-        CheckpointError: a folder cannot be read, or does not fit the model. One error lists all mismatches.
+        CheckpointError: a folder cannot be read, or does not fit the model. The error lists all mismatches.
     """
     model = _build_on_meta(config, vocab_size)
     sources = [_open_source(part, folder, config, model) for part, folder in folders.items()]

@@ -1,8 +1,8 @@
 """Loading of a whole published model, with a config that is derived from the files of the model's folder.
 
-`import_weights` compares a folder with a config that a person has written. This module uses the same config fields to
-derive a new config. The import then compares the folder with the derived config, so that a value that cannot be derived
-is an error.
+`import_weights` compares a folder with a config that a person has written. This module uses the config fields of the
+family to derive a new config. The import then compares the folder with the derived config, so that a value that cannot
+be derived is an error.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
 
 
 def _image(size: Any, processor: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the image config. The preprocessor of a whole model scales both sides of a picture to the same size."""
+    """Return the image config. The published preprocessors of whole models scale both sides of a picture to the same
+    size.
+    """
     image: dict[str, Any] = {"size": size, "resize": "stretch"}
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
         if processor.get(theirs) is not None:

@@ -64,7 +64,8 @@ class Drop:
 
 @dataclass(frozen=True)
 class Tie:
-    """Two tensors of a file that must be equal if the model ties its weights and therefore has no parameter `ours`.
+    """Two tensors of a file that must be equal if the model has no parameter `ours`, because the model ties these
+    weights.
 
     A file may contain `theirs`, `partner`, or both. If the file contains both, the two tensors must be equal.
     """

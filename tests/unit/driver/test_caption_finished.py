@@ -1,5 +1,5 @@
-"""Tests of the check which finds out without Spark that a caption job has nothing to do. In unclear cases, the check
-lets the Spark job run.
+"""Tests of the check which finds out without Spark that a caption job has nothing to do. If the check is not certain,
+the Spark job runs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Each generation setting changes the captions of commands, of the registered model and of its server in the same way.
 
-`caption` and `evaluate` run here as on executors, without Spark.
+The tests call the functions that `caption` and `evaluate` run on executors, without Spark.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Tests of model versions: a downloaded copy is used only if it is intact and comes from the current model registry,
-and table `decisions` names the champion of the registry."""
+"""Tests of downloaded model versions: a copy is used only if it is intact and comes from the current model registry.
+Table `decisions` names the champion of this registry.
+"""
 
 from __future__ import annotations
 

@@ -41,8 +41,8 @@ def gradients(experts: PlainExperts | GatedExperts, x_NW: Tensor, gates_NK: Tens
     return list(torch.autograd.grad((y_NW * torch.randn_like(y_NW)).sum(), [x_NW, gates_NK, *experts.parameters()]))
 
 
-# If the size of a row is a multiple of 16 bytes, the dispatch uses torch's grouped kernel. Otherwise, the dispatch uses
-# a padded matrix product.
+# The widths cover both implementations: rows of a multiple of 16 bytes use torch's grouped kernel, and rows of any
+# other size use a padded matrix product.
 @pytest.mark.parametrize("widths", [(16, 32), (8, 20), (6, 10)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", ["plain", "gated"])

@@ -28,8 +28,7 @@ def test_padding_does_not_change_the_logits(variant: str) -> None:
 def test_the_logits_of_a_position_do_not_depend_on_later_answer_tokens(variant: str) -> None:
     model, tokenizer = tiny_model(variant)
     one, two = (tiny_batch(model, tokenizer, [("go?", answer)]) for answer in ("abcd", "abxy"))
-    # Both answers start with ab. The first three logits may depend only on ab, and the fourth logits must depend on c
-    # or x.
+    # Both answers start with ab, so their first three logits must be equal, and their fourth logits must differ.
     torch.testing.assert_close(model(one)[:3], model(two)[:3])
     assert not torch.allclose(model(one)[3], model(two)[3])
 

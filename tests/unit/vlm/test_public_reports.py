@@ -71,8 +71,8 @@ def jpeg(content: bytes) -> bytes:
 
 
 def exif(*entries: tuple[int, int, int, bytes], values: bytes = b"") -> bytes:
-    """Build EXIF data with entries (tag, type, count, four bytes). The bytes `values` follow the entries, for values of
-    more than four bytes.
+    """Build EXIF data with entries (tag, type, count, four bytes). An entry has space for four bytes, so longer values
+    are in the bytes `values` after the entries.
     """
     listed = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
     return b"II*\0" + struct.pack("<IH", 8, len(entries)) + listed + bytes(4) + values

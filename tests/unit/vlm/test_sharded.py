@@ -1,6 +1,6 @@
 """Tests of models that are sharded over ranks: initial weights, and each rank's part of a checkpoint.
 
-A process group that does not communicate is enough here, because no rank needs the rows of another rank.
+The tests use a process group that does not communicate, because no rank needs the rows of another rank.
 """
 
 from __future__ import annotations

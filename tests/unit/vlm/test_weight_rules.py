@@ -146,5 +146,5 @@ def test_a_model_config_made_of_published_parts_fits_the_weight_families_of_thes
         assert [family.name for family in fitting if family.name in names] == names
         for family in fitting:
             if not family.exportable:
-                continue  # Lakesight cannot write a config.json of such a family
+                continue  # Lakesight writes no config.json of this family
             assert family.mismatches(config, family.to_settings(config)) == []

@@ -114,7 +114,7 @@ def test_a_rank_that_calls_os_exit_writes_neither_a_failure_record_nor_its_end_m
 def test_a_signal_is_recorded_even_while_the_main_thread_is_blocked_in_c_code(
     run: RunFolder, number: signal.Signals
 ) -> None:
-    # As in a collective, the main thread is blocked in C code (here sleep), so it runs no Python signal handler.
+    # The main thread is blocked in C code (`sleep`), as in a collective operation, so it runs no Python signal handler.
     process = start_rank(run, "import ctypes\nsleep = ctypes.CDLL(None).sleep\nlist(map(sleep, [600] * 9))")
     wait_until_started(run, process)
     process.send_signal(number)

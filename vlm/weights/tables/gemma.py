@@ -1,6 +1,6 @@
 """Gemma 1 and 2 (Gemma Team, 2024) in transformers.
 
-Gemma's files store each norm weight minus one. Our config key for this format is `norm.offset`. Gemma 2 also
+Gemma's files store each norm weight minus one, which our config describes by `norm.offset: true`. Gemma 2 also
 normalises the output of each branch, caps attention scores and logits, and uses sliding-window attention in every
 second layer.
 """
@@ -71,7 +71,7 @@ def rope_base(settings: Settings) -> Any:
     """Return the base of the rotary angles.
 
     If the angles are scaled, return all settings of the angles. If several keys of config.json give different bases,
-    return all of these bases. Such a result never equals the base in our config, so the import fails.
+    return all of these bases. Settings or a list of bases never equal the base in our config, so the import fails.
     """
     bases = {settings.get("rope_theta")}
     for rope in (settings.get("rope_parameters") or {}, settings.get("rope_scaling") or {}):
@@ -153,7 +153,9 @@ def windows_in(settings: Settings) -> tuple[Any, ...]:
 
 
 def write_windows(windows: tuple[int | None, ...]) -> dict[str, Any]:
-    """Return the settings of the attention windows. config.json needs a window size even if the model has no window."""
+    """Return the settings of the attention windows for config.json, which needs a window size even if the model has no
+    window.
+    """
     return {
         "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
         "sliding_window": next((window for window in windows if window is not None), 4096),

@@ -3,8 +3,8 @@
 The encoders may have a class token, registers, layer scale, attention pooling or SwiGLU.
 
 timm's config.json contains the name of an architecture, and the sizes of the architecture are in timm's code. The
-shapes of the tensors determine most sizes. An import checks any other value if config.json contains the value or the
-architecture's name implies the value; if neither is the case, the import reports the value as unchecked.
+shapes of the tensors determine most sizes. An import checks each other value against config.json or against the
+architecture's name. If both lack the value, the import reports the value as unchecked.
 """
 
 from __future__ import annotations
