@@ -60,7 +60,7 @@ def read_home_format(root: Path) -> int:
     """Return the format of a home folder.
 
     Raises:
-        UserError: the file that holds the format is damaged.
+        UserError: the file with the format is damaged.
     """
     path = root / FILE
     if not path.is_file():

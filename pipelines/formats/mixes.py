@@ -83,13 +83,13 @@ def mix_name(parts: Sequence[ShardFolder], draws: Sequence[int]) -> str:
 def write_mix(parts: Sequence[ShardFolder], shares: Sequence[float], shards: Path) -> ShardFolder:
     """Write a folder that contains only a manifest, which refers to the files of other shard folders.
 
-    The manifest says how many rows of each part an epoch draws. The number of draws in an epoch is the number of rows
-    of all parts together. Each part except the first part gets its share of the draws. The first part gets the
-    remaining draws. Each of the `shares` is above 0, and their sum is below 1.
+    The manifest says how many rows of each source (part) an epoch draws. An epoch draws a number of rows that equals
+    the number of rows of all sources together. Each source except the first source gets its share of the draws. The
+    first source gets the remaining draws. Each of the `shares` is above 0, and their sum is below 1.
 
     Args:
         parts: shard folders with the same parent folder.
-        shares: for each part except the first part, its share of the rows that an epoch draws.
+        shares: for each source except the first source, its share of the rows that an epoch draws.
         shards: parent folder of the shard folders.
     """
     draws = _draws(parts, shares)
@@ -114,7 +114,7 @@ def write_mix(parts: Sequence[ShardFolder], shares: Sequence[float], shards: Pat
 
 
 def _draws(parts: Sequence[ShardFolder], shares: Sequence[float]) -> list[int]:
-    """Return the number of rows that an epoch draws from each part."""
+    """Return the number of rows that an epoch draws from each source."""
     total = sum(part.manifest.num_rows for part in parts)
     shared_draws = [max(1, round(share * total)) for share in shares]
     return [max(1, total - sum(shared_draws)), *shared_draws]

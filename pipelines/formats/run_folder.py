@@ -268,7 +268,7 @@ class RunFolder:
         return self.path / "samples" / f"{step:010d}.json"
 
     def heartbeat(self, rank: int) -> Path:
-        """Path of the rank's heartbeat file, which holds one line: the step, a space and the time."""
+        """Path of the rank's heartbeat file, which contains one line: the step, a space and the time."""
         return self.path / "heartbeat" / f"rank-{rank}"
 
     def rank(self, rank: int) -> Path:

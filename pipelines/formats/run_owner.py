@@ -1,12 +1,13 @@
 """Ownership of a run folder, which ensures that only one process at a time trains a run.
 
-Two mechanisms ensure that a run has only one owner:
+Two mechanisms ensure that a run has only one owner: a lock on one host, and a lease across hosts.
 
-- On one host, the owner holds a lock of the kernel (flock) on `owner.lock`. The kernel releases the lock when the
-  process ends in any way. A killed process or a reused process id therefore cannot block a run.
-- Across hosts, the owner renews a lease: `launcher.json` contains a counter, which the owner increases every few
-  seconds. A network file system may have no locks (a Databricks Volume has none), and the clocks of two hosts may
-  differ. Another host therefore watches whether the counter changes, and does not compare times.
+On one host, the owner holds a lock of the kernel (flock) on `owner.lock`. The kernel releases the lock when the process
+ends in any way. A killed process or a reused process id therefore cannot block a run.
+
+Across hosts, the owner renews a lease: `launcher.json` contains a counter, which the owner increases every few seconds.
+A network file system may have no locks (a Databricks Volume has none), and the clocks of two hosts may differ. Another
+host therefore watches whether the counter changes, and does not compare times.
 
 An owner may be suspended for so long that another host takes over the run. When the suspended owner continues and
 renews its lease, the owner finds the lease of the other host, and stops.

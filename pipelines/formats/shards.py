@@ -77,7 +77,7 @@ class ShardFile(Config):
 
 
 class MixPart(Config):
-    """One source of a mix. The manifest of the mix lists the files of all parts, in the order of the parts.
+    """One source of a mix. The manifest of the mix lists the files of all sources, in the order of the sources.
 
     Attributes:
         source: name of the source.

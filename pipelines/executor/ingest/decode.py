@@ -201,7 +201,10 @@ def _decode_sample(file: str, fields: Fields, rules: DecodeRules) -> dict[str, A
 
 
 class _SameBytes:
-    """Cache key of a bytes object. Two keys are equal only if they hold the same object; bytes are not compared."""
+    """Cache key of a bytes object.
+
+    Two keys are equal only if they contain the same object; the bytes themselves are not compared.
+    """
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -219,7 +222,7 @@ def _decode_picture(
 ) -> tuple[ImageInfo, str, bytes | None]:
     """Return the format and size of a picture, its SHA-256 and its fingerprint.
 
-    Consecutive rows may hold the same picture with different captions. The result of the last call is cached, so a
+    Consecutive rows may contain the same picture with different captions. The result of the last call is cached, so a
     picture that consecutive rows share is decoded only once.
     """
     pixels, info = _open_image(image.data, limits)
@@ -227,7 +230,7 @@ def _decode_picture(
 
 
 def _image_bytes(value: object, column: str, max_bytes: int) -> bytes:
-    """Return the bytes of a picture file from a value that holds bytes or base64.
+    """Return the bytes of a picture file, given a value that contains bytes or base64.
 
     Raises:
         Refused: with reason bad_base64 or too_large, or malformed_record if the value is neither bytes nor a string.

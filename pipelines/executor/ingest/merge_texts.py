@@ -25,7 +25,7 @@ MERGED = pa.schema(
         pa.field("full", pa.list_(TEXT_TYPE)),
     ]
 )
-"""Columns of batches that hold one `MergedTexts` per row."""
+"""Columns of batches with one `MergedTexts` per row."""
 
 
 class MergedTexts(NamedTuple):
@@ -76,7 +76,8 @@ def merge_texts(known: Sequence[Text], rows: Sequence[Sequence[Text]], max_texts
 def merge_texts_of_pictures(batches: Iterator[pa.RecordBatch], max_texts: int | None) -> Iterator[pa.RecordBatch]:
     """Replace the last column of the batches, `row_texts`, by the columns of MERGED.
 
-    The column before the last column is `known_texts`, which holds the texts that are already in `samples`.
+    The column before the last column is `known_texts`, which contains the texts that the picture already has in
+    `samples`.
     """
     for batch in batches:
         *others, row_texts = batch.columns

@@ -32,7 +32,7 @@ OUTCOME = pa.schema(
 
 
 class Refused(Exception):
-    """Exception for a row that cannot become a sample and goes to the table `quarantine`.
+    """Exception for a row that cannot become a sample and is written to the table `quarantine`.
 
     Attributes:
         stage: step of ingest that refused the row: read, decode or merge.

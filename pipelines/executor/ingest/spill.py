@@ -1,10 +1,10 @@
 """Spill files: Arrow files that store pictures and payloads between decoding and the write to a table.
 
 The driver cannot decide whether a row is accepted until all rows are decoded. If Spark kept the pictures until all rows
-are decoded, Spark would copy each picture about ten times inside the JVM. These copies would take longer than decoding
-the picture. Therefore Python workers write the wide columns (picture and payload) to spill files, and Spark moves
-narrow rows, which contain a position in the spill files. When a row is written to its table, the wide columns are read
-from the spill files.
+are decoded, Spark would copy each picture about ten times inside the JVM. Copying a picture ten times takes longer than
+decoding the picture. Therefore Python workers write the wide columns (picture and payload) to spill files, and Spark
+moves narrow rows, which contain a position in the spill files. When a row is written to its table, the wide columns are
+read from the spill files.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def normalize_id(value: object) -> str | None:
         raise Refused("decode", "malformed_record", f"the id has {len(text)} characters, at most {MAX_ID_CHARS}")
     if control := CONTROL.search(text):
         raise Refused("decode", "malformed_record", f"the id has the control character U+{ord(control[0]):04X}")
-    return text or None  # the text is empty if the bytes hold only a byte-order mark
+    return text or None  # the text is empty if the bytes contain only a byte-order mark
 
 
 def bytes_to_id(value: bytes) -> str:

@@ -19,7 +19,7 @@ from pipelines.executor.ingest.storage import FILE_ERRORS, printable, require_da
 from pipelines.executor.ingest.text_stream import open_text
 
 TEXT = "text"
-"""Name of the field of a record that holds the text."""
+"""Name of the field of a record that contains the text."""
 FILES = pa.schema([("path", pa.binary()), ("file", pa.string())])
 """Schema of the raw rows, one per file.
 

@@ -1,4 +1,4 @@
-"""Functions that read the metric files and sample files of a run while rank 0 is still writing such files.
+"""Functions that read the metric files and sample files of a run while rank 0 is still writing more of these files.
 
 A long run has tens of thousands of metric files. On a network file system, such as a Databricks Volume, listing or
 opening a file takes tens of milliseconds. A reader therefore tries to open the file of the next step at which rank 0

@@ -99,7 +99,7 @@ def version_link(platform: Platform, name: str, version: str) -> str:
 def picture(platform: Platform, run_id: str, artifact: str) -> str:
     """Return Markdown that shows a picture from the artifacts of a run.
 
-    In a Databricks workspace, return an empty text, because the workspace does not show such pictures.
+    In a Databricks workspace, return an empty text, because the workspace does not show pictures of artifacts.
     """
     if platform.kind != "local":
         return ""

@@ -75,10 +75,10 @@ class Collator:
         return batch
 
     def collate_parts(self, rows: Sequence[Row], texts: Sequence[tuple[str, str]], rows_at_once: int) -> list[Batch]:
-        """Collate rows into parts of `rows_at_once` rows.
+        """Collate rows into smaller batches (parts) of `rows_at_once` rows.
 
-        In each part, all rows are padded to the length of the longest row. Rows are sorted by length to reduce
-        padding. If all rows fit into one part, the rows keep their order.
+        In each smaller batch, all rows are padded to the length of the longest row. Rows are sorted by length to reduce
+        padding. If all rows fit into one batch, the rows keep their order.
         """
         made = [(row, self._sequence(row.image_id, *text)) for row, text in zip(rows, texts, strict=True)]
         if len(made) > rows_at_once:

@@ -11,8 +11,8 @@ until a result is inside [0, n). This method is called cycle walking (Black and 
 Domains", 2002).
 
 In a mix of several sources, the positions of an epoch are permuted by the same method. Each permuted position is a draw
-from one source (a part of the mix). The number of the draw determines the row, because the rows of each part are also
-permuted by this method.
+from one source (a part of the mix). The number of the draw determines the row, because a Feistel network also permutes
+the rows of each source.
 """
 
 from __future__ import annotations
@@ -68,18 +68,19 @@ def pick_rows(step: int, *, rank: int, world_size: int, batch_size: int, num_row
 
 
 def pick_mix_rows(picks: RowPicks, rows: Sequence[int], draws: Sequence[int], *, seed: int) -> RowPicks:
-    """Map the draws of a mix to rows of its parts. The rows of all parts are numbered consecutively.
+    """Map the draws of a mix to rows of its sources. The rows of all sources are numbered consecutively.
 
-    Each pass over a part draws every row of the part once, in a new order.
+    Each pass over a source draws every row of the source once, in a new order.
 
     Args:
         picks: result of `pick_rows` with num_rows = sum(draws).
-        rows: number of rows in each part, at least 1.
-        draws: number of draws from each part per epoch of the mix, at least 1.
+        rows: number of rows in each source, at least 1.
+        draws: number of draws from each source per epoch of the mix, at least 1.
         seed: seed of the run.
 
     Returns:
-        The row of each draw, and the row's epoch, which counts the complete passes over the row's part before the draw.
+        The row of each draw, and the row's epoch, which counts the complete passes over the row's source before the
+        draw.
     """
     found, rounds = np.empty_like(picks.rows), np.empty_like(picks.epochs)
     first_row = first_draw = 0

@@ -94,7 +94,7 @@ def training_windows(
     workers: int = 0,
     pinned: bool = False,
 ) -> Iterator[list[Batch]]:
-    """Yield this rank's windows of each step, as a list of parts.
+    """Yield this rank's windows of each step, as a list of smaller batches.
 
     The arguments are those of `batches.training_batches`.
     """

@@ -1,7 +1,7 @@
 """Functions for the log of a rank, the throughput of its training steps, and the metric files that rank 0 writes.
 
-All output of a rank goes into its own log file, including output of C++ libraries and crash dumps. The stream to the
-launcher receives only log lines, because this stream cuts lines at 4,000 characters and fails at a byte that is not
+All output of a rank is written to its own log file, including output of C++ libraries and crash dumps. The stream to
+the launcher receives only log lines, because this stream cuts lines at 4,000 characters and fails at a byte that is not
 UTF-8.
 """
 

@@ -68,7 +68,7 @@ def sampled_rows(shards: Shards, step: int, order: RowOrder, augmenter: Augmente
 class CaptionSampler:
     """Samples captions for training rows, and returns batches in which each caption is weighted by its advantage.
 
-    The setting `rows_at_once` limits the number of captions in a part of a batch.
+    The setting `rows_at_once` limits the number of captions in each yielded batch.
 
     Args:
         model: model whose captions are sampled, without a DDP wrapper.

@@ -88,7 +88,10 @@ def _kept(pairs: list[tuple[str, Any]]) -> Fields:
 
 
 def _to_id(value: object) -> str | None:
-    """Return an id as text. The ids 1, 1.0 and "1" give the same text, because tools write ids in different ways."""
+    """Return an id as text.
+
+    The ids 1, 1.0 and "1" become the same text, because tools write the same id in different ways.
+    """
     if value is None or value != value:  # noqa: PLR0124 (NaN)
         return None
     text = str(int(value)) if isinstance(value, float) and value.is_integer() else _to_string(value)

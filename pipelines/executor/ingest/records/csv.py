@@ -176,7 +176,7 @@ def _join_quoted(
             yield line
             continue
         row, size = [line], len(line[0])
-        # A row cannot continue after a line that ends with `last`. The quotes of this line are not checked here but in
+        # If a line ends with `last`, the row cannot continue, so the quotes of the line are checked only later, in
         # `split_line`.
         opened = line[1] != last and _ends_in_quotes(line[0], quoting, opened=False)
         while opened and size <= limit and len(row) < MAX_LINES_OF_ROW and row[-1][1] != last:
@@ -224,9 +224,9 @@ def split_line(line: str, delimiter: str = ",", escape: str = "", quote: str = '
     character. In a field without quotes, the escape character has no special meaning.
 
     A field that does not begin with a quote may contain quotes, as in `5" pipe`, although the standard forbids such
-    quotes. However, a row is wrong if a field that begins without a quote ends with a single quote after a letter. This
-    field is probably the end of a quoted field that began in an earlier line. A single quote after a number is allowed,
-    because the quote may mean inches.
+    quotes. However, a row is wrong if a field that begins without a quote ends with a single quote after a letter. The
+    field with the single quote is probably the end of a quoted field that began in an earlier line. A single quote
+    after a number is allowed, because the quote may mean inches.
     """
     if not quote:
         return line.split(delimiter)

@@ -1,4 +1,4 @@
-"""Parser of JSON lines files, which hold one JSON object per line."""
+"""Parser of JSON lines files, which contain one JSON object per line."""
 
 from __future__ import annotations
 

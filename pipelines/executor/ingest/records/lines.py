@@ -1,8 +1,8 @@
 """Functions with which Python workers read the lines of files, in byte ranges and with bounded memory.
 
-A line may contain megabytes of base64. Spark's text reader is not used, because it copies each line about six times
-inside the JVM. These copies take half as long as decoding the picture in the line. With Spark's text reader, one
-damaged file would also fail the whole Spark job.
+A line may contain megabytes of base64. Spark's text reader is not used. Spark would copy each line about six times
+inside the JVM, which takes half as long as decoding the picture in the line. With Spark's text reader, one damaged file
+would also fail the whole Spark job.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ def parquet_records(
     """Read the rows of byte ranges of Parquet files. All damage in a range becomes one record `unreadable_file`.
 
     The column `partition` of a batch is a map of the values in folder names such as `year=2024`. All rows of a file
-    have these values. Hugging Face's struct of bytes and path becomes two fields: the picture column IMAGE, and
-    IMAGE.path.
+    have the same partition values. Hugging Face's struct of bytes and path becomes two fields: the picture column
+    IMAGE, and IMAGE.path.
 
     Args:
         batches: batches with the columns path, file, start, end and partition.

@@ -144,7 +144,7 @@ class ParquetColumns:
     def _keeps_dictionaries(self, group: int, sizes: Mapping[int, PageSizes]) -> bool:
         """Return whether to read a column as an Arrow dictionary array.
 
-        A dictionary array saves memory if the column holds lists or large repeated values.
+        A dictionary array saves memory if the column contains lists or large repeated values.
         """
         texts = [leaf for leaf in sizes if leaf in self._texts]
         if not any(self._column(leaf).max_repetition_level for leaf in texts):

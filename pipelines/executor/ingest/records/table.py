@@ -36,7 +36,7 @@ def delta_records(batches: Iterator[pa.RecordBatch], names: Sequence[str], image
 
 
 def _read_others(row: pa.Array) -> Fields:
-    """Convert the struct that holds the unused columns to a dict.
+    """Convert the struct of the unused columns to a dict.
 
     The struct is null if the table has no unused columns.
     """

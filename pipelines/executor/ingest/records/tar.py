@@ -169,7 +169,7 @@ class TarReader:
 
 
 def _skip_sparse_map(file: IO[bytes], block: bytes) -> None:
-    """Skip the blocks after a header of the old GNU format that continue the list of a sparse file's parts."""
+    """Skip the blocks that follow the header of a sparse file in the old GNU format and list more parts of the file."""
     is_continued = block[156:157] == tarfile.GNUTYPE_SPARSE and block[482]
     while is_continued:
         block = file.read(BLOCK)

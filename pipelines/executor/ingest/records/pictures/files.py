@@ -101,7 +101,7 @@ def _spellings(name: str) -> Iterator[str]:
 
 
 def _parts(roots: Sequence[str], path: str) -> list[str]:
-    """Split a path below the root folder into its parts, which are the names of folders and of the file.
+    """Split a path below the root folder into the names of its folders and of its file.
 
     `roots` are all known paths of the root folder.
 
@@ -119,7 +119,7 @@ def _parts(roots: Sequence[str], path: str) -> list[str]:
 
 
 def _walk(root: Path, parts: list[str]) -> PictureFile | str:
-    """Follow a path part by part, and check that each part is inside the root folder.
+    """Follow a path name by name, and check that each folder or file on the path is inside the root folder.
 
     Returns:
         The file, or a text that follows "the folder has no file PATH" in the error message. The text is, for example,
