@@ -39,7 +39,7 @@ BATCH_POSITIONS = 16_384
 """BATCH_ROWS is the largest number of rows in a batch. BATCH_POSITIONS is the largest number of positions in a batch,
 summed over all rows and beams.
 
-The two limits bound the memory of the key-value cache."""
+BATCH_ROWS and BATCH_POSITIONS bound the memory of the key-value cache."""
 MAX_PIXELS, MIN_SIDE, MAX_BYTES = 64_000_000, 4, 64 * 2**20
 """Default limits for pictures: the largest number of pixels (width times height), the smallest side in pixels, and the
 largest size of a file in bytes."""

@@ -7,8 +7,8 @@ tokenizer.json      the tokenizer as JSON
 files.json          size and SHA-256 of every other file in the folder, to detect incomplete writes and changed bytes;
                     only in training checkpoints
 
-Names and shapes of the tensors must match the model exactly. A missing tensor is an error, and a tensor that the model
-does not have is an error. The module `vlm.training.state` saves the optimizer state of a training checkpoint.
+Names and shapes of the tensors must match the model exactly. Tensors that the file lacks and tensors that the model
+lacks are errors. The module `vlm.training.state` saves the optimizer state of a training checkpoint.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ MODEL_FILES = (WEIGHTS, CONFIG, TOKENIZER)
 FORMAT_KEY, FORMAT = "lakesight_format", 2
 """Version of the checkpoint format. A file without a version counts as version 0.
 
-In version 2, the learned query of `vision.select: attention` reads only the patches. In versions 0 and 1, this query
-also reads the class token and the registers.
+In version 2 of the format, the learned query of `vision.select: attention` reads only the patches. In versions 0 and 1
+of the format, this query also reads the class token and the registers.
 """
 
 
@@ -91,7 +91,7 @@ def find_checkpoint(folder: Path) -> Path:
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[VisionLanguageModel, Tokenizer]:
-    """Load the model and the tokenizer of a checkpoint folder. The model is in evaluation mode.
+    """Load the model and the tokenizer of a checkpoint folder. The loaded model is in evaluation mode.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the weights do not match the config.

@@ -83,7 +83,7 @@ class GatedCrossBlock(nn.Module):
         self.mlp_gate = nn.Parameter(torch.zeros(1))
 
     def keys_values(self, media: Media) -> tuple[Tensor, Tensor]:
-        """Compute the keys and values of the pictures. Generation caches the result for all later tokens."""
+        """Compute the keys and values of the pictures. Generation caches these keys and values for all later tokens."""
         return self.attention.keys_values(media.features_BSW)
 
     def forward(self, x_BTW: Tensor, keys_values: tuple[Tensor, Tensor], mask_B1TS: Tensor) -> Tensor:

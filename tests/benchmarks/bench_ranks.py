@@ -7,8 +7,9 @@ The model is `seemore` in full size, and the pictures are generated. torchrun st
 core and one thread. In the run with two ranks, each rank processes half of the batch that a single rank would process.
 Two simultaneous runs, each with one rank, show the speed of two cores without communication. An all-reduce of the
 gradients, without any other work, shows the cost of communication. One run writes a checkpoint after every step, and
-another run writes a single checkpoint at the end. The difference of their times is the cost of checkpoints. The cost of
-following metrics is measured by logging finished runs; this is a cost of the driver, not of the ranks.
+another run writes a single checkpoint at the end. The difference between the times of the two runs is the cost of
+checkpoints. The cost of following metrics is measured by logging finished runs; this is a cost of the driver, not of
+the ranks.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Spark session of the slow tests in this folder, and a finished home folder.
 
-The executors of the session are processes. `make test` never opens this session.
+The executors of the session are separate processes. `make test` never opens this Spark session.
 """
 
 from __future__ import annotations

@@ -104,7 +104,9 @@ def test_no_rank_starts_if_a_host_has_no_gpu_and_the_error_names_the_host(
 
 
 WITHOUT = ("pyspark", "py4j", "delta", "mlflow", "databricks", "grpc")
-"""Name prefixes of packages that a node of AI Runtime may lack. The prefix `delta` also excludes deltalake."""
+"""Name prefixes of packages that a node of AI Runtime may lack. The prefix `delta` excludes both delta-spark and
+deltalake.
+"""
 
 
 def test_the_ai_runtime_script_gives_the_same_weights_as_torchdistributor_without_java_spark_and_mlflow(

@@ -24,8 +24,8 @@ pytestmark = [
 ]
 ROWS = 60
 DRIVER_SECONDS = 15.0
-"""A driver is killed at a random moment during this number of seconds after it opened its Spark session. A job takes
-about as long."""
+"""Seconds after the start of a driver's Spark session in which the driver is killed at a random moment. A complete job
+takes about this time."""
 
 
 @pytest.fixture(scope="module")

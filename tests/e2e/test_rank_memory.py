@@ -21,8 +21,7 @@ pytestmark = [
 ]
 
 MARGIN = 60e6
-"""Memory for activations, threads and the allocator, in bytes. Memory for these purposes does not depend on the number
-of weights.
+"""Memory for activations, threads and the allocator, in bytes, which does not depend on the number of weights.
 """
 VOCABULARY = 29
 

@@ -232,7 +232,7 @@ def test_a_picture_is_captioned_again_after_a_change_but_not_after_a_move_to_ano
     assert (second["4"]["error"], second["4"]["caption"] is None) == (None, False)
     assert {second[same]["captioned_at"] == first[same]["captioned_at"] for same in "023"} == {True}
     assert second["0"]["source_version"] == report.source_version  # the UPDATE moved this row to another data file
-    assert second["2"]["source_version"] == first["2"]["source_version"]  # this row is in the same data file
+    assert second["2"]["source_version"] == first["2"]["source_version"]  # the UPDATE left this row in its data file
 
     before = commits(spark, platform)
     assert numbers(caption(spark, platform, model, request(table))) == (5, 5, 0, 0)

@@ -8,7 +8,9 @@ import pytest
 from pyspark.errors import AnalysisException
 
 REFUSED = "spark.task.cpus"
-"""Setting that Lakesight reads and that serverless compute does not return. PySpark itself reads other settings."""
+"""Setting that Lakesight reads and that serverless compute does not return. Other settings can be read, because PySpark
+itself reads some of them.
+"""
 
 
 def refuse_settings(patch: pytest.MonkeyPatch, settings: type) -> None:

@@ -1,4 +1,4 @@
-"""Check that ranks which are killed and started again train what uninterrupted ranks train, bit for bit."""
+"""Check that killed and restarted ranks write the same files as uninterrupted ranks, bit for bit."""
 
 from __future__ import annotations
 

@@ -9,7 +9,9 @@ from pipelines.driver.evaluate.metrics import ScoredRow
 
 
 def scored_row(row: int, references: Sequence[str], caption: str | None, **values: Any) -> ScoredRow:
-    """Return an evaluated row with the given human texts and caption. `values` replace the other fields."""
+    """Return an evaluated row with the given human texts and caption. The arguments `values` replace the default values
+    of other fields.
+    """
     defaults: dict[str, Any] = {
         "image_id": f"x/{row}",
         "prompt": "",

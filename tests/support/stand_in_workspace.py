@@ -1,9 +1,9 @@
 """Stand-in for a Databricks workspace: an HTTP server on loopback that answers the calls of Databricks' CLI.
 
-The workspace stores what was deployed, and refuses the same requests as a real workspace. These requests refer to a
-missing parent folder, catalog, schema, table, cluster or runtime version, to an unknown principal or privilege, or
-create a name that already exists. A request that the stand-in does not know is answered with 501, so a test fails
-instead of passing by accident.
+The workspace stores what was deployed. Like a real workspace, the stand-in refuses requests with a missing parent
+folder, catalog, schema, table, cluster or runtime version. The stand-in also refuses an unknown principal or privilege,
+and a name that already exists. A request that the stand-in does not know is answered with 501, so a test fails instead
+of passing by accident.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from stand_in_jobs import job_problem
 from stand_in_services import Json, Refused, Services, exists, missing, node
 
 POLL_SECONDS = 0.02
-"""Interval at which the server checks whether it must end, in seconds. The default of 0.5 s delays each test."""
+"""Interval at which the server checks whether it must end, in seconds. With the default of 0.5 s, each test would wait
+longer for the end of the server.
+"""
 PRIVILEGES = {"USE_SCHEMA", "SELECT", "MODIFY", "CREATE_TABLE", "READ_VOLUME", "WRITE_VOLUME", "EXECUTE"}
 LEVELS = {
     "jobs": {"IS_OWNER", "CAN_MANAGE", "CAN_MANAGE_RUN", "CAN_VIEW"},

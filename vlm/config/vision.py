@@ -24,7 +24,7 @@ class PatchStemConfig(Config):
 
     @property
     def stride(self) -> int:
-        """Pixels of the picture per step of the patch grid."""
+        """Distance between neighbouring positions of the patch grid, in pixels of the picture."""
         return self.patch_size
 
 
@@ -43,7 +43,7 @@ class ConvStemConfig(Config):
 
     @property
     def stride(self) -> int:
-        """Pixels of the picture per step of the patch grid."""
+        """Distance between neighbouring positions of the patch grid, in pixels of the picture."""
         return 1 << len(self.channels)
 
     @model_validator(mode="after")

@@ -18,7 +18,8 @@ from vlm.layers.position import Angles
 class Block(nn.Module):
     """Block that computes x + attention(norm(x)) and then x + mlp(norm(x)).
 
-    Without a second norm, the block is parallel and computes x + attention(norm(x)) + mlp(norm(x)).
+    If `norms` has no second norm, attention and MLP are parallel: the block computes x + attention(norm(x)) +
+    mlp(norm(x)).
 
     The outputs of attention and MLP can go through a second norm (`post_norms`) and a learned scale per channel, whose
     initial value is `layer_scale`. In training, each branch of each row is skipped with probability `skip_probability`.

@@ -1,4 +1,4 @@
 """Removal of metadata from picture files, and conversion of decoded pictures to upright RGB pictures.
 
-`vlm.image` uses these modules before and after Pillow decodes a file.
+`vlm.image` uses the modules of this package before and after Pillow decodes a file.
 """

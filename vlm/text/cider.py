@@ -21,7 +21,8 @@ MAX_ORDER, SIGMA = 4, 6.0
 """Largest order n of n-grams, and standard deviation of the length penalty in words, as in pycocoevalcap."""
 
 END = "</s>"
-"""Word that the CIDEr-D reward appends to each reference and to each complete caption. `words` never returns this word.
+"""Word that the CIDEr-D reward appends to each reference and to each complete caption. The function `words` never
+returns this word.
 
 Without this word, a caption that stops in the middle of a sentence ("a dog on a") would get a high reward."""
 

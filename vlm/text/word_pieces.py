@@ -16,7 +16,8 @@ import regex
 JOIN = ""
 """Piece that marks the place of an expected space that the text lacks, such as the place after `(` in `(see`."""
 BOUNDARY = regex.compile(r"\b", regex.V1 | regex.WORD)
-SPACES = re.compile(r"(\s+)")  # `\s` of `regex` differs from `isspace`; `\s` of `re` does not
+# In `re`, but not in `regex`, `\s` matches exactly the characters for which `isspace` is True.
+SPACES = re.compile(r"(\s+)")
 NO_SPACES = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]")
 
 

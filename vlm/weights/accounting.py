@@ -51,8 +51,8 @@ class TrackedSettings(Mapping[str, Any]):
 
 
 def tracked(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return settings with defaults for missing keys. If the settings are TrackedSettings, the returned copy also
-    records each value that is read.
+    """Return a copy of the settings with defaults for missing keys. If the settings are TrackedSettings, the returned
+    copy also records each value that is read.
     """
     if isinstance(settings, TrackedSettings):
         return settings.with_defaults(defaults)
@@ -60,7 +60,7 @@ def tracked(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> Mapping
 
 
 def leaf_values(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted path and the value of each key. In place of a section, yield the keys inside the section."""
+    """Yield the dotted path and the value of each key. For a section, yield the keys inside the section instead."""
     for key, value in settings.items():
         if isinstance(value, Mapping):
             yield from leaf_values(value, f"{path}{key}.")

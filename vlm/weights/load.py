@@ -30,7 +30,7 @@ from vlm.weights.rules import Rule, resample_positions
 from vlm.weights.tables import families
 
 FUSION_PREFIXES = ("decoder.cross_blocks.",)
-"""Name prefixes of decoder parameters that belong to the fusion. Published decoders do not have these parameters."""
+"""Name prefixes of decoder parameters that belong to the fusion, and that published decoders do not have."""
 
 
 class PartReport(Config):

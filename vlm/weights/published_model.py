@@ -38,7 +38,7 @@ def is_published(folder: Path) -> bool:
 
 
 def load_published(folder: Path) -> tuple[VisionLanguageModel, Tokenizer]:
-    """Load a folder with a whole model of another library, such as PaliGemma. The model is in evaluation mode.
+    """Load a folder with a whole model of another library, such as PaliGemma. The loaded model is in evaluation mode.
 
     Raises:
         CheckpointError: the folder has no whole model of a known family, or its files do not fit together.
@@ -90,8 +90,8 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
 
 
 def _image(size: Any, processor: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the image config. The published preprocessors of whole models scale both sides of a picture to the same
-    size.
+    """Derive the image config of the model. The published preprocessors of whole models scale both sides of a picture
+    to the same size.
     """
     image: dict[str, Any] = {"size": size, "resize": "stretch"}
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):

@@ -121,7 +121,7 @@ def test_harmless_differences_between_hosts_are_logged_as_warnings(caplog: pytes
 def test_a_host_with_different_training_code_but_the_same_version_is_refused_and_the_error_names_the_host() -> None:
     code = read_code()
     assert describe_host()["code"] == code.digest
-    check_code([host("a", code=code.digest), host("b")], code)  # host b reports no code
+    check_code([host("a", code=code.digest), host("b")], code)  # host b reports no digest of its code
     with pytest.raises(
         UserError, match=rf"differs from the code that run.json records.*{code.digest} on the driver; 0123 on host b"
     ):

@@ -1,4 +1,6 @@
-"""Tests of the listing of a source: every entry is read or passed over with a reason, and names are never patterns."""
+"""Tests of the listing of a source: every entry is read or passed over with a reason, and file names are not
+patterns.
+"""
 
 from __future__ import annotations
 

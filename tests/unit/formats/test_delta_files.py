@@ -33,7 +33,7 @@ def test_a_table_in_a_folder_with_an_unusual_name_is_written_and_read_inside_the
 def test_a_folder_with_a_name_that_deltalake_does_not_support_is_refused_before_deltalake_opens_it(
     tmp_path: Path, name: str
 ) -> None:
-    """With most of these names, deltalake 1.x ends the process or opens another folder."""
+    """For most folder names in these tests, deltalake 1.x ends the process or opens another folder."""
     assert not is_supported(tmp_path / name)
     with pytest.raises(DeltaError, match="only Spark can read"):
         open_delta(tmp_path / name)

@@ -158,7 +158,7 @@ def test_stochastic_depth_skips_branches_at_the_configured_rate_and_keeps_the_me
     norms = torch.nn.Identity(), torch.nn.Identity()
     mlp = PlainMlp(24, 8, torch.nn.GELU(), bias=True, out_width=24)
     with torch.no_grad():
-        mlp.out.weight.zero_()  # the MLP adds a constant, whatever the attention adds
+        mlp.out.weight.zero_()  # for any input, the MLP adds the constant 1
         mlp.out.bias.fill_(1)
     block = Block(make_attention(4), mlp, norms, 0.0, width=24, skip_probability=0.25)
     x_BTW = torch.randn(1, 3, 24).expand(4000, -1, -1)

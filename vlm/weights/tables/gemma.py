@@ -193,7 +193,7 @@ def qkv_sizes(attention: AttentionConfig) -> tuple[int, int, int]:
 def table(config: ModelConfig) -> WeightTable:
     """Return the weight table of the decoder. Only Gemma 2 has norms after a branch."""
     transformer = config.decoder.transformer
-    assert transformer.mlp.kind == "gated", "the config fields were checked before"
+    assert transformer.mlp.kind == "gated", "config fields are compared before a table is built"
     before_mlp = "pre_feedforward_layernorm" if transformer.sandwich else "post_attention_layernorm"
     return WeightTable(
         rules=(

@@ -86,7 +86,7 @@ def tower(config: ModelConfig) -> WeightTable:
 def tower_2(config: ModelConfig) -> WeightTable:
     """Return the weight table of SigLIP 2's vision encoder, with tensor names without a prefix."""
     stem = config.vision.stem
-    assert stem.kind == "patch", "the config fields were checked before"
+    assert stem.kind == "patch", "config fields are compared before a table is built"
     position = add_axes("embeddings.position_embedding.weight", "encoder.position", 1)
     return WeightTable(
         rules=(

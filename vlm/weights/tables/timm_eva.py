@@ -1,8 +1,8 @@
 """Vision transformers of timm with rotary positions over two dimensions, which timm builds with its class `Eva`.
 
 The architectures are RoPE-ViT (Heo et al., 2024), DINOv3 (Simeoni et al., 2025), LingBot, and the Perception Encoder
-(Bolya et al., 2025). The family `timm_rope` has one bias of queries, keys and values. The family `timm_eva` has biases
-of queries and values only, so the bias of our keys is zero. The frequencies of the rotation are constant, or are
+(Bolya et al., 2025). In the family `timm_rope`, queries, keys and values have one joint bias. The family `timm_eva` has
+biases of queries and values only, so the bias of our keys is zero. The frequencies of the rotation are constant, or are
 weights in architectures with `rope_mixed` in their name.
 
 A rotary position encoding rotates pairs of channels. In architectures that count rows and columns, timm pairs adjacent
@@ -128,8 +128,8 @@ def _without_key_bias(theirs: Sequence[str], ours: str, attention: AttentionConf
 def _table(config: ModelConfig, *, separate_biases: bool) -> WeightTable:
     transformer = config.vision.transformer
     attention, position, mlp = transformer.attention, transformer.position, transformer.mlp
-    assert position.kind in ("axial", "mixed"), "the config fields were checked before"
-    assert mlp.kind != "moe", "the config fields were checked before"
+    assert position.kind in ("axial", "mixed"), "config fields are compared before a table is built"
+    assert mlp.kind != "moe", "config fields are compared before a table is built"
     reorder = position.kind == "mixed" or position.coordinates == "index"
     ours = "encoder.blocks.{i}.attention.qkv."
     weight, bias = "blocks.{i}.attn.qkv.weight", "blocks.{i}.attn.qkv.bias"

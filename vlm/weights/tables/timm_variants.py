@@ -99,7 +99,7 @@ def _to_both(theirs: str, ours: Sequence[str]) -> Rule:
 
 def _parallel_table(config: ModelConfig) -> WeightTable:
     attention, mlp = config.vision.transformer.attention, config.vision.transformer.mlp
-    assert mlp.kind == "plain", "the config fields were checked before"
+    assert mlp.kind == "plain", "config fields are compared before a table is built"
     sizes = (mlp.mlp_width, sum(qkv_sizes(attention)))
     inputs = [f"{BLOCK}mlp.up.", f"{BLOCK}attention.qkv."]
     own = [
