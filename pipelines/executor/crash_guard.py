@@ -41,7 +41,7 @@ class Death(NamedTuple):
         """Return the refusal reason and its detail for a picture whose decoder had a time limit of `seconds`."""
         if self.timed_out:
             return "decode_timeout", f"more than {seconds:g} seconds"
-        return "decoder_crash", f"the process that decoded it {self.how}"
+        return "decoder_crash", f"the process that decoded the picture {self.how}"
 
 
 TOO_SLOW = Death("took too long", timed_out=True)

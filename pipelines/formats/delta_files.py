@@ -127,8 +127,8 @@ def _without_views(kind: pa.DataType) -> pa.DataType:
 def arrow_dataset(table: DeltaTable) -> Dataset:
     """Open a table on a local disk as an Arrow dataset that uses Arrow's own file system.
 
-    By default, Arrow's threads read files through Python code of `deltalake`. If a thread of Arrow is still in this
-    code when the interpreter exits, the process aborts with exit code 134 (delta-io/delta-rs issue 2184).
+    By default, Arrow's threads read files through Python code of `deltalake`. If a thread of Arrow still executes this
+    Python code when the interpreter exits, the process aborts with exit code 134 (delta-io/delta-rs issue 2184).
     """
     from pyarrow.fs import FileSystem, SubTreeFileSystem
 

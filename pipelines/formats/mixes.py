@@ -1,4 +1,4 @@
-"""Mixes of shard folders: the manifest of a mix, and the pictures that are left out of a mix as copies."""
+"""Mixes of shard folders: the manifest of a mix, and the pictures that a mix leaves out because they are copies."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ def mix_name(parts: Sequence[ShardFolder], draws: Sequence[int]) -> str:
 def write_mix(parts: Sequence[ShardFolder], shares: Sequence[float], shards: Path) -> ShardFolder:
     """Write a folder that contains only a manifest, which refers to the files of other shard folders.
 
-    The manifest says how many rows of each source (part) an epoch draws. An epoch draws a number of rows that equals
-    the number of rows of all sources together. Each source except the first source gets its share of the draws. The
-    first source gets the remaining draws. Each of the `shares` is above 0, and their sum is below 1.
+    The manifest says how many rows of each source (part) an epoch draws. An epoch draws as many rows as all sources
+    have together. Each source except the first source gets its share of the draws. The first source gets the remaining
+    draws. Each of the `shares` is above 0, and their sum is below 1.
 
     Args:
         parts: shard folders with the same parent folder.

@@ -1,8 +1,8 @@
 """Layout of a run folder, and functions that read and atomically write its files.
 
 The run folder is the only interface between the driver and the ranks. The driver writes `run.json`, `tokenizer.json`,
-`cider.json`, `hosts.json`, `launcher.json` and `tracking.json`. Ranks write all other files, `result.json` last. A JSON
-file is written atomically: it is created under a temporary name and then renamed.
+`cider.json`, `hosts.json`, `launcher.json` and `tracking.json`. Ranks write all other files of the run folder, and
+`result.json` last. A JSON file is written atomically: it is created under a temporary name and then renamed.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ class RunFolder:
 
     @property
     def owner_lock(self) -> Path:
-        """Path of the lock file, whose lock the training process holds. The file is never deleted."""
+        """Path of the lock file, whose lock the training process holds. The lock file is never deleted."""
         return self.path / "owner.lock"
 
     @property

@@ -1,7 +1,7 @@
 """Everything that differs between a laptop and a Databricks workspace, in one frozen dataclass.
 
-The functions `local` and `databricks` construct a `Platform`. Code that depends on where a run happens asks the
-`Platform`.
+The functions `local` and `databricks` construct a `Platform`. Code that depends on where a run happens uses the
+properties of the `Platform`.
 """
 
 from __future__ import annotations

@@ -105,8 +105,8 @@ def task_cpus(spark: SparkSession) -> int:
 def count_slots(spark: SparkSession) -> int:
     """Return how many tasks can run at once. Spark compares this number with the number of tasks of a barrier stage.
 
-    A Connect session only knows the number of cores. If there are fewer GPUs than cores, the result is too large. A
-    barrier stage with too many tasks fails, but only after ten minutes.
+    A Connect session only reports the number of cores, not the number of GPUs. If there are fewer GPUs than cores, the
+    result is too large. A barrier stage with too many tasks fails, but only after ten minutes.
     """
     if is_connect(spark):
         return default_parallelism(spark) // task_cpus(spark)
@@ -122,7 +122,7 @@ def cancel_if_slots_are_lost(spark: SparkSession, tasks: int) -> Iterator[None]:
     Spark counts its slots (the tasks that can run at once) only when a barrier stage starts. If a host is lost later,
     Spark would wait forever. The thread that waits for the stage receives a Spark error with the number of remaining
     slots. A Connect session cannot count slots while a barrier stage occupies them. With a Connect session, only a
-    timeout of the job ends the wait.
+    timeout of the job ends the wait for a lost host.
     """
     if is_connect(spark):
         yield

@@ -109,7 +109,8 @@ def _example() -> pd.DataFrame:
 def _public_version(package: str) -> str:
     """Return the installed version without the build label, because package indexes have 2.13.0 but not 2.13.0+cpu.
 
-    The version of MLflow is read from the module, because ML runtimes carry the distribution `mlflow-skinny`.
+    The version of MLflow is read from the module, because ML runtimes of Databricks contain the distribution
+    `mlflow-skinny`.
     """
     found = mlflow.__version__ if package == "mlflow" else importlib.metadata.version(package)
     return found.partition("+")[0]

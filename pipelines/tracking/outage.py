@@ -54,7 +54,7 @@ def first_line(error: BaseException) -> str:
 
 
 def disk_problem(error: BaseException) -> str:
-    """Return the message about a full or read-only disk in an error or its causes, or an empty string."""
+    """Search an error and its causes for a message about a full or read-only disk, and return the message or ""."""
     found = (DISK_PROBLEM.search(str(cause)) for cause in _causes(error))
     return next((match[0] for match in found if match), "")
 

@@ -318,7 +318,7 @@ def _read_aliases(platform: Platform, client: MlflowClient, name: str) -> dict[s
         "there is no such registered model",
         where=redact_uri(platform.registry_uri),
         got=name,
-        fix="train it first: `lakesight pipeline`"
+        fix="train the model first: `lakesight pipeline`"
         + (f"; or choose the run of a registered model: {', '.join(models)}" if models else ""),
     )
 

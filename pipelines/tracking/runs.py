@@ -368,7 +368,7 @@ def logged_ids(run: RunFolder) -> list[str]:
 
 
 def _tracked_run(client: MlflowClient, run_ids: Sequence[str]) -> Run | None:
-    """Look up the ids in order, and return the first MLflow run that the server has, or None if it has no such run."""
+    """Look up the ids in order, and return the first MLflow run that the server has, or None if the server has none."""
     for run_id in run_ids:
         try:
             found = client.get_run(run_id)

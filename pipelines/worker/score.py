@@ -1,7 +1,7 @@
 """Scores of a model on shard rows: the caption, the loss with the right picture, and losses with three wrong pictures.
 
-The first wrong picture of row i of n rows is the picture of row (i + n // 2) mod n. Shards are shuffled, so this
-picture serves as a random picture that is the same on every host. The second wrong picture is grey. The third wrong
+The first wrong picture of row i of n rows is the picture of row (i + n // 2) mod n. Shards are shuffled, so the first
+wrong picture is a random picture, which is the same on every host. The second wrong picture is grey. The third wrong
 picture is random noise, whose seed is the index of the row.
 """
 

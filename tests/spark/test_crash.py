@@ -34,7 +34,7 @@ def test_a_picture_that_crashes_or_hangs_its_decoder_is_quarantined_at_ingest_an
     assert report.reasons == {"bad_base64": 1, "decode_timeout": 1, "decoder_crash": 1}
     refused = spark.table(platform.table("quarantine")).where(f"source = '{source}' AND reason = 'decoder_crash'")
     [row] = refused.collect()
-    assert row["detail"] == "the process that decoded it was ended by SIGSEGV"
+    assert row["detail"] == "the process that decoded the picture was ended by SIGSEGV"
     assert as_base64(crashing_picture()) in row["payload"]
 
     table = platform.table("samples")

@@ -2,8 +2,8 @@
 
 The driver cannot decide whether a row is accepted until all rows are decoded. If Spark kept the pictures until all rows
 are decoded, Spark would copy each picture about ten times inside the JVM. Copying a picture ten times takes longer than
-decoding the picture. Therefore Python workers write the wide columns (picture and payload) to spill files, and Spark
-moves narrow rows, which contain a position in the spill files. When a row is written to its table, the wide columns are
+decoding the picture. Therefore Python workers write the wide columns (picture and payload) to spill files. Spark moves
+only narrow rows, which contain a position in the spill files. When a row is written to its table, the wide columns are
 read from the spill files.
 """
 

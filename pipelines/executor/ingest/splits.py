@@ -24,7 +24,7 @@ SPLITS: dict[str, Split] = {
 }
 """Name of the split (train, val or test) for each word that stands for a split in columns and file names of a source.
 
-Hugging Face datasets uses the same words.
+The library `datasets` of Hugging Face uses the same words for splits.
 """
 PART_NUMBER = re.compile(r"-\d+(-of-\d+)?$")
 

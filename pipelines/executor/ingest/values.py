@@ -31,7 +31,7 @@ SPACES = (
     "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
     "\u2028\u2029\u202f\u205f\u3000\u200b\ufeff"
 )
-"""The white space of `str.isspace`, the zero-width space and the byte-order mark."""
+"""Characters that count as white space: those of `str.isspace`, the zero-width space and the byte-order mark."""
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 

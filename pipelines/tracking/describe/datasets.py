@@ -27,7 +27,7 @@ TYPES = (
     (pa.types.is_fixed_size_binary, DataType.binary),
     (pa.types.is_temporal, DataType.datetime),
 )
-"""Pairs of a function that recognises an Arrow type and the MLflow type to which this Arrow type is converted."""
+"""Pairs of a function and an MLflow type. Arrow types that the function recognises are converted to the MLflow type."""
 
 
 def shard_input(manifest: Manifest, context: str) -> DatasetInput:

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 LEARNING_CURVE = "learning_curve.png"
 EXPERT_LOAD = "expert_load.png"
 MAX_LAYERS = 12
-"""Largest number of layers whose expert load over time is drawn. If a model has more layers, evenly spaced layers are
-drawn."""
+"""Largest number of layers for which each expert's share of the tokens is drawn over time.
+
+If a model has more layers, evenly spaced layers are drawn.
+"""
 
 
 def training_figures(metrics: Sequence[Metrics]) -> Iterator[tuple[str, Figure]]:
@@ -119,7 +121,7 @@ def draw_expert_load(metrics: Metrics) -> Figure:
     """Draw a heat map with a row per layer and a column per expert, which shows the expert's share of the tokens.
 
     A white cell stands for an even share of the tokens, and a blue cell for a smaller share. A fully red cell stands
-    for at least twice an even share.
+    for at least twice an even share of the tokens.
     """
     layers = list(metrics.expert_load)
     widest = max(map(len, metrics.expert_load.values()))

@@ -38,7 +38,7 @@ def run_name(config: RunConfig) -> str:
 
 
 def repeat_command(config: RunConfig, command: str = "train") -> str:
-    """Return the command line that runs a command with the settings of a run, given the present config files."""
+    """Return the command line that runs a command with the settings of a run, even if its config files have changed."""
     words = ["lakesight", command, "--run", config.name]
     if config.chosen.platform != "local":
         words += ["--platform", config.chosen.platform]

@@ -31,7 +31,7 @@ STAGES = {
     "version and the captioned table. The artifact `caption/drift.json` of a run compares the captions with the "
     "evaluation of the model version.",
 }
-"""Description of the MLflow experiment of each stage that logs to one experiment for all run configs."""
+"""Description of the MLflow experiment of each stage that uses a single experiment for all run configs."""
 MODEL_DESCRIPTION = (
     "Versions of a model that writes captions for pictures. The alias `champion` names the version that captions "
     "tables. The alias `previous` names the champion before the present champion. The alias `challenger` names the "

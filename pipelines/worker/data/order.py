@@ -6,9 +6,9 @@ Position k of epoch e is row `permute(k)`, where the permutation depends on (see
 in O(1) time and memory. No list of rows is shuffled, stored or replayed. All ranks compute their parts of the same
 infinite sequence of rows. The sequence does not depend on restarts or on the number of ranks.
 
-The permutation of n rows is a Feistel network over the next power of four. A result outside [0, n) is mapped again
-until a result is inside [0, n). This method is called cycle walking (Black and Rogaway, "Ciphers with Arbitrary Finite
-Domains", 2002).
+The permutation of n rows is computed with a Feistel network, which permutes the numbers below a power of four. A result
+outside [0, n) is mapped again until a result is inside [0, n). This method is called cycle walking (Black and Rogaway,
+"Ciphers with Arbitrary Finite Domains", 2002).
 
 In a mix of several sources, the positions of an epoch are permuted by the same method. Each permuted position is a draw
 from one source (a part of the mix). The number of the draw determines the row, because a Feistel network also permutes

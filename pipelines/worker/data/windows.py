@@ -96,7 +96,7 @@ def training_windows(
 ) -> Iterator[list[Batch]]:
     """Yield this rank's windows of each step, as a list of smaller batches.
 
-    The arguments are those of `batches.training_batches`.
+    The arguments are the same as in `batches.training_batches`.
     """
 
     def make(step: int) -> list[Batch]:

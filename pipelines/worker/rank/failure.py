@@ -9,10 +9,10 @@ another rank has died, the main thread is blocked in a C++ collective, so the ha
 C-level handler writes the signal's number to a pipe. The monitor thread reads the pipe, writes the failure record and
 exits the process.
 
-The monitor thread also ends the rank for two other reasons. If the launcher has died, the rank exits, so no rank
-outlives its launcher. If the rank reports no progress for `train.timeout_seconds`, the rank writes the stacks of all
-threads and exits. When one rank hangs, all other ranks wait for this rank and time out at the same moment. A rank that
-is inside a collective is therefore recorded as waiting, not as the cause. If the interpreter itself is stuck,
+The monitor thread also ends the rank for two other reasons. If the launcher has died, the rank exits, so that no rank
+continues without its launcher. If the rank reports no progress for `train.timeout_seconds`, the rank writes the stacks
+of all threads and exits. When one rank hangs, all other ranks wait for this rank and time out at the same moment. A
+rank that is inside a collective is therefore recorded as waiting, not as the cause. If the interpreter itself is stuck,
 faulthandler's C thread ends the rank.
 """
 
@@ -52,7 +52,10 @@ START_SECONDS = 600.0
 _TERMINATING = (signal.SIGTERM, signal.SIGINT)
 
 _COLLECTIVE_FILES = ("torch/distributed/", "torch/nn/parallel/", "torch/autograd/", "vlm/training/parallel.py")
-"""Code files whose functions wait for other ranks. Autograd is included because DDP reduces gradients in `backward`."""
+"""Code files whose functions wait for other ranks.
+
+The files of autograd belong to the list, because DDP waits for gradients of other ranks in `backward`.
+"""
 
 _LOST_CONNECTION = (
     "connection closed by peer",
@@ -70,7 +73,7 @@ _LOST_CONNECTION = (
 def is_consequence(error: BaseException) -> bool:
     """Return whether an error of this rank was caused by another rank or by an interrupt.
 
-    Examples are a broken collective, a loss that was not finite on another rank, and KeyboardInterrupt.
+    Another rank causes, for example, a broken collective. KeyboardInterrupt is an interrupt.
     """
     if isinstance(error, KeyboardInterrupt) or getattr(error, "on_other_rank", False):
         return True

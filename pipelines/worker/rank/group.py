@@ -94,7 +94,9 @@ def check_group(run: RunFolder, device: torch.device) -> int:
 
 
 def divide_cores(ranks_on_host: int) -> None:
-    """Give this rank's torch an equal share of the host's cores. By default, torchrun limits each rank to one thread.
+    """Let torch in this rank use an equal share of the host's CPU cores.
+
+    By default, torchrun limits each rank to one thread.
 
     Args:
         ranks_on_host: number of ranks that run on this host.

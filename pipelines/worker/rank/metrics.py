@@ -134,7 +134,7 @@ class FileWriter:
     """Writer that writes small files of a run in a background thread, one after another, in the order of the calls.
 
     On a network file system, writing a small file takes tens of milliseconds. The training loop does not wait for the
-    write. An error is raised in the training loop, because a run that cannot write its files must fail.
+    write. An error of a write is raised in the training loop, because a run that cannot write its files must fail.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Functions that write checkpoints in a background thread, remove old checkpoints, and find the checkpoint to resume.
+"""Functions that write checkpoints in a background thread, remove old checkpoints, and find the newest checkpoint.
 
 The training loop waits only until its tensors are copied and until the previous checkpoint is written. Therefore at
 most one copy of the tensors is in memory. An error in the thread is raised in the rank at its next step, because a run
@@ -156,8 +156,8 @@ class EarlyStop:
 def find_common_checkpoint(run: RunFolder, rank: int, device: torch.device) -> Path | None:
     """Return the newest intact checkpoint, from which all ranks resume, or None if the run has no checkpoint yet.
 
-    This function is a collective. Rank 0 verifies the SHA-256 of every file, renames damaged checkpoints, and removes
-    the slices that an earlier attempt has left.
+    This function is a collective: every rank must call it. Rank 0 verifies the SHA-256 of every file, renames damaged
+    checkpoints, and removes slices that were never joined to a checkpoint.
 
     Raises:
         CheckpointError: all checkpoints of the run are damaged.

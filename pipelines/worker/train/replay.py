@@ -52,7 +52,7 @@ class Replayer(Trainer):
     def _write_rows(self, step: int) -> None:
         """Compute and write the loss of each row of this rank, with the same dropout as in the step.
 
-        This method is a collective.
+        This method is a collective: every rank must call it.
         """
         settings = self.file.config.train
         rows, texts, picks = rows_of_step(self.train_shards, step, **self.row_order())

@@ -143,8 +143,7 @@ def continue_windows(
 ) -> tuple[CaptionSample, ...]:
     """Let the model continue the texts with which the first windows begin.
 
-    Return, for each of these windows, the window's text and the text that the model has made from the window's
-    beginning.
+    For each window, return the text of the window, and the beginning of this text with the model's continuation.
     """
     settings = model.config.generation
     length = min(windows.context // PROMPT_SHARE, windows.context - settings.max_new_tokens - 1)

@@ -228,7 +228,9 @@ class Trainer:
         return named
 
     def after_step(self, stage: Stage, report: StepReport) -> None:
-        """Report the step and, when due, write metrics, validate, caption samples and save a checkpoint.
+        """Report the step.
+
+        If the settings of the run require it, write metrics, validate, caption samples and save a checkpoint.
 
         Only rank 0 writes files of the run. All ranks take part in validation. If the model is sharded, all ranks also
         take part in writing a checkpoint.

@@ -44,7 +44,7 @@ def test_guarded_ingest_refuses_only_the_rows_whose_decoding_crashes_or_hangs() 
         "not_an_image",
         None,
     ]
-    assert batch.column("detail")[1].as_py() == "the process that decoded it was ended by SIGSEGV"
+    assert batch.column("detail")[1].as_py() == "the process that decoded the picture was ended by SIGSEGV"
     assert batch.column("detail")[3].as_py() == "more than 0.4 seconds"
 
 
