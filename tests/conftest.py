@@ -29,7 +29,8 @@ last, in the process that becomes free first.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put tests that share a Spark session or slow fixtures into one group, and sort all tests by group.
 
-    The tests of a folder that need Spark share one Spark session. The other slow tests of a file may share fixtures.
+    The tests of a folder that need Spark share one Spark session. Slow tests of a file that need no Spark session may
+    share fixtures.
     """
     for item in items:
         if "spark" in getattr(item, "fixturenames", ()):

@@ -78,8 +78,8 @@ def best_device() -> torch.device:
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """Return the checkpoint folder inside a run folder or a model version's MLflow folder. Return any other folder
-    unchanged.
+    """Return the checkpoint folder inside a run folder or a model version's MLflow folder. Return a folder of any other
+    kind unchanged.
 
     If a run folder contains several checkpoints, choose the newest complete checkpoint.
     """

@@ -20,9 +20,9 @@ TRAINING_STEP = "training.json"
 def atomic_write(path: Path, *, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path in the same folder, and rename it to `path` when the `with` block ends without an error.
 
-    A reader sees the whole old file or the whole new file, never a part of a file. The folder is created if it is
-    missing. Several processes may write the same file simultaneously. Each process uses a different temporary name, and
-    the last rename wins.
+    A reader sees the whole old file or the whole new file, never a part of a file. The folder of `path` is created if
+    it is missing. Several processes may write the same file simultaneously. Each process uses a different temporary
+    name, and the last rename wins.
 
     Args:
         path: path of the file to write.
@@ -109,8 +109,8 @@ def join_rows(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) ->
 
 
 def _read_header(file: BinaryIO) -> dict[str, Any]:
-    """Read the header of a safetensors file, and return it without the metadata. The next read returns the bytes of the
-    first tensor.
+    """Read the header of a safetensors file, and return it without the metadata. The next read of the file returns the
+    bytes of the first tensor.
     """
     header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     header.pop("__metadata__", None)

@@ -335,7 +335,7 @@ def load_decoders() -> tuple[str, ...]:
 
 def _claimed_format(data: bytes) -> str | None:
     """Return the name of the format whose signature matches the first bytes, or None if no signature matches."""
-    start = data[:16].ljust(16, b"\0")  # Pillow's tests read fixed positions, also in shorter data
+    start = data[:16].ljust(16, b"\0")  # Pillow's signature tests need 16 bytes
     if start[4:8] == b"ftyp":
         return MEDIA_BRANDS.get(start[8:12], "an ISO media file, such as MP4")
     for signature, name in UNSUPPORTED_SIGNATURES:

@@ -75,8 +75,8 @@ class VisionLanguageModel(nn.Module):
             if batch.rows_per_picture > 1:
                 features_PNW = features_PNW.repeat_interleave(batch.rows_per_picture, dim=0)
             x_BTW, media = self.embed(batch.tokens_BT, features_PNW)
-        # Right padding needs no mask under causal attention, because no token attends to a later position. Right
-        # padding does not change a prefix mask either, because padding comes after the answer.
+        # Right padding needs no mask under causal attention, because no token attends to a later position. A prefix
+        # mask ignores right padding too, because padding comes after the answer.
         mask = None
         if self.prefix_lm:
             valid_BT = torch.ones_like(batch.tokens_BT, dtype=torch.bool)

@@ -1,8 +1,8 @@
 """Lower precision for inference, with 16-bit weights or with linear layers that torchao quantizes to 8 or 4 bits.
 
 The conversion changes a model in memory. Checkpoint files keep the trained weights. The output head is not quantized
-for two reasons. Its rounding errors would directly change the logits, and the weight of a tied head would be stored
-twice.
+for two reasons. Rounding errors of the head would directly change the logits, and the weight of a tied head would be
+stored twice.
 """
 
 from __future__ import annotations

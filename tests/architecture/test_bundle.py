@@ -28,7 +28,9 @@ EXAMPLE = {
 CPU_COMPUTE = "${var.cpu_compute.%s}"
 """Setting of a task that needs neither a GPU nor torch, and that runs on a cluster or on serverless compute."""
 REQUIRED = ("catalog", "service_principal", "readers", "captioners")
-"""Bundle variables without a default value. A deployment that lacks a value stops instead of using a wrong catalog."""
+"""Bundle variables without a default value. If a deployment sets no value for a variable, the deployment stops instead
+of using a wrong catalog.
+"""
 
 
 def read_job(file: Path) -> tuple[str, Any]:

@@ -7,8 +7,8 @@ FILE.csv has the columns of the original's input file (b64string_images, caption
 that were decoded beforehand. The benchmark uses one thread and measures CPU seconds, so that other work on the machine
 does not change the result. The encoder of the original passes one class token to the decoder, and our encoder passes 36
 patches. Our model is therefore measured twice: with the shipped config, and with a single image slot, so that both
-models do the same work. The output also has a matmul limit. At this speed, all FLOPs that torch counts would run as
-fast as in a large matrix product.
+models do the same work. The output also has a matmul limit: the speed of a step if all counted FLOPs ran as fast as a
+large matrix product.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Cost of ingesting a few new rows, and of sharding, at growing table sizes. The figures are in docs/data.md.
+"""Cost of ingesting a few new rows, and of sharding, at growing table sizes. The measured figures are in docs/data.md.
 
     python tests/benchmarks/bench_scale.py [ROWS ...]
 

@@ -18,7 +18,9 @@ TEST_PATH = os.pathsep.join(map(str, (SUPPORT.parents[1], SUPPORT)))
 def torchrun(
     run: RunFolder | Sequence[RunFolder], ranks: int, module: str = "pipelines.worker.main"
 ) -> subprocess.CompletedProcess[str]:
-    """Run ranks with torchrun (without Spark) until the ranks end. Several runs need module `train_runs_in_turn`."""
+    """Run ranks with torchrun (without Spark) until the ranks end. To train several runs, pass the module
+    `train_runs_in_turn`.
+    """
     folders = [run.path] if isinstance(run, RunFolder) else [each.path for each in run]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", module, "--run-dir", ",".join(map(str, folders))]

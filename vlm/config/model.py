@@ -107,8 +107,8 @@ class GenerationConfig(Config):
         top_p: total probability of the most likely tokens from which sampling chooses (Holtzman et al., 2019).
         min_p: lowest probability that a token needs to be sampled, as a fraction of the most likely token's probability
             (Nguyen et al., 2024).
-        repetition_penalty: penalty on tokens that the prompt or the answer already contains. A value above 1 makes such
-            tokens less likely (Keskar et al., 2019).
+        repetition_penalty: penalty on tokens that the prompt or the answer already contains. A penalty above 1 makes
+            repeated tokens less likely (Keskar et al., 2019).
         num_beams: number of beams of beam search, or 1 for no beam search.
         length_penalty: exponent in the score of beam search, which is log-probability / length ** length_penalty. A
             larger exponent favours longer answers.
@@ -180,8 +180,8 @@ class ModelConfig(Config):
         fusion: how the decoder receives the picture.
         mask: which positions of the decoder's sequence attend to which other positions.
         text_only: true for a decoder without encoder and projector, which is trained on a source of kind `text`. With
-            `text_only`, no part is built from the sections `image`, `vision`, `projector` and `fusion`. These sections
-            describe a captioner whose training may later start from this decoder.
+            `text_only`, the sections `image`, `vision`, `projector` and `fusion` build no part of the model. They
+            describe a captioner whose training may later start from the decoder.
     """
 
     image: ImageConfig

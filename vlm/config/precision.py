@@ -11,8 +11,8 @@ from vlm.errors import UserError
 class Precision(StrEnum):
     """Number format of weights and computation.
 
-    `int8` and `int4` are weight-only quantization: linear layers store integers and compute in bf16. All other layers
-    store and compute bf16.
+    `int8` and `int4` are weight-only quantization: linear layers store integers and compute in bf16. Layers that are
+    not linear store their weights and compute in bf16.
     """
 
     FP32 = "fp32"

@@ -54,7 +54,7 @@ class JsonTextConfig(Config):
     Attributes:
         path: path of tokenizer.json. The file is needed only to create a model, because checkpoints contain a copy of
             the file.
-        vocab_size: number of rows of the token embedding table. Publishers often round this number up, so that the
+        vocab_size: number of rows of the token embedding table. Publishers often round `vocab_size` up, so that the
             table has more rows than the tokenizer has tokens.
         bos: text of the start token.
         eos: text of the end token.

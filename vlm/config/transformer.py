@@ -135,8 +135,8 @@ class AttentionConfig(Config):
         bias: whether the projections of queries, keys and values have a bias.
         out_bias: whether the output projection has a bias, or null for the same value as `bias`.
         windows: window size of each layer, in positions. In a window of n, a position attends to itself and to the n -
-            1 positions before it; null means all earlier positions. If the list has fewer entries than the transformer
-            has layers, the list is repeated.
+            1 positions before it; null means all earlier positions. If `windows` has fewer entries than the transformer
+            has layers, `windows` is repeated.
         soft_cap: bound of the absolute attention scores, which become soft_cap * tanh(score / soft_cap) (Gemma Team,
             2024), or null for no bound.
         scale: factor by which attention scores are multiplied, or null for head_dim ** -0.5.
@@ -207,8 +207,9 @@ class MoeMlpConfig(Config):
 
     Attributes:
         num_experts: number of experts (MLPs) per layer.
-        top_k: number of experts per token. The experts' outputs are weighted by a softmax over the chosen experts. At
-            least 2 are needed, because the softmax over one expert is constant and gives the router no gradient.
+        top_k: number of experts per token. The experts' outputs are weighted by a softmax over the chosen experts.
+            `top_k` must be at least 2, because the softmax over one expert is constant and gives the router no
+            gradient.
         expert: config of the MLP of each expert.
         noisy: whether noise is added to the router's logits during training. The scale of the noise is learned.
         balance_weight: weight of the load-balance loss (Fedus et al., 2021). The load-balance loss of a layer is 1 if

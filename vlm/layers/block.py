@@ -125,7 +125,8 @@ def compile_blocks(model: nn.Module) -> None:
 
 @cache
 def _compiled_compute() -> Callable[..., Tensor]:
-    """Return the compiled `Block._compute`. All blocks share this function, so blocks of equal shape share kernels.
+    """Return the compiled `Block._compute`. All blocks share the compiled function, so blocks of equal shape share
+    kernels.
 
     The function is compiled on first use, because importing the compiler is slow.
     """

@@ -20,7 +20,7 @@ from vlm.layers.mlp import PlainMlp
 Angles = tuple[Tensor, Tensor]
 """Cosines (..., T, D/2) and sines (..., T, D/2) for each position and each pair of channels.
 
-All layers of a forward pass share the same tensors."""
+All layers of a forward pass share the tensors of cosines and sines."""
 
 
 class Rotary(nn.Module):

@@ -24,13 +24,13 @@ END = "</s>"
 """Word that the CIDEr-D reward appends to each reference and to each complete caption. The function `words` never
 returns this word.
 
-Without this word, a caption that stops in the middle of a sentence ("a dog on a") would get a high reward."""
+Without END, a caption that stops in the middle of a sentence ("a dog on a") would get a high reward."""
 
 Gram = tuple[str, ...]
 
 
 class Cider:
-    """CIDEr-D for a fixed set of documents. For captions of these documents, pycocoevalcap gives equal scores.
+    """CIDEr-D for a fixed set of documents. For captions of the documents, pycocoevalcap computes equal scores.
 
     Args:
         documents: number of documents in which the n-grams were counted.

@@ -126,8 +126,8 @@ def fit(
 def _accumulate(
     model: nn.Module, parts: Sequence[Batch], backward: Callable[[Batch], tuple[Tensor, RouterReport | None]]
 ) -> tuple[Tensor, list[RouterReport]]:
-    """Accumulate the gradients of all parts. Return this rank's loss, summed over targets, and one router report per
-    part.
+    """Accumulate the gradients of all parts of this rank's batch. Return this rank's loss, summed over targets, and one
+    router report per part.
     """
     rank_loss, routers = torch.zeros((), dtype=torch.float64, device=parts[0].tokens_BT.device), []
     for number, part in enumerate(parts, 1):

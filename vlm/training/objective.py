@@ -149,7 +149,9 @@ def _is_decoder_layer(layer: str) -> bool:
 
 
 def _valid_positions(batch: Batch) -> Tensor:
-    """Return a mask (B, T) that is True up to the last target of each row. The later positions are padding."""
+    """Return a mask (B, T) that is True up to the last target of each row. All positions after the last target are
+    padding.
+    """
     return (batch.labels_BT != IGNORE).flip(1).cumsum(dim=1).flip(1) > 0
 
 

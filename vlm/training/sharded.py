@@ -27,7 +27,9 @@ from vlm.model import VisionLanguageModel
 from vlm.training.parallel import world_size
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
-"""Layers of torch whose initial weights are ones and zeros. `initialize_weights` leaves these weights as they are."""
+"""Layers of torch whose initial weights are ones and zeros. `initialize_weights` does not change the weights of these
+layers.
+"""
 
 
 def build_sharded(config: ModelConfig, vocab_size: int, device: torch.device, *, draw: bool) -> VisionLanguageModel:

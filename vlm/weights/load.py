@@ -276,7 +276,9 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _set_parameters(model: nn.Module, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
-    """Replace parameters with tensors. Replace a parameter that several modules share in all these modules."""
+    """Replace parameters of the model with tensors. If several modules share a parameter, replace the parameter in all
+    of these modules.
+    """
     for name, tensor in zip(names, tensors, strict=True):
         old, new = model.get_parameter(name), nn.Parameter(tensor)
         assert old.shape == new.shape

@@ -67,7 +67,8 @@ class Tie:
     """Two tensors of a file that must be equal if the model has no parameter `ours`, because the model ties these
     weights.
 
-    A file may contain `theirs`, `partner`, or both. If the file contains both, the two tensors must be equal.
+    A file may contain `theirs`, `partner`, or both. If the file contains both `theirs` and `partner`, the two tensors
+    must be equal.
     """
 
     theirs: str

@@ -1,6 +1,6 @@
 """Comparison of the start and end tokens that a published folder names with the tokenizer of the model.
 
-Several files of a folder name these tokens: config.json, generation_config.json, tokenizer_config.json and
+Several files of a folder name start and end tokens: config.json, generation_config.json, tokenizer_config.json and
 special_tokens_map.json. If a file disagrees with the model's tokenizer, an import refuses the folder, because answers
 would begin or end with a different token than in the other library.
 """

@@ -30,7 +30,9 @@ def test_every_file_that_was_read_with_the_same_settings_counts_as_ingested() ->
 
 
 def test_a_table_counts_as_ingested_only_if_its_version_and_the_settings_equal_those_of_the_last_ingest() -> None:
-    """A pinned older version or other settings change what `samples` holds, so an earlier ingest is outdated."""
+    """An ingest of another table version or with other settings changes `samples`, so earlier ingests do not count any
+    more.
+    """
     older = entries(("t", "version 7", "now"), ("t", "version 3", "now"), ("u", "version 1", "now"))
     assert select_last_versions(older, "now") == items_table([("t", "version 3"), ("u", "version 1")])
     other_settings = entries(("t", "version 7", "now"), ("t", "version 7", "other"))

@@ -8,8 +8,7 @@ weights in architectures with `rope_mixed` in their name.
 A rotary position encoding rotates pairs of channels. In architectures that count rows and columns, timm pairs adjacent
 channels. In DINOv3 and LingBot, timm pairs each channel of the first half of a head with a channel of the second half.
 Lakesight's attention always pairs channels of the two halves. If an architecture pairs adjacent channels, an import
-therefore reorders the channels of queries and keys. The reordering does not change the dot products of queries and
-keys.
+reorders the channels of queries and keys. The reordering does not change the dot products of queries and keys.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@
   share the positions), and norms after attention and MLP instead of before (`rpn` in the name, Liu et al., 2022).
 - `timm_parallel`: attention and MLP in parallel (Dehghani et al., 2023). One matrix computes the inputs of both layers.
 - `timm_branches`: two attention layers and then two MLPs in parallel (`18x2` in the name, Touvron et al., 2022). Two
-  parallel layers equal one layer with twice as many heads, or an MLP of twice the width. Each parallel layer has its
-  own norm and layer scale, so an import multiplies the norm and the layer scale into the weights of the layer.
+  parallel attention layers equal one layer with twice as many heads, and two parallel MLPs equal one MLP of twice the
+  width. Each parallel layer has its own norm and layer scale, so an import multiplies the norm and the layer scale into
+  the weights of the layer.
 """
 
 from __future__ import annotations
@@ -159,7 +160,9 @@ def _join_branches(theirs: Sequence[str], ours: Sequence[str], parts: int) -> Ru
         return [torch.ones(width), torch.zeros(width), *joined, torch.cat(outputs, dim=1), output_bias]
 
     def write(tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Divide a layer into branches without norms and scales. An import uses only the shapes of these tensors."""
+        """Divide a layer into branches without norms and scales. An import uses only the shapes of the returned
+        tensors.
+        """
         norm, norm_bias, weight, bias, output, output_bias = tensors
         first, first_bias, second = weight.chunk(NUM_BRANCHES), bias.chunk(NUM_BRANCHES), output.chunk(NUM_BRANCHES, 1)
         return [
