@@ -76,7 +76,9 @@ def score_batches(job: ScoreJob, batches: Iterator[pa.RecordBatch]) -> Iterator[
 
 
 def attention_batches(job: ScoreJob, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Draw the attention of captions. Yield batches of the schema ATTENTION_SCHEMA.
+    """Draw where the model looked when it generated the words of captions.
+
+    Yield batches of the schema ATTENTION_SCHEMA.
 
     The columns of a batch are `row` (index of a shard row), `prompt` and `caption`.
     """

@@ -21,7 +21,7 @@ BATCH_ROWS = 32
 UNSUPPORTED = re.compile(r"[\[\]\\^|\x00-\x1f]|%[0-9A-Fa-f]{2}")
 """Pattern of the characters in a path that make `deltalake` fail, end the process, or use another folder.
 
-Spark can read tables in folders with such paths.
+Spark can read tables in folders whose paths contain these characters.
 """
 
 

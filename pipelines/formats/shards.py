@@ -98,7 +98,7 @@ class Manifest(Config):
     Attributes:
         format: version of the shard format.
         request: shard request that determines the content of the folder; for a mix, the shard request of the first
-            part.
+            source.
         files: one entry for each shard file, in row order.
         parts: sources of a mix, or empty if there is only one source.
     """

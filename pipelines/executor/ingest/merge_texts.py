@@ -2,8 +2,8 @@
 
 Several people may write the same caption for a picture. The number of repeats of a caption changes the scores of an
 evaluation, and determines how often training shows the caption. However, an ingest that runs twice must not add its
-texts twice. After the merge, a text therefore occurs as often as it did in `samples` or as it does in the ingest,
-whichever is more.
+texts twice. After the merge, the number of repeats of a text is therefore the larger of two numbers: its repeats in
+`samples` and its repeats in the ingest.
 """
 
 from __future__ import annotations

@@ -17,7 +17,9 @@ from pipelines.formats.run_folder import CaptionSamples, Metrics, RunFolder, rea
 
 T = TypeVar("T", Metrics, CaptionSamples)
 MAX_SAMPLED = 50
-"""Largest number of metric files that are read for curves, separately for validated steps and for all other steps.
+"""Largest number of metric files that are read for curves.
+
+The limit applies separately to validated steps and to all other steps.
 
 Reading all metric files of a long run would take minutes.
 """

@@ -15,7 +15,7 @@ def prefetch_to_device(batches: Iterator[list[Batch]], device: torch.device) -> 
     The next batch is copied to a GPU while the GPU computes the training step of the current batch.
 
     Args:
-        batches: batches as lists of parts, in pinned memory if the device is a GPU.
+        batches: batches as lists of smaller batches, in pinned memory if the device is a GPU.
         device: device of the model. Batches for a CPU are yielded unchanged.
     """
     if device.type != "cuda":

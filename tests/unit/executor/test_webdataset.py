@@ -214,7 +214,7 @@ def test_concatenated_tars_are_read_to_the_end(tmp_path: Path) -> None:
     one, two, rest = rows_of(first)
     assert [one.fields["__key__"], two.fields["__key__"]] == ["a", "b"]
     assert rest.problem is not None
-    assert "bytes that are no tar follow its end mark" in rest.problem.detail
+    assert "the tar has other bytes after its end mark" in rest.problem.detail
 
 
 def test_a_tar_that_was_cut_between_two_rows_is_reported(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def add_image_ids(batches: Iterator[pa.RecordBatch], source: str) -> Iterator[pa
     """Add the column `image_id` to batches with a column of ids. Leave out rows whose value is not a valid id.
 
     Args:
-        batches: Arrow batches with the column `key`, which holds the ids.
+        batches: Arrow batches with the column `key`, which contains the ids.
         source: name of the data config, which is the prefix of image ids.
     """
     for batch in batches:

@@ -119,7 +119,7 @@ class TarReader:
     def _describe_damage(self, block: bytes, error: tarfile.HeaderError) -> str:
         """Describe a block that is not a header of a tar."""
         if self._is_closed:
-            return "bytes that are no tar follow its end mark"
+            return "the tar has other bytes after its end mark"
         if self._is_start and (kind := archive_of(block)):
             return f"the file is {kind}: unpack it, and write its files into a tar"
         if self._is_start and (compression := compression_of(block)):

@@ -167,7 +167,7 @@ class _TarRow:
         elif member.problem:
             self._refuse("malformed_record", f"{name} is {member.problem}")
         elif extension in self._members or extension in self._targets:
-            self._refuse("malformed_record", f"two members of one name: {name}")
+            self._refuse("malformed_record", f"two members have the same name: {name}")
         elif member.target is not None:
             self._targets[extension] = name, member.target
         elif self._fits(name, member.size):
