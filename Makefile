@@ -43,5 +43,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@"$${JAVA_HOME:+$$JAVA_HOME/bin/}java" -version 2>&1 | grep -Eq 'version "(1[7-9]|[2-9][0-9])' || \
 	  { echo "Lakesight needs Java 17 or later for Spark. Debian, Ubuntu: apt install openjdk-17-jre-headless; macOS: brew install openjdk@17; then set JAVA_HOME" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[local,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[local,dev]' || \
+	  { echo "uv does not read pip's settings (index, proxy, certificates). Trying again with pip:" >&2; \
+	    $(BIN)/pip install --quiet -c constraints.txt -e '.[local,dev]'; }
 	@touch $@
