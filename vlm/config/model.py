@@ -87,8 +87,8 @@ class CausalMaskConfig(Config):
 
 
 class PrefixMaskConfig(Config):
-    """Picture and prompt attend to each other in both directions. In the answer, each token attends only to earlier
-    positions (as in PaliGemma).
+    """Picture and prompt attend to each other in both directions. In the answer, each token attends only to itself and
+    to earlier positions (as in PaliGemma).
     """
 
     kind: Literal["prefix"]

@@ -134,8 +134,8 @@ class AttentionConfig(Config):
         head_dim: number of channels of a head.
         bias: whether the projections of queries, keys and values have a bias.
         out_bias: whether the output projection has a bias, or null for the same value as `bias`.
-        windows: window size of each layer, in positions. In a window of n, a position attends to itself and to the n -
-            1 positions before it; null means all earlier positions. If `windows` has fewer entries than the transformer
+        windows: window size of each layer, in positions. A window of n positions contains a position itself and n - 1
+            positions before it; null means all earlier positions. If `windows` has fewer entries than the transformer
             has layers, `windows` is repeated.
         soft_cap: bound of the absolute attention scores, which become soft_cap * tanh(score / soft_cap) (Gemma Team,
             2024), or null for no bound.
