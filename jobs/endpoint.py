@@ -26,7 +26,7 @@ class EndpointReport(Config):
     model_name: str
     model_version: str
     changed: bool
-    """Whether the command changed the endpoint, which is not needed if the endpoint already serves this version."""
+    """Whether the command changed the endpoint; false if the endpoint already served this version."""
 
 
 def endpoint(

@@ -130,8 +130,8 @@ def check_tables(platform: Platform) -> DoctorCheck:
 def check_mlflow(config: RunConfig, platform: Platform) -> Iterator[DoctorCheck]:
     """Find or create the run's experiment and its registered model.
 
-    If the server does not answer, the check only warns, because the server may answer later. If the server refuses the
-    request, the check fails.
+    If the tracking server does not answer, the check only warns, because the server may answer later. If the tracking
+    server refuses the request, the check fails.
     """
     from pipelines.tracking.outage import TrackingDown
     from pipelines.tracking.registry import ensure_model

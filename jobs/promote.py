@@ -49,10 +49,11 @@ def promote(
 ) -> None:
     """Make a version the champion if it passes the gate.
 
-    The version must load in a fresh process without unpickling, caption with few errors, use its pictures (blind
-    gap), beat the best constant caption and the nearest neighbour's caption, and be no worse than the champion on the
-    same pictures. Versions without an evaluation are evaluated before the checks. The run's gate section sets the
-    limits. With --checkpoint, the command registers and checks any checkpoint that the training has kept.
+    The version must load in a fresh process without unpickling, caption with few errors, and use its pictures (blind
+    gap). Its captions must be better than the best constant caption and the nearest neighbour's caption, and no worse
+    than the champion's captions of the same pictures. Versions without an evaluation are evaluated before the checks.
+    The run's gate section sets the limits. With --checkpoint, the command registers and checks any checkpoint that the
+    training has kept.
 
     \b
     Examples:

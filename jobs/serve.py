@@ -46,7 +46,8 @@ def serve(
         job.output.line("serve", f"starting {chosen.name} version {chosen.version}")
         command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", str(folder)]
         command += ["--env-manager", "local", "--host", HOST, "--port", str(port)]
-        # MLflow starts `uvicorn` from PATH. Without PYTHONSAFEPATH, the working folder would come first on sys.path.
+        # MLflow starts `uvicorn` from PATH. PYTHONSAFEPATH keeps the working folder off sys.path, so that no file in
+        # this folder replaces a module.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         with suppress(KeyboardInterrupt):  # no error: people stop a server by Ctrl-C
             environment = child_environment(PYTHONSAFEPATH="1", PATH=path)

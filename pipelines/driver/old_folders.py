@@ -6,8 +6,8 @@ The newest folders of each kind stay, and so does everything that a remaining fo
 - if a version was registered from a run, the files of the run, except checkpoints from which no version was registered;
 - the shards of every remaining run, and the shards that a remaining training mix refers to.
 
-Folders that Lakesight cannot read also stay. A folder is renamed before it is removed. Otherwise a killed command could
-leave a half-removed folder that looks complete.
+Folders that Lakesight cannot read also stay. A folder is renamed before it is removed. Without the new name, a killed
+command could leave a half-removed folder that looks complete.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ class CaptionReport(Config):
 class TooManyErrors(StageFailed):
     """The share of errors exceeds `max_error_share`.
 
-    All rows are written nevertheless, and the attribute `report` has the row counts.
+    The results of all rows are written before the error is raised. The attribute `report` has the row counts.
     """
 
     def __init__(self, report: CaptionReport, max_error_share: float) -> None:
@@ -151,8 +151,8 @@ class TooManyErrors(StageFailed):
 CaptionIdentity = tuple[GenerationConfig, dict[str, object], dict[str, str]]
 """Decoding settings, the values that identify these settings, and the key of a table's caption files."""
 Progress = Callable[[Callable[[], int], int], AbstractContextManager[None]]
-"""Function that returns a context manager, which shows progress. The first argument is a function that returns the
-number of finished rows. The second argument is the number of all rows."""
+"""Function that returns a context manager, which shows progress. The arguments are a function that returns the number
+of finished rows, and the number of all rows."""
 
 
 def caption(
@@ -174,8 +174,8 @@ def caption(
             precision is not installed.
         StageFailed: Spark failed. The next caption job with the same request skips the rows that already have a
             caption.
-        TooManyErrors: the share of errors is larger than `max_error_share`. The results of all rows are written
-            nevertheless.
+        TooManyErrors: the share of errors is larger than `max_error_share`. The results of all rows are written before
+            the error is raised.
     """
     started = time.monotonic()
     check_request(model, request)

@@ -55,8 +55,8 @@ def shared_keys(pictures: DataFrame, num_new: int) -> DataFrame:
 def keys_of_new_pictures(pictures: DataFrame, num_new: int) -> DataFrame:
     """For each key of a new picture, return one row for each picture with this key.
 
-    This function leaves out keys that no new picture has, before the rows are sorted by key. Otherwise an ingest of one
-    picture would sort ten keys of each known picture.
+    This function leaves out keys that no new picture has, before the rows are sorted by key. Without this filter, an
+    ingest of one picture would sort ten keys of each known picture.
 
     Args:
         pictures: pictures with the columns in COMPARED.
@@ -104,8 +104,7 @@ def copies_across_sources(samples: DataFrame) -> DataFrame:
         samples: rows of `samples` of several sources.
     """
     pictures = samples.select("image_id", "source", "sha256", "split", "fingerprint")
-    # Training pictures, which are most of the pictures, count as existing, so that they are not compared with each
-    # other.
+    # Most pictures are training pictures. They are marked as existing, so that they are not compared with each other.
     pictures = pictures.withColumn("existing", F.col("split") == "train")
     training, held_out = pictures.filter("existing"), pictures.filter("NOT existing")
     others = held_out.select(F.col("source").alias("other_source"), "sha256", "fingerprint")

@@ -1,4 +1,4 @@
-"""Creation and schema upgrade of the project's Delta tables. `Platform.open_spark` opens the Spark sessions."""
+"""Creation and schema upgrade of the project's Delta tables. `Platform.open_spark` opens the session."""
 
 from __future__ import annotations
 

@@ -69,8 +69,8 @@ def read_versions(spark: SparkSession, platform: Platform, source: str, table: T
     to the newest version, an ingest of one source would make the shards of all sources stale. Each ingest writes the
     name of its source into its commit (`note_options`, `note_condition`), and this function skips commits of other
     sources and maintenance commits. A commit without a note, such as a DELETE by hand, counts as a change of every
-    source. The oldest commit that Delta still keeps also counts as a change, so the pinned version may be newer than
-    the last change of the source, but never older.
+    source. The oldest commit that Delta still keeps also counts as a change. The pinned version may therefore be newer
+    than the last change of the source, but never older.
 
     Both version numbers come from one read of the table history, so rows of `source` are equal at `newest` and at
     `last_change`.

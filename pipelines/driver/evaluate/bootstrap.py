@@ -20,8 +20,8 @@ from vlm.config import Config
 RESAMPLES = 200
 MAX_VALUES = 8
 """Largest number of values of a column for which an evaluation computes separate metrics (one slice for each value).
-The values of a column with more distinct numbers are divided into quartiles instead. In a text column with more
-distinct values, only the MAX_VALUES most frequent values have their own slice.
+If a column has more than MAX_VALUES distinct numbers, the numbers are divided into quartiles. In a text column with
+more distinct values, only the MAX_VALUES most frequent values have their own slice.
 """
 MIN_SLICE_ROWS = 2
 

@@ -34,7 +34,8 @@ def record_decision(
     reasons: Sequence[str] = (),
     figures: str = "{}",
 ) -> None:
-    """Append a decision to table `decisions`. Call this function before the decision takes effect.
+    """Append a decision to table `decisions`. Call this function before the registry is changed, so that no change of
+    the champion is unrecorded.
 
     Args:
         open_spark: function that returns the Spark session. The function is called only if a catalog manages the table.

@@ -106,7 +106,7 @@ def _check_errors(gate: GateConfig, share: float, trial: Trial) -> GateCheck:
 def _check_blind_gap(gate: GateConfig, gap: Interval | None) -> GateCheck:
     """Check that the model uses its pictures, which means that its blind gap is large enough."""
     if gap is None:
-        found = "the blind gap is unknown: a split of one picture has none"
+        found = "the blind gap is unknown, because the split has only one picture"
         return GateCheck(passed=False, found=found)
     passed = gap.value >= gate.min_blind_gap
     found = f"a blind gap of {gap.value:z.3f} nats per token, limit {gate.min_blind_gap:g}"

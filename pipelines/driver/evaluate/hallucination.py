@@ -84,8 +84,9 @@ def read_object_words(file: Path) -> ObjectWords:
         for phrase in phrases:
             name = " ".join(phrases[0])
             if objects.setdefault(phrase, name) != name:
+                text = " ".join(phrase)
                 got = (
-                    f"line {number} has {' '.join(phrase)!r} for {name!r}, which already stands for {objects[phrase]!r}"
+                    f"line {number} lists {text!r} under {name!r}, but {text!r} already stands for {objects[phrase]!r}"
                 )
                 _refuse(file, got, "write each word or phrase in the line of only one object")
     if not objects:

@@ -2,10 +2,10 @@
 
 Executors compute scores and attention once, and the driver writes them to files.
 
-The name of the file's folder contains a hash of everything that determines the scores (model files, pictures, scoring
-method). A second evaluation of the same model and pictures finds this folder and does not run the model. The scores
-file also has the nearest-neighbour caption of each row, which is a human caption of the training picture with the most
-similar grid of 8 x 8 colours.
+The scores are in a folder whose name contains a hash of everything that determines the scores (model files, pictures,
+scoring method). A second evaluation of the same model and pictures finds this folder and does not run the model. The
+scores file also has the nearest-neighbour caption of each row, which is a human caption of the training picture with
+the most similar grid of 8 x 8 colours.
 """
 
 from __future__ import annotations

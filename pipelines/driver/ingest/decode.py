@@ -78,7 +78,7 @@ class DecodedRows:
 def decode_rows(spark: SparkSession, platform: Platform, request: IngestRequest) -> Iterator[DecodedRows]:
     """Decode rows into a spill folder that exists while the block runs.
 
-    Inside the block, the size of Arrow batches is limited.
+    Inside the block, Arrow batches are limited in size, because pictures are large.
 
     Raises:
         StageFailed: Spark failed in this function or in the block.

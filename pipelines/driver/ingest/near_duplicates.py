@@ -88,10 +88,10 @@ def _resolve(pairs: DataFrame, *, move: bool) -> DataFrame:
     """Return the near duplicate and the split of each new picture, in columns image_id, split, near_of, near_split.
 
     near_of is a near duplicate that was in `samples` before the ingest. If no near duplicate was in `samples`, near_of
-    is the new near duplicate with the smallest id. For the new picture with the smallest id, near_of is then null.
-    near_split is the split of the near duplicates in `samples`, because pictures in `samples` do not move. If no near
-    duplicate is in `samples`, near_split is the first of test, val and train to which the picture or a near duplicate
-    belongs. If `move` is false, near_split is the picture's own split.
+    is the new near duplicate with the smallest id. If all near duplicates are new and have larger ids than the picture,
+    near_of is null. near_split is the split of the near duplicates in `samples`, because pictures in `samples` do not
+    move. If no near duplicate is in `samples`, near_split is the first of test, val and train to which the picture or a
+    near duplicate belongs. If `move` is false, near_split is the picture's own split.
     """
     rank = "array_position(array('test', 'val', 'train'), other_split)"
     first = "min(struct(NOT other_existing AS is_new, other_id)) FILTER (WHERE other_existing OR other_id < image_id)"

@@ -108,7 +108,8 @@ def plan_ingest(spark: SparkSession, platform: Platform, decoded: DecodedRows) -
 def pictures_of_input(existing: DataFrame, outcomes: DataFrame) -> DataFrame:
     """Return the rows of `samples` whose pictures occur in a small input.
 
-    The ids of the input are sent to all tasks. Otherwise an ingest of one picture would sort all known pictures by id.
+    The ids of the input are sent to all tasks. Without this broadcast, an ingest of one picture would sort all known
+    pictures by id.
     """
     ids = outcomes.filter(F.col("reason").isNull()).select("image_id").distinct()
     return existing.join(F.broadcast(ids), "image_id", "left_semi")
@@ -126,7 +127,8 @@ def plan_pictures(outcomes: DataFrame, existing: DataFrame, max_texts: int | Non
 
     If two different pictures have the same id and one of them is in `samples`, the picture in `samples` stays and the
     other picture is refused. If neither picture is in `samples`, both pictures are refused, because files have no fixed
-    order that decides which picture comes first. A picture in several splits goes to the first of test, val and train.
+    order that decides which picture comes first. If the rows of a picture have several splits, the picture gets the
+    first of test, val and train.
     """
     pictures = (
         outcomes.filter(F.col("reason").isNull())

@@ -70,8 +70,8 @@ def verify_merge(row: Row | None, *, inserted: int, updated: int) -> None:
     """Compare the row counts that Delta reports for a merge with the counts of the plan.
 
     Raises:
-        WriteConflict: the counts differ, because Delta skips the merge if, after the plan was made, another ingest has
-            committed rows of the same source.
+        WriteConflict: the counts differ, because Delta has skipped the merge. Delta skips the merge if another ingest
+            has committed rows of the same source after the plan was made.
     """
     found = (row["num_inserted_rows"], row["num_updated_rows"]) if row else (0, 0)
     if found != (inserted, updated):
@@ -84,8 +84,8 @@ def verify_append(spark: SparkSession, platform: Platform, table: Table, stamp: 
     """Check that a table has the expected number of rows with the source and the time of a plan.
 
     Raises:
-        WriteConflict: the table has a different number of rows, because Delta skips the append if, after the plan was
-            made, another ingest has committed rows of the same source.
+        WriteConflict: the table has a different number of rows, because Delta has skipped the append. Delta skips the
+            append if another ingest has committed rows of the same source after the plan was made.
     """
     ours: dict[str, str | datetime] = {"source": stamp.source, TIME_COLUMNS[table.name]: stamp.planned_at}
     written = count_rows(spark, platform, table, ours, by="source").get(stamp.source, 0)

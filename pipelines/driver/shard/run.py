@@ -66,8 +66,8 @@ class ShardReport(Config):
 def shard(  # noqa: PLR0917 (each argument is one part of a run, and all are required)
     spark: SparkSession, platform: Platform, source_name: str, config: DataConfig, image: ImageConfig, split: Split
 ) -> ShardReport:
-    """Find or write the shards of one source and split. For a training mix, do the same for the other sources of the
-    mix.
+    """Find or write the shards of one source and split. If the run trains on a mix of sources, also find or write the
+    training shards of the other sources.
 
     A shard request names the version of `samples` that last changed the source. The rows are read at the newest
     version, because VACUUM may have removed the files of the pinned version. The rows of the source are equal in the

@@ -93,9 +93,9 @@ def no_rows(  # noqa: PLR0917 (each argument is one part of the message)
 def write_folder(rows: DataFrame, folder: Path, request: ShardRequest, seconds: float) -> None:
     """Write all shard files, then the manifest. Decoding a picture may take at most `seconds` seconds."""
     folder.mkdir(parents=True, exist_ok=True)
-    # A single task numbers the shuffle keys. The key of a picture has only 64 characters. Pictures do not pass through
-    # this task. Each picture goes directly to its shard file, because the driver knows the first shuffle key of each
-    # file.
+    # A single task numbers the shuffle keys. The task needs little memory, because a key has only 64 characters and the
+    # task reads no pictures. Each picture goes directly to its shard file, because the driver knows the first shuffle
+    # key of each file.
     numbered = rows.select("shuffle_key", (F.row_number().over(Window.orderBy("shuffle_key")) - 1).alias("number"))
     starts = numbered.filter(F.col("number") % request.rows == 0).orderBy("number").collect()
     first_keys = [row["shuffle_key"] for row in starts]
@@ -170,8 +170,8 @@ def write_texts(rows: DataFrame, folder: Path, request: ShardRequest) -> None:
     """Write the shard files of texts, then the manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = rows.select("text_id", "text", _shuffle_key(request, "text_id"))
-    # A single task numbers the shuffle keys. The key of a text has only 64 characters. The texts do not pass through
-    # this task.
+    # A single task numbers the shuffle keys. The task needs little memory, because a key has only 64 characters and the
+    # task reads no texts.
     number = F.row_number().over(Window.orderBy("shuffle_key")) - 1
     files_of = rows.select("text_id", F.floor(number / request.rows).cast("int").alias("file"))
     expected = rows.count()

@@ -61,7 +61,7 @@ def prepare(
 
     The tokenizer is trained on the texts of the training shards, or copied from `train.start_from`. The name of the run
     folder depends on everything that determines the outcome of the run, so the same command finds the same run folder.
-    A command that changes only generation settings finds this folder too (`keep_generation`).
+    A command that changes only generation settings finds the same run folder (`keep_generation`).
 
     Args:
         config: resolved run config.

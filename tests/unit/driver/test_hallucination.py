@@ -130,7 +130,7 @@ def test_chair_i_is_missing_if_no_caption_mentions_an_object(objects: ObjectWord
         (None, "objects.txt. Got: No such file or directory. Fix: set data.object_words"),
         (b"dog, \xff", "Got: bytes that are not UTF-8"),
         (b"# dog\n\n ,\n", "Got: no object. Fix: write one object per line"),
-        (b"dog, Puppy\nwolf, puppy\n", "Got: line 2 has 'puppy' for 'wolf', which already stands for 'dog'"),
+        (b"dog, Puppy\nwolf, puppy\n", "Got: line 2 lists 'puppy' under 'wolf', but 'puppy' already stands for 'dog'"),
     ],
 )
 def test_an_invalid_or_missing_word_list_is_refused_and_the_error_names_the_problem(

@@ -65,7 +65,9 @@ def write_texts(
 
 
 def _accepted(outcomes: DataFrame) -> DataFrame:
-    """Return one row per text. A text in several splits goes to the first of test, val and train."""
+    """Return one row per text. If the rows of a text have several splits, the text gets the first of test, val and
+    train.
+    """
     usable = outcomes.filter(F.col("reason").isNull()).groupBy("text_id", "sha256", "text")
     return usable.agg(F.min_by("split", held_out_rank("split")).alias("split"), F.min("source_row").alias("source_row"))
 
