@@ -60,7 +60,7 @@ def _describe(name: str, value: Any) -> Iterator[str]:
 
 
 class _Annotation(str):
-    """Text of an annotation, as a string whose repr has no quotes, so that a printed signature contains no quotes."""
+    """Text of an annotation. The repr of the text has no quotes, because a printed signature shows the repr."""
 
     def __repr__(self) -> str:
         return str(self)

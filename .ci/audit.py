@@ -101,7 +101,7 @@ def _applies(requirement: Requirement, extras: set[str]) -> bool:
 
 
 def licences(package: Distribution) -> set[str]:
-    """Return the licences in the metadata of a package. All of these licences apply together."""
+    """Return the licences in the metadata of a package. If a package has several licences, all of them apply."""
     metadata = package.metadata
     if expression := metadata.get("License-Expression"):
         parts = re.split(r"\s+AND\s+", expression.strip("() "))

@@ -66,10 +66,10 @@ def commands() -> Iterator[str]:
 CONFIG_NOTE = """The config of a run has these keys. The YAML files in `conf/` set keys, and the option
 `--set KEY=VALUE` of a command overrides a key, for example `--set train.steps=500`.
 
-In the tables below, the type "section" means that the key holds further keys. The heading of a section gives the path
-of its keys: the key `size` in the section `model.image` is `model.image.size`. If a section has the key `kind`, the
-value of `kind` decides which further keys the section has. "required" in the column "default" means that the key has
-no default.
+In the tables below, the type "section" means that the key contains further keys. The heading of a section gives the
+path of its keys: the key `size` in the section `model.image` is `model.image.size`. If a section has the key `kind`,
+the value of `kind` decides which further keys the section has. "required" in the column "default" means that the key
+has no default.
 """
 
 

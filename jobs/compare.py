@@ -42,7 +42,8 @@ def compare(
 
 
 def next_command(job: Job, report: Comparison) -> str:
-    """Return the command to run next, which is `promote` unless the first version is worse than the other version.
+    """Return the command to run next. The next command is `promote` if the first version is not worse than the other
+    version.
 
     If the first version is worse, the next command trains a run with twice the number of steps. A run with training
     stages defines its steps in the stages, so for such a run the next command shows the curves.

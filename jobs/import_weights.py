@@ -57,10 +57,10 @@ def import_weights(
 ) -> None:
     """Make a checkpoint from published weights.
 
-    The command reads config.json and safetensors files of another library, either from a folder with the whole model,
-    or from separate folders with the encoder and the decoder (one of the two is enough). Weights that are in none of
-    the folders are initialised at random. If the output folder already has the checkpoint of the same import, the
-    command only prints the report again.
+    The command reads config.json and safetensors files of another library. The files are in one folder with the whole
+    model, or in a folder with the encoder and a folder with the decoder (one of these two folders is enough). Weights
+    that are in none of the folders are initialised at random. If the output folder already has the checkpoint of the
+    same import, the command only prints the report again.
 
     \b
     Examples:

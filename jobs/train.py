@@ -79,8 +79,9 @@ def train(
     --no-launch, the command only writes the run folder. Start the ranks of this folder with torchrun, then run the
     command again without --no-launch to register the model.
 
-    With --replay-step, the command trains from the last checkpoint before the step to the step, in a temporary folder,
-    and shows which pictures have a loss that is not finite. The replay does not change the run.
+    With --replay-step, the command repeats the training up to the step, from the last checkpoint before the step, in a
+    temporary folder. The command then shows which pictures have a loss that is not finite. The replay does not change
+    the run.
 
     \b
     Example:

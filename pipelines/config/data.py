@@ -106,7 +106,9 @@ class RowSourceBase(SourceBase):
 
     @property
     def record_columns(self) -> ColumnNames:
-        """Column names of the records that executors read. The bytes of a named picture are in the field PICTURE."""
+        """Column names of the records that executors read. If rows name their pictures, the bytes of a picture are in
+        the field PICTURE.
+        """
         return self.columns if self.image_root is None else self.columns.model_copy(update={"image": PICTURE})
 
 
@@ -216,8 +218,9 @@ class WebDatasetSourceConfig(SourceBase):
 
     @property
     def record_columns(self) -> ColumnNames:
-        """Column names of the records that executors read. The picture is in the field PICTURE, whatever its file
-        extension."""
+        """Column names of the records that executors read. The field PICTURE has the picture, whatever the picture's
+        file extension.
+        """
         return self.columns.model_copy(update={"image": PICTURE})
 
 
@@ -287,8 +290,9 @@ class ShardConfig(Config):
         seed: random seed of the order of rows in the shards.
         where: SQL condition on columns of the table `samples`, or an empty text for all rows. Shards of every split
             contain only rows that meet the condition.
-        draft: whether the JPEG decoder shrinks large pictures to near the model's resolution during decoding. Decoding
-            is then far faster, but the pixels differ slightly from the pixels on which the model captions.
+        draft: whether the JPEG decoder shrinks large pictures to near the model's resolution during decoding. With
+            `draft`, decoding is far faster, but the training pixels differ slightly from the pixels of the same picture
+            in a caption job.
     """
 
     encoding: Literal["raw", "jpeg"] = "raw"
@@ -364,7 +368,7 @@ class DataConfig(Config):
         if self.mix or self.object_words:
             raise ValueError("mix and object_words need pictures and captions: remove them for a source of kind text")
         if self.shards.encoding != "raw" or self.shards.draft:
-            raise ValueError("shards.encoding and shards.draft concern pictures: leave them out for plain text")
+            raise ValueError("plain text has no pictures: leave out shards.encoding and shards.draft")
         return self
 
     @model_validator(mode="after")

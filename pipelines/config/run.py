@@ -184,15 +184,15 @@ class RunConfig(Config):
     def _text_for_a_model_of_text(self) -> Self:
         if (self.data.source.kind == "text") != self.model.text_only:
             raise ValueError(
-                "model.text_only must be true for a source of kind text, and only then: got "
+                "model.text_only must be true for a source of kind text, and false for all other sources: got "
                 f"model.text_only {self.model.text_only} and data.source.kind {self.data.source.kind}"
             )
         train = self.train
         of_pictures = train.augment or train.score_every or train.adapter or train.contrastive or train.rewards_cider
         if self.model.text_only and of_pictures:
             raise ValueError(
-                "augment, score_every, adapter, contrastive and a reward of captions concern pictures: leave them out "
-                "of train for a text-only model"
+                "a text-only model reads no pictures: leave augment, score_every, adapter, contrastive and a reward of "
+                "captions out of train"
             )
         return self
 

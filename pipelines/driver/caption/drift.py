@@ -31,8 +31,8 @@ FIGURES = ("words", "distinct_words", "mean_logprob", *PROMPT_INDEPENDENT)
 class Drift(Config):
     """Comparison of one figure between a caption job and an evaluation.
 
-    If RELATIVE names the figure, `change` and `limit` are fractions of the evaluation's value. Otherwise, `change` and
-    `limit` are absolute differences.
+    If RELATIVE names the figure, `change` and `limit` are fractions of the evaluation's value. For all other figures,
+    `change` and `limit` are absolute differences.
     """
 
     value: float

@@ -2,8 +2,8 @@
 
 The check reads only Delta logs and small columns of tables. If the check is not certain that every row has its caption,
 Spark starts and looks for rows without a caption. This happens, for example, if the job has an SQL condition, or if a
-table is in a catalog or on an object store. The check is also not certain if the table may have deletion vectors, which
-delete rows without replacing a data file, or if data files of a captioned table version were replaced.
+table is in a catalog or on an object store. The check is also not certain if data files of a captioned table version
+were replaced, or if the table may have deletion vectors. Deletion vectors delete rows without replacing a data file.
 """
 
 from __future__ import annotations

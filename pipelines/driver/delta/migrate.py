@@ -163,7 +163,7 @@ def _require_no_writes(spark: SparkSession, name: str, version: int) -> None:
 
 
 def _existing(spark: SparkSession, platform: Platform) -> list[tuple[Table, str]]:
-    """Return the existing tables, each with the name by which SQL statements refer to the table.
+    """Return the existing tables, each with its name in SQL statements.
 
     On a laptop, this name contains the path of the table's folder, because Spark's catalog in memory is empty until a
     command registers the tables.

@@ -97,14 +97,15 @@ def find_pairs(shared: DataFrame, pictures: DataFrame) -> DataFrame:
 def copies_across_sources(samples: DataFrame) -> DataFrame:
     """Return the training pictures that copy a validation or test picture of another source (columns image_id, source).
 
-    A training picture counts as a copy if the two pictures have the same bytes or the same fingerprint, or if their
-    fingerprints are those of near duplicates. Pictures without a fingerprint are compared by their bytes.
+    A training picture counts as a copy if both pictures have the same bytes or fingerprint, or are near duplicates by
+    their fingerprints. Pictures without a fingerprint are compared by their bytes.
 
     Args:
         samples: rows of `samples` of several sources.
     """
     pictures = samples.select("image_id", "source", "sha256", "split", "fingerprint")
-    # Most pictures are training pictures. They are marked as existing, so that they are not compared with each other.
+    # Most pictures are training pictures. Training pictures are marked as existing, so that they are not compared with
+    # each other.
     pictures = pictures.withColumn("existing", F.col("split") == "train")
     training, held_out = pictures.filter("existing"), pictures.filter("NOT existing")
     others = held_out.select(F.col("source").alias("other_source"), "sha256", "fingerprint")

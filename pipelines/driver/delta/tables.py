@@ -172,8 +172,8 @@ def _has_commits(folder: Path) -> bool:
     """Return whether a folder holds a Delta table with at least one commit.
 
     A log folder without a commit has two possible causes. If another process is creating the table, this function waits
-    for the first commit. If a process was killed while it was creating the table, this function removes the log folder,
-    because Delta cannot open a table whose log folder has no commit.
+    for the first commit. If a process was killed while it was creating the table, this function removes the log folder.
+    Delta cannot open a table whose log folder has no commit.
     """
     log = folder / "_delta_log"
     modified, watched_since = 0.0, time.monotonic()

@@ -38,7 +38,8 @@ def draw_weights(scored: Sequence[ScoredRow], *, seed: int = 0) -> Floats:
     """Draw the weights of the rows in each resample, as an array of shape (RESAMPLES + 1, rows).
 
     The first line of the array is the original sample, in which every weight is 1. Each further line of the array is
-    one resample, in which the weight of a row is the number of times that the row's picture was drawn with replacement.
+    one resample, for which pictures are drawn with replacement. The weight of a row is the number of times that its
+    picture was drawn.
     """
     pictures = np.unique([item.row for item in scored], return_inverse=True)[1]
     return draw_counts(int(pictures.max()) + 1, seed=seed)[:, pictures]

@@ -5,10 +5,10 @@ paired differences of two models are computed by calling the same metric with di
 a metric that needs only captions and references, extend `caption_metrics`. To add any other metric, extend
 `model_metrics`.
 
-pycocoevalcap computes BLEU, ROUGE-L and CIDEr-D. `vlm.text.words` splits the texts into words. These metrics are
-defined for all writing systems and need no Java, so the promotion gate decides the same on every host. Figures in
-papers are computed from the words of COCO's tokenizer. Lakesight reports figures with COCO's words under separate
-names, such as `coco_cider` (see `coco.py`).
+pycocoevalcap computes BLEU, ROUGE-L and CIDEr-D. `vlm.text.words` splits the texts into words. The metrics of this
+module are defined for all writing systems and need no Java, so the promotion gate decides the same on every host.
+Figures in papers are computed from the words of COCO's tokenizer. Lakesight reports figures with COCO's words under
+separate names, such as `coco_cider` (see `coco.py`).
 
 In the names of arrays, R stands for rows (a picture and a prompt) and S stands for resamples.
 """

@@ -161,8 +161,8 @@ def evaluate(
         objects: word list for the metrics of object hallucination, or None to leave out these metrics.
 
     Raises:
-        UserError: the split is empty, a folder does not hold a model or shards, or a column does not exist.
-        StageFailed: no prompt of the split leaves room for a caption, or an executor failed.
+        UserError: the split is empty, a folder contains no model or no shards, or a column does not exist. StageFailed:
+        no prompt of the split leaves room for a caption, or an executor failed.
     """
     started = time.monotonic()
     model.read_config()

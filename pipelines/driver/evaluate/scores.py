@@ -4,8 +4,8 @@ Executors compute scores and attention once, and the driver writes them to files
 
 The scores are in a folder whose name contains a hash of everything that determines the scores (model files, pictures,
 scoring method). A second evaluation of the same model and pictures finds this folder and does not run the model. The
-scores file also has the nearest-neighbour caption of each row, which is a human caption of the training picture with
-the most similar grid of 8 x 8 colours.
+scores file also has the nearest-neighbour caption of each row: a human caption of the training picture whose grid of 8
+x 8 colours is the most similar.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ pictures."""
 ROWS_PER_TASK = 128
 MAX_NEIGHBOURS = 20_000
 """Largest number of training pictures among which the most similar picture is searched. Only the first training
-pictures of the shards are candidates. These pictures are a random sample, because shards are shuffled."""
+pictures of the shards are candidates. The first pictures are a random sample, because shards are shuffled.
+"""
 BLOCK_ROWS = 512
 """Number of evaluated rows in each block of the distance matrix between evaluated pictures and training pictures."""
 SCORES = "scores.parquet"

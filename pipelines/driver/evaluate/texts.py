@@ -78,8 +78,7 @@ def evaluate_texts(
     """Compute the metrics of a version of a text-only model on a split, and write them to table `evaluations`.
 
     Raises:
-        UserError: a folder does not hold a model or shards.
-        StageFailed: an executor failed.
+        UserError: a folder contains no model or no shards. StageFailed: an executor failed.
     """
     started = time.monotonic()
     shards, config = Shards.open(shards_folder), model.read_config()

@@ -30,8 +30,8 @@ def write_samples(platform: Platform, plan: IngestPlan) -> NearReport:
 
     Raises:
         WriteConflict: after the plan was made, another ingest has committed rows of the same source. Nothing is written
-            if the Spark session accepts the settings of `skip_if_changed_since`. Otherwise, texts may be added to
-            pictures that the other ingest has not changed.
+            if the Spark session accepts the settings of `skip_if_changed_since`. If the session refuses these settings,
+            texts may be added to pictures that the other ingest has not changed.
     """
     write = _replace if plan.request.replace else _add
     if not (plan.totals.new or plan.totals.updated):

@@ -116,7 +116,7 @@ def pictures_of_input(existing: DataFrame, outcomes: DataFrame) -> DataFrame:
 
 
 def plan_pictures(outcomes: DataFrame, existing: DataFrame, max_texts: int | None = None) -> DataFrame:
-    """Return one narrow row per picture of the input.
+    """Return one row per picture of the input, without the bytes of the picture.
 
     The columns are image_id, sha256, rows (number of raw rows), spilled (POSITION, format, width and height of the
     picture), source_row, split, fingerprint, is_new, conflicting (whether another picture has the same id), known_texts

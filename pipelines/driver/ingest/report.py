@@ -97,7 +97,7 @@ def _of_ingest(rows: DataFrame, report: IngestReport) -> DataFrame:
 
 
 def figures_of(samples: DataFrame) -> Figures:
-    """Compute the distributions of rows of `samples` in one pass over narrow columns."""
+    """Compute the distributions of rows of `samples` in one pass, without reading the pictures."""
 
     def value(figure: str, name: Column, order: Column) -> Column:
         return F.struct(F.lit(figure).alias("figure"), order.cast("int").alias("order"), name.alias("name"))

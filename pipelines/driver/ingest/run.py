@@ -63,8 +63,8 @@ def ingest(
         UserError: the input does not exist, lacks a column, has no rows, or has no usable row. Unusable rows are
             written to `quarantine`.
         StageFailed: the row counts do not add up, because rows were lost or counted twice.
-        TooManyRefused: more rows were refused than `data.limits.max_bad_share` allows. The tables nevertheless contain
-            all rows of the ingest.
+        TooManyRefused: more rows were refused than `data.limits.max_bad_share` allows. All rows of the ingest are
+            written before the error is raised.
     """
     started = time.monotonic()
     retry_on_conflict(partial(ensure_tables, spark, platform))

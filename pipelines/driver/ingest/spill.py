@@ -49,11 +49,11 @@ class SpillFolder:
         return rows.sparkSession.read.schema(rows.schema).parquet(escape_wildcards(path))
 
     def restore(self, rows: DataFrame, *names: str) -> DataFrame:
-        """Read the large columns `names` from the spill files, and put them in place of the column `spilled`. This
-        column is a struct that starts with the position in the spill files (POSITION).
+        """Read the large columns `names` from the spill files, and put them in place of the column `spilled`. Column
+        `spilled` is a struct that starts with the position in the spill files (POSITION).
 
-        Only the narrow rows, which have a few hundred bytes, are shuffled. Each task then reads its part of the spill
-        files.
+        Rows are shuffled without the large columns, so a shuffled row has only a few hundred bytes. Each task then
+        reads its part of the spill files.
         """
         size = sum(path.stat().st_size for path in self.folder.glob("*.arrow"))
         tasks = max(default_parallelism(rows.sparkSession), size // FILE_BYTES)

@@ -5,7 +5,7 @@ failure records therefore describe consequences and not the cause. The first of 
 cause:
     1. The root cause is the earliest failure record that is not a consequence.
     2. If ranks timed out while they waited, the root cause is in the rank that was not waiting with them.
-    3. Otherwise, the root cause is in a rank that has left no failure record.
+    3. If neither rule applies, the root cause is in a rank that has left no failure record.
 If all ranks waited for each other, the fault is in the network between their hosts.
 """
 
@@ -170,7 +170,8 @@ def _unexplained(run: RunFolder, rank: RankFile) -> TrainingFailed:
         f"rank {rank.rank} ended without a failure record at step {_last_step(run, rank.rank)}",
         where=f"host {rank.host}, process {rank.pid}, log {run.log(rank.rank)}",
         got=log_line
-        or f"no error in the rank's log, last heartbeat {last}: kill -9, out of memory, os._exit, or a hang",
+        or f"no error in the rank's log, last heartbeat {last}: the cause may be kill -9, out of memory, os._exit or "
+        "a hang",
         fix=fix,
     )
 

@@ -1,8 +1,8 @@
 """Launch of ranks as child processes of the driver. The ranks open no port that other hosts can reach.
 
-On one machine, torchrun is not used, because anybody on the network could execute code: the rendezvous of `torchrun
---standalone` listens on every network interface and unpickles what a peer sends. Instead, the ranks meet in a file
-store, which is a file in a folder that only this user can open. gloo and NCCL are bound to the loopback device.
+On one machine, torchrun is not used. The rendezvous of `torchrun --standalone` listens on every network interface and
+unpickles what a peer sends, so anybody on the network could execute code. Instead, the ranks meet in a file store,
+which is a file in a folder that only this user can open. gloo and NCCL are bound to the loopback device.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ def hash_run(model: ModelConfig, settings: Mapping[str, Any], train: str, valida
 def keep_generation(config: RunConfig, code: TrainingCode, path_of: Callable[[RunConfig], Path]) -> RunConfig:
     """Return the config with the generation settings of a run that has learned, or is learning, the same model.
 
-    Generation settings do not affect what a run learns, unless training scores or rewards captions. The hash in the
-    name of a run folder nevertheless depends on generation settings, as in Lakesight 0.1.0.
+    Generation settings affect what a run learns only if training scores or rewards captions. The hash in the name of a
+    run folder always depends on generation settings, because it did so in Lakesight 0.1.0.
 
     Args:
         config: resolved run config.
@@ -76,8 +76,9 @@ def _has_run(path: Path, code: TrainingCode) -> bool:
 def find_folder(path: Path, config: RunConfig, code: TrainingCode) -> RunFolder:
     """Return the existing or new run folder of a run, and log why an unfinished run is not resumed.
 
-    A folder of Lakesight 0.1.0 does not say which code trained the run. The first version of the code that finds such a
-    folder with a finished run writes itself into run.json, and from then on counts as the code of the run.
+    A folder of Lakesight 0.1.0 does not say which code trained the run. The first version of the code that finds a
+    finished run in a folder of Lakesight 0.1.0 writes its own description into run.json. From then on, this version
+    counts as the code of the run.
 
     Args:
         path: path of the run folder for the first version of the training code.
@@ -155,7 +156,7 @@ def _warn_of_unfinished_run(folder: Path, config: RunConfig, code: TrainingCode)
     if not changes and file.code is not None and file.code.digest != code.digest:
         changes = [
             _changed_code(file, code),
-            "to resume the unfinished run all the same, add --set train.resume_changed_code=true",
+            "to resume the unfinished run with the changed code, add --set train.resume_changed_code=true",
         ]
     differences = "; ".join(changes) or "the data has changed"
     log.warning(

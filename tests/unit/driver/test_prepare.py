@@ -302,7 +302,7 @@ def test_an_unfinished_run_of_other_code_is_resumed_only_on_request_and_the_log_
     fresh = prepare(tiny_run(), laptop, report, report, changed(code))
     assert fresh != unfinished
     (message,) = caplog.messages
-    assert "changed in vlm/training/objective.py; to resume the unfinished run all the same" in message
+    assert "changed in vlm/training/objective.py; to resume the unfinished run with the changed code" in message
     assert "--set train.resume_changed_code=true" in message
 
     other = changed(code, "vlm/model.py")

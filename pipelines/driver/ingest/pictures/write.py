@@ -1,7 +1,7 @@
 """Decode the pictures of a source, and write them to `quarantine` and `samples`.
 
-Executors decode pictures (`pipelines.executor.ingest.decode`). The driver makes the ingest plan from narrow columns,
-and commits the writes. Pictures never reach the driver.
+Executors decode pictures (`pipelines.executor.ingest.decode`). The driver makes the ingest plan from small columns,
+such as ids and hashes, and commits the writes. Pictures never reach the driver.
 """
 
 from __future__ import annotations

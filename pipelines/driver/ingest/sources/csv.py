@@ -105,7 +105,8 @@ def _try_delimiter(file: SourceFile, layout: Layout, needed: Collection[str], *,
 def _distinct_names(names: Sequence[str], needed: Collection[str], file: SourceFile) -> tuple[str, ...]:
     """Return a distinct name for each column. The column number is added to a blank or repeated name.
 
-    White space around names is kept if the header has all needed columns. Otherwise it is removed from all names.
+    White space around names is kept if the header has all needed columns. If a needed column is missing, white space is
+    removed from all names.
     """
     if not all(name in names for name in needed):
         names = [name.strip() for name in names]

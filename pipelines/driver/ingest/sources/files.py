@@ -98,8 +98,8 @@ def _hash_files(name: str, files: Sequence[SourceFile]) -> str:
 def list_files(config: DataConfig, suffixes: tuple[str, ...]) -> Listing:
     """List the files at the path of the source, and select the files to read.
 
-    Earlier versions of Lakesight listed files through Spark, so the ledger still uses the names and times that Spark
-    reported: the name of a file is a URI such as `file:/x/a.csv`, and the modification time is in milliseconds.
+    The ledger uses the names and times that Spark reports, because earlier versions of Lakesight listed files through
+    Spark. The name of a file is a URI such as `file:/x/a.csv`, and the modification time is in milliseconds.
 
     Raises:
         UserError: no path is set, the path does not exist, or no file is selected.
@@ -168,7 +168,7 @@ def _source_file(found: Found, config: DataConfig) -> SourceFile:
 
 
 def _refuse_delta_tables(path: str, passed_over: Sequence[PassedOver]) -> None:
-    """Refuse to read a Delta table as Parquet files, because its folder may still hold files with deleted rows."""
+    """Refuse to read a Delta table as Parquet files, because its folder may contain files with deleted rows."""
     for entry in passed_over:
         if entry.relative.rstrip("/").rpartition("/")[2] == "_delta_log":
             raise UserError(

@@ -13,7 +13,7 @@ from pipelines.executor.ingest.records.record import Read
 
 
 def read_named_pictures(config: DataConfig, read: Read, *, knows_files: bool) -> Read:
-    """Return a parser that also reads the pictures that rows name, or `read` itself if rows hold their pictures.
+    """Return a parser that also reads the pictures that rows name, or `read` itself if rows contain their pictures.
 
     Args:
         config: data config of the source.
