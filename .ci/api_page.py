@@ -33,7 +33,9 @@ print(captioner.caption([picture], max_new_tokens=30)[0].caption)
 `make api` writes this page from the docstrings of the package. The tests run all examples.
 """
 ORDER = ("load", "build", "Captioner", "CaptionResult", "AnswerLogprobs", "AttentionMaps", "GenerationConfig")
-"""Names on the page, in this order. The page models.md describes the remaining public name, ModelConfig."""
+"""Names of the package `vlm` that the page describes, in the order of the page. The page models.md describes the
+remaining public name, ModelConfig.
+"""
 
 
 def api_page() -> str:

@@ -55,9 +55,9 @@ REVIEWED = {
 """Dict from dependencies whose licence a person has looked up to the licence that the person found."""
 
 JAVA_PROGRAMS = {
-    "tokenizer/stanford-corenlp-3.4.1.jar": "GPL-2.0, by its POM: run by `evaluate` as a separate process",
-    "meteor/meteor-1.5.jar": "LGPL-2.1, by its README: run by `evaluate` as a separate process",
-    "spice/spice-1.0.jar": "AGPL-3.0, by COPYING in the jar: never run",
+    "tokenizer/stanford-corenlp-3.4.1.jar": "GPL-2.0, by its POM: `evaluate` runs the program as a separate process",
+    "meteor/meteor-1.5.jar": "LGPL-2.1, by its README: `evaluate` runs the program as a separate process",
+    "spice/spice-1.0.jar": "AGPL-3.0, by COPYING in the jar: Lakesight never runs the program",
 }
 """Licences of the Java programs in pycocoevalcap, except the libraries in spice/lib. Lakesight never runs SPICE."""
 

@@ -71,7 +71,8 @@ NOT_WRITABLE = re.compile(
 class Interrupted(LakesightError):
     """Error for a command that Ctrl-C or a scheduler's SIGTERM has interrupted.
 
-    Committed work is kept. If the user runs the same command again, the command continues from the committed work.
+    Work that the command has committed is kept. If the user runs the same command again, the command continues from
+    this work.
     """
 
 

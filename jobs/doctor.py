@@ -104,7 +104,7 @@ def check_delta_jar() -> DoctorCheck:
             fix=INSTALL,
         )
     cached: list[Path] = []
-    with suppress(RuntimeError):  # HOME is not set, and the user id has no name, as in many containers
+    with suppress(RuntimeError):  # there is no home: HOME is not set and the user has no name, as in many containers
         cached = list(Path.home().glob(f".ivy2*/jars/io.delta_{artifact}-{delta}.jar"))
     if cached:
         return DoctorCheck(name="delta jar", status="ok", found=f"{artifact} {delta}, cached")

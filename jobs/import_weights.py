@@ -134,7 +134,9 @@ def check_output_folder(out: Path) -> None:
 def _write_checkpoint(
     config: ModelConfig, folders: dict[Part, Path], out: Path, request: ImportRequest
 ) -> tuple[ImportReport, tuple[str, ...]]:
-    """Write the checkpoint. Return the report, and the files and keys whose start or end token was compared."""
+    """Write the checkpoint. Return the report, and the files and keys whose start or end token was compared with the
+    tokenizer.
+    """
     from vlm.checkpoint import save_model
     from vlm.weights.load import import_weights as load_weights
     from vlm.weights.special_tokens import check_special_tokens

@@ -100,7 +100,7 @@ def run_lineage(job: Job, image_id: str) -> list[CaptionLineage]:
     from pipelines.formats.delta_files import arrow_dataset
     from pipelines.tracking.outage import TrackingDown
 
-    with suppress(TrackingDown):  # reading the tables needs no tracking server
+    with suppress(TrackingDown):  # the lineage is read from tables, so the server may be down
         register_finished_runs(job)
     table = arrow_dataset(open_table(job, "generated_captions", None))
     rows = table.to_table(filter=pc.field("image_id") == image_id).sort_by("captioned_at").to_pylist()

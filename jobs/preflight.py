@@ -52,7 +52,7 @@ def check_workspace(config: RunConfig, platform: Platform) -> Iterator[DoctorChe
     yield from modules
     yield check_volume(platform.root)
     if any(check.status == "fail" for check in modules):
-        return  # the remaining checks import these modules
+        return  # the remaining checks need these modules
     yield check_tables(platform)
     yield from check_mlflow(config, platform)
     yield check_package_index(os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple/"))

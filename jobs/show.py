@@ -228,7 +228,7 @@ def _print(job: Job, report: TableReport) -> None:
         job.output.text(f"\nrow {number}")
         for name, value in row.items():
             text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False).strip('"')
-            # On a terminal, a text is broken between words, but base64 has no words.
+            # A text without spaces, such as base64, is cut to one line, because lines are broken only between words.
             limit = WIDTH if " " in text else max(20, TEXT_WIDTH - width - 4)
             job.output.hanging(f"  {name:<{width}}  ", text if len(text) <= limit else f"{text[: limit - 3]}...")
     for label, path in (("gallery", report.gallery), ("output", report.output)):

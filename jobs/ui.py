@@ -59,8 +59,8 @@ def ui(
             HOST,
             "--port",
             str(port),
-            # With several workers, uvicorn would kill each worker that needs more than five seconds to start, again and
-            # again.
+            # One worker, because uvicorn kills and restarts each of several workers that needs more than five seconds
+            # to start.
             "--workers",
             "1",
         ]

@@ -116,7 +116,7 @@ def _read_runs(folder: Path) -> dict[RunFolder, RunFile]:
         try:
             found[RunFolder(path.parent)] = RunFolder(path.parent).read_run()
         except LakesightError:
-            continue  # a folder of another program or of a newer release
+            continue  # keep a folder of another program or of a newer release
     return found
 
 
@@ -166,7 +166,7 @@ def _old_shards(folder: Path, keep: int, used: Collection[str]) -> list[Path]:
         try:
             manifests[path.parent] = read_manifest(path.parent)
         except LakesightError:
-            continue  # shards that another release wrote
+            continue  # keep shards that another release wrote
 
     def subject(path: Path) -> str:
         request = manifests[path].request.model_copy(update={"table_version": 0, "left_out": ()})

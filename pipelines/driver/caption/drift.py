@@ -22,7 +22,7 @@ from vlm.text.words import TOKENISATION
 logger = logging.getLogger(__name__)
 
 RELATIVE = ("words", "distinct_words")
-"""Names of the figures for which the drift limit is a relative change. All other limits are absolute differences."""
+"""Names of the figures for which the drift limit is a relative change. Other figures have absolute limits."""
 PROMPT_INDEPENDENT = ("error_share", "brightness", "contrast")
 """Names of the figures that do not depend on the prompt."""
 FIGURES = ("words", "distinct_words", "mean_logprob", *PROMPT_INDEPENDENT)
@@ -55,8 +55,8 @@ def read_evaluation_figures(
     """Read the figures of a model version's last evaluation on a split, or no figures if there is no evaluation.
 
     `of_model` is the SQL condition that identifies the model by its content (`is_of_model`). The figures that RELATIVE
-    names count words. An earlier version of Lakesight split texts into words by other rules. If the evaluation used
-    these rules, this function leaves out the figures in RELATIVE.
+    names count words. An earlier version of Lakesight split texts into words by other rules than this version. If the
+    evaluation used these rules, this function leaves out the figures in RELATIVE.
     """
     rows = (
         spark.table(platform.table(EVALUATIONS.name))

@@ -146,8 +146,9 @@ def constant_cider(candidates: Sequence[list[str]], references: Sequence[list[li
 
 
 class _Postings:
-    """Inverted index: maps a word or n-gram to the numbers of the references that contain it, and to its value in each
-    reference."""
+    """Inverted index: for each word or n-gram, the numbers of the references that contain the n-gram, and the value of
+    the n-gram in each of these references.
+    """
 
     def __init__(self, references: Sequence[Mapping[Any, float]]) -> None:
         found: dict[object, list[tuple[int, float]]] = defaultdict(list)

@@ -1,7 +1,7 @@
 """Figures that can be compared with papers: METEOR, and COCO's own BLEU, ROUGE-L, CIDEr-D and METEOR.
 
-Two Java programs that pycocoevalcap contains compute the parts that Python cannot: Stanford's tokenizer, which splits
-the texts as COCO's evaluation does, and METEOR's alignment of words. Each Java program runs once and reads all rows.
+pycocoevalcap contains two Java programs for the parts that Python cannot compute. Stanford's tokenizer splits the texts
+as COCO's evaluation does, and METEOR's program aligns words. Each Java program runs once and reads all rows.
 
 In the names of arrays, R stands for rows (a picture and a prompt) and S stands for resamples.
 

@@ -203,7 +203,7 @@ def _find_folder(platform: Platform, model: ModelFiles, shards: Shards, train: S
 
 
 class RequestedMetrics(NamedTuple):
-    """Optional metrics: columns of the slices, whether to compute metrics that need Java, and the objects of CHAIR."""
+    """Optional parts of an evaluation: columns of slices, metrics that need Java, and the word list for CHAIR."""
 
     columns: tuple[str, ...]
     java: bool
@@ -351,7 +351,7 @@ def _gallery_rows(
 ) -> list[GalleryRow]:
     """Return the rows that the gallery shows, with their thumbnails.
 
-    `slices` and `attention` map the key of a row to the names of its slices, and to the attention for its caption.
+    `slices` maps a row's key to the names of its slices. `attention` maps a row's key to its attention pictures.
     """
     thumbnails = read_thumbnails(samples, [item.image_id for item, _ in shown])
     return [

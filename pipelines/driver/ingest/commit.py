@@ -46,7 +46,7 @@ def write_samples(platform: Platform, plan: IngestPlan) -> NearReport:
 
 
 def _add(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
-    """Insert new pictures and add new texts to existing pictures in one commit. `pictures` has a column `near_of`."""
+    """Insert new pictures and add new texts to existing pictures in one commit. `pictures` needs a column `near_of`."""
     stamp, totals = plan.stamp, plan.totals
     spark, table = pictures.sparkSession, platform.table(SAMPLES.name)
     changed = pictures.filter("NOT conflicting AND size(new_texts) > 0")
@@ -61,9 +61,9 @@ def _add(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
                     rows.unionByName(updates, allowMissingColumns=True),
                     "image_id",
                     stamp.source,
-                    # `updates.texts` has only texts that `samples` lacks, because the ingest plan leaves out the
-                    # others. The condition of the update leaves out pictures whose texts have changed since the plan
-                    # was made.
+                    # `updates.texts` has only texts that `samples` lacks, because the ingest plan leaves out known
+                    # texts. The condition of the update leaves out pictures whose texts have changed since the plan was
+                    # made.
                     "WHEN MATCHED AND target.texts = updates.known_texts "
                     "THEN UPDATE SET texts = concat(target.texts, updates.texts)",
                     f"WHEN NOT MATCHED AND updates.image IS NOT NULL THEN {SAMPLES.insert_clause('updates')}",
@@ -76,7 +76,7 @@ def _add(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
 
 
 def _replace(platform: Platform, plan: IngestPlan, pictures: DataFrame) -> None:
-    """Replace all pictures of the source by the planned pictures in one commit. `pictures` has a column `near_of`."""
+    """Replace all pictures of the source by the planned pictures in one commit. `pictures` needs a column `near_of`."""
     stamp, totals = plan.stamp, plan.totals
     spark, table = pictures.sparkSession, platform.table(SAMPLES.name)
     rows = _sample_rows(plan, pictures.filter("NOT conflicting"))

@@ -1,6 +1,6 @@
 """Shard stage: find or write the shards of one source and split at a pinned version of table `samples` or `texts`.
 
-The request determines the contents of a shard folder, and the folder's name is a hash of the request, so the same
+A shard request determines the contents of a shard folder. The folder's name is a hash of the request, so the same
 request finds the folder again. Two processes may write the same folder at the same time, because both write the same
 bytes under the same names, and write each file atomically (`write.py`).
 """
@@ -36,7 +36,7 @@ SHOWN_PICTURES = 5
 TIME_FACTOR = 2
 """Time limit for decoding a picture in the shard stage, as a multiple of the time limit in an ingest.
 
-The ingest has decoded every picture within its time limit, but perhaps on a faster machine."""
+The time limit of the shard stage is longer, because the ingest may have decoded the pictures on a faster machine."""
 
 
 class ShardReport(Config):

@@ -38,8 +38,9 @@ SAMPLED_ROWS = 64
 """Number of pictures whose mean size decides whether to decode pictures before or after the shuffle."""
 
 Assign = Callable[..., Iterator[RecordBatch]]
-"""Function with the same arguments and result as `executor.shard.assign_files`. The function may also decode the
-pictures."""
+"""Function that assigns rows to shard files, as `executor.shard.assign_files` does. The function may also decode
+pictures.
+"""
 
 
 def rows_of_split(spark: SparkSession, request: ShardRequest, version: int) -> DataFrame:
@@ -143,7 +144,9 @@ def _decode_after_shuffle(rows: DataFrame, request: ShardRequest, files: int) ->
 def _write_files(
     rows: DataFrame, folder: Path, request: ShardRequest, first_keys: list[str], assign: Assign, *, seconds: float
 ) -> list[ShardFile]:
-    """Shuffle every picture to its shard file and write the shard files. Return the files sorted by name."""
+    """Send every picture to the task that writes its shard file, and write the shard files. Return the files sorted by
+    name.
+    """
     assigned = partial(assign, request=request, first_keys=first_keys)
     decoded = assign is not assign_files
     write = partial(write_files, request=request, folder=str(folder), decoded=decoded, seconds=seconds)

@@ -59,7 +59,9 @@ def check_hosts(run: RunFolder, open_spark: Callable[[], SparkSession], launch: 
 
 
 def _describe_executors(spark: SparkSession, tasks: int) -> list[dict[str, object]]:
-    """Let each task of a barrier stage describe its host. A barrier stage occupies all slots at once, as ranks do."""
+    """Let each task of a barrier stage describe its host. A barrier stage occupies all task slots at once, as ranks
+    do.
+    """
 
     def describe_task() -> dict[str, object]:
         # A nested function is pickled by value, so the function also runs on hosts where this package is not installed.

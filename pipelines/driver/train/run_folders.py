@@ -58,7 +58,7 @@ def keep_generation(config: RunConfig, code: TrainingCode, path_of: Callable[[Ru
             if _has_run(path_of(other), code):
                 return other
         except (UserError, OSError):
-            continue  # a folder of another program or of an incompatible version
+            continue  # skip a folder of another program or of an incompatible version
     return config
 
 

@@ -112,7 +112,7 @@ def test_every_row_has_one_outcome_and_a_refused_row_keeps_its_content() -> None
     ("changes", "problem"),
     [
         ({"split": {"kind": "column"}}, "no column of splits"),
-        ({"mix": {"other": 0.5}}, "cannot be mixed"),
+        ({"mix": {"other": 0.5}}, "mix and object_words need pictures"),
         ({"shards": {"encoding": "jpeg"}}, "plain text has no pictures"),
         ({"source": {"kind": "text", "columns": {"text": "body"}}}, "has no columns"),
     ],

@@ -103,7 +103,7 @@ def _try_delimiter(file: SourceFile, layout: Layout, needed: Collection[str], *,
 
 
 def _distinct_names(names: Sequence[str], needed: Collection[str], file: SourceFile) -> tuple[str, ...]:
-    """Return a distinct name for each column. The column number is added to a blank or repeated name.
+    """Return a distinct name for each column. A blank or repeated name gets the number of its column as a suffix.
 
     White space around names is kept if the header has all needed columns. If a needed column is missing, white space is
     removed from all names.
