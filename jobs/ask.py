@@ -238,7 +238,7 @@ def _read_file(path: Path, max_bytes: int) -> bytes:
         ImageError: the file is larger than `max_bytes`.
     """
     if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError("a folder" if path.is_dir() else "a device or pipe, which may have no end")
+        raise OSError("a folder" if path.is_dir() else "a device or pipe, whose data may never end")
     # Some files below /proc have size 0, and a read would wait for data. With O_NONBLOCK, `read` returns None instead.
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         size = os.fstat(file.fileno()).st_size

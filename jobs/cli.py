@@ -235,7 +235,7 @@ def _file_error(error: Exception) -> UserError | None:
             "a file or folder is not writable",
             where=where,
             got=os.strerror(number) if number else _line_with(NOT_WRITABLE, error),
-            fix="change its permissions, or set LAKESIGHT_HOME to a writable folder",
+            fix="change the permissions, or set LAKESIGHT_HOME to a writable folder",
         )
     return None
 

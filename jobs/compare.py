@@ -46,7 +46,7 @@ def next_command(job: Job, report: Comparison) -> str:
     version.
 
     If the first version is worse, the next command trains a run with twice the number of steps. A run with training
-    stages defines its steps in the stages, so for such a run the next command shows the curves.
+    stages defines its steps in the stages. For a run with stages, the next command therefore shows the curves.
     """
     difference = report.differences.get(job.config.gate.metric)
     if difference is not None and difference.high < 0:

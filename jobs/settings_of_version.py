@@ -57,7 +57,9 @@ def require_settings_of_version(job: Job, fixed: ModelConfig, name: str) -> None
         UserError: an override changes a setting of the model.
     """
     for key in _different_keys(job, fixed):
-        followed = "only `lakesight evaluate`, `caption` and `ask` use it; the gate uses the version's own settings"
+        followed = (
+            "only `lakesight evaluate`, `caption` and `ask` use this setting; the gate uses the version's own settings"
+        )
         raise _refused(job, key, name, followed if _is_generation(key) else "training fixes it")
 
 

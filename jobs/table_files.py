@@ -78,7 +78,7 @@ def _folder(job: Job, name: str) -> Path:
             "this command reads only local Delta tables, and cannot read tables of a catalog",
             where=f"platform {job.platform.kind}",
             got=job.platform.table(name),
-            fix="query the table with SQL: docs/databricks.md has a query for each such command",
+            fix="query the table with SQL: docs/databricks.md has a query for each command like this command",
         )
     if not is_supported(job.platform.tables):
         raise UserError(

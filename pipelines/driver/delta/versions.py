@@ -142,10 +142,10 @@ def guarded_options(source: str, version: int) -> dict[str, str]:
 def rows_of_source(spark: SparkSession, table: str, source: str) -> DataFrame:
     """Return the rows of a source at the newest version of a table.
 
-    Shards name the table version that last changed their source. This function reads the newest version instead,
-    because VACUUM may have removed files of the older version. If an ingest has changed the source after the shards
-    were written, the returned rows may lack a picture of the shards. Call this function just before the rows are read,
-    because a DataFrame keeps reading the table version at which the DataFrame was created.
+    The manifest of shards names the table version that last changed their source. This function reads the newest table
+    version, because VACUUM may have removed files of the older version. If an ingest has changed the source after the
+    shards were written, the returned rows may lack a picture of the shards. Call this function just before the rows are
+    read, because a DataFrame keeps reading the table version at which the DataFrame was created.
     """
     return spark.table(table).filter(F.col("source") == source)
 

@@ -52,7 +52,7 @@ NAMES = {  # names of the metrics on HTML pages, in the order of the page
     "coco_rouge_l": "COCO ROUGE-L",
     "coco_meteor": "COCO METEOR",
     "chair_i": "mentions of objects that no human text mentions (CHAIRi)",
-    "chair_s": "captions with such a mention (CHAIRs)",
+    "chair_s": "captions that mention an object that no human text mentions (CHAIRs)",
     "object_mentions": "objects mentioned a caption",
     "loss": "loss, nats/token",
     "token_accuracy": "token accuracy",
@@ -65,7 +65,7 @@ NAMES = {  # names of the metrics on HTML pages, in the order of the page
     "words": "words a caption",
     "mean_logprob": "log-probability, nats/token",
     "error_share": "share of errors",
-    "captions_per_second": "captions a second and process",
+    "captions_per_second": "captions per second and process",
 }
 HEADLINES = ("cider", "word_f1", "exact_match", "rouge_l", "blind_gap")
 """Metrics that pages show first, next to the same metrics of the baselines."""

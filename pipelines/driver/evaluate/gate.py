@@ -56,7 +56,7 @@ class GateResult(Config):
 def apply_gate(
     gate: GateConfig, report: EvaluationReport, champion: EvaluationReport | None, trial: Trial
 ) -> GateResult:
-    """Run every check of the gate. If a metric is missing or NaN, the check of that metric fails.
+    """Run every check of the promotion gate. If a metric is missing or NaN, the check of that metric fails.
 
     Args:
         gate: config of the gate, with the limit of each check.

@@ -1,9 +1,9 @@
 """Replay of rows in `quarantine`: decode these rows again, after the cause of their refusal has been fixed.
 
-The cause of the refusal may have been a limit, a column name or a defect in the code. A defect in an input file must be
-corrected in the file. The next ingest then reads the corrected row as a new row. Accepted rows are first written to
-`samples`, as in any ingest, and then marked in `quarantine`. If a replay is killed before the rows are marked, the next
-replay recognizes these rows as duplicates and marks the rows.
+The cause of the refusal may have been a limit, a column name or a defect in the code. A replay cannot fix a defect in
+an input file. The defect must be corrected in the file. The next ingest then reads the corrected row as a new row.
+Accepted rows are first written to `samples`, as in any ingest, and then marked in `quarantine`. If a replay is killed
+before the rows are marked, the next replay recognizes these rows as duplicates and marks the rows.
 """
 
 from __future__ import annotations

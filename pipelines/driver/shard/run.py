@@ -126,8 +126,8 @@ def find_finished(
 ) -> ShardReport | None:
     """Find the shards of one source and split without Spark, or return None if the shards are not written yet.
 
-    The arguments are the same as in `shard`, but `image` is None for shards of text. If a catalog manages the tables,
-    the result is always None.
+    This function takes the same arguments as `shard`. For shards of text, `image` is None. If a catalog manages the
+    tables, the result is always None.
 
     Raises:
         UserError: the split has no rows. `shard` would find the same shards, but needs Spark, which takes several

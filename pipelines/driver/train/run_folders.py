@@ -63,9 +63,7 @@ def keep_generation(config: RunConfig, code: TrainingCode, path_of: Callable[[Ru
 
 
 def _has_run(path: Path, code: TrainingCode) -> bool:
-    """Return whether this version of the training code has a run folder at this path, or at this path with the code's
-    digest.
-    """
+    """Return whether this version of the training code has a run folder at the path, or at the path with its digest."""
     first, own = RunFolder(path), RunFolder(path.with_name(f"{path.name}-{code.digest}"))
     if not first.run_file.exists():
         return False
