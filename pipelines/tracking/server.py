@@ -149,7 +149,7 @@ def unusable(platform: Platform, error: Exception) -> UserError:
     if http_status(error) in (401, 403):
         fix = "check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
     if workspace:
-        fix = "correct the problem that the workspace reports, such as a missing permission of the user of this command"
+        fix = "correct the problem that the workspace reports, or grant the user of this command the missing permission"
     return UserError(what, where=where, got=got, fix=fix)
 
 
