@@ -28,11 +28,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlm import text
-from vlm.config import Config, ModelConfig, read_error_message
+from vlm.config import Config, ModelConfig, Precision, read_error_message
 from vlm.errors import CheckpointError
-from vlm.factory import build_model
-from vlm.files import file_digest
+from vlm.factory import construct_model
+from vlm.files import atomic_write, file_digest
+from vlm.layers.meta import EmptyOnMeta, replace_parameters
 from vlm.model import VisionLanguageModel
+from vlm.precision import join_weight, set_compute_dtype, split_weight, weight_templates
 from vlm.text.base import Tokenizer
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
@@ -44,6 +46,8 @@ FORMAT_KEY, FORMAT = "lakesight_format", 2
 In version 2 of the format, the learned query of `vision.select: attention` reads only the patches. In versions 0 and 1
 of the format, this query also reads the class token and the registers.
 """
+PRECISION_KEY = "lakesight_precision"
+"""Key in the metadata of a file of converted weights. The value is the precision of the weights, such as int8."""
 
 
 def save_model(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer) -> None:
@@ -53,9 +57,14 @@ def save_model(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer) -
 
 def save_weights(folder: Path, weights: Mapping[str, Tensor], config: ModelConfig, tokenizer: Tokenizer) -> None:
     """Write the same files as `save_model`, from a dict of tensors in which tied weights appear once."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(dict(weights), folder / WEIGHTS, {FORMAT_KEY: str(FORMAT)})
+    _write_weights(folder / WEIGHTS, weights, {FORMAT_KEY: str(FORMAT)})
     save_config(folder, config, tokenizer)
+
+
+def _write_weights(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file. Processes that have mapped an older file of this name keep the weights of that file."""
+    with atomic_write(path) as temporary:
+        save_file(dict(weights), temporary, metadata)
 
 
 def save_config(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
@@ -98,12 +107,82 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[Vision
     """
     if (folder / WEIGHTS).is_file():
         check_format(folder / WEIGHTS)
+    model, tokenizer = _construct_on_meta(folder)
+    allocated = {name: torch.empty(weight.shape, device=device) for name, weight in model.named_parameters()}
+    replace_parameters(model, allocated)
+    load_weights(model.to(device), folder / WEIGHTS)
+    return model.eval(), tokenizer
+
+
+def map_model(folder: Path, precision: Precision = Precision.FP32) -> tuple[VisionLanguageModel, Tokenizer]:
+    """Load a model on the CPU without copying its weights, which stay in the memory-mapped file.
+
+    All processes that map the same file share one copy of the weights in memory. While a process uses the model, the
+    file may be removed or replaced, but the bytes of the file must not change. The model is in evaluation mode.
+
+    Args:
+        folder: checkpoint folder, or folder of `save_converted`.
+        precision: precision of the weights in the file, as `stored_precision` returns it.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the weights do not match the config and the precision.
+        UserError: the precision needs a library that is not installed.
+    """
+    path = folder / WEIGHTS
+    model, tokenizer = _construct_on_meta(folder)
+    _check_pooling(path, check_format(path), model.config)
+    templates = weight_templates(model, precision)
+    expected = {key: part for name, weight in templates.items() for key, part in split_weight(name, weight).items()}
+    _check_shapes(expected, path)
+    with safe_open(path, framework="pt") as file:
+        stored = {name: file.get_tensor(name) for name in expected}
+    problems = [
+        f"{name} has type {tensor.dtype}, expected {expected[name].dtype}"
+        for name, tensor in stored.items()
+        if tensor.dtype != expected[name].dtype
+    ]
+    if problems:
+        raise _mismatch(path, problems)
+    model.requires_grad_(not precision.quantized)
+    replace_parameters(model, {name: join_weight(name, template, stored) for name, template in templates.items()})
+    set_compute_dtype(model, precision)
+    return model.eval(), tokenizer
+
+
+def _construct_on_meta(folder: Path) -> tuple[VisionLanguageModel, Tokenizer]:
+    """Construct the model of a checkpoint folder without memory for its weights, and read the tokenizer."""
     config = load_config(folder)
     tokenizer = text.load(folder / TOKENIZER)
-    with torch.random.fork_rng(devices=[]):  # building a model must not change the caller's random state
-        model = build_model(config, tokenizer.vocab_size)
-    load_weights(model, folder / WEIGHTS)
-    return model.to(device).eval(), tokenizer
+    with EmptyOnMeta():
+        return construct_model(config, tokenizer.vocab_size), tokenizer
+
+
+def stored_precision(folder: Path) -> Precision | None:
+    """Return the precision in which a model can use the weights of a folder without converting them.
+
+    The result is None if each precision needs a conversion, for example if only some of the weights are bf16.
+
+    Raises:
+        CheckpointError: the weights cannot be read.
+    """
+    check_format(folder / WEIGHTS)
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        converted = (file.metadata() or {}).get(PRECISION_KEY)
+        types = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    if converted is not None:
+        return Precision(converted)
+    return Precision.FP32 if types == {"F32"} else None
+
+
+def save_converted(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer, precision: Precision) -> None:
+    """Write a model whose weights `set_precision` has converted into a folder, for `map_model`."""
+    weights = {
+        key: part.contiguous()
+        for name, weight in model.named_parameters()
+        for key, part in split_weight(name, weight.detach()).items()
+    }
+    _write_weights(folder / WEIGHTS, weights, {FORMAT_KEY: str(FORMAT), PRECISION_KEY: precision})
+    save_config(folder, model.config, tokenizer)
 
 
 def check_format(path: Path) -> int:
@@ -215,6 +294,18 @@ def fill_tensors(tensors: Mapping[str, Tensor | TensorRows], path: Path) -> None
         CheckpointError: the file cannot be read, or a tensor is missing, is unexpected or has the wrong shape; the
             message lists all tensors with such a problem.
     """
+    _check_shapes(tensors, path)
+    with torch.no_grad(), safe_open(path, framework="pt") as file:
+        for name, tensor in tensors.items():
+            if isinstance(tensor, TensorRows):
+                if len(tensor.rows):
+                    tensor.rows.copy_(file.get_slice(name)[tensor.first : tensor.first + len(tensor.rows)])
+            else:
+                tensor.copy_(file.get_tensor(name))
+
+
+def _check_shapes(tensors: Mapping[str, Tensor | TensorRows], path: Path) -> None:
+    """Check that a file holds tensors with exactly these names and shapes."""
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -228,19 +319,16 @@ def fill_tensors(tensors: Mapping[str, Tensor | TensorRows], path: Path) -> None
         if name in shapes and shapes[name] != tuple(tensors[name].shape)
     ]
     if problems:
-        raise CheckpointError(
-            "the weights do not match the model config",
-            where=str(path),
-            got=problems,
-            fix="use the config that was saved with the weights",
-        )
-    with torch.no_grad(), safe_open(path, framework="pt") as file:
-        for name, tensor in tensors.items():
-            if isinstance(tensor, TensorRows):
-                if len(tensor.rows):
-                    tensor.rows.copy_(file.get_slice(name)[tensor.first : tensor.first + len(tensor.rows)])
-            else:
-                tensor.copy_(file.get_tensor(name))
+        raise _mismatch(path, problems)
+
+
+def _mismatch(path: Path, problems: list[str]) -> CheckpointError:
+    return CheckpointError(
+        "the weights do not match the model config",
+        where=str(path),
+        got=problems,
+        fix="use the config that was saved with the weights",
+    )
 
 
 class ManifestEntry(Config):

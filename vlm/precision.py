@@ -3,15 +3,20 @@
 The conversion changes a model in memory. Checkpoint files keep the trained weights. The output head is not quantized
 for two reasons. Rounding errors of the head would directly change the logits, and the weight of a tied head would be
 stored twice.
+
+A safetensors file can hold the converted weights (`vlm.checkpoint.save_converted`). Safetensors files hold only plain
+tensors, and a quantized weight of torchao consists of several plain tensors (integers, scales). Each of these parts is
+stored under the name `NAME:PART`, for example `decoder.blocks.0.mlp.up.weight:qdata`.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vlm.config import Precision
 from vlm.layers.linear import linear_layers, router_layers
@@ -37,29 +42,95 @@ def set_precision(model: VisionLanguageModel, precision: Precision) -> None:
     if precision is Precision.FP32:
         return
     precision.require()
-    dtype = torch.float16 if precision is Precision.FP16 else torch.bfloat16
-    fp32 = {parameter for router in router_layers(model) for parameter in router.parameters()}
-    for parameter in set(model.parameters()) - fp32:
-        parameter.data = parameter.data.to(dtype)
-    model.mean, model.std = model.mean.to(dtype), model.std.to(dtype)
+    dtypes = _plain_dtypes(model, precision)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtypes[name])
+    set_compute_dtype(model, precision)
     if precision.quantized:
         model.requires_grad_(False)
-        _quantize(model, precision)
+        _quantize(model, precision, _quantized_layers(model, precision))
 
 
-def _quantize(model: VisionLanguageModel, precision: Precision) -> None:
-    # torch warns about how torchao registers its types. Users cannot act on this warning, so hide the warning.
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
-    from torchao.quantization import quantize_
+def set_compute_dtype(model: VisionLanguageModel, precision: Precision) -> None:
+    """Convert the buffers that determine the number format of the model's computation, but no weights."""
+    dtype = _compute_dtype(precision)
+    model.mean, model.std = model.mean.to(dtype), model.std.to(dtype)
 
+
+def weight_templates(model: VisionLanguageModel, precision: Precision) -> dict[str, Tensor]:
+    """Return a dict from the name of each parameter to a tensor with the parameter's type in a precision.
+
+    The tensors have no meaningful values. The template of a quantized weight is a torchao tensor, which all layers of
+    the same shape share, so the templates take little memory. All other templates are on the meta device.
+
+    Args:
+        model: model before any conversion, on the CPU or the meta device.
+        precision: number format on a CPU.
+
+    Raises:
+        UserError: the precision needs torchao, and torchao is not installed.
+    """
+    precision.require()
+    dtypes = _plain_dtypes(model, precision)
+    templates = {
+        name: torch.empty(parameter.shape, dtype=dtypes[name], device="meta")
+        for name, parameter in model.named_parameters()
+    }
+    quantized: dict[torch.Size, Tensor] = {}
+    for layer in _quantized_layers(model, precision):
+        name = f"{layer}.weight"
+        shape = templates[name].shape
+        if shape not in quantized:
+            stand_in = nn.Linear(shape[1], shape[0], bias=False, device="meta")
+            stand_in.weight = nn.Parameter(torch.zeros(shape, dtype=dtypes[name]), requires_grad=False)
+            _quantize(stand_in, precision, [""])
+            quantized[shape] = stand_in.weight
+        templates[name] = quantized[shape]
+    return templates
+
+
+def split_weight(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """Return the plain tensors of a weight by the names under which a file stores the tensors."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return {name: weight}
+    return {f"{name}:{part}": getattr(weight, part) for part in weight.__tensor_flatten__()[0]}
+
+
+def join_weight(name: str, template: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
+    """Build a weight from the plain tensors that `split_weight` has returned, without copying the plain tensors."""
+    if not hasattr(template, "__tensor_flatten__"):
+        return stored[name]
+    parts, attributes = template.__tensor_flatten__()
+    tensors = {part: stored[f"{name}:{part}"] for part in parts}
+    kind: Any = type(template)
+    joined: Tensor = kind.__tensor_unflatten__(tensors, attributes, template.size(), template.stride())
+    return joined
+
+
+def _compute_dtype(precision: Precision) -> torch.dtype:
+    match precision:
+        case Precision.FP32:
+            return torch.float32
+        case Precision.FP16:
+            return torch.float16
+        case _:
+            return torch.bfloat16
+
+
+def _plain_dtypes(model: VisionLanguageModel, precision: Precision) -> dict[str, torch.dtype]:
+    """Return the number format of each parameter before quantization."""
+    fp32 = {parameter for router in router_layers(model) for parameter in router.parameters()}
+    dtype = _compute_dtype(precision)
+    return {name: torch.float32 if parameter in fp32 else dtype for name, parameter in model.named_parameters()}
+
+
+def _quantized_layers(model: VisionLanguageModel, precision: Precision) -> list[str]:
+    """Return the names of the linear layers that a precision quantizes. Log a warning if int4 leaves out layers."""
+    if not precision.quantized:
+        return []
     layers = linear_layers(model)
     del layers["decoder.head"]
     skipped = [name for name, layer in layers.items() if precision is Precision.INT4 and not _supports_int4(layer)]
-
-    def is_quantized(module: nn.Module, name: str) -> bool:
-        return name in layers and name not in skipped
-
-    quantize_(model, _torchao_config(precision, model.mean.device), is_quantized)
     if skipped:
         log.warning(
             "%d linear layers (%s ...) stay bf16: int4 needs an input width divisible by %d and an output width by %d",
@@ -68,6 +139,17 @@ def _quantize(model: VisionLanguageModel, precision: Precision) -> None:
             INT4_GROUP_SIZE,
             INT4_OUTPUT_MULTIPLE,
         )
+    return [name for name in layers if name not in skipped]
+
+
+def _quantize(model: nn.Module, precision: Precision, layers: Collection[str]) -> None:
+    """Quantize the layers with these names in place."""
+    # torch warns about how torchao registers its types. Users cannot act on this warning, so hide the warning.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    from torchao.quantization import quantize_
+
+    device = next(model.parameters()).device
+    quantize_(model, _torchao_config(precision, device), lambda module, name: name in layers)
 
 
 def _supports_int4(layer: nn.Linear) -> bool:

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from pipelines.config import LimitsConfig
 from pipelines.executor.crash_guard import TOO_SLOW, Death, run_guarded
 from pipelines.executor.ingest.records.pictures.root import PictureRoot, read_picture_column
-from pipelines.executor.model_cache import local_copy
+from pipelines.executor.shared_model import load_shared_captioner
 from pipelines.executor.time_limit import TimeLimitExceeded, time_limit
 from pipelines.formats.caption_stats import CaptionStats, sum_stats
 from pipelines.formats.tables import GENERATED_CAPTIONS
@@ -85,14 +85,13 @@ def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Itera
             of the picture at its last captioning, or null). A picture whose SHA-256 equals `known` is not captioned
             again.
     """
-    from pipelines.worker.caption import limit_threads, load_captioner
     from pipelines.worker.data.batches import map_ahead
     from vlm.captioner import BATCH_ROWS
 
-    limit_threads(job.threads)
     load_decoders()
-    folder = local_copy(job.model_folder, job.model_digest) if job.remote else job.model_folder
-    captioner = load_captioner(str(folder), job.precision)
+    captioner = load_shared_captioner(
+        job.model_folder, job.model_digest, remote=job.remote, threads=job.threads, precision=job.precision
+    )
     rows: list[dict[str, Any]] = []
     stats: list[CaptionStats] = []
     if job.image_root is not None:

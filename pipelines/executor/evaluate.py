@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pipelines.executor.model_cache import local_copy
+from pipelines.executor.shared_model import load_shared_captioner
 from pipelines.formats.row_scores import SCORE_SCHEMA
 from pipelines.formats.shards import Shards
 from pipelines.formats.tables import TEXT_TYPE
@@ -98,11 +98,7 @@ def attention_batches(job: ScoreJob, batches: Iterator[pa.RecordBatch]) -> Itera
 
 def _load(job: ScoreJob) -> tuple[Captioner, GenerationConfig]:
     """Load the model of a job, and return its captioner and the generation settings of the job."""
-    from pipelines.worker.caption import limit_threads, load_captioner
-
-    limit_threads(job.threads)
-    folder = local_copy(job.model_folder, job.model_digest) if job.remote else job.model_folder
-    captioner = load_captioner(str(folder))
+    captioner = load_shared_captioner(job.model_folder, job.model_digest, remote=job.remote, threads=job.threads)
     return captioner, job.settings or captioner.settings(temperature=0.0)
 
 

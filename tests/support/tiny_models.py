@@ -124,6 +124,19 @@ def tiny_model(variant: str, seed: int = 1) -> tuple[VisionLanguageModel, Tokeni
     return model, tokenizer
 
 
+def wide_model() -> tuple[VisionLanguageModel, Tokenizer]:
+    """Build a model in which int4 supports the widths of all layers except the MLPs of the encoder."""
+    config = tiny_config("plain").model_dump()
+    for part, width in (("vision", 32), ("decoder", 64)):
+        attention = {"num_heads": 4, "num_kv_heads": 4, "head_dim": width // 4}
+        config[part]["transformer"] |= {"width": width, "attention": attention}
+    config["vision"]["transformer"]["mlp"] = {"kind": "plain", "mlp_width": 40}
+    wide = ModelConfig.model_validate(config)
+    tokenizer = text.learn(wide.text, [])
+    torch.manual_seed(0)
+    return build_model(wide, tokenizer.vocab_size).eval(), tokenizer
+
+
 def tiny_pixels(count: int, size: int = 16, seed: int = 0) -> torch.Tensor:
     """Return random pictures, (count, size, size, 3) uint8."""
     generator = torch.Generator().manual_seed(seed)

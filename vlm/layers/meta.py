@@ -27,6 +27,26 @@ def draw_like(tensor: Tensor, func: Any, args: Sequence[Any], kwargs: Mapping[st
     return drawn
 
 
+def replace_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Replace parameters of a model with tensors of the same shapes, without copying the tensors.
+
+    A parameter that several modules share (a tied weight) is replaced in all these modules.
+
+    Args:
+        model: model whose parameters may be on the meta device.
+        tensors: dict from the name of a parameter, as in `named_parameters`, to its new value.
+    """
+    new: dict[nn.Parameter, nn.Parameter] = {}
+    for name, tensor in tensors.items():
+        old = model.get_parameter(name)
+        assert old.shape == tensor.shape
+        new[old] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter in new:
+                module._parameters[key] = new[parameter]
+
+
 class EmptyOnMeta(TorchFunctionMode):
     """Context in which `torch.empty` returns meta tensors, which take no memory.
 

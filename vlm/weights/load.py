@@ -9,7 +9,7 @@ is therefore only slightly above the size of the weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vlm.config import Config, ModelConfig
 from vlm.errors import CheckpointError
 from vlm.factory import build_model, initialize_weights
-from vlm.layers.meta import EmptyOnMeta
+from vlm.layers.meta import EmptyOnMeta, replace_parameters
 from vlm.model import VisionLanguageModel
 from vlm.weights.family import Family, Part
 from vlm.weights.files import WeightFiles, read_settings
@@ -123,7 +123,7 @@ def import_weights(
         _check_ties(source)
     steps = [(source, rule) for source in sources for rule in source.plan.rules]
     for source, rule in sorted(steps, key=lambda step: _size(*step), reverse=True):
-        _set_parameters(model, rule.ours, _read(source, rule, model))
+        replace_parameters(model, dict(zip(rule.ours, _read(source, rule, model), strict=True)))
     report = ImportReport(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         parts=tuple(_report(source) for source in sources),
@@ -226,7 +226,7 @@ def _initialize_fresh(model: VisionLanguageModel, filled: set[str], seed: int) -
     """Initialise the parameters that no file fills, as in a new model, and return the names of the parameters."""
     fresh = {name: parameter for name, parameter in model.named_parameters() if name not in filled}
     allocated = {name: torch.empty(parameter.shape) for name, parameter in fresh.items() if parameter.is_meta}
-    _set_parameters(model, list(allocated), list(allocated.values()))
+    replace_parameters(model, allocated)
     with _seeded(seed):
         for module in sorted({name.rpartition(".")[0] for name in allocated}):
             model.get_submodule(module).reset_parameters()  # type: ignore[operator]  # all such layers have this method
@@ -273,19 +273,6 @@ def _is_finite(tensor: Tensor) -> bool:
     part of the memory.
     """
     return tensor.numel() == 0 or all(math.isfinite(value) for value in torch.aminmax(tensor))
-
-
-def _set_parameters(model: nn.Module, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
-    """Replace parameters of the model with tensors. If several modules share a parameter, replace the parameter in all
-    of these modules.
-    """
-    for name, tensor in zip(names, tensors, strict=True):
-        old, new = model.get_parameter(name), nn.Parameter(tensor)
-        assert old.shape == new.shape
-        for module in model.modules():
-            for key, parameter in module._parameters.items():
-                if parameter is old:
-                    module._parameters[key] = new
 
 
 def _report(source: Source) -> PartReport:

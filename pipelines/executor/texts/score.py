@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipelines.executor.model_cache import local_copy
+from pipelines.executor.shared_model import load_shared_captioner
 from vlm.config import Config
 
 SCORES = pa.schema(
@@ -46,11 +46,9 @@ class TextScoreJob(Config):
 
 def score_batches(job: TextScoreJob, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Score the windows whose numbers are in column `id`. Yield batches of the schema SCORES."""
-    from pipelines.worker.caption import limit_threads, load_captioner
     from pipelines.worker.text_score import score_windows
 
-    limit_threads(job.threads)
-    captioner = load_captioner(str(local_copy(job.model_folder, job.model_digest) if job.remote else job.model_folder))
+    captioner = load_shared_captioner(job.model_folder, job.model_digest, remote=job.remote, threads=job.threads)
     for batch in batches:
         numbers = batch.column("id").to_numpy()
         for first in range(0, len(numbers), BATCH_WINDOWS):

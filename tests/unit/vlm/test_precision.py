@@ -6,32 +6,20 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tiny_models import VARIANTS, tiny_batch, tiny_config, tiny_model, tiny_pixels
+from tiny_models import VARIANTS, tiny_batch, tiny_model, tiny_pixels, wide_model
 from torch import Tensor, nn
 
-from vlm.config import ModelConfig, Precision
+from vlm.config import Precision
 from vlm.errors import UserError
 from vlm.factory import build_model
 from vlm.generation.generate import Request, generate
-from vlm.model import VisionLanguageModel
 from vlm.precision import set_precision
 from vlm.text.prompt import prefix_ids
 
 TEXTS = [("", "red car"), ("", "blue bus"), ("", "old iphone")]
 
 
-def wide_model() -> VisionLanguageModel:
-    """Build a model in which int4 supports the widths of all layers except the MLPs of the encoder."""
-    config = tiny_config("plain").model_dump()
-    for part, width in (("vision", 32), ("decoder", 64)):
-        attention = {"num_heads": 4, "num_kv_heads": 4, "head_dim": width // 4}
-        config[part]["transformer"] |= {"width": width, "attention": attention}
-    config["vision"]["transformer"]["mlp"] = {"kind": "plain", "mlp_width": 40}
-    torch.manual_seed(0)
-    return build_model(ModelConfig.model_validate(config), 33).eval()
-
-
-def linears(model: VisionLanguageModel) -> dict[str, nn.Linear]:
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
@@ -69,7 +57,7 @@ def test_every_model_variant_computes_similar_logits_in_lower_precision(variant:
 def test_a_quantized_linear_layer_stores_the_expected_number_of_bits_per_weight(
     precision: Precision, bits: int
 ) -> None:
-    model = wide_model()
+    model, _ = wide_model()
     model.decoder.blocks[0].mlp.up.weight.fill_(0.5)  # type: ignore[union-attr,operator]
     x = torch.randn(5, 64)
     expected = linears(model)["decoder.blocks.1.mlp.up"](x)
@@ -84,7 +72,7 @@ def test_a_quantized_linear_layer_stores_the_expected_number_of_bits_per_weight(
 
 
 def test_layers_that_int4_does_not_support_stay_in_bf16_and_cause_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    model = wide_model()
+    model, _ = wide_model()
     with caplog.at_level(logging.WARNING):
         set_precision(model, Precision.INT4)
     assert any("4 linear layers (encoder.blocks.0.mlp.up ...) stay bf16" in message for message in caplog.messages)
