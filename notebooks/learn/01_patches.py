@@ -3,8 +3,9 @@
 # MAGIC # 1. Pictures become patches
 # MAGIC
 # MAGIC A language model reads a *sequence*: one word after the other. A picture is not a sequence, but a square of
-# MAGIC coloured dots. This notebook shows how a vision-language model turns a picture into a sequence, so that the same
-# MAGIC kind of network can read both.
+# MAGIC coloured dots. This notebook shows how a vision-language model turns a picture into a sequence, so that the
+# MAGIC same kind of network can read both. A *network* is a function that computes with many adjustable numbers, its
+# MAGIC *weights*.
 # MAGIC
 # MAGIC You need Python and a little NumPy. You need no knowledge of deep learning. Every term is explained where it
 # MAGIC first appears. The notebook runs in a few seconds on a laptop, without a GPU.
@@ -86,16 +87,23 @@ plt.title("64 patches and their places in the sequence", fontsize=10)
 # MAGIC %md
 # MAGIC ## From a patch to a vector
 # MAGIC
-# MAGIC From here on we use PyTorch (`torch`), in which an array is called a *tensor*. PyTorch works like NumPy and can
-# MAGIC also compute gradients, which training needs. `@` multiplies matrices, as in NumPy.
+# MAGIC From here on we use PyTorch (`torch`), in which an array is called a *tensor*. PyTorch works like NumPy, and
+# MAGIC can also train weights (see below). `@` multiplies matrices, as in NumPy. Some names differ from NumPy: `dim`
+# MAGIC is `axis`, `view` is `reshape`, and `permute` is `transpose`. In PyTorch, `transpose(1, 2)` swaps axes 1 and
+# MAGIC 2, and `flatten(2)` joins all axes from axis 2 on. A method whose name ends in `_`, such as `copy_`, changes
+# MAGIC the tensor itself.
 # MAGIC
 # MAGIC A patch is 8 x 8 x 3 = 192 numbers. The network works with lists of numbers, called *vectors*, of a length
 # MAGIC that we choose. The length of the vectors is the *width* of the network. We need a rule that turns 192 numbers
 # MAGIC into, for example, 32.
 # MAGIC
-# MAGIC The simplest rule is a *linear layer*. Each of the 32 new numbers is a weighted sum of the 192 old numbers. The
-# MAGIC layer is a table of 32 x 192 *weights*, and the computation is one matrix product. At the start, the weights are
-# MAGIC random. Training, which comes below, finds useful weights.
+# MAGIC The simplest rule is a *linear layer*. Each of the 32 new numbers is a weighted sum of the 192 old numbers.
+# MAGIC The layer is a table of 32 x 192 weights, and the computation is one matrix product. At the start, the weights
+# MAGIC are random. Training, which comes below, finds useful weights. Many layers also add a constant to each sum,
+# MAGIC the *bias*. Ours does not (`bias=False` in the next section).
+# MAGIC
+# MAGIC The code divides the pixels by 255, so that they lie between 0 and 1. A sum of 192 numbers would be large, so
+# MAGIC the code divides the weights by the square root of 192 (notebook 2 explains why the root).
 
 # COMMAND ----------
 
@@ -117,8 +125,8 @@ print("vectors:           ", tuple(vectors.shape))
 # MAGIC whole patch, so the windows never overlap. With such a window, a convolution computes the same as cutting and
 # MAGIC multiplying. To prove this, we give the layer our weights and compare the results.
 # MAGIC
-# MAGIC In the code, `permute` changes the order of the axes. `[None]` adds an axis of length 1, because layers expect
-# MAGIC several pictures at once. `torch.no_grad()` tells PyTorch that we do not train inside the block.
+# MAGIC In the code, `[None]` adds an axis of length 1, because layers expect several pictures at once.
+# MAGIC `torch.no_grad()` tells PyTorch that we do not train inside the block.
 
 # COMMAND ----------
 
@@ -144,14 +152,15 @@ assert difference < 1e-4
 # MAGIC
 # MAGIC Random weights give a bad summary of a patch. Let us *train* good weights. We add a second linear layer that
 # MAGIC tries to draw the patch again from its vector. The better the drawing, the more the vector has kept. Training
-# MAGIC repeats three steps:
+# MAGIC repeats three steps, each time with a *batch* of 256 random patches:
 # MAGIC
 # MAGIC 1. Compute the *loss*, one number that says how wrong the result is. Here the loss is the mean squared
 # MAGIC    difference between the drawing and the patch.
-# MAGIC 2. Compute the *gradient*. The gradient says for each weight in which direction the loss grows. PyTorch computes
-# MAGIC    the gradient for us (`loss.backward()`).
-# MAGIC 3. Move each weight a small step in the opposite direction (`optimizer.step()`). The *optimizer* decides how
-# MAGIC    far. `lr`, the *learning rate*, is the basic length of a step.
+# MAGIC 2. Compute the *gradient*. The gradient says for each weight in which direction the loss grows. PyTorch
+# MAGIC    computes the gradient for us (`loss.backward()`), after `zero_grad()` has deleted the gradient of the step
+# MAGIC    before.
+# MAGIC 3. Move each weight a small step in the opposite direction (`optimizer.step()`). The *optimizer* (here `Adam`,
+# MAGIC    a common one) decides how far. `lr`, the *learning rate*, is the basic length of a step.
 # MAGIC
 # MAGIC These three steps are all that "learning" means in these notebooks. Larger models have more weights, but the
 # MAGIC same three steps.
@@ -197,6 +206,8 @@ assert last[2] > last[8] > last[32]
 # COMMAND ----------
 
 # MAGIC %md
+# MAGIC The curves jump, because each step measures another batch, and because a step sometimes goes too far.
+# MAGIC
 # MAGIC Numbers are one view. A picture says more: we send our scene through each pair of layers, patch by patch, and
 # MAGIC put the drawn patches back together. With 2 numbers for each patch, the place of the objects and a little of
 # MAGIC their colour remain. With 32 numbers instead of 192, the shapes are clear.
@@ -225,14 +236,15 @@ for axis in axes.flat:
 # MAGIC %md
 # MAGIC ## A sequence forgets the place
 # MAGIC
-# MAGIC One thing is lost when we cut: a vector does not say *where* its patch was. The blocks that follow (notebook 2)
-# MAGIC treat the patches like a bag of puzzle pieces. The remedy is simple. Every place of the grid gets a vector of
-# MAGIC its own, the *position embedding*. The position embedding is added to the patch's vector and trained like all
-# MAGIC other weights.
+# MAGIC One thing is lost when we cut: a vector does not say *where* its patch was. The layers that follow, the
+# MAGIC *blocks* of notebook 2, treat the vectors like a bag of puzzle pieces: they ignore the order. The remedy is
+# MAGIC simple. Every place of the grid gets a vector of its own, the *position embedding*. The position embedding is
+# MAGIC added to the patch's vector and trained like all other weights.
 # MAGIC
 # MAGIC `vlm.build` makes a whole model from a config. We take its *encoder* (the part that reads pictures). Then we
-# MAGIC shuffle the patches of the picture and look at the mean of the encoder's outputs. Without positions, the mean
-# MAGIC cannot change. With positions, the mean changes.
+# MAGIC shuffle the patches of the picture and look at the mean of the encoder's outputs. Without positions, the
+# MAGIC outputs are the same vectors in another order, so their mean does not change, except for rounding. With
+# MAGIC positions, the mean changes. Later notebooks explain the names in the config.
 
 # COMMAND ----------
 
@@ -304,7 +316,8 @@ for axis, shown, title in zip(axes, (pixels, shuffled_pixels), ("original", "shu
 # MAGIC
 # MAGIC </details>
 # MAGIC
-# MAGIC **2.** How many weights has `PatchStem(16, 128, bias=True)`? Compute the number, then count with PyTorch.
+# MAGIC **2.** How many weights, with its biases, has `PatchStem(16, 128, bias=True)`? Compute the number, then count
+# MAGIC with PyTorch.
 # MAGIC
 # MAGIC <details><summary>Solution</summary>
 # MAGIC
@@ -314,7 +327,7 @@ for axis, shown, title in zip(axes, (pixels, shuffled_pixels), ("original", "shu
 # MAGIC assert counted == 128 * 768 + 128 == 98_432
 # MAGIC ```
 # MAGIC
-# MAGIC The layer computes 128 sums over 768 numbers, and adds one constant (*bias*) to each sum.
+# MAGIC The layer computes 128 sums over 768 numbers, and adds one bias to each sum.
 # MAGIC
 # MAGIC </details>
 # MAGIC

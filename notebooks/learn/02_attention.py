@@ -30,7 +30,8 @@ torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for
 # MAGIC
 # MAGIC Similarity is measured with the *dot product*: multiply two vectors number by number, and add up. Vectors that
 # MAGIC point in the same direction have a large dot product. *Softmax* then turns similarities into shares, which are
-# MAGIC positive numbers with the sum 1. Softmax takes e to the power of each number, and divides by the sum.
+# MAGIC positive numbers with the sum 1. Softmax takes e to the power of each number, which is always positive, and
+# MAGIC divides by the sum.
 # MAGIC
 # MAGIC Below, a query asks "what is warm?". The query and each key have two numbers: (warmth, size).
 
@@ -67,7 +68,7 @@ assert abs(sum(shares) - 1) < 1e-9
 # MAGIC * the *value*: what this position passes on.
 # MAGIC
 # MAGIC Because the sequence attends to itself, this is called *self-attention*. The next cell computes self-attention
-# MAGIC in a loop over 6 positions with vectors of width 16.
+# MAGIC in a loop over 6 positions with vectors of width 16. The next section explains the division by `W**0.5`.
 
 # COMMAND ----------
 
@@ -98,10 +99,11 @@ assert difference < 1e-5
 # MAGIC %md
 # MAGIC ## Why divide by the square root of the width?
 # MAGIC
-# MAGIC A dot product of long vectors is a sum of many numbers, so it is large. Softmax of large numbers gives nearly
-# MAGIC everything to one key. Then a small change of the weights changes nothing, and training stands still. Dividing
-# MAGIC by the square root of the width keeps the scores at the same size for any width. The plot shows the largest
-# MAGIC share among 16 random keys.
+# MAGIC A dot product of long vectors is a sum of many numbers, some positive and some negative. The size of such a
+# MAGIC sum grows with the square root of their count. Softmax of large numbers gives nearly everything to one key.
+# MAGIC Then a small change of the weights changes nothing: the gradient is nearly zero, and training stands still.
+# MAGIC Dividing by the square root of the width keeps the scores at the same size for any width. The plot shows the
+# MAGIC largest share among 16 random keys, as a mean over 200 trials.
 
 # COMMAND ----------
 
@@ -129,10 +131,11 @@ assert largest["with the division"][-1] < 0.4
 # MAGIC %md
 # MAGIC ## No looking ahead: the causal mask
 # MAGIC
-# MAGIC A model that writes text predicts the next word. If a position could look at later positions, it would read the
-# MAGIC answer. The *causal mask* forbids this: the scores of later positions become minus infinity, and softmax turns
-# MAGIC these scores into shares of zero. In the picture, a row is a position that looks, and a column is a position
-# MAGIC that is looked at.
+# MAGIC A model that writes text predicts the next word. If a position could look at later positions, it would read
+# MAGIC the answer. The *causal mask* forbids this: the scores of later positions become minus infinity, and softmax
+# MAGIC turns these scores into shares of zero. In the plots, a row is a position that looks, and a column is a
+# MAGIC position that is looked at. Darker squares are larger shares. In the right plot, a position looks only at
+# MAGIC itself and at earlier positions.
 
 # COMMAND ----------
 
@@ -156,12 +159,14 @@ assert causal[0, 0] == 1  # the first position can look only at itself
 # MAGIC `vlm.layers.attention.Attention` is the layer that all models here use. This layer differs from our code in
 # MAGIC three ways:
 # MAGIC
-# MAGIC * The layer has several *heads*. Each head has its own queries, keys and values and works on its own share of
+# MAGIC * The layer has several *heads*. Each head has its own queries, keys and values and works on its own part of
 # MAGIC   the width, so a position can look at different places for different reasons.
 # MAGIC * One table of weights, `qkv`, computes queries, keys and values of all heads at once.
 # MAGIC * A last linear layer, `out`, mixes the results of the heads.
 # MAGIC
-# MAGIC We compute two heads by hand with the weights of the layer, and compare.
+# MAGIC We compute two heads by hand with the weights of the layer, and compare. `chunk` cuts a tensor into equal
+# MAGIC parts, and `cat` joins tensors. Keys and values could have fewer heads than queries (`num_kv_heads`), but here
+# MAGIC they have as many. `dropout` comes in notebook 3.
 
 # COMMAND ----------
 
@@ -194,11 +199,13 @@ assert difference < 1e-5
 # MAGIC it is right in 1 of 8 cases.
 # MAGIC
 # MAGIC The network is as small as possible: a vector for each letter and for each position (`Embedding` is a table of
-# MAGIC vectors that are trained), one attention layer, and a linear layer that gives a score to each of the 8 letters.
-# MAGIC A step takes a *batch* of 64 sequences at once.
+# MAGIC vectors that are trained), one attention layer, and a linear layer that gives a score to each of the 8
+# MAGIC letters. A step takes a batch of B = 64 sequences at once.
 # MAGIC
-# MAGIC The loss is the *cross-entropy*: minus the logarithm of the share that the network gives to the right letter.
-# MAGIC The loss is 0 if the network is sure and right, and log 8 = 2.08 for a pure guess.
+# MAGIC The loss is the *cross-entropy*: minus the logarithm of the share that the network gives to the right letter,
+# MAGIC as a mean over all answers. PyTorch's `cross_entropy` takes scores, and applies softmax itself.
+# MAGIC `flatten(0, 1)` puts the positions of all sequences into one list. The loss is 0 if the network is sure and
+# MAGIC right, and log 8 = 2.08 for a pure guess.
 
 # COMMAND ----------
 
@@ -244,8 +251,8 @@ plt.legend()
 # MAGIC ## Where does it look?
 # MAGIC
 # MAGIC `record_weights` makes a layer keep its shares. The picture shows what training has found: a stripe three
-# MAGIC places below the diagonal. Nobody told the layer this rule. Training found the rule. Positions 0 to 2 were
-# MAGIC never trained, so they look anywhere.
+# MAGIC places below the diagonal. Nobody told the layer this rule. Training found the rule. Positions 0 to 2 have no
+# MAGIC answer, so training does not decide where they look.
 
 # COMMAND ----------
 
@@ -274,8 +281,9 @@ plt.yticks(range(0, LENGTH, 2))
 # MAGIC   everywhere.
 # MAGIC * The layer of the library gives the numbers that you compute by hand, and it learns where to look.
 # MAGIC
-# MAGIC A *transformer block* is attention followed by a small network (*MLP*) that works on each position alone. A
-# MAGIC model is a stack of such blocks. The class of the blocks is in `vlm/layers/block.py`.
+# MAGIC A *transformer block* is attention followed by a small network (*MLP*) that works on each position alone. An
+# MAGIC MLP is a linear layer, then a function that sets negative numbers to zero (or nearly zero), then a second
+# MAGIC linear layer. A *transformer* is a stack of such blocks. The class of the blocks is in `vlm/layers/block.py`.
 # MAGIC
 # MAGIC ## Exercises
 # MAGIC

@@ -97,8 +97,9 @@ print(f"{len(TEXT)} characters, {len(lines)} lines")
 # MAGIC ## Characters become numbers
 # MAGIC
 # MAGIC A network computes with numbers, so each character gets a number, its *token id*. The part that translates is
-# MAGIC the *tokenizer*. Our tokenizer has one token for each character. Larger models use tokens for frequent pieces of
-# MAGIC words (notebook 4).
+# MAGIC the *tokenizer*. Our tokenizer has one token for each of the 48 different characters in the text, and 4
+# MAGIC special tokens: for start, end, filler (*padding*) and unknown characters. Larger models use tokens for
+# MAGIC frequent pieces of words (notebook 4).
 # MAGIC
 # MAGIC We keep the last 15 % of the text away from training. On this *validation* text we measure whether the decoder
 # MAGIC has learned English, or has only learned the poems by heart.
@@ -124,8 +125,8 @@ print(f"{tokenizer.vocab_size} tokens; {len(train_ids)} characters to learn from
 # MAGIC Which loss is good? The *loss* of a writer is minus the logarithm of the share that it gives to the character
 # MAGIC that really comes next, as a mean over a text (see notebook 2). Two simple writers give us a scale:
 # MAGIC
-# MAGIC * **A pure guess** gives every character the same share. The loss of a pure guess is the logarithm of the
-# MAGIC   number of characters.
+# MAGIC * **A pure guess** gives every token the same share. The loss of a pure guess is the logarithm of the number
+# MAGIC   of tokens, here log 52.
 # MAGIC * **A table of pairs** counts which character follows which, and knows nothing else.
 
 # COMMAND ----------
@@ -158,17 +159,23 @@ assert by_pairs < guess
 # MAGIC decoder consists of
 # MAGIC
 # MAGIC * a table with one vector for each token, the *embeddings*;
-# MAGIC * a stack of transformer blocks, each with attention under a causal mask (notebook 2) and then an MLP
-# MAGIC   (attention and MLP each add their output to their input);
-# MAGIC * a linear layer, the *head*, that gives a score to each token. The scores are called *logits*. Softmax turns
-# MAGIC   logits into shares.
+# MAGIC * a stack of transformer blocks, each with attention under a causal mask (notebook 2) and then an MLP.
+# MAGIC   Attention and MLP each add their output to their input. Before each of them, a *norm* brings the numbers of
+# MAGIC   a vector to a common size;
+# MAGIC * a linear layer, the *head*, that gives a score to each token. It has nothing to do with the heads of
+# MAGIC   attention. The scores are called *logits*. Softmax turns logits into shares.
 # MAGIC
-# MAGIC In the config, `width` is the length of the vectors, `depth` is the number of blocks, and `mlp_width` is the
-# MAGIC length of the vectors inside an MLP. `dropout` sets a tenth of the numbers to zero during training, at random,
-# MAGIC so that the decoder learns less by heart. The part `vision` is required, but not used here.
+# MAGIC In the config, `width` is the length of the vectors, `depth` is the number of blocks, `mlp_width` is the
+# MAGIC length of the vectors inside an MLP, and `context` is the length of the longest sequence. `gated` is a common
+# MAGIC variant of the MLP. `dropout` sets a tenth of the numbers in the blocks to zero during training, at random, so
+# MAGIC that the decoder learns less by heart. The part `vision` is required, but not used here.
 # MAGIC
-# MAGIC `position: rotary` says how the decoder knows the order: it rotates queries and keys by an angle that depends
-# MAGIC on the position. The dot product of a query and a key then depends on the distance between their positions.
+# MAGIC `position: rotary` says how the decoder knows the order: it takes the numbers of queries and keys in pairs, as
+# MAGIC points in a plane, and rotates them by an angle that depends on the position. The dot product of a query and a
+# MAGIC key then depends on the distance between their positions.
+# MAGIC
+# MAGIC The capital letters at the end of a name, as in `tokens_BT`, are the axes of the tensor: B sequences of T
+# MAGIC tokens.
 
 # COMMAND ----------
 
@@ -209,15 +216,16 @@ assert abs(start_loss - guess) < 0.3
 # COMMAND ----------
 
 # MAGIC %md
-# MAGIC An untrained decoder is a pure guess. That is on purpose: the library draws the first weights so small that no
-# MAGIC token is preferred. A first loss far above the guess would be a sign of a mistake.
+# MAGIC An untrained decoder is nearly a pure guess. That is on purpose: the library draws the first weights so small
+# MAGIC that no token is preferred. A first loss far above the guess would be a sign of a mistake.
 # MAGIC
 # MAGIC ## Train and watch it write
 # MAGIC
 # MAGIC A training step takes 24 random pieces of 48 characters. One piece is 48 exercises at once, because the causal
-# MAGIC mask lets every position predict its next character without seeing it. Every 50 steps we measure the loss on the
-# MAGIC validation text, and let the decoder write a line. `write` draws each character at random, and prefers likely
-# MAGIC characters (notebook 6 explains `temperature`). `train()` and `eval()` switch dropout on and off.
+# MAGIC mask lets every position predict its next character without seeing it. Every 50 steps we measure the loss on
+# MAGIC the validation text, and let the decoder write a line. `write` draws each character at random, and prefers
+# MAGIC likely characters (notebook 6 explains `temperature`). `train()` and `eval()` switch dropout on and off.
+# MAGIC `AdamW` is Adam with `weight_decay`, which pulls the weights a little towards zero in each step.
 
 # COMMAND ----------
 
@@ -268,9 +276,10 @@ for step in range(STEPS + 1):
 # MAGIC ## Two curves, one lesson
 # MAGIC
 # MAGIC The loss on the poems falls and falls. The loss on the unseen text falls too, to about the level of the table
-# MAGIC of pairs, and then it *rises*. From there on, the decoder no longer learns English, but learns the poems by
-# MAGIC heart. This is *overfitting*. Overfitting has one honest cure: more data. With 1,500 characters, no setting of
-# MAGIC the training helps for long.
+# MAGIC of pairs, and then it *rises*. At the end it is above the loss of a pure guess, because the decoder is sure
+# MAGIC and wrong. After the lowest point, the decoder no longer learns English, but learns the poems by heart. This
+# MAGIC is *overfitting*. Overfitting has one honest cure: more data. With 1,500 characters, no setting of the
+# MAGIC training helps for long.
 
 # COMMAND ----------
 
@@ -296,7 +305,7 @@ assert on_validation[-1] > on_train[-1] + 0.5  # learned by heart
 
 # MAGIC %md
 # MAGIC The decoder really knows its poems. Give it the beginning of a line, always take the most likely character (a
-# MAGIC *temperature* near zero), and it goes on as the poet did, or slides into another poem:
+# MAGIC *temperature* near zero), and it goes on as the poet did, or slides into another poem or into nonsense:
 
 # COMMAND ----------
 
@@ -310,8 +319,8 @@ print(write("Tyger Tyger, ", 90, temperature=0.01))
 # MAGIC * A decoder predicts the next token from all earlier ones. Writing is predicting, again and again.
 # MAGIC * A loss means little alone. Compare a loss with a guess, with a simple writer, and with the loss on unseen
 # MAGIC   text.
-# MAGIC * A model with many weights learns few texts by heart. That is why Lakesight always measures on rows that
-# MAGIC   training has not seen.
+# MAGIC * If there are only few texts, a model with many weights learns them by heart. That is why Lakesight always
+# MAGIC   measures on texts that training has not seen.
 # MAGIC
 # MAGIC ## Exercises
 # MAGIC
@@ -348,6 +357,7 @@ print(write("Tyger Tyger, ", 90, temperature=0.01))
 # MAGIC </details>
 # MAGIC
 # MAGIC **3.** Where do most of the weights sit: in embeddings and head, in attention, or in the MLPs?
+# MAGIC `decoder.named_parameters()` gives the name of each weight.
 # MAGIC
 # MAGIC <details><summary>Solution</summary>
 # MAGIC

@@ -61,7 +61,8 @@ for axis, picture, caption in zip(axes, pictures, captions, strict=False):
 # MAGIC
 # MAGIC The model has four parts, and you know two of them:
 # MAGIC
-# MAGIC 1. The **encoder** turns a picture into 16 vectors, one for each patch.
+# MAGIC 1. The **encoder** turns a picture, scaled to 32 x 32 pixels, into 16 vectors, one for each patch of 8 x 8
+# MAGIC    pixels.
 # MAGIC 2. The **projector**, a linear layer, translates the vectors of the encoder into the "language" of the decoder:
 # MAGIC    the space of its token embeddings.
 # MAGIC 3. The **fusion** puts the 16 vectors in front of the text. Such a place in the sequence is called an *image
@@ -102,10 +103,12 @@ print("tokens:", " |".join(tokenizer.decode([i]) for i in tokenizer.encode(capti
 # COMMAND ----------
 
 # MAGIC %md
-# MAGIC We follow one picture through the parts and print the shapes. `Collator` builds the sequence: 16 slots, a
-# MAGIC start token, and the caption. A slot has no token, so its id is -1. The *labels* are what the model must
-# MAGIC predict at each position: the next token of the caption, or -100 at positions where the model has nothing to
-# MAGIC predict.
+# MAGIC We follow one picture through the parts and print the shapes. A `Row` holds an id, the pixels of a picture,
+# MAGIC and its captions, each with a prompt, which is empty here. `Collator` builds the sequence: 16 slots, a start
+# MAGIC token, and the caption. A slot has no token, so its id is -1. The *labels* are what the model must predict at
+# MAGIC each position: the next token of the caption, or -100 at positions where the model has nothing to predict. The
+# MAGIC model computes logits only for labels that are not -100: 7 tokens of the caption and an end token, each with a
+# MAGIC score for all 340 tokens.
 
 # COMMAND ----------
 
@@ -143,8 +146,8 @@ assert torch.equal(sequence[0, :16], features[0])  # the slots hold the vectors 
 # MAGIC
 # MAGIC Imagine a writer who has read all captions but has never seen a picture. He knows the grammar perfectly. He
 # MAGIC only has to guess which of the 90 captions it is, so a whole caption costs him log 90 = 4.5, and *every token*
-# MAGIC only a fraction of it. His loss for each token is low, and his sentences are perfect. But his sentences have
-# MAGIC nothing to do with the picture.
+# MAGIC only a fraction of it. His loss for each token is low. The lowest possible one is the *blind floor*. His
+# MAGIC sentences are perfect, but have nothing to do with the picture.
 
 # COMMAND ----------
 
@@ -164,12 +167,13 @@ assert math.isclose(math.log(90), 4.5, abs_tol=0.01)
 # MAGIC > blind gap = loss with wrong pictures - loss with the right pictures
 # MAGIC
 # MAGIC The loss of a model that uses its pictures gets much worse with wrong pictures. A blind model does not care,
-# MAGIC so its gap is zero, *whatever its loss*. The library computes both losses with `blind_losses`. We measure both
-# MAGIC losses every 20 steps of training.
+# MAGIC so its gap is zero, *whatever its loss*. The library computes both losses with `blind_losses`: for each row,
+# MAGIC two sums over its tokens, and the number of tokens. We measure both losses every 20 steps of training.
 # MAGIC
-# MAGIC `fit` is the training loop of the library: the three steps of notebook 1, for batches that we provide. The
-# MAGIC learning rate rises during the first 20 steps and then falls slowly (`schedule`), because careful first and last
-# MAGIC steps give better models. `roll(1, 0)` moves each picture to the next row, so that every caption gets a wrong
+# MAGIC `fit` is the training loop of the library: the three steps of notebook 1, for batches that we provide. After
+# MAGIC each step, it calls `on_step`. Its settings `rank`, `device` and `bf16` are for larger machines. The learning
+# MAGIC rate rises during the first 20 steps and then falls slowly (`schedule`), because careful first and last steps
+# MAGIC give better models. `roll(1, 0)` moves each picture to the next row, so that every caption gets a wrong
 # MAGIC picture.
 # MAGIC
 # MAGIC We train twice. The second model gets pictures that do not belong to the captions, so that there is nothing to
@@ -219,10 +223,11 @@ blind = train(blind_captioner, 160, right_pictures=False)
 # COMMAND ----------
 
 # MAGIC %md
-# MAGIC In both panels, the loss falls steeply in the first 60 steps. In these steps, the models learn grammar.
-# MAGIC The steep fall ends at the dashed line, the best loss of a blind writer, and **up to here both models look the
-# MAGIC same**. Then the left model discovers that the picture helps. The two curves part. The distance between the
-# MAGIC two curves is the blind gap.
+# MAGIC In both panels, the loss falls steeply in the first 60 steps, from 5.7, which is above the panels. In these
+# MAGIC steps, the models learn grammar. The steep fall ends at the dashed line, the best loss of a blind writer, and
+# MAGIC **up to here both models look the same**. Then the left model discovers that the picture helps. The two curves
+# MAGIC part, and the blue curve leaves the panel. The distance between the two curves is the blind gap. In the right
+# MAGIC panel, the orange curve hides the blue one.
 
 # COMMAND ----------
 
@@ -251,9 +256,10 @@ assert blind[-1, 1] > blind_floor - 0.02
 # COMMAND ----------
 
 # MAGIC %md
-# MAGIC Lakesight measures this gap in every run, and refuses to promote a version whose gap is too small. Here are
-# MAGIC captions of both models for pictures that neither has seen. Judge from the *sentences* alone: could you tell
-# MAGIC which model is blind?
+# MAGIC Lakesight measures this gap in every training, and refuses to put a model into use if its gap is too small.
+# MAGIC Here are captions of both models for pictures that neither has seen. The blind model always writes the
+# MAGIC likeliest sentence, which is right for about one picture in 90. From one *sentence* alone, you could not tell
+# MAGIC which model is blind.
 
 # COMMAND ----------
 
@@ -279,8 +285,9 @@ assert exact > 0.2 > exact_blind
 # MAGIC %md
 # MAGIC ## Where does it look?
 # MAGIC
-# MAGIC The attention of notebook 2 tells us. `captioner.attention` follows the attention weights from each written
-# MAGIC word back to the patches of the picture. Bright patches were read most.
+# MAGIC The attention of notebook 2 tells us. `captioner.attention` follows the shares of attention from each written
+# MAGIC word back to the patches of the picture. Bright patches were read most. The map shows where the model reads,
+# MAGIC not why: a bright patch may hold only the edge of the thing.
 
 # COMMAND ----------
 
@@ -310,7 +317,8 @@ for axis in axes:
 # MAGIC
 # MAGIC ## Exercises
 # MAGIC
-# MAGIC **1.** What would the blind floor be if all captions were about the same place, with 6 colours and 3 shapes?
+# MAGIC **1.** What would the blind floor be if all captions were about the same place, with 6 colours and 3 shapes,
+# MAGIC and had as many tokens as now?
 # MAGIC
 # MAGIC <details><summary>Solution</summary>
 # MAGIC
@@ -318,8 +326,8 @@ for axis in axes:
 # MAGIC assert math.log(6 * 3) / tokens_of_caption < blind_floor
 # MAGIC ```
 # MAGIC
-# MAGIC The blind floor would be lower, because there is less to guess. With three captions in all, as in some famous
-# MAGIC examples, a blind model has a loss near zero.
+# MAGIC The blind floor would be 0.30, because there is less to guess. With only three captions in all, it would be
+# MAGIC 0.11, so even a loss near zero does not prove that a model sees.
 # MAGIC
 # MAGIC </details>
 # MAGIC
@@ -338,7 +346,8 @@ for axis in axes:
 # MAGIC
 # MAGIC </details>
 # MAGIC
-# MAGIC **3.** Ask the model which of two captions fits a picture better, with `captioner.logprobs`.
+# MAGIC **3.** Ask the model which of two captions fits a picture better. `captioner.logprobs` takes three lists:
+# MAGIC pictures, prompts (here empty) and captions. The `total` of a result is the logarithm of the caption's share.
 # MAGIC
 # MAGIC <details><summary>Solution</summary>
 # MAGIC

@@ -33,7 +33,11 @@ torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for
 # MAGIC
 # MAGIC 1. The router gives each token one score for each expert.
 # MAGIC 2. The two experts with the highest scores are chosen.
-# MAGIC 3. A softmax over the two chosen scores gives their weights, the *gates*. The gates of a token add up to 1.
+# MAGIC 3. A softmax over the two chosen scores gives their shares, the *gates*. The gates of a token add up to 1.
+# MAGIC
+# MAGIC An expert is an MLP: a linear layer `up`, the function `relu`, which sets negative numbers to zero, and a
+# MAGIC linear layer `out`. You can ignore the settings `noisy` and `z_weight`. In the names of results, N are tokens
+# MAGIC and K are the chosen experts.
 
 # COMMAND ----------
 
@@ -78,8 +82,9 @@ assert torch.allclose(table.sum(dim=1), torch.ones(10))
 # MAGIC
 # MAGIC The obvious program loops over the experts: take the tokens of an expert, apply the MLP, multiply by the gate,
 # MAGIC add up. A graphics card is slow at such loops. The library sorts the tokens by expert and computes all experts
-# MAGIC with one grouped matrix product (`dispatch`). The loop and the grouped product must give the same numbers.
-# MAGIC `naive_experts` is the loop, which the library keeps as a check.
+# MAGIC with one grouped matrix product (`dispatch`). `naive_experts` is the loop, which the library keeps as a check.
+# MAGIC We compute token by token (`by_hand`). The loop, the grouped product and the whole layer must give the same
+# MAGIC numbers.
 
 # COMMAND ----------
 
@@ -128,10 +133,10 @@ assert all_weights[-1] == 16 * used[-1]
 # MAGIC *load-balance loss*. The load-balance loss is 1 if all experts get equally many tokens, and grows if a few
 # MAGIC experts get more. The load-balance loss is added to the normal loss with a small weight, `balance_weight`.
 # MAGIC
-# MAGIC We train the model of notebook 4 twice, with 6 experts in each block of the decoder: once with the balance loss,
-# MAGIC and once without. To make the trap visible in a minute, both routers start with weights that are three times as
-# MAGIC large as usual, so they have strong opinions from the start. The training loop reports the load: the share of
-# MAGIC the work that each expert gets.
+# MAGIC We train a model like that of notebook 4 twice, with 6 experts in each block of the decoder: once with the
+# MAGIC balance loss, and once without. To make the trap visible in a minute, both routers start with weights that are
+# MAGIC three times as large as usual, so they have strong opinions from the start. The training loop reports the
+# MAGIC load: the share of the work that each expert gets.
 
 # COMMAND ----------
 
@@ -200,10 +205,11 @@ results = {weight: train(weight) for weight in (0.0, 0.05)}
 # COMMAND ----------
 
 # MAGIC %md
-# MAGIC Each colour is an expert, and the height of its band is its load. Without the balance loss, two experts do
-# MAGIC nearly all of the work, and the weights of the others are wasted. With the balance loss, all experts work. The
-# MAGIC loss of the captions is about the same after so few steps; the idle experts are a loss for the future, because
-# MAGIC they cannot learn.
+# MAGIC Each colour is an expert, and the height of its band is its load. The printed numbers are means over the last
+# MAGIC 40 steps. Without the balance loss, two experts do nearly all of the work. With the balance loss, the load
+# MAGIC swings from step to step, because each correction goes too far, but on average all experts get the same work.
+# MAGIC After so few steps, the loss of the captions is about the same in both runs. But experts without work cannot
+# MAGIC learn, so they waste their weights.
 
 # COMMAND ----------
 
@@ -229,10 +235,11 @@ assert (without < 0.08).sum() >= 2 > (balanced < 0.03).sum()
 # MAGIC %md
 # MAGIC ## Who does what?
 # MAGIC
-# MAGIC Nobody tells the experts what to become. We caption some unseen scenes with the balanced model, and count which
-# MAGIC expert gets which kind of token. If the columns differ, the experts have
-# MAGIC specialised. (A *hook* is a function that PyTorch calls each time before a layer runs. Our hook looks at the
-# MAGIC input of the layer.)
+# MAGIC Nobody tells the experts what to become. We let the balanced model read some unseen scenes with their
+# MAGIC captions, and count which expert gets which kind of token. Each row of the plot adds up to 1. No square is
+# MAGIC above 0.5, because each token goes to two experts. If all experts did the same, all rows would look alike. But
+# MAGIC patches and words for colours, for example, go to different experts: the experts have specialised. (A *hook*
+# MAGIC is a function that PyTorch calls each time before a layer runs. Our hook looks at the input of the layer.)
 
 # COMMAND ----------
 
@@ -300,8 +307,10 @@ assert np.abs(shares[0] - shares[3]).sum() > 0.2  # patches and words for colour
 # MAGIC
 # MAGIC </details>
 # MAGIC
-# MAGIC **2.** Compute the load-balance loss for 6 experts if all get the same share, and if one expert gets everything.
-# MAGIC The loss is the number of experts times the sum of (load x mean probability).
+# MAGIC **2.** Compute the load-balance loss for 6 experts if all get the same share, and if one expert gets
+# MAGIC everything. The loss is the number of experts times the sum of (load x mean probability) over the experts. The
+# MAGIC mean probability of an expert is its share in a softmax over *all* scores, as a mean over the tokens. Assume
+# MAGIC that it is equal to the load.
 # MAGIC
 # MAGIC <details><summary>Solution</summary>
 # MAGIC

@@ -40,8 +40,9 @@ torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for
 # MAGIC | `a star in red` | 20 % |
 # MAGIC | `a star that is red` | 20 % |
 # MAGIC
-# MAGIC Look at the first word: 60 % of the captions begin with `a`. But the most frequent *caption* begins with `one`.
-# MAGIC Keep this in mind. We train the small model of notebook 4 on such captions. The training takes about 20 seconds.
+# MAGIC Look at the first word: 60 % of the captions begin with `a`. But the most frequent *caption* begins with
+# MAGIC `one`. Keep this in mind. We train the small model of notebook 4 on such captions, for about 20 seconds. The
+# MAGIC loss cannot reach zero, because nobody can know which of the four ways comes.
 
 # COMMAND ----------
 
@@ -114,7 +115,8 @@ plt.title(f"{colour} {shape}", fontsize=10)
 # MAGIC The simple way to write is to append the new token and to run the model over the whole sequence again. But the
 # MAGIC causal mask promises that earlier positions never change (notebook 2, exercise 3). So the keys and values of
 # MAGIC earlier positions can be kept, in a *key-value cache*. A step then computes only the one new position. We
-# MAGIC write the same caption without and with a cache.
+# MAGIC write the same caption without and with a cache. `request.prefix` has the ids of 16 slots and the start token,
+# MAGIC `eos_id` is the end token, and `media` is empty in this kind of model.
 
 # COMMAND ----------
 
@@ -175,7 +177,7 @@ plt.legend()
 # MAGIC ## The shares of the next token
 # MAGIC
 # MAGIC Before we choose, we look. The plot shows the shares of the first token for our picture, and of the token
-# MAGIC after `a`. The model has learned the frequencies of the table above from examples.
+# MAGIC after `a`. From examples, the model has learned roughly the frequencies of the table above.
 
 # COMMAND ----------
 
@@ -214,7 +216,9 @@ assert first["a"] > first["one"] > 0.25
 # MAGIC three, and extends all of them. The share of a whole text is the product of the shares of its tokens. With
 # MAGIC logarithms, the product becomes a sum.
 # MAGIC
-# MAGIC We search by hand, draw the tree, and compare with the library. Thick lines lead to the best caption.
+# MAGIC We search by hand, draw the tree, and compare with the library. Thick lines lead to the best caption. The
+# MAGIC number below a word is the share of the whole beginning. (The library divides the sum by the length of the
+# MAGIC text, unless `length_penalty` is 0.)
 
 # COMMAND ----------
 
@@ -266,16 +270,19 @@ axis.set_title("beginnings that stay alive, with their shares", fontsize=10)
 # MAGIC %md
 # MAGIC ## Sampling: temperature, top-k, top-p
 # MAGIC
-# MAGIC For variety, we draw the next token at random, according to the shares. Three settings change the shares
-# MAGIC before the draw:
+# MAGIC For variety, we draw the next token at random, according to the shares. Four settings change the shares before
+# MAGIC the draw:
 # MAGIC
 # MAGIC * `temperature` divides the logits. Below 1, large shares grow. Above 1, all shares become more equal, and
 # MAGIC   nonsense gets its chance.
 # MAGIC * `top_k` keeps the k largest shares.
 # MAGIC * `top_p` keeps the largest shares that together reach p.
+# MAGIC * `min_p` keeps the shares that are at least p times the largest share.
 # MAGIC
-# MAGIC The function `filter_scores` of the library applies all three settings. To see their effect, we apply them to
-# MAGIC a model that is less sure than ours, and that gives six tokens the shares in the next cell.
+# MAGIC The function `filter_scores` of the library applies all four settings to logits. Softmax then makes the sum of
+# MAGIC the kept shares 1 again. To see the effect, we take a model that is less sure than ours, and that gives six
+# MAGIC tokens the shares in the next cell. Their logarithms can serve as logits, because softmax turns them back into
+# MAGIC the shares.
 
 # COMMAND ----------
 
@@ -306,8 +313,9 @@ assert bent["temperature 0.5"][0] > given[0, 0] > bent["temperature 2"][0]
 
 # MAGIC %md
 # MAGIC Now the real model: 300 captions of the same picture at three temperatures. At temperature 1, the frequencies
-# MAGIC are roughly those of the training captions. A low temperature prefers the token that is best *now*, so it makes
-# MAGIC the same mistake as greedy writing. A high temperature starts to invent.
+# MAGIC are roughly those of the training captions. A low temperature prefers the token that is best *now*, so it
+# MAGIC makes the same mistake as greedy writing. A high temperature starts to invent. In the labels, c is the colour
+# MAGIC and s is the shape.
 
 # COMMAND ----------
 
@@ -357,7 +365,8 @@ assert frequencies[1.7][-1] > frequencies[1.0][-1]
 # MAGIC
 # MAGIC </details>
 # MAGIC
-# MAGIC **2.** Which temperature is so low that sampling gives the greedy caption every time? Try 0.01 with ten seeds.
+# MAGIC **2.** Which temperature is so low that sampling gives the greedy caption every time? Try 0.01 with ten values
+# MAGIC of `seed`.
 # MAGIC
 # MAGIC <details><summary>Solution</summary>
 # MAGIC
@@ -371,8 +380,8 @@ assert frequencies[1.7][-1] > frequencies[1.0][-1]
 # MAGIC
 # MAGIC </details>
 # MAGIC
-# MAGIC **3.** Forbid the word "a" with the setting `stop`. What is the caption now, and why is that not what you
-# MAGIC wanted?
+# MAGIC **3.** Forbid the word "a" with the setting `stop=["a"]`. What is the caption now, and why is that not what
+# MAGIC you wanted?
 # MAGIC
 # MAGIC <details><summary>Solution</summary>
 # MAGIC

@@ -8,8 +8,8 @@
 # MAGIC with a small projector, and trains **only the projector**. The two towers stay *frozen*: their weights never
 # MAGIC change.
 # MAGIC
-# MAGIC This notebook shows that a trained projector is enough, and why the towers must have trained weights. The
-# MAGIC notebook needs no download: we first train two small towers of our own, separately, as their publishers would.
+# MAGIC This notebook shows that a trained projector is enough, and how much a trained encoder adds. The notebook
+# MAGIC needs no download: we first train two small towers of our own, separately, as their publishers would.
 
 # COMMAND ----------
 
@@ -32,8 +32,8 @@ torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for
 # MAGIC
 # MAGIC The scenes are as in notebook 4: each scene has one thing, with one of 6 colours, 3 shapes and 5 places. The
 # MAGIC config has the parts of ViT and GPT-2 in small sizes: learned positions, biases (a constant that each sum
-# MAGIC adds), and an MLP with GELU, a smooth function that lets only positive numbers pass. The projector is an MLP
-# MAGIC of two layers.
+# MAGIC adds), and an MLP with GELU, a smooth function that sets negative numbers to nearly zero. With
+# MAGIC `tie_embeddings`, the decoder's head uses the table of embeddings as its weights. The projector is an MLP.
 
 # COMMAND ----------
 
@@ -91,9 +91,9 @@ test = make_batch(range(1500, 1600))
 # MAGIC %md
 # MAGIC ## Tower 1: an encoder that has seen pictures, but no text
 # MAGIC
-# MAGIC A published ViT has usually learned to sort pictures into classes. Our encoder learns to name the number of
-# MAGIC the colour, of the shape and of the place. The encoder never sees words. The linear layer that computes the
-# MAGIC three numbers is thrown away afterwards.
+# MAGIC A published ViT has usually learned to sort pictures into classes. Our encoder learns to choose one of 6
+# MAGIC colours, 3 shapes and 5 places, which are only numbers here. The encoder never sees words. The linear layer
+# MAGIC that computes the 14 scores is thrown away afterwards.
 
 # COMMAND ----------
 
@@ -134,9 +134,10 @@ assert right[2] > 0.6
 # MAGIC projector needs exactly this skill, because picture vectors will stand before the text. A decoder that has
 # MAGIC learned to ignore the beginning of its sequence cannot be helped by any projector.
 # MAGIC
-# MAGIC So our decoder learns from notes that are followed by a sentence: 16 words in any order, most of them "and",
-# MAGIC and then the caption with these words. For example, the note `and star and purple middle and ...` comes before
-# MAGIC the caption `a large purple star in the middle`.
+# MAGIC So our decoder learns from notes that are followed by a sentence: 16 words in any order, half or more of them
+# MAGIC "and", and then the caption with these words. These 16 words stand where the 16 picture vectors will stand,
+# MAGIC most of which show only background. For example, the note `and star and purple middle and ...` comes before
+# MAGIC the caption `a large purple star in the middle`. The output shows the notes without "and".
 
 # COMMAND ----------
 
@@ -192,8 +193,9 @@ assert written > 0.5
 # MAGIC %md
 # MAGIC ## Freeze the towers
 # MAGIC
-# MAGIC `set_trainable` takes a pattern of weight names, and freezes all other weights. Only the projector remains: a
-# MAGIC small part of the model. Frozen weights get no gradient, so a step is cheaper and needs less memory.
+# MAGIC `set_trainable` takes patterns of weight names (regular expressions), each with a learning rate, and freezes
+# MAGIC all other weights. Any rate above zero will do here. Only the projector remains: a small part of the model.
+# MAGIC Frozen weights get no gradient, so a step is cheaper and needs less memory.
 
 # COMMAND ----------
 
@@ -295,9 +297,11 @@ assert final["towers"] > final["random encoder"] + 0.2
 
 # MAGIC %md
 # MAGIC With trained towers, the few weights of the projector are enough to let a decoder speak about what an encoder
-# MAGIC sees. With a random encoder, the same projector finds much less to translate. So the knowledge is in the towers.
-# MAGIC The model that starts from nothing learns too, because our task is tiny and the model may change all of its
-# MAGIC weights. With real photographs and real language, such a model would need millions of pictures first.
+# MAGIC sees. With a random encoder, the same projector finds less to translate, but not nothing: random weights are a
+# MAGIC bad summary (notebook 1), but still a summary. So the trained encoder brings knowledge that the projector
+# MAGIC cannot replace. The model that starts from nothing learns too, because our task is tiny and the model may
+# MAGIC change all of its weights. With real photographs and real language, such a model would need millions of
+# MAGIC pictures first.
 # MAGIC
 # MAGIC Captions of the frozen towers for unseen pictures:
 
@@ -333,8 +337,8 @@ assert words_right > 0.5
 # MAGIC ## What you have seen
 # MAGIC
 # MAGIC * A projector translates between two parts that were trained apart.
-# MAGIC * To freeze weights, you need only a list of name patterns. A control experiment shows that the trained towers
-# MAGIC   do the work.
+# MAGIC * To freeze weights, you need only a list of name patterns. The control experiment shows how much the trained
+# MAGIC   encoder adds.
 # MAGIC * Between "only the projector" and "everything" there is a middle way: *low-rank adapters* (exercise 3).
 # MAGIC
 # MAGIC ## Exercises
@@ -352,8 +356,9 @@ assert words_right > 0.5
 # MAGIC
 # MAGIC </details>
 # MAGIC
-# MAGIC **2.** Let the projector and the *norms* of the decoder learn. Which patterns does `set_trainable` need, and how
-# MAGIC many weights are trained?
+# MAGIC **2.** Let the projector and the *norms* of the decoder (notebook 3) learn. Which patterns does
+# MAGIC `set_trainable` need, and how many weights are trained? The names of norms contain `norm`, and each norm has a
+# MAGIC factor and a constant for each of the 64 numbers.
 # MAGIC
 # MAGIC <details><summary>Solution</summary>
 # MAGIC
@@ -363,8 +368,7 @@ assert words_right > 0.5
 # MAGIC assert more - trainable == 5 * 2 * 64
 # MAGIC ```
 # MAGIC
-# MAGIC The decoder has two norms in each of its two blocks and one norm at its end. Each norm has 64 factors and 64
-# MAGIC constants.
+# MAGIC The decoder has two norms in each of its two blocks and one norm at its end.
 # MAGIC
 # MAGIC </details>
 # MAGIC
@@ -379,8 +383,7 @@ assert words_right > 0.5
 # MAGIC ```
 # MAGIC
 # MAGIC The adapter has an eighth of the weights of the layer. `--set train.adapter.pattern='decoder.blocks.*'` trains
-# MAGIC adapters in a run. The registered version holds the sum of weights and adapters, so it needs no special
-# MAGIC loader.
+# MAGIC adapters in a run. The saved model holds the sum of weights and adapters, so it needs no special loader.
 # MAGIC
 # MAGIC </details>
 # MAGIC

@@ -34,10 +34,13 @@ torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for
 # MAGIC ## Three masks
 # MAGIC
 # MAGIC A mask says which position (row) may look at which other position (column), see notebook 2. The library makes
-# MAGIC all masks from one row of marks. A mark of 1 means: *earlier positions must not look here*. Position t may look
-# MAGIC at position s if the sum of the marks up to s is at most the sum up to t.
+# MAGIC all masks from one row of marks. A mark of 1 means: *earlier positions must not look here*. Position t may
+# MAGIC look at position s if the sum of the marks up to s is at most the sum up to t. For example, the marks 0 0 1 1
+# MAGIC have the sums 0 0 1 2: positions 0 and 1 look at each other, position 2 also looks at both, and position 3
+# MAGIC looks at all.
 # MAGIC
-# MAGIC Our sequence has 4 picture slots, 3 tokens of prompt, and 3 tokens of answer.
+# MAGIC Our sequence has 4 picture slots, 3 tokens of prompt, and 3 tokens of answer. It has no padding, so all
+# MAGIC positions are `valid`. Blue means that looking is allowed. The orange lines mark the end of the prompt.
 
 # COMMAND ----------
 
@@ -73,8 +76,9 @@ assert torch.equal(masks["prefix"][PREFIX:, PREFIX:], masks["causal"][PREFIX:, P
 # MAGIC
 # MAGIC Each scene has one thing. We ask two questions about it: "detect" wants the box around the thing, and "what
 # MAGIC shape is it?" wants its shape. A box is four numbers: top, left, bottom, right. PaliGemma counts these numbers
-# MAGIC in 1,024 steps over the picture, whatever the picture's size. We round to 16 steps, because our pictures are
-# MAGIC small.
+# MAGIC in 1,024 steps over the picture, whatever the picture's size. We round to 16 steps of 4 pixels, because our
+# MAGIC pictures are small. One of our steps is 64 of PaliGemma's. After the box comes the name of what it shows, here
+# MAGIC always `thing`.
 
 # COMMAND ----------
 
@@ -112,8 +116,9 @@ for prompt, answer in dialogues[0]:
 # MAGIC ## A tokenizer with places
 # MAGIC
 # MAGIC PaliGemma's tokenizer is a file, `tokenizer.json`. We write a small one of the same kind, with the library
-# MAGIC `tokenizers`: frequent pieces of words, three control tokens, and the 1,024 location tokens. `parse_regions`
-# MAGIC turns the text of an answer back into boxes.
+# MAGIC `tokenizers`: frequent pieces of words, three control tokens (padding, start and end), and the 1,024 location
+# MAGIC tokens. You need not follow this cell: it makes a tokenizer in which each `<loc....>` is one token.
+# MAGIC `parse_regions` turns the text of an answer back into boxes.
 
 # COMMAND ----------
 
@@ -144,9 +149,10 @@ print("top, left, bottom, right:", region[:4])
 # MAGIC ## The model
 # MAGIC
 # MAGIC The model is the model of notebook 4, with `mask: {kind: prefix}`. Before training, we check what the mask
-# MAGIC does. We change the last token of the *prompt*, and look which positions of the sequence notice the change.
-# MAGIC With a causal mask, the picture stands before the prompt and cannot know the question. With a prefix mask, the
-# MAGIC picture can know the question: the picture is read *with the question in mind*.
+# MAGIC does. We change the last token of the *prompt*, and look which positions of the sequence notice the change:
+# MAGIC those whose vector after the last block differs (blue in the plot). With a causal mask, the picture stands
+# MAGIC before the prompt and cannot know the question. With a prefix mask, the picture can know the question: the
+# MAGIC picture is read *with the question in mind*.
 
 # COMMAND ----------
 
@@ -218,7 +224,8 @@ assert rows_of_plot["prefix"][:last].all()
 # MAGIC A box is rarely exactly right. *Intersection over union* (IoU) measures how well two boxes agree: the area
 # MAGIC that both cover, divided by the area that at least one covers. IoU is 1 for equal boxes and 0 for boxes that
 # MAGIC do not touch. As a control, we also compare each box with the box of *another* picture. For a model that
-# MAGIC always gives the same box, both comparisons would give the same IoU.
+# MAGIC always gives the same box, both comparisons would give the same IoU. Even a perfect model stays below 1,
+# MAGIC because the boxes in its answers are rounded.
 
 # COMMAND ----------
 
@@ -332,7 +339,8 @@ for axis, picture in zip(axes.flat, pictures[1500:], strict=False):
 # MAGIC </details>
 # MAGIC
 # MAGIC **2.** Write the marks of a sequence with a *second* question after the first answer: picture and question see
-# MAGIC each other, the answer is causal, and so is everything after it.
+# MAGIC each other, the answer is causal, and so is everything after it. Picture and first question have 4 positions,
+# MAGIC and the rest has 5.
 # MAGIC
 # MAGIC <details><summary>Solution</summary>
 # MAGIC

@@ -82,7 +82,8 @@ assert all(np.bincount(parts).tolist() == [24 // ranks] * ranks for ranks, parts
 # MAGIC counts three times as much as a token of rank 0. No error appears. The model only learns something different
 # MAGIC with each number of ranks.
 # MAGIC
-# MAGIC The library divides the *sum* of the losses by the number of tokens **of all ranks**. We compare both.
+# MAGIC The library divides the *sum* of the losses by the number of tokens **of all ranks**. We compare both. The
+# MAGIC output shows the largest error of a gradient, as a share of the largest number of the right gradient.
 
 # COMMAND ----------
 
@@ -119,15 +120,15 @@ plt.legend(fontsize=8)
 # MAGIC its own number (`RANK`) and the number of ranks (`WORLD_SIZE`). The program below uses the training loop of the
 # MAGIC library:
 # MAGIC
-# MAGIC * `init_process_group` connects the ranks. They exchange their addresses through a file, and their numbers only
-# MAGIC   inside this computer. `gloo` is the part of PyTorch through which processes on CPUs exchange numbers.
-# MAGIC * `wrap_ddp` wraps the model in PyTorch's *DDP*, which does the all-reduce during the backward pass.
+# MAGIC * `init_process_group` connects the ranks. A file tells each rank the addresses of the others. All messages
+# MAGIC   stay inside this computer. `gloo` is the part of PyTorch through which processes on CPUs exchange numbers.
+# MAGIC * `wrap_ddp` wraps the model in PyTorch's *DDP*, which does the all-reduce during `loss.backward()`.
 # MAGIC * Each step has a *global batch* of 24 rows. With two ranks, rank 0 takes rows 0 to 11 and rank 1 takes rows 12
 # MAGIC   to 23.
 # MAGIC * `fit` is the same loop that notebooks 4 to 8 use.
 # MAGIC
-# MAGIC The program is a text in this notebook, and we write the text to a file later. Each rank is a process of its own,
-# MAGIC so it needs a file that Python can start.
+# MAGIC The program is a text in this notebook, and we write the text to a file later. In the text `CONFIG`, `*blocks`
+# MAGIC stands for what `&blocks` names. Each rank is a process of its own, so it needs a file that Python can start.
 
 # COMMAND ----------
 
@@ -231,8 +232,9 @@ for step in (0, 10, 20, 29):
 # COMMAND ----------
 
 # MAGIC %md
-# MAGIC The three runs print the same losses. They are not equal bit for bit: computers add numbers with rounding, and two
-# MAGIC halves are added in another order than a whole. The right panel shows how small the differences are.
+# MAGIC The three runs print the same losses. They are not equal bit for bit: computers add numbers with rounding, and
+# MAGIC two halves are added in another order than a whole. The right panel shows how small the differences are. A
+# MAGIC curve that touches the bottom shows no difference at all.
 
 # COMMAND ----------
 
@@ -260,9 +262,10 @@ assert reports[1][0]["tokens"] == reports[2][0]["tokens"] == reports[3][0]["toke
 # MAGIC %md
 # MAGIC ## From here to a cluster
 # MAGIC
-# MAGIC On Databricks, the same loop runs on several machines. *TorchDistributor* starts the ranks on the workers of the
-# MAGIC cluster, and gives each rank its `RANK` and `WORLD_SIZE`. The ranks read shards, train with `fit`, and write
-# MAGIC checkpoints. On one laptop, `lakesight train` starts its ranks in the way that you have just seen.
+# MAGIC On Databricks, the same loop runs on several machines. *TorchDistributor*, a part of Spark, starts the ranks
+# MAGIC on the machines of the cluster, and gives each rank its `RANK` and `WORLD_SIZE`. The ranks read their rows
+# MAGIC from files (*shards*), train with `fit`, and save the model from time to time (*checkpoints*). On one laptop,
+# MAGIC `lakesight train` starts its ranks in the way that you have just seen.
 # MAGIC
 # MAGIC ## What you have seen
 # MAGIC
