@@ -2,7 +2,7 @@
 
 `vlm.load` and `vlm.build` return a `Captioner`; the modules that need PyTorch are imported on first use, so that
 `import vlm` needs no PyTorch. Start reading in `model.py` (the forward pass) and `factory.py` (construction of a model
-from its config); no module imports `pipelines`, Spark or MLflow.
+from its config). No module imports `pipelines`, Spark or MLflow.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def load(path: str | Path, *, device: str | None = None, precision: str = "fp32"
     Args:
         path: folder that holds the model.
         device: torch device, such as `cpu` or `cuda:1`; by default the GPU if there is one.
-        precision: number format to which the weights are converted: fp32, bf16, fp16, int8 or int4.
+        precision: number format to which the weights are converted (fp32, bf16, fp16, int8 or int4).
 
     Raises:
         CheckpointError: the folder has no model, or its files are damaged or do not fit together.

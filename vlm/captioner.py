@@ -65,8 +65,9 @@ class CaptionResult:
 
 
 class DecodedPicture(NamedTuple):
-    """Result of decoding a picture file: the pixels (H, W, C) at model resolution, or an error, and the file's
-    SHA-256."""
+    """Result of decoding a picture file: the file's SHA-256, and either the pixels (H, W, C) at model resolution or an
+    error.
+    """
 
     pixels: npt.NDArray[np.uint8] | None
     sha256: str | None

@@ -126,7 +126,7 @@ def _encoder(config: ModelConfig) -> VisionEncoder:
 
 
 def _patch_positions(config: ModelConfig) -> tuple[AxialRotary | MixedRotary | None, list[RelativeBias]]:
-    """Return the rotary positions of the encoder, and its biases of attention scores."""
+    """Return the encoder's module for rotary positions, and the encoder's modules for biases of attention scores."""
     vision, transformer = config.vision, config.vision.transformer
     attention, position = transformer.attention, transformer.position
     grid = {"side": config.image.size // vision.stem.stride, "extra": vision.class_token + vision.registers}

@@ -47,9 +47,9 @@ FILTERS = {
 picture."""
 
 MAX_ASPECT = 16
-"""Largest length of a scaled picture, as a multiple of the side of the model's input, for which the whole picture is
-resized. Of a longer picture, only the part inside the crop is resized. For a crop of side 384, resizing a whole picture
-of 4 x 16,000,000 pixels would need 1.8 TB of memory.
+"""If the longer side of a scaled picture is at most this multiple of the side of the model's input, the whole picture
+is resized. Of a longer picture, only the part inside the crop is resized. For a crop of side 384, resizing a whole
+picture of 4 x 16,000,000 pixels would need 1.8 TB of memory.
 """
 
 UNSUPPORTED_SIGNATURES = (
@@ -124,7 +124,7 @@ def _decode_strictly(body: str) -> bytes:
 
 
 class ImageInfo(NamedTuple):
-    """Pillow's format name of a decoded picture, and its width and height in pixels after EXIF rotation."""
+    """Format of a decoded picture (Pillow's name), and the width and height in pixels after EXIF rotation."""
 
     format: str
     width: int
@@ -207,7 +207,7 @@ def _load_draft(image: Image.Image, draft_side: int | None) -> Image.Image:
 
 
 def _free_webp_decoder(image: Any) -> None:
-    """Make a WebP picture free its decoder after the first frame is decoded.
+    """Change a WebP picture so that its decoder is freed after the first frame is decoded.
 
     For a picture of 64 megapixels, the decoder needs half a gigabyte of memory. Pillow would free this memory only
     together with the picture.
@@ -343,7 +343,7 @@ def _claimed_format(data: bytes) -> str | None:
             return name
     for name, (_, accept) in Image.OPEN.items():
         if accept is not None and accept(start) is True:
-            # Pillow does not know the header of TGA, and takes a TGA file for a CUR file with 0 cursors.
+            # Pillow does not know the header of TGA, and identifies a TGA file as a CUR file with 0 cursors.
             return "TGA" if name == "CUR" and start[4:6] == b"\0\0" else name
     return None
 

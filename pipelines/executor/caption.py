@@ -47,7 +47,7 @@ class CaptionJob(Config):
     Attributes:
         model_folder: folder of the model's weights, config and tokenizer.
         model_digest: digest of the model, or empty if it is not known.
-        remote: whether `model_folder` is on a network.
+        remote: whether `model_folder` is on a network drive.
         precision: number format in which the model computes, such as fp32.
         prompt: text before the caption, the same text for all pictures.
         settings: decoding settings.
@@ -56,9 +56,9 @@ class CaptionJob(Config):
         threads: number of torch threads in each Spark task.
         output_folder: folder of the caption files, which has the same path on every executor.
         rows_per_file: number of rows after which a task writes a file.
-        constants: columns that have the same value in all rows: a dict from the name of the column to the value.
-        started_at: time of all new rows: the start of the job, or a later time if the table has rows with a later time
-            (`pipelines.driver.delta.row_times`).
+        constants: dict from the name of each column that has the same value in all rows to this value.
+        started_at: time that is stored in all new rows. This time is the start of the job, or a later time if rows of
+            the table have later times (`pipelines.driver.delta.row_times`).
     """
 
     model_folder: Path

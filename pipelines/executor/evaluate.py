@@ -50,7 +50,7 @@ class ScoreJob(Config):
     Attributes:
         model_folder: folder of the model's weights, config and tokenizer.
         model_digest: digest of the model, or empty if it is not known.
-        remote: whether `model_folder` is on a network.
+        remote: whether `model_folder` is on a network drive.
         shards_folder: shard folder of the split to score.
         threads: number of torch threads in each Spark task.
         settings: generation settings, or None for the model's own settings at temperature 0.

@@ -34,7 +34,7 @@ PACKAGES = {
     "tokenizers": "tokenizers",
     "torch": "torch",
 }
-"""Python distributions that a rank imports: a dict from the name of a distribution to one of its modules."""
+"""Dict from the name of each Python distribution that a rank imports to the name of one of its modules."""
 
 SOURCES = ("vlm", "pipelines/worker")
 """Packages whose sources are hashed as the training code."""

@@ -35,8 +35,8 @@ class CaptionStats(Config):
         captions_with_word: for each word, the number of captions that contain the word.
         logprobs: sum of the captions' mean log-probabilities per token, in nats.
         pictures: number of pictures that could be decoded.
-        brightness: sum over pictures of a picture's mean pixel level (0 to 255).
-        contrast: sum over pictures of the standard deviation of a picture's pixel levels.
+        brightness: sum of the mean pixel levels (0 to 255) of the pictures.
+        contrast: sum of the standard deviations of the pixel levels of the pictures.
     """
 
     captioned: int = 0

@@ -20,7 +20,7 @@ COLUMNS = {
     "caption": "Caption by the champion, or the correction that a person has written",
     "prompt": "Question about the picture; empty for a plain caption",
     "model_name": "Name of the registered model",
-    "model_version": "Version of the model that the newest promotion or rollback in table decisions made the champion",
+    "model_version": "Version that became champion with the newest promotion or rollback in table decisions",
     "mean_logprob": "Mean log-probability of the generated tokens",
     "verdict": "Verdict of a reviewer: good or corrected; null if nobody has reviewed the caption",
     "sha256": "SHA-256 of the captioned picture",
@@ -29,7 +29,7 @@ COLUMNS = {
     "image_column": "Column of source_table with the pictures",
     "image_root": "Folder or URL of the pictures if image_column holds paths or URLs; null otherwise",
 }
-"""Columns of the view: a dict from the name of a column to its comment.
+"""Dict from the name of each column of the view to its comment.
 
 The view has one row for each combination of source table, picture, model and prompt.
 """
@@ -70,8 +70,8 @@ def select(prefix: str = "", champions: Mapping[str, str] | None = None) -> str:
 
     Args:
         prefix: text before the names of the tables, such as `schema.`.
-        champions: champions of models for which the table `decisions` has no champion: a dict from the name of the
-            model to the version of its champion.
+        champions: dict from the name of a model to the version of its champion, for models without a champion in the
+            table `decisions`.
     """
     others = "".join(
         f"\n    UNION ALL SELECT {quoted_text(name)}, {quoted_text(version)}, CAST(NULL AS VARCHAR), 1"

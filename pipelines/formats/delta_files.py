@@ -96,7 +96,7 @@ def query(tables: Mapping[str, DeltaTable], sql: str) -> pa.RecordBatchReader:
     """Run an SQL query on Delta tables, without Spark. Without ORDER BY, rows have the order of the files.
 
     Args:
-        tables: tables to query: a dict from the name of a table in the query to the table.
+        tables: dict from the name of a table in the query to the table.
         sql: query in the SQL of DataFusion, the engine inside the package `deltalake`.
 
     Raises:

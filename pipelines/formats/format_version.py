@@ -4,9 +4,9 @@ The version is stored in the file FILE of a home folder (or of the Volume on Dat
 of each table. Data of Lakesight 0.1.0 has neither the file nor the property, and counts as format 0. This release reads
 all formats up to FORMAT.
 
-Increase FORMAT, and add a step to `pipelines.driver.delta.migrate`, if earlier releases would misread or damage data in
-the new format. A new nullable column or a new file needs no new format, because earlier releases ignore new columns and
-files.
+If earlier releases would misread or damage data in a new format, increase FORMAT, and add a step to
+`pipelines.driver.delta.migrate`. A new nullable column or a new file needs no new format, because earlier releases
+ignore new columns and files.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class MixCopies(Config):
     """Training pictures of a mix that are copies of a validation or test picture of another source of the mix.
 
     Attributes:
-        left_out: ids of the pictures, by source.
+        left_out: dict from the name of a source to the ids of the source's pictures that are copies.
     """
 
     left_out: dict[str, tuple[str, ...]]
@@ -67,7 +67,7 @@ def known_copies(shards: Path, requests: Sequence[ShardRequest], shares: Sequenc
 
 
 def find_parts(shards: Path, requests: Sequence[ShardRequest]) -> list[ShardFolder] | None:
-    """Open the shard folders of requests, or return None if one of them is not complete."""
+    """Open the shard folders of requests, or return None if one of these folders is not complete."""
     folders = [shards / request.folder_name for request in requests]
     if not all((folder / MANIFEST).exists() for folder in folders):
         return None

@@ -35,7 +35,8 @@ class RunFile(Config):
         validate_shards: folder of the validation shards.
         code_version: release of Lakesight that trains the run.
         code: version of the code that trains the run; null in a run.json that Lakesight 0.1.0 wrote.
-        earlier_code: digests of the code versions that trained this run before (or releases, if there is no digest).
+        earlier_code: digests of the earlier code versions that trained this run, or the releases of versions without a
+            digest.
     """
 
     config: RunConfig

@@ -115,7 +115,7 @@ def _host_lock(run: RunFolder) -> Iterator[bool]:
 
 
 def _take_lease(run: RunFolder, *, locked: bool) -> Lease:
-    """Write the lease of this process, after checking that no other process still renews a lease of the run."""
+    """Check that no other process still renews a lease of the run, and then write the lease of this process."""
     found, boot = _read_lease(run), _boot_id()
     # If this process holds the lock, the process that wrote a lease on this host has ended.
     abandoned = found is None or not found.owner or (locked and boot and found.boot == boot)

@@ -213,7 +213,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a complete shard folder.
 
     Raises:
-        UserError: the folder or manifest is missing, or the manifest has another format.
+        UserError: the folder or manifest is missing, or this version cannot read the manifest's format.
     """
     path = folder / MANIFEST
     try:
@@ -244,8 +244,8 @@ class Shards:
         """Open a shard folder and check that every file in the manifest exists with the expected size.
 
         Raises:
-            UserError: the shard folder has no manifest, or a manifest in another format.
-            StageFailed: a shard file is missing or has another size.
+            UserError: the shard folder has no manifest, or this version cannot read the manifest's format.
+            StageFailed: a shard file is missing, or its size differs from the manifest.
         """
         shards = cls(folder)
         raise_open_file_limit(len(shards.manifest.files))

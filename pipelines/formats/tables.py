@@ -131,7 +131,7 @@ INGESTED = Table(
     "ingested",
     ("source", "item", "state", "rules"),
     "One row per item of a source (file, row of a captions file, or table) that was ingested completely. An "
-    "item that has not changed since is not read again",
+    "item that has not changed since its ingest is not read again",
     (
         Column("source", pa.string(), "Name of the data config of the source"),
         Column("item", pa.string(), "What was read: path of a file, row of a captions file, or id of a table"),

@@ -22,7 +22,7 @@ MAX_WORDS = 12
 def draw_row_attention(
     captioner: Captioner, row: Row, prompt: str, caption: str, settings: GenerationConfig
 ) -> list[tuple[str, bytes]]:
-    """Draw where in the picture of a row the model looked when it generated each word of a caption.
+    """For each word of a generated caption, draw where in the picture the model looked.
 
     The model generates the caption again.
 

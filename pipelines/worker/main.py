@@ -51,7 +51,9 @@ def run_rank(run_folder: str) -> None:
 
 
 def replay_rank(run_folder: str) -> None:
-    """Replay one training step as one rank of a replay's run folder. Record errors in the same way as `run_rank`."""
+    """Replay one training step as one rank of a replay, given the run folder of the replay. Record errors in the same
+    way as `run_rank`.
+    """
     with _monitored(run_folder) as (run, env, monitor):
         from pipelines.worker.train.replay import replay
 

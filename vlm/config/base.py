@@ -53,7 +53,7 @@ def _unused_settings(value: object) -> dict[Any, Any]:
 
 
 def read_error_message(error: OSError | ValueError) -> str:
-    """Return one line that says why a config file is invalid, with the config paths of at most three problems."""
+    """Return one line that says why a config file is invalid. At most three problems are listed, with their paths."""
     if isinstance(error, OSError):
         return (error.strerror or str(error)).lower()
     if not isinstance(error, ValidationError):

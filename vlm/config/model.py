@@ -137,11 +137,11 @@ class GenerationConfig(Config):
         return self
 
     def changed(self, changes: Mapping[str, Any], *, where: str = "generation settings") -> GenerationConfig:
-        """Return a copy with other values of some settings.
+        """Return a copy in which some settings have new values.
 
         Args:
             changes: dict from names of settings to their new values.
-            where: text for the error message that says where the settings come from, such as "generation settings".
+            where: source of the changes, which the error message names, such as "generation settings".
 
         Raises:
             ConfigError: a name in `changes` is not the name of a setting, a value is invalid, or two settings exclude
@@ -167,7 +167,7 @@ class GenerationConfig(Config):
                 "the generation settings cannot be used",
                 where=where,
                 got=read_error_message(error),
-                fix="change the setting that the message names, or a setting that excludes this setting",
+                fix="change the setting in the message; if two settings exclude each other, change one of them",
             ) from None
 
 
@@ -180,8 +180,8 @@ class ModelConfig(Config):
         fusion: how the decoder receives the picture.
         mask: which positions of the decoder's sequence attend to which other positions.
         text_only: true for a decoder without encoder and projector, which is trained on a source of kind `text`. With
-            `text_only`, the sections `image`, `vision`, `projector` and `fusion` build no part of the model. They
-            describe a captioner whose training may later start from the decoder.
+            `text_only`, the sections `image`, `vision`, `projector` and `fusion` build no part of the model. These
+            sections describe a captioner whose training may later start from the decoder.
     """
 
     image: ImageConfig
@@ -238,8 +238,8 @@ class ModelConfig(Config):
         free = self.decoder.context - self.num_slots - 1
         if free < self.generation.max_new_tokens:
             raise ValueError(
-                f"decoder.context {self.decoder.context} leaves {free} positions after {self.num_slots} image slots "
-                f"and the start token, fewer than generation.max_new_tokens {self.generation.max_new_tokens}"
+                f"decoder.context {self.decoder.context} has {free} positions after {self.num_slots} image slots and "
+                f"the start token, but generation.max_new_tokens {self.generation.max_new_tokens} needs more positions"
             )
         return self
 

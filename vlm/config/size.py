@@ -38,9 +38,9 @@ PEAK_FLOPS = {
     "A10": 125e12,
     "L4": 121e12,
 }
-"""Peak FLOPs per second of GPUs for dense bf16, by a part of the GPU's name (NVIDIA's data sheets).
+"""Dict from a part of a GPU's name to the GPU's peak FLOPs per second in dense bf16 (NVIDIA's data sheets).
 
-The function `peak_flops` uses the first name that occurs in the GPU's name, so "H100 PCIe" comes before "H100".
+The function `peak_flops` uses the first key that occurs in the GPU's name, so the key "H100 PCIe" precedes "H100".
 """
 
 

@@ -32,7 +32,7 @@ class BpeConfig(Config):
 
 
 class WordsConfig(Config):
-    """Config of a tokenizer with one token per word, which is learned from the training captions.
+    """Config of a tokenizer that is learned from the training captions and has one token per word.
 
     Attributes:
         vocab_size: largest number of tokens. If more words occur `min_count` times, only the most frequent words become

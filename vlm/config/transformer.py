@@ -65,8 +65,9 @@ class AxialPositionConfig(Config):
             coordinates from -1 to 1 over the picture; at frequency 1, a step of 1 rotates by a full turn (Simeoni et
             al., 2025).
         offset: number that is added to the row number and the column number of each patch.
-        grid: number of patches per side to which row and column numbers are scaled, or null for no scaling. If the
-            weights were trained at another resolution, set `grid` to the number of patches per side at that resolution.
+        grid: size of the grid to which row and column numbers are scaled, in patches per side, or null for no scaling.
+            If the weights were trained at another resolution, set `grid` to the number of patches per side at that
+            resolution.
         first: whether the first half of the rotated pairs of channels encodes the `row` or the `column` of a patch.
         learned: whether learned position vectors are also added to the input.
     """
@@ -97,7 +98,7 @@ class MixedPositionConfig(Config):
 class RelativePositionConfig(Config):
     """Position encoding of patches by a learned bias of the attention scores (Liu et al., 2022).
 
-    An MLP computes the bias of each head from the distance of two patches in rows and columns, on a logarithmic scale.
+    An MLP computes the bias of each head from the logarithms of the distances of two patches in rows and in columns.
     The attention scores of the class token and of registers get no bias.
 
     Attributes:
@@ -247,12 +248,12 @@ class TransformerConfig(Config):
             and after the last block.
         sandwich: whether the outputs of attention layer and MLP are also normalised before they are added to the
             residual stream (Gemma Team, 2024).
-        input_norms: whether a norm comes before each attention layer and each MLP. The value false needs `sandwich`;
-            each attention layer and each MLP then has only the norm after it (Liu et al., 2022).
+        input_norms: whether a norm comes before each attention layer and each MLP. If false, `sandwich` must be true,
+            and each attention layer and each MLP has only a norm of its outputs (Liu et al., 2022).
         parallel: whether attention layer and MLP read the same input after one norm, and both outputs are added to the
             residual stream at once (Dehghani et al., 2023).
-        layer_scale: initial value of the learned factors by which each channel of the outputs of attention layer and
-            MLP is multiplied (Touvron et al., 2021), or null for no such factors.
+        layer_scale: initial value of layer scale, or null for no layer scale. Layer scale multiplies each channel of
+            the outputs of attention layers and MLPs by a learned factor (Touvron et al., 2021).
         position: config of the position encoding.
         dropout: dropout probability of the embeddings, the attention weights and the outputs of attention layers and
             MLPs.

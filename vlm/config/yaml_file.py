@@ -16,7 +16,7 @@ MAX_VALUES = 50_000
 """Maximum number of values in a file. A value counts once more for each alias (`*name`) that refers to the value."""
 ENCODINGS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
-    # This byte-order mark begins with the mark of UTF-16, so it must come first.
+    # The byte-order mark of UTF-32 begins with the mark of UTF-16, so UTF-32 must precede UTF-16 in this list.
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -69,7 +69,7 @@ def parse_yaml(text: str) -> Any:
         raise YamlProblem(f"invalid YAML ({place}{what}{hint})") from None
     except RecursionError:
         raise YamlProblem("invalid YAML (lists or mappings are nested too deeply)") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # a date such as 2026-02-30: ValueError
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the date 2026-02-30 raises ValueError
         raise YamlProblem(f"invalid YAML ({' '.join(str(error).split())})") from None
     _check_size(value)
     return value

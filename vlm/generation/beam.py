@@ -7,7 +7,7 @@ return the same tokens:
   best `num_beams` candidates.
 - The normalized score of a candidate is its log-probability divided by length ** length_penalty.
 - The search of a request ends when two conditions hold: the search has `num_beams` finished candidates, and none of
-  them has a lower normalized score than the best unfinished beam.
+  these candidates has a lower normalized score than the best unfinished beam.
 
 Letters in tensor names: active requests (B), beams (K), candidates (C), rows (R = B * K), vocabulary (V), continuations
 of a request (X = K * V).

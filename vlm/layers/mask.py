@@ -47,7 +47,7 @@ def apply_window(mask: Tensor | None, window: int, *, queries: int, keys: int, d
     Args:
         mask: bool mask (B, 1, queries, keys), or None for a causal mask.
         window: number of keys in the window, including the key at the position of the query.
-        queries: number of queries; the queries are the last `queries` of the `keys` positions.
+        queries: number of queries, which are at the last positions of the keys.
         keys: number of keys.
         device: device of the resulting mask.
 

@@ -14,7 +14,7 @@ RANDOM_INIT = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, Tens
 
 
 def initialized_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return the tensor that a RANDOM_INIT function with these arguments initialises."""
+    """Return the tensor that a function of RANDOM_INIT initialises if it is called with these arguments."""
     tensor: Tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
     return tensor
 

@@ -43,7 +43,7 @@ class GroupedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_experts, outputs)) if bias else None
 
     def forward(self, x_AI: Tensor, groups: Groups) -> Tensor:
-        """Map rows (A, I) that are sorted by expert to rows (A, O)."""
+        """Map rows (A, I), which are sorted by expert, to rows (A, O)."""
         kind = x_AI.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_AI.dtype
         y_AO = grouped_matmul(x_AI.to(dtype), self.weight.to(dtype), groups)

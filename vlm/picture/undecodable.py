@@ -1,7 +1,7 @@
 """Describe picture files that are complete but that Pillow cannot decode, to distinguish them from damaged files.
 
-A user replaces a damaged file by another copy, but converts a complete file with an unusual pixel type. The functions
-read only the headers of the files.
+A user must replace a damaged file by an intact copy, but can convert a complete file with an unusual pixel type. The
+functions read only the headers of the files.
 """
 
 from __future__ import annotations

@@ -17,11 +17,12 @@ GRAPHEME = regex.compile(r"\X")
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a text in lower case, without punctuation. If a text has no word (`:-)`), return its symbols.
+    """Return the words of a text in lower case, without punctuation. If a text such as `:-)` has no word, return its
+    symbols.
 
     White space and ASCII punctuation separate words, except one apostrophe inside a word. Text that is not ASCII is
-    split at Unicode's word boundaries (UAX 29), so a letter keeps its combining marks. In scripts that put no spaces
-    between words, each character with its marks counts as one word (Han, Hiragana, Thai, Lao, Khmer and Burmese).
+    split at Unicode's word boundaries (UAX 29), so a letter keeps its combining marks. In scripts without spaces
+    between words (Han, Hiragana, Thai, Lao, Khmer and Burmese), each character with its marks counts as one word.
 
     Source: https://www.unicode.org/reports/tr29/
     """

@@ -169,9 +169,9 @@ def _backward(
     objectives, report = [objective * (world_size() / tokens).to(objective.dtype)], None
     if layers:
         router_part, report = router_loss(layers, part)
-        if router_part.requires_grad:  # False if no trained weight can change the choice of a router
+        if router_part.requires_grad:  # `requires_grad` is False if no trained weight can change a router's choice
             objectives.append(router_part * (world_size() / num_parts))
-    if contrast:  # after the router loss, because this forward pass overwrites the routing
+    if contrast:  # this forward pass overwrites the routing, so compute the router loss first
         with mixed_precision(part.tokens_BT.device, bf16=bf16):
             objectives.append(contrast.loss(part) / num_parts)
     torch.autograd.backward(objectives)

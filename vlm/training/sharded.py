@@ -117,7 +117,7 @@ def shard_rows(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def written_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """From a dict of tensors, return the tensors that this rank writes into its part of a checkpoint, without copying.
+    """Select, without copying, the tensors that this rank writes into its part of a checkpoint.
 
     Each rank writes its rows of each sharded tensor, and rank 0 also writes all tensors that are not sharded. Without a
     process group, this process writes all tensors.

@@ -56,8 +56,8 @@ class ConfigField:
     """One value that both our config and the other library's config.json determine.
 
     Attributes:
-        path: dotted path of the value in our config, which error messages show; empty if our config has no such value,
-            because Lakesight supports only one value.
+        path: dotted path of the value in our config, which error messages show; empty if Lakesight supports only one
+            value, so that our config does not contain the value.
         keys: keys of the value in config.json, which error messages show; empty if the family implies the value.
         ours: function that reads our value from the model's config.
         theirs: function that reads the same value from the settings of config.json after defaults are filled in, and

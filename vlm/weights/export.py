@@ -67,8 +67,8 @@ def export_weights(
         max_bytes: maximum size of a weight file, in bytes. Weights with more bytes are split into several files.
 
     Raises:
-        CheckpointError: the family is unknown, or cannot represent the model (one error lists all mismatches), or the
-            model is a text-only model, and the part is not its decoder.
+        CheckpointError: the family is unknown, the family cannot represent the model (the error lists all mismatches),
+            or `part` is not `decoder` although the model is a text-only model.
     """
     config = load_config(checkpoint)
     if config.text_only and part != "decoder":

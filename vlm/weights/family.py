@@ -27,7 +27,7 @@ class KeyAccount:
     Attributes:
         compared: keys whose values an import compares with the model's config or with the shapes of the tensors.
         without_effect: dict from a reason to the keys that have no effect on the imported part for this reason.
-        unknown: dict from each key that an import refuses to the key's value.
+        unknown: dict from each refused key to the key's value.
     """
 
     compared: list[str]

@@ -71,7 +71,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def read_other_settings(path: Path) -> dict[str, Any]:
-    """Read any JSON file of a published folder except config.json. Return an empty dict if the file is missing.
+    """Read a JSON file of a published folder, such as tokenizer_config.json, but not config.json. Return an empty dict
+    if the file is missing.
 
     Raises:
         CheckpointError: the file is not a JSON object.

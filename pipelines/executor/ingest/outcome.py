@@ -35,7 +35,7 @@ class Refused(Exception):
     """Exception for a row that cannot become a sample and is written to the table `quarantine`.
 
     Attributes:
-        stage: step of ingest that refused the row: read, decode or merge.
+        stage: step of ingest that refused the row (read, decode or merge).
         reason: quarantine reason, one of tables.REASONS.
         detail: exact description of the problem.
     """

@@ -121,7 +121,7 @@ def normalize_id(value: object) -> str | None:
 
 
 def bytes_to_id(value: bytes) -> str:
-    """Decode bytes as UTF-8, or return their hexadecimal digits if the bytes are not text, such as a binary UUID."""
+    """Decode bytes as UTF-8. If the bytes are not text (such as a binary UUID), return their hexadecimal digits."""
     try:
         text = trim(value.decode())
     except UnicodeDecodeError:

@@ -36,7 +36,7 @@ def text_records(batches: Iterator[pa.RecordBatch], rows: Rows, max_chars: int) 
 
     Args:
         batches: batches of the schema FILES.
-        rows: what becomes a row: `document`, `paragraph` or `line`.
+        rows: unit of text that becomes a row (`document`, `paragraph` or `line`).
         max_chars: largest length of a row, in characters. A longer row is refused and is not kept in memory.
     """
     for batch in batches:

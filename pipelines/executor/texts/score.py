@@ -32,7 +32,7 @@ class TextScoreJob(Config):
     Attributes:
         model_folder: folder of the model's weights, config and tokenizer.
         model_digest: digest of the model, or empty if it is not known.
-        remote: whether `model_folder` is on a network.
+        remote: whether `model_folder` is on a network drive.
         tokens: path of the token file of the split.
         threads: torch threads per task.
     """

@@ -72,7 +72,7 @@ class _StepFiles(Generic[T]):
     def read(self, after: int) -> Iterator[T]:
         """Read the files of the steps after the step `after`.
 
-        List the folder if the file of a step that the run has passed is missing.
+        If the run has passed a step and the file of this step is missing, list the folder.
 
         For example, a run that starts from a checkpoint of another run has no files of its first steps.
         """

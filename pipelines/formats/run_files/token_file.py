@@ -52,7 +52,7 @@ class TokenSummary(Config):
 
 
 def write_tokens(path: Path, texts: Iterable[str], tokenizer: Tokenizer) -> TokenSummary:
-    """Encode texts one after another, and write their tokens to a file and the summary beside it."""
+    """Encode texts one after another, write their tokens to a file, and write the summary next to this file."""
     kind = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     tokens = count = chars = 0
     with atomic_write(path) as temporary, temporary.open("wb") as file:

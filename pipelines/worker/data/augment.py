@@ -56,7 +56,7 @@ class Augmenter:
         """Return the rows with augmented pixels. The shape of the pixels does not change.
 
         Args:
-            rows: rows of the shards, whose number is B.
+            rows: B rows of the shards.
             texts: pair (prompt, text) that is shown with each row.
             picks: index of each row in the shards, and epoch in which the row is shown.
         """
@@ -96,9 +96,9 @@ def _crop(
 ) -> tuple[float, float, float, float]:
     """Return left, top, right and bottom of a random crop. The crop's share of the picture's area is within `scale`.
 
-    The aspect ratio is drawn at random from the ratios at which a crop of this area fits into the picture. No ratio is
-    drawn a second time, so every row uses the same number of random numbers. The aspect ratio of the crop is between 1
-    / widest and widest.
+    The aspect ratio is drawn at random from the ratios at which a crop of this area fits into the picture. Each crop
+    draws exactly one ratio, so every row uses the same number of random numbers. The aspect ratio of the crop is
+    between 1 / widest and widest.
     """
     area = scale[0] + numbers[0] * (scale[1] - scale[0])
     ratio = min(widest, 1 / area) ** (2 * numbers[1] - 1)

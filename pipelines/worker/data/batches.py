@@ -3,8 +3,8 @@
     SLOT x N     <bos>  prompt \\n  answer  <eos>
     '----------- prefix ----------' '-- targets --'
 
-The input tokens of a row are this token sequence without its last token. The labels of a row are this token sequence
-without its first token, and labels inside the prefix are IGNORE.
+The input tokens of a row are the row's token sequence without the last token. The labels of a row are the row's token
+sequence without the first token, and labels inside the prefix are IGNORE.
 
 Letters in tensor names: rows (B), pictures (P), height (H), width (W), channels (C), positions (T).
 """
@@ -68,7 +68,7 @@ class Collator:
         """Collate rows into one batch, padded to the longest sequence.
 
         Args:
-            rows: rows of the shards, whose number is B.
+            rows: B rows of the shards.
             texts: pair (prompt, text) to train on, for each row.
         """
         (batch,) = self.collate_parts(rows, texts, len(rows))
@@ -100,7 +100,7 @@ class Collator:
         return replace(batch, weights_B=torch.tensor(weights), rows_per_picture=len(sequences) // len(rows))
 
     def _padded(self, rows: Sequence[Row], sequences: Sequence[TokenSequence]) -> Batch:
-        """Make one batch from the pictures of the rows and the sequences, which are padded to the same length."""
+        """Pad the sequences to the same length, and make one batch from the sequences and the pictures of the rows."""
         longest = max(len(sequence.ids) for sequence in sequences) - 1
         length = min(self._context, -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE)
         tokens_BT = np.full((len(sequences), length), self._tokenizer.pad_id, np.int64)
@@ -148,7 +148,7 @@ def training_batches(
     augmenter: Augmenter | None = None,
     pinned: bool = False,
 ) -> Iterator[list[Batch]]:
-    """Yield this rank's part of the global batch for each step, as a list of smaller batches (parts).
+    """For each step, yield this rank's share of the global batch, as a list of smaller batches (parts).
 
     The batches do not depend on the number of loader threads. A picture with several texts is shown with one text per
     epoch. The choice of the text depends on (seed, epoch, row). With 0 `workers`, each batch is made when the training
@@ -182,7 +182,7 @@ def training_batches(
 def rows_of_step(
     shards: Shards, step: int, *, rank: int, world_size: int, batch_size: int, seed: int
 ) -> tuple[list[Row], list[tuple[str, str]], RowPicks]:
-    """Return the rows of this rank at a step, the (prompt, text) on which each row is trained, and the RowPicks.
+    """Return the rows of this rank at a step, the (prompt, text) pair of each row, and the RowPicks.
 
     `training_batches` explains the arguments. The pictures of the rows are not augmented.
     """

@@ -60,7 +60,7 @@ def pick_rows(step: int, *, rank: int, world_size: int, batch_size: int, num_row
         num_rows: number of rows in the training shards, at least 1.
         seed: seed of the run.
     """
-    assert batch_size % world_size == 0, "prepare() and run_rank() refuse other batch sizes"
+    assert batch_size % world_size == 0, "prepare() and run_rank() refuse a batch size that cannot be divided equally"
     share = batch_size // world_size
     first = step * batch_size + rank * share
     epochs, positions = np.divmod(np.arange(first, first + share, dtype=np.int64), num_rows)

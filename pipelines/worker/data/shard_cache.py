@@ -10,7 +10,7 @@ verified. A killed process leaves no lock, and the next process that starts remo
 
 If the disk space is needed, copies that belong to other runs are removed, least recently used copies first. A process
 that has mapped a removed copy can still read the copy. A copy that belongs to this run is never removed. All shard
-files of a run are used equally often, so the file would have to be copied again.
+files of a run are used equally often, so a removed file would soon have to be copied again.
 """
 
 from __future__ import annotations

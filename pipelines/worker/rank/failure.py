@@ -45,7 +45,7 @@ EXIT_SECONDS = 5
 WAITING_EXTRA_SECONDS = 3.0
 """Seconds that are added to the timeout of a rank inside a collective.
 
-If a rank hangs, it therefore writes its failure record before the ranks that wait for it.
+A rank that hangs therefore writes its failure record before the ranks that wait for the hanging rank.
 """
 START_SECONDS = 600.0
 """Timeout in seconds before the rank has read `train.timeout_seconds`, for example while torch is imported."""

@@ -35,7 +35,7 @@ from vlm.files import read_training_step
 log = logging.getLogger(__name__)
 
 NO_CHECKPOINT = -1
-"""Number that rank 0 broadcasts instead of the step of a checkpoint if there is no checkpoint."""
+"""If there is no checkpoint, rank 0 broadcasts this number instead of the step of a checkpoint."""
 
 
 class CheckpointWriter:
@@ -93,7 +93,7 @@ class CheckpointWriter:
             self._pending.result()
 
     def _write(self, step: int, write: Callable[[Path], None], metrics: Future[None]) -> None:
-        metrics.result()  # wait for the metric files, because a restarted run reads them up to its checkpoint
+        metrics.result()  # the metrics are written first, because a restarted run reads them up to its checkpoint
         with atomic_folder(self._run.checkpoint(step)) as folder:
             write(folder)
             write_json(folder / "run.json", self._file)
@@ -147,7 +147,7 @@ class EarlyStop:
 
     @property
     def reached(self) -> bool:
-        """Whether none of the last `train.stop` values is better than the best earlier value."""
+        """True if none of the last `train.stop` values of the metric is better than the best value before them."""
         if self._patience is None or not self._costs:
             return False
         return len(self._costs) - 1 - self._costs.index(min(self._costs)) >= self._patience
@@ -223,7 +223,7 @@ def check_settings(folder: Path, file: RunFile) -> None:
     """Check that a checkpoint was trained with the settings and data of the run.
 
     Raises:
-        UserError: the checkpoint was trained with other settings or data. The error lists each difference.
+        UserError: the settings or data of the checkpoint differ from those of the run. The error lists each difference.
     """
     saved = read_json(folder / "run.json", RunFile)
     differing = list(config_differences(_outcome_settings(saved), _outcome_settings(file)))

@@ -1,9 +1,9 @@
 """Initial weights of a run, and the weights in the run's checkpoints.
 
 Without an adapter, a checkpoint contains the weights of the whole model. With an adapter, a checkpoint contains only
-the adapter, a few percent of the model's size, because the base weights are in `train.start_from`. The last checkpoint
-of an adapter run also contains the merged model, so evaluation, captioning and serving can load the checkpoint like any
-other model.
+the adapter, because the base weights are in `train.start_from`. An adapter has only a few percent of the model's size.
+The last checkpoint of an adapter run also contains the merged model, so evaluation, captioning and serving can load the
+checkpoint like any other model.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class ModelBuilder:
         """Load the weights of a checkpoint into the model.
 
         Raises:
-            CheckpointError: the checkpoint is damaged, or belongs to another model or other base weights.
+            CheckpointError: the checkpoint is damaged, or does not belong to this model and these base weights.
         """
         if self.settings.adapter:
             load_adapter_weights(folder, model, self._digest)

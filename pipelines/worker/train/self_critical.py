@@ -66,7 +66,8 @@ def sampled_rows(shards: Shards, step: int, order: RowOrder, augmenter: Augmente
 
 
 class CaptionSampler:
-    """Samples captions for training rows, and returns batches in which each caption is weighted by its advantage.
+    """Sampler that generates captions for training rows, and returns batches in which each caption is weighted by its
+    advantage.
 
     The setting `rows_at_once` limits the number of captions in each yielded batch.
 
@@ -75,7 +76,7 @@ class CaptionSampler:
         tokenizer: tokenizer of the model.
         collator: collator of the model.
         cider: CIDEr-D with the document frequencies of the training texts, in which the end token counts as a word.
-        objective: settings of the CIDEr objective: number of samples per picture, and temperature.
+        objective: settings of the CIDEr objective (number of samples per picture, and temperature).
         settings: settings of the run.
         reward: running mean to which the CIDEr-D of the sampled captions is added.
     """

@@ -28,8 +28,8 @@ class Stage:
         first: first step of the stage.
         end: first step after the stage.
         lr: largest learning rate of any parameter.
-        rates: learning rates: a dict from a pattern of parameter names to the learning rate, or None to train all
-            trainable parameters at `lr`.
+        rates: dict from a pattern of parameter names to the learning rate, or None to train all trainable parameters at
+            `lr`.
         objective: training objective of the stage.
         warmup_steps: number of warm-up steps of the learning rate, or None for the number in the run's settings.
     """

@@ -1,9 +1,9 @@
 """Trainer of one rank, which builds the model, resumes from the last checkpoint, and trains.
 
-The training loop is `vlm.training.loop.fit`. This module supplies the training loop with batches. After a training
-step, this module writes metrics, validates and saves a checkpoint, if the settings of the run require this at the step.
-A checkpoint contains the state that one step passes to the next step: the weights, the optimizer state, and the number
-of the next step. The number of a step determines the rows, the learning rate and the random numbers of the step.
+The training loop is `vlm.training.loop.fit`. This module supplies the training loop with batches. After each training
+step, this module checks whether the settings of the run require metrics, a validation or a checkpoint at this step. A
+checkpoint contains the state that one step passes to the next step: the weights, the optimizer state, and the number of
+the next step. The number of a step determines the rows, the learning rate and the random numbers of the step.
 """
 
 from __future__ import annotations
@@ -230,7 +230,8 @@ class Trainer:
     def after_step(self, stage: Stage, report: StepReport) -> None:
         """Report the step.
 
-        If the settings of the run require it, write metrics, validate, caption samples and save a checkpoint.
+        Write metrics, validate, caption samples or save a checkpoint, if the settings of the run require this at the
+        step.
 
         Only rank 0 writes files of the run. All ranks take part in validation. If the model is sharded, all ranks also
         take part in writing a checkpoint.

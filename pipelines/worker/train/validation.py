@@ -124,7 +124,7 @@ def _weighted_texts(shards: Shards, index: int) -> list[_WeightedText]:
 
 
 def _read_rows(shards: Shards, chosen: Sequence[_WeightedText], total: int) -> tuple[list[Row], npt.NDArray[np.uint8]]:
-    """For each text, return its row and the pixels (BHWC) of the next row, which has the wrong picture.
+    """For each text, return its row, and the pixels (BHWC) of the next row, whose picture is the wrong picture.
 
     Each row is read only once.
     """

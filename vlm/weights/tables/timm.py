@@ -53,7 +53,7 @@ EVA = r"_rope_reg\d|dinov3|lingbot"
 RELATIVE = r"_s?relpos_|_rpn_"
 PARALLEL = r"_xp_|_pwee_"
 BRANCHES = r"_\d+x2_"
-"""Regular expressions of the names of architectures with other blocks (`vlm.weights.tables.timm_variants`)."""
+"""Regular expressions of the names of architectures with unusual blocks (`vlm.weights.tables.timm_variants`)."""
 OTHER_FAMILIES = "|".join((ROPE, EVA, RELATIVE, PARALLEL, BRANCHES))
 
 

@@ -1,7 +1,8 @@
 """Vision transformers of timm whose blocks differ from the usual block.
 
-- `timm_relative`: relative positions instead of position vectors (`vit_relpos_*`, and `vit_srelpos_*`, whose blocks
-  share the positions), and norms after attention and MLP instead of before (`rpn` in the name, Liu et al., 2022).
+- `timm_relative`: relative positions instead of position vectors. In `vit_srelpos_*`, all blocks share the positions;
+  in `vit_relpos_*`, each block has its own positions. If the name contains `rpn`, the norms come after attention and
+  MLP instead of before (Liu et al., 2022).
 - `timm_parallel`: attention and MLP in parallel (Dehghani et al., 2023). One matrix computes the inputs of both layers.
 - `timm_branches`: two attention layers and then two MLPs in parallel (`18x2` in the name, Touvron et al., 2022). Two
   parallel attention layers equal one layer with twice as many heads, and two parallel MLPs equal one MLP of twice the
@@ -141,8 +142,8 @@ def _join_branches(theirs: Sequence[str], ours: Sequence[str], parts: int) -> Ru
     """Return a rule that joins parallel layers into one layer, and multiplies their norms and scales into its weights.
 
     Args:
-        theirs: names of seven tensors for each branch, which are weight and bias of the norm, of the first and of the
-            second linear layer, and the layer scale.
+        theirs: for each branch, the names of seven tensors (weight and bias of the norm, of the first linear layer and
+            of the second linear layer, and the layer scale).
         ours: names of weight and bias of our norm, first linear layer and second linear layer.
         parts: number of equal parts of the first linear layer's outputs; 3 for queries, keys and values.
     """

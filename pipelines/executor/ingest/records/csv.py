@@ -29,9 +29,12 @@ from pipelines.executor.ingest.records.record import Problem, Record, add_partit
 MAX_LINES_OF_ROW = 100_000
 """Largest number of lines of a row with line breaks inside quotes."""
 MAX_BROKEN_LINES = 100
-"""Number of lines to search for the closing quote of a field with a line break, if fields may have no line breaks."""
+"""If fields may not contain line breaks, the parser searches at most this number of lines for a missing closing quote.
+"""
 NEAR_BYTES = 4 * 2**20
-"""Number of bytes before and after a range in which the parser searches for quoted fields that cross its borders."""
+"""Number of bytes before and after a range in which the parser searches for quoted fields that cross the range's
+borders.
+"""
 
 
 class _Quoting(NamedTuple, Generic[AnyStr]):
@@ -85,7 +88,7 @@ def csv_rows(part: Range, *, multiline: bool, limit: int) -> Iterator[str | Long
 
 
 def _lines(part: Range, limit: int) -> Iterator[tuple[str | LongLine, bool]]:
-    """Yield the rows of a range in which every line is a row, and whether each row begins inside a quoted field.
+    """Yield each row of a range, and whether the row begins inside a quoted field. Every line of the range is a row.
 
     The lines shortly before and after the range are read too, so that the result does not depend on the borders of
     ranges. A quote that is never closed affects only its own line.

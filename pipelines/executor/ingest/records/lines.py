@@ -46,7 +46,7 @@ class Layout(NamedTuple):
     """Layout of a text file, which the driver determines from the beginning of the file.
 
     Attributes:
-        separator: byte that separates lines: a line feed, or a carriage return in files of old spreadsheets.
+        separator: byte that separates lines, which is a line feed, or a carriage return in files of old spreadsheets.
         skip: number of rows at the start of the file that contain no values, such as the header and blank lines.
         names: column names of a CSV file.
         delimiter: character between the fields of a CSV file.

@@ -24,8 +24,8 @@ BATCH_ROWS = 1024
 DICTIONARY_BYTES = 64 * 2**20
 """Largest size of a column chunk of lists that is read as an Arrow dictionary array, in bytes.
 
-Arrow adds values that the file's dictionary page lacks to the dictionary of the array. The dictionary may therefore
-become as large as the column chunk.
+If the file's dictionary page lacks some values, Arrow adds these values to the dictionary of the array. The dictionary
+may therefore become as large as the column chunk.
 """
 
 SIGNATURE_BYTES = 28

@@ -16,11 +16,11 @@ import pyarrow as pa
 MAX_PAGE_BYTES = 256 * 2**20
 """Largest decompressed size of a page whose compression ratio exceeds HONEST_RATIO, in bytes."""
 MAX_LIST_VALUES = 2**24
-"""Largest number of values in the lists of a column chunk with more than HONEST_RATIO values per byte."""
+"""Largest number of list elements in a column chunk that has more than HONEST_RATIO elements per byte."""
 HONEST_RATIO = 4
-"""Largest compression ratio of a page that is read whatever its size.
+"""A page with at most this compression ratio is read whatever its size.
 
-A page with at most this ratio is not much larger than its file.
+With at most this compression ratio, a page is not much larger than its file.
 """
 HEADER_BYTES = 256
 MAX_HEADER_BYTES = 2**20

@@ -19,7 +19,7 @@ CHUNK = 1 << 20
 HEADER_BYTES = 1 << 20
 """Largest size of an extended header, which contains a long name or attributes, in bytes."""
 EXTENDED = {tarfile.GNUTYPE_LONGNAME: "path", tarfile.GNUTYPE_LONGLINK: "linkpath"}
-"""For each type of extended header, the attribute of the next member that the header contains: name or link target."""
+"""Dict from each type of extended header to the attribute that such a header contains for the next member."""
 PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 KINDS = {
     tarfile.CHRTYPE: "a device",
@@ -169,7 +169,9 @@ class TarReader:
 
 
 def _skip_sparse_map(file: IO[bytes], block: bytes) -> None:
-    """Skip the blocks that follow the header of a sparse file in the old GNU format and list more parts of the file."""
+    """Skip the blocks after the header of a sparse file in the old GNU format. These blocks list more parts of the
+    file.
+    """
     is_continued = block[156:157] == tarfile.GNUTYPE_SPARSE and block[482]
     while is_continued:
         block = file.read(BLOCK)

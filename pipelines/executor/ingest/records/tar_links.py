@@ -24,7 +24,7 @@ SPOOL_BYTES = 1 << 30
 
 
 class Links:
-    """Links of a tar: for the name of each link, the name of its target."""
+    """Links of a tar, each with the name of its target."""
 
     def __init__(self) -> None:
         self._targets: dict[str, str] = {}

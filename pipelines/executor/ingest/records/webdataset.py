@@ -230,7 +230,7 @@ class _TarRow:
         return Record(file, fields, None, self._problem)
 
     def _explain(self) -> None:
-        """Refuse a row that has no picture, or nothing but a picture, if the names of its members show why."""
+        """Refuse a row without a picture, or with only a picture, if the names of its members show the cause."""
         alike = [extension for extension in self._members if extension.rpartition(".")[2] in self._limits.images]
         if self._is_again:
             detail = "its members are in several places of the tar: sort the tar by name"

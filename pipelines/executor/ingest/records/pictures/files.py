@@ -1,8 +1,8 @@
-"""Functions that read the pictures that rows name by a path below a local folder.
+"""Functions that read pictures below a local folder, whose paths are in the rows of a source.
 
-A path may have been written on any operating system. The path may contain backslashes or percent escapes, or its
-letters may have another Unicode form than in the folder. The file with exactly the given name is tried first. A link
-may lead anywhere inside the folder, but no path may lead out of the folder.
+A path may have been written on any operating system. The path may contain backslashes or percent escapes, or the
+Unicode form of the path may differ from the Unicode form of the file's name. The file with exactly the given name is
+tried first. A link may lead anywhere inside the folder, but no path may lead out of the folder.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _parts(roots: Sequence[str], path: str) -> list[str]:
     `roots` are all known paths of the root folder.
 
     Raises:
-        _Outside: an absolute path is not below the folder, or a URI has another scheme than `file:`.
+        _Outside: an absolute path is not below the folder, or the scheme of a URI is not `file:`.
     """
     if path.startswith("/"):
         above = next((top for top in roots if path.startswith(top.rstrip("/") + "/")), None)

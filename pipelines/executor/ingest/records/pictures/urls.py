@@ -1,4 +1,4 @@
-"""Functions that read pictures from web servers and object stores, which rows name by a URL or a path below a URL.
+"""Functions that read pictures from web servers and object stores, given the pictures' URLs or paths below a URL.
 
 Object stores are read through `fsspec`, which needs a package for the store. Web servers need no package. Size and time
 of a read are limited, and a picture is never read from outside the root URL.
@@ -30,7 +30,7 @@ READ_SECONDS = 60.0
 CHUNK = 1 << 20
 WEB = ("http", "https")
 STORES = {"s3": "s3", "s3a": "s3", "s3n": "s3", "gs": "gs", "gcs": "gs", "abfs": "abfs", "abfss": "abfs", "az": "abfs"}
-"""URL schemes of object stores: a dict from the scheme to the kind of object store."""
+"""Dict from each URL scheme of an object store to the kind of the object store."""
 ATTEMPTS = 3
 RETRIED = frozenset({429, 500, 502, 503, 504})
 """HTTP status codes after which a request is sent again."""
