@@ -65,9 +65,7 @@ class CaptionResult:
 
 
 class DecodedPicture(NamedTuple):
-    """Result of decoding a picture file: the file's SHA-256, and either the pixels (H, W, C) at model resolution or an
-    error.
-    """
+    """Result of decoding a picture: the file's SHA-256, and either an error or the pixels (H, W, C) at model size."""
 
     pixels: npt.NDArray[np.uint8] | None
     sha256: str | None

@@ -74,8 +74,8 @@ def join_rows(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) ->
     """Join safetensors files, each of which holds some rows (indices of the first dimension) of the same tensors.
 
     The rows of a tensor are concatenated in the order of the files. A tensor may be missing in any file except the
-    first file. The joined file is written from start to end and no tensor is ever read as a whole, so the memory does
-    not grow with the size of the files.
+    first file. The joined file is written from start to end, and no tensor is ever read as a whole. The memory
+    therefore does not grow with the size of the files.
 
     Args:
         parts: safetensors files; the first file must hold rows of every tensor.

@@ -249,8 +249,8 @@ EVALUATIONS = Table(
         Column(
             "tokenisation",
             pa.string(),
-            "Name of the rules that split texts into words; null if the metric uses no words, and in rows of "
-            "earlier releases",
+            "Name of the rules that split texts into words; null if the metric uses no words, or if an "
+            "earlier release wrote the row",
             nullable=True,
         ),
     ),

@@ -46,7 +46,7 @@ def _encoder(config: ModelConfig) -> int:
 
 
 def _positions(config: TransformerConfig) -> int:
-    """Return the number of parameters of mixed or relative positions in all blocks."""
+    """Return the number of parameters of mixed or relative position encodings in all blocks."""
     heads = config.attention.num_heads
     match config.position.kind:
         case "mixed":

@@ -250,16 +250,16 @@ class TransformerConfig(Config):
             residual stream (Gemma Team, 2024).
         input_norms: whether a norm comes before each attention layer and each MLP. If false, `sandwich` must be true,
             and each attention layer and each MLP has only a norm of its outputs (Liu et al., 2022).
-        parallel: whether attention layer and MLP read the same input after one norm, and both outputs are added to the
-            residual stream at once (Dehghani et al., 2023).
+        parallel: whether attention layer and MLP read the same normalised input, and both outputs are added to the
+            residual stream together (Dehghani et al., 2023).
         layer_scale: initial value of layer scale, or null for no layer scale. Layer scale multiplies each channel of
             the outputs of attention layers and MLPs by a learned factor (Touvron et al., 2021).
         position: config of the position encoding.
         dropout: dropout probability of the embeddings, the attention weights and the outputs of attention layers and
             MLPs.
-        stochastic_depth: probability that training skips a layer of the last block (the attention layer or the MLP) for
-            a row of the batch (Huang et al., 2016). From the first block to the last block, the probability of a skip
-            rises linearly.
+        stochastic_depth: probability that training skips a branch (attention layer or MLP) of the last block for a row
+            of the batch (Huang et al., 2016). From the first block to the last block, the probability of a skip rises
+            linearly.
     """
 
     width: PositiveInt

@@ -1,9 +1,9 @@
 """Attention maps, which show where in a picture a model looks when the model generates each token of an answer.
 
-One forward pass reads the picture, the prompt and the whole answer. In this forward pass, all attention layers between
-the patches of the picture and the answer keep their attention weights. The weights of the decoder show which features
-of the picture a token reads. The attention rollout of the encoder (Abnar and Zuidema, 2020) shows how much each patch
-of the picture contributes to each feature.
+One forward pass reads the picture, the prompt and the whole answer. In this forward pass, all attention layers on the
+way from the patches to the answer keep their attention weights. The weights of the decoder show which features of the
+picture a token reads. The attention rollout of the encoder (Abnar and Zuidema, 2020) shows how much each patch of the
+picture contributes to each feature.
 
 Letters in tensor names: tokens of the answer (T), layers (L), heads (H), features of the picture (N), patches (P),
 keys (S), positions of the encoder (X), latents of a resampler (Q).

@@ -56,12 +56,12 @@ class ConfigField:
     """One value that both our config and the other library's config.json determine.
 
     Attributes:
-        path: dotted path of the value in our config, which error messages show; empty if Lakesight supports only one
-            value, so that our config does not contain the value.
-        keys: keys of the value in config.json, which error messages show; empty if the family implies the value.
+        path: dotted path of the value in our config, for error messages. The path is empty if our config lacks the
+            value, because Lakesight supports only one value.
+        keys: keys of the value in config.json, for error messages; empty if the family implies the value.
         ours: function that reads our value from the model's config.
-        theirs: function that reads the same value from the settings of config.json after defaults are filled in, and
-            returns UNKNOWN if the settings do not contain the value.
+        theirs: function that reads the same value from the settings of config.json, after defaults are filled in. The
+            function returns UNKNOWN if the settings do not contain the value.
         write: function that converts our value to the settings that an export writes to config.json.
     """
 
@@ -164,8 +164,8 @@ def attention_biases(path: str, qkv: ConfigField, out: bool | None = None) -> tu
     Args:
         path: dotted path of our attention config.
         qkv: config field which says whether queries, keys and values have a bias.
-        out: True if all models of the family have an output bias, False if no model has an output bias, or None if a
-            model has an output bias exactly when queries, keys and values have a bias.
+        out: True if all models of the family have an output bias, or False if no model has an output bias. None means
+            that a model has an output bias exactly if queries, keys and values have a bias.
     """
     return (
         qkv,

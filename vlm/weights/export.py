@@ -40,8 +40,8 @@ class ExportReport(Config):
         files: names of the written files.
         tensors: number of tensors in the written files.
         left_out: number of parameters of the checkpoint that do not belong to the exported part.
-        without: dict from a reason to the name patterns of tensors that the export leaves out for this reason, although
-            the other library's own files contain such tensors. The other library computes or initialises the tensors in
+        without: dict from a reason to the name patterns of tensors that the export leaves out for this reason. The
+            other library's own files contain these tensors. The other library computes or initialises the tensors in
             `without` itself.
     """
 

@@ -54,8 +54,8 @@ class Family:
         prefix: prefix of all tensor names. The files of a network without an output head may omit the prefix.
         legacy_prefixes: pairs of two name prefixes. The first prefix occurs in other versions of the files, and the
             second prefix replaces it in the weight table. Only the first pair that matches a tensor name is used.
-        vocab_section: section of config.json with the vocabulary size, an empty string if the size is at the top level,
-            or None if the family has no vocabulary.
+        vocab_section: section of config.json with the vocabulary size; empty if the size is at the top level, and None
+            if the family has no vocabulary.
         newline_after_empty_prompt: whether a line break follows the start token even if the prompt is empty.
         image_id_key: key of the image token's id in config.json; empty for a family without image token.
         exportable: whether a checkpoint can be exported to the format of this family.

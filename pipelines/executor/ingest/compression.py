@@ -33,10 +33,11 @@ ARCHIVES = {
 All archives of a kind have the signature of the kind.
 """
 SKIPPABLE_FRAME = b"\x2a\x4d\x18"
-"""Bytes 2 to 4 of a skippable zstd frame. A file that a parallel compressor wrote may begin with this frame."""
+"""Bytes 2 to 4 of a skippable zstd frame. A file that a parallel compressor wrote may begin with a skippable frame."""
 XZ_MEMORY = 128 * 2**20
-"""Number of bytes of memory that decompression of an xz file may need. A file that needs more memory is refused. A file
-that `xz -9` wrote needs 65 MB."""
+"""Limit of the memory for decompressing an xz file, in bytes. A file that needs more memory is refused. Files that were
+written by `xz -9` need 65 MB.
+"""
 CHUNK = 1 << 20
 
 

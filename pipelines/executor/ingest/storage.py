@@ -19,7 +19,9 @@ INACCESSIBLE = frozenset(
         errno.EINVAL,  # a damaged offset may cause a seek to a negative position
     }
 )
-"""Codes of operating system errors that affect only one file. Any other error code counts as a machine failure."""
+"""Codes of operating system errors that affect only one file. An error code that is not listed here counts as a machine
+failure.
+"""
 DAMAGE = (EOFError, zlib.error, LZMAError, UnicodeError, tarfile.TarError, pa.ArrowException)
 """Exceptions that decompressors and parsers raise for damaged data."""
 FILE_ERRORS = (OSError, *DAMAGE)

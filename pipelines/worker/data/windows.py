@@ -1,8 +1,8 @@
 """Windows of a token file, which are the training samples of a text-only model.
 
-A window has as many tokens as the model has positions, and may span several texts, as in GPT-2. In each epoch the
-windows begin at different positions of the token file, which depend on (seed, epoch). The windows of a step are picked
-like the rows of shards (`order.py`), so a run resumes at any step without stored state.
+A window has as many tokens as the model has positions, and may span several texts, as in GPT-2. The positions at which
+windows begin in the token file depend on (seed, epoch), so that epochs differ. The windows of a step are picked like
+the rows of shards (`order.py`), so a run resumes at any step without stored state.
 
 Letters in tensor names: windows (B), positions (T).
 """

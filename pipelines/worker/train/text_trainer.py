@@ -70,7 +70,7 @@ class TextTrainer(Trainer):
     def with_pictures(self, error: NotFiniteError) -> NotFiniteError:
         """Return the error unchanged.
 
-        Nothing can be added, because windows have no names and a step with windows cannot be replayed.
+        The error gets no hints, because windows have no names and a step with windows cannot be replayed.
         """
         return error
 

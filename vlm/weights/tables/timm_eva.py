@@ -30,7 +30,7 @@ POSITION = f"{timm.TRANSFORMER}.position"
 HEADS_BY_NAME = {"vit_7b_": 32, "_gigantic_patch14_": 16}
 """Numbers of heads of architectures whose heads are not 64 wide."""
 GRIDS = {"_pe_core_base_": 14, "_pe_core_(small|tiny|large)_": 24, "_pe_": 32, "_rope_reg": 16}
-"""Dict from regular expressions of architectures to the patch grid to which row and column indices are scaled."""
+"""Sizes of the patch grids to which row and column indices are scaled, by regular expressions of architectures."""
 
 
 def position_of(name: str) -> dict[str, Any]:

@@ -256,7 +256,8 @@ def whole_values(column: pa.Array, most: int) -> Iterator[Any]:
 
 
 def picture_values(name: str, column: pa.Array, most: int) -> Iterator[dict[str, Any]]:
-    """For each picture in a column, yield a dict with its bytes or base64 text, and with its path if it has a path.
+    """For each picture in a column, yield a dict with the picture's bytes or base64 text, and its path if there is a
+    path.
 
     A picture may be binary, a base64 string, a list of byte values, a list that contains one picture, or Hugging Face's
     struct with the fields `bytes` and `path`. A value of another type is converted to a Python value.

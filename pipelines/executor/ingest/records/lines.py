@@ -143,7 +143,7 @@ def line_text(content: bytes) -> str:
 
 
 def _range_contents(part: Range, limit: int) -> Iterator[bytes | LongLine]:
-    """Yield the lines of a range, which are split at the layout's separator."""
+    """Split a range at the layout's separator, and yield the lines."""
     separator = part.layout.separator
     if part.end == WHOLE:
         with closing(open_text(part.path)) as file:

@@ -1,8 +1,8 @@
 """Functions that read the sizes of a Parquet column's pages from the page headers, before Arrow decompresses the pages.
 
-Arrow always decompresses a whole page. The header of a page of a few kilobytes may say that the page contains
-gigabytes, or that a list of a few bytes has a billion elements. The class `_Thrift` reads the page headers, which are
-in Thrift's compact protocol (https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift).
+Arrow always decompresses a whole page. The header of a small page may say that the page contains gigabytes, or that its
+lists have a billion elements. The class `_Thrift` reads the page headers, which are in Thrift's compact protocol
+(https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift).
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ MAX_MEMBERS = 1_000
 MAX_KEYS = 200_000
 """Number of keys that are remembered, to detect rows whose members are not consecutive in the tar."""
 SIDE_BYTES = 16 * 2**20
-"""Largest total size of a row's members without its pictures, in bytes. Members beyond this size are not stored."""
+"""Largest total size of all members of a row except pictures, in bytes. Members beyond this size are not stored."""
 
 
 class _Limits(NamedTuple):
