@@ -71,8 +71,7 @@ def run_guarded(items: Sequence[T], function: Callable[[T], R], on_death: Callab
     Args:
         items: items for which the function is called, in the order of the results.
         function: function that the child process calls with each item.
-        on_death: function that is called in this process, with the item and the `Death`, if an item killed the child
-            process.
+        on_death: function that this process calls if an item killed the child process, with the item and the `Death`.
 
     Raises:
         Exception: any exception that `function` raised, except MemoryError, which counts as a crash.

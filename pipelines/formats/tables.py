@@ -241,8 +241,7 @@ EVALUATIONS = Table(
         Column(
             "slice",
             pa.string(),
-            "Slice: the part of the split whose rows have a value in a column, as column=value; null for the "
-            "whole split",
+            "Condition that selects the rows of the split, as column=value; null for the whole split",
             nullable=True,
         ),
         MODEL_DIGEST,

@@ -143,7 +143,9 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(num_heads * head_dim, width, bias=bias)
 
     def keys_values(self, memory_BSW: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute keys (B, H, S, D) and values (B, H, S, D) of the memory, which can be reused for later queries."""
+        """Compute keys (B, H, S, D) and values (B, H, S, D) of the memory. Later queries can use the same keys and
+        values.
+        """
         B, S, _ = memory_BSW.shape
         k_BSE, v_BSE = self.kv(memory_BSW).chunk(2, dim=-1)
         k_BHSD, v_BHSD = (part.view(B, S, -1, self.head_dim).transpose(1, 2) for part in (k_BSE, v_BSE))
@@ -204,7 +206,7 @@ def weighted_sum(weights_BHTS: Tensor, v_BKSD: Tensor) -> Tensor:
 def record_weights(layers: Sequence[Attention | CrossAttention]) -> Iterator[list[list[Tensor]]]:
     """Make layers compute attention explicitly, and yield one list for each layer.
 
-    Each forward pass of a layer in the `with` block appends the layer's attention weights (B, H, T, S) to its list.
+    In the `with` block, each forward pass of a layer appends attention weights (B, H, T, S) to the layer's list.
     """
     recorded: list[list[Tensor]] = [[] for _ in layers]
     for layer, weights in zip(layers, recorded, strict=True):

@@ -1,7 +1,7 @@
 """Attention masks, built from a validity flag and an autoregressive mark for each position.
 
-The method is the same as in the function `make_attn_mask` of big_vision. A query attends to itself and to every valid
-(not padded) key whose cumulative sum of marks is at most the query's cumulative sum of marks:
+The method is the same as in the function `make_attn_mask` of big_vision. A query attends to itself. A query also
+attends to a valid (not padded) key if the key's cumulative sum of marks is at most the query's cumulative sum of marks:
 
     marks            mask
     1 1 1 1 1 1      causal: every position attends to itself and to earlier positions

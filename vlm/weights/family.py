@@ -49,8 +49,8 @@ class Family:
         fixed_settings: settings that an export writes for every model of the family, such as the name of the model
             class.
         defaults: values that the other library assumes for keys that are not in config.json.
-        without_effect: dict from a shell pattern to the reason why the config.json keys that match the pattern have no
-            effect on the imported part. An import refuses a key that no config field reads and no pattern matches.
+        without_effect: dict from a shell pattern of config.json keys to the reason why these keys have no effect on the
+            imported part. An import refuses a key that no config field reads and no pattern matches.
         prefix: prefix of all tensor names. The files of a network without an output head may omit the prefix.
         legacy_prefixes: pairs of two name prefixes. The first prefix occurs in other versions of the files, and the
             second prefix replaces it in the weight table. Only the first pair that matches a tensor name is used.

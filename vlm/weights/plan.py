@@ -27,8 +27,8 @@ class LoadPlan:
 
     Attributes:
         rules: conversion rules that apply to the model, with full tensor names instead of templates.
-        tied: names of tensors that are copies, as a dict from the name of the copy to the name of the original tensor.
-        dropped: tensors that the model does not need, as a dict from the name of the tensor to the reason.
+        tied: dict from the name of a tensor that is a copy to the name of the original tensor.
+        dropped: dict from the name of a tensor to the reason why the model does not need the tensor.
         resampled: rules for position embedding tables whose resolution in the file is not the model's resolution.
         problems: one sentence per mismatch; empty if the file fits the model.
     """

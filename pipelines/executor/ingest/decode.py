@@ -5,7 +5,7 @@ If the machine runs out of memory or the image decoder crashes, the task fails, 
 retries fail, the driver starts a Spark job that decodes the rows again in child processes (`decode_guarded`).
 
 The identifier of a row is a hash of the row's content and does not depend on the row's position. A row therefore has
-the same identifier each time the files are read, and no matter how Spark splits the files.
+the same identifier whenever the files are read and however Spark splits the files.
 """
 
 from __future__ import annotations

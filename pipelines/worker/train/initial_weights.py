@@ -88,8 +88,8 @@ class ModelBuilder:
         Args:
             folder: folder of the checkpoint.
             copy: copy of the training state of a model that is not sharded.
-            last: whether the checkpoint is the last checkpoint of the run, which also contains the merged model of an
-                adapter run.
+            last: whether the checkpoint is the last checkpoint of the run. In an adapter run, the last checkpoint also
+                contains the merged model.
         """
         save_state(folder, copy)
         if not self.settings.adapter:

@@ -4,8 +4,8 @@ Sources: Rennie et al., "Self-critical sequence training for image captioning", 
 self-critical sequence training", 2020.
 
 The advantage of a caption is its reward minus the mean reward of the other samples of the same picture. In the loss,
-the cross entropy of each sampled caption is weighted by its advantage, so the gradient of the loss is the policy
-gradient. If all samples of a picture have the same reward, the picture contributes nothing to the gradient.
+the cross entropy of each sampled caption is weighted by the caption's advantage, so the gradient of the loss is the
+policy gradient. If all samples of a picture have the same reward, the picture contributes nothing to the gradient.
 
 The random numbers of a caption depend only on (seed, epoch, row, number of the sample), so a resumed run samples the
 same captions.

@@ -1,7 +1,8 @@
 """Parser of CSV rows with any delimiter and any line end, and optionally with line breaks inside quoted fields.
 
-Parsing a row with Spark's CSV parser takes half as long as decoding the row's picture, and Python's csv module looks
-at every character. Therefore, Python workers read the bytes of the files, and search for the next delimiter or quote.
+Spark's CSV parser needs half as much time for a row as the decoder needs for the row's picture. Python's csv module is
+slow too, because the module looks at every character. Therefore, Python workers read the bytes of the files, and search
+for the next delimiter or quote.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from pipelines.executor.ingest.storage import FILE_ERRORS, open_binary, printabl
 from pipelines.executor.ingest.text_stream import open_text
 
 WHOLE = -1
-"""Value of the column `end` of RANGE if the range is a whole file, because the file cannot be read in parts."""
+"""If a file cannot be read in parts, its range is the whole file, and the column `end` of RANGE has this value."""
 RANGE = pa.schema(
     [
         ("path", pa.binary()),  # path or URL, encoded by os.fsencode, because some file names are not UTF-8
