@@ -2,8 +2,8 @@
 # MAGIC %md
 # MAGIC # Check the workspace
 # MAGIC
-# MAGIC The notebooks of this folder run one stage each, like the jobs of the bundle. Deploy the bundle first, which
-# MAGIC creates the schema, the Volume and the experiment. Then write the names of these resources into
+# MAGIC Each notebook of this folder runs one or more stages, like the jobs of the bundle. First deploy the bundle: the
+# MAGIC deployment creates the schema, the Volume and the experiment. Then write the names of these resources into
 # MAGIC `notebook_settings.py`.
 # MAGIC
 # MAGIC * **In a workspace**, use a cluster with an ML runtime in dedicated access mode, and install the wheel on this
