@@ -121,7 +121,6 @@ plt.title(f"{colour} {shape}", fontsize=10)
 # COMMAND ----------
 
 request = captioner.request([picture])
-settings = captioner.settings()
 
 
 @torch.no_grad()

@@ -262,7 +262,6 @@ fit(
 model.eval()
 
 
-
 def ask(prompt):
     """Ask a question about each of the 100 pictures that training has not seen."""
     return [found.caption for found in captioner.caption(pictures[1500:], prompt)]
@@ -273,7 +272,7 @@ true = [to_loc(box) for box in boxes[1500:]]
 scores = [iou(each[0], box) if each else 0.0 for each, box in zip(found, true, strict=True)]
 control = [iou(each[0], box) if each else 0.0 for each, box in zip(found, true[1:] + true[:1], strict=True)]
 shapes = np.mean([text == thing.shape for text, thing in zip(ask("what shape is it?"), things[1500:], strict=True)])
-print(f"IoU with the thing of the prompt: {np.mean(scores):.2f}")
+print(f"IoU with the thing in the picture: {np.mean(scores):.2f}")
 print(f"IoU with another picture's thing: {np.mean(control):.2f}")
 print(f"correct shapes: {shapes:.0%}; a random guess: {1 / len(SHAPES):.0%}")
 assert np.mean(scores) > 0.3
