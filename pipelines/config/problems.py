@@ -55,8 +55,8 @@ def describe(error: ValidationError, root: type[BaseModel]) -> Iterator[tuple[st
 def _field_path(root: type[BaseModel], loc: Sequence[int | str]) -> tuple[str, list[str], list[type[BaseModel]]]:
     """Return the dotted path as the user wrote the path (without pydantic's union tags).
 
-    The second returned value lists the valid names for the last element of the path. The third returned value lists the
-    models that the field at the path accepts.
+    The second returned value lists the valid names for the last element of the path. The third returned value lists
+    the config classes that the field at the path accepts.
     """
     candidates: list[type[BaseModel]] = [root]
     parts: list[str] = []

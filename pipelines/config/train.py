@@ -258,8 +258,8 @@ class TrainConfig(Config):
             to take all steps.
         checkpoint_every: number of steps between two checkpoints. A checkpoint is also written after the last step.
         keep_checkpoints: number of newest checkpoints to keep. The best checkpoint is always kept in addition.
-        caption_samples: number of validation pictures that the model captions at each validation, as samples for
-            people.
+        caption_samples: number of validation pictures for which the model writes sample captions at each validation,
+            for people to read.
         register_: checkpoint that is registered as a model version: the `last` checkpoint, the `best` checkpoint by the
             metric `best_by`, or the checkpoint of a step, such as 1200. If `register` is changed after the run has
             finished, the newly selected checkpoint is registered as a further model version.

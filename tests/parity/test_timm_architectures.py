@@ -40,7 +40,8 @@ NAMES = [*timm.list_models("vit_*"), *timm.list_models("deit*")]
 
 
 class WithoutInitialization(TorchFunctionMode):
-    """Context in which random initialisation does nothing, because its meta kernels take most of the time."""
+    """Skip the random initialisation of weights inside the block, because the initialisation would take most of the
+    test's time."""
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None

@@ -14,7 +14,7 @@ BUNDLE: dict[str, Any] = yaml.safe_load((ROOT / "databricks.yml").read_text())
 
 
 def job_tasks(job: str, values: dict[str, str], parameters: dict[str, str]) -> list[list[str]]:
-    """Return the parameters of each wheel task that runs in a job run, in the order of the tasks.
+    """Return the parameters of each wheel task of a job run, in the order of the tasks.
 
     Args:
         job: key of the job.

@@ -1,4 +1,4 @@
-"""Figures that can be compared with papers: METEOR, and COCO's own BLEU, ROUGE-L, CIDEr-D and METEOR.
+"""Figures that can be compared with papers: METEOR of our own words, and the figures of COCO's evaluation.
 
 pycocoevalcap contains two Java programs for the parts that Python cannot compute. Stanford's tokenizer splits the texts
 as COCO's evaluation does, and METEOR's program aligns words. Each Java program runs once and reads all rows.
@@ -96,8 +96,7 @@ def meteor(*corpora: Corpus) -> list[Metric]:
     program = ["-Xmx2G", "-jar", meteor_program.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm"]
     lines = _run_java(meteor_program.__file__, program, requests)
     statistics_RK = np.array([line.split() for line in lines], float).reshape(len(requests), STATISTICS)
-    # A caption that equals its reference is not fragmented, so METEOR does not count the single chunk of such a
-    # caption.
+    # METEOR has no penalty for a caption that equals its reference, because such a caption is not fragmented.
     same_R = (statistics_RK[:, [0, 1]] == statistics_RK[:, [21, 22]]).all(axis=1) & (statistics_RK[:, 20] == 1)
     statistics_RK[same_R, 20] = 0
     ends = np.cumsum([len(captions) for captions, _ in corpora])

@@ -37,7 +37,8 @@ logger = logging.getLogger(__name__)
 REPORT, TOKENS = "report.json", "tokens.bin"
 WINDOWS_PER_TASK = 512
 MAX_BLOCKS = 4096
-"""Largest number of items that the bootstrap resamples, because its memory grows with this number."""
+"""The bootstrap resamples at most this many items, because the memory of the bootstrap grows with the number of
+items."""
 
 
 class TextEvaluationReport(Config):

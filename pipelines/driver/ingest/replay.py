@@ -42,7 +42,7 @@ class ReplayReport(Config):
         new: number of rows that added a new picture to `samples`.
         merged: number of rows that added a text to a picture.
         duplicates: number of valid rows that added nothing.
-        refused: rows that the replay refused again: a dict from the new quarantine reason to the number of rows.
+        refused: dict from a quarantine reason to the number of rows that the replay refused again for this reason.
         seconds: duration of the replay, in seconds.
     """
 

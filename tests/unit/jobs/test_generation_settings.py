@@ -1,6 +1,6 @@
 """Each generation setting changes the captions of commands, of the registered model and of its server in the same way.
 
-The tests call the functions that `caption` and `evaluate` run on executors, without Spark.
+Without Spark, the tests call the functions that `caption` and `evaluate` run on executors.
 """
 
 from __future__ import annotations
