@@ -1,8 +1,8 @@
 """Local copies of a model's files, and the digest that identifies a model by the content of its files.
 
-A copy is a folder with the file RECORD, which is written last. The record lists the size, the modification time and the
-SHA-256 of each file. Before each use of a copy, the sizes and modification times of its files are compared with the
-record. A damaged or replaced file is therefore detected without reading the weights.
+A copy is a folder with the file RECORD, which is written last. The record lists the size, the times of change and the
+SHA-256 of each file. Before each use of a copy, the sizes and times of its files are compared with the record. A
+damaged or replaced file is therefore detected without reading the weights.
 """
 
 from __future__ import annotations
@@ -21,10 +21,16 @@ RECORD = "copy.json"
 
 
 class CopiedFile(Config):
-    """Record of one file of a copy: size in bytes, modification time in nanoseconds, and SHA-256."""
+    """Record of one file of a copy: size in bytes, times in nanoseconds, and SHA-256.
+
+    Programs can set the modification time (`rsync --times`, `cp -p`, `touch`). Only the kernel sets the time at which
+    the content or the metadata of a file changed (ctime).
+    """
 
     size: int
     modified_ns: int
+    changed_ns: int = -1
+    """ctime; -1 in a record of an earlier version of Lakesight."""
     sha256: str
 
 
@@ -46,9 +52,15 @@ def combine_digests(digests: Mapping[str, str]) -> str:
 
 def record_copy(folder: Path) -> ModelCopy:
     """Hash the files of a complete copy, and write the record of the copy."""
+    states = {path: path.stat() for path in model_files(folder)}  # read before the content, which may still change
     files = {
-        path.name: CopiedFile(size=path.stat().st_size, modified_ns=path.stat().st_mtime_ns, sha256=file_digest(path))
-        for path in model_files(folder)
+        path.name: CopiedFile(
+            size=state.st_size,
+            modified_ns=state.st_mtime_ns,
+            changed_ns=state.st_ctime_ns,
+            sha256=file_digest(path),
+        )
+        for path, state in states.items()
     }
     copy = ModelCopy(files=files)
     with atomic_write(folder / RECORD) as temporary:
@@ -59,8 +71,8 @@ def record_copy(folder: Path) -> ModelCopy:
 def check_copy(folder: Path) -> ModelCopy | None:
     """Return the record of a copy if its files are unchanged, else None.
 
-    If the result is None, the caller copies the model again. If only the modification time of a file has changed, for
-    example in a copied home folder, the SHA-256 is compared.
+    If the result is None, the caller copies the model again. If only a time of a file has changed, for example in a
+    copied home folder, the SHA-256 is compared.
     """
     try:
         recorded = ModelCopy.model_validate_json((folder / RECORD).read_text(encoding="utf-8"))
@@ -69,7 +81,8 @@ def check_copy(folder: Path) -> ModelCopy | None:
         return None
     if {name: file.size for name, file in recorded.files.items()} != {n: state.st_size for n, state in states.items()}:
         return None
-    if all(states[name].st_mtime_ns == file.modified_ns for name, file in recorded.files.items()):
+    times = {name: (state.st_mtime_ns, state.st_ctime_ns) for name, state in states.items()}
+    if all(times[name] == (file.modified_ns, file.changed_ns) for name, file in recorded.files.items()):
         return recorded
     if any(file_digest(folder / name) != file.sha256 for name, file in recorded.files.items()):
         return None

@@ -157,7 +157,8 @@ def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
     Args:
         platform: platform whose model registry is used.
         name: full name of the registered model.
-        which: version to look up: a version number, an alias, or `latest`.
+        which: version to look up: a version number, an alias, or `latest`. Digits always mean the number, although
+            MLflow also accepts an alias that consists of digits.
 
     Raises:
         UserError: the model, version or alias does not exist. The error lists the existing versions and aliases.
@@ -166,7 +167,10 @@ def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
     with _registry_errors(platform, f"model {name}"):
         aliases = _read_aliases(platform, client, name)
         numbers = [str(version.version) for version in list_versions(client, name)]
-        number = numbers[-1] if which == "latest" and numbers else aliases.get(which, which)
+        if which == "latest" and numbers:
+            number = numbers[-1]
+        else:
+            number = which if which.isdecimal() else aliases.get(which, which)
         if number not in numbers:
             listed = ", ".join(f"{alias} (= {version})" for alias, version in sorted(aliases.items())) or "none"
             raise UserError(

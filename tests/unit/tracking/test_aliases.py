@@ -16,6 +16,7 @@ from local_platforms import open_local
 from mlflow import MlflowClient
 
 from pipelines.config import LocalPlatformConfig
+from pipelines.errors import UserError
 from pipelines.platform import Platform, local
 from pipelines.tracking import registry
 from pipelines.tracking.server import connect
@@ -173,3 +174,12 @@ def kill_at_random_moments(platform: Platform, kind: Kind, kills: int) -> None:
 @pytest.mark.parametrize("kind", ["promote", "rollback"])
 def test_aliases_are_consistent_after_many_kills_at_random_moments(laptop: Platform, kind: Kind) -> None:
     kill_at_random_moments(laptop, kind, 10)
+
+
+def test_digits_always_name_the_version_of_this_number_even_if_an_alias_has_the_same_digits(laptop: Platform) -> None:
+    client = connect(laptop)
+    client.set_registered_model_alias(NAME, "2", "1")
+    client.set_registered_model_alias(NAME, "9", "1")
+    assert registry.resolve(laptop, NAME, "2").version == "2"
+    with pytest.raises(UserError, match="no version or alias '9'"):
+        registry.resolve(laptop, NAME, "9")
