@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ from vlm import text
 from vlm.config import Config, ModelConfig, Precision, read_error_message
 from vlm.errors import CheckpointError
 from vlm.factory import construct_model
-from vlm.files import atomic_write, file_digest
+from vlm.files import atomic_write, file_digest, open_regular, read_json, read_small
 from vlm.layers.meta import EmptyOnMeta, replace_parameters
 from vlm.model import VisionLanguageModel
 from vlm.precision import join_weight, set_compute_dtype, split_weight, weight_templates
@@ -192,6 +191,7 @@ def check_format(path: Path) -> int:
         CheckpointError: a newer version of Lakesight wrote the file, or the file cannot be read.
     """
     try:
+        open_regular(path).close()  # safe_open would wait for ever for the writer of a pipe
         with safe_open(path, framework="pt") as file:
             found = (file.metadata() or {}).get(FORMAT_KEY, "0")
     except (OSError, SafetensorError) as error:
@@ -238,8 +238,8 @@ def load_config(folder: Path) -> ModelConfig:
         CheckpointError: the config file is missing or does not hold a valid model config.
     """
     try:
-        return ModelConfig.model_validate_json((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValidationError) as error:
+        return ModelConfig.model_validate_json(read_small(folder / CONFIG))
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             "the model's config cannot be read",
             where=str(folder / CONFIG),
@@ -366,7 +366,7 @@ def verify_folder(folder: Path) -> None:
         CheckpointError: a file is missing, truncated or changed; the message lists all such files.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / MANIFEST)
         entries = {folder / name: ManifestEntry(**entry) for name, entry in manifest.items()}
         problems = [problem for path, entry in entries.items() if (problem := _describe_damage(path, entry))]
     except (OSError, ValueError, TypeError, AttributeError) as error:  # pydantic and json raise ValueError

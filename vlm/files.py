@@ -1,17 +1,21 @@
-"""Functions that write a file atomically, hash the content of a file, join safetensors files, and access the step
-number of a training checkpoint."""
+"""Functions that write a file atomically, read a JSON file, hash the content of a file, join safetensors files, and
+access the step number of a training checkpoint."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+MAX_JSON_BYTES = 1 << 28
+"""Largest accepted size of a JSON file, in bytes. The tokenizers of the largest published vocabularies have 40 MB."""
 TRAINING_STEP = "training.json"
 """Name of the file in a training checkpoint that holds the number of the next training step."""
 
@@ -42,6 +46,46 @@ def atomic_write(path: Path, *, sync: bool = True) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a model, which may come from anybody.
+
+    Raises:
+        OSError: the file cannot be read, or is not a regular file.
+        ValueError: the file is larger than MAX_JSON_BYTES, is not valid JSON, or is nested too deeply.
+    """
+    try:
+        return json.loads(read_small(path))
+    except RecursionError:
+        raise ValueError("the JSON is nested too deeply") from None
+
+
+def read_small(path: Path) -> bytes:
+    """Read a file of settings or of a tokenizer.
+
+    Raises:
+        OSError: the file cannot be read, or is not a regular file.
+        ValueError: the file is larger than MAX_JSON_BYTES.
+    """
+    with open_regular(path) as file:
+        content = file.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        raise ValueError(f"the file is larger than {MAX_JSON_BYTES} bytes")
+    return content
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading, but refuse pipes and devices, because reading a pipe or a device may never end.
+
+    Raises:
+        OSError: the file cannot be opened, or is not a regular file.
+    """
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hex.
 
@@ -58,7 +102,7 @@ def read_training_step(folder: Path) -> int:
     Raises:
         OSError, ValueError, KeyError: the file is missing or not valid.
     """
-    return int(json.loads((folder / TRAINING_STEP).read_text(encoding="utf-8"))["step"])
+    return int(read_json(folder / TRAINING_STEP)["step"])
 
 
 def write_training_step(folder: Path, step: int) -> None:

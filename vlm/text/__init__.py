@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as Backend
 
 from vlm.config import CharsConfig, JsonTextConfig, TextConfig, WordsConfig
 from vlm.errors import CheckpointError
+from vlm.files import read_json
 from vlm.text.base import Tokenizer
 from vlm.text.bpe import BpeTokenizer
 from vlm.text.chars import CharTokenizer
@@ -51,7 +52,7 @@ def load(path: Path) -> Tokenizer:
         CheckpointError: the file is missing or is not a tokenizer.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if content["kind"] == "chars":
             return CharTokenizer(content["alphabet"])
         if content["kind"] == "words":

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from vlm.files import read_json
 from vlm.text.words import words
 
 MAX_ORDER, SIGMA = 4, 6.0
@@ -78,7 +79,7 @@ class Cider:
     @classmethod
     def load(cls, path: Path) -> Cider:
         """Read the file that `save` has written."""
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         return cls(content["documents"], {tuple(key.split(" ")): n for key, n in content["frequencies"].items()})
 
 

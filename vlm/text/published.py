@@ -19,6 +19,7 @@ from tokenizers import Tokenizer as Backend
 
 from vlm.config import JsonTextConfig
 from vlm.errors import ConfigError
+from vlm.files import read_json
 from vlm.text.regions import REGION_TOKEN
 
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
@@ -64,7 +65,7 @@ class PublishedTokenizer:
             ConfigError: the file is missing or does not fit the config.
         """
         try:
-            return cls(json.loads(Path(config.path).read_text(encoding="utf-8")), config)
+            return cls(read_json(Path(config.path)), config)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 "the model's tokenizer cannot be used",

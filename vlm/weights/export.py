@@ -18,6 +18,7 @@ from vlm import text
 from vlm.checkpoint import CONFIG, TOKENIZER, load_config
 from vlm.config import Config, ModelConfig
 from vlm.errors import CheckpointError
+from vlm.files import read_json
 from vlm.weights.config_fields import merge_settings
 from vlm.weights.family import Family, Part
 from vlm.weights.files import MAX_SHARD_BYTES, WeightFiles, write_weights
@@ -171,5 +172,5 @@ def _write_tokenizer(checkpoint: Path, out: Path) -> list[str]:
 
 
 def _read_published_tokenizer(checkpoint: Path) -> dict[str, Any] | None:
-    content: dict[str, Any] = json.loads((checkpoint / TOKENIZER).read_text(encoding="utf-8"))
+    content: dict[str, Any] = read_json(checkpoint / TOKENIZER)
     return content if content["kind"] == "json" else None

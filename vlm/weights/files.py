@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vlm.config import read_error_message
 from vlm.errors import CheckpointError
+from vlm.files import open_regular, read_json
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -84,7 +85,7 @@ def read_other_settings(path: Path) -> dict[str, Any]:
 
 def _read_object(path: Path, what: str, fix: str) -> dict[str, Any]:
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{what} cannot be read", where=str(path), got=read_error_message(error), fix=fix
@@ -123,7 +124,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def _shards(folder: Path) -> list[Path]:
     path = folder / INDEX
     try:
-        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json(path)["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(
             "the index of the weight files cannot be read",
@@ -152,6 +153,7 @@ def _shards(folder: Path) -> list[Path]:
 
 def _read_headers(path: Path) -> dict[str, TensorHeader]:
     try:
+        open_regular(path).close()  # safe_open would wait for ever for the writer of a pipe
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 the file is not a mapping
             return {

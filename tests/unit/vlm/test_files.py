@@ -1,12 +1,19 @@
-"""Tests of atomic writes: a file is complete or unchanged if a write fails or several processes write the same file."""
+"""Tests of files: a failed or concurrent write leaves a whole file, and damaged files of a model are refused."""
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
+from tiny_models import tiny_model
 
+import vlm
+from vlm.checkpoint import MODEL_FILES, load_model, save_model
+from vlm.errors import CheckpointError
 from vlm.files import atomic_write
 
 
@@ -47,3 +54,34 @@ def test_concurrent_writers_of_one_file_do_not_share_a_temporary_file(tmp_path: 
     content = path.read_text()
     assert content == content[0] * 1000
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder of a tiny model."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_model(folder, *tiny_model("plain"))
+    return folder
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["deep", "pipe", "device", "folder", "not UTF-8"])
+@pytest.mark.parametrize("name", MODEL_FILES)
+def test_a_model_file_that_is_no_ordinary_file_or_is_nested_too_deeply_is_refused(
+    checkpoint: Path, tmp_path: Path, name: str, kind: str
+) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    path = folder / name
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(b"[" * 100_000 if kind == "deep" else b'{"a": "\xff"}')
+    with pytest.raises(CheckpointError, match=re.escape(str(path))):
+        load_model(folder)
+    with pytest.raises(CheckpointError, match=re.escape(str(folder))):
+        vlm.load(folder)
