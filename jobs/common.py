@@ -23,7 +23,7 @@ from jobs.output import CommandOutput, reserved_stdout
 from pipelines.config import RunConfig, available, load_run
 from pipelines.errors import LakesightError, UserError
 from pipelines.formats.format_version import check_home
-from pipelines.platform import Platform, open_platform
+from pipelines.platform import Platform, jvm_failure, open_platform, stop_session
 from vlm.config import Precision
 
 if TYPE_CHECKING:
@@ -145,8 +145,15 @@ class Job:
 
     def stop(self) -> None:
         """Stop the Spark session if this command started the session. A Databricks session keeps running."""
-        if "spark" in self.__dict__ and self.platform.kind == "local":
-            self.spark.stop()
+        if self._has_local_spark():
+            stop_session(self.spark)
+
+    def failure_of_spark(self) -> LakesightError | None:
+        """Return the error for a local Spark session whose JVM has ended, or None if no JVM has ended."""
+        return jvm_failure(self.platform.root) if self._has_local_spark() else None
+
+    def _has_local_spark(self) -> bool:
+        return "spark" in self.__dict__ and self.platform.kind == "local"
 
 
 @contextmanager
@@ -180,8 +187,11 @@ def open_job(run: str, platform: str, overrides: Sequence[str] | None, as_json: 
         _check_free_space(job.platform)
         try:
             yield job
-        except LakesightError as error:
-            error.fix = job.add_run(error.fix)
+        except Exception as error:
+            if ended := job.failure_of_spark():
+                raise ended from error
+            if isinstance(error, LakesightError):
+                error.fix = job.add_run(error.fix)
             raise
         finally:
             job.stop()

@@ -6,7 +6,7 @@ package imports pyspark only inside functions, and `session.py` hides how Connec
 
 from pipelines.config import LocalPlatformConfig, PlatformConfig
 from pipelines.platform.databricks import databricks
-from pipelines.platform.local import check_java, local
+from pipelines.platform.local import check_java, jvm_failure, local
 from pipelines.platform.platform import FolderKind, Launch, Platform, redact_uri, sqlite_uri, user_name
 from pipelines.platform.session import (
     analysed,
@@ -16,6 +16,7 @@ from pipelines.platform.session import (
     default_parallelism,
     is_connect,
     spark_errors,
+    stop_session,
     task_cpus,
 )
 
@@ -31,11 +32,13 @@ __all__ = [
     "databricks",
     "default_parallelism",
     "is_connect",
+    "jvm_failure",
     "local",
     "open_platform",
     "redact_uri",
     "spark_errors",
     "sqlite_uri",
+    "stop_session",
     "task_cpus",
     "user_name",
 ]

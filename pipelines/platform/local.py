@@ -9,16 +9,17 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.config import LocalPlatformConfig
-from pipelines.errors import UserError
+from pipelines.errors import StageFailed, UserError
 from pipelines.platform.jars import delta_jars
 from pipelines.platform.platform import Launch, Platform, sqlite_uri
-from pipelines.platform.session import quiet_loggers
+from pipelines.platform.session import jvm_exit_code, quiet_loggers, stop_session
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -44,6 +45,12 @@ the space for new objects, the JVM takes 0.8 GB instead of 1.9 GB after four sma
 collection of the whole heap.
 """
 
+NEVER = "3650d"
+"""Timeout that is never reached, as a time of Spark."""
+TOO_LITTLE_MEMORY = r"OutOfMemoryError|insufficient memory|memory allocation|Could not reserve"
+"""Pattern of the lines with which the JVM reports that it got too little memory."""
+LOG_TAIL = 2**12
+"""Number of bytes at the end of Spark's log that are searched for the reason why the JVM has ended."""
 OFF_HEAP = "1g"
 """Memory that a Spark driver or executor uses outside its JVM heap."""
 
@@ -113,7 +120,7 @@ def _local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
             Spark session for another home folder.
     """
     try:
-        from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
+        from py4j.protocol import Py4JError  # type: ignore[import-untyped]
         from pyspark import SparkConf, SparkContext
         from pyspark.errors import PySparkRuntimeError
         from pyspark.java_gateway import launch_gateway
@@ -138,8 +145,11 @@ def _local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
             # If this process has stopped a Spark session before, the JVM of that session is used again.
             gateway = SparkContext._gateway or launch_gateway(conf, {"stdout": sink, "stderr": sink})  # type: ignore[no-untyped-call]
             spark = SparkSession(SparkContext(conf=conf, gateway=gateway))
-        except (PySparkRuntimeError, Py4JJavaError) as error:
+        except (PySparkRuntimeError, Py4JError, ConnectionError) as error:
             raise _start_failure(log, start, error) from None
+        # When the JVM ends, the thread that receives accumulators would print a traceback, but commands report the end
+        # in one paragraph (`jvm_failure`).
+        spark.sparkContext._accumulatorServer.handle_error = lambda *_: None  # type: ignore[method-assign]
         jars.save(spark.sparkContext.getConf().get("spark.jars") or "")
     atexit.register(_stop, spark, config.spark.master, spark.sparkContext.applicationId)
     return spark
@@ -149,7 +159,7 @@ def _stop(spark: SparkSession, master: str, application: str) -> None:
     """Stop Spark, and remove the copies of jars that `local-cluster` executors leave in the pyspark package."""
     import pyspark
 
-    spark.stop()
+    stop_session(spark)
     if master.startswith("local-cluster"):
         spark_home = Path(os.environ.get("SPARK_HOME") or Path(pyspark.__file__).parent)
         shutil.rmtree(spark_home / "work" / application, ignore_errors=True)
@@ -229,6 +239,10 @@ def session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]:
         # Other users of this machine can connect to the loopback device. Without the secret that Spark draws for this
         # session, Spark's ports would deserialize Java objects from anybody.
         settings |= {"spark.authenticate": "true"}
+        # Spark measures the time since the last heartbeat by the real-time clock. If the clock jumps ahead, or the
+        # machine was suspended, Spark would remove its only executor, which is in the driver itself. The executor
+        # cannot register again, so the JVM would exit after 60 more heartbeats, which is ten minutes later.
+        settings |= {"spark.storage.blockManagerHeartbeatTimeoutMs": NEVER}
     if not config.spark.master.startswith("spark://"):
         settings |= {"spark.driver.host": LOOPBACK, "spark.driver.bindAddress": LOOPBACK}
         settings |= {"spark.executor.extraJavaOptions": SHORT_JOBS}
@@ -288,7 +302,9 @@ def _start_failure(log: Path, start: int, error: Exception) -> UserError:
             got=str(open_files),
             fix=f"raise the limit to {MIN_OPEN_FILES} or more, because Spark alone opens hundreds of jars",
         )
-    lines = [line.strip("# ") for line in printed.splitlines() if re.search(r"Exception|rror:|Could not reserve", line)]
+    lines = [
+        line.strip("# ") for line in printed.splitlines() if re.search(f"Exception|rror:|{TOO_LITTLE_MEMORY}", line)
+    ]
     roots = [line for line in lines if line.startswith("Caused by: ")]
     got = (roots[-1:] or lines[:1] or [f"{type(error).__name__}, and no reason in the log"])[0]
     return UserError(
@@ -296,4 +312,28 @@ def _start_failure(log: Path, start: int, error: Exception) -> UserError:
         where=str(log),
         got=got[:500],
         fix="read the log, and remove the cause, such as too little memory, a wrong master or a full disk",
+    )
+
+
+def jvm_failure(root: Path) -> StageFailed | None:
+    """Return the error for a JVM of Spark that has ended by itself or was killed, or None if no JVM has ended.
+
+    The errors that PySpark raises without its JVM only say that a connection was closed or refused.
+    """
+    code = jvm_exit_code()
+    if code is None:
+        return None
+    log = root / "logs" / "spark.log"
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - LOG_TAIL))
+        lines = file.read().decode(errors="replace").splitlines()
+    # A JVM that is killed by SIGKILL says nothing, so the lines of an earlier JVM must not be taken for its own.
+    said = [line.strip("# ") for line in lines if code != -signal.SIGKILL and re.search(TOO_LITTLE_MEMORY, line)]
+    ended = f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"its exit code was {code}"
+    return StageFailed(
+        "the Java process of Spark has ended",
+        where=str(log),
+        got=f"{ended}; {said[-1][:300]}" if said else ended,
+        fix="the usual cause is too little memory: end other programs, lower platform.spark.driver_memory, or use a "
+        "machine with more memory; then run the same command again: finished work is kept",
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import subprocess
 import threading
 import time
 import uuid
@@ -52,12 +53,39 @@ def quiet_loggers() -> None:
         PySparkLogger.getLogger(name).setLevel(logging.CRITICAL)
 
 
+def jvm_exit_code(seconds: float = 10.0) -> int | None:
+    """Return the exit code of the JVM that this process has started, or None if no JVM was started or the JVM answers.
+
+    The number of the signal that has killed the JVM is returned as a negative exit code. A JVM that is ending closes
+    its connections before its exit code is known, so this function waits up to `seconds` for the exit code.
+    """
+    from py4j.protocol import Py4JError  # type: ignore[import-untyped]
+    from pyspark import SparkContext
+
+    gateway = SparkContext._gateway
+    process: subprocess.Popen[bytes] | None = getattr(gateway, "proc", None)
+    if gateway is None or process is None:
+        return None
+    try:
+        gateway.jvm.System.nanoTime()
+    except (Py4JError, OSError):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(seconds)
+    return None
+
+
+def stop_session(spark: SparkSession) -> None:
+    """Stop a classic session. If the JVM of the session has already ended, do nothing."""
+    if jvm_exit_code() is None:
+        spark.stop()
+
+
 def spark_errors() -> tuple[type[Exception], ...]:
     """Return the exception classes that a failed query raises. On a client of Spark Connect, py4j may be missing."""
     from pyspark.errors import PySparkException
 
     try:
-        from py4j.protocol import Py4JError  # type: ignore[import-untyped]
+        from py4j.protocol import Py4JError
     except ImportError:
         return (PySparkException,)
     return PySparkException, Py4JError

@@ -85,6 +85,15 @@ def test_spark_settings_reach_the_session_but_are_neither_stored_nor_printed_nor
         assert run.to_json() == load_run("demo").to_json()
 
 
+@pytest.mark.parametrize(("master", "never"), [("local[2]", True), ("local-cluster[2,1,2048]", False)])
+def test_spark_never_gives_up_the_executor_that_is_in_the_driver_if_the_clock_jumps(
+    home: Path, monkeypatch: pytest.MonkeyPatch, master: str, never: bool
+) -> None:
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    settings = session_settings(LocalPlatformConfig.model_validate({"spark": {"master": master}}), home)
+    assert ("spark.storage.blockManagerHeartbeatTimeoutMs" in settings) is never
+
+
 @pytest.mark.parametrize(
     ("name", "master", "reason"),
     [
