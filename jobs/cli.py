@@ -24,6 +24,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from pipelines.errors import LakesightError, UserError
+from vlm.errors.printable import printable
 
 STAGE_COMMANDS = {
     "ingest": "Read new and changed pictures into table samples.",
@@ -173,10 +174,8 @@ def run(commands: typer.Typer) -> None:
     except Exception as error:  # noqa: BLE001 outermost caller: every error gets a short message
         if file_error := _file_error(error):
             _fail(file_error)
-        from pipelines.platform import redact_uri
-
         message = f"{traceback.format_exc()}\n\nlakesight failed with {type(error).__name__}: {_first_line(error)}"
-        print(redact_uri(message), file=sys.stderr)
+        print(printable(message), file=sys.stderr)
         sys.exit(1)
 
 

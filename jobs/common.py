@@ -25,6 +25,7 @@ from pipelines.errors import LakesightError, UserError
 from pipelines.formats.format_version import check_home
 from pipelines.platform import Platform, jvm_failure, open_platform, stop_session
 from vlm.config import Precision
+from vlm.errors.printable import PrintableFormatter
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -159,13 +160,9 @@ class Job:
 @contextmanager
 def open_output(*, as_json: bool) -> Iterator[CommandOutput]:
     """Yield the Output of a command, which prints to the real stdout. Logs go to stderr while the block runs."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.WARNING,
-        format="%(asctime)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-        force=True,
-    )
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, force=True)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(PrintableFormatter("%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S"))
     for package in ("vlm", "pipelines", "jobs"):
         logging.getLogger(package).setLevel(logging.INFO)
     with reserved_stdout() as out:

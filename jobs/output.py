@@ -21,6 +21,7 @@ import typer
 from pydantic_core import to_json
 
 from pipelines.errors import LakesightError
+from vlm.errors.printable import printable
 
 LABEL_WIDTH = 12
 TEXT_WIDTH = 80
@@ -54,7 +55,8 @@ def format_error(error: LakesightError, width: int, *, colours: bool) -> str:
         marked = typer.style(f"{label:<7}", fg="red" if label == "error" else None, bold=True) if colours else None
         head = marked or f"{label:<7}"
         for text in filter(None, texts):
-            item = f"- {text}" if len(texts) > 1 else text
+            shown = printable(text)
+            item = f"- {shown}" if len(texts) > 1 else shown
             for line in _wrap(item, width - 7, "  " if len(texts) > 1 else ""):
                 lines.append(f"{head}{line}".rstrip())
                 head = " " * 7

@@ -12,6 +12,7 @@ import typer
 
 from jobs.common import PlatformOption, RunOption, SetOption, open_job
 from jobs.local_server import HOST, check_port_free, run_server
+from pipelines.child_process import child_environment
 from pipelines.errors import StageFailed, UserError
 from pipelines.platform import redact_uri
 
@@ -53,8 +54,6 @@ def ui(
             "-m",
             "mlflow",
             "ui",
-            "--backend-store-uri",
-            uri,
             "--host",
             HOST,
             "--port",
@@ -65,10 +64,19 @@ def ui(
             "1",
         ]
         with suppress(KeyboardInterrupt):  # no error: people stop a server by Ctrl-C
-            # Without PYTHONSAFEPATH, the server would put its working folder, the home folder, first on sys.path, and
-            # a file in the home folder could shadow a module.
-            environment = os.environ | {"PYTHONSAFEPATH": "1"}
+            environment = ui_environment(uri)
             code = run_server(
                 command, environment, job.platform.root, port, ready=partial(job.output.line, "ui", address)
             )
             raise StageFailed("the MLflow UI stopped", got=f"exit code {code}", fix="read the MLflow messages above")
+
+
+def ui_environment(uri: str) -> dict[str, str]:
+    """Return the environment of the MLflow UI: the variables of child processes, `MLFLOW_SERVER_*` and the database.
+
+    The URI is an environment variable and no argument, because every user of this machine can read the arguments of a
+    process. Without PYTHONSAFEPATH, the server would put its working folder, the home folder, first on sys.path, and a
+    file in the home folder could replace a module.
+    """
+    settings = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_SERVER_")}
+    return child_environment(**settings, MLFLOW_BACKEND_STORE_URI=uri, PYTHONSAFEPATH="1")

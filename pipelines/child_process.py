@@ -9,6 +9,8 @@ import signal
 import subprocess
 from pathlib import Path
 
+from vlm.errors.printable import SECRET_NAME
+
 PASSED_ON = re.compile(
     "PATH|HOME|USER|LOGNAME|SHELL|TERM|LANG|LANGUAGE|LC_[A-Z]+|TZ|TMPDIR|HOSTNAME|VIRTUAL_ENV|CONDA_PREFIX"
     "|XDG_CACHE_HOME|JAVA_HOME|LAKESIGHT_HOME"
@@ -16,14 +18,14 @@ PASSED_ON = re.compile(
 )
 """Allow-list of the environment variables that a child process receives."""
 
-SECRET = re.compile("TOKEN|SECRET|PASSW|CREDENTIAL|KEY|AUTH")
-"""Pattern of the names of variables that no child process receives, even if PASSED_ON allows the name."""
-
 
 def child_environment(**more: str) -> dict[str, str]:
-    """Return the environment of a child process: `more`, and the variables of this process that PASSED_ON allows."""
+    """Return the environment of a child process: `more`, and the variables of this process that PASSED_ON allows.
+
+    No variable whose name matches SECRET_NAME is passed on, even if PASSED_ON allows the name.
+    """
     allowed = {
-        name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name) and not SECRET.search(name)
+        name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name) and not SECRET_NAME.search(name)
     }
     return allowed | more
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from vlm.errors.printable import hide_secrets
+
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
@@ -109,11 +111,8 @@ class Platform:
 
 
 def redact_uri(uri: str) -> str:
-    """Remove passwords (user information and query string) from a URI or from a message that contains a URI.
-
-    Passwords that contain a slash are also removed, because SQLAlchemy accepts such passwords.
-    """
-    return re.sub(r"\?\S*", "", re.sub(r"//([^/\s]*|[^/\s:@]*:\S*)@", "//", uri))
+    """Remove user information and query string from a URI, or from a message that contains a URI, before it is cut."""
+    return hide_secrets(uri)
 
 
 def sqlite_uri(file: Path) -> str:

@@ -7,10 +7,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
+from urllib.parse import urlsplit
 
 import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact import artifact_repository_registry as repositories
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
+from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
+from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
 
 from pipelines.errors import StageFailed, UserError
 from pipelines.platform import Platform, redact_uri
@@ -18,6 +23,7 @@ from pipelines.tracking.database import check_database
 from pipelines.tracking.describe.notes import KIND, describe_experiment
 from pipelines.tracking.moved_home import artifact_root, follow_moved_home
 from pipelines.tracking.outage import TrackingDown, disk_problem, first_line, http_status, is_outage
+from vlm.errors.printable import PrintableFormatter
 
 REQUEST_ERRORS = (MlflowException, OSError)
 """Classes of the exceptions that a failed request to the tracking server raises.
@@ -29,6 +35,7 @@ DISK_FIX = (
     "free disk space for the tracking database, its artifacts and temporary files (TMPDIR), or make their folders "
     "writable, and run the same command again"
 )
+HTTP_PORTS = {"http": 80, "https": 443}
 CHECK_TIMEOUT = ("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 """Timeout of the first request to the tracking server, in seconds. MLflow's default timeout of two minutes would let
 users wait too long."""
@@ -47,6 +54,8 @@ def connect(platform: Platform) -> MlflowClient:
     # The warnings of urllib3 and the tracebacks of MLflow's database module repeat our errors.
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    print_logs_safely()
+    refuse_foreign_hosts()
     follow_moved_home(platform)
     # `mlflow.set_tracking_uri` and `mlflow.set_registry_uri` also set these environment variables. `platform.local` and
     # child processes would mistake the variables for settings of the user.
@@ -61,6 +70,12 @@ def connect(platform: Platform) -> MlflowClient:
     except REQUEST_ERRORS as error:
         raise unusable(platform, error) from None
     return client
+
+
+def print_logs_safely() -> None:
+    """Make the handlers with which MLflow prints its log lines hide secrets, because a line may quote a server."""
+    for handler in logging.getLogger("mlflow").handlers:
+        handler.setFormatter(PrintableFormatter("%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S"))
 
 
 @contextmanager
@@ -164,3 +179,61 @@ def registry_failure(platform: Platform, model: str, error: Exception) -> StageF
         got=first_line(error),
         fix="run the command again when the registry answers, or check its address, the name and your permissions",
     )
+
+
+def refuse_foreign_hosts() -> None:
+    """Make MLflow refuse artifacts on each HTTP server that is neither the tracking server nor the model registry.
+
+    A registry names the place of each artifact, such as the source of a model version. MLflow adds the credentials of
+    the tracking server (`MLFLOW_TRACKING_TOKEN`, or user and password) to every HTTP request for artifacts, whatever
+    the host. Because MLflow asks its registry of artifact repositories before each upload and download, no caller can
+    forget the check. Locations without a host (`mlflow-artifacts:/x`) and in object stores (`s3://...`) stay allowed.
+    """
+    for scheme in HTTP_PORTS:
+        repositories._artifact_repository_registry.register(scheme, _http_repository)  # type: ignore[no-untyped-call]
+    repositories._artifact_repository_registry.register("mlflow-artifacts", _proxied_repository)  # type: ignore[no-untyped-call]
+
+
+def _http_repository(
+    artifact_uri: str, tracking_uri: str | None = None, registry_uri: str | None = None
+) -> ArtifactRepository:
+    _check(artifact_uri, artifact_uri, tracking_uri, registry_uri)
+    return HttpArtifactRepository(artifact_uri, tracking_uri, registry_uri)  # type: ignore[no-untyped-call]
+
+
+def _proxied_repository(
+    artifact_uri: str, tracking_uri: str | None = None, registry_uri: str | None = None
+) -> ArtifactRepository:
+    tracking_uri = tracking_uri or mlflow.get_tracking_uri()
+    if urlsplit(artifact_uri).netloc:
+        # MLflow replaces `mlflow-artifacts:` by the protocol of the tracking server.
+        address = artifact_uri.replace("mlflow-artifacts", urlsplit(tracking_uri).scheme, 1)
+        _check(address, artifact_uri, tracking_uri, registry_uri)
+    return MlflowArtifactsRepository(artifact_uri, tracking_uri, registry_uri)
+
+
+def _check(address: str, artifact_uri: str, *servers: str | None) -> None:
+    """Compare the server of an artifact with the tracking server and the model registry.
+
+    Raises:
+        UserError: the artifact is on another server.
+    """
+    own = {_server(uri) for uri in (*servers, mlflow.get_tracking_uri(), mlflow.get_registry_uri()) if uri}
+    if (named := _server(address)) is None or named not in own:
+        raise UserError(
+            "the artifacts are on a server that is neither the tracking server nor the model registry",
+            where=artifact_uri,
+            got="no request was sent, because MLflow would send the credentials of the tracking server there",
+            fix="correct the artifact location of the experiment or the source of the model version, or ask whoever "
+            "may write to the registry",
+        )
+
+
+def _server(uri: str) -> tuple[str, str, int] | None:
+    """Return protocol, host and port of an HTTP address, or None for another or an invalid address."""
+    try:
+        parts = urlsplit(uri)
+        port = parts.port or HTTP_PORTS.get(parts.scheme, 0)
+    except ValueError:
+        return None
+    return (parts.scheme, parts.hostname, port) if parts.scheme in HTTP_PORTS and parts.hostname else None

@@ -21,6 +21,7 @@ from typing import TypeVar
 
 from pipelines.formats.run_folder import Metrics, RunFolder, write_json
 from vlm.config import Config
+from vlm.errors.printable import PrintableFormatter
 
 T = TypeVar("T")
 
@@ -46,10 +47,12 @@ def open_log(run: RunFolder, rank: int) -> None:
         assert isinstance(stream, io.TextIOWrapper)
         stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     faulthandler.enable()
-    logging.basicConfig(level=logging.INFO, format=_FORMAT, stream=sys.stderr, force=True)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(PrintableFormatter(_FORMAT))
     console = logging.StreamHandler(terminal)
     console.setLevel(logging.WARNING if rank else logging.INFO)
-    console.setFormatter(logging.Formatter(f"rank {rank}: %(message)s"))
+    console.setFormatter(PrintableFormatter(f"rank {rank}: %(message)s"))
     logging.getLogger().addHandler(console)
 
 

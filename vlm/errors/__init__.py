@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+from vlm.errors.printable import printable
+
 
 class LakesightError(Exception):
     """Error with a message that a person can act on.
@@ -35,10 +37,10 @@ class LakesightError(Exception):
         return "; ".join(self.problems)
 
     def __str__(self) -> str:
-        """Return the message as one paragraph."""
+        """Return the message as one paragraph, without secrets and control characters."""
         parts = (("", self.what), ("Where: ", self.where), ("Got: ", self.got), ("Fix: ", self.fix))
         texts = [label + text for label, text in parts if text]
-        return " ".join(text if text.endswith("?") else f"{text.rstrip('.')}." for text in texts)
+        return printable(" ".join(text if text.endswith("?") else f"{text.rstrip('.')}." for text in texts))
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle the error with all its attributes, so that another process receives the same error."""

@@ -1,0 +1,128 @@
+"""Tests that error messages and log lines contain neither secrets nor control characters, whatever a server answers."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from base64 import b64encode
+
+import pytest
+
+from jobs.common import open_output
+from jobs.output import format_error
+from vlm.errors import UserError
+from vlm.errors.printable import printable
+
+
+@pytest.fixture(autouse=True)
+def few_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove all environment variables, because a variable of this machine could hide a part of a message."""
+    for name in os.environ:
+        if name != "PATH" and not name.startswith("PYTEST"):
+            monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://me:pa@ss/SEKRET@host/x", "https://host/x"),
+        ("http:/bob:SEKRET@h", "http:/h"),
+        ("http:/SEKRET@h/x", "http:/h/x"),
+        ("got bob:SEKRET@h", "got ***@h"),
+        ("'bob:SE@KR/ET@h'", "'***@h'"),
+        ("s3a://AK:SEKRET@bucket/x", "s3a://bucket/x"),
+        ("https://host/x?X-Amz-Signature=SEKRET", "https://host/x"),
+        ("Authorization: Basic Ym9iOlNFS1JFVHNla3JldA==", "Authorization: Basic ***"),
+        ("Authorization: Bearer SEKRETsekretSEKRET", "Authorization: Bearer ***"),
+    ],
+)
+def test_user_information_and_authorization_are_hidden(text: str, shown: str) -> None:
+    assert printable(text) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "models:/demo@champion",
+        "sqlite:////data/me@work/mlflow.db",
+        "/data/me@work/icon@2x.png",
+        "the pictures cat@2x.png and s3a://bucket/img?.png, did you mean 'x'?",
+        "line 1\n\tline 2 \u2013 \u00e9",
+    ],
+)
+def test_a_text_without_secrets_stays_as_it_is(text: str) -> None:
+    assert printable(text) == text
+
+
+@pytest.mark.parametrize(
+    ("variables", "leak"),
+    [
+        ({"MLFLOW_TRACKING_TOKEN": "t0ken"}, "t0ken"),
+        ({"AWS_SECRET_ACCESS_KEY": "abc/def+ghi"}, "abc%2Fdef%2Bghi"),
+        (
+            {"MLFLOW_TRACKING_USERNAME": "bob", "MLFLOW_TRACKING_PASSWORD": "pw12"},
+            b64encode(b"bob:pw12").decode(),
+        ),
+        ({"MLFLOW_TRACKING_URI": "http://bob:pw12@h:5000"}, b64encode(b"bob:pw12").decode()),
+        ({"MLFLOW_TRACKING_URI": "postgresql+psycopg://bob:pa@ssSEKRET@127.0.0.1:1/db"}, "ssSEKRET"),
+        ({"MLFLOW_REGISTRY_URI": "bob:a%40long%20one@h"}, "a@long one"),
+        ({"HTTPS_PROXY": "http://bob:pr0xypass@proxy:3128"}, "pr0xypass"),
+    ],
+)
+def test_the_secrets_of_environment_variables_are_hidden_in_errors_and_logs(
+    variables: dict[str, str], leak: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    error = UserError(f"answer {leak}", where=leak, got=["x", f"'{leak}'"], fix=f"do {leak}")
+    assert str(error) == "answer ***. Where: ***. Got: x; '***'. Fix: do ***."
+    assert leak not in format_error(error, 80, colours=False)
+    with open_output(as_json=True):
+        try:
+            raise ValueError(leak)
+        except ValueError:
+            logging.getLogger("pipelines").exception("failed with %s", leak)
+    printed = capsys.readouterr().err
+    assert "failed with ***" in printed
+    assert "ValueError: ***" in printed
+    assert leak not in printed
+
+
+def test_switches_numbers_and_files_in_variables_with_names_of_secrets_are_not_hidden(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setenv("MAX_TOKENS", "4096")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", __file__)
+    monkeypatch.setenv("DB_PASSWORD", "demo")
+    text = f"false, 4096, {__file__}, demos"
+    assert printable(text) == text
+    assert printable("run demo") == "run ***"
+
+
+def test_control_characters_are_visible_in_errors_and_logs(capsys: pytest.CaptureFixture[str]) -> None:
+    attack = "\x1b[31mred \x1b]0;title\x07 \x9b2J \rover \u202eback"
+    shown = r"\x1b[31mred \x1b]0;title\x07 \x9b2J \rover \u202eback"
+    error = UserError("refused", got=attack)
+    assert str(error) == f"refused. Got: {shown}."
+    assert shown in format_error(error, 200, colours=False)
+    with open_output(as_json=True):
+        logging.getLogger("pipelines").warning("%s", attack)
+    assert shown in capsys.readouterr().err
+
+
+def test_log_lines_of_mlflow_hide_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow  # noqa: F401 (configures its loggers)
+
+    from pipelines.tracking.server import print_logs_safely
+
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "t0ken")
+    print_logs_safely()
+    handlers = [each for each in logging.getLogger("mlflow").handlers if isinstance(each, logging.StreamHandler)]
+    assert handlers
+    for handler in handlers:
+        written = io.StringIO()
+        monkeypatch.setattr(handler, "stream", written)
+        handler.emit(logging.LogRecord("mlflow", logging.WARNING, "", 0, "answer t0ken\x1b[31m", (), None))
+        assert "answer ***\\x1b[31m" in written.getvalue()

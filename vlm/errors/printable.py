@@ -1,0 +1,109 @@
+"""Functions that hide secrets in a text and make its control characters visible, before people read the text.
+
+The text of an error may come from a server or a library, which may repeat a password of the request or send escape
+sequences to the terminal. Therefore every error message and every log line passes through `printable`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from base64 import b64encode
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+SECRET_NAME = re.compile("TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|KEY|AUTH")
+"""Pattern of the names of environment variables whose values may be secrets."""
+NOT_SECRET_NAME = re.compile("AUTH_TYPE$|TRACKING_AUTH$|_SOCK$|_FILE$|_PATH$|_DIR$|_LIFETIME$|_PARALLELISM$")
+"""Pattern of the names that match SECRET_NAME, although their values are a mode, a file or a number."""
+HIDDEN = "***"
+
+_USER_INFO = re.compile(r"(//|(?<=\w:)(?<!models:)/)(?:[^/\s:@]*:\S*|[^/\s]*)@")
+"""Pattern of `//user:password@` and `scheme:/user:password@` up to the last `@`; the password may contain `@` and `/`.
+
+`models:/name@alias` is MLflow's URI of a model version, which contains no secret.
+"""
+_BARE_USER_INFO = re.compile(r"""(?<![^\s'"`(=,\[{])[^\s/:@'"`(=,\[{]+:(?!/)\S*@""")
+"""Pattern of `user:password@` at the beginning of a word, as in a URI without a scheme."""
+_QUERY = re.compile(r"((?:\w:|/)/\S*?)\?\S*=\S*")
+_HEADER = re.compile(r"\b(Basic|Bearer) [\w+/=.~-]{16,}")
+_USER_INFO_OF_VARIABLE = re.compile(r"(?:[A-Za-z][\w+.-]*:/{1,2})?([^\s/:@]*:(?!//)\S*|(?<=/)[^\s/]+)@")
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Pattern of all control characters except line feed and tab, and of the characters that reverse the text direction."""
+
+
+def printable(text: str) -> str:
+    """Hide the secrets in a text, and replace its control characters (except line feed and tab) by escape sequences."""
+    return _CONTROL.sub(_escape, hide_secrets(text))
+
+
+def hide_secrets(text: str) -> str:
+    """Hide the secrets in a text that people will read.
+
+    Removed are the user information and the query string of every URI. Replaced by `***` are `user:password` before an
+    `@`, credentials in an Authorization header, and the values of this process's environment variables that hold
+    secrets (`SECRET_NAME`) or URIs with user information.
+    """
+    known = _pattern(tuple(os.environ.items()))
+    if known is not None:
+        text = known.sub(HIDDEN, text)
+    text = _HEADER.sub(rf"\1 {HIDDEN}", _QUERY.sub(r"\1", _USER_INFO.sub(r"\1", text)))
+    return _BARE_USER_INFO.sub(f"{HIDDEN}@", text)
+
+
+class PrintableFormatter(logging.Formatter):
+    """Formatter whose log lines and tracebacks contain neither secrets nor control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the printable text of a log record."""
+        return printable(super().format(record))
+
+
+def _escape(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode()
+
+
+@lru_cache(maxsize=1)
+def _pattern(environment: tuple[tuple[str, str], ...]) -> re.Pattern[str] | None:
+    """Return a pattern of all secrets in environment variables, longest first, or None if there are no secrets."""
+    found = {form for value in _secrets(dict(environment)) for form in (value, quote(value, safe=""), unquote(value))}
+    secrets = sorted(filter(_is_secret, found), key=len, reverse=True)
+    # A short secret may be part of other words, so it is replaced only if it is a whole word.
+    forms = [re.escape(each) if len(each) >= 8 else rf"(?<![^\W_]){re.escape(each)}(?![^\W_])" for each in secrets]
+    return re.compile("|".join(forms)) if forms else None
+
+
+def _secrets(environment: dict[str, str]) -> Iterator[str]:
+    """Yield the secrets in environment variables, and the base64 text of user and password in HTTP requests."""
+    for name, value in environment.items():
+        if SECRET_NAME.search(name.upper()) and not NOT_SECRET_NAME.search(name.upper()):
+            yield value
+            for user in (name.replace("PASSWORD", "USERNAME"), name.replace("PASSWORD", "USER")):
+                if user != name and user in environment:
+                    yield _base64(f"{environment[user]}:{value}")
+        if info := _USER_INFO_OF_VARIABLE.match(value):
+            user, colon, password = info[1].partition(":")
+            yield from (info[1], _base64(info[1]), _base64(unquote(info[1])))
+            # Libraries that split a URI at the first `@` report a part of the password as host.
+            yield from (password, *password.split("@")) if colon else (user,)
+
+
+def _base64(text: str) -> str:
+    return b64encode(text.encode(errors="surrogateescape")).decode()
+
+
+def _is_secret(value: str) -> bool:
+    """Return whether a value is long enough to be a secret, and is neither a switch, a small number nor a file."""
+    if len(value) < 4 or value.lower() in ("true", "false", "none", "null", "auto"):
+        return False
+    return not (value.isdigit() and len(value) < 6) and not _exists(value)
+
+
+def _exists(value: str) -> bool:
+    try:
+        return Path(value).exists()
+    except (OSError, ValueError):  # longer than a name of a file may be, or with a zero byte
+        return False
