@@ -212,7 +212,7 @@ def read_picture(job: Job, path: Path) -> Image:
     from PIL import Image
 
     limits = job.config.data.limits
-    if address := re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]+):/(.*)", str(path)):  # `Path` has replaced :// by :/
+    if address := re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]+):/(.*)", str(path)):  # `Path` replaces the :// of a URL by :/
         raise _unusable(
             "read", f"{address[1]}://{address[2]}", "a URL", "download the picture, and name the downloaded file"
         )

@@ -1,4 +1,4 @@
-"""`lakesight caption`: caption the rows of a Delta table that a model version has not captioned yet."""
+"""`lakesight caption`: caption all rows of a Delta table that have no caption by a model version."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
     Args:
         job: the running command; the job's run config contains the limits for pictures and for drift.
         which: model version that writes the captions: a number, an alias such as `champion`, or `latest`.
-        request: values for the fields of CaptionRequest other than `limits` and `settings`.
+        request: values for all fields of CaptionRequest except `limits` and `settings`.
 
     Raises:
         UserError: the model is a text-only model.

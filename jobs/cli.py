@@ -181,7 +181,7 @@ def run(commands: typer.Typer) -> None:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Interrupt the command as Ctrl-C does. A second SIGTERM is ignored, so that it does not interrupt the cleanup."""
-    signal.signal(number, lambda *_: None)  # not SIG_IGN, which child processes would inherit
+    signal.signal(number, lambda *_: None)  # child processes would inherit SIG_IGN
     raise KeyboardInterrupt
 
 
@@ -240,7 +240,8 @@ def _file_error(error: Exception) -> UserError | None:
 
 
 def _line_with(pattern: re.Pattern[str], error: Exception) -> str:
-    """Return the first line of an error message that contains a pattern, or else the first line."""
+    """In an error message, find the first line that contains a pattern. Return this line, or else the message's first
+    line."""
     found = next((line for line in str(error).splitlines() if pattern.search(line)), _first_line(error))
     # remove the red arrow that delta-rs draws before each cause
     return re.sub("\x1b\\[[0-9]*m|\N{DOWNWARDS ARROW WITH TIP RIGHTWARDS}", "", found).removeprefix(": ").strip()

@@ -108,7 +108,7 @@ class Job:
     def command(self, name: str) -> str:
         """Return the command line that runs command `name` on the same run with the same overrides.
 
-        Settings of Spark (`platform.spark.conf`) are left out, because they may be secrets.
+        The command line leaves out settings of Spark (`platform.spark.conf`), because their values may be secrets.
         """
         return f"lakesight {name} {self._options()}"
 
@@ -199,7 +199,7 @@ def open_notebook(run: str, workspace: Sequence[str], overrides: Sequence[str]) 
 
     Args:
         run: name of the run.
-        workspace: overrides that name resources of a workspace, which are used only on a Databricks cluster.
+        workspace: overrides that name resources of a workspace. These overrides apply only on a Databricks cluster.
         overrides: other overrides.
 
     Raises:

@@ -66,7 +66,8 @@ def record(
     reasons: Sequence[str] = (),
     figures: str = "{}",
 ) -> None:
-    """Record a decision about a version of the run's model in table `decisions`, with the digest of its files.
+    """In table `decisions`, record a decision about a version of the run's model, with the digest of the version's
+    files.
 
     `record_decision` explains the arguments.
     """

@@ -71,7 +71,8 @@ def evaluate(
     worst and best captions. An existing evaluation is reused. With --checkpoint, the command measures any checkpoint
     that the training has kept.
 
-    For a text-only model, the command computes the loss per character, bits per character, perplexity, token accuracy.
+    For a text-only model, the command computes the loss per character, bits per character, perplexity and token
+    accuracy.
 
     A version is measured with its own generation settings at temperature 0. If options change these settings, the
     command writes the report and its page, but table evaluations, MLflow and the gate keep the figures of the version's

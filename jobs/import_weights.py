@@ -58,7 +58,7 @@ def import_weights(
     """Make a checkpoint from published weights.
 
     The command reads config.json and safetensors files of another library. The files are in one folder with the whole
-    model, or in a folder with the encoder and a folder with the decoder (one of these two folders is enough). Weights
+    model, or in separate folders with the encoder and the decoder. Either of the separate folders is enough. Weights
     that are in none of the folders are initialised at random. If the output folder already has the checkpoint of the
     same import, the command only prints the report again.
 

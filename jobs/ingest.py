@@ -119,7 +119,7 @@ def log_to_mlflow(job: Job, report: FullReport, *, good: bool) -> None:
 
 
 def _name_passed_over(report: FullReport) -> str:
-    """Return a text that lists, for each reason, the names of the first files that were not read for this reason."""
+    """Return a text that names the first unread files for each reason."""
     parts = []
     for reason, count in report.passed_over_count.items():
         names = report.passed_over.get(reason, [])[:SHOWN_FILES]

@@ -29,7 +29,8 @@ def run_server(
         environment: environment variables of the server.
         folder: working folder of the server.
         port: port on which the server will listen.
-        ready: function that is called once, when the server accepts connections, which can take many seconds.
+        ready: function that is called once, when the server accepts connections. The start of a server can take many
+            seconds.
     """
 
     def wait_for_port(ended: threading.Event) -> None:

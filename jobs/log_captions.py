@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SHOWN_CAPTIONS = 24
-"""Maximum number of captions on the gallery page of a job, which shows the least certain captions."""
+"""Maximum number of captions on the gallery page of a job. The page shows the least certain captions."""
 NAMES = ("model_name", "model_version", "model_digest", "settings_hash", "source_table", "source_version")
 
 

@@ -26,8 +26,8 @@ def migrate(
 ) -> None:
     """Bring tables and home folder to the format of this release.
 
-    Data of earlier releases can be used without a migration. After a migration, releases that do not know the format
-    refuse the data. Nothing is ingested, trained or captioned again. An undo is possible until rows are written.
+    Data of earlier releases can be used without a migration. After a migration, releases that do not know the new
+    format refuse the data. Nothing is ingested, trained or captioned again. An undo is possible until rows are written.
 
     \b
     Examples:

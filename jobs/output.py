@@ -106,7 +106,7 @@ class CommandOutput:
             head = " " * len(head)
 
     def styled(self, text: str, **style: Any) -> str:
-        """Return a text with the arguments `style` of `typer.style` if the output has colours, else the text itself."""
+        """Return a text in a style (arguments of `typer.style`) if the output has colours, else the text itself."""
         return typer.style(text, **style) if text.strip() and has_colours(self._stream) else text
 
     def next(self, *commands: str) -> None:

@@ -76,7 +76,7 @@ def _bar(label: str, poll: Poll, total: int | None, stop: threading.Event, strea
         form = "{desc} {percentage:3.0f}% |{bar:24}| {n}/{total} {elapsed}, {remaining} left{postfix}"
     with logging_redirect_tqdm(), tqdm(desc=label, total=total, bar_format=form, leave=False, file=stream) as bar:
         bar.start_t = started
-        bar.initial, _ = poll()  # work done before a resume, which does not count in the speed
+        bar.initial, _ = poll()  # work done before a resume does not count in the speed
         while not stop.wait(0.5):
             bar.n, text = poll()
             bar.set_postfix_str(text)

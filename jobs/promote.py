@@ -133,7 +133,7 @@ def run_promote(job: Job, which: str) -> PromotionReport:
 
 
 def _record_champion(job: Job, champion: ModelVersion) -> None:
-    """Record the champion if table `decisions` names another version.
+    """Record the champion if table `decisions` names a different version.
 
     An earlier promotion or rollback may have been recorded but not carried out, because the command was killed or the
     registry did not answer. The view `champion_captions` would then show captions of a version that is not the

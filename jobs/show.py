@@ -1,4 +1,4 @@
-"""`lakesight show`: print rows of a table version and, on request, write an HTML page of pictures, without Spark."""
+"""`lakesight show`: without Spark, print rows of a table version and, on request, write an HTML page of pictures."""
 
 from __future__ import annotations
 
@@ -141,8 +141,8 @@ def run_show(
         job: running command.
         table: name of the table or of the view, or path of a folder.
         version: version of the table, or None for the latest.
-        selection: three texts, each of which may be empty: columns separated by commas, an SQL condition, and an SQL
-            list of columns to sort by.
+        selection: columns separated by commas, an SQL condition, and an SQL list of columns to sort by. Each of the
+            three texts may be empty.
         count: number of rows in the report and on the page.
         place: columns and folder that say where the pictures of the page are, or None for no page.
         output: file to which all selected rows are written, or None for no file.
@@ -171,7 +171,7 @@ def run_show(
 
 
 def _open(job: Job, name: str, version: int | None) -> tuple[Relation, int, int]:
-    """Open a table or the view, and return a relation to read it, its version and its number of rows."""
+    """Open a table or the view. Return the relation to read, the version of the table, and the number of rows."""
     if name != VIEW:
         table = open_table(job, name, version)
         return table_relation(table), table.version(), count_rows(table, name)

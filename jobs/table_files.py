@@ -36,7 +36,7 @@ COMMANDS = {
     VERDICTS.name: "review",
     DECISIONS.name: "promote",
 }
-"""Command that writes the first rows of each table."""
+"""For each table, the command that writes the first rows."""
 
 
 def open_table(job: Job, name: str, version: int | None) -> DeltaTable:
@@ -78,7 +78,7 @@ def _folder(job: Job, name: str) -> Path:
             "this command reads only local Delta tables, and cannot read tables of a catalog",
             where=f"platform {job.platform.kind}",
             got=job.platform.table(name),
-            fix="query the table with SQL: docs/databricks.md has a query for each command like this command",
+            fix="query the table with SQL: docs/databricks.md has queries that replace this command",
         )
     if not is_supported(job.platform.tables):
         raise UserError(
@@ -201,8 +201,8 @@ def champion_captions(job: Job) -> Relation:
 def _promoted_elsewhere(job: Job, tables: Mapping[str, DeltaTable]) -> dict[str, str]:
     """Look up the champions of captioned models that were never promoted in this home folder.
 
-    Table `decisions` records only the promotions in this home folder, so the model registry is asked for these
-    champions. The result is a dict from the name of a model to the version of its champion.
+    Table `decisions` records only the promotions in this home folder, so this function asks the model registry for the
+    champions of all other models. The result is a dict from the name of a model to the version of its champion.
     """
     from pipelines.formats.delta_files import query
 

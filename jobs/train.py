@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PREPARED = ".prepared"
-"""Suffix of a file that stores the path of the newest run folder which `train --no-launch` has written for the run."""
+"""Suffix of the file in which `train --no-launch` stores the path of the run folder that it has written last."""
 SHOWN_METRICS = ("train/loss", "train/cider", "val/loss", "val/blind_gap")
 
 
@@ -79,9 +79,8 @@ def train(
     --no-launch, the command only writes the run folder. Start the ranks of this folder with torchrun, then run the
     command again without --no-launch to register the model.
 
-    With --replay-step, the command repeats the training up to the step, from the last checkpoint before the step, in a
-    temporary folder. The command then shows which pictures have a loss that is not finite. The replay does not change
-    the run.
+    With --replay-step, the command trains again in a temporary folder, from the last checkpoint before the step up to
+    the step. The command then shows which pictures have a loss that is not finite. The replay does not change the run.
 
     \b
     Example:

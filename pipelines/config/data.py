@@ -228,8 +228,8 @@ class TextSourceConfig(SourceBase):
     """Files of plain text without pictures, on which a text-only model (`model.text_only`) is trained.
 
     Attributes:
-        rows: what becomes a row of table `texts`: each `document` (a file), each `paragraph` (text between blank
-            lines) or each `line`. Blank lines separate rows, but are not rows themselves.
+        rows: whether each `document` (a file), each `paragraph` (text between blank lines) or each `line` becomes a row
+            of table `texts`. Blank lines separate rows, but are not rows themselves.
     """
 
     kind: Literal["text"]

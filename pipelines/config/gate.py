@@ -15,7 +15,7 @@ Baseline = Literal["constant", "neighbour"]
 
 
 class GateConfig(Config):
-    """Conditions that a model version must meet before `lakesight promote` moves the champion alias to it.
+    """Conditions that a model version must meet before `lakesight promote` makes the version the champion.
 
     Attributes:
         metric: metric by which a model version is compared with the baselines and with the champion. The default is
@@ -57,8 +57,8 @@ class DriftConfig(Config):
         contrast: largest difference in the standard deviation of the pixel values, on the scale from 0 to 255.
         min_rows: the job and the evaluation are compared only if both have at least this many rows. With fewer rows,
             random differences would exceed the thresholds.
-        fail: whether drift ends the job with exit code 1, after all captions are written; if false, drift only causes a
-            warning.
+        fail: whether drift ends the job with exit code 1, after all captions are written; with false, drift only causes
+            a warning.
     """
 
     words: PositiveFloat = 0.3

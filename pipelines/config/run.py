@@ -131,8 +131,8 @@ class DatabricksPlatformConfig(Config):
         ranks: number of training processes.
         use_gpu: whether each rank gets a GPU; if false, ranks use CPUs.
         cache_gib: disk space on each host for local copies of remote shards, in GiB; 0 for no copies.
-        experiment: full name of one MLflow experiment for all runs, or null for a separate experiment for each run
-            under `/Shared/lakesight/`.
+        experiment: full name of one MLflow experiment for all runs, or null to create a separate experiment under
+            `/Shared/lakesight/` for each run.
     """
 
     kind: Literal["databricks"]
@@ -295,8 +295,8 @@ def load_model(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
 
 
 def _chosen_name(run: dict[str, Any], kind: str, problems: list[str]) -> str:
-    """Return the name under a key (`kind`, such as `data`) of a run's YAML file, or an empty string if the key is
-    missing."""
+    """Return the name that a run's YAML file gives under key `kind`, such as `data`, or an empty string without the
+    key."""
     name = run.get(kind)
     if isinstance(name, bool | float | list | date):
         problems.append(f"run.{kind}: got {name!r}, which YAML does not read as a name: write the name in quotes")

@@ -90,8 +90,8 @@ class StageConfig(Config):
     Attributes:
         steps: length of the stage, in training steps.
         warmup_steps: length of the stage's warm-up, in training steps, or null for `train.optimizer.warmup_steps`.
-        objective: what the stage improves: with `texts`, the loss on the texts of the training rows; with `cider`, the
-            CIDEr of sampled captions.
+        objective: `texts` to lower the loss on the texts of the training rows, or `cider` to raise the CIDEr of sampled
+            captions.
         groups: groups of parameters, each with a learning rate. A parameter belongs to the first group whose pattern
             matches the name of the parameter. A parameter is frozen if no pattern matches.
     """
@@ -125,12 +125,13 @@ class AugmentConfig(Config):
     """Random changes of training pictures, drawn anew in each epoch. Validation pictures are never changed.
 
     Attributes:
-        scale: smallest and largest share of the picture's area that a random crop keeps. The crop is then enlarged to
+        scale: smallest and largest share of the picture's area that a random crop keeps. Each crop is then enlarged to
             the size of the picture.
         flip: share of pictures that are mirrored left to right. A picture is not mirrored if its text contains one of
             `sided_words`.
-        flip_vertical: share of pictures that are mirrored top to bottom, for pictures that have no natural top, such as
-            aerial pictures. A picture is not mirrored if its text contains one of `sided_words` or `upright_words`.
+        flip_vertical: share of pictures that are mirrored top to bottom. This is useful for pictures without a natural
+            top, such as aerial pictures. A picture is not mirrored if its text contains one of `sided_words` or
+            `upright_words`.
         rotate: share of pictures that are rotated by 90, 180 or 270 degrees. A picture is not rotated if its text
             contains one of `sided_words` or `upright_words`.
         erase: share of pictures in which a rectangle is filled with the picture's mean colour (random erasing, Zhong et
@@ -214,8 +215,8 @@ class TrainConfig(Config):
         steps: number of training steps. If `stages` is set, the default is the sum of the steps of all stages.
         batch_size: number of rows per step, over all ranks together.
         optimizer: settings of the optimizer.
-        stages: stages that follow each other and have learning rates of their own. Without stages, all parameters learn
-            at `optimizer.lr` for the whole run.
+        stages: consecutive stages of the training, each with its own learning rates. Without stages, all parameters
+            learn at `optimizer.lr` for the whole run.
         rows_at_once: number of rows in one forward pass of a rank, or null for all rows of the rank. A smaller number
             of rows saves memory. The result of a step stays the same, because gradients are accumulated over the full
             batch.
@@ -254,8 +255,8 @@ class TrainConfig(Config):
             also computed after the last step.
         best_by: metric that decides which checkpoint is the best: `loss` for the validation loss, or `cider` for the
             metric `val/cider`, which needs `score_every`.
-        stop: end training early if this many consecutive values of the metric `best_by` bring no new best value; null
-            to take all steps.
+        stop: number of consecutive values of the metric `best_by` without a new best value, after which training ends
+            early; null to take all steps.
         checkpoint_every: number of steps between two checkpoints. A checkpoint is also written after the last step.
         keep_checkpoints: number of newest checkpoints to keep. The best checkpoint is always kept in addition.
         caption_samples: number of validation pictures for which the model writes sample captions at each validation,

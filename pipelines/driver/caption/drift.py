@@ -1,8 +1,7 @@
-"""Drift check: compares a caption job with an evaluation of the same model version, by figures such as brightness.
+"""Drift check: compare figures of a caption job, such as brightness, with an evaluation of the same model version.
 
 Caption jobs and evaluations compute the figures with the same module, `pipelines.formats.caption_stats`. The caption
-job and the evaluation use the same model version, so a difference between their figures is caused by the pictures and
-not by the model.
+job and the evaluation use the same model version, so only the pictures can cause a difference between their figures.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from vlm.text.words import TOKENISATION
 logger = logging.getLogger(__name__)
 
 RELATIVE = ("words", "distinct_words")
-"""Names of the figures for which the drift limit is a relative change. Other figures have absolute limits."""
+"""Names of the figures for which the drift limit is a relative change. All other figures have absolute limits."""
 PROMPT_INDEPENDENT = ("error_share", "brightness", "contrast")
 """Names of the figures that do not depend on the prompt."""
 FIGURES = ("words", "distinct_words", "mean_logprob", *PROMPT_INDEPENDENT)
@@ -55,8 +54,8 @@ def read_evaluation_figures(
     """Read the figures of a model version's last evaluation on a split, or no figures if there is no evaluation.
 
     `of_model` is the SQL condition that identifies the model by its content (`is_of_model`). The figures that RELATIVE
-    names count words. An earlier version of Lakesight split texts into words by other rules than this version. If the
-    evaluation used these rules, this function leaves out the figures in RELATIVE.
+    names count words. An earlier version of Lakesight used different rules to split texts into words. If the evaluation
+    used the earlier rules, this function leaves out the figures in RELATIVE.
     """
     rows = (
         spark.table(platform.table(EVALUATIONS.name))
@@ -91,7 +90,7 @@ def compare_figures(
     Return an empty dict if the job or the evaluation has too few rows.
 
     Args:
-        figures: figures of the caption job: a dict from the name, such as 'brightness', to the value.
+        figures: dict from the name of a figure, such as 'brightness', to its value in the caption job.
         rows: number of rows that the job captioned.
         evaluation: figures of the model version's last evaluation.
         limits: minimum number of rows, and the largest allowed change of each figure.

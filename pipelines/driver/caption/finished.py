@@ -1,4 +1,4 @@
-"""Early check whether every row of a caption job has its caption, which saves the start of Spark.
+"""Check whether every row of a caption job has its caption, so that Spark starts only if it is needed.
 
 The check reads only Delta logs and small columns of tables. If the check is not certain that every row has its caption,
 Spark starts and looks for rows without a caption. This happens, for example, if the job has an SQL condition, or if a
@@ -31,7 +31,7 @@ IMAGE_TYPES = (pa.string(), pa.binary())
 
 
 def find_finished(platform: Platform, model: ModelFiles, request: CaptionRequest) -> CaptionReport | None:
-    """Return the report of the job if every row already has a caption, or None if a row may have no caption.
+    """Return the report of the job if every row already has a caption, or None if a row may lack a caption.
 
     Raises:
         UserError: the request is invalid, as in `check_request`.

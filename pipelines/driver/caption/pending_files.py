@@ -40,9 +40,9 @@ class PendingFiles:
 
     Attributes:
         folder: folder that contains the files.
-        key: values that all rows of the files share: a dict from a column of `generated_captions`, such as model_name,
-            to the value. The digest of the model is not part of the key.
-        counts: cache of row counts from Parquet footers: a dict from the path of a file to its number of rows.
+        key: dict from a column of `generated_captions`, such as model_name, to the value that all rows of the files
+            have. The digest of the model is not part of the key.
+        counts: dict from the path of a file to its number of rows, which saves reading a Parquet footer twice.
     """
 
     folder: Path
@@ -63,7 +63,7 @@ class PendingFiles:
     def num_rows(self) -> int:
         """Count the rows of all files from the Parquet footers. A progress bar calls this method twice a second.
 
-        The method reads the footer of each file only once, because a finished file never changes.
+        A finished file never changes, so the method reads the footer of each file only once.
         """
         return sum(self._rows_of(path) for path in self.files())
 

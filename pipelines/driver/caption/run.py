@@ -1,4 +1,4 @@
-"""Caption job: caption the rows of a Delta table that a model version has not captioned yet.
+"""Caption job: caption all rows of a Delta table that have no caption by a model version.
 
 1. The driver merges the files that an earlier job left (`pending_files.py`).
 2. The driver counts the rows without a caption. This count reads the ids of the rows, but no pictures. If every row has
@@ -48,7 +48,7 @@ from vlm.text.words import TOKENISATION
 logger = logging.getLogger(__name__)
 
 ROWS_PER_FILE = 512
-"""Number of rows per file of captions, and approximate number of rows per Spark task."""
+"""Number of rows in a caption file, which is also the approximate number of rows in a Spark task."""
 
 
 class CaptionRequest(Config):
@@ -102,11 +102,11 @@ class CaptionReport(Config):
             row.
         recovered: number of captions that were merged from files of an earlier job.
         removed: number of captions removed because the table no longer has their rows.
-        figures: statistics of the rows that this job captioned, from `CaptionStats.figures`: a dict from the name,
-            such as 'words', to the value.
+        figures: dict from the name of a statistic, such as 'words', to its value for the rows that this job captioned
+            (`CaptionStats.figures`).
         tokenisation: name of the rules by which the figures split captions into words.
-        drift: comparisons with the evaluation of the model version: a dict from the name of the figure to its `Drift`;
-            empty if nothing was compared.
+        drift: dict from the name of a figure to its comparison with the evaluation of the model version; empty if
+            nothing was compared.
     """
 
     source_table: str
@@ -151,8 +151,8 @@ class TooManyErrors(StageFailed):
 CaptionIdentity = tuple[GenerationConfig, dict[str, object], dict[str, str]]
 """Decoding settings, the values that identify these settings, and the key of a table's caption files."""
 Progress = Callable[[Callable[[], int], int], AbstractContextManager[None]]
-"""Function that returns a context manager, which shows progress. The arguments are a function that returns the number
-of finished rows, and the number of all rows."""
+"""Function that returns a context manager for showing progress. The first argument is a function that returns the
+number of finished rows. The second argument is the number of all rows."""
 
 
 def caption(
@@ -237,9 +237,9 @@ def _create_job(
     *,
     identity: CaptionIdentity,
 ) -> CaptionJob:
-    """Return the caption job with the settings that executors need. The time of the job is later than the time of every
-    earlier caption that a version of the model has generated for the table. So the captions of this job are the newest,
-    even if the clock was set back.
+    """Return the caption job with the settings that executors need. The time of the job is later than the times of all
+    existing captions of the table by any version of the model. So the captions of this job are the newest, even if the
+    clock was set back.
     """
     earlier = spark.table(platform.table(GENERATED_CAPTIONS.name)).where(
         (F.col("source_table") == source.name) & (F.col("model_name") == model.name)
@@ -293,7 +293,7 @@ def pending_folder(platform: Platform, key: dict[str, str]) -> Path:
 
 
 class RowCounts(NamedTuple):
-    """Number of all rows (`rows`), and of rows without a caption or whose picture may have changed (`todo`)."""
+    """Number of all rows (`rows`), and of rows whose caption is missing or may be out of date (`todo`)."""
 
     rows: int
     todo: int

@@ -145,7 +145,7 @@ def compared_versions(rows: Mapping[int, int], newest: int) -> list[int]:
     counts as captioned from the newest version.
 
     Args:
-        rows: numbers of captioned rows: a dict from a table version to the number of rows captioned at this version.
+        rows: dict from a table version to the number of rows that were captioned at this version.
         newest: newest version of the table, from which rows are captioned now.
     """
     earlier = sorted(rows.keys() - {newest}, key=lambda version: (-rows[version], version))

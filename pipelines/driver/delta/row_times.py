@@ -1,8 +1,8 @@
-"""Times of new rows, which are later than the times of earlier rows even if the clock was set back.
+"""Times of new rows, each later than the times of all existing rows even if the clock was set back.
 
 Readers use the times of the rows to find the last decision on a model, the newest caption of a picture and the last
-ingest of a table. If the clock was ahead when an earlier row was written, the rows of later jobs would not count as
-newer.
+ingest of a table. Without this correction, a row that was written while the clock was ahead would count as newer than
+the rows of later jobs.
 """
 
 from __future__ import annotations

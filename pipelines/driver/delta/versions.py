@@ -35,8 +35,8 @@ MAINTENANCE_OPERATIONS = frozenset(
 COMMIT = ("version", "operation", "userMetadata", "operationParameters")
 """Fields of a commit that tell whether the commit may have changed rows of a source."""
 NOTE_IN_CONDITION = re.compile(rf"= '?({NOTE_PREFIX}[\w.-]+)")
-"""Pattern that finds the note in the condition of a MERGE. `note_condition` writes this note, and Delta stores the
-condition in the table history.
+"""Pattern that finds the note of a source in the condition of a MERGE. `note_condition` writes the note, and Delta
+stores the condition in the table history.
 """
 
 
@@ -63,7 +63,7 @@ def newest_version(spark: SparkSession, name: str) -> int:
 
 
 def read_versions(spark: SparkSession, platform: Platform, source: str, table: Table = SAMPLES) -> TableVersions:
-    """Read the newest version of a table, and the last version that changed a source, to which jobs pin the source.
+    """Read the newest version of a table, and the version that last changed a source (the pinned version).
 
     The table holds the rows of all sources. An ingest of any source creates a new table version. If shards were pinned
     to the newest version, an ingest of one source would make the shards of all sources stale. Each ingest writes the
@@ -131,8 +131,8 @@ def note_options(source: str) -> dict[str, str]:
 def guarded_options(source: str, version: int) -> dict[str, str]:
     """Return write options with which Delta skips a write if another writer has committed first for the same source.
 
-    The options use Delta's idempotent writes. `txnAppId` names the source. `txnVersion` is `version`: the table version
-    that last changed the source when the write was planned. Delta skips a write whose `txnVersion` is not above the
+    The options use Delta's idempotent writes. `txnAppId` names the source. `txnVersion` is `version`, the table version
+    that had last changed the source when the write was planned. Delta skips a write whose `txnVersion` is not above the
     last committed `txnVersion` of the source. If two writers planned at the same version, the first writer commits, and
     Delta skips the write of the second writer.
     """
@@ -163,7 +163,7 @@ def commit_note(spark: SparkSession, note: str) -> Iterator[None]:
 
 @contextmanager
 def skip_if_changed_since(spark: SparkSession, source: str, version: int) -> Iterator[None]:
-    """Make Delta skip a MERGE in the block in the same cases as a write with `guarded_options`.
+    """In the block, make Delta skip a MERGE in the cases in which Delta skips a write with `guarded_options`.
 
     A MERGE takes no options, so this function changes Spark settings. If the session refuses the settings, Delta does
     not skip the MERGE. The WHEN clauses of the MERGE must therefore leave out rows that have changed.

@@ -25,8 +25,7 @@ MAX_PAIRS = 25_000_000
 """Largest number of pairs (candidate, reference) to compare. With this limit, the comparison takes only seconds."""
 MIN_CANDIDATES = 256
 SHORTLIST = 4
-"""Number of best candidates by word F1, and number of best candidates by CIDEr, for which slower metrics are
-computed.
+"""Number of candidates with the best word F1, and number of candidates with the best CIDEr, for the slower metrics.
 """
 
 
@@ -146,7 +145,7 @@ def constant_cider(candidates: Sequence[list[str]], references: Sequence[list[li
 
 
 class _Postings:
-    """Inverted index: for each word or n-gram, the numbers of the references that contain the n-gram, and the value of
+    """Inverted index: for each word or n-gram, the indices of the references that contain the n-gram, and the value of
     the n-gram in each of these references.
     """
 

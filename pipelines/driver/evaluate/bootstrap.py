@@ -69,7 +69,8 @@ def measure(
 
     Args:
         scored: rows of the split; at least one row has a caption.
-        further: additional metrics to compute over the rows with a caption: a dict from the name to the metric.
+        further: dict from the name of an additional metric to the metric, which is computed over the rows with a
+            caption.
         seed: seed of the resampling.
     """
     failed = ratio([float(item.caption is None) for item in scored])
@@ -135,8 +136,7 @@ def slice_metrics(
 
     Args:
         scored: rows of the split; at least one row has a caption.
-        columns: values by which slices are made: a dict from the name of a column to a dict from image_id to the
-            value.
+        columns: dict from the name of a column to a dict, which maps each image_id to the value that selects its slice.
         names: names of the metrics to compute.
         seed: seed of the resampling.
     """

@@ -34,8 +34,8 @@ def record_decision(
     reasons: Sequence[str] = (),
     figures: str = "{}",
 ) -> None:
-    """Append a decision to table `decisions`. Call this function before the registry is changed, so that no change of
-    the champion is unrecorded.
+    """Append a decision to table `decisions`. Call this function before the registry is changed, so that every change
+    of the champion is recorded.
 
     Args:
         open_spark: function that returns the Spark session. The function is called only if a catalog manages the table.
@@ -73,10 +73,10 @@ def record_decision(
 
 
 def recorded_champion(open_spark: Callable[[], SparkSession], platform: Platform, model: str) -> str | None:
-    """Return the version that the last promotion or rollback in table `decisions` made the champion, if there is one.
+    """Return the version that the last promotion or rollback in table `decisions` has made the champion, else None.
 
-    The registry may name a different champion, because a command may have been killed after it had recorded a decision
-    and before it changed the registry.
+    The registry may name a different champion if a command was killed after recording a decision and before changing
+    the registry.
     """
     import pyarrow.compute as pc
 

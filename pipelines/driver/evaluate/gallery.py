@@ -112,7 +112,8 @@ class GalleryRow:
         human: human captions (references), separated by slashes.
         captions: captions by the models, one caption per model.
         groups: names of the groups by which a reader can filter the page.
-        attention: a picture for each word of the model's caption that shows where the model looked; empty to show none.
+        attention: for each word of the model's caption, a picture that shows where the model looked; empty to show
+            none.
     """
 
     image_id: str

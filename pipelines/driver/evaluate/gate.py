@@ -175,7 +175,7 @@ def _check_champion(gate: GateConfig, difference: Interval | None, version: str,
 def read_trial_pictures(spark: SparkSession, shards: Shards, count: int) -> list[tuple[bytes, str]]:
     """Read the original files of the first pictures of a split. Return pairs of a picture and its first prompt.
 
-    A picture that an ingest has removed from the table since the shards were written is left out.
+    This function leaves out pictures that an ingest has removed from the table since the shards were written.
 
     Raises:
         StageFailed: none of the pictures is in the table any more.

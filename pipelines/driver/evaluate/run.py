@@ -2,8 +2,8 @@
 
 The driver receives a few hundred bytes of text and numbers per picture, and thumbnails of the pictures in the gallery.
 Each pair of a model version and a split has its own folder, in which `report.json` is the last file to be written. A
-repeated evaluation only reads `report.json`. If a later evaluation requests further metrics, it computes them from the
-stored scores and does not run the model again.
+repeated evaluation only reads `report.json`. If a later evaluation requests further metrics, it computes these metrics
+from the stored scores, without running the model again.
 """
 
 from __future__ import annotations
@@ -83,15 +83,15 @@ class EvaluationReport(Config):
             (`scores.scores_hash`).
         pictures: number of pictures of the split.
         left_out: number of rows whose prompt leaves no room for a caption; only `error_share` counts these rows.
-        tokenisation: name of the rules that split texts into words; empty in reports of earlier versions of Lakesight,
-            which are computed again from the stored scores.
+        tokenisation: name of the rules that split texts into words; empty in a report of an earlier Lakesight version.
+            Such a report is computed again from the stored scores.
         definitions: version number of the metric definitions; 1 in reports of earlier versions of Lakesight.
-        settings: generation settings of the captions; null for the generation settings of the model version at
-            temperature 0. A report with any other generation settings is not merged into table `evaluations`.
+        settings: generation settings of the captions; null if the captions were generated with the model version's own
+            settings at temperature 0. A report whose `settings` are not null is not merged into table `evaluations`.
         object_words: hash of the word list with which `chair_i` and `chair_s` were computed, or empty if these metrics
             were not computed.
         metrics: metrics of the whole split, including the metrics of the baselines (constant_*, neighbour_*).
-        columns: names of the columns by whose values evaluation slices are made.
+        columns: names of the columns whose values define the evaluation slices.
         slices: a dict from the name of a slice (`column=value`) to the metrics of the slice.
         slice_rows: a dict from the name of a slice to its number of rows; empty in reports of earlier versions.
         folder: folder of the scores, the report and the pages.
@@ -155,7 +155,7 @@ def evaluate(
         model: model version to evaluate, with the folder of its files.
         shards_folder: shard folder of the split.
         train_folder: shard folder of the training split, for the nearest-neighbour baseline.
-        columns: names of the columns by whose values evaluation slices are made.
+        columns: names of the columns whose values define the evaluation slices.
         with_java: whether to compute METEOR and COCO's figures. These metrics need Java, and are left out without Java.
             Java takes seconds to start.
         objects: word list for the metrics of object hallucination, or None to leave out these metrics.
@@ -189,8 +189,8 @@ def _find_folder(platform: Platform, model: ModelFiles, shards: Shards, train: S
     """Return the folder of an evaluation.
 
     Lakesight 0.1.0 did not store the digest of an evaluated model. If a report has no digest, this function stores the
-    digest of the model in the report. A later model of the same MLflow run with different files then does not use the
-    report.
+    digest of the model in the report. The report is then not used for a model with different files, even if both models
+    come from the same MLflow run.
     """
     folder = evaluation_folder(platform, model, shards, train)
     earlier = evaluation_folder(platform, model.model_copy(update={"digest": ""}), shards, train)
@@ -221,13 +221,13 @@ class RequestedMetrics(NamedTuple):
         return has_metrics and (report.tokenisation, report.definitions) == (TOKENISATION, DEFINITIONS)
 
     def merged_with(self, report: EvaluationReport) -> RequestedMetrics:
-        """Return the union of the requested optional metrics and a report's optional metrics that need no word list."""
+        """Add a report's optional metrics, except those that need a word list, to the requested optional metrics."""
         columns = tuple(dict.fromkeys((*report.columns, *self.columns)))
         return RequestedMetrics(columns, self.java or ("meteor" in report.metrics and has_java()), self.objects)
 
 
 def _report_paths(folder: Path) -> dict[str, Path]:
-    """Return the paths in a report: a dict from the name of the field, such as 'gallery', to the path."""
+    """Return a dict from the name of a field of the report, such as 'gallery', to the path in this field."""
     pages = {"gallery": "gallery.html", "gallery_png": "gallery.png", "figures_png": "figures.png"}
     return {"folder": folder} | {field: folder / name for field, name in pages.items()}
 
@@ -393,7 +393,7 @@ def _write_pages(report: EvaluationReport, rows: Sequence[GalleryRow]) -> None:
 
 
 def _describe_settings(report: EvaluationReport) -> str:
-    """Return a sentence with the generation settings, or an empty string if they are the model version's own."""
+    """Return a sentence with the generation settings, or an empty string for the model version's own settings."""
     if report.settings is None:
         return ""
     return f"Settings: {', '.join(f'{name} {value}' for name, value in report.settings)}. "

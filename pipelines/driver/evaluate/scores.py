@@ -60,10 +60,10 @@ BLOCK_ROWS = 512
 SCORES = "scores.parquet"
 ATTENTION = "attention.parquet"
 ATTENTION_ROWS = 6
-"""Number of worst rows of which the gallery shows the attention of the model."""
+"""Number of worst rows for which the gallery shows the model's attention."""
 MAX_ATTENTION_WEIGHTS = 2**28
-"""Largest number of attention weights of one caption, which take 1 GB in fp32. The gallery of a larger model shows no
-attention."""
+"""Largest number of attention weights of one caption. This number of weights takes 1 GB in fp32. If a caption has more
+weights, the gallery shows no attention."""
 
 ColourGrids = npt.NDArray[np.float32]
 GridAndText = tuple[str, bytes, str]
@@ -150,7 +150,7 @@ def _run_model(spark: SparkSession, model: ModelFiles, shards: Shards) -> list[d
 def draw_attention(
     spark: SparkSession, model: ModelFiles, shards: Shards, rows: Sequence[ScoredRow], folder: Path
 ) -> dict[tuple[str, str], tuple[WordPicture, ...]]:
-    """Draw for each word of captions where in the picture the model looked.
+    """For each word of the captions, draw where in the picture the model looked.
 
     If `folder` has no attention file, one executor draws the attention, and the file is written.
 
@@ -184,7 +184,7 @@ def draw_attention(
 
 
 def can_show_attention(config: ModelConfig, max_new_tokens: int) -> bool:
-    """Return whether a caption has at most MAX_ATTENTION_WEIGHTS attention weights, which fit an executor's memory."""
+    """Return whether the attention weights of a caption fit an executor's memory (at most MAX_ATTENTION_WEIGHTS)."""
     weights = num_attention_weights(config, max_new_tokens)
     if weights > MAX_ATTENTION_WEIGHTS:
         logger.info("the gallery shows no attention, because a caption has %d attention weights", weights)

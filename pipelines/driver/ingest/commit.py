@@ -20,7 +20,8 @@ from pipelines.platform import Platform
 logger = logging.getLogger(__name__)
 
 KEPT_REASONS = ("decode_timeout", "decoder_crash")
-"""Quarantine reasons that depend on the machine: an ingest may refuse a row that an earlier ingest has accepted."""
+"""Quarantine reasons that depend on the machine, so that an ingest may refuse a row that an earlier ingest has
+accepted."""
 
 
 def write_samples(platform: Platform, plan: IngestPlan) -> NearReport:

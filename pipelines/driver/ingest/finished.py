@@ -1,4 +1,4 @@
-"""Early check whether an ingest has nothing to read, which saves the start of Spark.
+"""Check whether an ingest has nothing to read, so that Spark starts only if it is needed.
 
 The check reads the ledger (table `ingested`), the list of the source's files and the Delta logs. If the check is not
 certain that all items were ingested, Spark starts and opens the source. The check is not certain if a catalog manages

@@ -1,7 +1,7 @@
 """Near duplicates of an ingest: find new pictures that resemble another picture, and put both pictures in one split.
 
-`near_pairs.py` compares only pictures that share a key, which is a part of their hashes. A picture is not compared if
-too many pictures share one of its keys. The ingest report counts the pictures that were not compared.
+`near_pairs.py` compares only pictures that share a key (a part of their hashes). A picture is not compared if too many
+pictures share one of its keys. The ingest report counts the pictures that were not compared.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class NearDuplicates(NamedTuple):
     """Near duplicates among the pictures of an ingest plan, read from files in the spill folder.
 
     Attributes:
-        shared: result of `shared_keys`, which has one row for each picture and each key that the picture shares.
+        shared: result of `shared_keys`, with one row for each pair of a picture and a key that the picture shares.
         pairs: pairs of near duplicates, with the schema PAIRS.
         neighbours: split and near duplicate of each new picture that has a near duplicate, from `_resolve`.
     """

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 TEXT = "struct<prompt:string,text:string>"
 TEXTS = f"array<{TEXT}>"
 FEW_ROWS = 200_000
-"""Largest input whose ids are all sent to every task (about 50 MB per executor), in rows."""
+"""Largest number of input rows whose ids are sent to every task (about 50 MB per executor)."""
 FILE = "left(source_row, length(source_row) - length(substring_index(source_row, '#', -1)))"
 """SQL expression for the file part of `source_row`, up to and including the last `#`."""
 

@@ -42,7 +42,7 @@ def refused_rows(plan: IngestPlan) -> DataFrame:
 
 
 def _refuse(rows: DataFrame, reason: str, detail: Column) -> DataFrame:
-    """Convert decoded rows, which the ingest plan refuses, into rows with the columns in REFUSED."""
+    """Convert decoded rows that the ingest plan refuses into rows with the columns in REFUSED."""
     why = {"stage": F.lit(MERGE), "reason": F.lit(reason), "detail": detail}
     return rows.withColumns(why).select(*REFUSED)
 

@@ -38,7 +38,7 @@ class ReplayReport(Config):
     Attributes:
         source: name of the source, which is the name of its data config.
         reasons: quarantine reasons of the replayed rows.
-        rows_in: number of replayed rows: rows that have one of the reasons and that no earlier replay has accepted.
+        rows_in: number of replayed rows, which have one of the reasons and were accepted by no earlier replay.
         new: number of rows that added a new picture to `samples`.
         merged: number of rows that added a text to a picture.
         duplicates: number of valid rows that added nothing.

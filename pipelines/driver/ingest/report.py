@@ -25,7 +25,7 @@ from vlm.config import Config
 
 ACCEPTED_ROWS = 24
 SHOWN_TEXTS = 20
-"""Largest number of texts that the page shows for an accepted picture, which may have a hundred thousand texts."""
+"""Largest number of texts that the page shows for an accepted picture. A picture may have a hundred thousand texts."""
 REFUSED_ROWS_PER_REASON = 3
 
 

@@ -19,7 +19,7 @@ from pipelines.formats.tables import QUARANTINE, SAMPLES, TEXTS
 from pipelines.platform import Platform
 
 TIME_COLUMNS = {SAMPLES.name: "ingested_at", TEXTS.name: "ingested_at", QUARANTINE.name: "quarantined_at"}
-"""For each table, the column that holds the time of the ingest plan that wrote a row."""
+"""For each table, the column with the time of the ingest plan from which a row was written."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Stamp:
         ingest_id: id of the ingest, a hash of the source's name and of the state of its files or table.
         planned_at: time at which the plan was made. Each plan has a different time, so the time identifies the rows of
             the plan.
-        base_version: version of `samples` that last changed the source when the plan was made.
+        base_version: version of `samples` that had last changed the source when the plan was made.
     """
 
     source: str

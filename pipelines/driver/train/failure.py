@@ -128,7 +128,7 @@ def _missing(run: RunFolder, rank: RankFile, waited: Failure) -> TrainingFailed:
         f"rank {rank.rank} {'hung at' if log_line else 'has not responded since'} step {_last_step(run, rank.rank)}",
         where=f"host {rank.host}, log {run.log(rank.rank)}",
         got=f"rank {waited.rank} {waited.message}; "
-        + (log_line or "the silent rank was stopped, called os._exit, or its host is down"),
+        + (log_line or "the silent rank was stopped or called os._exit, or its host is down"),
         fix=f"{STACKS.format(run.failures)}; {_restart_hint(run)}",
     )
 

@@ -77,7 +77,7 @@ def _describe_executors(spark: SparkSession, tasks: int) -> list[dict[str, objec
 
 
 def check_compatible(hosts: Sequence[Host], driver_version: str) -> None:
-    """Check that the ranks of one run can work together on these hosts, and log a warning of other differences.
+    """Check that the ranks of one run can work together on these hosts, and log a warning about tolerated differences.
 
     Args:
         hosts: descriptions of the hosts, one per Python interpreter.

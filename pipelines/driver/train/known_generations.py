@@ -1,5 +1,5 @@
-"""File with the generation settings of all runs of one name. A command reads this file instead of the run.json of each
-run."""
+"""File with the generation settings of all runs that have the same name. A command reads this file instead of the
+run.json of each run."""
 
 from __future__ import annotations
 

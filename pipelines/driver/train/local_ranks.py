@@ -22,7 +22,7 @@ RankEntry = Callable[[str], None]
 
 POLL_SECONDS = 0.1
 TERM_SECONDS = 15.0
-"""Time that a rank may take to record how it ended after SIGTERM, before the rank is killed, in seconds."""
+"""Time in seconds between SIGTERM and SIGKILL, in which a rank can record how it ended."""
 
 
 def run_local_ranks(run: RunFolder, ranks: int, entry: RankEntry) -> Exception | None:
@@ -70,8 +70,8 @@ def _rank_environment(rank: int, ranks: int, store: Path) -> dict[str, str]:
         GLOO_SOCKET_IFNAME=loopback,
         NCCL_SOCKET_IFNAME=loopback,
     )
-    # A rank sets its number of threads itself. OMP_NUM_THREADS is 1, as with torchrun, so that libraries do not start
-    # one thread per core before that.
+    # A rank sets its number of threads itself. Until then, OMP_NUM_THREADS is 1, as with torchrun, so that libraries do
+    # not start one thread per core.
     return environment if ranks == 1 else {"OMP_NUM_THREADS": "1"} | environment
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 SHARD_FOLDERS = ("train_shards", "validate_shards")
-"""Names of the fields of run.json that name shard folders."""
+"""Fields of run.json that contain the paths of shard folders."""
 NOT_FINITE = "NotFiniteError"
 """Name of the exception in a failure record if the loss was not finite."""
 

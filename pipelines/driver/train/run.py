@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RETURN_SECONDS = 120.0
-"""Time that a cluster may take to replace a lost executor before a restart of the run, in seconds."""
+"""Maximum time, in seconds, that a restart of the run waits for the cluster to replace a lost executor."""
 
 
 def prepare(
@@ -187,7 +187,7 @@ def reason_not_to_restart(root: Failure | None, previous: Failure | None, restar
 
     Args:
         root: failure record that names the root cause of the failed attempt, if any.
-        previous: failure record that names the root cause of the attempt before, if any.
+        previous: failure record that names the root cause of the attempt before the failed attempt, if any.
         restarts: number of restarts so far.
         allowed: largest number of restarts.
     """

@@ -55,8 +55,8 @@ def write_pictures(
 def _plan_and_write(spark: SparkSession, platform: Platform, decoded: DecodedRows, reasons: Counter[str]) -> Written:
     """Make a plan and write its rows to `quarantine` and `samples`.
 
-    `reasons` counts the rows that all attempts have added to `quarantine`, because these rows stay in `quarantine` if
-    the following write to `samples` fails.
+    `reasons` counts the rows that any attempt has added to `quarantine`, because these rows stay in `quarantine` even
+    if the attempt then fails to write to `samples`.
     """
     plan = plan_ingest(spark, platform, decoded)
     if plan.request.replace:

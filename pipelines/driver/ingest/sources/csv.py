@@ -35,8 +35,7 @@ def load_rows(
 
     Args:
         spark: Spark session.
-        dialect: settings of the CSV format: whether fields contain line breaks, and which characters separate fields
-            and escape quotes.
+        dialect: settings of the CSV format, such as the characters that separate fields and escape quotes.
         config: data config of the source.
         files: CSV files.
 

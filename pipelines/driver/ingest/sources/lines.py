@@ -19,7 +19,7 @@ from pipelines.executor.ingest.text_stream import HEAD_BYTES, is_plain, open_tex
 
 COMPRESSION_SUFFIXES = ("", ".gz", ".bz2", ".zst", ".xz")
 """Suffixes of text files, one for each kind of compression. The empty suffix stands for no compression. The suffix only
-selects files: the content of a file tells how the file is compressed."""
+selects files. The compression is recognised by the content of the file."""
 UNPACKED_SHARE = 4
 """Assumed number of uncompressed bytes per byte of a compressed file, from which the number of tasks is computed."""
 THREADS = 16
@@ -55,7 +55,7 @@ def read_layouts(files: Sequence[SourceFile], read: ReadHead, *, whole: bool = F
 
 
 def _find_separator(stream: IO[bytes]) -> bytes:
-    """Return a carriage return if the first line ends with a carriage return and no line feed, else a line feed."""
+    """Return a carriage return if the first line ends with a carriage return alone, else a line feed."""
     head = b""
     read1 = getattr(stream, "read1", stream.read)
     while len(head) < LINE_END_BYTES and not head.lstrip(b"\r").rstrip(b"\r").count(b"\r") and b"\n" not in head:

@@ -98,7 +98,7 @@ def open_unchanged(platform: Platform, name: str, config: DataConfig, ingested: 
         UserError: the input does not exist, has no file of the source's kind, or lacks a column.
     """
     if is_url(config.source.path):
-        return None  # listing an object store takes long, so it is listed only once, later
+        return None  # listing an object store takes long, so only `open_source` lists the store
     given, config = config, generate_scenes(config, platform)
     match config.source:
         case TableSourceConfig() as source:

@@ -1,4 +1,4 @@
-"""Pictures that the rows of a source name by paths or URIs: the location and the parser of these pictures."""
+"""Location and parser of the pictures to which the rows of a source refer by paths or URIs."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class SourceRows(NamedTuple):
 
 @dataclass(frozen=True)
 class Covered:
-    """Pictures in `samples` of which the source returns all current rows, so that an ingest finds deleted rows.
+    """Pictures in `samples` for which the source returns all current rows, so that an ingest can find deleted rows.
 
     A covered picture is removed if the rows no longer contain the picture or one of its texts.
 

@@ -115,7 +115,8 @@ def require_local_table(source: TableSourceConfig) -> None:
 
 
 def open_ingested_table(name: str, source: TableSourceConfig, ingested: pa.Table) -> Source | None:
-    """Open a table on a local disk without Spark if the last ingest read the same version, else return None."""
+    """If the last ingest read the same version of a table on a local disk, open the table without Spark, else return
+    None."""
     if source.table or not source.path:
         return None
     try:

@@ -79,7 +79,7 @@ def _refused(outcomes: DataFrame) -> DataFrame:
 
 
 def _append(spark: SparkSession, platform: Platform, table: Table, rows: DataFrame, *, stamp: Stamp) -> dict[str, int]:
-    """Append the rows that a table lacks in one commit. Return the number of added rows by reason (empty for texts).
+    """In one commit, append the rows that a table lacks. Return the number of added rows by reason (empty for texts).
 
     Raises:
         WriteConflict: another ingest of the source has committed since this function read the table.
