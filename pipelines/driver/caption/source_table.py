@@ -139,7 +139,7 @@ def files_at(spark: SparkSession, name: str, version: int) -> set[str]:
 def compared_versions(rows: Mapping[int, int], newest: int) -> list[int]:
     """Choose the earlier versions of a table whose data files the caller compares with the newest version's data files.
 
-    A nightly job captions rows of a different table version every night, and listing the files of one version takes
+    A nightly job captions rows of a new table version every night, and listing the data files of one version takes
     seconds. Therefore, this function chooses only the versions with the most captioned rows. For all other versions,
     the pictures of the captioned rows are read again and compared by their bytes. A row with an unchanged picture then
     counts as captioned from the newest version.

@@ -21,7 +21,7 @@ RESAMPLES = 200
 MAX_VALUES = 8
 """Largest number of values of a column for which an evaluation computes separate metrics (one slice for each value).
 If a column has more than MAX_VALUES distinct numbers, the numbers are divided into quartiles. In a text column with
-more distinct values, only the MAX_VALUES most frequent values have their own slice.
+more than MAX_VALUES distinct values, only the most frequent MAX_VALUES values have their own slice.
 """
 MIN_SLICE_ROWS = 2
 

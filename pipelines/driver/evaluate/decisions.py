@@ -1,4 +1,4 @@
-"""Table `decisions`: who promoted, refused or rolled back which model version, when and why.
+"""Table `decisions`, which records who promoted, refused or rolled back which model version, when and why.
 
 On a laptop the table is written as files, so a rollback needs no Spark. In a workspace Spark writes to the catalog.
 """

@@ -64,7 +64,8 @@ def read_ledger(spark: SparkSession, platform: Platform, source: str, rules: str
     """Read the ITEMS of a source that have been ingested with the settings whose hash is `rules`.
 
     If an item is a table, only the last ingest of the table counts, because `samples` holds the rows of this ingest.
-    The last ingest counts even if it read an older version of the table or had other settings.
+    The last ingest counts even if it read an older version of the table than an earlier ingest, or had different
+    settings.
     """
     if (opened := open_on_disk(platform, INGESTED)) is not None:
         return read_ledger_of_files(opened, source, rules)

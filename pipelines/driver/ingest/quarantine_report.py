@@ -161,7 +161,7 @@ def select_examples(table: DataFrame, rows: int) -> list[Row]:
 
 
 _BASE64 = re.compile(r"([A-Za-z0-9+/_=-]{24})[A-Za-z0-9+/_=-]{40,}")
-"""Pattern of a picture's base64 text. A card shows only the beginning of such a text, because people cannot read
+"""Pattern of a picture's base64 text. A card shows only the beginning of a base64 text, because people cannot read
 base64."""
 
 

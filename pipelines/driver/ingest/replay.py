@@ -66,7 +66,7 @@ def replay(
 ) -> ReplayReport:
     """Decode rows of a source in `quarantine` again, with the current data config, and write the accepted rows.
 
-    If a row names its picture by a path or URI and the picture could not be read before, the picture is read again.
+    If a row refers to its picture by a path or URI and the picture could not be read before, the picture is read again.
 
     Raises:
         UserError: the location of the pictures that rows name cannot be read, or the source is plain text.

@@ -54,7 +54,7 @@ def merge_into(table: str, updates: DataFrame, key: str, source: str, *clauses: 
     Args:
         table: full name of the table, whose alias is `target`.
         updates: new rows, whose alias is `updates`.
-        key: column whose value is the same in a row of the table and in the update of this row.
+        key: column that has the same value in a row of the table and in the update of this row.
         source: name of the source, which is the name of its data config.
         clauses: WHEN clauses of the merge, in SQL.
     """

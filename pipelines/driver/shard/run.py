@@ -73,7 +73,8 @@ def shard(  # noqa: PLR0917 (each argument is one part of a run, and all are req
     version, because VACUUM may have removed the files of the pinned version. The rows of the source are equal in the
     pinned version and in the newest version.
 
-    A training picture of a mix is left out if it copies a validation or test picture of another source of the mix.
+    If a training picture of a mix copies a validation or test picture of another source of the mix, the picture is left
+    out.
 
     Raises:
         UserError: the split has no rows, or data.shards.where is not a valid SQL condition.

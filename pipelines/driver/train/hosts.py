@@ -1,8 +1,8 @@
 """Check of the hosts on which ranks will run: installed packages, versions and GPUs.
 
-Without this check, a rank that lacks a package fails after a minute, and only the log of the rank has the error. Ranks
-with different versions of torch hang or fail in collectives. The check runs before any rank starts and reports the host
-and the package in one sentence.
+Without this check, a rank that lacks a package would fail after a minute, and only the log of the rank would have the
+error. Ranks with different versions of torch would hang or fail in collectives. The check runs before any rank starts
+and reports the host and the package in one sentence.
 """
 
 from __future__ import annotations

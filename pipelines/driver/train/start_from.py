@@ -19,7 +19,7 @@ FREE_SETTINGS = EXECUTION_SETTINGS | {
     *("steps", "start_from", "start_state", "log_every", "validate_every", "validate_rows", "caption_samples"),
     *("score_every", "best_by", "stop"),
 }
-"""Training settings that may differ between a run and the earlier run that the run continues."""
+"""Training settings that may change when a run continues the training of an earlier run."""
 
 
 class StartFolder(Config):
@@ -55,8 +55,8 @@ def check_start_folder(folder: Path, config: ModelConfig, settings: TrainConfig)
         The absolute path of the folder.
 
     Raises:
-        UserError: the folder lacks a file of a model, contains another model (the message lists each difference), or
-            contains only a decoder although the settings need trained weights of all parts.
+        UserError: the folder lacks a file of a model, contains a model that differs from the run's model (the message
+            lists each difference), or contains only a decoder although the settings need trained weights of all parts.
     """
     folder = folder.absolute()
     missing = [name for name in FILES if not (folder / name).is_file()]

@@ -44,7 +44,7 @@ from pipelines.executor.ingest.records.record import Read
 from pipelines.executor.ingest.storage import describe_damage, printable
 
 CAPTION_BYTES_PER_TASK = 64 * 1024
-"""Number of bytes of the captions file (a few hundred captions) per Spark task that looks up the pictures."""
+"""Number of bytes of the captions file (a few hundred captions) for which one Spark task looks up the pictures."""
 MAX_TASKS = 10_000
 SMALL_CAPTIONS_BYTES = 8 * 2**20
 """Size in bytes up to which a captions file is read in one process, because starting Spark would take longer."""

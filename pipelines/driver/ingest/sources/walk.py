@@ -71,7 +71,7 @@ class Found(NamedTuple):
 def list_entries(path: str) -> list[Found | PassedOver]:
     """List the file at an absolute path or URL, or all entries below the folder at this path, sorted by name.
 
-    A path that does not exist is a pattern if it has wildcards.
+    If the path does not exist and has wildcards, the path is a pattern.
 
     Raises:
         OSError: nothing is at the path, or the path cannot be listed.
