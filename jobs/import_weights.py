@@ -183,6 +183,10 @@ def _print_report(output: CommandOutput, report: ImportReport, tokens: tuple[str
         output.line("  compared", f"config.json: {', '.join(part.compared) or 'no key'}")
         for reason, keys in part.without_effect.items():
             output.line("  not used", f"config.json: {', '.join(keys)}: {reason}")
+        for file in part.files:
+            output.line("  compared", f"{file.file}: {', '.join(file.used) or 'no key'}")
+            for reason, keys in file.without_effect.items():
+                output.line("  not used", f"{file.file}: {', '.join(keys)}: {reason}")
         for reason, names in part.dropped.items():
             output.line("  dropped", f"{', '.join(names)}: {reason}")
         for label, names in (

@@ -56,7 +56,8 @@ def test_a_published_model_is_loaded_without_a_lakesight_config(version: int, tm
     publish(original_of(version, vocab_size, vocab_size), folder)
     backend.save(str(folder / "tokenizer.json"))
     (folder / "generation_config.json").write_text("{}")
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.4] * 3, "resample": 2}))
+    pictures = {"image_mean": [0.4] * 3, "resample": 2, "size": {"height": 16, "width": 16}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
     captioner = vlm.load(folder, device="cpu")
     config = captioner.model.config
     assert (config.image.mean, config.image.filter, config.image.size) == ((0.4, 0.4, 0.4), "bilinear", 16)

@@ -10,6 +10,8 @@ family.py         class `Family`: config fields, weight table, and the function 
 tables/           modules that define the families, and the function `families`, which returns all families
 plan.py           comparison of a weight table with a model and a weight file, and the list of all mismatches
 files.py          functions that read and write safetensors files and shards, and refuse pickle files
+key_rules.py      rules for the keys of the JSON files next to config.json
+picture_keys.py   preprocessing of pictures in processor_config.json and preprocessor_config.json
 special_tokens.py comparison of start and end tokens in the files of a folder with the tokenizer
 load.py           import of another library's folder into a model
 published_model.py  whole published models, whose config is derived from the files of the folder

@@ -25,6 +25,8 @@ from vlm.layers.meta import EmptyOnMeta, replace_parameters
 from vlm.model import VisionLanguageModel
 from vlm.weights.family import Family, Part
 from vlm.weights.files import WeightFiles, read_settings
+from vlm.weights.key_rules import FileReport
+from vlm.weights.picture_keys import read_pictures
 from vlm.weights.plan import LoadPlan, merge_block_names, plan_load
 from vlm.weights.rules import Rule, resample_positions
 from vlm.weights.tables import families
@@ -48,6 +50,7 @@ class PartReport(Config):
         compared: keys of config.json whose values agree with the model.
         without_effect: dict from a reason to the keys of config.json that have no effect for this reason.
         ignored: weight files of the folder that were not read, because model.safetensors contains all weights.
+        files: one report for each other JSON file of the folder that describes the preprocessing of pictures.
     """
 
     part: Part
@@ -61,6 +64,7 @@ class PartReport(Config):
     compared: tuple[str, ...]
     without_effect: dict[str, tuple[str, ...]]
     ignored: tuple[str, ...] = ()
+    files: tuple[FileReport, ...] = ()
 
 
 class ImportReport(Config):
@@ -87,6 +91,7 @@ class Source:
     names: Mapping[str, str]
     plan: LoadPlan
     settings: Mapping[str, Any]
+    reports: tuple[FileReport, ...]
 
 
 def import_weights(
@@ -139,6 +144,7 @@ def _open_source(part: Part, folder: Path, config: ModelConfig, model: nn.Module
     settings = read_settings(folder)
     family = find_family(settings, folder, part)
     _check_config(family, config, settings, folder)
+    reports = () if part == "decoder" else _check_pictures(family, config, settings, folder)
     files = WeightFiles(folder)
     names = family.canonical_names(files.headers)
     ours = {name: parameter for name, parameter in model.named_parameters() if in_published_part(name, part)}
@@ -147,7 +153,7 @@ def _open_source(part: Part, folder: Path, config: ModelConfig, model: nn.Module
         if tie.ours not in ours and tie.theirs in names and tie.partner not in names:
             names[tie.partner] = names[tie.theirs]  # the file lacks one of two equal tensors, so use the other for both
     plan = plan_load(table, ours, {name: files.headers[names[name]] for name in names})
-    return Source(part, family, files, names, plan, settings)
+    return Source(part, family, files, names, plan, settings, reports)
 
 
 def in_published_part(name: str, part: Part) -> bool:
@@ -192,6 +198,23 @@ def _check_config(family: Family, config: ModelConfig, settings: Mapping[str, An
         fix="choose the model config that belongs to these weights, or change these values with --set; delete a key "
         "from config.json only if the key does not change what the model computes",
     )
+
+
+def _check_pictures(
+    family: Family, config: ModelConfig, settings: Mapping[str, Any], folder: Path
+) -> tuple[FileReport, ...]:
+    """Check that the model preprocesses pictures as the folder describes, and return one report per file."""
+    pictures = read_pictures(folder, family, settings)
+    if pictures is None:
+        return ()
+    if mismatches := pictures.mismatches(config.image):
+        raise CheckpointError(
+            "the model preprocesses pictures differently from the published model",
+            where=str(folder),
+            got=mismatches,
+            fix="set these values of the model config, for example with --set model.image.filter=bilinear",
+        )
+    return pictures.reports
 
 
 def _check_ties(source: Source) -> None:
@@ -295,4 +318,5 @@ def _report(source: Source) -> PartReport:
         compared=tuple(account.compared),
         without_effect={reason: tuple(keys) for reason, keys in account.without_effect.items()},
         ignored=source.files.ignored,
+        files=source.reports,
     )

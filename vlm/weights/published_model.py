@@ -21,15 +21,13 @@ from vlm.text.base import Tokenizer
 from vlm.weights.config_fields import UNKNOWN, merge_settings
 from vlm.weights.files import read_other_settings, read_settings
 from vlm.weights.load import find_family, import_weights
+from vlm.weights.picture_keys import DEFAULT_SIDE, read_pictures
 from vlm.weights.special_tokens import GENERATION, NAMES, check_special_tokens, read_tokenizer, token_text
 
 PATH = re.compile(r"[a-z_]+(\.[a-z_]+)+")
 """Pattern of a path that names a single config value. A config field with any other path compares a computed value."""
-FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
-"""Names of Pillow's resize filters by their numbers, which preprocessor_config.json contains."""
-PREPROCESSOR = "preprocessor_config.json"
-DEFAULT_PICTURE_SIZE, DEFAULT_CONTEXT = 224, 8192
-"""Values that transformers assumes for `image_size` and `max_position_embeddings`."""
+DEFAULT_CONTEXT = 8192
+"""Value that transformers assumes for `max_position_embeddings`."""
 
 
 def is_published(folder: Path) -> bool:
@@ -67,8 +65,9 @@ def derive_config(folder: Path) -> ModelConfig:
     text = settings.get("text_config") or {}
     merge_settings(values, {"decoder": {"context": text.get("max_position_embeddings", DEFAULT_CONTEXT)}})
     vision = settings.get("vision_config") or {}
+    pictures = read_pictures(folder, family, settings)
     values |= {
-        "image": _image(vision.get("image_size", DEFAULT_PICTURE_SIZE), read_other_settings(folder / PREPROCESSOR)),
+        "image": {"size": vision.get("image_size", DEFAULT_SIDE), **(pictures.values if pictures else {})},
         "text": _text(text, folder),
         "generation": _generation(read_other_settings(folder / GENERATION)),
     }
@@ -87,19 +86,6 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
     for name in reversed(path.split(".")):
         value = {name: value}
     return dict(value)
-
-
-def _image(size: Any, processor: Mapping[str, Any]) -> dict[str, Any]:
-    """Derive the image config of the model. The published preprocessors of whole models scale both sides of a picture
-    to the same size.
-    """
-    image: dict[str, Any] = {"size": size, "resize": "stretch"}
-    for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
-        if processor.get(theirs) is not None:
-            image[ours] = processor[theirs]
-    if (resample := processor.get("resample")) is not None:
-        image["filter"] = FILTERS.get(resample, resample)
-    return image
 
 
 def _text(text_config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
