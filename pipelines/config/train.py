@@ -76,7 +76,7 @@ class CiderObjectiveConfig(Config):
 
     kind: Literal["cider"]
     samples: Annotated[int, Field(ge=2)] = 5
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
 
 ObjectiveConfig = Annotated[TextsObjectiveConfig | CiderObjectiveConfig, Field(discriminator="kind")]

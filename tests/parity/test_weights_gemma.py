@@ -4,6 +4,7 @@ window.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +115,44 @@ def test_import_refuses_gemma_weights_with_scaled_rotary_angles(tmp_path: Path) 
     publish(original_of(1, rope_parameters=rope), tmp_path / "published")
     with pytest.raises(CheckpointError, match="linear"):
         load(ours(1), tmp_path / "published", "decoder")
+
+
+def with_activation(settings: ModelConfig, activation: str) -> ModelConfig:
+    values = settings.model_dump()
+    values["decoder"]["transformer"]["mlp"]["activation"] = activation
+    return ModelConfig.model_validate(values)
+
+
+def set_keys(folder: Path, **keys: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+def test_gemma_2_with_exact_gelu_gives_the_original_logits(tmp_path: Path) -> None:
+    original = publish(original_of(2, hidden_activation="gelu"), tmp_path / "published")
+    model, _ = load(with_activation(ours(2), "gelu"), tmp_path / "published", "decoder")
+    ids, mask = tokens(12, 3, 7)
+    assert_equal(logits(model, ids), original(input_ids=ids, attention_mask=mask).logits, mask)
+    with pytest.raises(
+        CheckpointError, match=r"mlp.activation: hidden_activation in config.json gives 'gelu', the model"
+    ):
+        load(ours(2), tmp_path / "published", "decoder")
+
+
+def test_the_key_hidden_act_gelu_of_gemma_1_is_the_tanh_form_as_in_transformers(tmp_path: Path) -> None:
+    publish(original_of(1), tmp_path / "published")
+    set_keys(tmp_path / "published", hidden_act="gelu")
+    original = GemmaForCausalLM.from_pretrained(tmp_path / "published")
+    model, _ = load(ours(1), tmp_path / "published", "decoder")
+    ids, mask = tokens(12, 3, 7)
+    assert_equal(logits(model, ids), original(input_ids=ids, attention_mask=mask).logits, mask)
+
+
+@pytest.mark.parametrize(("version", "key"), [(1, "hidden_activation"), (2, "hidden_act")])
+def test_a_second_activation_key_with_another_function_is_refused_by_name(
+    version: int, key: str, tmp_path: Path
+) -> None:
+    publish(original_of(version), tmp_path / "published")
+    set_keys(tmp_path / "published", **{key: "gelu" if version == 1 else "silu"})
+    with pytest.raises(CheckpointError, match=f"mlp.activation: {key} in config.json gives"):
+        load(ours(version), tmp_path / "published", "decoder")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from vlm.config.base import ADDED_LATER, Config, read_error_message
 from vlm.config.image import ImageConfig
@@ -100,6 +100,8 @@ MaskConfig = Annotated[CausalMaskConfig | PrefixMaskConfig, Field(discriminator=
 class GenerationConfig(Config):
     """Generation settings, which mean the same and are applied in the same order as in transformers' `generate`.
 
+    No setting may be infinite or NaN.
+
     Attributes:
         max_new_tokens: largest length of an answer in tokens, including the end token.
         temperature: number by which logits are divided before sampling, or 0 to always choose the most likely token.
@@ -116,14 +118,16 @@ class GenerationConfig(Config):
         seed: random seed of sampling.
     """
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     max_new_tokens: PositiveInt = 48
     temperature: Annotated[float, Field(ge=0)] = 0.0
     top_k: PositiveInt | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: PositiveFloat = 1.0
+    repetition_penalty: Annotated[float, Field(ge=1e-100, le=1e100)] = 1.0
     num_beams: PositiveInt = 1
-    length_penalty: float = 1.0
+    length_penalty: Annotated[float, Field(ge=-1e300, le=1e300)] = 1.0
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     seed: int = 0
 

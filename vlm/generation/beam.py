@@ -5,7 +5,8 @@ return the same tokens:
 
 - Each step considers twice as many candidates as beams. A finished candidate counts only if the candidate is among the
   best `num_beams` candidates.
-- The normalized score of a candidate is its log-probability divided by length ** length_penalty.
+- The normalized score of a candidate is its log-probability divided by length ** length_penalty. The search
+  compares the logarithms of these quotients, because the power can be too large for a floating-point number.
 - The search of a request ends when two conditions hold: the search has `num_beams` finished candidates, and none of
   these candidates has a lower normalized score than the best unfinished beam.
 
@@ -85,14 +86,14 @@ class _Beam:
         tokens: token ids of the completion so far.
         logprobs: log-probability of each token under the model.
         score: sum of the log-probabilities after the repetition penalty.
-        normalized_score: score divided by length ** length_penalty.
+        rank: value that orders beams in the same way as score / length ** length_penalty (`_rank`).
         parent: index of the beam of the previous step that this beam extends.
     """
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     score: float = 0.0
-    normalized_score: float = 0.0
+    rank: tuple[float, float] = (0.0, 0.0)
     parent: int = 0
 
 
@@ -116,14 +117,14 @@ class _Search:
         finished = [self._is_finished(candidate.tokens) for candidate in candidates]
         viable = [c.score > _IMPOSSIBLE for c in candidates]
         best = [c for c, end, ok in zip(candidates[:K], finished, viable, strict=False) if end and ok]
-        self._finished = sorted(self._finished + best, key=lambda beam: -beam.normalized_score)[:K]
+        self._finished = sorted(self._finished + best, key=lambda beam: beam.rank, reverse=True)[:K]
         open_beams = [c for c, end in zip(candidates, finished, strict=True) if not end][:K]
         if not open_beams or open_beams[0].score == _IMPOSSIBLE:
             self.done = True
             return
         first = open_beams[0]
-        self.done = len(self._finished) == K and first.normalized_score <= self._finished[-1].normalized_score
-        filler = _Beam(first.tokens, first.logprobs, _IMPOSSIBLE, _IMPOSSIBLE, first.parent)
+        self.done = len(self._finished) == K and first.rank <= self._finished[-1].rank
+        filler = _Beam(first.tokens, first.logprobs, _IMPOSSIBLE, (_IMPOSSIBLE, _IMPOSSIBLE), first.parent)
         self.beams = open_beams + [filler] * (K - len(open_beams))
 
     def best_completion(self, eos_id: int) -> Completion:
@@ -138,20 +139,30 @@ def _rank_candidates(
     """Return the 2 * K best continuations of each request, starting with the best continuation."""
     B, V = len(searches), logits_RV.shape[-1]
     logprobs_RV = torch.log_softmax(logits_RV, dim=-1)
-    scores_R = torch.tensor([beam.score for search in searches for beam in search.beams], device=logits_RV.device)
-    scores_BX = (penalty(logprobs_RV) + scores_R[:, None]).view(B, -1)
+    penalized_RV = penalty(logprobs_RV)
+    scores_R = penalized_RV.new_tensor([beam.score for search in searches for beam in search.beams])
+    scores_BX = (penalized_RV + scores_R[:, None]).view(B, -1)
     top = scores_BX.topk(min(2 * settings.num_beams, scores_BX.shape[1]), dim=1)
     length = len(searches[0].beams[0].tokens) + 1
-    normalized_BC = top.values / length**settings.length_penalty
     logprobs_BC = logprobs_RV.view(B, -1).gather(1, top.indices)
-    columns = (top.indices.tolist(), top.values.tolist(), normalized_BC.tolist(), logprobs_BC.tolist())
+    columns = (top.indices.tolist(), top.values.tolist(), logprobs_BC.tolist())
     ranked = []
     for search, *row in zip(searches, *columns, strict=True):
         candidates = []
-        for index, score, normalized, logprob in zip(*row, strict=True):
+        for index, score, logprob in zip(*row, strict=True):
             beam = search.beams[index // V]
-            candidates.append(
-                _Beam([*beam.tokens, index % V], [*beam.logprobs, logprob], score, normalized, index // V)
-            )
+            rank = _rank(score, length, settings.length_penalty)
+            candidates.append(_Beam([*beam.tokens, index % V], [*beam.logprobs, logprob], score, rank, index // V))
         ranked.append(candidates)
     return ranked
+
+
+def _rank(score: float, length: int, length_penalty: float) -> tuple[float, float]:
+    """Return a value that is larger for a larger quotient score / length ** length_penalty, for scores up to 0.
+
+    The first number is the negative logarithm of the negative quotient. If a large penalty hides the score in the first
+    number by rounding, the second number, which is the score, decides between beams of the same length.
+    """
+    if score == 0:
+        return math.inf, 0.0
+    return length_penalty * math.log(length) - math.log(-score), score

@@ -17,6 +17,11 @@ from vlm.config import GenerationConfig
 from vlm.generation.request import Request, request_seed
 from vlm.text.base import SLOT
 
+MIN_TEMPERATURE = 1e-200
+"""Temperature that replaces a lower temperature, whose reciprocal would be infinite. At this temperature, only the
+tokens with exactly the best score have a probability above 0.
+"""
+
 
 class TokenSampler:
     """Sampler that chooses the next token of every row: the most likely token at temperature 0, and a random token at a
@@ -72,9 +77,12 @@ class RepetitionPenalty:
                 seen_V[[token for token in request.prefix if token != SLOT]] = True
 
     def __call__(self, scores_BV: Tensor) -> Tensor:
-        """Apply the repetition penalty to the scores of all tokens."""
+        """Apply the repetition penalty to the scores of all tokens. Except for a factor of 1, the result has double
+        precision.
+        """
         if self._factor == 1:
             return scores_BV
+        scores_BV = scores_BV.double()  # the product with an extreme factor does not fit single precision
         penalized_BV = torch.where(scores_BV < 0, scores_BV * self._factor, scores_BV / self._factor)
         return torch.where(self._seen_BV, penalized_BV, scores_BV)
 
@@ -105,10 +113,15 @@ def sample_tokens(scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
 def filter_scores(scores_BV: Tensor, settings: GenerationConfig) -> Tensor:
     """Divide scores by the temperature, and set the scores of tokens outside top-k, top-p and min-p to minus infinity.
 
+    The best score is subtracted first, so that no temperature leads to an infinite best score. The result has double
+    precision, and its largest score is 0.
+
     The top-p filter is nucleus sampling (Holtzman et al., 2019). The min-p filter removes tokens whose probability is
     below `min_p` times the probability of the best token (Nguyen et al., 2024).
     """
-    scores_BV = scores_BV / settings.temperature
+    scores_BV = scores_BV.double()
+    best_B1 = scores_BV.amax(dim=-1, keepdim=True)
+    scores_BV = (scores_BV - best_B1) / max(settings.temperature, MIN_TEMPERATURE)
     if settings.top_k is not None:
         kth_B1 = scores_BV.topk(min(settings.top_k, scores_BV.shape[-1]), dim=-1).values[:, -1:]
         scores_BV = scores_BV.masked_fill(scores_BV < kth_B1, -torch.inf)

@@ -12,6 +12,7 @@ from typing import Any
 from vlm.config import AttentionConfig, ModelConfig
 from vlm.weights.accounting import DECODER_WITHOUT_EFFECT
 from vlm.weights.config_fields import (
+    ACTIVATIONS,
     ConfigField,
     Settings,
     attention_biases,
@@ -31,8 +32,10 @@ from vlm.weights.rules import Drop, Tie, WeightTable, concat, rename
 TRANSFORMER = "decoder.transformer"
 ATTENTION = f"{TRANSFORMER}.attention"
 
-# Old config files call the tanh form of GELU "gelu", because transformers then had no separate name for that form.
-ACTIVATION = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_tanh"}
+# In old config files, `hidden_act: gelu` means the tanh form of GELU, because transformers then had no separate name
+# for that form. The newer key `hidden_activation` always means the function that it names.
+LEGACY_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_tanh"}
+ACTIVATION_KEYS = {"hidden_act": LEGACY_ACTIVATIONS, "hidden_activation": ACTIVATIONS}
 DEFAULTS = {
     "head_dim": 256,
     "rms_norm_eps": 1e-6,
@@ -87,8 +90,8 @@ def other_activation(key: str, used: str) -> ConfigField:
     """Return a config field that compares `key`, a second config.json key for the activation, with our activation."""
 
     def theirs(settings: Settings) -> Any:
-        name = settings.get(key) or settings[used]
-        return ACTIVATION.get(name, name)
+        read = key if settings.get(key) else used
+        return ACTIVATION_KEYS[read].get(settings[read], settings[read])
 
     path = f"{TRANSFORMER}.mlp.activation"
     return ConfigField(path, key, value_at(path), theirs)
@@ -129,7 +132,7 @@ FIELDS_1 = (
     constant(f"{ATTENTION}.soft_cap", None),
     constant("decoder.soft_cap", None),
     default_attention_scale(TRANSFORMER),
-    same(f"{TRANSFORMER}.mlp.activation", "hidden_act", ACTIVATION),
+    same(f"{TRANSFORMER}.mlp.activation", "hidden_act", LEGACY_ACTIVATIONS),
     other_activation("hidden_activation", "hidden_act"),
 )
 
@@ -179,7 +182,7 @@ FIELDS_2 = (
         lambda settings: settings["query_pre_attn_scalar"] ** -0.5,
         lambda value: {"query_pre_attn_scalar": round(value**-2)},
     ),
-    same(f"{TRANSFORMER}.mlp.activation", "hidden_activation", ACTIVATION),
+    same(f"{TRANSFORMER}.mlp.activation", "hidden_activation", ACTIVATIONS),
     other_activation("hidden_act", "hidden_activation"),
 )
 
