@@ -70,7 +70,7 @@ def converted_copy(
         folder: complete model folder on a local disk, whose files never change.
         digest: digest of the model, or empty if the digest is not known.
         conversion: values that determine the result of the conversion, such as the precision.
-        convert: function that converts the model.
+        convert: function that reads the model in the first folder and writes the converted model into the second.
         root: folder of the cache, by default a folder of this user in the system's temporary folder.
 
     Raises:
