@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeGuard
 
 import pyarrow as pa
 
+from pipelines.errors import UserError
 from pipelines.formats.format_version import PROPERTY, check_format
 from pipelines.formats.table_schema import Table
 
@@ -39,13 +40,33 @@ def open_delta(location: Path | str, version: int | None = None) -> DeltaTable:
 
     Raises:
         DeltaError: there is no table, or `deltalake` does not support the path.
+        UserError: the file of the newest commit is empty.
     """
     from deltalake import DeltaTable
     from deltalake.exceptions import DeltaError
 
     if "://" not in str(location) and not is_supported(Path(location)):
         raise DeltaError(f"only Spark can read a table whose path contains [ ] \\ ^ | or %41: {location}")
-    return DeltaTable(location, version=version)
+    table = DeltaTable(location, version=version)
+    if version is None and "://" not in str(location):
+        _check_newest_commit(Path(location), table.version())
+    return table
+
+
+def _check_newest_commit(folder: Path, version: int) -> None:
+    """Check that the newest commit is not an empty file, as a power failure may leave it.
+
+    Delta and `deltalake` read an empty commit without an error, but as a commit that neither added nor removed rows.
+    """
+    commit = folder / "_delta_log" / f"{version:020}.json"
+    if commit.is_file() and not commit.stat().st_size:
+        raise UserError(
+            "the newest commit of a Delta table is an empty file, so rows are missing",
+            where=str(commit),
+            got="0 bytes: the machine may have lost power, or the disk may have been full, when the commit was written",
+            fix="restore the file from a backup; or delete the file and its .crc file, and run `lakesight ingest "
+            "--refresh`, which adds the missing rows again",
+        )
 
 
 def open_or_create(folder: Path, table: Table) -> DeltaTable:

@@ -1,4 +1,4 @@
-"""Tests of Delta tables without Spark in folders with any name."""
+"""Tests of Delta tables without Spark: folders with any name, and damaged logs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from deltalake import write_deltalake
 from deltalake.exceptions import DeltaError
 
+from pipelines.errors import UserError
 from pipelines.formats.delta_files import arrow_dataset, is_supported, open_delta, open_or_create
 from pipelines.formats.tables import DECISIONS
 
@@ -37,3 +38,15 @@ def test_a_folder_with_a_name_that_deltalake_does_not_support_is_refused_before_
     assert not is_supported(tmp_path / name)
     with pytest.raises(DeltaError, match="only Spark can read"):
         open_delta(tmp_path / name)
+
+
+def test_an_empty_newest_commit_is_reported_because_delta_would_read_the_table_without_its_rows(tmp_path: Path) -> None:
+    """Source: https://github.com/ClickHouse/ClickHouse/issues/111738."""
+    for _ in range(2):
+        write_deltalake(tmp_path, pa.table({"a": [1, 2]}), mode="append")
+    assert open_delta(tmp_path).version() == 1
+    commit = tmp_path / "_delta_log" / f"{1:020}.json"
+    commit.write_bytes(b"")
+    with pytest.raises(UserError, match="the newest commit of a Delta table is an empty file"):
+        open_delta(tmp_path)
+    assert open_delta(tmp_path, version=0).version() == 0
