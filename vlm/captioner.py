@@ -23,7 +23,7 @@ from vlm.errors import ImageError, UserError
 from vlm.generation.attention_maps import AttentionMaps, attention_maps
 from vlm.generation.generate import Completion, Request, check_length, generate, stream
 from vlm.generation.logprobs import AnswerLogprobs, answer_logprobs
-from vlm.image import open_image, picture_bytes, to_pixels, upright_rgb
+from vlm.image import check_size, open_image, picture_bytes, to_pixels, upright_rgb
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
 from vlm.text.prompt import continuation_ids, prefix_ids
@@ -79,6 +79,7 @@ def decode_picture(
     sha256 = None
     try:
         if isinstance(image, Image):
+            check_size(image, max_pixels=max_pixels, min_side=min_side)
             return DecodedPicture(to_pixels(upright_rgb(image), config), None, None)
         data = picture_bytes(_read_file(image) if isinstance(image, Path) else image, max_bytes)
         sha256 = hashlib.sha256(data).hexdigest()
@@ -366,7 +367,7 @@ class Captioner:
                 if not isinstance(prompt, str):
                     raise UserError("the prompt is not a string", got=f"a {type(prompt).__name__}", fix="give a string")
                 prefix = prefix_ids(self.tokenizer, self.model.config.num_slots, prompt)
-                request = Request(prefix, (torch.tensor(picture),))
+                request = Request(prefix, (torch.tensor(picture, device="cpu"),))
                 check_length(self.model, request, settings)
             except UserError as error:
                 results[index] = error

@@ -107,7 +107,9 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[Vision
     if (folder / WEIGHTS).is_file():
         check_format(folder / WEIGHTS)
     model, tokenizer = _construct_on_meta(folder)
-    allocated = {name: torch.empty(weight.shape, device=device) for name, weight in model.named_parameters()}
+    allocated = {
+        name: torch.empty(weight.shape, dtype=torch.float32, device=device) for name, weight in model.named_parameters()
+    }
     replace_parameters(model, allocated)
     load_weights(model.to(device), folder / WEIGHTS)
     return model.eval(), tokenizer

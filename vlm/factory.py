@@ -27,6 +27,7 @@ from vlm.decoder import Decoder
 from vlm.fusion import CrossFusion, GatedCrossBlock, SlotsFusion
 from vlm.layers.attention import Attention, CrossAttention
 from vlm.layers.block import Block
+from vlm.layers.meta import Fp32OnCpu
 from vlm.layers.mlp import ActivationFunction, GatedMlp, PlainMlp
 from vlm.layers.moe import GatedExperts, GroupedLinear, MoeMlp, PlainExperts
 from vlm.layers.norm import OffsetRmsNorm
@@ -57,7 +58,15 @@ def build_model(config: ModelConfig, vocab_size: int) -> VisionLanguageModel:
 
 
 def construct_model(config: ModelConfig, vocab_size: int) -> VisionLanguageModel:
-    """Construct the modules of a model, whose weights the caller must initialize with `initialize_weights`."""
+    """Construct the modules of a model, whose weights the caller must initialize with `initialize_weights`.
+
+    All numbers are fp32, on the CPU or on the meta device, whatever the default type and device of the process are.
+    """
+    with Fp32OnCpu():
+        return _construct_model(config, vocab_size)
+
+
+def _construct_model(config: ModelConfig, vocab_size: int) -> VisionLanguageModel:
     return VisionLanguageModel(
         config,
         NoEncoder() if config.text_only else _encoder(config),

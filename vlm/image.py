@@ -150,11 +150,7 @@ def open_image(
     """
     file = split_metadata(data)
     image = _open_header(file.data)
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ImageError("too_large", f"{width} x {height} pixels; at most {max_pixels} are allowed in all")
-    if min(width, height) < min_side:
-        raise ImageError("too_small", f"{width} x {height} pixels, at least {min_side} a side")
+    check_size(image, max_pixels=max_pixels, min_side=min_side)
     format_ = str(image.format)
     try:
         image = _load(image, file.data, draft_side)
@@ -168,6 +164,19 @@ def open_image(
             raise ImageError("unsupported_format", found) from error
         raise ImageError("truncated_image", f"{format_}: {_sentence(error)}") from error
     return image, ImageInfo(format_, *image.size)
+
+
+def check_size(image: Image.Image, *, max_pixels: int, min_side: int) -> None:
+    """Check the size of a picture, which need not be decoded yet. `open_image` describes the arguments.
+
+    Raises:
+        ImageError: the reason is too_large or too_small.
+    """
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError("too_large", f"{width} x {height} pixels; at most {max_pixels} are allowed in all")
+    if min(width, height) < min_side:
+        raise ImageError("too_small", f"{width} x {height} pixels, at least {min_side} a side")
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

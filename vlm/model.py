@@ -44,8 +44,12 @@ class VisionLanguageModel(nn.Module):
         self.config = config
         self.encoder, self.projector, self.fusion, self.decoder = encoder, projector, fusion, decoder
         self.prefix_lm = prefix_lm
-        self.register_buffer("mean", 255 * torch.tensor(config.image.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(config.image.std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer(
+            "mean", 255 * torch.tensor(config.image.mean, dtype=torch.float32).view(1, 3, 1, 1), persistent=False
+        )
+        self.register_buffer(
+            "std", 255 * torch.tensor(config.image.std, dtype=torch.float32).view(1, 3, 1, 1), persistent=False
+        )
         self.mean: Tensor
         self.std: Tensor
 

@@ -136,7 +136,7 @@ def rollout(weights_LHXX: Sequence[Tensor]) -> Tensor:
     Attention rollout assumes that half of a layer's output is the input at the same position (the residual connection).
     The other half of the output is the attention, averaged over the heads.
     """
-    shares_XX = torch.eye(weights_LHXX[0].shape[-1])
+    shares_XX = torch.eye(weights_LHXX[0].shape[-1], dtype=torch.float32, device="cpu")
     for weights_HXX in weights_LHXX:
         shares_XX = (shares_XX + weights_HXX.mean(dim=0) @ shares_XX) / 2
     return shares_XX

@@ -78,13 +78,13 @@ def _batch_logprobs(
 ) -> list[tuple[float, ...]]:
     """Return the log-probabilities of the target tokens of each request."""
     rows = [[*request.prefix, *target[:-1]] for request, target in zip(requests, targets, strict=True)]
-    tokens_BT = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_id)
+    tokens_BT = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_id, dtype=torch.long, device="cpu")
     labels_BT = torch.full_like(tokens_BT, IGNORE)
     for index, (row, request, target) in enumerate(zip(rows, requests, targets, strict=True)):
-        tokens_BT[index, : len(row)] = torch.tensor(row)
-        labels_BT[index, len(request.prefix) - 1 : len(row)] = torch.tensor(target)
+        tokens_BT[index, : len(row)] = torch.tensor(row, dtype=torch.long, device="cpu")
+        labels_BT[index, len(request.prefix) - 1 : len(row)] = torch.tensor(target, dtype=torch.long, device="cpu")
     pixels = torch.stack([picture for request in requests for picture in request.pixels])
-    prefix_lengths_B = torch.tensor([len(request.prefix) for request in requests])
+    prefix_lengths_B = torch.tensor([len(request.prefix) for request in requests], dtype=torch.long, device="cpu")
     batch = Batch(pixels, tokens_BT, labels_BT, prefix_lengths_B).to(model.mean.device)
     logits_NV = model(batch).float()
     logits_NV[:, list(tokenizer.suppressed_ids)] = -torch.inf

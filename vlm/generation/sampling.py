@@ -40,7 +40,8 @@ class TokenSampler:
             torch.rand(
                 settings.max_new_tokens,
                 dtype=torch.float64,
-                generator=torch.Generator().manual_seed(request_seed(request, settings)),
+                device="cpu",
+                generator=torch.Generator("cpu").manual_seed(request_seed(request, settings)),
             )
             for request in requests
         ]

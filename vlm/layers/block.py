@@ -54,8 +54,10 @@ class Block(nn.Module):
         self.attention_post_norm: nn.Module | None
         self.mlp_post_norm: nn.Module | None
         self.attention_post_norm, self.mlp_post_norm = post_norms or (None, None)
-        self.attention_scale = nn.Parameter(torch.full((width,), layer_scale)) if layer_scale else None
-        self.mlp_scale = nn.Parameter(torch.full((width,), layer_scale)) if layer_scale else None
+        self.attention_scale = (
+            nn.Parameter(torch.full((width,), layer_scale, dtype=torch.float32)) if layer_scale else None
+        )
+        self.mlp_scale = nn.Parameter(torch.full((width,), layer_scale, dtype=torch.float32)) if layer_scale else None
         self.dropout = nn.Dropout(dropout)
         self.skip_probability = skip_probability
 

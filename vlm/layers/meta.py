@@ -21,7 +21,7 @@ def initialized_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor
 
 def draw_like(tensor: Tensor, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """Return a new CPU tensor with the shape of `tensor`, initialised by `func`, which is a function of RANDOM_INIT."""
-    drawn = torch.empty(tensor.shape, dtype=tensor.dtype)
+    drawn = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
     others = {name: value for name, value in kwargs.items() if name != "tensor"}
     func(drawn, *(args if "tensor" in kwargs else args[1:]), **others)
     return drawn
@@ -45,6 +45,29 @@ def replace_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter in new:
                 module._parameters[key] = new[parameter]
+
+
+FLOAT_FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
+FACTORIES = (*FLOAT_FACTORIES, torch.arange, torch.full, torch.tensor, torch.eye)
+
+
+class Fp32OnCpu(TorchFunctionMode):
+    """Context in which tensors are created on the CPU in fp32 if the caller does not state a device or a type.
+
+    Layers of torch create their weights without a type. Outside this context, the default type and the default device
+    of the process would then decide how the weights are stored.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Add the missing device and type to the call."""
+        kwargs = dict(kwargs or {})
+        if func in FACTORIES and kwargs.get("device") is None:
+            kwargs["device"] = "cpu"
+        if func in FLOAT_FACTORIES and kwargs.get("dtype") is None:
+            kwargs["dtype"] = torch.float32
+        return func(*args, **kwargs)
 
 
 class EmptyOnMeta(TorchFunctionMode):

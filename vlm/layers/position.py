@@ -101,8 +101,8 @@ class MixedRotary(nn.Module):
         the direction perpendicular to it.
         """
         _, depth, num_heads, pairs = self.frequency.shape
-        size = self.INITIAL_BASE ** (-torch.arange(pairs // 2, dtype=torch.float32) / (pairs // 2))
-        direction_LH1 = 2 * math.pi * torch.rand(depth, num_heads, 1)
+        size = self.INITIAL_BASE ** (-torch.arange(pairs // 2, dtype=torch.float32, device="cpu") / (pairs // 2))
+        direction_LH1 = 2 * math.pi * torch.rand(depth, num_heads, 1, dtype=torch.float32, device="cpu")
         for axis, shift in enumerate((0.0, -math.pi / 2)):  # the shift of -pi / 2 makes the cosine a sine
             halves = [size * torch.cos(direction_LH1 + shift + turn) for turn in (0.0, math.pi / 2)]
             self.frequency[axis] = torch.cat(halves, dim=-1)

@@ -248,7 +248,11 @@ def _build_on_meta(config: ModelConfig, vocab_size: int) -> VisionLanguageModel:
 def _initialize_fresh(model: VisionLanguageModel, filled: set[str], seed: int) -> list[str]:
     """Initialise the parameters that no file fills, as in a new model, and return the names of the parameters."""
     fresh = {name: parameter for name, parameter in model.named_parameters() if name not in filled}
-    allocated = {name: torch.empty(parameter.shape) for name, parameter in fresh.items() if parameter.is_meta}
+    allocated = {
+        name: torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+        for name, parameter in fresh.items()
+        if parameter.is_meta
+    }
     replace_parameters(model, allocated)
     with _seeded(seed):
         for module in sorted({name.rpartition(".")[0] for name in allocated}):

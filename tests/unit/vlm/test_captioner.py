@@ -85,3 +85,14 @@ def test_the_captioner_limits_the_rows_of_a_batch_and_the_positions_of_all_beams
         assert all(rows <= 5 for rows, _ in first_passes)
         assert all(rows == 1 or rows * (length + 6) * num_beams <= 200 for rows, length in first_passes)
         assert [length for _, length in first_passes] == sorted((length for _, length in first_passes), reverse=True)
+
+
+@pytest.mark.parametrize("limits", [{"max_pixels": 100}, {"min_side": 17}])
+def test_size_limits_hold_for_pillow_images_as_for_files(limits: dict[str, Any]) -> None:
+    captioner = Captioner(*tiny_model("other"))
+    (data,) = files(1)
+    assert isinstance(data, bytes)
+    picture = Image.open(io.BytesIO(data))
+    image, file = captioner.caption([picture, data], **limits, **SETTINGS)
+    assert image.error == file.error
+    assert str(image.error).startswith(("too_large: 16 x 16 pixels", "too_small: 16 x 16 pixels"))
