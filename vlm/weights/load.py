@@ -25,6 +25,7 @@ from vlm.layers.meta import EmptyOnMeta, replace_parameters
 from vlm.model import VisionLanguageModel
 from vlm.weights.family import Family, Part
 from vlm.weights.files import WeightFiles, read_settings
+from vlm.weights.generation_keys import account_generation
 from vlm.weights.key_rules import FileReport
 from vlm.weights.picture_keys import read_pictures
 from vlm.weights.plan import LoadPlan, merge_block_names, plan_load
@@ -50,7 +51,7 @@ class PartReport(Config):
         compared: keys of config.json whose values agree with the model.
         without_effect: dict from a reason to the keys of config.json that have no effect for this reason.
         ignored: weight files of the folder that were not read, because model.safetensors contains all weights.
-        files: one report for each other JSON file of the folder that describes the preprocessing of pictures.
+        files: one report for each other JSON file of the folder with keys for pictures or generation.
     """
 
     part: Part
@@ -145,6 +146,7 @@ def _open_source(part: Part, folder: Path, config: ModelConfig, model: nn.Module
     family = find_family(settings, folder, part)
     _check_config(family, config, settings, folder)
     reports = () if part == "decoder" else _check_pictures(family, config, settings, folder)
+    reports += () if part == "encoder" else _check_generation(folder)
     files = WeightFiles(folder)
     names = family.canonical_names(files.headers)
     ours = {name: parameter for name, parameter in model.named_parameters() if in_published_part(name, part)}
@@ -215,6 +217,19 @@ def _check_pictures(
             fix="set these values of the model config, for example with --set model.image.filter=bilinear",
         )
     return pictures.reports
+
+
+def _check_generation(folder: Path) -> tuple[FileReport, ...]:
+    """Check that all keys of generation_config.json are known, and return a report if the folder has the file."""
+    report, problems = account_generation(folder)
+    if problems:
+        raise CheckpointError(
+            "a file of the published folder has unknown keys",
+            where=str(folder),
+            got=problems,
+            fix="remove these keys from a copy of the file, if they do not change the answers that you want",
+        )
+    return () if report is None else (report,)
 
 
 def _check_ties(source: Source) -> None:

@@ -14,15 +14,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vlm.config import GenerationConfig, ModelConfig, read_error_message
+from vlm.config import ModelConfig, read_error_message
 from vlm.errors import CheckpointError
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
 from vlm.weights.config_fields import UNKNOWN, merge_settings
 from vlm.weights.files import read_other_settings, read_settings
+from vlm.weights.generation_keys import read_generation
 from vlm.weights.load import find_family, import_weights
 from vlm.weights.picture_keys import DEFAULT_SIDE, read_pictures
-from vlm.weights.special_tokens import GENERATION, NAMES, check_special_tokens, read_tokenizer, token_text
+from vlm.weights.special_tokens import NAMES, check_special_tokens, read_tokenizer, token_text
 
 PATH = re.compile(r"[a-z_]+(\.[a-z_]+)+")
 """Pattern of a path that names a single config value. A config field with any other path compares a computed value."""
@@ -69,7 +70,7 @@ def derive_config(folder: Path) -> ModelConfig:
     values |= {
         "image": {"size": vision.get("image_size", DEFAULT_SIDE), **(pictures.values if pictures else {})},
         "text": _text(text, folder),
-        "generation": _generation(read_other_settings(folder / GENERATION)),
+        "generation": read_generation(folder).model_dump(),
     }
     try:
         return ModelConfig.model_validate(values)
@@ -93,9 +94,3 @@ def _text(text_config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     for named in (read_other_settings(folder / file) for file in NAMES):
         tokens |= {key: token for key in tokens if (token := token_text(named, f"{key}_token"))}
     return {"kind": "json", "vocab_size": text_config.get("vocab_size"), **tokens}
-
-
-def _generation(generation: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the generation config: greedy decoding (the published default), and the published maximum length."""
-    length = generation.get("max_new_tokens")
-    return GenerationConfig().model_dump() | ({"max_new_tokens": length} if length else {})

@@ -18,9 +18,10 @@ from vlm.errors import CheckpointError
 from vlm.text.base import Tokenizer
 from vlm.weights.family import Part
 from vlm.weights.files import read_other_settings, read_settings
+from vlm.weights.generation_keys import GENERATION
 from vlm.weights.load import find_family
 
-GENERATION, NAMES = "generation_config.json", ("tokenizer_config.json", "special_tokens_map.json")
+NAMES = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 def read_tokenizer(config: JsonTextConfig, folder: Path, part: Part) -> Tokenizer:

@@ -1,0 +1,161 @@
+"""Generation settings of a published folder, in generation_config.json.
+
+`vlm.load` follows the settings. An import does not use them, because the config of the model sets `generation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlm.config import GenerationConfig
+from vlm.errors import CheckpointError
+from vlm.weights.files import read_other_settings
+from vlm.weights.key_rules import FileReport, KeyRule, account_keys, number, only, without_null
+
+GENERATION = "generation_config.json"
+DEFAULTS: dict[str, Any] = {
+    "do_sample": False, "num_beams": 1, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0,
+    "repetition_penalty": 1.0, "length_penalty": 1.0, "early_stopping": False,
+}  # fmt: skip
+"""Values that transformers uses for keys that are not set."""
+
+RULES: dict[str, KeyRule] = {
+    "max_new_tokens": number("an integer above 0", lambda value: value > 0, whole=True),
+    "do_sample": only(True, False),
+    "num_beams": number("an integer above 0", lambda value: value > 0, whole=True),
+    "temperature": number("a number above 0", lambda value: value > 0),
+    "top_k": number("an integer, 0 or more", lambda value: value >= 0, whole=True),
+    "top_p": number("a number above 0 and at most 1", lambda value: 0 < value <= 1),
+    "min_p": number("a number from 0 to 1", lambda value: 0 <= value <= 1),
+    "repetition_penalty": number("a number above 0", lambda value: value > 0),
+    "length_penalty": number("a number", lambda _: True),
+    "early_stopping": only(False),
+    "stop_strings": KeyRule("a text or a list of texts", lambda value: bool(_texts(value)) and all(_texts(value))),
+    "cache_implementation": KeyRule("a cache that is not quantized", lambda value: value != "quantized"),
+}
+"""Rules of the keys that `vlm.load` follows."""
+ONLY_DEFAULT: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("bad_words_ids", "begin_suppress_tokens", "force_words_ids", "constraints"), ([],)),
+    "suppress_tokens": ([],),
+    **dict.fromkeys(("min_length", "min_new_tokens", "no_repeat_ngram_size"), (0,)),
+    **dict.fromkeys(("encoder_no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff", "penalty_alpha"), (0,)),
+    **dict.fromkeys(("num_beam_groups", "num_return_sequences", "encoder_repetition_penalty", "typical_p"), (1,)),
+    **dict.fromkeys(("remove_invalid_values", "renormalize_logits", "token_healing", "use_mtp"), (False,)),
+    "diversity_penalty": (0,),
+    "guidance_scale": (1,),
+    "low_memory": (False,),
+    "max_length": (20,),
+    "sequence_bias": ({}, []),
+}
+"""Keys for which Lakesight supports only transformers' default, and the values that have the same meaning as null."""
+_ONLY_NULL = (
+    "assistant_early_exit", "assistant_ensemble_weight", "cache_config", "continuous_batching_config", "dola_layers",
+    "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "max_time",
+    "prompt_lookup_num_tokens", "speculation_type", "top_h", "watermarking_config",
+)  # fmt: skip
+"""Keys for which Lakesight supports only null."""
+
+WITHOUT_EFFECT = {
+    **dict.fromkeys(
+        (
+            "_commit_hash", "_from_model_config", "_original_object_hash", "transformers_version",
+        ),
+        "describes the file",
+    ),
+    **dict.fromkeys(
+        (
+            "compile_config", "disable_compile", "max_cache_len", "output_attentions", "output_hidden_states",
+            "output_logits", "output_scores", "prefill_chunk_size", "return_dict_in_generate", "use_cache",
+        ),
+        "does not change the numbers that the model computes",
+    ),
+    **dict.fromkeys(
+        (
+            "assistant_confidence_threshold", "assistant_lookbehind", "is_assistant", "max_matching_ngram_size",
+            "num_assistant_tokens", "num_assistant_tokens_schedule", "target_lookbehind",
+        ),
+        "is used only with a second, faster model",
+    ),
+    **dict.fromkeys(("bos_token_id", "eos_token_id"), "is compared with the tokenizer of the model"),
+    "pad_token_id": "is the id of a padding token, which no attention reads",
+    "decoder_start_token_id": "is for models with a text encoder",
+}  # fmt: skip
+"""Keys that have no effect on the answers of an imported model, and the reason for each key."""
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_BEAMS = ("length_penalty", "early_stopping")
+
+
+def read_generation(folder: Path) -> GenerationConfig:
+    """Read the generation settings of a published folder. A setting that the folder lacks has transformers' default,
+    except `max_new_tokens`, which has Lakesight's default.
+
+    Raises:
+        CheckpointError: the file cannot be read, has an unknown key, or has a value that Lakesight does not support.
+            The error names the file and all such keys.
+    """
+    found = without_null(read_other_settings(folder / GENERATION))
+    effective = DEFAULTS | found
+    sampling, beams = effective["do_sample"] is True, effective["num_beams"] != 1
+    _, problems = account_keys(GENERATION, found, _rules(beams=beams), _reasons(effective), DEFAULTS)
+    if problems:
+        raise CheckpointError(
+            "the published model has generation settings that Lakesight does not support",
+            where=str(folder),
+            got=problems,
+            fix="import the model with `lakesight import-weights`, which uses the generation settings of conf/model/",
+        )
+    values: dict[str, Any] = {
+        key: effective[key]
+        for key in ("max_new_tokens", "num_beams", "repetition_penalty", "length_penalty")
+        if key in effective
+    }
+    if not beams:
+        del values["length_penalty"]
+    if sampling:
+        values |= {key: effective[key] for key in ("temperature", "top_p", "min_p")}
+        values["top_k"] = effective["top_k"] or None
+    return GenerationConfig(**values, stop=tuple(_texts(effective.get("stop_strings", []))))
+
+
+def account_generation(folder: Path) -> tuple[FileReport | None, list[str]]:
+    """List the keys of generation_config.json for an import, which does not use the generation settings.
+
+    Returns:
+        A report, or None if the file is missing or empty, and one sentence for each unknown key.
+    """
+    found = without_null(read_other_settings(folder / GENERATION))
+    known = dict.fromkeys(
+        (*RULES, *ONLY_DEFAULT, *_ONLY_NULL), "is a generation setting; the model config sets `generation`"
+    )
+    report, problems = account_keys(GENERATION, found, {}, WITHOUT_EFFECT | known, {})
+    return (report if found else None), problems
+
+
+def _rules(*, beams: bool) -> dict[str, KeyRule]:
+    rules = {**RULES, **{key: only(*values) for key, values in ONLY_DEFAULT.items()}}
+    rules |= dict.fromkeys(_ONLY_NULL, KeyRule("null", lambda _: False))
+    if beams:
+        rules["do_sample"] = KeyRule("False with num_beams above 1", lambda value: value is False)
+    return rules
+
+
+def _reasons(effective: Mapping[str, Any]) -> dict[str, str]:
+    """Return the keys without effect, including those that another value of the same file leaves without effect."""
+    reasons = dict(WITHOUT_EFFECT)
+    if effective["do_sample"] is False:
+        reasons |= dict.fromkeys(_SAMPLING, "is used only if do_sample is true")
+    if effective["num_beams"] == 1:
+        reasons |= dict.fromkeys(_BEAMS, "is used only if num_beams is above 1")
+    if "max_new_tokens" in effective:
+        reasons["max_length"] = "is replaced by max_new_tokens"
+    return reasons
+
+
+def _texts(value: Any) -> list[Any]:
+    """Return the stop texts of a value, which is one text or a list. A value that is not a text becomes an empty text,
+    which the rule refuses.
+    """
+    values = value if isinstance(value, list) else [value]
+    return [each if isinstance(each, str) else "" for each in values]
