@@ -111,12 +111,19 @@ def test_a_model_version_whose_copy_was_damaged_or_replaced_is_downloaded_again(
 def test_a_downloaded_model_version_whose_files_differ_from_the_registered_files_is_refused(
     platform: Platform, registered: registry.ModelVersion
 ) -> None:
-    for stored in (platform.root / "mlartifacts").rglob("artifacts/config.json"):
-        stored.write_text(stored.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    configs = list((platform.root / "mlartifacts").rglob("artifacts/config.json"))
+    assert configs
     without_copy = registered.model_copy(update={"created_ms": 0})
-    for _ in range(2):
-        with pytest.raises(StageFailed, match="differ from the files that were registered"):
-            download(platform, without_copy)
+    good = {path: path.read_bytes() for path in configs}
+    for path, content in good.items():
+        path.write_bytes(content + b"\n")
+    try:
+        for _ in range(2):
+            with pytest.raises(StageFailed, match="differ from the files that were registered"):
+                download(platform, without_copy)
+    finally:  # other tests of this file use the same version, in any order
+        for path, content in good.items():
+            path.write_bytes(content)
 
 
 def test_a_decision_for_a_promotion_that_was_not_carried_out_is_corrected_in_the_decisions_table(
