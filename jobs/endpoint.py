@@ -9,8 +9,8 @@ import typer
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
 from pipelines.errors import UserError
-from pipelines.platform import redact_uri
 from vlm.config import Config
+from vlm.errors.printable import hide_secrets
 
 if TYPE_CHECKING:
     from databricks.sdk import WorkspaceClient
@@ -76,7 +76,7 @@ def run_endpoint(job: Job, name: str | None) -> EndpointReport:
     if champion is None:
         raise UserError(
             "the model has no champion version to serve",
-            where=f"model {job.model_name} in {redact_uri(job.platform.registry_uri)}",
+            where=f"model {job.model_name} in {hide_secrets(job.platform.registry_uri)}",
             fix=f"run `{job.command('promote')}` first",
         )
     chosen = name or re.sub(r"[^A-Za-z0-9_-]", "-", champion.name)

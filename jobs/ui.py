@@ -14,7 +14,7 @@ from jobs.common import PlatformOption, RunOption, SetOption, open_job
 from jobs.local_server import HOST, check_port_free, run_server
 from pipelines.child_process import child_environment
 from pipelines.errors import StageFailed, UserError
-from pipelines.platform import redact_uri
+from vlm.errors.printable import hide_secrets
 
 
 def ui(
@@ -41,7 +41,7 @@ def ui(
             raise UserError(
                 "`lakesight ui` has nothing to serve, because runs are logged to a tracking server",
                 where="MLFLOW_TRACKING_URI" if platform == "local" else f"platform {platform}",
-                got=redact_uri(uri),
+                got=hide_secrets(uri),
                 fix="open the tracking server's own page in a browser",
             )
         follow_moved_home(job.platform)

@@ -5,17 +5,12 @@ from __future__ import annotations
 import pyarrow as pa
 
 from pipelines.formats.table_schema import TIME_TYPE, Column, Table
+from vlm.errors import IMAGE_REASONS
 
 REASONS = (
     "unreadable_file",
     "malformed_record",
-    "missing_field",
-    "bad_base64",
-    "not_an_image",
-    "truncated_image",
-    "unsupported_format",
-    "too_large",
-    "too_small",
+    *IMAGE_REASONS,
     "empty_text",
     "text_too_long",
     "too_many_texts",

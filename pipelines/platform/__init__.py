@@ -7,7 +7,7 @@ package imports pyspark only inside functions, and `session.py` hides how Connec
 from pipelines.config import LocalPlatformConfig, PlatformConfig
 from pipelines.platform.databricks import databricks
 from pipelines.platform.local import check_java, jvm_failure, local
-from pipelines.platform.platform import FolderKind, Launch, Platform, redact_uri, sqlite_uri, user_name
+from pipelines.platform.platform import FolderKind, Launch, Platform, sqlite_uri, user_name
 from pipelines.platform.session import (
     analysed,
     call_in_barrier_stage,
@@ -35,7 +35,6 @@ __all__ = [
     "jvm_failure",
     "local",
     "open_platform",
-    "redact_uri",
     "spark_errors",
     "sqlite_uri",
     "stop_session",

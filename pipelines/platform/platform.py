@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from vlm.errors.printable import hide_secrets
-
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
@@ -108,11 +106,6 @@ class Platform:
     def experiment(self, run: str) -> str:
         """Return the name of a run's MLflow experiment."""
         return self.shared_experiment or f"{self.experiment_prefix}{run}"
-
-
-def redact_uri(uri: str) -> str:
-    """Remove user information and query string from a URI, or from a message that contains a URI, before it is cut."""
-    return hide_secrets(uri)
 
 
 def sqlite_uri(file: Path) -> str:

@@ -9,8 +9,8 @@ from functools import cache
 from pathlib import Path
 
 from pipelines.errors import UserError
-from pipelines.platform import redact_uri
 from pipelines.tracking.outage import DATABASE_DOWN, TrackingDown, first_line
+from vlm.errors.printable import hide_secrets
 
 CONNECT_SECONDS = 10
 """Longest time to wait for an answer of a database server, in seconds."""
@@ -51,7 +51,7 @@ def check_database(uri: str) -> None:
     except (ImportError, NoSuchModuleError) as error:
         raise UserError(
             "the Python driver of the tracking database is not installed",
-            where=redact_uri(uri),
+            where=hide_secrets(uri),
             got=first_line(error),
             fix=f"pip install {DRIVERS.get(dialect) or DRIVERS.get(kind, 'the driver')}",
         ) from None
@@ -59,7 +59,7 @@ def check_database(uri: str) -> None:
         down = kind != "sqlite" and DATABASE_DOWN.search(str(error))
         raise (TrackingDown if down else UserError)(
             "the tracking database cannot be used",
-            where=redact_uri(uri),
+            where=hide_secrets(uri),
             got=first_line(error),
             fix=_fix(kind, str(error)),
         ) from None

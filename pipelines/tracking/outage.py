@@ -15,7 +15,7 @@ import requests
 from mlflow.exceptions import MlflowException, RestException
 
 from pipelines.errors import UserError
-from pipelines.platform import redact_uri
+from vlm.errors.printable import hide_secrets
 
 DATABASE_DOWN = re.compile(
     r"connection refused|time(out| ?d out)|unreachable|no route|starting up|shutting down|closed the connection"
@@ -50,7 +50,7 @@ def is_outage(error: BaseException) -> bool:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error message without passwords, cut after 300 characters."""
-    return redact_uri((str(error) or type(error).__name__).splitlines()[0])[:300]
+    return hide_secrets((str(error) or type(error).__name__).splitlines()[0])[:300]
 
 
 def disk_problem(error: BaseException) -> str:

@@ -27,7 +27,7 @@ from mlflow.exceptions import MlflowException
 from pipelines.config.train import Register
 from pipelines.errors import UserError
 from pipelines.formats.run_folder import Result, RunFolder, read_json, step_of
-from pipelines.platform import Platform, redact_uri
+from pipelines.platform import Platform
 from pipelines.tracking.checkpoints import files_to_register, find_checkpoint, metrics_of
 from pipelines.tracking.describe.notes import MODEL_DESCRIPTION, put_sections, version_link
 from pipelines.tracking.describe.training import add_sections, version_text
@@ -35,6 +35,7 @@ from pipelines.tracking.logged_model import log_model
 from pipelines.tracking.server import REQUEST_ERRORS, connect, registry_failure, unusable
 from pipelines.tracking.version_files import digest_tags
 from vlm.config import Config, GenerationConfig
+from vlm.errors.printable import hide_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +176,7 @@ def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
             listed = ", ".join(f"{alias} (= {version})" for alias, version in sorted(aliases.items())) or "none"
             raise UserError(
                 f"model {name} has no version or alias {which!r}",
-                where=redact_uri(platform.registry_uri),
+                where=hide_secrets(platform.registry_uri),
                 got=f"versions: {', '.join(numbers) or 'none'}; aliases: {listed}",
                 fix="choose one of these" + ("; or run `lakesight promote` first" if which == CHAMPION else ""),
             )
@@ -184,7 +185,7 @@ def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
 
 def label(platform: Platform, version: ModelVersion) -> str:
     """Return a text for error messages that names a version and its registry."""
-    return f"{_label(version)} in {redact_uri(platform.registry_uri)}"
+    return f"{_label(version)} in {hide_secrets(platform.registry_uri)}"
 
 
 def download_files(platform: Platform, version: ModelVersion, folder: Path) -> Path:
@@ -257,7 +258,7 @@ def plan_rollback(platform: Platform, name: str) -> AliasMove | None:
     if not {CHAMPION, PREVIOUS} <= aliases.keys():
         raise UserError(
             f"model {name} has no previous champion to roll back to",
-            where=redact_uri(platform.registry_uri),
+            where=hide_secrets(platform.registry_uri),
             got=", ".join(f"{alias} = {version}" for alias, version in sorted(aliases.items())) or "no aliases",
             fix="promote a second version of the model before you roll back",
         )
@@ -320,7 +321,7 @@ def _read_aliases(platform: Platform, client: MlflowClient, name: str) -> dict[s
     models = sorted(model.name for model in client.search_registered_models())
     raise UserError(
         "there is no such registered model",
-        where=redact_uri(platform.registry_uri),
+        where=hide_secrets(platform.registry_uri),
         got=name,
         fix="train the model first: `lakesight pipeline`"
         + (f"; or choose the run of a registered model: {', '.join(models)}" if models else ""),

@@ -27,13 +27,14 @@ from pipelines.errors import StageFailed, UserError
 from pipelines.formats.run_files.new_files import new_metrics, new_samples, sample_metrics
 from pipelines.formats.run_folder import CaptionSamples, Metrics, RunFolder, read_json, write_json
 from pipelines.formats.shards import Shards
-from pipelines.platform import Platform, redact_uri
+from pipelines.platform import Platform
 from pipelines.tracking.describe.figures import LEARNING_CURVE, training_figures
 from pipelines.tracking.describe.names import run_name
 from pipelines.tracking.describe.training import add_sections, describe_training, show_learning_curve
 from pipelines.tracking.outage import TrackingDown, first_line
 from pipelines.tracking.server import REQUEST_ERRORS, connect, experiment_id, unusable
 from vlm.config import Config
+from vlm.errors.printable import hide_secrets
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -100,7 +101,7 @@ def follow(run: RunFolder, config: RunConfig, platform: Platform, *, may_be_down
     except FOLLOWER_ERRORS as error:
         raise StageFailed(
             "training succeeded, but not all of it could be logged to MLflow",
-            where=redact_uri(platform.tracking_uri),
+            where=hide_secrets(platform.tracking_uri),
             got=_cause(error),
             fix="start the MLflow server, and run `lakesight train`, `evaluate`, `promote` or `caption` of this run: "
             f"the command logs the results, which are in {run.path}, and registers the model",
@@ -157,7 +158,7 @@ def log_report(
     except REQUEST_ERRORS as error:
         raise UserError(
             f"the {name} report cannot be logged to MLflow",
-            where=f"run {run_id} on {redact_uri(platform.tracking_uri)}",
+            where=f"run {run_id} on {hide_secrets(platform.tracking_uri)}",
             got=first_line(error),
             fix="check that the server is running and that the run was not deleted",
         ) from None

@@ -18,12 +18,12 @@ from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
 from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
 
 from pipelines.errors import StageFailed, UserError
-from pipelines.platform import Platform, redact_uri
+from pipelines.platform import Platform
 from pipelines.tracking.database import check_database
 from pipelines.tracking.describe.notes import KIND, describe_experiment
 from pipelines.tracking.moved_home import artifact_root, follow_moved_home
 from pipelines.tracking.outage import TrackingDown, disk_problem, first_line, http_status, is_outage
-from vlm.errors.printable import PrintableFormatter
+from vlm.errors.printable import PrintableFormatter, hide_secrets
 
 REQUEST_ERRORS = (MlflowException, OSError)
 """Classes of the exceptions that a failed request to the tracking server raises.
@@ -131,7 +131,7 @@ def experiment_id(client: MlflowClient, name: str, platform: Platform) -> str:
     if experiment.lifecycle_stage != "active":
         raise UserError(
             "the MLflow experiment was deleted",
-            where=f"{experiment_name} on {redact_uri(platform.tracking_uri)}",
+            where=f"{experiment_name} on {hide_secrets(platform.tracking_uri)}",
             fix=f"restore the experiment: mlflow experiments restore --experiment-id {experiment.experiment_id}",
         )
     # An experiment that an earlier version of Lakesight created has no tag KIND.
@@ -151,7 +151,11 @@ def _create_workspace_folder(folder: PurePosixPath) -> None:
 
 def unusable(platform: Platform, error: Exception) -> UserError:
     """Return the error for a failed request to the tracking server, a TrackingDown if a later request may succeed."""
-    what, where, got = "the MLflow tracking server cannot be used", redact_uri(platform.tracking_uri), first_line(error)
+    what, where, got = (
+        "the MLflow tracking server cannot be used",
+        hide_secrets(platform.tracking_uri),
+        first_line(error),
+    )
     workspace = platform.kind == "databricks"
     if is_outage(error):
         fix = "start the server, or unset MLFLOW_TRACKING_URI to track in the Lakesight home folder"
@@ -170,7 +174,7 @@ def unusable(platform: Platform, error: Exception) -> UserError:
 
 def registry_failure(platform: Platform, model: str, error: Exception) -> StageFailed:
     """Return the error for a failed request to the model registry, or for files of a model that cannot be copied."""
-    where = f"{model} in {redact_uri(platform.registry_uri)}"
+    where = f"{model} in {hide_secrets(platform.registry_uri)}"
     if problem := disk_problem(error):
         return StageFailed("the files of a model cannot be copied", where=where, got=problem, fix=DISK_FIX)
     return StageFailed(

@@ -13,8 +13,9 @@ import pytest
 
 from pipelines.config import DatabricksPlatformConfig, LocalPlatformConfig, load_run
 from pipelines.errors import ConfigError, UserError
-from pipelines.platform import Platform, check_java, databricks, local, open_platform, redact_uri
+from pipelines.platform import Platform, check_java, databricks, local, open_platform
 from pipelines.platform.local import session_settings
+from vlm.errors.printable import hide_secrets
 
 WORKSPACE = DatabricksPlatformConfig.model_validate(
     {"kind": "databricks", "catalog": "main", "schema": "vision", "volume": "files", "ranks": 4}
@@ -189,4 +190,4 @@ def test_a_missing_java_is_reported_before_pyspark_prints_a_traceback(tmp_path: 
     ],
 )
 def test_a_uri_is_shown_without_its_password(uri: str, shown: str) -> None:
-    assert redact_uri(uri) == shown
+    assert hide_secrets(uri) == shown
