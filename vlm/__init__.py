@@ -110,7 +110,7 @@ def build(
 
     settings = read_model_config(config)
     tokenizer = text.learn(settings.text, texts)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         model = build_model(settings, tokenizer.vocab_size)
     return Captioner(model.eval(), tokenizer)

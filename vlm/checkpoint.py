@@ -154,7 +154,7 @@ def _construct_on_meta(folder: Path) -> tuple[VisionLanguageModel, Tokenizer]:
     """Construct the model of a checkpoint folder without memory for its weights, and read the tokenizer."""
     config = load_config(folder)
     tokenizer = text.load(folder / TOKENIZER)
-    with EmptyOnMeta():
+    with EmptyOnMeta(), torch.device("cpu"):
         return construct_model(config, tokenizer.vocab_size), tokenizer
 
 

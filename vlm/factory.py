@@ -27,7 +27,7 @@ from vlm.decoder import Decoder
 from vlm.fusion import CrossFusion, GatedCrossBlock, SlotsFusion
 from vlm.layers.attention import Attention, CrossAttention
 from vlm.layers.block import Block
-from vlm.layers.meta import Fp32OnCpu
+from vlm.layers.meta import Fp32
 from vlm.layers.mlp import ActivationFunction, GatedMlp, PlainMlp
 from vlm.layers.moe import GatedExperts, GroupedLinear, MoeMlp, PlainExperts
 from vlm.layers.norm import OffsetRmsNorm
@@ -60,9 +60,10 @@ def build_model(config: ModelConfig, vocab_size: int) -> VisionLanguageModel:
 def construct_model(config: ModelConfig, vocab_size: int) -> VisionLanguageModel:
     """Construct the modules of a model, whose weights the caller must initialize with `initialize_weights`.
 
-    All numbers are fp32, on the CPU or on the meta device, whatever the default type and device of the process are.
+    All numbers are fp32, whatever the default type of the process is. `torch.device` decides the device, as for the
+    layers of torch: with torch.device("meta"), the model takes no memory.
     """
-    with Fp32OnCpu():
+    with Fp32():
         return _construct_model(config, vocab_size)
 
 

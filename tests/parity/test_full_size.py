@@ -107,4 +107,5 @@ def test_parameter_counts_equal_the_published_parameter_counts() -> None:
         assert config.text.kind != "chars"
         with torch.device("meta"):
             model = build_model(config, config.text.vocab_size)
+        assert next(model.parameters()).is_meta, "the models would need 40 GB"
         assert sum(p.numel() for p in model.parameters()) // 10**6 == millions

@@ -47,25 +47,22 @@ def replace_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 module._parameters[key] = new[parameter]
 
 
-FLOAT_FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
-FACTORIES = (*FLOAT_FACTORIES, torch.arange, torch.full, torch.tensor, torch.eye)
+FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
 
 
-class Fp32OnCpu(TorchFunctionMode):
-    """Context in which tensors are created on the CPU in fp32 if the caller does not state a device or a type.
+class Fp32(TorchFunctionMode):
+    """Context in which tensors are created in fp32 if the caller does not state a type.
 
-    Layers of torch create their weights without a type. Outside this context, the default type and the default device
-    of the process would then decide how the weights are stored.
+    Layers of torch create their weights without a type. Outside this context, the default type of the process would
+    then decide how the weights are stored.
     """
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Add the missing device and type to the call."""
+        """Add the missing type to the call."""
         kwargs = dict(kwargs or {})
-        if func in FACTORIES and kwargs.get("device") is None:
-            kwargs["device"] = "cpu"
-        if func in FLOAT_FACTORIES and kwargs.get("dtype") is None:
+        if func in FACTORIES and kwargs.get("dtype") is None:
             kwargs["dtype"] = torch.float32
         return func(*args, **kwargs)
 

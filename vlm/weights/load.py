@@ -256,7 +256,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _build_on_meta(config: ModelConfig, vocab_size: int) -> VisionLanguageModel:
-    with _seeded(0), EmptyOnMeta():
+    with _seeded(0), EmptyOnMeta(), torch.device("cpu"):
         return build_model(config, vocab_size)
 
 

@@ -13,6 +13,7 @@ from tiny_models import VARIANTS, tiny_config, tiny_model, tiny_pixels
 
 import vlm
 from vlm.captioner import Captioner
+from vlm.factory import build_model
 
 SETTINGS: tuple[dict[str, Any], ...] = (
     {},
@@ -65,3 +66,10 @@ def test_the_default_type_and_device_change_no_weight_of_a_new_model(variant: st
         for before, after in zip(old, new, strict=True):
             assert (after.dtype, after.device) == (before.dtype, before.device)
             assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_model_that_is_built_on_the_meta_device_takes_no_memory(variant: str) -> None:
+    with torch.device("meta"):
+        model = build_model(tiny_config(variant), 40)
+    assert {(parameter.device.type, parameter.dtype) for parameter in model.parameters()} == {("meta", torch.float32)}
