@@ -7,8 +7,9 @@ tokenizer.json      the tokenizer as JSON
 files.json          size and SHA-256 of every other file in the folder, to detect incomplete writes and changed bytes;
                     only in training checkpoints
 
-Names and shapes of the tensors must match the model exactly. Tensors that the file lacks and tensors that the model
-lacks are errors. The module `vlm.training.state` saves the optimizer state of a training checkpoint.
+Names and shapes of the tensors must match the model exactly. It is an error if the file lacks a tensor of the model, or
+if the model lacks a tensor of the file. The module `vlm.training.state` saves the optimizer state of a training
+checkpoint.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ FORMAT_KEY, FORMAT = "lakesight_format", 2
 """Version of the checkpoint format. A file without a version counts as version 0.
 
 In version 2 of the format, the learned query of `vision.select: attention` reads only the patches. In versions 0 and 1
-of the format, this query also reads the class token and the registers.
+of the format, the learned query also reads the class token and the registers.
 """
 PRECISION_KEY = "lakesight_precision"
 """Key in the metadata of a file of converted weights. The value is the precision of the weights, such as int8."""
@@ -61,7 +62,7 @@ def save_weights(folder: Path, weights: Mapping[str, Tensor], config: ModelConfi
 
 
 def _write_weights(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file. Processes that have mapped an older file of this name keep the weights of that file."""
+    """Write a safetensors file. A process that has mapped the file before this write keeps the old weights."""
     with atomic_write(path) as temporary:
         save_file(dict(weights), temporary, metadata)
 
@@ -86,8 +87,8 @@ def best_device() -> torch.device:
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """Return the checkpoint folder inside a run folder or a model version's MLflow folder. Return a folder of any other
-    kind unchanged.
+    """Return the checkpoint folder inside a run folder or a model version's MLflow folder. Return any other folder,
+    such as a checkpoint folder, unchanged.
 
     If a run folder contains several checkpoints, choose the newest complete checkpoint.
     """
@@ -176,7 +177,7 @@ def stored_precision(folder: Path) -> Precision | None:
 
 
 def save_converted(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer, precision: Precision) -> None:
-    """Write a model whose weights `set_precision` has converted into a folder, for `map_model`."""
+    """Write a model with weights that `set_precision` has converted. `map_model` can load the model from the folder."""
     weights = {
         key: part.contiguous()
         for name, weight in model.named_parameters()

@@ -58,7 +58,8 @@ def set_compute_dtype(model: VisionLanguageModel, precision: Precision) -> None:
 
 
 def weight_templates(model: VisionLanguageModel, precision: Precision) -> dict[str, Tensor]:
-    """Return a dict from the name of each parameter to a tensor with the parameter's type in a precision.
+    """Return a dict from the name of each parameter to a tensor of the type that the parameter has in the given
+    precision.
 
     The tensors have no meaningful values. The template of a quantized weight is a torchao tensor, which all layers of
     the same shape share, so the templates take little memory. All other templates are on the meta device.
@@ -90,7 +91,7 @@ def weight_templates(model: VisionLanguageModel, precision: Precision) -> dict[s
 
 
 def split_weight(name: str, weight: Tensor) -> dict[str, Tensor]:
-    """Return the plain tensors of a weight by the names under which a file stores the tensors."""
+    """Return the plain tensors of a weight, as a dict from the name of each tensor in a file to the tensor."""
     if not hasattr(weight, "__tensor_flatten__"):
         return {name: weight}
     return {f"{name}:{part}": getattr(weight, part) for part in weight.__tensor_flatten__()[0]}

@@ -24,7 +24,7 @@ from pipelines.formats.model_copy import check_copy, model_files, record_copy
 from pipelines.host_cache import exclusive_lock, user_cache_folder
 
 KEPT = 4
-"""Number of copies that the cache keeps: for example, copies of two models and their weights in bf16."""
+"""Number of copies that the cache keeps. Four are enough for two models, each with a copy of its weights in bf16."""
 
 
 def local_copy(folder: Path, digest: str = "", root: Path | None = None) -> Path:
@@ -70,7 +70,8 @@ def converted_copy(
         folder: complete model folder on a local disk, whose files never change.
         digest: digest of the model, or empty if the digest is not known.
         conversion: values that determine the result of the conversion, such as the precision.
-        convert: function that reads the model in the first folder and writes the converted model into the second.
+        convert: function of two folders, which reads the model in the first folder and writes the converted model into
+            the second folder.
         root: folder of the cache, by default a folder of this user in the system's temporary folder.
 
     Raises:
@@ -91,7 +92,8 @@ def _copy_name(folder: Path, digest: str, *conversion: str) -> str:
 
 
 def _find_or_make(name: str, make: Callable[[Path], None], root: Path | None) -> Path:
-    """Return the folder of the copy with a name. If there is no intact copy, call `make`, which fills a new folder."""
+    """Return the folder of the copy with the given name. If there is no intact copy, call `make`, which fills a new
+    folder."""
     root = user_cache_folder("models", root)
     target = root / name
     with exclusive_lock(root):

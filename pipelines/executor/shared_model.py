@@ -1,9 +1,9 @@
 """Loading of captioning models in Spark tasks. All tasks of a host share one copy of a model's weights in memory.
 
-On a CPU, each task maps a weights file read-only, so the pages of the file are in memory once. The file is the model's
-own file, or a copy of the file on a local disk, or a file of converted weights, which the first task of the host
-writes. On a GPU, each task has its own copy of the weights in GPU memory, because CUDA shares memory between processes
-only while the process that allocated the memory is running.
+On a CPU, each task maps a weights file read-only, so the pages of the file are in memory once. The mapped file is the
+model's own file, a copy of it on a local disk, or a file of converted weights, which the first task of the host writes.
+On a GPU, each task has its own copy of the weights in GPU memory, because CUDA shares memory between processes only
+while the process that allocated the memory is running.
 
 The module `pipelines.worker.caption`, which imports torch, is imported inside the function, so that the driver can
 import this module without torch.

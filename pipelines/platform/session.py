@@ -56,8 +56,8 @@ def quiet_loggers() -> None:
 def jvm_exit_code(seconds: float = 10.0) -> int | None:
     """Return the exit code of the JVM that this process has started, or None if no JVM was started or the JVM answers.
 
-    The number of the signal that has killed the JVM is returned as a negative exit code. A JVM that is ending closes
-    its connections before its exit code is known, so this function waits up to `seconds` for the exit code.
+    If a signal has killed the JVM, the exit code is the negative number of the signal. A JVM that is ending closes its
+    connections before its exit code is known, so this function waits up to `seconds` for the exit code.
     """
     from py4j.protocol import Py4JError  # type: ignore[import-untyped]
     from pyspark import SparkContext

@@ -73,7 +73,8 @@ def connect(platform: Platform) -> MlflowClient:
 
 
 def print_logs_safely() -> None:
-    """Make the handlers with which MLflow prints its log lines hide secrets, because a line may quote a server."""
+    """Make the handlers with which MLflow prints its log lines hide secrets, because a line may quote an answer of a
+    server."""
     for handler in logging.getLogger("mlflow").handlers:
         handler.setFormatter(PrintableFormatter("%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S"))
 
@@ -190,8 +191,9 @@ def refuse_foreign_hosts() -> None:
 
     A registry names the place of each artifact, such as the source of a model version. MLflow adds the credentials of
     the tracking server (`MLFLOW_TRACKING_TOKEN`, or user and password) to every HTTP request for artifacts, whatever
-    the host. Because MLflow asks its registry of artifact repositories before each upload and download, no caller can
-    forget the check. Locations without a host (`mlflow-artifacts:/x`) and in object stores (`s3://...`) stay allowed.
+    the host. For each upload and download, MLflow creates an artifact repository with a function from its own registry.
+    This function registers functions that make the check first, so MLflow cannot skip the check. Locations without a
+    host (`mlflow-artifacts:/x`) and in object stores (`s3://...`) stay allowed.
     """
     for scheme in HTTP_PORTS:
         repositories._artifact_repository_registry.register(scheme, _http_repository)  # type: ignore[no-untyped-call]
@@ -234,7 +236,7 @@ def _check(address: str, artifact_uri: str, *servers: str | None) -> None:
 
 
 def _server(uri: str) -> tuple[str, str, int] | None:
-    """Return protocol, host and port of an HTTP address, or None for another or an invalid address."""
+    """Return protocol, host and port of an HTTP address, or None if the address is invalid or of another protocol."""
     try:
         parts = urlsplit(uri)
         port = parts.port or HTTP_PORTS.get(parts.scheme, 0)

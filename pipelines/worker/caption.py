@@ -66,7 +66,7 @@ def convert_model(source: Path, target: Path, precision: Precision) -> None:
         UserError: the precision needs a library that is not installed.
     """
     _write_converted(source, target, precision)
-    gc.collect()  # torchao's layers refer to themselves, so the converted weights are still in memory
+    gc.collect()  # torchao's layers refer to themselves, so only the garbage collector frees the weights
     _return_freed_memory()
 
 

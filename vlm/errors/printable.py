@@ -43,9 +43,9 @@ def printable(text: str) -> str:
 def hide_secrets(text: str) -> str:
     """Hide the secrets in a text that people will read.
 
-    Removed are the user information and the query string of every URI. Replaced by `***` are `user:password` before an
-    `@`, credentials in an Authorization header, and the values of this process's environment variables that hold
-    secrets (`SECRET_NAME`) or URIs with user information.
+    Remove the user information and the query string of every URI. Write `***` in place of `user:password` before an
+    `@`, and of the credentials in an Authorization header. Also write `***` in place of the values of environment
+    variables that hold secrets (`SECRET_NAME`) or URIs with user information.
     """
     known = _pattern(tuple(os.environ.items()))
     if known is not None:
@@ -105,5 +105,5 @@ def _is_secret(value: str) -> bool:
 def _exists(value: str) -> bool:
     try:
         return Path(value).exists()
-    except (OSError, ValueError):  # longer than a name of a file may be, or with a zero byte
+    except (OSError, ValueError):  # the value is too long for a file name, or has a zero byte
         return False

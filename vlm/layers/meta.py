@@ -54,7 +54,7 @@ class Fp32(TorchFunctionMode):
     """Context in which tensors are created in fp32 if the caller does not state a type.
 
     Layers of torch create their weights without a type. Outside this context, the default type of the process would
-    then decide how the weights are stored.
+    decide how the weights are stored.
     """
 
     def __torch_function__(

@@ -71,8 +71,8 @@ class PictureFile(NamedTuple):
 
 
 def split_metadata(data: bytes) -> PictureFile:
-    """Return a picture file without its metadata, and the picture's orientation. Return data of an unknown format
-    unchanged.
+    """Return a picture file without its metadata, and the picture's orientation. Return the data unchanged if their
+    format is unknown.
     """
     if data.startswith(PNG_SIGNATURE):
         return _split_png(data)

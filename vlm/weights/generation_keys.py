@@ -142,7 +142,7 @@ def _rules(*, beams: bool) -> dict[str, KeyRule]:
 
 
 def _reasons(effective: Mapping[str, Any]) -> dict[str, str]:
-    """Return the keys without effect, including those that another value of the same file leaves without effect."""
+    """Return the keys without effect, including keys that have no effect because of another value in the same file."""
     reasons = dict(WITHOUT_EFFECT)
     if effective["do_sample"] is False:
         reasons |= dict.fromkeys(_SAMPLING, "is used only if do_sample is true")

@@ -1,7 +1,7 @@
 """Rules for the keys of the JSON files next to config.json, such as preprocessor_config.json.
 
-Every key of such a file has a rule or a reason why the key has no effect. A key with neither is refused, and so is a
-value that its rule does not support.
+Every key of such a file has a rule or a reason why the key has no effect. A key without a rule and without a reason is
+refused. A value that the rule of its key does not support is also refused.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def account_keys(
         settings: keys that the file sets. The caller leaves out a null that means "not set".
         rules: dict from keys to rules. A key with a reason in `reasons` needs no rule.
         reasons: dict from shell patterns of keys to the reason why the keys have no effect.
-        defaults: values that transformers uses for keys that are not set. These values must also obey the rules.
+        defaults: values that transformers uses for keys that are not set. The default values must also obey the rules.
     """
     used, without_effect, problems = [], dict[str, tuple[str, ...]](), []
     for key, value in {**defaults, **settings}.items():

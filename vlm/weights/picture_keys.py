@@ -1,7 +1,8 @@
 """Preprocessing of pictures in a published folder: processor_config.json and preprocessor_config.json.
 
 transformers 5 writes the settings to the section `image_processor` of processor_config.json, and older versions write
-them to preprocessor_config.json. If a folder has both, transformers reads the section, and so does this module.
+them to preprocessor_config.json. If a folder has the section and preprocessor_config.json, transformers and this module
+read only the section.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ class PublishedPictures:
 
 
 def read_pictures(folder: Path, family: Family, settings: Mapping[str, Any]) -> PublishedPictures | None:
-    """Read how a published folder preprocesses pictures. Return None if no file of the folder describes it.
+    """Read how a published folder preprocesses pictures. Return None if no file of the folder describes the
+    preprocessing.
 
     Args:
         folder: folder with the files.
@@ -183,15 +185,15 @@ def _kind(found: Mapping[str, Any], family: Family) -> str:
 def _without_unset(found: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings without nulls that mean "not set".
 
-    In transformers, a null replaces the default of a class. A null for a key with a default is therefore kept, and its
-    rule refuses it. A null means False for `do_center_crop` and `default_to_square`.
+    In transformers, a null replaces the default of a class. A null for a key with a default is therefore kept, and the
+    rule of the key refuses the null. A null means False for `do_center_crop` and `default_to_square`.
     """
     off = {key: False for key in ("do_center_crop", "default_to_square") if key in found and found[key] is None}
     return {key: value for key, value in found.items() if value is not None or key in defaults} | off
 
 
 def _unused(effective: Mapping[str, Any]) -> dict[str, str]:
-    """Return the keys that another value of the same file leaves without effect, and the reasons."""
+    """Return the keys that have no effect because of another value in the same file, and the reasons."""
     reasons = {}
     if effective["do_center_crop"] is False:
         reasons["crop_size"] = "is used only if do_center_crop is true"

@@ -3,8 +3,8 @@
 A folder of caption files belongs to one key (table, model name and version number, settings), not to one job. A job
 that is killed leaves files, and the next job with the same key merges these files. Two MLflow registries may have model
 versions of the same name and number. The files of both models are then in the same folder, and each row has the digest
-of its own model. Two jobs with the same key may run at the same time and merge each other's files. Merging is
-idempotent, and each job skips files that the other job has merged.
+of its own model. Two jobs with the same key may run at the same time and merge each other's files. A job skips files
+that another job has merged, and a file that is merged twice changes no row again.
 """
 
 from __future__ import annotations

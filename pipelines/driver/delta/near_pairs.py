@@ -110,7 +110,7 @@ def copies_across_sources(samples: DataFrame) -> DataFrame:
     training, held_out = pictures.filter("existing"), pictures.filter("NOT existing")
     others = held_out.select(F.col("source").alias("other_source"), "sha256", "fingerprint")
     same = [
-        training.join(others.drop(unused).distinct(), key)  # distinct: many blank pictures share a fingerprint
+        training.join(others.drop(unused).distinct(), key)  # many blank pictures share a fingerprint
         for key, unused in (("sha256", "fingerprint"), ("fingerprint", "sha256"))
     ]
     compared = pictures.filter("fingerprint IS NOT NULL")

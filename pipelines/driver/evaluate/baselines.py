@@ -25,7 +25,7 @@ MAX_PAIRS = 25_000_000
 """Largest number of pairs (candidate, reference) to compare. With this limit, the comparison takes only seconds."""
 MIN_CANDIDATES = 256
 SHORTLIST = 4
-"""Number of candidates with the best word F1, and number of candidates with the best CIDEr, for the slower metrics.
+"""The slower metrics compare only some candidates: this many with the best word F1, and this many with the best CIDEr.
 """
 
 

@@ -74,7 +74,7 @@ SHARES = ("exact_match", "word_f1", "rouge_l")
 WORD_GAP = re.compile(r"(\s+)")
 ABOUT_ATTENTION = (
     "The worst rows also show where the model looked. Each word has a small picture, in which orange patches got the "
-    "most attention. The number is the share of the word's attention that goes to the picture."
+    "most attention. The number beside a word is the share of the word's attention that goes to the picture."
 )
 PLOTTED = ("exact_match", "word_f1", "rouge_l", "bleu_4")
 

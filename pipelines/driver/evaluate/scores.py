@@ -225,7 +225,7 @@ def _neighbour_captions(spark: SparkSession, train: Shards, shards: Shards) -> d
         for pair in row["texts"]:
             texts[pair["prompt"]].append(pair["text"])
         for prompt, choices in texts.items():
-            text = choices[row["index"] % len(choices)]  # a random text, because shards are shuffled
+            text = choices[row["index"] % len(choices)]  # a row's index is random, because shards are shuffled
             (evaluated if row["index"] >= 0 else training)[prompt].append((row["image_id"], row["grid"], text))
     any_prompt = [item for items in training.values() for item in items]
     found = {}

@@ -30,9 +30,9 @@ def write_samples(platform: Platform, plan: IngestPlan) -> NearReport:
     Pictures that are near duplicates of each other get the same split.
 
     Raises:
-        WriteConflict: after the plan was made, another ingest has committed rows of the same source. Nothing is written
-            if the Spark session accepts the settings of `skip_if_changed_since`. If the session refuses these settings,
-            texts may be added to pictures that the other ingest has not changed.
+        WriteConflict: after the plan was made, another ingest has committed rows of the same source. If the Spark
+            session accepts the settings of `skip_if_changed_since`, nothing is written. If the session refuses these
+            settings, texts may be added to pictures that the other ingest has not changed.
     """
     write = _replace if plan.request.replace else _add
     if not (plan.totals.new or plan.totals.updated):
@@ -119,7 +119,7 @@ def remove_gone(platform: Platform, decoded: DecodedRows, covered: Covered) -> i
     gone = decoded.spill.materialize(gone, "gone")
     if gone.isEmpty():
         return 0
-    # Another ingest may have replaced a picture since this query. The condition keeps the new picture.
+    # Another ingest may have replaced a picture after `gone_pictures` found it. The condition keeps the new picture.
     unchanged = "target.sha256 = updates.sha256 AND array_contains(target.texts, updates.text)"
     counts = merge_into(table, gone, "image_id", source, f"WHEN MATCHED AND {unchanged} THEN DELETE")
     assert counts is not None

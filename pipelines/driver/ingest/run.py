@@ -8,8 +8,8 @@ ingest is idempotent: a second run, a run after a crash, or a concurrent run add
   makes no table version, so shards that are pinned to the last version stay valid.
 - If another ingest of the source commits after the plan was made, the plan is made again (`plan.py`).
 - `quarantine` is written first, then `samples` or `texts`, and then the ledger (`ledger.py`). Each write is one Delta
-  commit. If the process is killed between two writes, the next ingest reads every item that the ledger lacks. This
-  ingest skips rows that the tables already have, and adds the missing rows.
+  commit. If the process is killed between two writes, the next ingest reads every item that the ledger lacks. The next
+  ingest skips the rows that the tables already have, and adds the missing rows.
 """
 
 from __future__ import annotations

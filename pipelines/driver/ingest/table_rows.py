@@ -109,8 +109,8 @@ def count_rows(
 def existing_rows(spark: SparkSession, platform: Platform, table: Table, source: str) -> DataFrame:
     """Return the rows of a source in a table, like `rows_of_source`.
 
-    On a laptop, a source without rows is recognised without Spark. For this source, Spark then neither reads the Delta
-    log nor joins with the table, because Spark's optimizer knows that `limit(0)` has no rows.
+    On a laptop, a source without rows is recognised without Spark. For a source without rows, Spark neither reads the
+    Delta log nor joins with the table, because Spark's optimizer knows that `limit(0)` has no rows.
     """
     rows = rows_of_source(spark, platform, table.name, source)
     opened = open_on_disk(platform, table)

@@ -59,7 +59,8 @@ class IngestReport(Config):
         rows_in: number of raw rows that were read.
         new: number of rows that added a picture with all its texts to `samples`, or a text to `texts`.
         merged: number of rows that added a text to a picture.
-        duplicates: number of rows that added nothing, because one of the two tables already has their content.
+        duplicates: number of rows that added nothing, because the source's table or `quarantine` already has their
+            content.
         quarantined: number of rows added to `quarantine`.
         refused: number of rows that cannot become samples, including rows that were already in `quarantine`.
         reasons: number of rows added to `quarantine`, by quarantine reason.

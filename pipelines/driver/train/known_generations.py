@@ -20,7 +20,7 @@ class GenerationsFile(Config):
 
     Attributes:
         folders: names of the run folders whose run.json has been read.
-        settings: all different generation settings in these run.json files.
+        settings: all different generation settings in the run.json files of these folders.
     """
 
     folders: tuple[str, ...] = ()

@@ -39,8 +39,8 @@ GPU_AMOUNT = "spark.task.resource.gpu.amount"
 
 
 def run_rank(run_folder: str) -> None:
-    """Run one rank. TorchDistributor calls this function in each rank. The function imports the module itself, so that
-    the driver does not import torch.
+    """Run one rank. TorchDistributor calls this function in each rank. `pipelines.worker.main` is imported only here,
+    so that the driver does not import torch.
     """
     importlib.import_module("pipelines.worker.main").run_rank(run_folder)
 

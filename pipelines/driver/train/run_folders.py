@@ -1,8 +1,8 @@
 """Choice of the folder in which a run trains. Everything that determines the outcome of a run also determines the run's
 folder.
 
-The name of a folder contains a hash of the model, the settings and the data. The first version of the training code
-that trains a run uses the folder with this name, as Lakesight 0.1.0 did. Any other version of the code appends its
+The name of a folder contains a hash of the model, the settings and the data. As in Lakesight 0.1.0, the first version
+of the training code that trains a run uses a name without a further hash. Any other version of the code appends its
 digest to the name.
 """
 

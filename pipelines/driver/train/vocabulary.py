@@ -19,7 +19,7 @@ def warn_of_unknown(tokenizer: Tokenizer, texts: Iterable[str], which: str) -> N
     Args:
         tokenizer: tokenizer of the run.
         texts: texts of the run's training shards or validation shards.
-        which: name of these texts in the log message, such as 'validation texts'.
+        which: name of the texts in the log message, such as 'validation texts'.
     """
     counts: Counter[str] = Counter()
     tokens = 0

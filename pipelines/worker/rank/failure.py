@@ -5,9 +5,9 @@ consequences. Consequences are, for example, a signal from the launcher, or a co
 rank died.
 
 Python's signal handlers are not used for SIGTERM and SIGINT. Python runs a signal handler in the main thread. When
-another rank has died, the main thread is blocked in a C++ collective, so the handler would never run. For these two
-signals, Python's C-level handler writes the signal's number to a pipe. The monitor thread reads the pipe, writes the
-failure record and exits the process.
+another rank has died, the main thread is blocked in a C++ collective, so the handler would never run. When SIGTERM or
+SIGINT arrives, Python's C-level handler writes the signal's number to a pipe. The monitor thread reads the pipe, writes
+the failure record and exits the process.
 
 The monitor thread also ends the rank for two other reasons. If the launcher has died, the rank exits, so that no rank
 continues without its launcher. If the rank reports no progress for `train.timeout_seconds`, the rank writes the stacks

@@ -62,7 +62,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Trainer:
-    """Training state of one rank, with methods that train and that do the work after each training step."""
+    """Training state of one rank, with methods for training steps and for the work after each step."""
 
     run: RunFolder
     file: RunFile

@@ -144,7 +144,7 @@ class _Thrift:
 
     def _value(self, kind: int, depth: int) -> Any:
         value: Any = None
-        if kind in (1, 2):  # in Thrift, no value follows, because the type code of a boolean says whether it is true
+        if kind in (1, 2):  # in Thrift, the type code of a boolean says whether it is true, and no value follows
             value = kind == 1
         elif kind == 3:
             value = self._byte()
