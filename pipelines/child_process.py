@@ -31,7 +31,8 @@ def child_environment(**more: str) -> dict[str, str]:
 
 
 def drop_other_variables(*needed: str) -> None:
-    """Remove all environment variables except those that child processes receive or whose names match one of `needed`.
+    """Remove the environment variables of this process, except those that child processes receive and those whose names
+    match a pattern in `needed`.
 
     A torch rank on an executor calls this function before it does anything else, because Spark starts the rank with
     all variables of the executor.

@@ -1,8 +1,8 @@
 """Model library: configuration, layers, tokenizers, training and generation of vision-language models.
 
-`vlm.load` and `vlm.build` return a `Captioner`. The modules that need PyTorch are imported on first use, so that
+`vlm.load` and `vlm.build` return a `Captioner`; the modules that need PyTorch are imported on first use, so that
 `import vlm` needs no PyTorch. Start reading in `model.py` (the forward pass) and `factory.py` (construction of a model
-from its config). No module of this package imports `pipelines`, Spark or MLflow.
+from its config); no module imports `pipelines`, Spark or MLflow.
 """
 
 from __future__ import annotations

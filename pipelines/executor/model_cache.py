@@ -3,9 +3,9 @@
 The cache has two kinds of copies: copies of models that are on a network, and copies whose weights are converted to
 another precision. The first process makes a copy while it holds a lock, and all other processes wait for the lock. A
 copy gets its final name when the copy is complete, so a killed process never leaves a copy that looks complete. The
-name of a copy is a hash of the model folder's path, the model's digest, the names, sizes and modification times of the
-model's files, and the conversion. If the files of a copy differ from the record of the copy, the copy is made again.
-Only the most recently used copies are kept.
+name of a copy is a hash of the model folder's path, the model's digest, the conversion, and the state of the model's
+files (names, sizes and modification times). If the files of a copy differ from the record of the copy, the copy is made
+again. Only the most recently used copies are kept.
 
 Processes map the weights of a copy into memory. A process whose copy is removed can still read the weights, because the
 system removes a mapped file only when no process maps the file any more. Files of a copy are never overwritten.

@@ -1,9 +1,10 @@
 """Convert decoded pictures of all modes to RGB with 8 bits per sample.
 
 Samples of 16 bits are scaled to 8 bits. Cameras, microscopes and X-ray detectors store values of 8, 10 or 12 bits in
-samples of 16 bits without scaling the values, so that the pictures are almost black. The samples of a picture are
-therefore scaled from the smallest of 8, 10, 12 and 16 bits in which the largest sample fits. The values of TIFF
-palettes have 16 bits, but old programs wrote values of 8 bits, which are also scaled.
+samples of 16 bits without scaling the values, so that the pictures are almost black. The largest sample of a picture
+therefore decides whether the samples count as values of 8, 10, 12 or 16 bits: the smallest of these sizes in which the
+largest sample fits. The values of TIFF palettes have 16 bits, but old programs wrote values of 8 bits, which are also
+scaled.
 
 Pictures are converted in bands of rows, because a conversion needs several times the memory of its band. Decoding a
 picture of 64 megapixels needs 0.6 GB.

@@ -41,9 +41,9 @@ class ExportReport(Config):
         files: names of the written files.
         tensors: number of tensors in the written files.
         left_out: number of parameters of the checkpoint that do not belong to the exported part.
-        without: dict from a reason to the name patterns of tensors that the export leaves out for this reason. The
-            other library's own files contain these tensors. The other library computes or initialises the tensors in
-            `without` itself.
+        without: dict from a reason to the name patterns of tensors that the export leaves out for this reason. Files of
+            the other library contain the tensors in `without`, but the other library can compute or initialise these
+            tensors itself.
     """
 
     part: Part

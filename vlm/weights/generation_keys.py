@@ -93,7 +93,7 @@ def read_generation(folder: Path) -> GenerationConfig:
 
     Raises:
         CheckpointError: the file cannot be read, has an unknown key, or has a value that Lakesight does not support.
-            The error names the file and all such keys.
+            The error names the file and every refused key.
     """
     found = without_null(read_other_settings(folder / GENERATION))
     effective = DEFAULTS | found

@@ -113,7 +113,7 @@ def read_pictures(folder: Path, family: Family, settings: Mapping[str, Any]) -> 
 
     Raises:
         CheckpointError: a file cannot be read, has an unknown key, or has a value that Lakesight does not support. The
-            error names the file and all such keys.
+            error names the file and every refused key.
     """
     if family.name not in _OF_FAMILY:
         return None

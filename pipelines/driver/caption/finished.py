@@ -1,9 +1,10 @@
 """Check whether every row of a caption job has its caption, so that Spark starts only if it is needed.
 
 The check reads only Delta logs and small columns of tables. If the check is not certain that every row has its caption,
-Spark starts and looks for rows without a caption. This happens, for example, if the job has an SQL condition, or if a
-table is in a catalog or on an object store. The check is also not certain if data files of a captioned table version
-were replaced, or if the table may have deletion vectors. Deletion vectors delete rows without replacing a data file.
+Spark starts and looks for rows without a caption. The check is not certain, for example, if the job has an SQL
+condition, or if a table is in a catalog or on an object store. The check is also not certain if data files of a
+captioned table version were replaced, or if the table may have deletion vectors. Deletion vectors delete rows without
+replacing a data file.
 """
 
 from __future__ import annotations

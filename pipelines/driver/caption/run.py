@@ -169,9 +169,9 @@ def caption(
     progress while executors run.
 
     Raises:
-        UserError: the table, the version, a column or the folder of the pictures does not exist, the condition is not
-            valid SQL, the ids are not unique, the prompt leaves no space for a caption, or the library for the
-            precision is not installed.
+        UserError: the table, the version, a column or the folder of the pictures does not exist. Other causes are a
+            condition that is not valid SQL, ids that are not unique, a prompt that leaves no space for a caption, and a
+            missing library for the precision.
         StageFailed: Spark failed. The next caption job with the same request skips the rows that already have a
             caption.
         TooManyErrors: the share of errors is larger than `max_error_share`. The results of all rows are written before

@@ -110,8 +110,8 @@ def model_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
     """Return the metrics of rows that all have a caption. A metric takes one weight per row, in the order of the rows.
 
     - loss is in nats per target token. The texts of a picture share a weight of 1, because training draws one text of a
-      picture in each epoch. token_accuracy is the share of target tokens that the model ranks first. token_accuracy and
-      the three gaps below have the same weights as loss.
+      picture in each epoch. The same weights apply in token_accuracy, blind_gap, blank_gap and noise_gap.
+    - token_accuracy is the share of target tokens that the model ranks first.
     - blind_gap, blank_gap and noise_gap are loss differences in nats per token: the loss with the picture of another
       row, with a grey picture or with noise, minus the loss with the right picture. If the split has only one picture,
       blind_gap is missing.

@@ -84,7 +84,7 @@ class EvaluationReport(Config):
         pictures: number of pictures of the split.
         left_out: number of rows whose prompt leaves no room for a caption; only `error_share` counts these rows.
         tokenisation: name of the rules that split texts into words; empty in a report of an earlier Lakesight version.
-            Such a report is computed again from the stored scores.
+            A report of an earlier version is computed again from the stored scores.
         definitions: version number of the metric definitions; 1 in reports of earlier versions of Lakesight.
         settings: generation settings of the captions; null if the captions were generated with the model version's own
             settings at temperature 0. A report whose `settings` are not null is not merged into table `evaluations`.
@@ -156,8 +156,8 @@ def evaluate(
         shards_folder: shard folder of the split.
         train_folder: shard folder of the training split, for the nearest-neighbour baseline.
         columns: names of the columns whose values define the evaluation slices.
-        with_java: whether to compute METEOR and COCO's figures. These metrics need Java, and are left out without Java.
-            Java takes seconds to start.
+        with_java: whether to compute METEOR and COCO's figures. METEOR and COCO's figures need Java, and are left out
+            if Java is not installed. Java takes seconds to start.
         objects: word list for the metrics of object hallucination, or None to leave out these metrics.
 
     Raises:

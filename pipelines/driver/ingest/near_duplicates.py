@@ -90,8 +90,9 @@ def _resolve(pairs: DataFrame, *, move: bool) -> DataFrame:
     near_of is a near duplicate that was in `samples` before the ingest. If no near duplicate was in `samples`, near_of
     is the new near duplicate with the smallest id. If all near duplicates are new and have larger ids than the picture,
     near_of is null. near_split is the split of the near duplicates in `samples`, because pictures in `samples` do not
-    move. If no near duplicate is in `samples`, near_split is chosen among the splits of the picture and of its near
-    duplicates: test before val, and val before train. If `move` is false, near_split is the picture's own split.
+    move. If no near duplicate is in `samples`, near_split is one of the splits of the picture and its near duplicates:
+    test if one of them is in test, else val if one of them is in val, else train. If `move` is false, near_split is the
+    picture's own split.
     """
     rank = "array_position(array('test', 'val', 'train'), other_split)"
     first = "min(struct(NOT other_existing AS is_new, other_id)) FILTER (WHERE other_existing OR other_id < image_id)"

@@ -3,8 +3,8 @@
 The rows of an ingest plan do not contain the pictures. Two ingests of one source may run at the same time. Delta
 commits are atomic, but a plan may be out of date when it is committed, because another ingest may have added the same
 pictures. An ingest plan therefore records the version of `samples` that the plan is based on. If another ingest has
-committed rows of the same source after that version, nothing is written (`WriteConflict`), and the caller makes a new
-plan from the same decoded rows.
+committed rows of the same source after the recorded version, nothing is written (`WriteConflict`). The caller then
+makes a new plan from the same decoded rows.
 """
 
 from __future__ import annotations
@@ -118,10 +118,16 @@ def pictures_of_input(existing: DataFrame, outcomes: DataFrame) -> DataFrame:
 def plan_pictures(outcomes: DataFrame, existing: DataFrame, max_texts: int | None = None) -> DataFrame:
     """Return one row per picture of the input, without the bytes of the picture.
 
-    The columns are image_id, sha256, rows (number of raw rows), spilled (POSITION, format, width and height of the
-    picture), source_row, split, fingerprint, is_new, conflicting (whether another picture has the same id), known_texts
-    (texts in `samples`), new_texts (texts to append to those in `samples`), contributing (number of rows that add a
-    text) and full (all accepted texts of the picture if the input has more texts than `max_texts` allows, else null).
+    The columns are image_id, sha256, source_row, split, fingerprint, is_new and
+
+    - rows: number of raw rows of the picture;
+    - spilled: POSITION, and the format, width and height of the picture;
+    - conflicting: whether another picture has the same id;
+    - known_texts: texts of the picture in `samples`;
+    - new_texts: texts to append to the texts in `samples`;
+    - contributing: number of rows that add a text;
+    - full: all accepted texts of the picture if the input has more texts than `max_texts` allows, else null.
+
     The texts are merged by `pipelines.executor.ingest.merge_texts`, in the order of the files, then of the rows in a
     file, then of the texts in a row.
 

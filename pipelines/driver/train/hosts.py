@@ -39,8 +39,8 @@ def check_hosts(run: RunFolder, open_spark: Callable[[], SparkSession], launch: 
     """Describe every host that ranks will run on, check that the hosts are compatible, and write hosts.json.
 
     Raises:
-        UserError: a package is missing on a host, the versions of torch or Lakesight or the training code differ, or
-            ranks need GPUs and a host has none that torch can use.
+        UserError: a package is missing on a host, the hosts have different versions of torch, Lakesight or the training
+            code, or ranks need GPUs and torch can use no GPU of a host.
         StageFailed: the executors did not describe their hosts.
     """
     if launch.local_mode:

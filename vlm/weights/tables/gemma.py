@@ -87,7 +87,8 @@ def rope_base(settings: Settings) -> Any:
 
 
 def other_activation(key: str, used: str) -> ConfigField:
-    """Return a config field that compares `key`, a second config.json key for the activation, with our activation."""
+    """Return a config field that compares our activation with `key`, the second key of config.json for the
+    activation."""
 
     def theirs(settings: Settings) -> Any:
         read = key if settings.get(key) else used

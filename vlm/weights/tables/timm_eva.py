@@ -28,9 +28,10 @@ from vlm.weights.tables import timm
 
 POSITION = f"{timm.TRANSFORMER}.position"
 HEADS_BY_NAME = {"vit_7b_": 32, "_gigantic_patch14_": 16}
-"""Numbers of heads of architectures whose heads are not 64 wide."""
+"""Dict from a part of an architecture's name to the number of heads, for architectures whose heads are not 64 wide."""
 GRIDS = {"_pe_core_base_": 14, "_pe_core_(small|tiny|large)_": 24, "_pe_": 32, "_rope_reg": 16}
-"""Sizes of the patch grids to which row and column indices are scaled, by regular expressions of architectures."""
+"""Dict from regular expressions of architecture names to the size of the patch grid to which row and column indices are
+scaled."""
 
 
 def position_of(name: str) -> dict[str, Any]:

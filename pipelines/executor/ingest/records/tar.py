@@ -169,7 +169,7 @@ class TarReader:
 
 
 def _skip_sparse_map(file: IO[bytes], block: bytes) -> None:
-    """Skip the blocks after the header of a sparse file in the old GNU format. These blocks list more parts of the
+    """Skip the blocks that follow the header of a sparse file in the old GNU format, and that list more parts of the
     file.
     """
     is_continued = block[156:157] == tarfile.GNUTYPE_SPARSE and block[482]
