@@ -186,7 +186,7 @@ def write_scenes(path: Path, count: int, seed: int) -> SceneSummary:
     """Write `count` rows as CSV with the columns of seemore's data: an unnamed index, b64string_images, and caption.
 
     About one row in 100 is broken on purpose, and one row in 500 repeats an earlier row. The bytes of the file depend
-    only on `count` and `seed`. An existing file with these bytes is not written again, so the next ingest skips the
+    only on `count` and `seed`. An existing file with the same bytes is not written again, so the next ingest skips the
     file. A small file beside the CSV file contains the digest of the CSV file. An unchanged CSV file is therefore
     recognised without drawing the pictures again.
 

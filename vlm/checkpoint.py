@@ -87,8 +87,8 @@ def best_device() -> torch.device:
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """Return the checkpoint folder inside a run folder or a model version's MLflow folder. Return any other folder,
-    such as a checkpoint folder, unchanged.
+    """Return the checkpoint folder inside a run folder or a model version's MLflow folder. If the given folder is
+    neither, for example a checkpoint folder, return the given folder.
 
     If a run folder contains several checkpoints, choose the newest complete checkpoint.
     """

@@ -5,7 +5,7 @@ for two reasons. Rounding errors of the head would directly change the logits, a
 stored twice.
 
 A safetensors file can hold the converted weights (`vlm.checkpoint.save_converted`). Safetensors files hold only plain
-tensors, and a quantized weight of torchao consists of several plain tensors (integers, scales). Each of these parts is
+tensors, and a quantized weight of torchao consists of several plain tensors (integers, scales). Each plain tensor is
 stored under the name `NAME:PART`, for example `decoder.blocks.0.mlp.up.weight:qdata`.
 """
 

@@ -144,7 +144,7 @@ def _may_be_training(run: RunFolder) -> bool:
 
 
 def _old_checkpoints(run: RunFolder, whole: bool, needs: Needs) -> list[Path]:
-    """Return the checkpoints of a remaining run that are damaged or that no registered version needs.
+    """For a remaining run, return the checkpoints that are damaged or that no registered version needs.
 
     The last checkpoint stays, because a run without its last checkpoint does not count as finished.
     """

@@ -46,7 +46,7 @@ collection of the whole heap.
 """
 
 NEVER = "3650d"
-"""Timeout that is never reached, as a time of Spark."""
+"""Timeout that is never reached, in Spark's notation."""
 TOO_LITTLE_MEMORY = r"OutOfMemoryError|insufficient memory|memory allocation|Could not reserve"
 """Pattern of the lines with which the JVM reports that it got too little memory."""
 LOG_TAIL = 2**12
@@ -147,8 +147,8 @@ def _local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
             spark = SparkSession(SparkContext(conf=conf, gateway=gateway))
         except (PySparkRuntimeError, Py4JError, ConnectionError) as error:
             raise _start_failure(log, start, error) from None
-        # When the JVM ends, the thread that receives accumulators would print a traceback, but commands report the end
-        # in one paragraph (`jvm_failure`).
+        # By default, the thread that receives accumulators prints a traceback when the JVM ends. The traceback is not
+        # needed, because commands report the end in one paragraph (`jvm_failure`).
         spark.sparkContext._accumulatorServer.handle_error = lambda *_: None  # type: ignore[method-assign]
         jars.save(spark.sparkContext.getConf().get("spark.jars") or "")
     atexit.register(_stop, spark, config.spark.master, spark.sparkContext.applicationId)

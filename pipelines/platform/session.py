@@ -147,10 +147,10 @@ def count_slots(spark: SparkSession) -> int:
 def cancel_if_slots_are_lost(spark: SparkSession, tasks: int) -> Iterator[None]:
     """Cancel the Spark jobs started inside the block if the cluster can no longer run `tasks` tasks at once.
 
-    Spark counts its slots (the tasks that can run at once) only when a barrier stage starts. If a host is lost later,
-    Spark would wait forever for this host. The thread that waits for the stage receives a Spark error with the number
-    of remaining slots. A Connect session cannot count slots while a barrier stage occupies them. With a Connect
-    session, only a timeout of the job ends the wait for a lost host.
+    Spark counts its slots (the tasks that can run at once) only when a barrier stage starts. If a host is lost after
+    the stage has started, Spark would wait forever for this host. The thread that waits for the stage receives a Spark
+    error with the number of remaining slots. A Connect session cannot count slots while a barrier stage occupies them.
+    With a Connect session, only a timeout of the job ends the wait for a lost host.
     """
     if is_connect(spark):
         yield

@@ -151,7 +151,8 @@ def _create_workspace_folder(folder: PurePosixPath) -> None:
 
 
 def unusable(platform: Platform, error: Exception) -> UserError:
-    """Return the error for a failed request to the tracking server, a TrackingDown if a later request may succeed."""
+    """Return the error for a failed request to the tracking server. The error is a TrackingDown if a later request may
+    succeed."""
     what, where, got = (
         "the MLflow tracking server cannot be used",
         hide_secrets(platform.tracking_uri),

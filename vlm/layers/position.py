@@ -26,9 +26,9 @@ All layers of a forward pass share the tensors of cosines and sines."""
 class Rotary(nn.Module):
     """Rotary position embedding (Su et al., 2021) in its half-split form.
 
-    Channels i and i + D/2 are rotated by the angle position * base^(-2i/D). The dot product of a query and a key then
-    depends only on the distance between their positions. The tables hold the cosine and the sine of the angles of every
-    position of the context, computed in fp32.
+    Channels i and i + D/2 are rotated by the angle position * base^(-2i/D). After the rotation, the dot product of a
+    query and a key depends on their positions only through the distance between these positions. The tables hold the
+    cosine and the sine of the angles of every position of the context, computed in fp32.
     """
 
     def __init__(self, head_dim: int, context: int, base: float) -> None:

@@ -99,7 +99,8 @@ def _with_values_of_rank_0(method: Callable[..., Tensor]) -> Callable[..., Tenso
 
 
 def rows_of(tensor: Tensor) -> Tensor | TensorRows:
-    """Return this rank's rows of a sharded tensor, without a copy. Return a tensor that is not sharded unchanged."""
+    """Return this rank's rows of a sharded tensor, without a copy. If the tensor is not sharded, return it
+    unchanged."""
     if not isinstance(tensor, DTensor):
         return tensor
     assert tensor.placements == (Shard(0),), "parameters are sharded along their first dimension, by this module"

@@ -2,9 +2,9 @@
 
 A folder of caption files belongs to one key (table, model name and version number, settings), not to one job. A job
 that is killed leaves files, and the next job with the same key merges these files. Two MLflow registries may have model
-versions of the same name and number. The files of both models are then in the same folder, and each row has the digest
-of its own model. Two jobs with the same key may run at the same time and merge each other's files. A job skips files
-that another job has merged, and a file that is merged twice changes no row again.
+versions of the same name and number. The caption files of such model versions are in the same folder, and each row has
+the digest of its own model. Two jobs with the same key may run at the same time and merge each other's files. A job
+skips files that another job has merged. If two jobs merge the same file, the second merge changes no row.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ class PendingFiles:
         files = self.files()
         if not files:
             return 0
-        # Spark lists the folder after this driver has listed it. Spark therefore reads every file that the driver
-        # removes below. Spark skips files that another driver has merged and removed. Columns that the files of
-        # Lakesight 0.1.0 lack are null.
+        # Spark lists the folder after this driver has listed it, so Spark reads every file that the driver removes
+        # below. Spark skips files that another driver has merged and removed. Columns that the files of Lakesight 0.1.0
+        # lack are null.
         rows = spark.read.schema(from_arrow_schema(PENDING_SCHEMA)).option("ignoreMissingFiles", "true")
         new = _newest_rows(rows.option("pathGlobFilter", "*.parquet").parquet(escape_wildcards(str(self.folder))))
         table = platform.table(GENERATED_CAPTIONS.name)

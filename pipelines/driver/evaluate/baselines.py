@@ -1,8 +1,8 @@
 """Baselines: captions that are made without a model, with which an evaluation compares the captions of a model version.
 
 The constant baseline gives the same caption to all pictures. The caption that is best by one metric may not be the best
-by another metric. So each metric has its own constant caption: the single caption that gets the best value of this
-metric if all pictures have this caption.
+by another metric. So each metric has its own constant caption. If all pictures have this caption, the value of the
+metric is better than with any other constant caption.
 
 In the names of arrays, C stands for candidates, F for all references of all rows, and R for rows.
 """
@@ -67,7 +67,7 @@ def best_constants(scored: Sequence[ScoredRow]) -> dict[str, str]:
 
     The candidates are the most frequent references, as many as MAX_PAIRS allows. Of two equally good candidates, the
     more frequent candidate is returned. Every candidate is compared by exact match, word F1 and CIDEr. ROUGE-L and BLEU
-    are slow to compute, so by these metrics only the best candidates by word F1 or CIDEr are compared.
+    are slow to compute, so they are computed only for the best candidates by word F1 or CIDEr.
     """
     references = [[words(reference) for reference in item.references] for item in scored]
     spelled = Counter(reference.strip() for item in scored for reference in item.references)

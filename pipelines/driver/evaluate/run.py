@@ -189,8 +189,8 @@ def _find_folder(platform: Platform, model: ModelFiles, shards: Shards, train: S
     """Return the folder of an evaluation.
 
     Lakesight 0.1.0 did not store the digest of an evaluated model. If a report has no digest, this function stores the
-    digest of the model in the report. The report is then not used for a model with different files, even if both models
-    come from the same MLflow run.
+    digest of the model in the report. With this digest, the report is not used for a model with different files, even
+    if both models come from the same MLflow run.
     """
     folder = evaluation_folder(platform, model, shards, train)
     earlier = evaluation_folder(platform, model.model_copy(update={"digest": ""}), shards, train)

@@ -19,7 +19,7 @@ from pipelines.formats.tables import QUARANTINE, SAMPLES, TEXTS
 from pipelines.platform import Platform
 
 TIME_COLUMNS = {SAMPLES.name: "ingested_at", TEXTS.name: "ingested_at", QUARANTINE.name: "quarantined_at"}
-"""For each table, the column with the time of the ingest plan from which a row was written."""
+"""For each table, the name of the column that stores the time of the row's ingest plan."""
 
 
 @dataclass(frozen=True)

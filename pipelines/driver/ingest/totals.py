@@ -1,4 +1,5 @@
-"""Totals of an ingest: how many rows were added, duplicate or quarantined, and whether the ingest is a success."""
+"""Totals of an ingest: how many rows were added, were duplicates or were quarantined, and whether the ingest is a
+success."""
 
 from __future__ import annotations
 
@@ -67,7 +68,7 @@ class IngestReport(Config):
         removed: number of pictures removed from `samples`, because the source table has changed or deleted their rows.
         replaced: number of rows that a full refresh has replaced, in `quarantine` and in the source's table.
         splits: number of pictures of this source in `samples`, or of its texts in `texts`, by split.
-        equal_pictures_across_splits: number of input pictures with the same bytes in two splits of the source.
+        equal_pictures_across_splits: number of input pictures whose bytes occur in two splits of the source.
         near_duplicates: counts of new pictures that resemble another picture of the source.
         dataset_version: version of the source's table that last changed this source.
         seconds: duration of the ingest, in seconds.
@@ -125,7 +126,7 @@ def require_usable_rows(totals: PlanTotals, config: DataConfig) -> None:
             "a refresh would remove all rows of the source, because not one row of the input can be used",
             where=config.source.where,
             got=f"{totals.bad} of {totals.rows_in} rows are bad",
-            fix="ingest without --refresh, which writes the bad rows to quarantine; this refresh has replaced nothing",
+            fix="to write the bad rows to quarantine, ingest without --refresh; this refresh has replaced nothing",
         )
 
 

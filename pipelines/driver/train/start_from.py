@@ -55,8 +55,9 @@ def check_start_folder(folder: Path, config: ModelConfig, settings: TrainConfig)
         The absolute path of the folder.
 
     Raises:
-        UserError: the folder lacks a file of a model, contains a model that differs from the run's model (the message
-            lists each difference), or contains only a decoder although the settings need trained weights of all parts.
+        UserError: the folder lacks a file of a model, or contains a model that differs from the run's model (the
+            message lists each difference). Another cause is a folder with only a decoder, if the settings need trained
+            weights of all parts.
     """
     folder = folder.absolute()
     missing = [name for name in FILES if not (folder / name).is_file()]

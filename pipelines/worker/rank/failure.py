@@ -9,11 +9,11 @@ another rank has died, the main thread is blocked in a C++ collective, so the ha
 SIGINT arrives, Python's C-level handler writes the signal's number to a pipe. The monitor thread reads the pipe, writes
 the failure record and exits the process.
 
-The monitor thread also ends the rank for two other reasons. If the launcher has died, the rank exits, so that no rank
-continues without its launcher. If the rank reports no progress for `train.timeout_seconds`, the rank writes the stacks
-of all threads and exits. When one rank hangs, all other ranks wait for this rank and time out at the same moment. A
-rank that is inside a collective is therefore recorded as waiting, not as the cause. If the interpreter itself is stuck,
-faulthandler's C thread ends the rank.
+Without a signal, the monitor thread ends the rank for two reasons. If the launcher has died, the rank exits, so that no
+rank continues without its launcher. If the rank reports no progress for `train.timeout_seconds`, the rank writes the
+stacks of all threads and exits. When one rank hangs, all other ranks wait for this rank and time out at the same
+moment. A rank that is inside a collective is therefore recorded as waiting, not as the cause. If the interpreter itself
+is stuck, faulthandler's C thread ends the rank.
 """
 
 from __future__ import annotations

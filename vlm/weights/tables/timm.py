@@ -3,7 +3,7 @@
 The encoders may have a class token, registers, layer scale, attention pooling or SwiGLU.
 
 timm's config.json contains the name of an architecture, and the sizes of the architecture are in timm's code. The
-shapes of the tensors determine most sizes. An import checks each other value against config.json or against the
+shapes of the tensors determine most sizes. An import checks all other values against config.json or against the
 architecture's name. If neither config.json nor the name contains the value, the import reports the value as unchecked.
 """
 

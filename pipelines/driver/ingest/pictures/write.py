@@ -55,8 +55,8 @@ def write_pictures(
 def _plan_and_write(spark: SparkSession, platform: Platform, decoded: DecodedRows, reasons: Counter[str]) -> Written:
     """Make a plan and write its rows to `quarantine` and `samples`.
 
-    `reasons` counts the rows that any attempt has added to `quarantine`, because these rows stay in `quarantine` even
-    if the attempt then fails to write to `samples`.
+    `reasons` counts the rows that all attempts together have added to `quarantine`. Rows stay in `quarantine` even if
+    the attempt that added them fails to write to `samples`.
     """
     plan = plan_ingest(spark, platform, decoded)
     if plan.request.replace:

@@ -21,8 +21,8 @@ from pipelines.executor.ingest.splits import split_of_file
 from pipelines.executor.ingest.storage import is_url, printable
 
 MIN_RANGE_BYTES, MAX_RANGE_BYTES = 4 * 2**20, 32 * 2**20
-"""Smallest and largest size of the range of a file that one task reads, in bytes. A smaller file is read by one
-task."""
+"""Smallest and largest size of the range of a file that one task reads, in bytes. A file that is smaller than the
+smallest size is read by one task."""
 MIN_TASKS = 32
 """Number of tasks for a small input, so that no core is idle. An input of less than MIN_TASKS * MIN_RANGE_BYTES bytes
 gets fewer tasks."""

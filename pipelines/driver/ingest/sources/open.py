@@ -61,8 +61,8 @@ def open_source(spark: SparkSession, platform: Platform, name: str, config: Data
 def check_input(platform: Platform, config: DataConfig) -> None:
     """Before Spark starts, check that the input exists and that CSV files have the columns that the config names.
 
-    On Databricks this function checks nothing, because Spark is already running. Inputs on an object store and tables
-    of a catalog are not checked either, to save a second look-up over the network.
+    On Databricks this function checks nothing, because Spark is already running. To save a second look-up over the
+    network, inputs on an object store and tables of a catalog are also not checked.
 
     Raises:
         UserError: the input does not exist or has no file of the source's kind, or no CSV file has a column that the

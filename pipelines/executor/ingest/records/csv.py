@@ -162,7 +162,7 @@ def _join_quoted(
     """Join lines into one row if a quoted field contains their line ends.
 
     If a quote is never closed, the line with this quote becomes a row, and the next lines are parsed as rows of their
-    own. Otherwise, the field after a quote that is never closed would contain the rest of the file.
+    own. Without this rule, the field after a quote that is never closed would contain the rest of the file.
 
     Args:
         lines: lines with their line ends.
