@@ -129,9 +129,9 @@ class AugmentConfig(Config):
             the size of the picture.
         flip: share of pictures that are mirrored left to right. A picture is not mirrored if its text contains one of
             `sided_words`.
-        flip_vertical: share of pictures that are mirrored top to bottom. This is useful for pictures without a natural
-            top, such as aerial pictures. A picture is not mirrored if its text contains one of `sided_words` or
-            `upright_words`.
+        flip_vertical: share of pictures that are mirrored top to bottom. Mirroring top to bottom is useful for pictures
+            without a natural top, such as aerial pictures. A picture is not mirrored if its text contains one of
+            `sided_words` or `upright_words`.
         rotate: share of pictures that are rotated by 90, 180 or 270 degrees. A picture is not rotated if its text
             contains one of `sided_words` or `upright_words`.
         erase: share of pictures in which a rectangle is filled with the picture's mean colour (random erasing, Zhong et

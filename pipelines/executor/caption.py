@@ -57,8 +57,8 @@ class CaptionJob(Config):
         output_folder: folder of the caption files, which has the same path on every executor.
         rows_per_file: number of rows after which a task writes a file.
         constants: dict from the name of each column that has the same value in all rows to this value.
-        started_at: time that is stored in all new rows. This time is the start of the job, or a later time if rows of
-            the table have later times (`pipelines.driver.delta.row_times`).
+        started_at: time that is stored in all new rows. The stored time is the start of the job, or a later time if
+            rows of the table have later times (`pipelines.driver.delta.row_times`).
     """
 
     model_folder: Path

@@ -39,9 +39,9 @@ class AttentionMaps:
         text: the answer.
         spans: for each token, the index of its first character in the answer, and the index after its last character.
         decoder_TLHN: attention weights of the decoder, by token, layer, head and picture feature. For each token, the
-            weights are the attention weights of the position that predicts the token. In a model with image slots, this
-            position also attends to the text, so the weights over the features sum to at most 1. In a model with
-            cross-attention, the weights over the features sum to exactly 1.
+            weights are the attention weights of the position that predicts the token. In a model with image slots, the
+            position that predicts a token also attends to the text, so the weights over the features sum to at most 1.
+            In a model with cross-attention, the weights over the features sum to exactly 1.
         rollout_NP: share of each feature that comes from each patch, from 0 to 1. The patches are ordered by the rows
             of the picture, from top to bottom. If the encoder also has a class token or registers, the shares of all
             patches in a feature sum to less than 1.

@@ -82,8 +82,9 @@ def router_loss(layers: Mapping[str, MoeMlp], batch: Batch) -> tuple[Tensor, Rou
     """Compute load-balance loss (Fedus et al., 2021) and router z loss (Zoph et al., 2022) of the last training pass.
 
     The balance loss covers the global batch without padding. For each expert, the expert's fraction of the
-    assignments is multiplied by the expert's mean probability. The sum of these products over experts is multiplied by
-    the number of experts. A balance loss per rank would be stricter and would depend on the number of ranks.
+    assignments is multiplied by the expert's mean probability. The balance loss is the sum of these products over all
+    experts, multiplied by the number of experts. A balance loss per rank would be stricter and would depend on the
+    number of ranks.
 
     Args:
         layers: result of `routed_layers`, which must be the same on every rank.

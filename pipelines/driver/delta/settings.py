@@ -30,8 +30,8 @@ def spark_settings(spark: SparkSession, values: dict[str, str], *, required: boo
     """Set Spark settings while the block runs, then restore the previous values.
 
     Serverless compute of Databricks refuses to change most settings. If the session refuses a setting that is not
-    `required`, the setting keeps its value and the block runs. Without a setting that is not required, the block only
-    needs more time, more memory or a second attempt.
+    `required`, the setting keeps its value and the block runs. The purpose of such a setting is only to save time or
+    memory, or to avoid a second attempt.
 
     Raises:
         AnalysisException: the session refuses a required setting.

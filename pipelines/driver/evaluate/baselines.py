@@ -25,7 +25,7 @@ MAX_PAIRS = 25_000_000
 """Largest number of pairs (candidate, reference) to compare. With this limit, the comparison takes only seconds."""
 MIN_CANDIDATES = 256
 SHORTLIST = 4
-"""The slower metrics compare only some candidates: this many with the best word F1, and this many with the best CIDEr.
+"""The slower metrics compare only the SHORTLIST best candidates by word F1 and the SHORTLIST best candidates by CIDEr.
 """
 
 

@@ -141,8 +141,8 @@ def select_rows(scored: Sequence[ScoredRow]) -> list[tuple[ScoredRow, tuple[str,
     """Select the worst rows, the best rows and a sample of all other rows. Return the rows with their group names.
 
     The worst row comes first. The sample consists of the first rows that are neither among the worst nor among the best
-    rows. The first rows are a random sample, because shards are shuffled. All rows of a small split are selected, and a
-    row may then be in several groups.
+    rows. The first rows are a random sample, because shards are shuffled. If the split is small, all rows are selected,
+    and a row may be in several groups.
     """
     ordered = sorted(scored, key=lambda item: (item.f1, -item.loss / max(1, item.num_targets), item.row))
     groups = {"worst": ordered[:GROUP_ROWS], "best": ordered[::-1][:GROUP_ROWS]}

@@ -48,8 +48,8 @@ def open_start_folder(folder: Path, config: ModelConfig, settings: TrainConfig) 
 def check_start_folder(folder: Path, config: ModelConfig, settings: TrainConfig) -> Path:
     """Check that a folder contains the model that a run trains, possibly with other generation settings.
 
-    A captioner may also start from a text-only model with the same decoder and tokenizer. The captioner's encoder and
-    projector then begin with random weights.
+    A captioner may also start from a text-only model with the same decoder and tokenizer. The encoder and the projector
+    of such a captioner begin with random weights.
 
     Returns:
         The absolute path of the folder.

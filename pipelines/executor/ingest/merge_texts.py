@@ -51,8 +51,9 @@ def merge_texts(known: Sequence[Text], rows: Sequence[Sequence[Text]], max_texts
         known: texts that the picture already has in `samples`, with repeats.
         rows: texts of each row, in the order of the rows.
         max_texts: largest number of distinct texts of a picture, or None for any number. Rows are sorted by their
-            texts, and accepted up to the first row that exceeds the limit. After this row, a row is accepted only if
-            all its texts have already been accepted. The accepted texts therefore do not depend on the order of `rows`.
+            texts, and accepted up to the first row that exceeds the limit. Of the rows after the first row that exceeds
+            the limit, a row is accepted only if all its texts have already been accepted. The accepted texts therefore
+            do not depend on the order of `rows`.
     """
     seen, contributing, exceeded = set(known), 0, False
     for texts in sorted({tuple(dict.fromkeys(row)) for row in rows}):
