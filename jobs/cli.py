@@ -181,7 +181,7 @@ def run(commands: typer.Typer) -> None:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Interrupt the command as Ctrl-C does. A second SIGTERM is ignored, so that it does not interrupt the cleanup."""
-    signal.signal(number, lambda *_: None)  # child processes would inherit SIG_IGN
+    signal.signal(number, lambda *_: None)  # not SIG_IGN, which child processes would inherit
     raise KeyboardInterrupt
 
 

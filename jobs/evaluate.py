@@ -39,7 +39,8 @@ ByOption = Annotated[
     list[str] | None,
     typer.Option(
         "--by",
-        help="Also report metrics by group: a column of samples, size (pictures) or length (texts). Repeatable.",
+        help="Also report metrics for groups of rows: by a column of samples, by size (pictures) or by length (texts). "
+        "Repeatable.",
         metavar="COLUMN",
     ),
 ]

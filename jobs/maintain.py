@@ -45,9 +45,7 @@ def maintain(
       lakesight maintain --keep 3 --remove
     """
     if remove and keep is None:
-        raise UserError(
-            "--remove needs --keep", fix="add --keep N, the number of newest folders of each kind that are kept"
-        )
+        raise UserError("--remove needs --keep", fix="add --keep N, which keeps the N newest folders of each kind")
     with open_job(run, platform, overrides, as_json) as job:
         if keep is not None:
             _clean_up(job, keep, remove=remove)

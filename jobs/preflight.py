@@ -26,7 +26,7 @@ from pipelines.platform import Platform, spark_errors
 MIN_RUNTIME = 17
 """Oldest supported major version of the Databricks runtime, which is the first version with Spark 4."""
 SERVERLESS = "client."
-"""Beginning of the runtime version on serverless compute."""
+"""Prefix of the runtime version on serverless compute."""
 MIN_ENVIRONMENT = 4
 """Oldest supported version of the environment of serverless compute, which is the first version with Spark 4."""
 

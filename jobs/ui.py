@@ -58,8 +58,7 @@ def ui(
             HOST,
             "--port",
             str(port),
-            # One worker, because uvicorn kills and restarts each of several workers that needs more than five seconds
-            # to start.
+            # With several workers, uvicorn kills and restarts each worker that needs more than five seconds to start.
             "--workers",
             "1",
         ]
@@ -74,9 +73,9 @@ def ui(
 def ui_environment(uri: str) -> dict[str, str]:
     """Return the environment of the MLflow UI: the variables of child processes, `MLFLOW_SERVER_*` and the database.
 
-    The URI is an environment variable and no argument, because every user of this machine can read the arguments of a
-    process. Without PYTHONSAFEPATH, the server would put its working folder, the home folder, first on sys.path, and a
-    file in the home folder could replace a module.
+    The URI is passed as an environment variable, not as an argument, because every user of this machine can read the
+    arguments of a process. Without PYTHONSAFEPATH, the server would put its working folder, the home folder, first on
+    sys.path, and a file in the home folder could replace a module.
     """
     settings = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_SERVER_")}
     return child_environment(**settings, MLFLOW_BACKEND_STORE_URI=uri, PYTHONSAFEPATH="1")

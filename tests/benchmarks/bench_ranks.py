@@ -1,5 +1,5 @@
-"""Overhead of a training run: the cost of a second rank, of waiting for data, of checkpoints, and of following
-metrics.
+"""Overhead of a training run: the cost of a second rank, of waiting for data, of checkpoints, and of logging
+metrics to MLflow.
 
     python tests/benchmarks/bench_ranks.py
 
@@ -8,8 +8,7 @@ core and one thread. In the run with two ranks, each rank processes half of the 
 Two simultaneous runs, each with one rank, show the speed of two cores without communication. An all-reduce of the
 gradients, without any other work, shows the cost of communication. One run writes a checkpoint after every step, and
 another run writes a single checkpoint at the end. The difference between the times of the two runs is the cost of
-checkpoints. The cost of following metrics is measured by logging finished runs; this is a cost of the driver, not of
-the ranks.
+checkpoints. The cost of logging is measured on finished runs; this is a cost of the driver, not of the ranks.
 """
 
 from __future__ import annotations
@@ -152,7 +151,7 @@ def checkpoints(runs: Runs) -> None:
 
 
 def follower(runs: Runs) -> None:
-    """Measure the driver's cost of following a run: the cost per logged step, and the fixed cost."""
+    """Measure the driver's cost of logging the metrics of a run: the cost per logged step."""
     costs = []
     for steps in (STEPS, STEPS, 5 * STEPS):
         run = runs.new(2, steps=steps)
@@ -166,7 +165,7 @@ def follower(runs: Runs) -> None:
 
 
 def main() -> None:
-    """Measure the cost of a second rank, of checkpoints and of following metrics, or act as a rank."""
+    """Measure the cost of a second rank, of checkpoints and of logging metrics, or act as a rank."""
     if sys.argv[1:2] == [ADD_UP]:
         add_up(int(sys.argv[2]))
         return

@@ -37,12 +37,12 @@ OPEN_FILES = 256
 
 
 def forbid_more_files() -> None:
-    """Set a low limit of open files that the process cannot raise; called in the child process."""
+    """In the child process, set a low limit of open files that the process cannot raise."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
 
 
 def restrict() -> None:
-    """Set a low limit of open files and a private umask, as on a shared server; called in the child process."""
+    """In the child process, set a low limit of open files and a private umask, as on a shared server."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, hard))
     os.umask(0o077)

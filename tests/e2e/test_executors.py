@@ -58,7 +58,7 @@ def test_no_rank_starts_if_executors_lack_packages_and_the_error_names_the_packa
     run = RunFolder(tmp_path / "run")
     first = make_python(tmp_path / "first", "pydantic")
     second = make_python(tmp_path / "second", "pipelines", "_editable_impl_lakesight")
-    bare = f"env -u PYTHONPATH {second}"  # with PYTHONPATH, the interpreter would find the package
+    bare = f"env -u PYTHONPATH {second}"  # PYTHONPATH would make Lakesight importable
     monkeypatch.setattr(spark.sparkContext, "pythonExec", either(tmp_path / "either", str(first), bare))
     with pytest.raises(UserError, match="packages that ranks need are missing") as caught:
         launch(run, platform, lambda: spark)
@@ -152,7 +152,7 @@ def test_two_spark_sessions_that_start_in_the_same_second_have_separate_executor
     """Check that the application id, after which Spark names executor folders, ends with the process id.
 
     A Spark session removes its executor folders when the session ends. If two sessions shared a folder, the executors
-    of the other session could then no longer import modules from the folder.
+    of the longer session could no longer import modules from the folder.
     """
     assert spark.sparkContext.applicationId.endswith(f"-{os.getpid()}")
 

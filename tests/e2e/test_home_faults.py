@@ -89,7 +89,7 @@ def train_twice(home: Path, clock: ShiftedClock) -> dict[str, Any]:
     """Train, and start the same training a second time, which is refused and does not disturb the first training.
 
     Returns:
-        The report of the first training.
+        JSON report that the first training has printed.
     """
     long = ["train", "--set", "train.seed=1", "--set", "train.steps=600", "--set", "train.log_every=1"]
     training = start(long, home, **clock.environment)

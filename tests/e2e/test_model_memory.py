@@ -70,7 +70,7 @@ def measure(model: Path, precision: str, count: int) -> Measured:
     output = model.parent / f"captions-{precision}"
     output.mkdir(exist_ok=True)
     cache = model.parent / f"lakesight-models-{os.getuid()}"
-    shutil.rmtree(cache, ignore_errors=True)  # so that the first process converts the weights
+    shutil.rmtree(cache, ignore_errors=True)  # without converted weights, the first process converts
     command = [sys.executable, str(script), str(model), str(output), precision]
     environment = os.environ | {"PYTHONPATH": TEST_PATH, "TMPDIR": str(model.parent)}
     processes, results = [], []

@@ -109,7 +109,7 @@ def test_each_row_gets_a_caption_with_its_lineage_or_the_error_of_its_picture(
         assert (row["source_table"], row["source_version"], row["run_id"]) == (table, 0, "r")
     captioner = load_captioner(str(model.folder))
     settings = captioner.model.config.generation
-    for number, data in good[:5]:  # executors write the captions that single pictures get
+    for number, data in good[:5]:  # each caption equals the caption of the picture alone
         (alone,) = captioner.caption([data], [""], **settings.model_dump())
         row = rows[str(number)]
         assert (row["caption"], row["sha256"], row["num_tokens"]) == (alone.caption, alone.sha256, alone.num_tokens)

@@ -22,7 +22,7 @@ DAMAGED = frozenset({None, "truncated_image", "not_an_image", "unsupported_forma
 
 
 class Row(NamedTuple):
-    """A CSV line, its number and kind, and the allowed reason codes; with None, the line may also become a sample."""
+    """A CSV line, its number and kind, and the allowed results: reason codes, or None if the row may be valid."""
 
     number: int
     kind: str

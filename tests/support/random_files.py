@@ -169,7 +169,7 @@ def naive_text(path: Path) -> str | None:
 
 
 def csv_file(draw: Draw, folder: Path, number: int) -> RandomFile:
-    """Draw a CSV file with random delimiter, quotes, line ends, further columns, encoding, compression and damage."""
+    """Draw a CSV file; delimiter, quotes, line ends, further columns, encoding, compression and damage are random."""
     rng, text = draw.rng, io.StringIO()
     end, delimiter = rng.choice(("\n", "\r\n", "\r")), rng.choice(",,,;\t|")
     names = ["image", "text", *rng.sample(EXTRAS, rng.randint(0, 3))]
@@ -188,8 +188,8 @@ def csv_file(draw: Draw, folder: Path, number: int) -> RandomFile:
 
 
 def jsonl_file(draw: Draw, folder: Path, number: int) -> RandomFile:
-    """Draw a JSON lines file with missing values, lists of texts, further keys, random encoding, compression and
-    damage.
+    """Draw a JSON lines file with missing values, lists of texts and further keys; encoding, compression and damage are
+    random.
     """
     rng = draw.rng
     lines = []
@@ -232,7 +232,7 @@ ODD_COLUMNS: tuple[Callable[[int], pa.Array], ...] = (
 
 
 def parquet_file(draw: Draw, folder: Path, number: int) -> RandomFile:
-    """Draw a Parquet file with random types of picture and text, odd further columns, codec, row groups and damage."""
+    """Draw a Parquet file with odd further columns; column types, codec, row groups and damage are random."""
     rng, rows = draw.rng, draw.rows()
     pictures, texts = [image for image, _ in rows], [said or None for _, said in rows]
     struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -278,7 +278,7 @@ def parquet_file(draw: Draw, folder: Path, number: int) -> RandomFile:
 
 
 def tar_file(draw: Draw, folder: Path, number: int) -> RandomFile:
-    """Draw a WebDataset tar with random tar format, member names, text encodings, links, compression and damage."""
+    """Draw a WebDataset tar; tar format, member names, text encodings, links, compression and damage are random."""
     rng, out = draw.rng, io.BytesIO()
     form = rng.choice((tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT))
     prefix = rng.choice(("", "./", "in/", "a.folder/"))

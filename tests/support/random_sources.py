@@ -104,7 +104,7 @@ DELTA_COLUMNS: dict[str, Callable[[int], pa.Array]] = {
 
 
 def table_files(draw: Draw, folder: Path, count: int) -> list[RandomFile]:
-    """Draw a Delta table with a history of writes that add columns, deleted rows, checkpoints and compaction."""
+    """Draw a Delta table whose history has writes with new columns, deletions of rows, checkpoints and compaction."""
     rng = draw.rng
     binary = rng.random() < 0.5
     for number in range(count):

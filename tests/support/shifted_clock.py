@@ -44,7 +44,7 @@ class ShiftedClock(NamedTuple):
 
     @contextmanager
     def jumping(self, shifts: Sequence[int], every: float) -> Iterator[None]:
-        """Set the next of the given differences every `every` seconds, while the block runs, and at last 0."""
+        """While the block runs, set the next of the given differences every `every` seconds; after the block, set 0."""
 
         def jump(ended: threading.Event) -> None:
             for seconds in cycle(shifts):

@@ -40,7 +40,7 @@ def printed(outputs: list[dict[str, Any]]) -> list[str]:
 
 
 def labels_of_hidden_ticks(axes: Axes) -> Iterator[Text]:
-    """Yield the labels of ticks outside the limits of an axis, which matplotlib keeps but does not draw."""
+    """Yield the labels that matplotlib keeps but does not draw: the labels of ticks outside the limits of an axis."""
     for axis in (axes.xaxis, axes.yaxis):
         low, high = sorted(axis.get_view_interval())
         for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):

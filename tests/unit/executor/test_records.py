@@ -171,7 +171,7 @@ BROKEN = [
         [("1", '5" pipe'), ("2", 'a 27"'), ("3", 'the "red" "cat"')],
     ),
 ]
-"""CSV content in which each row must be one line, and the rows that the parser accepts."""
+"""CSV files with misplaced quotes, and the rows that a parser without `multiline` accepts."""
 
 
 @pytest.mark.parametrize(("content", "expected"), BROKEN, ids=["tails", "last", "twice", "stray", "far", "inches"])

@@ -95,7 +95,7 @@ def test_an_owner_renews_its_lease_and_stops_if_another_host_has_taken_over(run:
         while read_json(run.launcher, Lease).renewals < 2:
             assert time.monotonic() < limit
             time.sleep(0.02)
-        while time.monotonic() < limit:  # a renewal that has already read the lease overwrites the first write
+        while time.monotonic() < limit:  # repeat, because a running renewal may overwrite the first write
             write_json(run.launcher, elsewhere())
             time.sleep(0.1)
 

@@ -39,7 +39,7 @@ def same(one: Image.Image, two: Image.Image) -> bool:
 
 
 def decoded_by_pillow(data: bytes) -> Image.Image:
-    """Decode a picture with undamaged metadata in the way in which Lakesight 0.1.0 did."""
+    """Decode a picture with undamaged metadata as Lakesight 0.1.0 decoded it."""
     image = Image.open(io.BytesIO(data))
     image.load()
     ImageOps.exif_transpose(image, in_place=True)

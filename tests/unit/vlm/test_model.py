@@ -33,7 +33,7 @@ def test_the_logits_of_a_position_do_not_depend_on_later_answer_tokens(variant: 
     assert not torch.allclose(model(one)[3], model(two)[3])
 
 
-def test_only_in_a_prefix_lm_do_picture_positions_attend_to_the_prompt() -> None:
+def test_picture_positions_attend_to_the_prompt_only_in_a_prefix_lm() -> None:
     for variant, attends in (("other", False), ("prefix", True)):
         model, tokenizer = tiny_model(variant)
         one, two = (tiny_batch(model, tokenizer, [(prompt, "z")]) for prompt in ("abc", "abd"))

@@ -92,7 +92,7 @@ def test_mean_and_std_give_the_same_numbers_as_the_image_processor_of_transforme
 
 
 @pytest.mark.parametrize(("resample", "name"), [(1, "lanczos"), (2, "bilinear"), (3, "bicubic")])
-def test_the_resize_filter_is_followed(resample: int, name: str, tmp_path: Path) -> None:
+def test_the_published_resize_filter_is_used(resample: int, name: str, tmp_path: Path) -> None:
     assert image(tmp_path, resample=resample).filter == name
 
 
@@ -140,7 +140,7 @@ def test_every_key_of_a_file_is_reported_as_used_or_as_without_effect(tmp_path: 
     assert {*report.used} == {*COMPLETE} - {"processor_class", "do_convert_rgb"}
 
 
-def test_the_section_of_processor_config_replaces_preprocessor_config_as_in_transformers(tmp_path: Path) -> None:
+def test_the_section_image_processor_replaces_the_file_preprocessor_config_as_in_transformers(tmp_path: Path) -> None:
     write(tmp_path, PREPROCESSOR, {**COMPLETE, "image_mean": [0.1, 0.1, 0.1]})
     for section, mean in (({**COMPLETE, "image_mean": [0.3] * 3}, 0.3), (None, 0.1)):
         write(tmp_path, PROCESSOR, {"image_processor": section, "processor_class": "PaliGemmaProcessor"})
@@ -167,7 +167,7 @@ def test_the_processors_of_encoders_stretch_or_crop_as_in_transformers(tmp_path:
     assert image(tmp_path, "siglip2", **any_shape).resize == "stretch"
 
 
-def test_the_defaults_equal_those_of_the_classes_in_transformers() -> None:
+def test_the_assumed_defaults_of_missing_keys_equal_the_defaults_of_transformers() -> None:
     import transformers
 
     for name, defaults in PROCESSORS.items():
@@ -202,7 +202,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "published"
 
 
-def test_load_follows_the_preprocessing_and_import_compares_it_with_the_model(folder: Path) -> None:
+def test_load_uses_the_published_preprocessing_and_import_compares_it_with_the_model(folder: Path) -> None:
     write(folder, PREPROCESSOR, {**COMPLETE, "image_mean": [0.4] * 3, "resample": 2, "rescale_factor": 1 / 127.5})
     captioner = vlm.load(folder, device="cpu")
     model, vocab_size = captioner.model.config, captioner.tokenizer.vocab_size

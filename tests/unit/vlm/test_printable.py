@@ -37,7 +37,7 @@ def few_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         ("Authorization: Bearer SEKRETsekretSEKRET", "Authorization: Bearer ***"),
     ],
 )
-def test_user_information_and_authorization_are_hidden(text: str, shown: str) -> None:
+def test_user_information_of_uris_and_authorization_headers_are_hidden(text: str, shown: str) -> None:
     assert printable(text) == shown
 
 

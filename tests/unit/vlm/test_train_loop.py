@@ -385,7 +385,7 @@ def test_the_moving_average_replaces_the_weights_only_inside_the_averaged_weight
         assert torch.equal(idle, torch.ones(2)), "a parameter without a gradient has no average"
     assert torch.equal(weight, learned)
 
-    idle.grad = torch.ones(2)  # the first gradient, as of an expert that gets its first token late
+    idle.grad = torch.ones(2)  # as if an expert gets its first token only now
     optimizer.step()
     update_average(optimizer, 0.6, 30)
     assert not torch.equal(idle, torch.ones(2))

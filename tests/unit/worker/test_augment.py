@@ -124,7 +124,7 @@ def test_a_picture_with_boxes_in_its_text_is_not_cropped_but_its_colours_may_cha
 
 
 def measured(pixels: Pixels) -> tuple[float, float, float]:
-    """Return the mean and deviation of grey, and the mean distance of a colour value to the grey of its pixel."""
+    """Return mean and standard deviation of the grey values, and the mean difference of colour values from grey."""
     grey = pixels @ np.array([0.299, 0.587, 0.114])
     return float(grey.mean()), float(grey.std()), float(np.abs(pixels - grey[:, :, None]).mean())
 
@@ -208,7 +208,7 @@ def test_a_picture_whose_text_names_a_direction_is_neither_turned_nor_flipped_ve
 
 def test_erasing_fills_one_rectangle_of_limited_area_with_the_mean_colour_and_spares_pictures_with_boxes() -> None:
     rng = np.random.default_rng(0)
-    picture = rng.integers(0, 120, (96, 64, 3)).astype(np.uint8) * 2  # only even values, so an odd mean is unmistakable
+    picture = rng.integers(0, 120, (96, 64, 3)).astype(np.uint8) * 2  # even values, so no value equals an odd mean
     before = picture.copy()
     tops = set()
     for pixels in augmented(AugmentConfig(erase=1), picture=picture):

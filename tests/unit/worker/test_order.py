@@ -118,7 +118,7 @@ parts = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, 
 
 @given(parts=parts, seed=st.integers(0, 9))
 @settings(max_examples=40, deadline=None)
-def test_a_mix_draws_each_part_by_its_share_and_repeats_a_row_only_after_all_rows_of_its_part(
+def test_a_mix_draws_each_source_by_its_share_and_repeats_a_row_only_after_all_rows_of_its_source(
     parts: list[tuple[int, int]], seed: int
 ) -> None:
     sizes, draws = ([pair[n] for pair in parts] for n in range(2))
