@@ -48,8 +48,8 @@ picture."""
 
 MAX_ASPECT = 16
 """If the longer side of a scaled picture is at most this multiple of the side of the model's input, the whole picture
-is resized. Of a longer picture, only the part inside the crop is resized. For a crop of side 384, resizing a whole
-picture of 4 x 16,000,000 pixels would need 1.8 TB of memory.
+is resized. If a scaled picture is longer than this limit, only the part inside the crop is resized. For a crop of side
+384, resizing a whole picture of 4 x 16,000,000 pixels would need 1.8 TB of memory.
 """
 
 UNSUPPORTED_SIGNATURES = (

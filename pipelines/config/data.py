@@ -267,8 +267,8 @@ class LimitsConfig(Config):
         max_decode_seconds: longest accepted time to decode one picture, in seconds.
         max_text_chars: largest accepted length of a text, in characters.
         max_texts: largest accepted number of different texts of a picture, or null for no limit.
-        max_bad_share: largest accepted share of refused rows. If more rows are refused, the ingest still writes the
-            tables `samples` and `quarantine`, and then fails.
+        max_bad_share: largest accepted share of refused rows. If the share is larger than `max_bad_share`, the ingest
+            still writes the tables `samples` and `quarantine`, and then fails.
     """
 
     max_bytes: PositiveInt = 64 * 2**20

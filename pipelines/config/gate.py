@@ -29,8 +29,9 @@ class GateConfig(Config):
         min_distinct: smallest accepted number of distinct captions, as a share of the number of distinct human captions
             of the same rows. The limit refuses a model that gives many pictures the same caption. The limit applies
             only if `baselines` contains `constant`.
-        min_pictures: from this number of pictures, the whole confidence interval of the difference from a baseline must
-            be above zero. With fewer pictures, only the difference itself must be above zero.
+        min_pictures: smallest number of pictures at which the whole confidence interval of the difference from a
+            baseline must be above zero. If the split has fewer than `min_pictures` pictures, only the difference itself
+            must be above zero.
         trial_pictures: number of pictures that the model version captions in a separate process, as a check that the
             version loads and works.
     """
@@ -55,8 +56,8 @@ class DriftConfig(Config):
         error_share: largest difference in the share of pictures without a caption.
         brightness: largest difference in the mean pixel value, on the scale from 0 to 255.
         contrast: largest difference in the standard deviation of the pixel values, on the scale from 0 to 255.
-        min_rows: the job and the evaluation are compared only if both have at least this many rows. With fewer rows,
-            random differences would exceed the thresholds.
+        min_rows: the job and the evaluation are compared only if both have at least this many rows. With fewer than
+            `min_rows` rows, random differences would exceed the thresholds.
         fail: whether drift ends the job with exit code 1, after all captions are written; with false, drift only causes
             a warning.
     """

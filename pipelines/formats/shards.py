@@ -177,7 +177,8 @@ def write_shard_file(folder: Path, index: int, request: ShardRequest, rows: Iter
 
 
 def _rebatch(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Regroup rows into record batches of exactly BATCH_ROWS rows. The last batch may have fewer rows."""
+    """Regroup rows into record batches of exactly BATCH_ROWS rows. The last batch may have fewer than BATCH_ROWS
+    rows."""
     pending: list[pa.RecordBatch] = []
     held = 0
     for batch in batches:

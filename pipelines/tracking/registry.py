@@ -289,8 +289,8 @@ def _finish_move(client: MlflowClient, name: str, move: AliasMove) -> None:
 
 
 def _finish_interrupted_move(client: MlflowClient, platform: Platform, name: str) -> AliasMove | None:
-    """Complete and return an interrupted move if `champion` has moved already. If `champion` has not moved yet, cancel
-    the move.
+    """If the alias `champion` has moved already, complete the interrupted move and return it. If `champion` has not
+    moved yet, cancel the move.
 
     Return None if no alias move was completed.
     """

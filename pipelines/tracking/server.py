@@ -193,8 +193,8 @@ def refuse_foreign_hosts() -> None:
     A registry names the place of each artifact, such as the source of a model version. MLflow adds the credentials of
     the tracking server (`MLFLOW_TRACKING_TOKEN`, or user and password) to every HTTP request for artifacts, whatever
     the host. For each upload and download, MLflow creates an artifact repository with a function from its own registry.
-    This function registers functions that make the check first, so MLflow cannot skip the check. Locations without a
-    host (`mlflow-artifacts:/x`) and in object stores (`s3://...`) stay allowed.
+    `refuse_foreign_hosts` registers functions that first check the host, so MLflow cannot skip the check. Locations
+    without a host (`mlflow-artifacts:/x`) and in object stores (`s3://...`) stay allowed.
     """
     for scheme in HTTP_PORTS:
         repositories._artifact_repository_registry.register(scheme, _http_repository)  # type: ignore[no-untyped-call]

@@ -184,8 +184,8 @@ class ModelConfig(Config):
         fusion: how the decoder receives the picture.
         mask: which positions of the decoder's sequence attend to which other positions.
         text_only: true for a decoder without encoder and projector, which is trained on a source of kind `text`. With
-            `text_only`, the sections `image`, `vision`, `projector` and `fusion` build no part of the model. These
-            sections describe a captioner whose training may later start from the decoder.
+            `text_only`, the sections `image`, `vision`, `projector` and `fusion` build no part of the model, and
+            describe a captioner whose training may later start from the decoder.
     """
 
     image: ImageConfig

@@ -135,7 +135,7 @@ def _with_special_flags(backend: Backend, control: Sequence[str]) -> dict[str, A
 
 
 def _word_suffix(content: dict[str, Any]) -> str:
-    """Return the suffix that marks the last BPE token of a word (Sennrich et al., 2016), if the decoder does not remove
-    the suffix. Only a byte-level decoder does not remove the suffix."""
+    """Return the suffix that marks the last BPE token of a word (Sennrich et al., 2016), or an empty text if the
+    decoder removes the suffix. Only byte-level decoders keep the suffix."""
     suffix = content["model"].get("end_of_word_suffix") or ""
     return suffix if (content["decoder"] or {}).get("type") == "ByteLevel" else ""

@@ -27,8 +27,8 @@ from vlm.model import VisionLanguageModel
 from vlm.text.base import SLOT
 
 SCALE = 10.0
-"""Factor by which the logit of a pair multiplies the cosine of the two vectors. In SigLIP, the factor is learned, and
-this value is only its initial value.
+"""Factor by which the logit of a pair multiplies the cosine of the two vectors. In SigLIP, this factor is learned, and
+10 is only its initial value.
 """
 
 

@@ -65,7 +65,8 @@ def export_weights(
         part: part of the model to export (`model`, `encoder` or `decoder`).
         family_name: name of the weight family whose format is written, such as `gemma`.
         out: folder to create and write to.
-        max_bytes: maximum size of a weight file, in bytes. Weights with more bytes are split into several files.
+        max_bytes: maximum size of a weight file, in bytes. Weights with more than `max_bytes` bytes are split into
+            several files.
 
     Raises:
         CheckpointError: the family is unknown, the family cannot represent the model (the error lists all mismatches),

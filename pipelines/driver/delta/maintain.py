@@ -36,7 +36,7 @@ class TableMaintenance(Config):
         table: full name of the table.
         checks_added: names of the constraints that were missing and have been added.
         rewritten: number of small files that OPTIMIZE replaced.
-        written: number of larger files that OPTIMIZE wrote.
+        written: number of files that OPTIMIZE wrote to replace the small files.
         removed: number of files that VACUUM deleted because no table version within the retention time uses them.
         files: number of files of the newest table version after the maintenance.
         bytes: total size of the files of the newest table version after the maintenance, in bytes.

@@ -307,7 +307,8 @@ def _rows(report: EvaluationReport) -> Iterator[dict[str, object]]:
 
 
 def _check_columns(samples: DataFrame, request: ShardRequest, columns: Sequence[str]) -> list[str]:
-    """Check the names of the columns by which slices are made. Return only the columns of table `samples`.
+    """Check the names of the columns by which slices are made. Return the names of those columns that table `samples`
+    has.
 
     Raises:
         UserError: a name is neither a column of table `samples` nor a computed column.

@@ -31,8 +31,8 @@ def write_samples(platform: Platform, plan: IngestPlan) -> NearReport:
 
     Raises:
         WriteConflict: after the plan was made, another ingest has committed rows of the same source. If the Spark
-            session accepts the settings of `skip_if_changed_since`, nothing is written. If the session refuses these
-            settings, texts may be added to pictures that the other ingest has not changed.
+            session accepts the settings of `skip_if_changed_since`, nothing is written. If the session refuses the
+            settings of `skip_if_changed_since`, texts may be added to pictures that the other ingest has not changed.
     """
     write = _replace if plan.request.replace else _add
     if not (plan.totals.new or plan.totals.updated):
@@ -130,9 +130,9 @@ def remove_gone(platform: Platform, decoded: DecodedRows, covered: Covered) -> i
 def gone_pictures(outcomes: DataFrame, samples: DataFrame, quarantine: DataFrame) -> DataFrame:
     """Find the pictures in `samples` that have a text which occurs in no usable row of the source.
 
-    For each of these pictures, return the image_id, the sha256 and one text that occurs in no usable row. The picture
-    of a refused row is not returned if the machine may have caused the refusal (KEPT_REASONS), or if a replay has
-    accepted the row.
+    For each picture found, return the image_id, the sha256 and one text that occurs in no usable row. The picture of a
+    refused row is not returned if the machine may have caused the refusal (KEPT_REASONS), or if a replay has accepted
+    the row.
 
     Args:
         outcomes: decoded rows of the source, without pictures and payloads.

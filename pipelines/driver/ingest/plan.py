@@ -118,7 +118,7 @@ def pictures_of_input(existing: DataFrame, outcomes: DataFrame) -> DataFrame:
 def plan_pictures(outcomes: DataFrame, existing: DataFrame, max_texts: int | None = None) -> DataFrame:
     """Return one row per picture of the input, without the bytes of the picture.
 
-    The columns are image_id, sha256, source_row, split, fingerprint, is_new and
+    The columns are image_id, sha256, source_row, split, fingerprint, is_new and the following columns:
 
     - rows: number of raw rows of the picture;
     - spilled: POSITION, and the format, width and height of the picture;

@@ -18,7 +18,7 @@ from pipelines.platform import Platform
 logger = logging.getLogger(__name__)
 
 MERGE = "merge"
-"""Value of column `stage` for rows that only the ingest plan refuses. The payloads of these rows lack the picture."""
+"""Value of column `stage` for rows that only the ingest plan refuses. The payload of such a row lacks the picture."""
 REFUSED = ("source_row", "stage", "reason", "detail", "spilled")
 
 

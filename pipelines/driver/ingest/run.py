@@ -121,7 +121,7 @@ def _start_refresh(spark: SparkSession, platform: Platform, table: Table, name: 
 def _warn_of_other_ids(spark: SparkSession, platform: Platform, name: str) -> None:
     """Warn if pictures with equal bytes were stored under different ids by ingests with different settings.
 
-    This happens, for example, if an id column was added to the config after the earlier ingest. The pictures of the
+    One possible cause is an id column that was added to the config after the earlier ingest. The pictures of the
     earlier ingest stay in `samples`, and may be in another split than the new pictures.
     """
     pictures = rows_of_source(spark, platform, SAMPLES.name, name).groupBy("sha256")

@@ -24,8 +24,8 @@ from vlm.config import ModelConfig, config_differences
 log = logging.getLogger(__name__)
 
 NAMING = "0.1.0"
-"""Text that enters every hash in the name of a run folder. Never change this text, because existing runs would no
-longer be found."""
+"""Text that is part of the input of every hash in the name of a run folder. Never change this text, because existing
+runs would no longer be found."""
 SHOWN_FILES = 5
 
 

@@ -37,7 +37,8 @@ def text_records(batches: Iterator[pa.RecordBatch], rows: Rows, max_chars: int) 
     Args:
         batches: batches of the schema FILES.
         rows: unit of text that becomes a row (`document`, `paragraph` or `line`).
-        max_chars: largest length of a row, in characters. A longer row is refused and is not kept in memory.
+        max_chars: largest length of a row, in characters. A row with more than `max_chars` characters is refused and is
+            not kept in memory.
     """
     for batch in batches:
         for row in batch.to_pylist():
@@ -93,7 +94,7 @@ class _PendingRow:
         self._chars += len(piece)
 
     def end(self) -> Iterator[Record]:
-        """Begin a new row. First yield the finished row if a piece of this row has been read."""
+        """Yield the row that has been read, if it has a piece, and begin a new row."""
         text, chars = "".join(self._pieces), self._chars
         self._pieces, self._chars = [], 0
         if chars > self._max_chars:

@@ -36,7 +36,8 @@ def new_samples(run: RunFolder, settings: TrainConfig, after: int) -> Iterator[C
 
 
 def sample_metrics(run: RunFolder, settings: TrainConfig, known: Mapping[int, Metrics]) -> list[Metrics]:
-    """Return metrics for drawing curves, in step order: all known metrics, and metrics read from files of other steps.
+    """Return metrics for drawing curves, in step order: all metrics in `known`, and metrics from the files of some
+    other steps.
 
     The function reads the files of at most MAX_SAMPLED validated steps and of at most MAX_SAMPLED steps without
     validation.
