@@ -5,8 +5,8 @@ return the same tokens:
 
 - Each step considers twice as many candidates as beams. A finished candidate counts only if the candidate is among the
   best `num_beams` candidates.
-- The normalized score of a candidate is its log-probability divided by length ** length_penalty. The search
-  compares the logarithms of these quotients, because the power can be too large for a floating-point number.
+- The normalized score of a candidate is its log-probability divided by length ** length_penalty. The search compares
+  logarithms of normalized scores, because length ** length_penalty can be too large for a floating-point number.
 - The search of a request ends when two conditions hold: the search has `num_beams` finished candidates, and none of
   these candidates has a lower normalized score than the best unfinished beam.
 

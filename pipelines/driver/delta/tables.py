@@ -183,8 +183,8 @@ def _has_commits(folder: Path) -> bool:
         with suppress(FileNotFoundError):  # another process may have removed the log folder
             if modified != (modified := log.stat().st_mtime):
                 watched_since = time.monotonic()
-            # If the clock was set back, the modification time may be in the future. The time spent here is therefore
-            # checked too.
+            # If the clock was set back, the modification time may be in the future. The time that this function has
+            # waited therefore also counts.
             if max(time.time() - modified, time.monotonic() - watched_since) > CREATION_TIMEOUT_S:
                 logger.warning(
                     "removing the log folder %s: it is at least %s seconds old and has no commit",

@@ -307,8 +307,7 @@ def _rows(report: EvaluationReport) -> Iterator[dict[str, object]]:
 
 
 def _check_columns(samples: DataFrame, request: ShardRequest, columns: Sequence[str]) -> list[str]:
-    """Check the names of the columns by which slices are made. Return the names of those columns that table `samples`
-    has.
+    """Check the columns by which slices are made, and return the names of the columns that table `samples` has.
 
     Raises:
         UserError: a name is neither a column of table `samples` nor a computed column.
