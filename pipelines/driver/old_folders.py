@@ -169,7 +169,7 @@ def _old_shards(folder: Path, keep: int, used: Collection[str]) -> list[Path]:
             continue  # keep shards that another release wrote
 
     def subject(path: Path) -> str:
-        request = manifests[path].request.model_copy(update={"table_version": 0, "left_out": ()})
+        request = manifests[path].request.model_copy(update={"table_version": 0, "table_commit": None, "left_out": ()})
         return f"{request.model_dump_json()}{[part.source for part in manifests[path].parts]}"
 
     kept = {path for path in manifests if path.name in used}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,7 +59,7 @@ def _check_newest_commit(folder: Path, version: int) -> None:
 
     Delta and `deltalake` read an empty commit without an error, but as a commit that neither added nor removed rows.
     """
-    commit = folder / "_delta_log" / f"{version:020}.json"
+    commit = _commit_file(folder, version)
     if commit.is_file() and not commit.stat().st_size:
         raise UserError(
             "the newest commit of a Delta table is an empty file, so rows are missing",
@@ -67,6 +68,35 @@ def _check_newest_commit(folder: Path, version: int) -> None:
             fix="restore the file from a backup; or delete the file and its .crc file, and run `lakesight ingest "
             "--refresh`, which adds the missing rows again",
         )
+
+
+def _commit_file(folder: Path, version: int) -> Path:
+    return folder / "_delta_log" / f"{version:020}.json"
+
+
+def commit_id(folder: Path, version: int) -> str | None:
+    """Return the id of the commit that made a version of a table, or None if Delta no longer keeps the commit.
+
+    A version number alone does not identify the content of a table. If a table is written anew, or is restored from a
+    copy and then changed, its versions have the same numbers as before, but other rows. The id is a hash of the commit
+    file, which contains random file names, so another commit has another id. A copied or moved table keeps its ids.
+
+    Args:
+        folder: local folder of the table.
+        version: version of the table.
+    """
+    try:
+        with _commit_file(folder, version).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except FileNotFoundError:
+        return None
+
+
+def local_folder(table: DeltaTable) -> Path:
+    """Return the folder of a table on a local disk."""
+    from pyarrow.fs import FileSystem
+
+    return Path(FileSystem.from_uri(table.table_uri)[1])
 
 
 def open_or_create(folder: Path, table: Table) -> DeltaTable:

@@ -43,6 +43,8 @@ class ShardRequest(Config):
     """Everything that determines the content of a shard folder.
 
     Attributes:
+        table_commit: id of the commit that made `table_version`. A table that was restored from a copy may have another
+            version with the same number.
         image: image config of the model, or None for shards of text.
         left_out: ids of training pictures of a mix that are copies of a validation or test picture of another source.
     """
@@ -60,6 +62,7 @@ class ShardRequest(Config):
     draft: bool = False
     text_weights: Annotated[TextWeights, ADDED_LATER] = "frequency"
     left_out: Annotated[tuple[str, ...], ADDED_LATER] = ()
+    table_commit: Annotated[str | None, ADDED_LATER] = None
 
     @property
     def folder_name(self) -> str:

@@ -134,7 +134,7 @@ INGESTED = Table(
             "state",
             pa.string(),
             "State in which the item was read: size and modification time of the file or picture, or version "
-            "of the table",
+            "of the table and id of the commit that made the version",
         ),
         Column(
             "rules",
@@ -143,6 +143,19 @@ INGESTED = Table(
         ),
         Column("ingest_id", pa.string(), "Hash that identifies the ingest that read the item"),
         Column("ingested_at", TIME_TYPE, "Time of the ingest; all items of an ingest have the same time"),
+        Column(
+            "filled_version",
+            pa.int64(),
+            "Delta version of table samples (plain text: texts) that contains the rows of the item; null if an earlier "
+            "release wrote the row",
+            nullable=True,
+        ),
+        Column(
+            "filled_commit",
+            pa.string(),
+            "Id of the commit that made filled_version. If the table no longer has this commit, the item is read again",
+            nullable=True,
+        ),
     ),
 )
 
@@ -199,6 +212,12 @@ GENERATED_CAPTIONS = Table(
         Column("mean_logprob", pa.float64(), "Mean log-probability of the generated tokens", nullable=True),
         Column("source_table", pa.string(), "Table that was captioned, which contains the picture"),
         Column("source_version", pa.int64(), "Delta version of source_table from which the picture was read"),
+        Column(
+            "source_commit",
+            pa.string(),
+            "Id of the commit that made source_version; null if an earlier release wrote the row",
+            nullable=True,
+        ),
         Column("run_id", pa.string(), "MLflow run that trained the model version"),
         Column("captioned_at", TIME_TYPE, "Time of captioning"),
         MODEL_DIGEST,

@@ -34,6 +34,7 @@ from pipelines.driver.ingest.spill import SpillFolder
 from pipelines.driver.ingest.totals import IngestReport
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.table import delta_records
+from pipelines.formats.delta_files import commit_id
 from pipelines.platform import Platform
 
 
@@ -174,7 +175,8 @@ def test_a_table_is_read_completely_if_its_changes_are_unknown_and_not_at_all_if
     with_ids = without_ids | {"columns": {"id": "k.id"}}
 
     def opened(settings: dict[str, Any], last: int) -> Source:
-        ingested = items_table([(str(DeltaTable(tmp_path).metadata().id), f"version {last}")])
+        state = f"version {last} {commit_id(tmp_path, last)}"
+        ingested = items_table([(str(DeltaTable(tmp_path).metadata().id), state)])
         return open_source(spark, platform, source, data(settings), ingested)
 
     assert opened_ids(spark, opened(with_ids, 0)) == ([3], []), "only inserts"

@@ -21,7 +21,7 @@ from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import UserError
 from pipelines.executor.ingest.storage import is_url
 from pipelines.formats.caption_stats import CaptionStats
-from pipelines.formats.delta_files import open_delta, query, quoted_name, quoted_text
+from pipelines.formats.delta_files import commit_id, local_folder, open_delta, query, quoted_name, quoted_text
 from pipelines.formats.tables import GENERATED_CAPTIONS
 from pipelines.platform import Platform
 from vlm.errors import did_you_mean
@@ -135,24 +135,28 @@ def _count_captioned_rows(
     """Return the number of rows of a table if each row has a caption or an error for its current picture, else None.
 
     Delta never changes a data file. If the newest table version still has all data files of an earlier captioned
-    version, the rows that were captioned at the earlier version are unchanged.
+    version, the rows that were captioned at the earlier version are unchanged. An earlier version counts only if the
+    table still has the commit that made this version.
     """
     condition = " AND ".join(f"{name} = {quoted_text(value)}" for name, value in key.items())
     of_run = f"model_digest IS NULL AND run_id = {quoted_text(model.run_id)}"
     of_model = f"(model_digest = {quoted_text(model.digest)} OR {of_run})" if model.digest else f"({of_run})"
     sql = f"""
-    SELECT source_version, COUNT(*) AS num_rows, COUNT(id) AS num_ids, COUNT(DISTINCT id) AS distinct_ids FROM (
+    SELECT source_version, source_commit, COUNT(*) AS num_rows, COUNT(id) AS num_ids, COUNT(DISTINCT id) AS distinct_ids
+    FROM (
       SELECT CAST({quoted_name(id_column)} AS VARCHAR) AS id FROM source
     ) AS ids LEFT JOIN (
-      SELECT image_id, MIN(source_version) AS source_version FROM captions WHERE {condition} AND {of_model}
-      GROUP BY image_id
-    ) AS done ON id = image_id GROUP BY source_version
+      SELECT image_id, MIN(source_version) AS source_version, MIN(source_commit) AS source_commit
+      FROM captions WHERE {condition} AND {of_model} GROUP BY image_id
+    ) AS done ON id = image_id GROUP BY source_version, source_commit
     """  # noqa: S608 the values are quoted literals
     found = query({"source": source, "captions": captions}, sql).read_all().to_pylist()
     files = set(source.file_uris())
     for row in found:
-        version = row["source_version"]
-        if version is None or not row["num_rows"] == row["num_ids"] == row["distinct_ids"]:
+        version, commit = row["source_version"], row["source_commit"]
+        if commit is None or commit != commit_id(local_folder(source), version):
+            return None  # the row has no caption, or the table was written anew or restored after the captioning
+        if not row["num_rows"] == row["num_ids"] == row["distinct_ids"]:
             return None
         if version != source.version() and not _files_at(source, version) <= files:
             return None

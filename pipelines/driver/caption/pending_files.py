@@ -121,15 +121,20 @@ def _newest_rows(rows: DataFrame) -> DataFrame:
 
 
 def _merge(spark: SparkSession, name: str, new: DataFrame, key: dict[str, str]) -> None:
-    """Insert new captions, and update rows that had an error or whose picture has changed."""
+    """Insert new captions, and update rows that had an error or whose picture has changed.
+
+    A row whose picture was compared and has not changed gets the table version at which the picture was compared.
+    """
     of_key = " AND ".join(f"old.{column} = {{{column}}}" for column in key)
     is_newer = "new.captioned_at > old.captioned_at"
     replaces = f"NOT new.unchanged AND {is_newer} AND (old.error IS NOT NULL OR NOT (old.sha256 <=> new.sha256))"
+    moved = "NOT (new.source_version <=> old.source_version AND new.source_commit <=> old.source_commit)"
     merge = (
         f"MERGE INTO {name} old USING {{new}} new "
         f"ON {of_key} AND old.image_id = new.image_id AND {SAME_MODEL} "
         f"WHEN MATCHED AND {replaces} THEN {GENERATED_CAPTIONS.update_clause('new')} "
-        "WHEN MATCHED AND new.source_version > old.source_version THEN UPDATE SET source_version = new.source_version "
+        f"WHEN MATCHED AND new.sha256 <=> old.sha256 AND {moved} "
+        "THEN UPDATE SET source_version = new.source_version, source_commit = new.source_commit "
         f"WHEN NOT MATCHED AND NOT new.unchanged THEN {GENERATED_CAPTIONS.insert_clause('new')}"
     )
     spark.sql(merge, None, new=new, **key)

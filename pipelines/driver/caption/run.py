@@ -25,7 +25,7 @@ from pyspark.sql import functions as F
 from pipelines.config import LimitsConfig, short_hash
 from pipelines.driver.caption.drift import Drift
 from pipelines.driver.caption.pending_files import PendingFiles, matches_key
-from pipelines.driver.caption.source_table import SourceTable, compared_versions, files_at, open_source_table
+from pipelines.driver.caption.source_table import SourceTable, open_source_table, unchanged_files
 from pipelines.driver.delta.map_in_arrow import spark_schema
 from pipelines.driver.delta.model_rows import is_of_model
 from pipelines.driver.delta.retry import retry_on_conflict
@@ -249,6 +249,7 @@ def _create_job(
         "prompt": request.prompt,
         "settings": json.dumps(decoding),
         "source_version": source.version,
+        "source_commit": source.commit,
         "id_column": request.id_column,
         "image_column": request.image_column,
         "image_root": request.image_root,
@@ -310,10 +311,12 @@ def _find_uncaptioned_rows(
 ) -> tuple[DataFrame, RowCounts]:
     """Return rows that may need a caption, and row counts. `known` has the SHA-256 of the last captioned picture."""
     old = captions.where("error IS NULL") if request.retry_errors else captions
-    done = old.select("image_id", "sha256", "source_version", F.lit(True).alias("is_done"))
-    unchanged = _unchanged_files(spark, source, done)
-    marked = source.rows.join(done, "image_id", "left").join(F.broadcast(unchanged), ["source_version", "file"], "left")
-    same = (F.col("source_version") == source.version) | F.col("is_unchanged")
+    read_at = ["source_version", "source_commit"]
+    done = old.select("image_id", "sha256", *read_at, F.lit(True).alias("is_done"))
+    unchanged = unchanged_files(spark, source, done)
+    marked = source.rows.join(done, "image_id", "left").join(F.broadcast(unchanged), [*read_at, "file"], "left")
+    is_newest = (F.col("source_version") == source.version) & (F.col("source_commit") == source.commit)
+    same = is_newest | F.col("is_unchanged")
     may_differ = F.col("is_done") & ~F.coalesce(same, F.lit(False))
     marked = marked.withColumn("may_differ", F.coalesce(may_differ, F.lit(False)))
     counts = marked.agg(
@@ -332,18 +335,6 @@ def _find_uncaptioned_rows(
         )
     todo = marked.where("is_done IS NULL OR may_differ").select("image_id", "image", F.col("sha256").alias("known"))
     return todo, RowCounts(counts["rows"], counts["todo"])
-
-
-def _unchanged_files(spark: SparkSession, source: SourceTable, done: DataFrame) -> DataFrame:
-    """Return the data files that are in the pinned table version and also in an earlier version with captioned rows.
-
-    The columns are source_version (the earlier version), file and is_unchanged (always true).
-    """
-    rows = {row["source_version"]: row["count"] for row in done.groupBy("source_version").count().collect()}
-    earlier = compared_versions(rows, source.version)
-    now = files_at(spark, source.name, source.version) if earlier else set()
-    pairs = [(version, file, True) for version in earlier for file in now & files_at(spark, source.name, version)]
-    return spark.createDataFrame(pairs, "source_version BIGINT, file STRING, is_unchanged BOOLEAN")
 
 
 def _run_executors(spark: SparkSession, todo: DataFrame, rows: int, job: CaptionJob) -> CaptionStats:

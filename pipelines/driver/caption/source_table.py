@@ -12,6 +12,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import ArrayType, BinaryType, DataType, StringType, StructType
 
+from pipelines.driver.delta.commits import read_commit_ids
 from pipelines.driver.delta.spark_errors import filter_rows
 from pipelines.driver.delta.versions import newest_version
 from pipelines.errors import UserError
@@ -38,14 +39,18 @@ class SourceTable:
 
     Attributes:
         name: full name of the table.
+        location: folder or URL of the table, or None if a catalog manages the table.
         version: version of the table that is read.
+        commit: id of the commit that made this version, or None if Delta no longer keeps the commit.
         rows: rows that meet the SQL condition of the request, with the columns image_id (string), image (binary,
             base64 text, or a path) and file (name of the data file that contains the row).
         ids: DataFrame with the column image_id of all rows of the table.
     """
 
     name: str
+    location: str | None
     version: int
+    commit: str | None
     rows: DataFrame
     ids: DataFrame
 
@@ -105,7 +110,9 @@ def open_source_table(
     identity = frame[identity_column].cast("string").alias("image_id")
     file = F.col("_metadata.file_name").alias("file")
     rows = filter_rows(frame, where, where=f"table {name}").select(identity, frame[image].alias("image"), file)
-    return SourceTable(name, pinned, rows, frame.select(identity))
+    location = platform.table_location(name)
+    commit = read_commit_ids(spark, name, location, [pinned]).get(pinned)
+    return SourceTable(name, location, pinned, commit, rows, frame.select(identity))
 
 
 def arrow_columns(schema: StructType) -> pa.Schema:
@@ -124,7 +131,39 @@ def _arrow_type(kind: DataType) -> pa.DataType:
     return ARROW_TYPES.get(kind.typeName(), pa.null())
 
 
-def files_at(spark: SparkSession, name: str, version: int) -> set[str]:
+def unchanged_files(spark: SparkSession, source: SourceTable, done: DataFrame) -> DataFrame:
+    """Return the data files that are in the pinned table version and also in an earlier version with captioned rows.
+
+    An earlier version counts only if the table still has the commit at which the rows were captioned. Otherwise the
+    table was written anew or restored after the captioning.
+
+    Args:
+        spark: Spark session.
+        source: table to caption.
+        done: captioned rows, with the columns source_version and source_commit.
+
+    Returns:
+        Rows with the columns source_version (the earlier version), source_commit, file and is_unchanged (always true).
+    """
+    groups = done.where("source_commit IS NOT NULL").groupBy("source_version", "source_commit").count().collect()
+    kept = read_commit_ids(spark, source.name, source.location, {group["source_version"] for group in groups})
+    rows = {
+        group["source_version"]: group["count"]
+        for group in groups
+        if kept.get(group["source_version"]) == group["source_commit"]
+    }
+    earlier = compared_versions(rows, source.version)
+    now = _files_at(spark, source.name, source.version) if earlier else set()
+    found = [
+        (version, kept[version], file, True)
+        for version in earlier
+        for file in now & _files_at(spark, source.name, version)
+    ]
+    schema = "source_version BIGINT, source_commit STRING, file STRING, is_unchanged BOOLEAN"
+    return spark.createDataFrame(found, schema)
+
+
+def _files_at(spark: SparkSession, name: str, version: int) -> set[str]:
     """Return the names of a table's data files at a version, or no names if Delta no longer has that version.
 
     Delta never changes a data file, so a row that is in the same data file at two versions is unchanged.

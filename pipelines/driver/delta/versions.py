@@ -11,8 +11,10 @@ from deltalake import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from pipelines.driver.delta.commits import history_id, with_time
 from pipelines.driver.delta.on_disk import open_on_disk
 from pipelines.driver.delta.settings import spark_settings
+from pipelines.formats.delta_files import commit_id, local_folder
 from pipelines.formats.table_schema import Table
 from pipelines.formats.tables import SAMPLES
 from pipelines.platform import Platform
@@ -32,8 +34,8 @@ MAINTENANCE_OPERATIONS = frozenset(
 """Delta operations whose commits change no row."""
 
 
-COMMIT = ("version", "operation", "userMetadata", "operationParameters")
-"""Fields of a commit that tell whether the commit may have changed rows of a source."""
+COMMIT = ("userMetadata", "operationParameters")
+"""Fields of a commit that tell, with its operation, whether the commit may have changed rows of a source."""
 NOTE_IN_CONDITION = re.compile(rf"= '?({NOTE_PREFIX}[\w.-]+)")
 """Pattern that finds the note of a source in the condition of a MERGE. `note_condition` writes the note, and Delta
 stores the condition in the table history.
@@ -41,16 +43,18 @@ stores the condition in the table history.
 
 
 class TableVersions(NamedTuple):
-    """Two version numbers of a table: the newest version, and the last version that changed rows of a given source.
+    """Two versions of a table: the newest version, and the last version that changed rows of a given source.
 
     Attributes:
         newest: newest version of the table.
         last_change: newest version that changed a row of the source. For table `samples`, last_change is the
             dataset_version.
+        commit: id of the commit that made `last_change`.
     """
 
     newest: int
     last_change: int
+    commit: str | None
 
 
 def newest_version(spark: SparkSession, name: str) -> int:
@@ -77,21 +81,26 @@ def read_versions(spark: SparkSession, platform: Platform, source: str, table: T
     """
     if (opened := open_on_disk(platform, table)) is not None:
         return read_versions_of_files(opened, source)
-    history = spark.sql(f"DESCRIBE HISTORY {platform.table(table.name)}")
-    return _select_versions([{name: row[name] for name in COMMIT} for row in history.select(*COMMIT).collect()], source)
+    history = with_time(spark.sql(f"DESCRIBE HISTORY {platform.table(table.name)}"), *COMMIT)
+    commits = {row["version"]: row.asDict() for row in history.collect()}
+    newest, last_change = _select_versions([*commits.values()], source)
+    return TableVersions(newest, last_change, history_id(commits[last_change]))
 
 
 def read_versions_of_files(table: DeltaTable, source: str) -> TableVersions:
     """Read the same versions as `read_versions`, but without Spark, from a table in a local folder."""
-    return _select_versions([{name: commit.get(name) for name in COMMIT} for commit in table.history()], source)
+    commits = [{name: commit.get(name) for name in ("version", "operation", *COMMIT)} for commit in table.history()]
+    newest, last_change = _select_versions(commits, source)
+    return TableVersions(newest, last_change, commit_id(local_folder(table), last_change))
 
 
-def _select_versions(commits: list[dict[str, Any]], source: str) -> TableVersions:
+def _select_versions(commits: list[dict[str, Any]], source: str) -> tuple[int, int]:
+    """Return the newest version, and the newest version that changed a row of `source`."""
     commits.sort(key=lambda commit: int(commit["version"]), reverse=True)
     changed = (
         c["version"] for c in commits if c["operation"] not in MAINTENANCE_OPERATIONS and _may_change(source, _note(c))
     )
-    return TableVersions(commits[0]["version"], next(changed, commits[-1]["version"]))
+    return commits[0]["version"], next(changed, commits[-1]["version"])
 
 
 def _note(commit: dict[str, Any]) -> str | None:

@@ -14,7 +14,7 @@ from pipelines.config import DataConfig
 from pipelines.driver.delta.on_disk import count_on_disk
 from pipelines.driver.delta.tables import open_tables
 from pipelines.driver.delta.versions import read_versions_of_files
-from pipelines.driver.ingest.ledger import hash_rules, read_ledger_of_files
+from pipelines.driver.ingest.ledger import has_lost_items, hash_rules, read_ledger_of_files
 from pipelines.driver.ingest.near_duplicates import NearReport
 from pipelines.driver.ingest.report import FullReport, find_report
 from pipelines.driver.ingest.sources.open import open_unchanged
@@ -33,6 +33,8 @@ def find_finished(platform: Platform, source_name: str, config: DataConfig) -> F
     filled = table_of_source(config)
     tables = open_tables(platform, filled, QUARANTINE, INGESTED)
     if tables is None:
+        return None
+    if has_lost_items(tables[INGESTED.name], tables[filled.name], source_name):
         return None
     ingested = read_ledger_of_files(tables[INGESTED.name], source_name, hash_rules(config))
     source = open_unchanged(platform, source_name, config, ingested)

@@ -1,12 +1,16 @@
 """Ledger (table `ingested`): the items of a source that have been ingested completely and need not be read again.
 
 The ledger only saves time and is not needed for correct results. Rows are identified by their content, so an item that
-is read twice adds nothing. The ledger may therefore be written last, after `samples` and `quarantine`, and an ingest
+is read twice adds nothing. If `samples` or `texts` was restored or replaced since an item was ingested, the item is
+forgotten and read again. The ledger may therefore be written last, after `samples` and `quarantine`, and an ingest
 only appends to the ledger. If an ingest is killed or runs twice, the worst consequence is that items are read again.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -16,19 +20,27 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from pipelines.config import DataConfig, short_hash
+from pipelines.driver.delta.commits import TableHistory, read_history, read_history_of_files
 from pipelines.driver.delta.on_disk import open_on_disk
 from pipelines.driver.delta.row_times import later_than, newest_time
 from pipelines.driver.ingest.table_rows import rows_of_source
 from pipelines.formats.delta_files import arrow_dataset
+from pipelines.formats.table_schema import Table
 from pipelines.formats.tables import INGESTED
 from pipelines.platform import Platform
+
+logger = logging.getLogger(__name__)
 
 ITEMS = pa.schema([("item", pa.string()), ("state", pa.string())])
 """Schema of an item (a file, a row of a captions file, or a table) and its state (a change token or a version)."""
 COLUMNS = (*ITEMS.names, "rules", "ingested_at")
 """Columns of the ledger that decide which items need not be read again."""
 VERSION = "version "
-"""Prefix of the state of a source table. The state consists of the prefix and the version number of the table."""
+"""Prefix of the state of a source table. The prefix is followed by the version number of the table and the id of the
+commit that made this version. Lakesight 0.1.0 stored no id.
+"""
+FILLED = ("filled_version", "filled_commit")
+"""Columns of the ledger that name the version of `samples` or `texts` that contains the rows of an item."""
 
 
 class LedgerEntry(NamedTuple):
@@ -38,11 +50,15 @@ class LedgerEntry(NamedTuple):
         source: name of the source, which is the name of its data config.
         rules: hash of the settings, from `hash_rules`.
         ingest_id: id of the ingest.
+        filled_version: version of `samples` or `texts` that contains the rows of the items.
+        filled_commit: id of the commit that made this version.
     """
 
     source: str
     rules: str
     ingest_id: str
+    filled_version: int
+    filled_commit: str | None
 
 
 def hash_rules(config: DataConfig) -> str:
@@ -121,6 +137,49 @@ def append_to_ledger(spark: SparkSession, platform: Platform, items: pa.Table, e
     columns = entry._asdict() | {"ingested_at": later_than(newest)}
     rows = spark.createDataFrame(items).withColumns({name: F.lit(value) for name, value in columns.items()})
     rows.select(*INGESTED.names).writeTo(platform.table(INGESTED.name)).append()
+
+
+def lost_commits(entries: pa.Table, history: Callable[[Collection[int]], TableHistory]) -> list[str]:
+    """Return the ids of the commits after which rows were ingested that `samples` or `texts` no longer has.
+
+    This happens if the table was restored or replaced by a copy, or dropped. The items of these commits must be read
+    again.
+
+    Args:
+        entries: the columns FILLED of the ledger rows of one source.
+        history: function that reads the history of the filled table, with the ids of the given versions.
+    """
+    known = entries.filter(pc.is_valid(entries["filled_commit"])).group_by(list(FILLED)).aggregate([]).to_pylist()
+    if not known:
+        return []
+    found = history([entry["filled_version"] for entry in known])
+    return [entry["filled_commit"] for entry in known if not found.has(entry["filled_version"], entry["filled_commit"])]
+
+
+def has_lost_items(ledger: DeltaTable, filled: DeltaTable, source: str) -> bool:
+    """Return whether the table `filled` has lost rows of items that the ledger has, without Spark."""
+    entries = arrow_dataset(ledger).to_table([*FILLED], pc.field("source") == source)
+    return bool(lost_commits(entries, partial(read_history_of_files, filled)))
+
+
+def forget_lost_items(spark: SparkSession, platform: Platform, source: str, filled: Table) -> None:
+    """Delete the items from the ledger whose rows the table `filled` has lost, so that the items are read again."""
+    if (opened := open_on_disk(platform, INGESTED)) is not None:
+        entries = arrow_dataset(opened).to_table([*FILLED], pc.field("source") == source)
+    else:
+        entries = rows_of_source(spark, platform, INGESTED.name, source).select(*FILLED).distinct().toArrow()
+    lost = lost_commits(entries, partial(read_history, spark, platform, filled))
+    if not lost:
+        return
+    name = platform.table(INGESTED.name)
+    of_source = (F.col("source") == source) & F.col("filled_commit").isin(lost)
+    logger.warning(
+        "table %s was restored or replaced after %d files or rows of captions of %s were ingested. They are read again",
+        *(filled.name, spark.table(name).filter(of_source).count(), source),
+    )
+    ids = ", ".join(f"'{each}'" for each in lost)
+    delete = f"DELETE FROM {name} WHERE source = {{source}} AND filled_commit IN ({ids})"  # noqa: S608 (ids are hashes)
+    spark.sql(delete, source=source)
 
 
 def delete_from_ledger(spark: SparkSession, platform: Platform, source: str) -> None:

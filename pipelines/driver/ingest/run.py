@@ -18,6 +18,7 @@ import logging
 import time
 from functools import partial
 
+import pyarrow as pa
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
@@ -29,6 +30,7 @@ from pipelines.driver.ingest.ledger import (
     LedgerEntry,
     append_to_ledger,
     delete_from_ledger,
+    forget_lost_items,
     has_other_rules,
     hash_rules,
     items_table,
@@ -69,13 +71,14 @@ def ingest(
     started = time.monotonic()
     retry_on_conflict(partial(ensure_tables, spark, platform))
     rules = hash_rules(config)
-    ingested = items_table([]) if refresh else read_ledger(spark, platform, source_name, rules)
-    source = open_source(spark, platform, source_name, config, ingested)
     table = table_of_source(config)
+    ingested = items_table([]) if refresh else _ingested_items(spark, platform, source_name, rules, table)
+    source = open_source(spark, platform, source_name, config, ingested)
     replaced = _start_refresh(spark, platform, table, source_name, source) if refresh else {}
     write = write_texts if table is TEXTS else write_pictures
     written = write(spark, platform, source_name, config, source, refresh=refresh) if source.rows else Written()
     totals, quarantined = written.totals, sum(written.reasons.values())
+    versions = read_versions(spark, platform, source_name, table)
     report = IngestReport(
         source=source_name,
         ingest_id=source.ingest_id,
@@ -93,7 +96,7 @@ def ingest(
         splits=count_rows(spark, platform, table, {"source": source_name}, by="split"),
         equal_pictures_across_splits=written.across,
         near_duplicates=written.near,
-        dataset_version=read_versions(spark, platform, source_name, table).last_change,
+        dataset_version=versions.last_change,
         seconds=round(time.monotonic() - started, 3),
         **describe_passed_over(source.passed_over),
         unreadable_files=written.unreadable,
@@ -102,9 +105,15 @@ def ingest(
         _warn_of_other_ids(spark, platform, source_name)
     check_totals(report, config)
     if source.rows:  # if the check fails, this line is not reached, so the next ingest reads the items again
-        entry = LedgerEntry(source_name, rules, source.ingest_id)
+        entry = LedgerEntry(source_name, rules, source.ingest_id, versions.last_change, versions.commit)
         retry_on_conflict(partial(append_to_ledger, spark, platform, source.pending, entry))
     return report
+
+
+def _ingested_items(spark: SparkSession, platform: Platform, name: str, rules: str, table: Table) -> pa.Table:
+    """Return the items of the source that need not be read again. The rows of these items are in `table`."""
+    retry_on_conflict(partial(forget_lost_items, spark, platform, name, table))
+    return read_ledger(spark, platform, name, rules)
 
 
 def _start_refresh(spark: SparkSession, platform: Platform, table: Table, name: str, source: Source) -> dict[str, int]:

@@ -235,6 +235,7 @@ def _request(  # noqa: PLR0917 (as for `shard`)
         table=platform.table((SAMPLES if image else TEXTS).name),
         table_id=pinned_id,
         table_version=version.last_change,
+        table_commit=version.commit,
         source=source,
         split=split,
         image=image,

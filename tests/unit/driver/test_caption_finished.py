@@ -4,6 +4,7 @@ the Spark job runs.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from pipelines.driver.caption.finished import find_finished
 from pipelines.driver.caption.run import CaptionReport, CaptionRequest, caption_key, pending_folder
 from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import UserError
+from pipelines.formats.delta_files import commit_id
 from pipelines.formats.tables import GENERATED_CAPTIONS
 from pipelines.platform import Platform
 from vlm import text
@@ -67,6 +69,7 @@ class Shop(NamedTuple):
         row: dict[str, Any] = dict.fromkeys(GENERATED_CAPTIONS.names, "")
         row |= {"caption": "red", "error": None, "num_tokens": 1} | key
         row |= {"mean_logprob": -1.0, "source_version": version, "captioned_at": NOW, "run_id": "r"}
+        row |= {"source_commit": commit_id(self.folder, version)}
         row |= {"model_digest": "d"} | changes
         rows = [row | {"image_id": str(image_id)} for image_id in ids]
         write_deltalake(self.captions, pa.Table.from_pylist(rows, GENERATED_CAPTIONS.arrow_schema), mode="append")
@@ -111,8 +114,20 @@ def compact(shop: Shop) -> None:
     DeltaTable(shop.folder).optimize.compact()
 
 
+def write_anew(shop: Shop) -> None:
+    shutil.rmtree(shop.folder)
+    shop.write(ROWS | {"photo": [b"x", b"y", b"z"]})
+
+
+def forget_commits(shop: Shop) -> None:
+    """Remove the ids of commits, which earlier releases did not store."""
+    DeltaTable(shop.captions).update({"source_commit": "NULL"})
+
+
 CHANGES: dict[str, Callable[[Shop], object]] = {
     "a picture was replaced": lambda shop: shop.write(ROWS, "overwrite"),
+    "the table was written anew": write_anew,
+    "an earlier release captioned the rows": forget_commits,
     "files were compacted": lambda shop: (
         shop.write({"id": [4], "photo": [b"d"]}),
         DeltaTable(shop.folder).optimize.compact(),

@@ -21,6 +21,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from pipelines.config import DataConfig, TableSourceConfig, short_hash
+from pipelines.driver.delta.commits import read_commit_ids
 from pipelines.driver.delta.spark_errors import filter_rows
 from pipelines.driver.delta.versions import MAINTENANCE_OPERATIONS, newest_version
 from pipelines.driver.ingest.ledger import VERSION, items_table
@@ -28,7 +29,7 @@ from pipelines.driver.ingest.sources.files import absolute_path
 from pipelines.driver.ingest.sources.source import Covered, Source, SourceRows, require_columns, used_columns
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.table import add_image_ids, delta_records
-from pipelines.formats.delta_files import open_delta
+from pipelines.formats.delta_files import commit_id, open_delta
 from pipelines.platform import analysed, spark_errors
 
 logger = logging.getLogger(__name__)
@@ -48,11 +49,20 @@ KEYS = (T.StringType, T.CharType, T.VarcharType, T.NumericType, T.DateType, T.Ti
 
 
 class _Table(NamedTuple):
-    """A source table at one version; `table_id` is the id that Delta gave to the table."""
+    """A source table at one version.
+
+    Attributes:
+        frame: rows of the table.
+        table_id: id that Delta gave to the table.
+        version: version of the table.
+        commit: id of the commit that made this version, or None if Delta no longer keeps the commit.
+        name: name of the table in SQL.
+    """
 
     frame: DataFrame
     table_id: str
     version: int
+    commit: str | None
     name: str
 
 
@@ -70,7 +80,7 @@ def open_table(
     """Open the configured or newest version of a table, and select the rows that changed since the last ingest.
 
     All rows are read if the table was not ingested before with these settings, if the configured version is older than
-    the ingested version, or if the changes cannot be read.
+    the ingested version, if the table was written anew or restored since then, or if the changes cannot be read.
 
     Raises:
         UserError: no table is named, the table or version does not exist, or a column is missing.
@@ -78,12 +88,12 @@ def open_table(
     table = _read_version(spark, source)
     require_columns(config, table.frame.columns, source.where)
     frame = filter_rows(table.frame, source.filter, where="data.source.filter")
-    ingest_id = short_hash(name, table.table_id, table.version)
-    last = _last_version(ingested, table.table_id)
-    if last == table.version:
+    ingest_id = short_hash(name, table.table_id, table.version, table.commit)
+    last, commit = _last_ingest(ingested, table.table_id)
+    if last == table.version and commit == table.commit is not None:
         return Source(None, ingest_id, items_table([]), 1)
     changes = None
-    if last is not None and last < table.version:
+    if last is not None and last < table.version and _commits(spark, source, table.name, last).get(last) == commit:
         changes = _read_changes(spark, table._replace(frame=frame), name, source, last)
     file = source.where.rstrip("/").rpartition("/")[2]
     if changes is None:
@@ -93,7 +103,7 @@ def open_table(
     used = tuple(dict.fromkeys(used_columns(config).values()))
     rows = select_columns(frame if changes is None else changes.rows, used, file)
     read = partial(delta_records, names=used, image=source.columns.image)
-    pending = items_table([(table.table_id, f"{VERSION}{table.version}")])
+    pending = items_table([(table.table_id, _state(table.version, table.commit))])
     return Source(SourceRows(rows, read), ingest_id, pending, 0, covered)
 
 
@@ -124,16 +134,31 @@ def open_ingested_table(name: str, source: TableSourceConfig, ingested: pa.Table
     except DeltaError:
         return None
     version = table.version() if source.version is None else source.version
-    table_id = str(table.metadata().id)
-    if _last_version(ingested, table_id) != version:
+    table_id, commit = str(table.metadata().id), commit_id(Path(absolute_path(source.path)), version)
+    if commit is None or _last_ingest(ingested, table_id) != (version, commit):
         return None
-    return Source(None, short_hash(name, table_id, version), items_table([]), 1)
+    return Source(None, short_hash(name, table_id, version, commit), items_table([]), 1)
 
 
-def _last_version(ingested: pa.Table, table_id: str) -> int | None:
-    """Return the version of a table that the last ingest read, or None if it was not ingested with these settings."""
+def _state(version: int, commit: str | None) -> str:
+    return f"{VERSION}{version} {commit}" if commit else f"{VERSION}{version}"
+
+
+def _last_ingest(ingested: pa.Table, table_id: str) -> tuple[int | None, str | None]:
+    """Return the version of a table that the last ingest read, and the id of its commit.
+
+    The version is None if the table was not ingested with these settings. The id is None if it is not known.
+    """
     states = [row["state"] for row in ingested.to_pylist() if row["item"] == table_id]
-    return int(states[-1].removeprefix(VERSION)) if states else None
+    if not states:
+        return None, None
+    version, _, commit = states[-1].removeprefix(VERSION).partition(" ")
+    return int(version), commit or None
+
+
+def _commits(spark: SparkSession, source: TableSourceConfig, name: str, version: int) -> dict[int, str]:
+    location = None if source.table else absolute_path(source.path)
+    return read_commit_ids(spark, name, location, [version])
 
 
 # ------------------------------------------------------------------------------------------------ the table
@@ -164,7 +189,7 @@ def _read_version(spark: SparkSession, source: TableSourceConfig) -> _Table:
             got=str(error).partition("\n")[0][:500],
             fix=fix,
         ) from None
-    return _Table(frame, table_id, version, quoted)
+    return _Table(frame, table_id, version, _commits(spark, source, quoted, version).get(version), quoted)
 
 
 def select_columns(frame: DataFrame, used: Sequence[str], file: str) -> DataFrame:

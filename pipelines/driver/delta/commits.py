@@ -1,0 +1,108 @@
+"""Ids of Delta commits, which tell two tables with equal version numbers apart.
+
+If the log of the table is in a local folder, the id is a hash of the commit file (`commit_id`). In all other cases, for
+example in a catalog, the id is a hash of the commit's row in the table history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deltalake import DeltaTable
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from pipelines.config import short_hash
+from pipelines.driver.delta.on_disk import open_on_disk
+from pipelines.formats.delta_files import commit_id, local_folder
+from pipelines.formats.table_schema import Table
+from pipelines.platform import Platform
+
+FIELDS = ("version", "operation", "operationMetrics")
+RESTORES = frozenset({"RESTORE", "CLONE", "REPLACE TABLE", "CREATE OR REPLACE TABLE", "REPLACE TABLE AS SELECT"})
+"""Delta operations that replace all rows of a table, so that rows of earlier versions may be gone."""
+
+
+class TableHistory(NamedTuple):
+    """What a table's history says about the commits that made its rows.
+
+    Attributes:
+        newest: newest version of the table.
+        replaced: last version in which all rows of the table were replaced, for example by RESTORE; 0 if there is none.
+        commits: dict from a version to the id of its commit, without the versions that Delta no longer keeps.
+    """
+
+    newest: int
+    replaced: int
+    commits: Mapping[int, str]
+
+    def has(self, version: int, commit: str) -> bool:
+        """Return whether the table still has the rows that it had directly after a commit.
+
+        If Delta no longer keeps the commit of a version, the answer is True, because Delta keeps commits for 30 days.
+        """
+        return self.replaced <= version <= self.newest and self.commits.get(version, commit) == commit
+
+
+def log_folder(location: Path | str | None) -> Path | None:
+    """Return the folder of a table if the table's log is in a local folder, else None."""
+    return Path(location) if location is not None and Path(location, "_delta_log").is_dir() else None
+
+
+def read_commit_ids(
+    spark: SparkSession, name: str, location: Path | str | None, versions: Collection[int]
+) -> dict[int, str]:
+    """Return a dict from each version to the id of its commit, without the versions that Delta no longer keeps.
+
+    Args:
+        spark: Spark session.
+        name: name of the table in SQL.
+        location: folder or URL of the table, or None if a catalog manages the table.
+        versions: versions of the table.
+    """
+    if folder := log_folder(location):
+        found = {version: commit_id(folder, version) for version in versions}
+        return {version: each for version, each in found.items() if each is not None}
+    history = with_time(spark.sql(f"DESCRIBE HISTORY {name}")).filter(F.col("version").isin(*versions))
+    return {row["version"]: history_id(row.asDict()) for row in history.collect()}
+
+
+def with_time(history: DataFrame, *others: str) -> DataFrame:
+    """Select the columns FIELDS and `others` from a table history, and add `micros`, the time of the commit in
+    microseconds."""
+    return history.select(*FIELDS, *others, F.unix_micros("timestamp").alias("micros"))
+
+
+def history_id(commit: Mapping[str, Any]) -> str:
+    """Return the id of a commit from its row in a table history, which has the columns of `with_time`."""
+    metrics = sorted((commit["operationMetrics"] or {}).items())
+    return short_hash(commit["version"], commit["micros"], commit["operation"], metrics)
+
+
+def read_history(spark: SparkSession, platform: Platform, table: Table, versions: Collection[int]) -> TableHistory:
+    """Read the history of one of Lakesight's tables, with the ids of the commits that made `versions`."""
+    if (opened := open_on_disk(platform, table)) is not None:
+        return read_history_of_files(opened, versions)
+    name = platform.table(table.name)
+    history = with_time(spark.sql(f"DESCRIBE HISTORY {name}"), "operationParameters")
+    commits = [row.asDict() for row in history.collect()]
+    return _history(commits, {commit["version"]: history_id(commit) for commit in commits})
+
+
+def read_history_of_files(table: DeltaTable, versions: Collection[int]) -> TableHistory:
+    """Read the same history as `read_history`, but without Spark, from a table in a local folder."""
+    found = {version: commit_id(local_folder(table), version) for version in versions}
+    return _history(table.history(), {version: each for version, each in found.items() if each is not None})
+
+
+def _history(commits: list[dict[str, Any]], ids: Mapping[int, str]) -> TableHistory:
+    replaced = [commit["version"] for commit in commits if _replaces_all_rows(commit)]
+    return TableHistory(max(commit["version"] for commit in commits), max(replaced, default=0), ids)
+
+
+def _replaces_all_rows(commit: Mapping[str, Any]) -> bool:
+    parameters = commit.get("operationParameters") or {}
+    overwrites = commit.get("operation") == "WRITE" and parameters.get("mode") == "Overwrite"
+    return commit.get("operation") in RESTORES or (overwrites and parameters.get("predicate") in {None, "", "[]"})

@@ -1,0 +1,219 @@
+"""Tests that a version number alone never counts as "already done".
+
+A table that is written anew, or restored from a copy and then changed, has the same version numbers with other rows.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from deltalake import DeltaTable, write_deltalake
+from pictures import as_base64, png, write_csv
+from pyspark.sql import SparkSession
+from tiny_runs import tiny_model_config
+
+from pipelines.config import DataConfig
+from pipelines.driver.caption.finished import find_finished as find_captioned
+from pipelines.driver.caption.run import CaptionRequest, caption
+from pipelines.driver.delta.tables import ensure_tables
+from pipelines.driver.delta.versions import read_versions
+from pipelines.driver.ingest.finished import find_finished as find_ingested
+from pipelines.driver.ingest.report import Figures, page_path
+from pipelines.driver.ingest.run import ingest
+from pipelines.driver.ingest.totals import IngestReport
+from pipelines.driver.model_files import ModelFiles
+from pipelines.driver.shard.run import find_finished as find_sharded
+from pipelines.driver.shard.run import shard
+from pipelines.formats.run_folder import write_json
+from pipelines.formats.shards import Shards
+from pipelines.formats.tables import SAMPLES
+from pipelines.platform import Platform
+from vlm import text
+from vlm.checkpoint import save_model
+from vlm.config import ImageConfig
+from vlm.factory import build_model
+
+SOURCE = "restored"
+IMAGE = ImageConfig(size=16)
+
+
+@pytest.fixture
+def home(spark: SparkSession, platform: Platform, tmp_path: Path) -> Platform:
+    """A platform with a home folder of its own, so that a test may replace its tables."""
+    return replace(platform, namespace=f"n{tmp_path.name}", root=tmp_path / "home", tables=tmp_path / "home" / "tables")
+
+
+def forget_snapshots(spark: SparkSession) -> None:
+    """Make Delta read all tables from the disk again, as a new process does."""
+    spark._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()  # type: ignore[union-attr]
+
+
+def run_ingest(spark: SparkSession, platform: Platform, source: str, config: DataConfig) -> IngestReport:
+    """Run an ingest, and write an empty page, without which the check for a finished ingest starts Spark."""
+    report = ingest(spark, platform, source, config)
+    page = page_path(platform, report)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_json(page.with_suffix(".json"), Figures(formats={}, sides={}, texts={}, chars={}))
+    page.write_text("<p>", encoding="utf-8")
+    return report
+
+
+def write_table(folder: Path, *shades: int) -> None:
+    """Append a commit with one row for each shade. Equal numbers of rows have equal ids, 1, 2 and so on."""
+    first = DeltaTable(folder).to_pyarrow_table().num_rows if DeltaTable.is_deltatable(str(folder)) else 0
+    rows = [{"id": first + n, "photo": png(shade), "text": f"shade {shade}"} for n, shade in enumerate(shades, 1)]
+    schema = pa.schema([("id", pa.int64()), ("photo", pa.binary()), ("text", pa.string())])
+    write_deltalake(folder, pa.Table.from_pylist(rows, schema), mode="append")
+
+
+@pytest.mark.parametrize("change", ["written anew", "restored"])
+def test_a_table_whose_version_number_returns_with_other_pictures_is_captioned_again(
+    spark: SparkSession, platform: Platform, tmp_path: Path, change: str
+) -> None:
+    config = tiny_model_config()
+    torch.manual_seed(3)
+    tokenizer = text.learn(config.text, [])
+    save_model(tmp_path / "model", build_model(config, tokenizer.vocab_size), tokenizer)
+    model = ModelFiles(folder=tmp_path / "model", name=f"m-{tmp_path.name}", version="1", run_id="r")
+    table = tmp_path / "photos"
+    request = CaptionRequest(source_table=f"delta.`{table}`", id_column="id", image_column="photo")
+
+    write_table(table, 1, 2)
+    shutil.copytree(table, tmp_path / "copy")
+    if change == "restored":
+        write_table(table, 3)
+    captioned = caption(spark, platform, model, request).captioned
+    assert captioned == (2 if change == "written anew" else 3)
+    assert find_captioned(platform, model, request) is not None
+
+    shutil.rmtree(table)
+    if change == "written anew":
+        write_table(table, 11, 12)
+    else:
+        shutil.copytree(tmp_path / "copy", table)
+        write_table(table, 13)
+    forget_snapshots(spark)
+    assert find_captioned(platform, model, request) is None
+    report = caption(spark, platform, model, request)
+    assert (report.captioned, report.changed) == ((2, 2) if change == "written anew" else (1, 1))
+    found = find_captioned(platform, model, request)
+    assert found is not None
+    assert found.already == captioned
+
+
+def test_a_source_table_that_was_restored_and_changed_up_to_the_same_version_is_read_completely(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    table = tmp_path / "photos"
+    columns = {"image": "photo", "text": "text", "id": "id"}
+    config = DataConfig.model_validate(
+        {"source": {"kind": "table", "path": str(table), "columns": columns}, "near_duplicates": False}
+    )
+    write_table(table, 21)
+    shutil.copytree(table, tmp_path / "copy")
+    write_table(table, 22, 23)
+    assert run_ingest(spark, platform, source, config).new == 3
+    assert find_ingested(platform, source, config) is not None
+
+    shutil.rmtree(table)
+    shutil.copytree(tmp_path / "copy", table)
+    write_table(table, 24, 25)
+    forget_snapshots(spark)
+    assert find_ingested(platform, source, config) is None
+    report = run_ingest(spark, platform, source, config)
+    assert report.rows_in == 3
+    rows = spark.table(platform.table(SAMPLES.name)).where(f"source = '{source}'").select("texts").collect()
+    assert sorted(row["texts"][0]["text"] for row in rows) == ["shade 21", "shade 24", "shade 25"]
+    assert find_ingested(platform, source, config) is not None
+
+
+def replace_samples(spark: SparkSession, home: Platform, copy: Path, change: str) -> None:
+    """Bring table `samples` back to the state of a copy, in one of the ways in which users do this."""
+    name, folder = home.table(SAMPLES.name), home.tables / SAMPLES.name  # type: ignore[operator]
+    if change == "older copy":
+        shutil.rmtree(folder)
+        shutil.copytree(copy, folder)
+    elif change == "RESTORE":
+        spark.sql(f"RESTORE TABLE {name} TO VERSION AS OF {DeltaTable(copy).version()}")
+    elif change == "overwrite":
+        spark.read.format("delta").load(str(copy)).write.format("delta").mode("overwrite").save(str(folder))
+    else:
+        spark.sql(f"DROP TABLE {name}")
+        shutil.rmtree(folder)
+    forget_snapshots(spark)
+
+
+@pytest.mark.parametrize("change", ["older copy", "RESTORE", "overwrite", "removed"])
+def test_items_whose_rows_are_missing_after_a_restore_of_samples_are_read_again(
+    spark: SparkSession, home: Platform, tmp_path: Path, change: str
+) -> None:
+    assert home.tables
+    data = tmp_path / "data"
+    data.mkdir()
+    settings: dict[str, Any] = {"source": {"path": str(data)}, "near_duplicates": False}
+    config = DataConfig.model_validate(settings | {"split": {"kind": "hash", "val": 0.0, "test": 0.0}})
+    write_csv(data / "a.csv", [[as_base64(png(n)), f"a{n}"] for n in range(3)])
+    run_ingest(spark, home, SOURCE, config)
+    shutil.copytree(home.tables / SAMPLES.name, tmp_path / "copy")
+    write_csv(data / "b.csv", [[as_base64(png(100 + n)), f"b{n}"] for n in range(4)])
+    run_ingest(spark, home, SOURCE, config)
+    assert find_ingested(home, SOURCE, config) is not None
+
+    replace_samples(spark, home, tmp_path / "copy", change)
+    assert find_ingested(home, SOURCE, config) is None
+    report = run_ingest(spark, home, SOURCE, config)
+    assert report.new == (7 if change == "removed" else 4)
+    assert report.items == (1 if change == "older copy" else 2), "files of which the copy has the rows are not read"
+    assert report.splits == {"train": 7}
+    assert find_ingested(home, SOURCE, config) is not None
+
+
+def test_in_a_workspace_the_table_history_shows_that_samples_was_restored(
+    spark: SparkSession, home: Platform, tmp_path: Path
+) -> None:
+    ensure_tables(spark, home)
+    workspace = replace(home, tables=None)  # without a folder of tables, Spark reads every table and every history
+    config = DataConfig.model_validate({"source": {"path": str(tmp_path / "data")}, "near_duplicates": False})
+    (tmp_path / "data").mkdir()
+    for name, shade in (("a.csv", 1), ("b.csv", 2)):
+        write_csv(tmp_path / "data" / name, [[as_base64(png(shade)), name]])
+        assert ingest(spark, workspace, SOURCE, config).new == 1
+    assert ingest(spark, workspace, SOURCE, config).rows_in == 0
+
+    samples = workspace.table(SAMPLES.name)
+    spark.sql(f"RESTORE TABLE {samples} TO VERSION AS OF {read_versions(spark, workspace, SOURCE).newest - 1}")
+    report = ingest(spark, workspace, SOURCE, config)
+    assert (report.rows_in, report.new) == (2, 1)
+    assert ingest(spark, workspace, SOURCE, config).rows_in == 0
+
+
+def test_a_restored_samples_table_with_other_rows_at_the_same_version_gets_other_shards(
+    spark: SparkSession, home: Platform, tmp_path: Path
+) -> None:
+    assert home.tables
+    data = tmp_path / "data"
+    data.mkdir()
+    settings: dict[str, Any] = {"source": {"path": str(data)}, "near_duplicates": False, "shards": {"rows": 50}}
+    config = DataConfig.model_validate(settings | {"split": {"kind": "hash", "val": 0.0, "test": 0.0}})
+    write_csv(data / "a.csv", [[as_base64(png(1)), "a"]])
+    run_ingest(spark, home, SOURCE, config)
+    shutil.copytree(home.tables / SAMPLES.name, tmp_path / "copy")
+    second = write_csv(data / "b.csv", [[as_base64(png(2)), "first"]])
+    run_ingest(spark, home, SOURCE, config)
+    before = shard(spark, home, SOURCE, config, IMAGE, "train")
+    assert find_sharded(home, SOURCE, config, IMAGE, "train") is not None
+
+    replace_samples(spark, home, tmp_path / "copy", "older copy")
+    second.unlink()
+    write_csv(data / "c.csv", [[as_base64(png(3)), "second"]])
+    run_ingest(spark, home, SOURCE, config)
+    assert find_sharded(home, SOURCE, config, IMAGE, "train") is None
+    after = shard(spark, home, SOURCE, config, IMAGE, "train")
+    assert after.dataset_version == before.dataset_version, "the version numbers are equal"
+    assert sorted(Shards.open(Path(after.folder)).texts()) == ["a", "second"]
