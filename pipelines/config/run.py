@@ -234,8 +234,8 @@ def available(kind: str) -> list[str]:
 def load_run(name: str, *, platform: str = "local", overrides: Sequence[str] = ()) -> RunConfig:
     """Resolve a run's four names into a RunConfig and apply `a.b=c` overrides.
 
-    The YAML file of a run may contain the section `data` itself instead of the name of a data config. The data config
-    then has the same name as the run. The YAML file may also contain the sections `gate` and `drift`.
+    The YAML file of a run may contain the section `data` itself instead of the name of a data config. A data config in
+    the YAML file of a run has the same name as the run. The YAML file may also contain the sections `gate` and `drift`.
 
     Raises:
         ConfigError: a name or key is unknown, or a value is invalid. The error lists every problem.

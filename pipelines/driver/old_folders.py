@@ -97,7 +97,7 @@ def find_old_folders(platform: Platform, keep: int, needs: Needs) -> list[OldFol
 
 
 def remove_folders(folders: Iterable[OldFolder]) -> None:
-    """Remove the folders that `find_old_folders` has found, unless another command has just removed them."""
+    """Remove the folders that `find_old_folders` has found and that no other command has removed in the meantime."""
     for folder in folders:
         path = folder.path
         with suppress(FileNotFoundError):

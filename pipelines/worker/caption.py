@@ -26,8 +26,8 @@ from vlm.precision import set_precision
 def load_captioner(folder: str, precision: Precision = Precision.FP32) -> Captioner:
     """Load the model in a folder, on a GPU if the host has a GPU. The process keeps the loaded model in a cache.
 
-    On a CPU, the weights are mapped from the file, unless `needs_conversion` is true. If the weights need a conversion,
-    the converted weights are in the memory of this process alone.
+    On a CPU, the weights are mapped from the file if `needs_conversion` is false. If the weights need a conversion, the
+    converted weights are in the memory of this process alone.
 
     Raises:
         CheckpointError: the folder does not contain a model.

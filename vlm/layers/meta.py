@@ -75,8 +75,8 @@ class EmptyOnMeta(TorchFunctionMode):
     because torch would first load its compiler, which takes 150 MB and several seconds.
 
     Args:
-        draw: whether to draw and discard the random numbers of each skipped initialisation. Torch's random generator
-            then has the same state as after the construction of a real model.
+        draw: whether to draw and discard the random numbers of each skipped initialisation. If true, torch's random
+            generator ends in the same state as after the construction of a real model.
     """
 
     def __init__(self, *, draw: bool = False) -> None:

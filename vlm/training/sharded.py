@@ -43,7 +43,8 @@ def build_sharded(config: ModelConfig, vocab_size: int, device: torch.device, *,
         vocab_size: number of rows of the token embedding table.
         device: device of the model.
         draw: whether to initialize the weights from torch's global random generator. All ranks must seed the generator
-            alike; the weights then equal those of `build_model`. If `draw` is False, the caller must load weights.
+            alike, so that the weights equal the weights of `build_model`. If `draw` is False, the caller must load
+            weights.
     """
     with EmptyOnMeta(draw=draw):
         model = construct_model(config, vocab_size)

@@ -98,7 +98,7 @@ def read_ledger_of_files(table: DeltaTable, source: str, rules: str) -> pa.Table
 
 
 def has_other_rules(spark: SparkSession, platform: Platform, source: str, rules: str) -> bool:
-    """Return whether items of a source were ingested with settings other than those whose hash is `rules`."""
+    """Return whether items of a source were ingested with other settings, whose hash differs from `rules`."""
     if (opened := open_on_disk(platform, INGESTED)) is not None:
         other = (pc.field("source") == source) & (pc.field("rules") != rules)
         return bool(arrow_dataset(opened).head(1, columns=["rules"], filter=other).num_rows)

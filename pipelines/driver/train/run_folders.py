@@ -75,8 +75,8 @@ def find_folder(path: Path, config: RunConfig, code: TrainingCode) -> RunFolder:
     """Return the existing or new run folder of a run, and log why an unfinished run is not resumed.
 
     A folder of Lakesight 0.1.0 does not say which code trained the run. The first version of the code that finds a
-    finished run in a folder of Lakesight 0.1.0 writes its own description into run.json. From then on, this version
-    counts as the code of the run.
+    finished run in a folder of Lakesight 0.1.0 writes its own description into run.json. The version that has written
+    its description then counts as the code of the run.
 
     Args:
         path: path of the run folder for the first version of the training code.

@@ -60,7 +60,7 @@ class Source:
         ingest_id: hash of the name and the state of the source. This hash stays the same if the source does not change.
         pending: items (ledger.ITEMS) that have not been ingested in their current state.
         unchanged: number of items that have been ingested in their current state.
-        covered: pictures to remove from `samples` unless the rows still contain them, or None to remove nothing.
+        covered: pictures that are removed from `samples` if the rows no longer contain them, or None to remove nothing.
         passed_over: files and folders of the source that are not read, with the reasons.
     """
 

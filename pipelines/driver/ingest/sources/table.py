@@ -196,7 +196,7 @@ def select_columns(frame: DataFrame, used: Sequence[str], file: str) -> DataFram
     """Select the columns that `delta_records` expects: file, the used columns, and a struct of all other columns.
 
     Raises:
-        UserError: a used column has a type whose values are neither plain nor can be converted to text.
+        UserError: a used column has a type whose values are not plain and cannot be converted to text.
     """
     types = {field.name: field.dataType for field in frame.schema.fields}
     needed = []
