@@ -327,7 +327,8 @@ def jvm_failure(root: Path) -> StageFailed | None:
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - LOG_TAIL))
         lines = file.read().decode(errors="replace").splitlines()
-    # A JVM that is killed by SIGKILL says nothing, so the lines of an earlier JVM must not be taken for its own.
+    # A JVM that is killed by SIGKILL logs nothing, so a line that an earlier JVM has logged must not be shown as its
+    # cause.
     said = [line.strip("# ") for line in lines if code != -signal.SIGKILL and re.search(TOO_LITTLE_MEMORY, line)]
     ended = f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"its exit code was {code}"
     return StageFailed(

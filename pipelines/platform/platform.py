@@ -112,8 +112,8 @@ def sqlite_uri(file: Path) -> str:
     """Return the URI of an SQLite store.
 
     Percent signs and question marks in the path are escaped: SQLAlchemy decodes percent escapes and ends the path at a
-    question mark. The URI of an escaped path begins with `sqlite+pysqlite:///`, because MLflow would create a folder
-    with the escaped name for `sqlite:///`.
+    question mark. The URI of an escaped path begins with `sqlite+pysqlite:///`. With `sqlite:///`, MLflow would create
+    a folder with the escaped name.
     """
     escaped = str(file).replace("%", "%25").replace("?", "%3F")
     return f"sqlite:///{file}" if escaped == str(file) else f"sqlite+pysqlite:///{escaped}"

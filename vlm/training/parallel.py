@@ -30,11 +30,11 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     if world_size() == 1 or isinstance(model, FSDPModule):
         return model
     on_gpu = device.type == "cuda"
-    # Every trainable parameter gets a gradient, so DDP need not search for unused parameters. However, without the
-    # search, DDP rebuilds its gradient buckets after the first step. With three or more ranks, a resumed run would
-    # therefore sum gradients in a different order than an uninterrupted run. On CPUs, the weights of a resumed run and
-    # of an uninterrupted run must be equal bit for bit. The search for unused parameters has no measurable cost on
-    # CPUs, so DDP searches for these parameters on CPUs.
+    # Every trainable parameter gets a gradient, so DDP need not search for unused parameters. However, without a search
+    # for unused parameters, DDP rebuilds its gradient buckets after the first step. With three or more ranks, a resumed
+    # run would therefore sum gradients in a different order than an uninterrupted run. On CPUs, the weights of a
+    # resumed run and of an uninterrupted run must be equal bit for bit. The search for unused parameters has no
+    # measurable cost on CPUs, so DDP searches for these parameters on CPUs.
     return DistributedDataParallel(
         model,
         device_ids=[device] if on_gpu else None,

@@ -1,6 +1,6 @@
 """Generation settings of a published folder, in generation_config.json.
 
-`vlm.load` follows the settings. An import does not use them, because the config of the model sets `generation`.
+`vlm.load` applies the generation settings. An import does not, because the config of the model sets `generation`.
 """
 
 from __future__ import annotations

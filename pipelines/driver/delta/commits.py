@@ -1,4 +1,4 @@
-"""Ids of Delta commits, which tell two tables with equal version numbers apart.
+"""Ids of Delta commits, which distinguish two tables with equal version numbers.
 
 If the log of the table is in a local folder, the id is a hash of the commit file (`commit_id`). In all other cases, for
 example in a catalog, the id is a hash of the commit's row in the table history.
@@ -41,7 +41,8 @@ class TableHistory(NamedTuple):
     def has(self, version: int, commit: str) -> bool:
         """Return whether the table still has the rows that it had directly after a commit.
 
-        If Delta no longer keeps the commit of a version, the answer is True, because Delta keeps commits for 30 days.
+        Delta keeps commits for 30 days. If the commit of a version is gone, only the version number is compared with
+        `replaced` and `newest`.
         """
         return self.replaced <= version <= self.newest and self.commits.get(version, commit) == commit
 

@@ -2,7 +2,7 @@
 
 The constant baseline gives the same caption to all pictures. The caption that is best by one metric may not be the best
 by another metric. So each metric has its own constant caption. If all pictures have this caption, the value of the
-metric is better than with any other constant caption.
+metric is at least as good as with any other constant caption.
 
 In the names of arrays, C stands for candidates, F for all references of all rows, and R for rows.
 """

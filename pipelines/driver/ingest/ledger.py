@@ -140,10 +140,10 @@ def append_to_ledger(spark: SparkSession, platform: Platform, items: pa.Table, e
 
 
 def lost_commits(entries: pa.Table, history: Callable[[Collection[int]], TableHistory]) -> list[str]:
-    """Return the ids of the commits after which rows were ingested that `samples` or `texts` no longer has.
+    """Return the commit ids in the ledger whose rows `samples` or `texts` no longer has.
 
-    This happens if the table was restored or replaced by a copy, or dropped. The items of these commits must be read
-    again.
+    A table loses the rows of a commit if the table is restored, replaced by a copy, or dropped. The items of these
+    commits must be read again.
 
     Args:
         entries: the columns FILLED of the ledger rows of one source.
@@ -163,7 +163,7 @@ def has_lost_items(ledger: DeltaTable, filled: DeltaTable, source: str) -> bool:
 
 
 def forget_lost_items(spark: SparkSession, platform: Platform, source: str, filled: Table) -> None:
-    """Delete the items from the ledger whose rows the table `filled` has lost, so that the items are read again."""
+    """In the ledger, delete the items whose rows the table `filled` has lost, so that the items are read again."""
     if (opened := open_on_disk(platform, INGESTED)) is not None:
         entries = arrow_dataset(opened).to_table([*FILLED], pc.field("source") == source)
     else:
