@@ -45,7 +45,7 @@ class AskReport(Config):
         precision: number format of the model's weights, for example bf16.
         caption: the model's answer.
         num_tokens: number of tokens in the answer.
-        regions: regions (boxes) that the answer names; always empty unless the command got exactly one picture.
+        regions: regions (boxes) that the answer names; empty if the command got no picture or several pictures.
         drawn: path of the written picture file, which shows the regions; null if no file was written.
         attention: path of the written picture file, which shows the attention of each word; null if no file was
             written.

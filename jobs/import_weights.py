@@ -58,9 +58,9 @@ def import_weights(
     """Make a checkpoint from published weights.
 
     The command reads config.json and safetensors files of another library. The files are in one folder with the whole
-    model, or in separate folders with the encoder and the decoder. Either of the separate folders is enough. Weights
-    that are in none of the folders are initialised at random. If the output folder already has the checkpoint of the
-    same import, the command only prints the report again.
+    model, or in separate folders with the encoder and the decoder. One of the two separate folders is enough.
+    Weights that are in none of the folders are initialised at random. If the output folder already has the checkpoint
+    of the same import, the command only prints the report again.
 
     \b
     Examples:

@@ -16,8 +16,7 @@ class StagesReport(Config):
     """Fields that both reports of `lakesight pipeline` have.
 
     Attributes:
-        rows_in: number of rows that ingest read, which is the sum of the rows that added something, `duplicates` and
-            `quarantined`.
+        rows_in: number of rows that ingest read: the rows that added something, plus `duplicates` and `quarantined`.
         duplicates: number of rows whose content was already in the table of the source.
         quarantined: number of rows added to table `quarantine`.
         trained: whether training ran; false if a finished run was reused.

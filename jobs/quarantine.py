@@ -48,8 +48,8 @@ def quarantine(
     """Show quarantined rows, or process them again.
 
     Use replay after you have fixed the cause, for example after you have raised a limit that was too low. A replay
-    checks the quarantined rows of the run's data again. Rows that are now accepted are added to table samples, and
-    column replayed_at of these rows in table quarantine is set to the time of the replay.
+    checks the quarantined rows of the run's data again. Rows that are now accepted are added to table samples. In
+    table quarantine, column replayed_at of these rows is set to the time of the replay.
 
     \b
     Examples:

@@ -79,8 +79,9 @@ def train(
     --no-launch, the command only writes the run folder. Start the ranks of this folder with torchrun, then run the
     command again without --no-launch to register the model.
 
-    With --replay-step, the command trains again in a temporary folder, from the last checkpoint before the step up to
-    the step. The command then shows which pictures have a loss that is not finite. The replay does not change the run.
+    With --replay-step, the command trains again in a temporary folder: from the last checkpoint before the given step
+    to this step. The command then shows which pictures have a loss that is not finite. The replay does not change the
+    run.
 
     \b
     Example:

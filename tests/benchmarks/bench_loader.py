@@ -10,8 +10,8 @@ processes of torch's DataLoader in the other loaders. Our loader also tokenizes 
 other loaders yield strings. The measured time begins with the first batch, so that the start of processes is not
 measured; the start-up time is printed separately. The benchmark then measures the time to the first batch when a run
 resumes at sample 10,000,000, and the samples per CPU second with augmentation. At the end, the benchmark measures the
-loader's own memory for the normal and for four times the normal number of rows. Pages of memory-mapped files do not
-count as the loader's own memory, because the kernel can reclaim these pages.
+loader's own memory twice: for the normal number of rows, and for four times as many rows. Pages of memory-mapped files
+do not count as the loader's own memory, because the kernel can reclaim these pages.
 """
 
 from __future__ import annotations

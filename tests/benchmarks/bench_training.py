@@ -5,7 +5,7 @@
 
 FILE.csv has the columns of the original's input file (b64string_images, caption). The original's training step decodes
 its pictures from base64 each time, and our training step reads shards. The original's step is therefore measured twice:
-without changes, and on pictures decoded beforehand, so that the comparison concerns only the models. Our model computes
+without changes, and on pictures decoded beforehand, so that only the models are compared. Our model computes
 more, because our decoder gets 36 patches and the original's decoder gets a single class token. Our step is therefore
 measured with the shipped config and with a single image slot, in fp32 and in bf16, always with our loader. All steps
 run in one process, with 16 pictures per batch.

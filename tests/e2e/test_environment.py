@@ -51,7 +51,7 @@ def restrict() -> None:
 def run(
     home: Path, command: str, *, environment: Mapping[str, str], prepare: Callable[[], None] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command with disabled `assert` statements and hardly any environment variables, as cron does."""
+    """Run a command with disabled `assert` statements and few environment variables, as cron does."""
     java = shutil.which("java")
     assert java
     options = [word for setting in SETTINGS for word in ("--set", setting)]

@@ -90,8 +90,9 @@ def measure(model: Path, precision: str, count: int) -> Measured:
 
 
 def memory_of(pid: int, folder: Path) -> tuple[int, int]:
-    """Return the proportional set size of a process in bytes: first of memory without a file and of files in a folder,
-    then of all memory.
+    """Return two proportional set sizes of a process, in bytes.
+
+    The first size is of the memory without a file and of the mapped files in a folder; the second is of all memory.
     """
     rollup = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
     files, inside = 0, False

@@ -56,7 +56,7 @@ def test_a_served_version_captions_base64_pictures_over_rest_from_many_clients_a
         assert third["error"].startswith("bad_base64")
         (answer,) = ask(address, ["image", "prompt"], [[encoded, "what"]])
         assert answer["error"] is None
-        assert len(load(address, requests=60, clients=4)) == 60  # the benchmark sends 1,000 requests
+        assert len(load(address, requests=60, clients=4)) == 60  # `bench_serving.py` sends more requests
 
 
 def test_a_loaded_model_version_runs_the_code_that_was_registered_with_the_version(

@@ -278,7 +278,7 @@ def test_the_lineage_and_the_decisions_of_a_model_are_shown_without_starting_a_j
 
 
 def test_the_attention_of_a_colour_word_is_highest_in_the_corner_that_has_this_colour(job: Job) -> None:
-    """A picture has four corners, so random attention would be highest in the right corner of a quarter of the
+    """A picture has four corners, so random attention would be highest in the named corner in a quarter of the
     pictures.
     """
     captioner = vlm.load(open_model(job, GOOD).folder)

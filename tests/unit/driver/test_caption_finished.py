@@ -1,4 +1,4 @@
-"""Tests of the check which finds out without Spark that a caption job has nothing to do. If the check is not certain,
+"""Tests of the check that decides, without Spark, whether a caption job has nothing to do. If the check is not certain,
 the Spark job runs.
 """
 

@@ -25,7 +25,7 @@ TRUTH = ("a red square", "a blue circle", "a green dot", "a white line")
 
 
 def scored(captions: list[str | None], *, gap: float = 1.0) -> list[ScoredRow]:
-    """Return evaluated rows with the given captions. The human captions of the rows are the values of TRUTH in turn.
+    """Return evaluated rows with the given captions. The human captions of the rows repeat the values of TRUTH.
 
     The captions of the neighbour baseline are right for three of the four values of TRUTH.
     """

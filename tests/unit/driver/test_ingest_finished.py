@@ -1,4 +1,4 @@
-"""Tests of the check which finds out without Spark that an ingest has nothing to read.
+"""Tests of the check that decides, without Spark, whether an ingest has nothing to read.
 
 `tests/spark/test_sources.py` compares the results of the check with Spark's results for each kind of source.
 """

@@ -1,4 +1,4 @@
-"""Tests of the decision which items (files or tables) an ingest need not read again."""
+"""Tests that an ingest skips exactly the items (files or tables) that need not be read again."""
 
 from __future__ import annotations
 

@@ -99,7 +99,9 @@ def test_words_that_prevent_flipping_can_be_set_for_other_languages() -> None:
     config = AugmentConfig(flip=1, sided_words=("links", "nach rechts"))
     assert [(pixels == PICTURE).all() for pixels in augmented(config, "Er schaut nach rechts")] == [True] * EPOCHS
     assert [(pixels == PICTURE).all() for pixels in augmented(config, "Er hat recht")] == [False] * EPOCHS
-    config = AugmentConfig(flip=1, sided_words=("\u092c\u093e\u090f\u0901",))  # Hindi for left, with a sign at the end
+    config = AugmentConfig(
+        flip=1, sided_words=("\u092c\u093e\u090f\u0901",)
+    )  # Hindi word for left, which ends in a sign
     assert [(pixels == PICTURE).all() for pixels in augmented(config, "\u092c\u093e\u090f\u0901 x")] == [True] * EPOCHS
 
 
