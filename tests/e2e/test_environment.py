@@ -82,8 +82,8 @@ def test_the_pipeline_runs_in_restricted_environments_and_oddly_named_homes_and_
 
 
 def files_of_others(home: Path) -> list[Path]:
-    """List files that other users may read, except the source files in a model version, whose permissions MLflow
-    copies.
+    """List files that other users may read, except the source files in model versions: MLflow copies the permissions of
+    these files.
     """
     found = [path for path in home.rglob("*") if path.stat().st_mode & 0o077]
     return [path for path in found if not re.search("/artifacts/(code|model.py)", path.as_posix())]

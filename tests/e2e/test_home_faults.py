@@ -86,7 +86,7 @@ def test_a_clock_that_jumps_an_hour_back_and_a_day_ahead_loses_nothing_and_stops
 
 
 def train_twice(home: Path, clock: ShiftedClock) -> dict[str, Any]:
-    """Train, and start the same training a second time, which is refused and does not disturb the first training.
+    """Train, and start the same training a second time. The second start is refused, and the first training continues.
 
     Returns:
         JSON report that the first training has printed.

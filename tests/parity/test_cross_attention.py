@@ -169,8 +169,8 @@ def test_resampler_gives_the_outputs_of_the_idefics_resampler(patches: int) -> N
     torch.testing.assert_close(model.projector(x_BNW), original(x_BNW), atol=1e-5, rtol=0)
 
 
-# Positions of the pictures in the four rows of the batch: two pictures with text in between, a picture at the start, a
-# picture near the end, and two pictures without text in between.
+# Positions of the pictures in each of the four rows of a batch. Row 0 has text between two pictures, row 1 begins with
+# a picture, row 2 has a picture near its end, and row 3 has two neighbouring pictures.
 ROWS = ([0, 3], [0], [5], [0, 1])
 
 

@@ -215,7 +215,7 @@ def test_shards_contain_only_rows_that_meet_the_condition_and_a_mix_adds_rows_of
 def test_a_mix_never_trains_on_a_near_copy_of_a_validation_picture_of_another_source(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
-    """Each of two sources trains on a copy (equal or re-encoded) of a validation picture of the other source."""
+    """Each source has a training picture that copies (equal or re-encoded) a validation picture of the other source."""
 
     def data(name: str, pictures: list[list[str]], **more: Any) -> DataConfig:
         rows = [[*row, split] for row, split in zip(pictures, SPLITS, strict=True)]
