@@ -45,7 +45,7 @@ def has_colours(stream: TextIO) -> bool:
 
 
 def format_error(error: LakesightError, width: int, *, colours: bool) -> str:
-    """Format an error for a terminal: one line for each part and for each problem, broken between words.
+    """Format an error for a terminal: one line for each part and each problem. Wrap long lines between words.
 
     A command between backquotes stays in one line, so that it can be copied.
     """

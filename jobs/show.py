@@ -97,7 +97,7 @@ def show(
 
     The command prints the table's version, row count, columns and first rows. With --gallery, the command also writes
     an HTML page of the rows' pictures. The pictures of captions are read from the table that was captioned. The view
-    champion_captions has the newest good caption of each picture by the champion, for programs that read captions.
+    champion_captions has the champion's newest good caption of each picture, for programs that read captions.
 
     \b
     Examples:

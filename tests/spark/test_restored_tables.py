@@ -65,7 +65,7 @@ def run_ingest(spark: SparkSession, platform: Platform, source: str, config: Dat
 
 
 def write_table(folder: Path, *shades: int) -> None:
-    """Append a commit with one row for each shade. Equal numbers of rows have equal ids, 1, 2 and so on."""
+    """Append a commit with one row for each shade. The rows of a table have the ids 1, 2 and so on."""
     first = DeltaTable(folder).to_pyarrow_table().num_rows if DeltaTable.is_deltatable(str(folder)) else 0
     rows = [{"id": first + n, "photo": png(shade), "text": f"shade {shade}"} for n, shade in enumerate(shades, 1)]
     schema = pa.schema([("id", pa.int64()), ("photo", pa.binary()), ("text", pa.string())])

@@ -13,7 +13,7 @@ EVENTS = {"open": "opened", "os.listdir": "listed", "os.scandir": "listed"}
 
 @dataclass
 class FileCalls:
-    """Paths of files that were opened and of folders that were listed, below one folder, while a block was running."""
+    """Files that were opened and folders that were listed below one folder while a block was running."""
 
     folder: Path
     opened: list[str] = field(default_factory=list)

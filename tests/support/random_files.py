@@ -154,7 +154,7 @@ def readable(data: object) -> bool:
 
 
 def naive_text(path: Path) -> str | None:
-    """Return the text of a file, which may be compressed or have a byte-order mark, or None if the file is damaged."""
+    """Return the text of a file, or None if the file is damaged. The file may be compressed or have a BOM."""
     content = path.read_bytes()
     try:
         for magic, decompress in MAGIC.items():

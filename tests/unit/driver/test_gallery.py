@@ -188,7 +188,7 @@ CUT_TEXTS = """cells => cells.map(cell => {
   text.selectNodeContents(cell);
   return [cell.innerText, text.getBoundingClientRect().right - cell.getBoundingClientRect().right];
 }).filter(([, excess]) => excess > 0.1)"""
-"""JavaScript that returns the texts that are wider than their cells, and by how many pixels.
+"""JavaScript that returns each text that is wider than its cell, and the number of pixels that do not fit.
 
 `scrollWidth` of a table cell does not show that the text is cut off."""
 

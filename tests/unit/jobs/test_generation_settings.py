@@ -90,7 +90,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def by_ask(world: World, settings: Settings, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """Ask about the first picture only: each command starts a process that decodes its picture, which takes time."""
+    """Ask about the first picture only, because each command takes time to start a process that decodes its picture."""
     capsys.readouterr()
     ask([world.files[0]], checkpoint=world.folder / "checkpoint", as_json=True, **settings)
     return [json.loads(capsys.readouterr().out)["caption"]]

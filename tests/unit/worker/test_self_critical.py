@@ -62,7 +62,7 @@ def test_an_advantage_is_the_reward_minus_the_mean_reward_of_all_other_samples_o
 
 @pytest.fixture
 def sampled(tmp_path: Path) -> Any:
-    """Return a function that samples captions for step 2, and returns model, tokenizer, CIDEr, rows and batch parts."""
+    """Return a function that returns model, tokenizer, CIDEr, rows and sampled captions (as batch parts) of step 2."""
     shards = write_shards(tmp_path / "shards", rows=9, texts=3)
     config = tiny_model_config()
     tokenizer = text.learn(config.text, shards.texts())
