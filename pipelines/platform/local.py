@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.config import LocalPlatformConfig
 from pipelines.errors import StageFailed, UserError
+from pipelines.platform.class_archive import DRIVER_OPTIONS, ClassArchive, class_archive
 from pipelines.platform.jars import delta_jars
 from pipelines.platform.platform import Launch, Platform, sqlite_uri
 from pipelines.platform.session import jvm_exit_code, quiet_loggers, stop_session
@@ -95,7 +96,7 @@ def local(config: LocalPlatformConfig) -> Platform:
     uri = os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(root / "mlflow.db")
     return Platform(
         kind="local",
-        open_spark=lambda: _local_session(config, root),
+        open_spark=lambda: open_local_session(config, root),
         namespace="lakesight",
         root=root,
         remote=config.spark.master.startswith("spark://"),
@@ -109,7 +110,7 @@ def local(config: LocalPlatformConfig) -> Platform:
     )
 
 
-def _local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
+def open_local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
     """Return this process's Spark session with Delta. The first call starts the session, which is stopped at exit.
 
     The JVM prints to `<root>/logs/spark.log`, so that stdout contains only the JSON of `--json`, and a failed start is
@@ -132,14 +133,19 @@ def _local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
 
     if SparkContext._active_spark_context is not None:
         return _require_same_home(SparkSession.builder.getOrCreate(), root)
-    check_java()
+    java = java_version()
     _prepare_environment(config.spark.master)
     log = root / "logs" / "spark.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     logger.info("starting Spark with master %s; its log is %s", config.spark.master, log)
     quiet_loggers()
     with delta_jars() as jars, log.open("ab") as sink:
-        conf = SparkConf(loadDefaults=False).setAll(list((session_settings(config, root) | jars.settings()).items()))
+        settings = session_settings(config, root) | jars.settings()
+        archive = None
+        if jars.paths and settings[DRIVER_OPTIONS] == SHORT_JOBS:
+            archive = class_archive(java, SHORT_JOBS, _spark_home() / "jars", jars.paths)
+        settings[DRIVER_OPTIONS] += archive.java_options() if archive else ""
+        conf = SparkConf(loadDefaults=False).setAll(list(settings.items()))
         start = sink.tell()
         try:
             # If this process has stopped a Spark session before, the JVM of that session is used again.
@@ -151,18 +157,30 @@ def _local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
         # needed, because commands report the end in one paragraph (`jvm_failure`).
         spark.sparkContext._accumulatorServer.handle_error = lambda *_: None  # type: ignore[method-assign]
         jars.save(spark.sparkContext.getConf().get("spark.jars") or "")
+    if archive:
+        atexit.register(archive.build_later)
     atexit.register(_stop, spark, config.spark.master, spark.sparkContext.applicationId)
     return spark
 
 
-def _stop(spark: SparkSession, master: str, application: str) -> None:
-    """Stop Spark, and remove the copies of jars that `local-cluster` executors leave in the pyspark package."""
+def driver_archive() -> ClassArchive | None:
+    """Return the place of the archive of Spark's classes, or None if the jars of Delta Lake are not known yet."""
+    with delta_jars() as jars:
+        return class_archive(java_version(), SHORT_JOBS, _spark_home() / "jars", jars.paths) if jars.paths else None
+
+
+def _spark_home() -> Path:
+    """Return the folder of Spark, by default the pyspark package."""
     import pyspark
 
+    return Path(os.environ.get("SPARK_HOME") or Path(pyspark.__file__).parent)
+
+
+def _stop(spark: SparkSession, master: str, application: str) -> None:
+    """Stop Spark, and remove the copies of jars that `local-cluster` executors leave in the pyspark package."""
     stop_session(spark)
     if master.startswith("local-cluster"):
-        spark_home = Path(os.environ.get("SPARK_HOME") or Path(pyspark.__file__).parent)
-        shutil.rmtree(spark_home / "work" / application, ignore_errors=True)
+        shutil.rmtree(_spark_home() / "work" / application, ignore_errors=True)
 
 
 def _require_same_home(spark: SparkSession, root: Path) -> SparkSession:
@@ -204,7 +222,7 @@ def session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]:
         "spark.app.name": "lakesight",
         "spark.master": config.spark.master,
         "spark.driver.memory": config.spark.driver_memory,
-        "spark.driver.extraJavaOptions": SHORT_JOBS,
+        DRIVER_OPTIONS: SHORT_JOBS,
         "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
         "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
         "spark.sql.warehouse.dir": str(root / "warehouse"),
@@ -259,7 +277,18 @@ def _umask() -> int:
 
 
 def check_java() -> int:
-    """Return the major version of the Java that Spark will start.
+    """Return the major version of the Java that Spark will start. Raise a UserError as `java_version` does."""
+    return _major(java_version())
+
+
+def _major(printed: str) -> int:
+    """Return the major version in the text that `java -version` prints, or 0 if there is none."""
+    found = re.search(r'version "(?:1\.)?(\d+)', printed)
+    return int(found[1]) if found else 0
+
+
+def java_version() -> str:
+    """Return the text that `java -version` prints for the Java that Spark will start.
 
     Raises:
         UserError: Java is missing or too old. Without this check, PySpark would print a shell error or a traceback.
@@ -268,12 +297,12 @@ def check_java() -> int:
     java = str(Path(home) / "bin" / "java") if home else "java"
     try:
         run = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=60, check=False)  # noqa: S603
-        found = re.search(r'version "(?:1\.)?(\d+)', run.stderr + run.stdout)
+        printed = run.stderr + run.stdout
         got = (run.stderr or run.stdout).partition("\n")[0].strip()
     except (OSError, subprocess.TimeoutExpired) as error:
-        found, got = None, str(error)
-    if found and int(found[1]) >= MIN_JAVA:
-        return int(found[1])
+        printed, got = "", str(error)
+    if _major(printed) >= MIN_JAVA:
+        return printed
     raise UserError(
         f"Spark needs Java {MIN_JAVA} or later",
         where=f"JAVA_HOME={home}" if home else "java on PATH",
