@@ -21,6 +21,7 @@ from pipelines.platform.class_archive import DRIVER_OPTIONS, ClassArchive, class
 from pipelines.platform.jars import delta_jars
 from pipelines.platform.platform import Launch, Platform, sqlite_uri
 from pipelines.platform.session import jvm_exit_code, quiet_loggers, stop_session
+from pipelines.platform.spark_launch import open_log
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -139,7 +140,7 @@ def open_local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
     log.parent.mkdir(parents=True, exist_ok=True)
     logger.info("starting Spark with master %s; its log is %s", config.spark.master, log)
     quiet_loggers()
-    with delta_jars() as jars, log.open("ab") as sink:
+    with delta_jars() as jars, open_log(log, _umask()) as sink:
         settings = session_settings(config, root) | jars.settings()
         archive = None
         if jars.paths and settings[DRIVER_OPTIONS] == SHORT_JOBS:
