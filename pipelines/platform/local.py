@@ -21,7 +21,7 @@ from pipelines.platform.class_archive import DRIVER_OPTIONS, ClassArchive, class
 from pipelines.platform.jars import delta_jars
 from pipelines.platform.platform import Launch, Platform, sqlite_uri
 from pipelines.platform.session import jvm_exit_code, quiet_loggers, stop_session
-from pipelines.platform.spark_launch import open_log
+from pipelines.platform.spark_launch import open_log, private_settings
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -150,7 +150,8 @@ def open_local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
         start = sink.tell()
         try:
             # If this process has stopped a Spark session before, the JVM of that session is used again.
-            gateway = SparkContext._gateway or launch_gateway(conf, {"stdout": sink, "stderr": sink})  # type: ignore[no-untyped-call]
+            with private_settings(settings):
+                gateway = SparkContext._gateway or launch_gateway(None, {"stdout": sink, "stderr": sink})  # type: ignore[no-untyped-call]
             spark = SparkSession(SparkContext(conf=conf, gateway=gateway))
         except (PySparkRuntimeError, Py4JError, ConnectionError) as error:
             raise _start_failure(log, start, error) from None

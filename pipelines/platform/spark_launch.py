@@ -1,10 +1,52 @@
-"""Function that opens the log of Spark's JVM so that other users of the machine cannot read the log."""
+"""Private files for the start of Spark's JVM: a file with the settings of the session, and the JVM's log.
+
+Every user of a machine can read the command lines of its processes. PySpark would pass each setting, such as the key of
+an object store, as an argument `--conf name=value` of `spark-submit` and of the JVM.
+"""
 
 from __future__ import annotations
 
 import os
+import shlex
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from pipelines.errors import UserError
+
+SUBMIT_ARGUMENTS = "PYSPARK_SUBMIT_ARGS"
+OPTION = "--properties-file"
+LOAD_DEFAULTS = "--load-spark-defaults"
+"""Option that makes Spark read conf/spark-defaults.conf although there is a properties file."""
+
+
+@contextmanager
+def private_settings(settings: Mapping[str, str]) -> Iterator[None]:
+    """Let a JVM that is started in the block read Spark settings from a file that only this user can read.
+
+    The file is in a temporary folder that only this user can open, and is deleted after the block. Arguments of the
+    user in PYSPARK_SUBMIT_ARGS stay valid. If these arguments name a properties file, its settings are copied in front
+    of `settings`, because Spark reads only one properties file and uses the last value of a repeated setting.
+
+    Raises:
+        UserError: the properties file of the user cannot be read.
+    """
+    before = os.environ.get(SUBMIT_ARGUMENTS)
+    with tempfile.TemporaryDirectory(prefix="lakesight-") as folder:
+        arguments, given = _split_properties_file(shlex.split(before or "pyspark-shell"))
+        file = Path(folder) / "spark.properties"
+        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+            out.write(given + _properties(settings).encode("ascii"))
+        defaults = [] if given else [LOAD_DEFAULTS]
+        os.environ[SUBMIT_ARGUMENTS] = shlex.join([OPTION, str(file), *defaults, *arguments])
+        try:
+            yield
+        finally:
+            os.environ.pop(SUBMIT_ARGUMENTS)
+            if before is not None:
+                os.environ[SUBMIT_ARGUMENTS] = before
 
 
 def open_log(file: Path, umask: int) -> BinaryIO:
@@ -19,3 +61,39 @@ def open_log(file: Path, umask: int) -> BinaryIO:
     if os.fstat(descriptor).st_uid == os.getuid():
         os.fchmod(descriptor, mode)  # an earlier release created the log readable for every user
     return os.fdopen(descriptor, "ab")
+
+
+def _split_properties_file(arguments: list[str]) -> tuple[list[str], bytes]:
+    """Remove the properties file of the user from the arguments, and return the other arguments and its content."""
+    others, content, rest = [], b"", iter(arguments)
+    for argument in rest:
+        option, _, value = argument.partition("=")
+        if option != OPTION:
+            others.append(argument)
+            continue
+        file = Path(value or next(rest, ""))
+        try:
+            # The empty line ends the last setting, also if its line ends with a backslash.
+            content = file.read_bytes() + b"\n\n"
+        except OSError as error:
+            raise UserError(
+                "the properties file of Spark cannot be read",
+                where=f"{OPTION} in {SUBMIT_ARGUMENTS}",
+                got=f"{file}: {error.strerror}",
+                fix=f"correct the path, or remove {OPTION} from {SUBMIT_ARGUMENTS}",
+            ) from None
+    return others, content
+
+
+def _properties(settings: Mapping[str, str]) -> str:
+    """Return settings in the format of Java's properties files, in ASCII."""
+    return "".join(f"{_escape(name)}={_escape(value)}\n" for name, value in settings.items())
+
+
+def _escape(text: str) -> str:
+    r"""Replace all characters except ASCII letters, digits and `.-_/` by escape sequences such as `\u0020`."""
+    units = text.encode("utf-16-be")
+    codes = (int.from_bytes(units[start : start + 2]) for start in range(0, len(units), 2))
+    return "".join(
+        chr(code) if code < 128 and (chr(code).isalnum() or chr(code) in ".-_/") else f"\\u{code:04x}" for code in codes
+    )
