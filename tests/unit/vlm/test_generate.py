@@ -262,3 +262,21 @@ def test_a_request_with_another_number_of_image_slots_than_its_pictures_need_is_
 def test_beam_search_with_a_temperature_above_zero_is_an_error() -> None:
     with pytest.raises(ValidationError, match=r"num_beams 2 and temperature 0.5 exclude each other"):
         GenerationConfig(num_beams=2, temperature=0.5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED, GREEDY.model_copy(update={"num_beams": 2})])
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_model_with_weights_that_are_not_finite_raises_an_error_instead_of_writing_an_empty_caption(
+    value: float, settings: GenerationConfig, part: str
+) -> None:
+    model, tokenizer = tiny_model("plain")
+    name, weight = next((name, each) for name, each in model.named_parameters() if part in name)
+    with torch.no_grad():
+        weight.view(-1)[::2] = value
+    request = ask(model, tokenizer, list(tiny_pixels(1)))
+    with pytest.raises(UserError, match="NaN or infinite values") as caught:
+        generate(model, tokenizer, [request], settings)
+    assert name in str(caught.value)
+    with pytest.raises(UserError, match="NaN or infinite values"):
+        list(stream(model, tokenizer, request, settings))
