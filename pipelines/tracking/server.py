@@ -46,8 +46,10 @@ def connect(platform: Platform) -> MlflowClient:
 
     Raises:
         TrackingDown: the server or the database gives no answer, or the server reports an internal error.
-        UserError: the server or the database cannot be used, or the store of a moved home folder cannot be updated.
+        UserError: an address is not a valid URI, the server or the database cannot be used, or the store of a moved
+            home folder cannot be updated.
     """
+    _check_addresses(platform)
     check_database(platform.tracking_uri)
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -70,6 +72,26 @@ def connect(platform: Platform) -> MlflowClient:
     except REQUEST_ERRORS as error:
         raise unusable(platform, error) from None
     return client
+
+
+def _check_addresses(platform: Platform) -> None:
+    """Raise a UserError if the address of the tracking server or of the model registry is not a valid URI.
+
+    For such an address, MLflow raises a ValueError that does not name the address.
+    """
+    for name, uri in (
+        ("MLFLOW_TRACKING_URI", platform.tracking_uri),
+        ("MLFLOW_REGISTRY_URI", platform.registry_uri),
+    ):
+        try:
+            urlsplit(uri)
+        except ValueError as error:
+            raise UserError(
+                "the address of an MLflow server is not a valid URI",
+                where=name,
+                got=f"{hide_secrets(uri)}: {error}",
+                fix=f"correct {name}, or unset it to use the Lakesight home folder",
+            ) from None
 
 
 def print_logs_safely() -> None:

@@ -179,3 +179,22 @@ def test_the_error_for_a_registry_that_does_not_answer_does_not_contain_its_pass
         registry.resolve(replace(platform, registry_uri="http://me:c4nary@127.0.0.1:1"), "tiny", "1")
     assert "c4nary" not in str(caught.value)
     assert "run the command again when the registry answers" in caught.value.fix
+
+
+@pytest.mark.parametrize("name", ["MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"])
+@pytest.mark.parametrize("address", ["http://me:s3cret@[::1", "postgresql://[::1/db", "http://ex\u2100mple.invalid"])
+def test_an_address_that_is_not_a_valid_uri_is_an_error_that_names_the_variable(
+    platform: Platform, name: str, address: str
+) -> None:
+    is_registry = name == "MLFLOW_REGISTRY_URI"
+    with pytest.raises(UserError, match="is not a valid URI") as caught:
+        connect(replace(platform, registry_uri=address) if is_registry else replace(platform, tracking_uri=address))
+    assert f"Where: {name}." in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:99999", "http://127.0.0.1:x", "http://a b/", "https:///x"])
+def test_an_address_with_a_wrong_host_or_port_is_an_error_of_one_paragraph(platform: Platform, address: str) -> None:
+    with pytest.raises(UserError, match="the MLflow tracking server cannot be used") as caught:
+        connect(replace(platform, tracking_uri=address, registry_uri=address))
+    assert "\n" not in str(caught.value)
