@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from processes import is_running
 from spark_drivers import driver_environment, placements_of, run_drivers, standalone_cluster, started_processes
 from tiny_runs import MakeRun, runs_in
@@ -74,6 +75,7 @@ ONE_EACH = [("0", 0), ("0", 0), ("1", 0), ("1", 0)]
 TWO_EACH = [("0,1", 0), ("0,1", 0), ("0,1", 1), ("0,1", 1)]
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="training refuses GPUs that torch cannot use")
 @pytest.mark.parametrize(
     ("per_task", "expected", "refusal"),
     [
@@ -87,6 +89,7 @@ def test_each_of_four_ranks_on_two_executors_has_its_own_gpu(
     run, larger = make_run("runs/run", ranks=4, **FEW), make_run("refused/larger", ranks=6)
     settings = gpu_settings(tmp_path, per_task)
     (refused,) = run_drivers(tmp_path / "home", "local-cluster[2,4,1024]", [run, larger], settings=settings)
+    assert list(refused) == ["larger"], refused
     assert re.search(refusal, refused["larger"])
     assert read_json(run.result, Result).world_size == 4
     places = placements_of(run)
@@ -127,7 +130,7 @@ def waiting():
 
 threading.Thread(target=waiting, daemon=True).start()
 try:
-    check_hosts(RunFolder(Path(sys.argv[2])), spark, platform.launch)
+    check_hosts(RunFolder(Path(sys.argv[2])), lambda: spark, platform.launch)
 except StageFailed as error:
     print(error, flush=True)
 """
