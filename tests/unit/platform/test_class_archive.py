@@ -46,11 +46,13 @@ def test_an_archive_is_used_only_if_it_has_its_first_size_and_only_its_owner_may
 def test_the_archives_that_were_not_used_for_the_longest_time_are_removed(tmp_path: Path) -> None:
     archives = [ClassArchive(tmp_path, f"classes-{number}") for number in range(KEPT + 1)]
     for number, each in enumerate(archives[:-1]):
+        assert each.claim()
         path = each.save(built(tmp_path))
         os.utime(path, (number, number))
     assert archives[0].find()  # this use makes it newer than the other archives
     archives[-1].save(built(tmp_path))
     assert [each.find() is not None for each in archives] == [True, *[False] * (KEPT - 1), True]
+    assert archives[1].claim(), "a removed archive is built again"
 
 
 def test_one_process_per_day_builds_the_archive(archive: ClassArchive) -> None:
