@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from deltalake import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import functions as F
 
 from pipelines.config import short_hash
 from pipelines.driver.delta.on_disk import open_on_disk
@@ -66,14 +65,16 @@ def read_commit_ids(
     if folder := log_folder(location):
         found = {version: commit_id(folder, version) for version in versions}
         return {version: each for version, each in found.items() if each is not None}
-    history = with_time(spark.sql(f"DESCRIBE HISTORY {name}")).filter(F.col("version").isin(*versions))
+    if not versions:
+        return {}
+    history = with_time(spark.sql(f"DESCRIBE HISTORY {name}")).filter(f"version IN ({', '.join(map(str, versions))})")
     return {row["version"]: history_id(row.asDict()) for row in history.collect()}
 
 
 def with_time(history: DataFrame, *others: str) -> DataFrame:
     """Select the columns FIELDS and `others` from a table history, and add `micros`, the time of the commit in
     microseconds."""
-    return history.select(*FIELDS, *others, F.unix_micros("timestamp").alias("micros"))
+    return history.selectExpr(*FIELDS, *others, "unix_micros(timestamp) AS micros")
 
 
 def history_id(commit: Mapping[str, Any]) -> str:

@@ -273,6 +273,7 @@ def test_the_name_of_a_shard_folder_depends_on_every_field_of_the_shard_request(
         {"draft": True},
         {"text_weights": "uniform"},
         {"left_out": ("demo/1",)},
+        {"table_commit": "0123456789abcdef"},
     ]
     assert {name for change in changes for name in change} == set(ShardRequest.model_fields)
     names = [request(**change).folder_name for change in [{}, *changes]]

@@ -11,7 +11,7 @@ from unittest.mock import Mock, create_autospec
 
 import pytest
 from pyspark.errors import AnalysisException
-from pyspark.sql import SparkSession
+from pyspark.sql import Row, SparkSession
 from pyspark.sql.catalog import Catalog
 from stand_in_workspace import Workspace, mlflow_unchanged, serve
 
@@ -20,7 +20,8 @@ from pipelines.config import RunConfig, load_run
 from pipelines.platform import Platform, open_platform
 
 SETTINGS = ("platform.catalog=main", "platform.schema=vision", "platform.volume=files", "platform.ranks=2")
-HISTORY = [{"version": 0, "operation": "CREATE TABLE", "userMetadata": None, "operationParameters": {}}]
+CREATED = {"version": 0, "operation": "CREATE TABLE", "operationMetrics": {}, "micros": 1}
+HISTORY = [Row(**CREATED, userMetadata=None, operationParameters={})]
 
 
 @dataclass
@@ -46,7 +47,7 @@ def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Place]:
     session = create_autospec(SparkSession, instance=True)
     session.catalog = create_autospec(Catalog, instance=True)
     session.table.return_value.columns = []
-    session.sql.return_value.select.return_value.collect.return_value = HISTORY
+    session.sql.return_value.selectExpr.return_value.collect.return_value = HISTORY
     config = load_run("demo", platform="databricks", overrides=SETTINGS)
     platform = replace(open_platform(config.platform), root=tmp_path, open_spark=lambda: session)
     monkeypatch.setenv("DATABRICKS_RUNTIME_VERSION", "18.0")

@@ -55,7 +55,8 @@ def require_readable(root: str) -> None:
             "pictures cannot be read from this folder or URL",
             where="image_root",
             got=root,
-            fix=f"give a folder, or a URL with one of the schemes {', '.join((*WEB, *STORES))} and with a host",
+            fix=f"give a folder, or a URL with one of the schemes {', '.join((*WEB, *STORES))}, with a host and "
+            "without a user name",
         )
     if scheme in STORES:
         _store(root)
