@@ -90,7 +90,7 @@ class CaptionRequest(Config):
 
 
 class CaptionReport(Config):
-    """Result of a caption job, with considered = already + captioned + errors.
+    """Result of a caption job. The counts add up: `considered = already + captioned + errors`.
 
     Attributes:
         considered: number of rows that meet the SQL condition.

@@ -158,7 +158,7 @@ def draw_attention(
         spark: Spark session.
         model: evaluated model version.
         shards: evaluated split.
-        rows: rows whose captions are drawn.
+        rows: rows for whose captions the attention is drawn.
         folder: folder of the evaluation.
 
     Returns:

@@ -130,9 +130,9 @@ def remove_gone(platform: Platform, decoded: DecodedRows, covered: Covered) -> i
 def gone_pictures(outcomes: DataFrame, samples: DataFrame, quarantine: DataFrame) -> DataFrame:
     """Find the pictures in `samples` that have a text which occurs in no usable row of the source.
 
-    For each picture found, return the image_id, the sha256 and one text that occurs in no usable row. The picture of a
-    refused row is not returned if the machine may have caused the refusal (KEPT_REASONS), or if a replay has accepted
-    the row.
+    For each picture found, return the image_id, the sha256 and one text that occurs in no usable row. Two kinds of
+    refused rows keep their pictures: rows whose reason depends on the machine (KEPT_REASONS), and rows that
+    `lakesight quarantine replay` has added to `samples`.
 
     Args:
         outcomes: decoded rows of the source, without pictures and payloads.

@@ -230,7 +230,7 @@ class _TarRow:
         return Record(file, fields, None, self._problem)
 
     def _explain(self) -> None:
-        """Refuse a row without a picture, or with only a picture, if the names of its members show the cause."""
+        """Refuse an incomplete row if its member names show why the picture or the other members are missing."""
         alike = [extension for extension in self._members if extension.rpartition(".")[2] in self._limits.images]
         if self._is_again:
             detail = "its members are in several places of the tar: sort the tar by name"
