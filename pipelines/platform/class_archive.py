@@ -51,7 +51,7 @@ class ClassArchive:
         for path in self.folder.glob(f"{self.key}-*.jsa"):
             with suppress(OSError):
                 if path.stat().st_size == int(path.stem.rpartition("-")[2]):
-                    os.utime(path)  # `_remove_others` removes the archives that were not used for the longest time
+                    os.utime(path)  # `save` removes the archives that were not used for the longest time
                     return path
         return None
 

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from crashing_decoder import CrashingLimits, crashing_picture, hanging_picture
 from deltalake import DeltaTable
 from PIL import Image
 from pyspark.sql import SparkSession
-from tiny_runs import tiny_model_config
+from tiny_runs import save_random_model
 
 from pipelines.config import LimitsConfig
 from pipelines.driver.caption.finished import find_finished
@@ -32,19 +31,13 @@ from pipelines.formats.delta_files import query
 from pipelines.formats.tables import GENERATED_CAPTIONS
 from pipelines.platform import Platform
 from pipelines.worker.caption import load_captioner
-from vlm import text
-from vlm.checkpoint import save_model
 from vlm.config import GenerationConfig
-from vlm.factory import build_model
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> ModelFiles:
     """Create a model with random weights and with a name that no other test uses."""
-    config = tiny_model_config()
-    torch.manual_seed(3)
-    tokenizer = text.learn(config.text, [])
-    save_model(tmp_path / "model", build_model(config, tokenizer.vocab_size), tokenizer)
+    save_random_model(tmp_path / "model")
     return ModelFiles(folder=tmp_path / "model", name=f"m-{tmp_path.name}", version="1", run_id="r")
 
 

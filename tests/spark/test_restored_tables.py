@@ -12,11 +12,10 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-import torch
 from deltalake import DeltaTable, write_deltalake
 from pictures import as_base64, png, write_csv
 from pyspark.sql import SparkSession
-from tiny_runs import tiny_model_config
+from tiny_runs import save_random_model
 
 from pipelines.config import DataConfig
 from pipelines.driver.caption.finished import find_finished as find_captioned
@@ -34,10 +33,7 @@ from pipelines.formats.run_folder import write_json
 from pipelines.formats.shards import Shards
 from pipelines.formats.tables import SAMPLES
 from pipelines.platform import Platform
-from vlm import text
-from vlm.checkpoint import save_model
 from vlm.config import ImageConfig
-from vlm.factory import build_model
 
 SOURCE = "restored"
 IMAGE = ImageConfig(size=16)
@@ -76,10 +72,7 @@ def write_table(folder: Path, *shades: int) -> None:
 def test_a_table_whose_version_number_returns_with_other_pictures_is_captioned_again(
     spark: SparkSession, platform: Platform, tmp_path: Path, change: str
 ) -> None:
-    config = tiny_model_config()
-    torch.manual_seed(3)
-    tokenizer = text.learn(config.text, [])
-    save_model(tmp_path / "model", build_model(config, tokenizer.vocab_size), tokenizer)
+    save_random_model(tmp_path / "model")
     model = ModelFiles(folder=tmp_path / "model", name=f"m-{tmp_path.name}", version="1", run_id="r")
     table = tmp_path / "photos"
     request = CaptionRequest(source_table=f"delta.`{table}`", id_column="id", image_column="photo")
@@ -141,6 +134,8 @@ def replace_samples(spark: SparkSession, home: Platform, copy: Path, change: str
         shutil.copytree(copy, folder)
     elif change == "RESTORE":
         spark.sql(f"RESTORE TABLE {name} TO VERSION AS OF {DeltaTable(copy).version()}")
+    elif change == "replace":
+        spark.read.format("delta").load(str(copy)).write.format("delta").mode("overwrite").saveAsTable(name)
     elif change == "overwrite":
         spark.read.format("delta").load(str(copy)).write.format("delta").mode("overwrite").save(str(folder))
     else:
@@ -149,7 +144,7 @@ def replace_samples(spark: SparkSession, home: Platform, copy: Path, change: str
     forget_snapshots(spark)
 
 
-@pytest.mark.parametrize("change", ["older copy", "RESTORE", "overwrite", "removed"])
+@pytest.mark.parametrize("change", ["older copy", "RESTORE", "overwrite", "replace", "removed"])
 def test_items_whose_rows_are_missing_after_a_restore_of_samples_are_read_again(
     spark: SparkSession, home: Platform, tmp_path: Path, change: str
 ) -> None:

@@ -10,20 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
 from deltalake import DeltaTable, write_deltalake
 from pictures import png
 from pyspark.sql import SparkSession
-from tiny_runs import tiny_model_config
+from tiny_runs import save_random_model
 
 import pipelines.driver.caption.run as stage
 from pipelines.config import LocalPlatformConfig
 from pipelines.driver.caption.run import CaptionReport, CaptionRequest, caption
 from pipelines.driver.model_files import ModelFiles
 from pipelines.platform import Platform, local
-from vlm import text
-from vlm.checkpoint import save_model
-from vlm.factory import build_model
 
 ROWS, BAD = 96, 5
 ROWS_PER_FILE = 12
@@ -35,10 +31,7 @@ def prepare(folder: Path) -> None:
     pictures = [png(number) for number in range(ROWS - BAD)] + [b"no picture"] * BAD
     table = pa.table({"id": [f"{number:02}" for number in range(ROWS)], "photo": pictures})
     write_deltalake(folder / "photos", table)
-    config = tiny_model_config()
-    torch.manual_seed(3)
-    tokenizer = text.learn(config.text, [])
-    save_model(folder / "model", build_model(config, tokenizer.vocab_size), tokenizer)
+    save_random_model(folder / "model")
 
 
 def caption_table(spark: SparkSession, platform: Platform, folder: Path, version: str) -> CaptionReport:

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from pyspark.sql import SparkSession
 from refused_settings import refuse_settings
-from tiny_runs import tiny_model_config, tiny_run
+from tiny_runs import save_random_model, tiny_model_config, tiny_run
 
 from pipelines.config import DatabricksPlatformConfig, DataConfig
 from pipelines.driver.caption.run import CaptionRequest, caption
@@ -39,9 +38,6 @@ from pipelines.errors import UserError
 from pipelines.formats.shards import Shards
 from pipelines.platform import Platform, databricks, is_connect
 from pipelines.scenes import write_scenes
-from vlm import text
-from vlm.checkpoint import save_model
-from vlm.factory import build_model
 
 CATALOG = "spark_catalog"
 SCENES, REPEATED = 300, 20
@@ -73,7 +69,7 @@ def run_stages(spark: SparkSession, platform: Platform, folder: Path) -> dict[st
     more = ingest(spark, platform, "scenes", data)
     image = tiny_model_config().image
     splits = {split: shard(spark, platform, "scenes", data, image, split) for split in ("train", "val")}
-    model = save_random_model(folder / "model")
+    model = random_model(folder / "model")
     evaluation = evaluate(spark, platform, model, Path(splits["val"].folder), Path(splits["train"].folder))
     captions = [
         caption(spark, platform, model, CaptionRequest(where="split = 'val'", remove_deleted=True)) for _ in range(2)
@@ -111,12 +107,9 @@ def train(spark: SparkSession, platform: Platform, training: ShardReport, valida
     return [result.step, result.world_size, result.metrics["val/loss"], weights]
 
 
-def save_random_model(folder: Path) -> ModelFiles:
-    """Save a model with random weights."""
-    torch.manual_seed(3)
-    config = tiny_model_config()
-    tokenizer = text.learn(config.text, [])
-    save_model(folder, build_model(config, tokenizer.vocab_size), tokenizer)
+def random_model(folder: Path) -> ModelFiles:
+    """Save a model with random weights, and return its files."""
+    save_random_model(folder)
     return ModelFiles(folder=folder, name="compared", version="1", run_id="r")
 
 

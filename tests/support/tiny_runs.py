@@ -201,6 +201,19 @@ def log_step(run: RunFolder, step: int) -> None:
     write_json(run.metrics(step), Metrics(step=step, time=1_700_000_000 + step, values={"loss": 1 / (step + 1)}))
 
 
+def save_random_model(folder: Path) -> None:
+    """Save a small model with random weights, which are the same in every call."""
+    import torch
+
+    from vlm.checkpoint import save_model
+    from vlm.factory import build_model
+
+    config = tiny_model_config()
+    torch.manual_seed(3)
+    tokenizer = text.learn(config.text, [])
+    save_model(folder, build_model(config, tokenizer.vocab_size), tokenizer)
+
+
 def finish_run(run: RunFolder, *, blind_gap: float = 0.5) -> None:
     """Write the files of a successful training, with random weights."""
     import torch

@@ -151,10 +151,10 @@ def _count_captioned_rows(
     ) AS done ON id = image_id GROUP BY source_version, source_commit
     """  # noqa: S608 the values are quoted literals
     found = query({"source": source, "captions": captions}, sql).read_all().to_pylist()
-    files = set(source.file_uris())
+    folder, files = local_folder(source), set(source.file_uris())
     for row in found:
         version, commit = row["source_version"], row["source_commit"]
-        if commit is None or commit != commit_id(local_folder(source), version):
+        if commit is None or commit != commit_id(folder, version):
             return None  # the row has no caption, or the table was written anew or restored after the captioning
         if not row["num_rows"] == row["num_ids"] == row["distinct_ids"]:
             return None

@@ -6,6 +6,7 @@ example in a catalog, the id is a hash of the commit's row in the table history.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +21,8 @@ from pipelines.formats.table_schema import Table
 from pipelines.platform import Platform
 
 FIELDS = ("version", "operation", "operationMetrics")
-RESTORES = frozenset({"RESTORE", "CLONE", "REPLACE TABLE", "CREATE OR REPLACE TABLE", "REPLACE TABLE AS SELECT"})
-"""Delta operations that replace all rows of a table, so that rows of earlier versions may be gone."""
+RESTORE = re.compile(r"RESTORE|CLONE|(CREATE OR )?REPLACE TABLE( AS SELECT)?")
+"""Pattern of the Delta operations that replace all rows of a table, so that rows of earlier versions may be gone."""
 
 
 class TableHistory(NamedTuple):
@@ -63,8 +64,7 @@ def read_commit_ids(
         versions: versions of the table.
     """
     if folder := log_folder(location):
-        found = {version: commit_id(folder, version) for version in versions}
-        return {version: each for version, each in found.items() if each is not None}
+        return _ids_of_files(folder, versions)
     if not versions:
         return {}
     history = with_time(spark.sql(f"DESCRIBE HISTORY {name}")).filter(f"version IN ({', '.join(map(str, versions))})")
@@ -95,8 +95,12 @@ def read_history(spark: SparkSession, platform: Platform, table: Table, versions
 
 def read_history_of_files(table: DeltaTable, versions: Collection[int]) -> TableHistory:
     """Read the same history as `read_history`, but without Spark, from a table in a local folder."""
-    found = {version: commit_id(local_folder(table), version) for version in versions}
-    return _history(table.history(), {version: each for version, each in found.items() if each is not None})
+    return _history(table.history(), _ids_of_files(local_folder(table), versions))
+
+
+def _ids_of_files(folder: Path, versions: Collection[int]) -> dict[int, str]:
+    found = {version: commit_id(folder, version) for version in versions}
+    return {version: each for version, each in found.items() if each is not None}
 
 
 def _history(commits: list[dict[str, Any]], ids: Mapping[int, str]) -> TableHistory:
@@ -106,5 +110,7 @@ def _history(commits: list[dict[str, Any]], ids: Mapping[int, str]) -> TableHist
 
 def _replaces_all_rows(commit: Mapping[str, Any]) -> bool:
     parameters = commit.get("operationParameters") or {}
-    overwrites = commit.get("operation") == "WRITE" and parameters.get("mode") == "Overwrite"
-    return commit.get("operation") in RESTORES or (overwrites and parameters.get("predicate") in {None, "", "[]"})
+    operation = commit.get("operation") or ""
+    overwrites = operation == "WRITE" and parameters.get("mode") == "Overwrite"
+    whole = parameters.get("predicate") in {None, "", "[]"}
+    return RESTORE.fullmatch(operation) is not None or (overwrites and whole)

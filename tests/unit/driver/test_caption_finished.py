@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pytest
-import torch
 from deltalake import DeltaTable, TableFeatures, write_deltalake
 from local_platforms import open_local
-from tiny_runs import tiny_model_config
+from tiny_runs import save_random_model
 
 from pipelines.driver.caption.finished import find_finished
 from pipelines.driver.caption.run import CaptionReport, CaptionRequest, caption_key, pending_folder
@@ -24,9 +23,6 @@ from pipelines.errors import UserError
 from pipelines.formats.delta_files import commit_id
 from pipelines.formats.tables import GENERATED_CAPTIONS
 from pipelines.platform import Platform
-from vlm import text
-from vlm.checkpoint import save_model
-from vlm.factory import build_model
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 ROWS = {"id": [1, 2, 3], "photo": [b"a", b"b", b"c"]}
@@ -34,11 +30,8 @@ ROWS = {"id": [1, 2, 3], "photo": [b"a", b"b", b"c"]}
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = tiny_model_config()
-    torch.manual_seed(3)
-    tokenizer = text.learn(config.text, [])
     folder = tmp_path_factory.mktemp("model")
-    save_model(folder, build_model(config, tokenizer.vocab_size), tokenizer)
+    save_random_model(folder)
     return folder
 
 

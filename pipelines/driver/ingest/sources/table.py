@@ -93,7 +93,7 @@ def open_table(
     if last == table.version and commit == table.commit is not None:
         return Source(None, ingest_id, items_table([]), 1)
     changes = None
-    if last is not None and last < table.version and _commits(spark, source, table.name, last).get(last) == commit:
+    if last is not None and last < table.version and _commit(spark, source, table.name, last) == commit:
         changes = _read_changes(spark, table._replace(frame=frame), name, source, last)
     file = source.where.rstrip("/").rpartition("/")[2]
     if changes is None:
@@ -156,9 +156,10 @@ def _last_ingest(ingested: pa.Table, table_id: str) -> tuple[int | None, str | N
     return int(version), commit or None
 
 
-def _commits(spark: SparkSession, source: TableSourceConfig, name: str, version: int) -> dict[int, str]:
+def _commit(spark: SparkSession, source: TableSourceConfig, name: str, version: int) -> str | None:
+    """Return the id of the commit that made a version, or None if Delta no longer keeps the commit."""
     location = None if source.table else absolute_path(source.path)
-    return read_commit_ids(spark, name, location, [version])
+    return read_commit_ids(spark, name, location, [version]).get(version)
 
 
 # ------------------------------------------------------------------------------------------------ the table
@@ -189,7 +190,7 @@ def _read_version(spark: SparkSession, source: TableSourceConfig) -> _Table:
             got=str(error).partition("\n")[0][:500],
             fix=fix,
         ) from None
-    return _Table(frame, table_id, version, _commits(spark, source, quoted, version).get(version), quoted)
+    return _Table(frame, table_id, version, _commit(spark, source, quoted, version), quoted)
 
 
 def select_columns(frame: DataFrame, used: Sequence[str], file: str) -> DataFrame:
