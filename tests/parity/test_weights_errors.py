@@ -61,6 +61,7 @@ def test_import_error_lists_all_mismatches_with_the_nearest_tensor_names(folder:
         "missing in the file: transformer.h.{0..2}.ln_1.weight (nearest: transformer.h.{0..2}.ln1.weight)",
         "unused in the file: transformer.h.{0..2}.ln1.weight (nearest: transformer.h.{0..2}.ln_1.weight)",
         "missing in the file: transformer.ln_f.bias",
+        "n_positions in config.json is 48, but transformer.wpe.weight in the weight files has shape (50, 16)",
         "transformer.wpe.weight has shape (50, 16), the model needs (48, 16)",
         "transformer.h.1.mlp.c_fc.bias has type I8",
     ):
@@ -78,7 +79,7 @@ def test_the_import_error_names_a_parameter_that_weights_of_this_family_never_co
 
 def test_import_refuses_decoder_weights_for_the_encoder(folder: Path) -> None:
     message = refused(folder, "encoder")
-    assert "config.json names gpt2, which is a family for the decoder" in message
+    assert "model_type in config.json is 'gpt2', which is a family for the decoder" in message
     encoders = "clip, siglip, siglip2, timm, timm_branches, timm_eva, timm_parallel, timm_relative, timm_rope, vit"
     assert f"families for the encoder: {encoders}" in message
 
@@ -86,8 +87,8 @@ def test_import_refuses_decoder_weights_for_the_encoder(folder: Path) -> None:
 def test_weights_of_an_unknown_model_family_are_refused_with_a_list_of_the_known_families(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "mamba"}')
     assert (
-        "config.json names mamba. Fix: choose weights of one of the families for the decoder: gemma, gemma2, gpt2"
-        in refused(folder)
+        "model_type in config.json is 'mamba'. Fix: choose weights of one of the families for the decoder: "
+        "gemma, gemma2, gpt2" in refused(folder)
     )
 
 

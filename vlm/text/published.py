@@ -43,7 +43,7 @@ class PublishedTokenizer:
         flagged = _with_special_flags(_parse(content), control)
         backend = _parse(flagged)
         ids = backend.get_vocab()
-        rows = max(ids.values()) + 1
+        rows = max(ids.values(), default=-1) + 1
         if rows > config.vocab_size:
             raise ValueError(f"the tokenizer has {rows} tokens, more than vocab_size {config.vocab_size}")
         backend.no_truncation()
@@ -113,7 +113,20 @@ def _parse(content: object) -> Backend:
     try:
         return Backend.from_str(json.dumps(content))
     except Exception as error:  # the library raises Exception itself, not a subclass
-        raise ValueError(f"the file is not a tokenizer of the library `tokenizers`: {error}") from error
+        key = _invalid_key(content)
+        named = f", because of the key {key}" if key else ""
+        raise ValueError(f"the file is not a tokenizer of the library `tokenizers`{named}: {error}") from error
+
+
+def _invalid_key(content: object) -> str | None:
+    """Return the first key of a tokenizer.json whose value is invalid, or None if no single value is invalid."""
+    empty = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    for key, value in content.items() if isinstance(content, dict) else ():
+        try:
+            Backend.from_str(json.dumps({**empty, key: value}))
+        except Exception:  # noqa: BLE001 the library raises Exception itself, not a subclass
+            return str(key)
+    return None
 
 
 def _with_special_flags(backend: Backend, control: Sequence[str]) -> dict[str, Any]:
@@ -126,7 +139,8 @@ def _with_special_flags(backend: Backend, control: Sequence[str]) -> dict[str, A
     """
     missing = [token for token in dict.fromkeys(control) if backend.token_to_id(token) is None]
     if missing:
-        raise ValueError(f"the tokenizer has no token {' or '.join(map(repr, missing))}")
+        names = " or ".join(map(repr, missing))
+        raise ValueError(f"the tokenizer has no token {names}, neither in added_tokens nor in model.vocab")
     backend.add_special_tokens(list(control))
     content: dict[str, Any] = json.loads(backend.to_str())
     for token in content["added_tokens"]:

@@ -7,9 +7,25 @@ other key could change what the model computes, so an import refuses the key.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Protocol
+
+
+class ValueRule(Protocol):
+    """Values that are allowed for one key. `KeyRule` in `vlm.weights.key_rules` implements this protocol."""
+
+    @property
+    def needs(self) -> str:
+        """The allowed values in words."""
+
+    @property
+    def supports(self) -> Callable[[Any], bool]:
+        """Function that returns True for an allowed value."""
+
+
+class WrongValueError(ValueError):
+    """Error for a value in config.json that has the wrong type or is out of range. The message names the key."""
 
 
 class TrackedSettings(Mapping[str, Any]):
@@ -20,19 +36,29 @@ class TrackedSettings(Mapping[str, Any]):
         read: set that collects the path of each value that is read.
         path: dotted path of the section, which ends with a dot; empty for the whole file.
         defaults: values for keys that are missing in `values`.
+        rules: dict from keys to the values that are allowed for the keys, in all sections; by default, all values are
+            allowed. A read of any other value raises a WrongValueError.
     """
 
     def __init__(
-        self, values: Mapping[str, Any], read: set[str], path: str = "", defaults: Mapping[str, Any] | None = None
+        self,
+        values: Mapping[str, Any],
+        read: set[str],
+        path: str = "",
+        defaults: Mapping[str, Any] | None = None,
+        rules: Mapping[str, ValueRule] | None = None,
     ) -> None:
-        self._values, self._read, self._path, self._defaults = values, read, path, defaults or {}
+        self._values, self._read, self._path = values, read, path
+        self._defaults, self._rules = defaults or {}, rules or {}
 
     def __getitem__(self, key: str) -> Any:
         if key not in self._values:
             return self._defaults[key]
-        value = self._values[key]
+        value, rule = self._values[key], self._rules.get(key)
+        if rule is not None and not rule.supports(value):
+            raise WrongValueError(f"{self._path}{key} in config.json is {value!r}, and this import needs {rule.needs}")
         if isinstance(value, Mapping):
-            return TrackedSettings(value, self._read, f"{self._path}{key}.")
+            return TrackedSettings(value, self._read, f"{self._path}{key}.", rules=self._rules)
         self._read.add(self._path + key)
         return value
 
@@ -47,7 +73,7 @@ class TrackedSettings(Mapping[str, Any]):
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> TrackedSettings:
         """Return a copy of these settings that uses `defaults` for missing keys."""
-        return TrackedSettings(self._values, self._read, self._path, {**defaults, **self._defaults})
+        return TrackedSettings(self._values, self._read, self._path, {**defaults, **self._defaults}, self._rules)
 
 
 def tracked(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> Mapping[str, Any]:

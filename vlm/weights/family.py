@@ -10,12 +10,15 @@ from vlm.config import ModelConfig
 from vlm.weights.accounting import (
     WITHOUT_EFFECT,
     TrackedSettings,
+    WrongValueError,
     leaf_values,
     reason_without_effect,
     tracked,
 )
 from vlm.weights.config_fields import ConfigField, Settings, build_settings, find_mismatches, unchecked_paths
+from vlm.weights.key_rules import CONFIG_RULES
 from vlm.weights.rules import WeightTable
+from vlm.weights.tensor_sizes import Shapes, TensorSize, find_contradictions
 
 Part = Literal["model", "encoder", "decoder"]
 
@@ -51,6 +54,7 @@ class Family:
         defaults: values that the other library assumes for keys that are not in config.json.
         without_effect: dict from a shell pattern of config.json keys to the reason why these keys have no effect on the
             imported part. An import refuses a key that no config field reads and no pattern matches.
+        sizes: sizes in config.json that an import compares with the shapes of the tensors.
         prefix: prefix of all tensor names. The files of a network without an output head may omit the prefix.
         legacy_prefixes: pairs of two name prefixes. The first prefix occurs in other versions of the files, and the
             second prefix replaces it in the weight table. Only the first pair that matches a tensor name is used.
@@ -69,12 +73,45 @@ class Family:
     fixed_settings: Mapping[str, Any]
     defaults: Settings = field(default_factory=dict)
     without_effect: Mapping[str, str] = field(default_factory=dict)
+    sizes: tuple[TensorSize, ...] = ()
     prefix: str = ""
     legacy_prefixes: tuple[tuple[str, str], ...] = ()
     vocab_section: str | None = None
     newline_after_empty_prompt: bool = False
     image_id_key: str = ""
     exportable: bool = True
+
+    def wrong_values(self, settings: Settings) -> list[str]:
+        """Return one sentence for each value of a config.json that an import reads and that has the wrong type or is
+        out of range.
+        """
+        seen = self._with_defaults(TrackedSettings(settings, set(), rules=CONFIG_RULES))
+        problems = []
+        for read in (*(each.theirs for each in self.fields), self._read_sizes):
+            try:
+                read(seen)
+            except WrongValueError as error:
+                problems.append(str(error))
+        return list(dict.fromkeys(problems))
+
+    def _read_sizes(self, settings: Settings) -> None:
+        """Read the sizes of pictures and texts, which imports also read without a config field."""
+        whole = self.part == "model"
+        vision = (settings.get("vision_config") or {}) if whole else settings
+        text = (settings.get("text_config") or {}) if whole else settings
+        for key in ("image_size", "patch_size") if self.part != "decoder" else ():
+            vision.get(key)
+        for key in ("vocab_size", "max_position_embeddings") if self.vocab_section is not None else ():
+            text.get(key)
+
+    def contradictions(self, settings: Settings, shapes: Shapes) -> list[str]:
+        """Return one sentence for each size in a config.json that differs from the shapes of the tensors.
+
+        Args:
+            settings: content of config.json.
+            shapes: dict from canonical tensor names to shapes.
+        """
+        return find_contradictions(self.sizes, self._with_defaults(settings), shapes)
 
     def mismatches(self, config: ModelConfig, settings: Settings) -> list[str]:
         """Return one sentence for each value that differs between a config.json and the model's config.
@@ -175,7 +212,7 @@ def transformers_family(
         section = sections.get(str(settings.get("model_type")))
         if section is None:
             return None
-        return settings.get(section, {}) if section else settings
+        return (settings.get(section) or {}) if section else settings
 
     fixed = {"architectures": [architecture], "model_type": next(iter(sections))}
     return Family(name, part, select_settings, fields, table, fixed, **options)

@@ -123,15 +123,18 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _shards(folder: Path) -> list[Path]:
     path = folder / INDEX
-    try:
-        names = sorted(set(read_json(path)["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+    fix = "download the file again: its weight_map must name the file of each tensor"
+    weight_map = _read_object(path, "the index of the weight files", fix).get("weight_map")
+    found = weight_map.values() if isinstance(weight_map, dict) else ()
+    wrong = [name for name in found if not isinstance(name, str)]
+    if not found or wrong:
         raise CheckpointError(
             "the index of the weight files cannot be read",
             where=str(path),
-            got=f"{type(error).__name__}: {error}",
-            fix="download the file again: its weight_map must name the file of each tensor",
-        ) from None
+            got=f"weight_map contains {wrong[0]!r}" if wrong else f"weight_map is {weight_map!r}",
+            fix=fix,
+        )
+    names = sorted(set(found))
     elsewhere = [name for name in names if Path(name).name != name]
     if elsewhere:
         raise CheckpointError(

@@ -1,7 +1,8 @@
-"""Rules for the keys of the JSON files next to config.json, such as preprocessor_config.json.
+"""Rules for the values of keys in the JSON files of a published folder.
 
-Every key of such a file has a rule or a reason why the key has no effect. A key without a rule and without a reason is
-refused. A value that the rule of its key does not support is also refused.
+CONFIG_RULES has the rules of config.json, which say only which type and range a value must have. Every key of another
+file, such as preprocessor_config.json, has a rule or a reason why the key has no effect. A key without a rule and
+without a reason is refused. A value that the rule of its key does not support is also refused.
 """
 
 from __future__ import annotations
@@ -62,9 +63,105 @@ def number(needs: str, supports: Callable[[float], bool], *, whole: bool = False
     types = int if whole else (int, float)
 
     def check(value: Any) -> bool:
-        return isinstance(value, types) and not isinstance(value, bool) and math.isfinite(value) and supports(value)
+        return isinstance(value, types) and not isinstance(value, bool) and _is_finite(value) and supports(value)
 
     return KeyRule(needs, check)
+
+
+def _is_finite(value: float) -> bool:
+    """Return True if a number is finite and is not too large for a floating-point number."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def or_null(rule: KeyRule) -> KeyRule:
+    """Return the rule that supports null and all values that `rule` supports."""
+    return KeyRule(f"{rule.needs}, or null", lambda value: value is None or rule.supports(value))
+
+
+LARGEST_SIZE = 2**31 - 1
+SIZE = number(f"an integer from 1 to {LARGEST_SIZE}", lambda value: 0 < value <= LARGEST_SIZE, whole=True)
+COUNT = number(f"an integer from 0 to {LARGEST_SIZE}", lambda value: 0 <= value <= LARGEST_SIZE, whole=True)
+POSITIVE = number("a number above 0", lambda value: value > 0)
+SWITCH = KeyRule("true or false", lambda value: isinstance(value, bool))
+TEXT = KeyRule("a text", lambda value: isinstance(value, str))
+OBJECT = KeyRule("an object", lambda value: isinstance(value, Mapping))
+SIDES = KeyRule(
+    "an integer above 0, or a list of two or three such integers",
+    lambda value: (
+        SIZE.supports(value)
+        or (isinstance(value, list | tuple) and len(value) in (2, 3) and all(map(SIZE.supports, value)))
+    ),
+)
+LAYER_TYPES = KeyRule(
+    "a list of 'full_attention' and 'sliding_attention'",
+    lambda value: isinstance(value, list) and all(each in ("full_attention", "sliding_attention") for each in value),
+)
+THREE_NUMBERS = KeyRule(
+    "three numbers",
+    lambda value: (
+        isinstance(value, list | tuple)
+        and len(value) == 3
+        and all(number("", lambda _: True).supports(each) for each in value)
+    ),
+)
+
+CONFIG_RULES: dict[str, KeyRule] = {
+    **dict.fromkeys(
+        (
+            "depth", "embed_dim", "head_dim", "hidden_size", "intermediate_size", "max_position_embeddings", "n_embd",
+            "n_head", "n_layer", "n_positions", "num_attention_heads", "num_features", "num_heads",
+            "num_hidden_layers", "num_key_value_heads", "num_patches", "projection_dim", "rel_pos_dim", "vocab_size",
+        ),
+        SIZE,
+    ),
+    **dict.fromkeys(("in_chans", "n_inner", "num_channels", "sliding_window"), or_null(SIZE)),
+    **dict.fromkeys(("num_classes", "reg_tokens"), COUNT),
+    **dict.fromkeys(
+        ("layer_norm_eps", "layer_norm_epsilon", "mlp_ratio", "query_pre_attn_scalar", "rms_norm_eps"), POSITIVE
+    ),
+    **dict.fromkeys(
+        ("attn_logit_softcapping", "final_logit_softcapping", "init_values", "rope_theta"), or_null(POSITIVE)
+    ),
+    **dict.fromkeys(
+        (
+            "attention_bias", "class_token", "no_embed_class", "pre_norm", "proj_bias", "qkv_bias",
+            "tie_word_embeddings", "vision_use_head",
+        ),
+        SWITCH,
+    ),
+    **dict.fromkeys(
+        (
+            "add_cross_attention", "dynamic_img_pad", "fc_norm", "final_norm", "is_decoder", "is_encoder_decoder",
+            "pool_include_prefix", "qk_norm", "scale_attn_by_inverse_layer_idx", "scale_attn_norm",
+            "scale_attn_weights", "scale_mlp_norm", "tie_encoder_decoder", "use_bidirectional_attention",
+        ),
+        or_null(SWITCH),
+    ),
+    **dict.fromkeys(("activation_function", "architecture", "model_type"), TEXT),
+    **dict.fromkeys(
+        (
+            "act_layer", "hidden_act", "hidden_activation", "pos_embed", "rel_pos_type", "rope_type", "type",
+        ),
+        or_null(TEXT),
+    ),
+    "global_pool": KeyRule("a text, false or null", lambda value: value in (None, False) or TEXT.supports(value)),
+    **dict.fromkeys(
+        (
+            "model_args", "pretrained_cfg", "pruned_heads", "rope_parameters", "rope_scaling", "text_config",
+            "vision_config",
+        ),
+        or_null(OBJECT),
+    ),
+    **dict.fromkeys(("image_size", "img_size", "patch_size"), SIDES),
+    "input_size": or_null(SIDES),
+    "layer_types": or_null(LAYER_TYPES),
+    **dict.fromkeys(("mean", "std"), or_null(THREE_NUMBERS)),
+}  # fmt: skip
+"""Rules of the keys of config.json that an import reads, in all sections. Whether a value fits the model is compared
+later."""
 
 
 def without_null(settings: Mapping[str, Any]) -> dict[str, Any]:

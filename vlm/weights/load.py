@@ -23,10 +23,11 @@ from vlm.errors import CheckpointError
 from vlm.factory import build_model, initialize_weights
 from vlm.layers.meta import EmptyOnMeta, replace_parameters
 from vlm.model import VisionLanguageModel
+from vlm.weights.accounting import TrackedSettings, WrongValueError
 from vlm.weights.family import Family, Part
-from vlm.weights.files import WeightFiles, read_settings
+from vlm.weights.files import CONFIG, WeightFiles, read_settings
 from vlm.weights.generation_keys import account_generation
-from vlm.weights.key_rules import FileReport
+from vlm.weights.key_rules import CONFIG_RULES, FileReport
 from vlm.weights.picture_keys import read_pictures
 from vlm.weights.plan import LoadPlan, merge_block_names, plan_load
 from vlm.weights.rules import Rule, resample_positions
@@ -155,6 +156,7 @@ def _open_source(part: Part, folder: Path, config: ModelConfig, model: nn.Module
         if tie.ours not in ours and tie.theirs in names and tie.partner not in names:
             names[tie.partner] = names[tie.theirs]  # the file lacks one of two equal tensors, so use the other for both
     plan = plan_load(table, ours, {name: files.headers[names[name]] for name in names})
+    plan.problems[:0] = size_problems(family, settings, files)
     return Source(part, family, files, names, plan, settings, reports)
 
 
@@ -167,20 +169,47 @@ def find_family(settings: Mapping[str, Any], folder: Path, part: Part) -> Family
     """Return the weight family to which the config.json of a folder belongs.
 
     Raises:
-        CheckpointError: the family is unknown, or the family's weights are for a different part of the model.
+        CheckpointError: the family is unknown, the family's weights are for a different part of the model, or a value
+            of config.json has a wrong type or is out of range.
     """
-    known = [family for family in families() if family.select_settings(settings) is not None]
+    seen = TrackedSettings(settings, set(), rules=CONFIG_RULES)
+    try:
+        known = [family for family in families() if family.select_settings(seen) is not None]
+    except WrongValueError as error:
+        raise _wrong_values(folder, [str(error)]) from None
     fitting = [family for family in known if family.part == part]
     if fitting:
+        if problems := fitting[0].wrong_values(settings):
+            raise _wrong_values(folder, problems)
         return fitting[0]
-    kind = settings.get("model_type", settings.get("architecture", "no model type"))
+    key = next((key for key in ("model_type", "architecture") if key in settings), None)
+    named = f"{key} in config.json is {settings[key]!r}" if key else "config.json has no model_type or architecture"
     raise CheckpointError(
         f"the folder has no {part} of a known family",
         where=str(folder),
-        got=f"config.json names {kind}" + "".join(f", which is a family for the {family.part}" for family in known[:1]),
+        got=named + "".join(f", which is a family for the {family.part}" for family in known[:1]),
         fix=f"choose weights of one of the families for the {part}: "
         + ", ".join(family.name for family in families() if family.part == part),
     )
+
+
+def _wrong_values(folder: Path, problems: list[str]) -> CheckpointError:
+    return CheckpointError(
+        "the config of the weights has values of a wrong type, or values out of range",
+        where=str(folder / CONFIG),
+        got=problems,
+        fix="download config.json again, or write the values in which the model was trained",
+    )
+
+
+def size_problems(family: Family, settings: Mapping[str, Any], files: WeightFiles) -> list[str]:
+    """Return one sentence for each size in config.json that differs from the shapes of the tensors.
+
+    Only the headers of the weight files are read. Each sentence names the key of config.json and both values.
+    """
+    names = family.canonical_names(files.headers)
+    shapes = {name: files.headers[file_name].shape for name, file_name in names.items()}
+    return family.contradictions(settings, shapes)
 
 
 def _check_config(family: Family, config: ModelConfig, settings: Mapping[str, Any], folder: Path) -> None:

@@ -18,7 +18,7 @@ from vlm.errors import CheckpointError
 from vlm.weights.config_fields import sides_of
 from vlm.weights.family import Family
 from vlm.weights.files import read_other_settings
-from vlm.weights.key_rules import FileReport, KeyRule, account_keys, number, only, without_null
+from vlm.weights.key_rules import THREE_NUMBERS, FileReport, KeyRule, account_keys, number, only, without_null
 
 PROCESSOR, SECTION, PREPROCESSOR = "processor_config.json", "image_processor", "preprocessor_config.json"
 FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
@@ -218,8 +218,8 @@ def _rules() -> dict[str, KeyRule]:
         "do_rescale": either,
         "rescale_factor": number("a number above 0", lambda value: value > 0),
         "do_normalize": either,
-        "image_mean": KeyRule("three numbers", _is_three_numbers),
-        "image_std": KeyRule("three numbers other than 0", lambda value: _is_three_numbers(value) and all(value)),
+        "image_mean": THREE_NUMBERS,
+        "image_std": KeyRule("three numbers other than 0", lambda value: THREE_NUMBERS.supports(value) and all(value)),
         "do_convert_rgb": only(True),
         "data_format": only("channels_first"),
         "image_processor_type": KeyRule("text", lambda _: True),  # `read_pictures` checks the value
@@ -242,7 +242,7 @@ def _size_rule(effective: Mapping[str, Any], side: int) -> KeyRule:
         return _square(value, effective) == side or (crop and _shorter_side(value, effective) == side)
 
     cropped = f", or {{'shortest_edge': {side}}}; and crop_size must be {side}" if crop else ""
-    return KeyRule(f"the size in config.json, {{'height': {side}, 'width': {side}}}{cropped}", supports)
+    return KeyRule(f"the image_size in config.json, {{'height': {side}, 'width': {side}}}{cropped}", supports)
 
 
 def _square(size: Any, effective: Mapping[str, Any] | None = None) -> int | None:
@@ -263,10 +263,6 @@ def _shorter_side(size: Any, effective: Mapping[str, Any]) -> int | None:
     if isinstance(size, Mapping) and {*size} == {"shortest_edge"}:
         return _square(size["shortest_edge"])
     return size if isinstance(size, int) and effective["default_to_square"] is False else None
-
-
-def _is_three_numbers(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(number("", lambda _: True).supports(x) for x in value)
 
 
 def _image_values(effective: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

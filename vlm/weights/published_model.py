@@ -14,19 +14,29 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vlm.config import ModelConfig, read_error_message
-from vlm.errors import CheckpointError
+from vlm.config import JsonTextConfig, ModelConfig
+from vlm.errors import CheckpointError, ConfigError
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
-from vlm.weights.config_fields import UNKNOWN, merge_settings
-from vlm.weights.files import read_other_settings, read_settings
+from vlm.weights.config_fields import UNKNOWN, merge_settings, sides_of
+from vlm.weights.family import Family
+from vlm.weights.files import WeightFiles, read_other_settings, read_settings
 from vlm.weights.generation_keys import read_generation
-from vlm.weights.load import find_family, import_weights
+from vlm.weights.load import find_family, import_weights, size_problems
 from vlm.weights.picture_keys import DEFAULT_SIDE, read_pictures
 from vlm.weights.special_tokens import NAMES, check_special_tokens, read_tokenizer, token_text
 
 PATH = re.compile(r"[a-z_]+(\.[a-z_]+)+")
 """Pattern of a path that names a single config value. A config field with any other path compares a computed value."""
+OTHER_SOURCES = {
+    "image.size": "vision_config.image_size in config.json",
+    "text.vocab_size": "text_config.vocab_size in config.json",
+    "decoder.context": "text_config.max_position_embeddings in config.json",
+    "generation.max_new_tokens": "max_new_tokens in generation_config.json",
+    **{f"text.{key}": f"{key}_token in tokenizer_config.json" for key in ("bos", "eos", "pad")},
+}
+"""Dict from paths of our config to the keys of published files that determine the values, for paths without a config
+field."""
 DEFAULT_CONTEXT = 8192
 """Value that transformers assumes for `max_position_embeddings`."""
 
@@ -45,10 +55,24 @@ def load_published(folder: Path) -> tuple[VisionLanguageModel, Tokenizer]:
     """
     config = derive_config(folder)
     assert config.text.kind == "json"
-    tokenizer = read_tokenizer(config.text, folder, "model")
+    tokenizer = _read_tokenizer(config.text, folder)
     check_special_tokens(folder, tokenizer)
     model, _ = import_weights(config, tokenizer.vocab_size, {"model": folder})
     return model, tokenizer
+
+
+def _read_tokenizer(config: JsonTextConfig, folder: Path) -> Tokenizer:
+    try:
+        return read_tokenizer(config, folder, "model")
+    except ConfigError as error:
+        tokens = [f"{key}_token {getattr(config, key)!r}" for key in ("bos", "eos", "pad")]
+        raise ConfigError(
+            "the tokenizer of the published model cannot be used",
+            where=str(folder / "tokenizer.json"),
+            got=f"{error.got}; config.json has vocab_size {config.vocab_size}, and {' or '.join(NAMES)} has "
+            + ", ".join(tokens),
+            fix="download tokenizer.json and the other JSON files of the same model and version",
+        ) from None
 
 
 def derive_config(folder: Path) -> ModelConfig:
@@ -59,6 +83,13 @@ def derive_config(folder: Path) -> ModelConfig:
     """
     settings = read_settings(folder)
     family = find_family(settings, folder, "model")
+    if problems := size_problems(family, settings, WeightFiles(folder)):
+        raise CheckpointError(
+            "the config of the weights does not fit the weight files",
+            where=str(folder),
+            got=problems,
+            fix="download config.json and the weight files of the same model and version",
+        )
     values: dict[str, Any] = {}
     for path, value in family.known_values(settings).items():
         if PATH.fullmatch(path) and value is not UNKNOWN:
@@ -68,7 +99,7 @@ def derive_config(folder: Path) -> ModelConfig:
     vision = settings.get("vision_config") or {}
     pictures = read_pictures(folder, family, settings)
     values |= {
-        "image": {"size": vision.get("image_size", DEFAULT_SIDE), **(pictures.values if pictures else {})},
+        "image": {"size": sides_of(vision.get("image_size", DEFAULT_SIDE))[0], **(pictures.values if pictures else {})},
         "text": _text(text, folder),
         "generation": read_generation(folder).model_dump(),
     }
@@ -78,9 +109,35 @@ def derive_config(folder: Path) -> ModelConfig:
         raise CheckpointError(
             "the published model has settings that Lakesight does not support",
             where=str(folder),
-            got=read_error_message(error),
+            got=_describe_problems(error, family),
             fix="describe the model in conf/model/NAME.yml, and import it with `lakesight import-weights`",
         ) from None
+
+
+def _describe_problems(error: ValidationError, family: Family) -> list[str]:
+    """Return one sentence for each invalid value, with the keys of the published files that determine the value."""
+    keys: dict[str, str] = dict(OTHER_SOURCES)
+    for field in family.fields:
+        if field.path and field.keys:
+            others = f"{keys[field.path]}, " if field.path in keys else ""
+            keys[field.path] = f"{others}{field.keys} in config.json"
+    sentences = []
+    for problem in error.errors():
+        place, message = [str(part) for part in problem["loc"]], problem["msg"]
+        at_place = max((path for path in keys if _contains(place, path)), key=len, default=None)
+        named = [key for path, key in keys.items() if path in message or path == at_place]
+        source = f" ({'; '.join(named)})" if named else ""
+        sentences.append(f"{'.'.join(place)}: {message}{source}" if place else f"{message}{source}")
+    return sentences
+
+
+def _contains(place: list[str], path: str) -> bool:
+    """Return True if the place of a pydantic error is at the dotted path or below.
+
+    The place also has the `kind` of each section, such as `text.json.vocab_size` for `text.vocab_size`.
+    """
+    parts = iter(place)
+    return all(name in parts for name in path.split("."))
 
 
 def _nested(path: str, value: Any) -> dict[str, Any]:
@@ -91,6 +148,7 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
 
 def _text(text_config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     tokens = {"bos": "<bos>", "eos": "<eos>", "pad": "<pad>"}
-    for named in (read_other_settings(folder / file) for file in NAMES):
-        tokens |= {key: token for key in tokens if (token := token_text(named, f"{key}_token"))}
+    for file in NAMES:
+        named = read_other_settings(folder / file)
+        tokens |= {key: token for key in tokens if (token := token_text(named, f"{key}_token", folder / file))}
     return {"kind": "json", "vocab_size": text_config.get("vocab_size"), **tokens}

@@ -45,7 +45,8 @@ def check_special_tokens(folder: Path, tokenizer: Tokenizer) -> list[str]:
     """
     found = list(_named_tokens(folder, json.loads(tokenizer.to_json())))
     ours = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
-    different = [f"{key} in {file} is {value!r}" for file, key, value in found if not _equal(value, ours[key[:3]])]
+    wrong = {key[:3] for _, key, value in found if not _equal(value, ours[key[:3]])}
+    different = [f"{key} in {file} is {value!r}" for file, key, value in found if key[:3] in wrong]
     if different:
         raise CheckpointError(
             "the start or end tokens in the folder differ from those of the model's tokenizer",
@@ -70,17 +71,35 @@ def _named_tokens(folder: Path, tokenizer: Mapping[str, Any]) -> Iterator[tuple[
     for name in NAMES:
         settings = read_other_settings(folder / name)
         for key in ("bos_token", "eos_token"):
-            token = token_text(settings, key)
+            token = token_text(settings, key, folder / name)
             if token is not None:
                 yield name, key, ids.get(token, token)
 
 
-def token_text(settings: Mapping[str, Any], key: str) -> str | None:
+def token_text(settings: Mapping[str, Any], key: str, file: Path) -> str | None:
     """Return the text of a special token, which a file stores as a string or an object. Return None if there is no
     token.
+
+    Args:
+        settings: content of the file.
+        key: key of the token.
+        file: path of the file, for the error message.
+
+    Raises:
+        CheckpointError: the token is neither a text nor an object with a text `content`.
     """
     token = settings.get(key)
-    return token.get("content") if isinstance(token, Mapping) else token
+    if token is None:
+        return None
+    text = token.get("content") if isinstance(token, Mapping) else token
+    if not isinstance(text, str):
+        raise CheckpointError(
+            "a special token in the folder is not a text",
+            where=str(file),
+            got=f"{key} in {file.name} is {token!r}",
+            fix="download the file again: a token is a text, or an object whose key content has the text",
+        )
+    return text
 
 
 def _ids(file: str, settings: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, str, Any]]:
@@ -96,4 +115,6 @@ def _token_ids(content: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _equal(value: Any, ours: int) -> bool:
-    return {*value} == {ours} if isinstance(value, list) else bool(value == ours)
+    """Return True if a value is our token id, or a list that contains only our token id."""
+    values = value if isinstance(value, list) else [value]
+    return bool(values) and all(type(each) is int and each == ours for each in values)

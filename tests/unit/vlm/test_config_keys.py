@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from published_folders import MODELS, family_of
 from published_tokenizers import published
 from tiny_published_models import blocks, config
 
@@ -19,39 +20,6 @@ from vlm.weights.family import Family
 from vlm.weights.special_tokens import check_special_tokens
 from vlm.weights.tables import families
 
-VIT: dict[str, Any] = {"class_token": True, "transformer": blocks(eps=1e-12)}
-SIGLIP = {"transformer": blocks(activation="gelu_tanh", eps=1e-6)}
-GEMMA: dict[str, Any] = {
-    "width": 16, "depth": 3, "attention": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8},
-    "mlp": {"kind": "gated", "mlp_width": 24, "activation": "gelu_tanh"},
-    "norm": {"kind": "rms", "eps": 1e-6, "offset": True}, "position": {"kind": "rotary"},
-}  # fmt: skip
-GEMMA_2 = {
-    **GEMMA,
-    "sandwich": True,
-    "attention": {**GEMMA["attention"], "windows": [5, None], "soft_cap": 2.0, "scale": 0.25},
-}
-DECODER = {"tie_embeddings": True, "scale_embeddings": True}
-WHOLE: dict[str, Any] = {"vision": SIGLIP, "mask": {"kind": "prefix"}, "projector": {"kind": "linear"}}
-MODELS = {
-    "clip": config(
-        vision={
-            "class_token": True,
-            "pre_norm": True,
-            "stem": {"kind": "patch", "patch_size": 4, "bias": False},
-            "transformer": blocks(activation="quick_gelu"),
-        }
-    ),
-    "gemma": config(decoder={"transformer": GEMMA, **DECODER}),
-    "gemma2": config(decoder={"transformer": GEMMA_2, **DECODER, "soft_cap": 3.0}),
-    "gpt2": config(decoder={"transformer": blocks(activation="gelu_tanh"), "tie_embeddings": True}),
-    "paligemma": config(decoder={"transformer": GEMMA, **DECODER}, **WHOLE),
-    "paligemma2": config(decoder={"transformer": GEMMA_2, **DECODER, "soft_cap": 3.0}, **WHOLE),
-    "siglip": config(vision=SIGLIP),
-    "siglip2": config(vision=SIGLIP),
-    "timm": config(vision={"class_token": True, "transformer": blocks(eps=1e-6)}),
-    "vit": config(vision=VIT),
-}
 DETERMINED_BY_TENSORS = {
     "vision_use_head", "num_patches", "image_size", "depth", "patch_size", "class_token", "reg_tokens", "pre_norm",
     "img_size", "mlp_ratio", "init_values", "no_embed_class", "final_norm", "fc_norm", "global_pool", "num_classes",
@@ -60,10 +28,6 @@ DETERMINED_BY_TENSORS = {
 """Keys that an import does not compare with our config: a different value is found by comparing tensor shapes."""
 IMPLIED = {"architecture": "vit_base_patch16_clip_224"}
 """A second valid value for each key whose value is a name."""
-
-
-def family_of(name: str) -> Family:
-    return next(family for family in families() if family.name == name)
 
 
 def family_of_architecture(name: str) -> Family:

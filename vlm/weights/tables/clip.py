@@ -19,6 +19,7 @@ from vlm.weights.config_fields import (
 )
 from vlm.weights.family import transformers_family
 from vlm.weights.rules import Drop, Rule, WeightTable, add_axes, concat, position_table, rename
+from vlm.weights.tensor_sizes import TensorSize, axis_size, num_layers, num_positions, patch_size, with_prefix
 
 DEFAULTS = {
     **VISION_DEFAULTS,
@@ -37,6 +38,18 @@ FIELDS: tuple[ConfigField, ...] = (
     constant("vision.pre_norm", True),
     write_only("image_size", value_at("image.size")),
 )
+
+
+def tower_sizes(*, extra: int) -> tuple[TensorSize, ...]:
+    """Return the sizes that CLIP and SigLIP share, for a table of positions with `extra` positions of no patch."""
+    layer = "encoder.layers.{i}"
+    return (
+        axis_size("hidden_size", "embeddings.patch_embedding.weight", 0),
+        num_layers("num_hidden_layers", f"{layer}.layer_norm1.weight"),
+        axis_size("intermediate_size", "encoder.layers.0.mlp.fc1.weight", 0),
+        patch_size("embeddings.patch_embedding.weight"),
+        num_positions("embeddings.position_embedding.weight", extra=extra),
+    )
 
 
 def block_rules(config: ModelConfig) -> tuple[Rule, ...]:
@@ -89,6 +102,7 @@ FAMILIES = (
         table=table,
         defaults=DEFAULTS,
         without_effect=ENCODER_WITHOUT_EFFECT,
+        sizes=with_prefix(tower_sizes(extra=1), "vision_model."),
         prefix="vision_model.",
     ),
 )

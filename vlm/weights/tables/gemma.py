@@ -28,6 +28,7 @@ from vlm.weights.config_fields import (
 )
 from vlm.weights.family import Family, transformers_family
 from vlm.weights.rules import Drop, Tie, WeightTable, concat, rename
+from vlm.weights.tensor_sizes import axis_size, has_tensor, num_layers, product, with_prefix
 
 TRANSFORMER = "decoder.transformer"
 ATTENTION = f"{TRANSFORMER}.attention"
@@ -152,7 +153,9 @@ def windows_in(settings: Settings) -> tuple[Any, ...]:
     kinds = settings.get("layer_types") or [
         "full_attention" if layer % 2 else "sliding_attention" for layer in range(settings["num_hidden_layers"])
     ]
-    sizes = {"full_attention": None, "sliding_attention": settings["sliding_window"]}
+    window = settings["sliding_window"]
+    # Without a window size, transformers cannot compute a layer with sliding attention, so keep the name as a mismatch.
+    sizes = {"full_attention": None, "sliding_attention": "sliding_attention" if window is None else window}
     return tuple(sizes.get(kind, kind) for kind in kinds)
 
 
@@ -192,6 +195,20 @@ def qkv_sizes(attention: AttentionConfig) -> tuple[int, int, int]:
     """Return the numbers of rows that queries, keys and values have in the joint projection weight."""
     keys = attention.num_kv_heads * attention.head_dim
     return attention.num_heads * attention.head_dim, keys, keys
+
+
+SIZES = with_prefix(
+    (
+        axis_size("vocab_size", "embed_tokens.weight", 0),
+        axis_size("hidden_size", "embed_tokens.weight", 1),
+        num_layers("num_hidden_layers", "layers.{i}.input_layernorm.weight"),
+        axis_size("intermediate_size", "layers.0.mlp.gate_proj.weight", 0),
+        product("num_attention_heads", "head_dim", "layers.0.self_attn.q_proj.weight"),
+        product("num_key_value_heads", "head_dim", "layers.0.self_attn.k_proj.weight"),
+        has_tensor("attention_bias", "layers.0.self_attn.q_proj.bias"),
+    ),
+    "model.",
+)
 
 
 def table(config: ModelConfig) -> WeightTable:
@@ -236,6 +253,7 @@ def _version(name: str, architecture: str, fields: tuple[ConfigField, ...], defa
         table=table,
         defaults=defaults,
         without_effect=WITHOUT_EFFECT,
+        sizes=SIZES,
         prefix="model.",
         vocab_section="",
     )

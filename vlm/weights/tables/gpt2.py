@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vlm.config import ModelConfig
 from vlm.weights.accounting import DECODER_WITHOUT_EFFECT
 from vlm.weights.config_fields import (
     ACTIVATIONS,
     ConfigField,
+    Settings,
     attention_biases,
     attention_heads,
     constant,
@@ -18,6 +21,7 @@ from vlm.weights.config_fields import (
 )
 from vlm.weights.family import transformers_family
 from vlm.weights.rules import Drop, Tie, WeightTable, rename, transpose
+from vlm.weights.tensor_sizes import axis_size, num_layers, with_prefix
 
 TRANSFORMER = "decoder.transformer"
 DEFAULTS = {
@@ -30,6 +34,13 @@ DEFAULTS = {
     "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": True,
 }
+
+
+def mlp_width(settings: Settings) -> Any:
+    """Return the width of the MLP, which is four times the model's width if `n_inner` is null."""
+    return settings["n_inner"] or 4 * settings["n_embd"]
+
+
 FIELDS = (
     *standard_transformer(TRANSFORMER),
     *attention_biases(f"{TRANSFORMER}.attention", constant(f"{TRANSFORMER}.attention.bias", True)),
@@ -42,7 +53,7 @@ FIELDS = (
         f"{TRANSFORMER}.mlp.mlp_width",
         "n_inner",
         value_at(f"{TRANSFORMER}.mlp.mlp_width"),
-        lambda settings: settings["n_inner"] or 4 * settings["n_embd"],
+        mlp_width,
         lambda value: {"n_inner": value},
     ),
     same(f"{TRANSFORMER}.mlp.activation", "activation_function", {"gelu_new": "gelu_tanh", **ACTIVATIONS}),
@@ -58,6 +69,17 @@ WITHOUT_EFFECT = {
     "summary_*": "belongs to a classifier, which is not imported",
     "n_ctx": "is not used by transformers, which reads n_positions",
 }
+
+SIZES = with_prefix(
+    (
+        axis_size("vocab_size", "wte.weight", 0),
+        axis_size("n_embd", "wte.weight", 1),
+        axis_size("n_positions", "wpe.weight", 0),
+        num_layers("n_layer", "h.{i}.ln_1.weight"),
+        axis_size("n_inner", "h.0.mlp.c_fc.weight", 1, mlp_width),
+    ),
+    "transformer.",
+)
 
 
 def table(_: ModelConfig) -> WeightTable:
@@ -94,6 +116,7 @@ FAMILIES = (
         defaults=DEFAULTS,
         without_effect=WITHOUT_EFFECT,
         prefix="transformer.",
+        sizes=SIZES,
         vocab_section="",
     ),
 )

@@ -25,6 +25,7 @@ from vlm.weights.config_fields import (
 from vlm.weights.family import Family
 from vlm.weights.rules import Drop, WeightTable, rename
 from vlm.weights.tables import gemma, siglip
+from vlm.weights.tensor_sizes import axis_size, sizes_in_section, with_prefix
 
 VISION, TEXT = "vision_tower.vision_model.", "language_model."
 LEGACY_PREFIXES = (
@@ -69,8 +70,10 @@ def _select_by_text_type(text_type: str) -> Callable[[Settings], Settings | None
     """Return the `select_settings` of one PaliGemma version. PaliGemma 1 and 2 differ in the decoder's `model_type`."""
 
     def settings_of(settings: Settings) -> Settings | None:
-        found = settings.get("text_config", {}).get("model_type", "gemma")
-        return settings if settings.get("model_type") == "paligemma" and found == text_type else None
+        if settings.get("model_type") != "paligemma":
+            return None
+        found = (settings.get("text_config") or {}).get("model_type", "gemma")
+        return settings if found == text_type else None
 
     return settings_of
 
@@ -102,6 +105,11 @@ def _version(name: str, text_type: str, text: tuple[ConfigField, ...], defaults:
         FIXED_SETTINGS,
         defaults=DEFAULTS,
         without_effect=WITHOUT_EFFECT,
+        sizes=(
+            axis_size("projection_dim", "multi_modal_projector.linear.weight", 0),
+            *sizes_in_section("vision_config", with_prefix(siglip.SIZES, VISION), siglip.DEFAULTS),
+            *sizes_in_section("text_config", with_prefix(gemma.SIZES, TEXT), defaults),
+        ),
         legacy_prefixes=LEGACY_PREFIXES,
         vocab_section="text_config",
         newline_after_empty_prompt=True,

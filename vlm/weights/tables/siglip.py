@@ -14,7 +14,8 @@ from vlm.weights.accounting import ENCODER_WITHOUT_EFFECT
 from vlm.weights.config_fields import VISION_DEFAULTS, ConfigField, Settings, constant, value_at, write_only
 from vlm.weights.family import transformers_family
 from vlm.weights.rules import Drop, Rule, WeightTable, add_axes, patch_projection, position_table, rename, split
-from vlm.weights.tables.clip import TOWER_FIELDS, block_rules
+from vlm.weights.tables.clip import TOWER_FIELDS, block_rules, tower_sizes
+from vlm.weights.tensor_sizes import axis_size, with_prefix
 
 DEFAULTS = {
     **VISION_DEFAULTS,
@@ -44,6 +45,12 @@ FIELDS_2 = (
     *SHARED_FIELDS,
     write_only("num_patches", value_at("num_patches")),
     ConfigField("", "num_patches", lambda _: SQUARE_GRID, square_grid),
+)
+
+SIZES = tower_sizes(extra=0)
+SIZES_2 = (
+    *(size for size in SIZES if "patch_size" not in size.key),  # the stem is a linear layer
+    axis_size("num_patches", "embeddings.position_embedding.weight", -2),
 )
 
 
@@ -119,6 +126,7 @@ FAMILIES = (
         table=table,
         defaults=DEFAULTS,
         without_effect=ENCODER_WITHOUT_EFFECT,
+        sizes=with_prefix(SIZES, "vision_model."),
         prefix="vision_model.",
     ),
     transformers_family(
@@ -130,6 +138,7 @@ FAMILIES = (
         table=table_2,
         defaults=DEFAULTS,
         without_effect=ENCODER_WITHOUT_EFFECT,
+        sizes=with_prefix(SIZES_2, "vision_model."),
         prefix="vision_model.",
     ),
 )

@@ -228,7 +228,7 @@ FIELDS = (
     write_only("pretrained_cfg", pretrained_settings),
     preprocessing("mean", lambda config: list(config.image.mean)),
     preprocessing("std", lambda config: list(config.image.std)),
-    ConfigField("", "img_size, pretrained_cfg.input_size", lambda _: WHOLE_PATCHES, whole_patches),
+    ConfigField("", "img_size, patch_size, pretrained_cfg.input_size", lambda _: WHOLE_PATCHES, whole_patches),
     required("in_chans", 3),
     required("pos_embed", "learn"),
     required("qk_norm", False),

@@ -15,6 +15,7 @@ from vlm.weights.config_fields import (
 )
 from vlm.weights.family import transformers_family
 from vlm.weights.rules import Drop, WeightTable, concat, position_table, rename
+from vlm.weights.tensor_sizes import axis_size, has_tensor, num_layers, num_positions, patch_size, with_prefix
 
 ATTENTION = "vision.transformer.attention"
 DEFAULTS = {
@@ -33,6 +34,17 @@ FIELDS = (
     constant("vision.post_norm", True),
     *attention_biases(ATTENTION, same(f"{ATTENTION}.bias", "qkv_bias"), out=True),
     write_only("image_size", value_at("image.size")),
+)
+SIZES = with_prefix(
+    (
+        axis_size("hidden_size", "embeddings.cls_token", -1),
+        num_layers("num_hidden_layers", "encoder.layer.{i}.layernorm_before.weight"),
+        axis_size("intermediate_size", "encoder.layer.0.intermediate.dense.weight", 0),
+        patch_size("embeddings.patch_embeddings.projection.weight"),
+        has_tensor("qkv_bias", "encoder.layer.0.attention.attention.query.bias"),
+        num_positions("embeddings.position_embeddings", extra=1),
+    ),
+    "vit.",
 )
 
 
@@ -72,6 +84,7 @@ FAMILIES = (
         table=table,
         defaults=DEFAULTS,
         without_effect=ENCODER_WITHOUT_EFFECT,
+        sizes=SIZES,
         prefix="vit.",
     ),
 )
