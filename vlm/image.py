@@ -18,6 +18,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import math
 import re
 import sys
 from functools import lru_cache
@@ -45,6 +46,9 @@ FILTERS = {
 }
 """Pillow's resize filter for each value of the config field `filter`. The filters always antialias a shrinking
 picture."""
+
+FILTER_RADIUS = 3
+"""Largest radius of a resize filter, in pixels of a picture that grows (lanczos)."""
 
 MAX_ASPECT = 16
 """If the longer side of a scaled picture is at most this multiple of the side of the model's input, the whole picture
@@ -299,11 +303,29 @@ def to_pixels(image: Image.Image, config: ImageConfig) -> npt.NDArray[np.uint8]:
     size, resampling = (config.size, config.size), FILTERS[config.filter]
     resize = compute_resize(*image.size, config)
     if max(resize.scaled_width, resize.scaled_height) > MAX_ASPECT * config.size:
-        box = (*resize.to_source(0, 0), *resize.to_source(*size))
-        return np.array(image.resize(size, resampling, box))
+        return np.array(_resize_part(image, resize, resampling))
     canvas = Image.new("RGB", size, "white")
     canvas.paste(image.resize((resize.scaled_width, resize.scaled_height), resampling), (-resize.left, -resize.top))
     return np.array(canvas)
+
+
+def _resize_part(image: Image.Image, resize: ResizeTransform, resampling: Image.Resampling) -> Image.Image:
+    """Resize only the part of a long picture that is inside the crop. The pixels equal those of the whole picture,
+    resized and cropped.
+
+    Pillow rounds the pixels between the horizontal and the vertical pass, and chooses the order of the passes by the
+    sizes. For a whole picture that grows, Pillow begins with the horizontal pass. For a part of a tall picture, Pillow
+    would choose the other order, so this function makes both passes itself.
+    """
+    size = (resize.size, resize.size)
+    left, upper, right, lower = (*resize.to_source(0, 0), *resize.to_source(*size))
+    if resize.scaled_height < resize.height:
+        return image.resize(size, resampling, (left, upper, right, lower))
+    margin = math.ceil(FILTER_RADIUS * max(1.0, resize.height / resize.scaled_height))
+    first, last = max(0, math.floor(upper) - margin), min(resize.height, math.ceil(lower) + margin)
+    rows = image.crop((0, first, resize.width, last))
+    rows = rows.resize((resize.size, last - first), resampling, (left, 0, right, last - first))
+    return rows.resize(size, resampling, (0, upper - first, resize.size, lower - first))
 
 
 def _open_header(data: bytes) -> Image.Image:

@@ -88,14 +88,17 @@ def test_an_extremely_thin_picture_needs_little_memory(resize: str) -> None:
     assert tuple(pixels[112, 112]) == RED
 
 
-def test_a_crop_of_a_thin_picture_equals_a_crop_of_the_whole_resized_picture() -> None:
+@pytest.mark.parametrize("name", ["bicubic", "bilinear", "lanczos"])
+@pytest.mark.parametrize("size", [(700, 40), (40, 700), (4, 80), (80, 4), (4, 4000), (5, 900), (600, 20), (20, 600)])
+def test_a_crop_of_a_thin_picture_equals_a_crop_of_the_whole_resized_picture(size: tuple[int, int], name: str) -> None:
     """Compare `to_pixels`, which resizes only the middle of a thin picture, with a crop of the resized whole
     picture."""
-    thin = picture(3, (700, 40))
-    whole = thin.resize((64 * 700 // 40, 64), Image.Resampling.BICUBIC)
-    left = (whole.width - 64) // 2
-    expected = np.array(whole.crop((left, 0, left + 64, 64)))
-    assert np.abs(to_pixels(thin, ImageConfig(size=64, resize="crop")).astype(int) - expected).max() <= 1
+    noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
+    thin, settings = Image.fromarray(noise), ImageConfig.model_validate({"size": 16, "resize": "crop", "filter": name})
+    resize = compute_resize(*size, settings)
+    whole = thin.resize((resize.scaled_width, resize.scaled_height), Image.Resampling[name.upper()])
+    expected = np.array(whole.crop((resize.left, resize.top, resize.left + 16, resize.top + 16)))
+    assert np.abs(to_pixels(thin, settings).astype(int) - expected).max() <= 1
 
 
 @pytest.mark.parametrize("name", ["bicubic", "bilinear", "lanczos"])
