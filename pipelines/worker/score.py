@@ -20,6 +20,7 @@ from pipelines.worker.data.batches import Collator
 from vlm.captioner import Captioner
 from vlm.config import GenerationConfig
 from vlm.errors import UserError
+from vlm.generation.finite import require_finite
 from vlm.generation.generate import Completion
 from vlm.image import pixel_stats
 from vlm.text.words import words
@@ -148,7 +149,11 @@ def _caption(captioner: Captioner, items: Sequence[Item], settings: GenerationCo
 
 
 def _losses(captioner: Captioner, collator: Collator, items: Sequence[Item], pictures: Sequence[Row]) -> _Losses:
-    """Compute the losses of the items when the model sees the pixels of pictures[i] for item i."""
+    """Compute the losses of the items when the model sees the pixels of pictures[i] for item i.
+
+    Raises:
+        UserError: the model computes NaN.
+    """
     found = _Losses([0.0] * len(items), [0] * len(items), [0] * len(items))
     flat = [(number, item.prompt, text) for number, item in enumerate(items) for text in item.drawn]
     for start in range(0, len(flat), BATCH_ROWS):
@@ -160,6 +165,7 @@ def _losses(captioner: Captioner, collator: Collator, items: Sequence[Item], pic
         for (number, _, _), loss, targets, correct in zip(
             chunk, *(values_B.tolist() for values_B in sums), strict=True
         ):
+            require_finite(captioner.model, [loss])
             found.losses[number] += loss
             found.targets[number] += targets
             found.correct[number] += correct

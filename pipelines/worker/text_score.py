@@ -11,6 +11,7 @@ import numpy.typing as npt
 from pipelines.formats.run_files.token_file import read_tokens
 from pipelines.worker.data.windows import Windows
 from vlm.captioner import Captioner
+from vlm.generation.finite import require_finite
 from vlm.training.objective import row_scores
 
 
@@ -23,9 +24,15 @@ class WindowScores(NamedTuple):
 
 
 def score_windows(captioner: Captioner, tokens: Path, numbers: npt.NDArray[np.int64]) -> WindowScores:
-    """Score windows of a token file, given their numbers."""
+    """Score windows of a token file, given their numbers.
+
+    Raises:
+        UserError: the model computes NaN.
+    """
     ids, _ = read_tokens(tokens)
     model = captioner.model
     windows = Windows.of(ids, model.config.decoder.context, captioner.tokenizer)
     scores = row_scores(model, windows.held_out_batch(numbers).to(model.mean.device))
-    return WindowScores(*(values_B.tolist() for values_B in scores))
+    found = WindowScores(*(values_B.tolist() for values_B in scores))
+    require_finite(model, found.loss)
+    return found

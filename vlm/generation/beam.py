@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from vlm.config import GenerationConfig
+from vlm.generation.finite import require_finite
 from vlm.generation.request import Completion, Request, prefill
 from vlm.generation.sampling import RepetitionPenalty
 from vlm.model import VisionLanguageModel
@@ -38,7 +39,7 @@ def beam_search(
     """Find the best completion of each request. The field `text` of the completions stays empty.
 
     Raises:
-        UserError: a request does not fit the model's context.
+        UserError: a request does not fit the model's context, or the model computes NaN or infinite values.
         ValueError: the number of slots of a request does not match the number of pictures of the request.
     """
     K = settings.num_beams
@@ -60,7 +61,9 @@ def beam_search(
     suppressed = torch.tensor(tokenizer.suppressed_ids, dtype=torch.long, device=device)
     while True:
         logits_RV = logits_RV.float().index_fill_(1, suppressed, -torch.inf)
-        for search, candidates in zip(active, _rank_candidates(logits_RV, active, penalty, settings), strict=True):
+        ranked = _rank_candidates(logits_RV, active, penalty, settings)
+        require_finite(model, (candidate.logprobs[-1] for candidates in ranked for candidate in candidates))
+        for search, candidates in zip(active, ranked, strict=True):
             search.advance(candidates)
         is_active = [not search.done for search in active]
         if not any(is_active):

@@ -15,6 +15,7 @@ import torch
 
 from vlm.config import GenerationConfig
 from vlm.generation.beam import beam_search
+from vlm.generation.finite import require_finite
 from vlm.generation.request import Completion, Request, check_length, prefill
 from vlm.generation.sampling import TokenSampler
 from vlm.model import VisionLanguageModel
@@ -30,7 +31,8 @@ def generate(
     """Generate one completion for each request. Prefixes may differ in length and in the number of pictures.
 
     Raises:
-        UserError: a request and `max_new_tokens` do not fit the model's context.
+        UserError: a request and `max_new_tokens` do not fit the model's context, or the model computes NaN or infinite
+            values.
         ValueError: the number of slots of a request does not match the number of pictures of the request.
     """
     if not requests:
@@ -56,7 +58,8 @@ def stream(
     ended.
 
     Raises:
-        UserError: the request and `max_new_tokens` do not fit the model's context.
+        UserError: the request and `max_new_tokens` do not fit the model's context, or the model computes NaN or
+            infinite values.
     """
     if settings.num_beams > 1:
         (completion,) = generate(model, tokenizer, [request], settings)
@@ -84,9 +87,11 @@ def _generate_steps(
         logits_BV = logits_BV.float().index_fill_(1, suppressed, -torch.inf)
         tokens_B = sampler(logits_BV, position)
         logprobs_B = logits_BV.gather(1, tokens_B[:, None])[:, 0] - logits_BV.logsumexp(dim=-1)
+        logprobs = logprobs_B.tolist()
+        require_finite(model, logprobs)
         active = [
             _append_token(completions[owner], token, logprob, tokenizer, settings.stop)
-            for owner, token, logprob in zip(owners, tokens_B.tolist(), logprobs_B.tolist(), strict=True)
+            for owner, token, logprob in zip(owners, tokens_B.tolist(), logprobs, strict=True)
         ]
         yield completions
         if not any(active) or position == settings.max_new_tokens - 1:

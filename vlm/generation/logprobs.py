@@ -12,6 +12,7 @@ import torch
 
 from vlm.batch import IGNORE, Batch
 from vlm.errors import UserError
+from vlm.generation.finite import require_finite
 from vlm.generation.request import Request
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
@@ -51,7 +52,8 @@ def answer_logprobs(
     """Compute the log-probabilities of one answer for each request.
 
     Raises:
-        UserError: a request and its answer do not fit the model's context.
+        UserError: a request and its answer do not fit the model's context, or the model computes NaN or infinite
+            values.
     """
     targets = [answer_ids(tokenizer, answer) for answer in answers]
     for request, target in zip(requests, targets, strict=True):
@@ -90,5 +92,6 @@ def _batch_logprobs(
     logits_NV[:, list(tokenizer.suppressed_ids)] = -torch.inf
     labels_N = batch.labels_BT[batch.labels_BT != IGNORE]
     logprobs_N = logits_NV.gather(1, labels_N[:, None])[:, 0] - logits_NV.logsumexp(dim=-1)
+    require_finite(model, logprobs_N.tolist())
     parts = logprobs_N.cpu().split([len(target) for target in targets])
     return [tuple(part.tolist()) for part in parts]

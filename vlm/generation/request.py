@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vlm.config import GenerationConfig
 from vlm.errors import UserError
+from vlm.generation.finite import not_finite
 from vlm.layers.cache import KVCache
 from vlm.model import VisionLanguageModel
 from vlm.seeds import mix
@@ -105,24 +106,9 @@ def prefill(
     cache = model.new_cache(len(requests), T + settings.max_new_tokens)
     padding_B = torch.tensor(padding, device=device) if any(padding) else None
     logits_BV = model.prefill(_features(model, requests), torch.tensor(rows, device=device), cache, padding_B)
-    # Only the first logits are tested, so that the test costs nothing per token.
     if not bool(logits_BV.isfinite().all()):
-        raise _not_finite(model)
+        raise not_finite(model)
     return logits_BV, cache
-
-
-def _not_finite(model: VisionLanguageModel) -> UserError:
-    """Return the error for logits that are NaN or infinite, with the weights that contain NaN or infinity."""
-    # torchao's classes of quantized weights have no `isfinite`.
-    plain = ((name, weight) for name, weight in model.named_parameters() if type(weight.data) is Tensor)
-    bad = [name for name, weight in plain if not weight.isfinite().all()]
-    named = f"{', '.join(bad[:3])}{' and others' if len(bad) > 3 else ''}"
-    return UserError(
-        "the model computes NaN or infinite values",
-        where="generation",
-        got=f"NaN or infinity in the weights {named}" if bad else "an overflow in the computation",
-        fix="use another checkpoint or model version, or copy the weights again" if bad else "use precision fp32",
-    )
 
 
 def _features(model: VisionLanguageModel, requests: Sequence[Request]) -> Tensor:

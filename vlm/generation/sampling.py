@@ -101,14 +101,17 @@ def sample_tokens(scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """Sample one token for each row from the softmax of the row's scores, by inverse transform sampling.
 
     The caller passes the random numbers, so that every device chooses the same tokens. The cumulative sum has double
-    precision, because single precision would lose the rare tokens of a large vocabulary.
+    precision, because single precision would lose the rare tokens of a large vocabulary. If a score is NaN, the result
+    is any valid token, whose log-probability is NaN.
 
     Args:
         scores_BV: scores of the tokens.
         uniform_B: for each row, a random number from [0, 1).
     """
     sum_BV = torch.softmax(scores_BV.double(), dim=-1).cumsum(dim=-1)
-    return torch.searchsorted(sum_BV, uniform_B[:, None] * sum_BV[:, -1:], right=True)[:, 0]
+    tokens_B = torch.searchsorted(sum_BV, uniform_B[:, None] * sum_BV[:, -1:], right=True)[:, 0]
+    # With NaN, the search returns the size of the vocabulary. An index outside of a tensor ends a process on a GPU.
+    return tokens_B.clamp(max=scores_BV.shape[-1] - 1)
 
 
 def filter_scores(scores_BV: Tensor, settings: GenerationConfig) -> Tensor:

@@ -15,6 +15,7 @@ from vlm.batch import Batch
 from vlm.config import GenerationConfig
 from vlm.errors import UserError
 from vlm.generation.generate import Completion, Request, generate, stream
+from vlm.generation.logprobs import answer_logprobs
 from vlm.generation.sampling import sample_tokens
 from vlm.model import VisionLanguageModel
 from vlm.text.base import NUM_SPECIAL, Tokenizer
@@ -280,3 +281,24 @@ def test_a_model_with_weights_that_are_not_finite_raises_an_error_instead_of_wri
     assert name in str(caught.value)
     with pytest.raises(UserError, match="NaN or infinite values"):
         list(stream(model, tokenizer, request, settings))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED, GREEDY.model_copy(update={"num_beams": 2})])
+@pytest.mark.parametrize("token", [1, 2])
+def test_values_that_are_not_finite_after_the_first_token_raise_an_error_instead_of_cutting_the_caption(
+    value: float, settings: GenerationConfig, token: int
+) -> None:
+    model, tokenizer = tiny_model("plain")
+    request = ask(model, tokenizer, list(tiny_pixels(1)))
+    whole = generate(model, tokenizer, [request], settings)[0]
+    assert whole.num_tokens > token + 1, "the caption would not reach the position"
+    assert model.decoder.position is not None
+    with torch.no_grad():
+        model.decoder.position.weight[len(request.prefix) + token - 1, ::2] = value
+    with pytest.raises(UserError, match=r"NaN or infinite values.*decoder\.position\.weight"):
+        generate(model, tokenizer, [ask(model, tokenizer, list(tiny_pixels(1)), "a"), request], settings)
+    with pytest.raises(UserError, match="NaN or infinite values"):
+        list(stream(model, tokenizer, request, settings))
+    with pytest.raises(UserError, match="NaN or infinite values"):
+        answer_logprobs(model, tokenizer, [request], ["abcdef"])

@@ -19,6 +19,7 @@ from pipelines.worker.score import score_rows
 from pipelines.worker.train.validation import caption_samples, name_pictures, validate
 from vlm import text
 from vlm.captioner import Captioner
+from vlm.errors import UserError
 from vlm.factory import build_model
 from vlm.training.loop import NotFiniteError
 from vlm.training.objective import row_scores
@@ -57,6 +58,20 @@ def test_the_loss_of_validation_and_evaluation_is_the_mean_over_all_texts_from_w
     evaluated = model_metrics(scored)["loss"](np.ones((1, ROWS)))[0]
     assert evaluated == pytest.approx(nats / tokens, rel=1e-5)
     assert scored[1].references == ("green", "green", "green", "green x"), "references keep their repeats"
+
+
+def test_a_loss_that_is_nan_at_a_late_token_is_an_error_of_the_evaluation(tmp_path: Path) -> None:
+    """The captions have one token, so only the losses of the longer texts reach the token with the NaN."""
+    shards = write_shards(tmp_path / "shards", rows=ROWS)
+    config = tiny_model_config()
+    tokenizer = text.learn(config.text, [])
+    model = build_model(config, tokenizer.vocab_size).eval()
+    with torch.no_grad():
+        model.decoder.tokens.weight[tokenizer.encode("e")] = math.nan
+    captioner = Captioner(model, tokenizer)
+    settings = captioner.settings(temperature=0.0, max_new_tokens=1)
+    with pytest.raises(UserError, match=r"NaN or infinite values.*decoder\.tokens\.weight"):
+        list(score_rows(captioner, shards, range(ROWS), settings))
 
 
 def test_validation_reads_each_picture_of_a_batch_only_once_for_any_number_of_its_texts(

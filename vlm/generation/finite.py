@@ -1,0 +1,41 @@
+"""Check that a model computes no NaN and no infinite values.
+
+Captions, log-probabilities and losses are tested after they were copied from the device to Python, so that the test
+needs no further computation on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from vlm.errors import UserError
+
+
+def require_finite(model: nn.Module, values: Iterable[float]) -> None:
+    """Check log-probabilities or losses of a model.
+
+    The log-probability of a token is NaN if one of the logits of its position is NaN or infinite. The only exception
+    is a logit of minus infinity, which means that the model never chooses a token.
+
+    Raises:
+        UserError: a value is NaN.
+    """
+    if any(map(math.isnan, values)):
+        raise not_finite(model)
+
+
+def not_finite(model: nn.Module) -> UserError:
+    """Return the error for values that are NaN or infinite, with the weights that contain NaN or infinity."""
+    # torchao's classes of quantized weights have no `isfinite`.
+    plain = ((name, weight) for name, weight in model.named_parameters() if type(weight.data) is Tensor)
+    bad = [name for name, weight in plain if not weight.isfinite().all()]
+    named = f"{', '.join(bad[:3])}{' and others' if len(bad) > 3 else ''}"
+    return UserError(
+        "the model computes NaN or infinite values",
+        where="generation",
+        got=f"NaN or infinity in the weights {named}" if bad else "an overflow in the computation",
+        fix="use another checkpoint or model version, or copy the weights again" if bad else "use precision fp32",
+    )
