@@ -25,7 +25,7 @@ from mlflow.entities.model_registry import ModelVersion as MlflowVersion
 from mlflow.exceptions import MlflowException
 
 from pipelines.config.train import Register
-from pipelines.errors import UserError
+from pipelines.errors import StageFailed, UserError
 from pipelines.formats.run_folder import Result, RunFolder, read_json, step_of
 from pipelines.platform import Platform
 from pipelines.tracking.checkpoints import files_to_register, find_checkpoint, metrics_of
@@ -192,12 +192,21 @@ def download_files(platform: Platform, version: ModelVersion, folder: Path) -> P
     """Download all files of a version into a folder, and return the subfolder that contains `MLmodel`.
 
     Raises:
-        StageFailed: the files cannot be downloaded from the registry.
+        StageFailed: the files cannot be downloaded from the registry, or the registry names no valid URI for the files.
     """
-    connect(platform)
+    client = connect(platform)
     with _registry_errors(platform, _label(version)):
         uri = f"models:/{version.name}/{version.version}"
-        return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
+        try:
+            return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
+        except ValueError as error:
+            source = client.get_model_version_download_uri(version.name, version.version)
+            raise StageFailed(
+                "the registry does not name a valid URI for the files of a model version",
+                where=label(platform, version),
+                got=f"{source}: {error}",
+                fix="ask whoever may write to the registry, or train again to register a new version",
+            ) from None
 
 
 def tag(platform: Platform, version: ModelVersion, tags: Mapping[str, str]) -> ModelVersion:
@@ -370,8 +379,8 @@ def _prefixed(tags: Mapping[str, str]) -> dict[str, str]:
 
 @contextmanager
 def _registry_errors(platform: Platform, model: str) -> Iterator[None]:
-    """Convert errors of MLflow to StageFailed."""
+    """Convert errors of requests to StageFailed."""
     try:
         yield
-    except MlflowException as error:
+    except REQUEST_ERRORS as error:
         raise registry_failure(platform, model, error) from error

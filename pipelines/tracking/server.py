@@ -25,10 +25,11 @@ from pipelines.tracking.moved_home import artifact_root, follow_moved_home
 from pipelines.tracking.outage import TrackingDown, disk_problem, first_line, http_status, is_outage
 from vlm.errors.printable import PrintableFormatter, hide_secrets
 
-REQUEST_ERRORS = (MlflowException, OSError)
+REQUEST_ERRORS = (MlflowException, OSError, ValueError)
 """Classes of the exceptions that a failed request to the tracking server raises.
 
-Exceptions of the packages `requests` and `databricks.sdk` are OSErrors.
+Exceptions of the packages `requests` and `databricks.sdk` are OSErrors. A ValueError means that the server has returned
+a malformed value, for example an artifact location that is not a valid URI.
 """
 
 DISK_FIX = (

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -11,9 +14,12 @@ import pytest
 from local_platforms import open_local
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from open_sockets import free_port
+from tracking_server import tracking_server
 
-from pipelines.errors import UserError
-from pipelines.tracking.registry import ModelVersion, download_files
+from pipelines.errors import StageFailed, UserError
+from pipelines.platform import Platform
+from pipelines.tracking.registry import ModelVersion, download_files, resolve
 from pipelines.tracking.server import connect, refuse_foreign_hosts
 
 
@@ -72,6 +78,36 @@ def test_the_source_of_a_model_version_on_another_server_is_refused_before_a_req
     with pytest.raises(UserError, match="neither the tracking server nor the model registry"):
         download_files(platform, version, tmp_path)
     assert tokens == []
+
+
+@contextmanager
+def registry_at(home: Platform, folder: Path, *, http: bool) -> Iterator[Platform]:
+    """Yield the platform itself, or a platform whose registry is an MLflow server with the same database."""
+    if not http:
+        yield home
+        return
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    with tracking_server(folder, port, home.registry_uri):
+        yield replace(home, tracking_uri=address, registry_uri=address)
+
+
+@pytest.mark.parametrize("http", [False, pytest.param(True, marks=pytest.mark.matrix)])
+def test_a_model_version_whose_source_is_not_a_valid_uri_is_an_error_of_one_paragraph(
+    tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch, http: bool
+) -> None:
+    home = open_local(monkeypatch, tmp_path / "home", database=empty_database)
+    client = connect(home)
+    client.create_registered_model("m")
+    client.create_model_version("m", "http://127.0.0.1/model")
+    with sqlite3.connect(home.root / "mlflow.db") as database:
+        database.execute("UPDATE model_versions SET source = 'http://[::1', storage_location = 'http://[::1'")
+    with registry_at(home, tmp_path, http=http) as platform:
+        version = resolve(platform, "m", "1")
+        with pytest.raises(StageFailed, match="does not name a valid URI") as caught:
+            download_files(platform, version, tmp_path)
+    assert "http://[::1: Invalid IPv6 URL" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_upload_to_an_experiment_whose_artifacts_are_on_another_server_is_refused_before_a_request(
