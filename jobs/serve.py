@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from contextlib import suppress
@@ -29,13 +28,15 @@ def serve(
 ) -> None:
     """Serve a model version over REST until Ctrl-C.
 
-    The command checks that the version's files equal the registered files, and then starts `mlflow models serve` on a
-    local copy of the version, without credentials. The server accepts connections from this machine only.
+    The command checks that the version's files equal the registered files, and then serves a local copy of the
+    version like `mlflow models serve`, without credentials. The server accepts connections from this machine only, and
+    refuses requests that pages of other websites send.
 
     \b
     Example:
       lakesight serve --run demo --version champion --port 5002
     """
+    from pipelines.tracking.children.serve_child import SERVE_SCRIPT
     from pipelines.tracking.download import download_checked
     from pipelines.tracking.registry import resolve
 
@@ -44,14 +45,10 @@ def serve(
         chosen = resolve(job.platform, job.model_name, version)
         folder = download_checked(job.platform, chosen, Path(temporary))
         job.output.line("serve", f"starting {chosen.name} version {chosen.version}")
-        command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", str(folder)]
-        command += ["--env-manager", "local", "--host", HOST, "--port", str(port)]
-        # MLflow starts `uvicorn` from PATH. PYTHONSAFEPATH keeps the working folder off sys.path, so that no file in
-        # this folder replaces a module.
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        # With -P, Python does not import modules from the script's folder or the working folder.
+        command = [sys.executable, "-P", str(SERVE_SCRIPT), str(folder), str(port)]
         with suppress(KeyboardInterrupt):  # no error: people stop a server by Ctrl-C
-            environment = child_environment(PYTHONSAFEPATH="1", PATH=path)
             address = f"http://{HOST}:{port}/invocations  (Ctrl-C stops it)"
             ready = partial(job.output.line, "serve", address)
-            code = run_server(command, environment, Path(temporary), port, ready)
+            code = run_server(command, child_environment(), Path(temporary), port, ready)
             raise StageFailed("the model server stopped", got=f"exit code {code}", fix="read MLflow's messages above")

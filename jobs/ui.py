@@ -16,6 +16,9 @@ from pipelines.child_process import child_environment
 from pipelines.errors import StageFailed, UserError
 from vlm.errors.printable import hide_secrets
 
+ALLOWED_HOSTS = ",".join(f"{host}{port}" for host in (HOST, "localhost") for port in ("", ":*"))
+"""Values of the `Host` header that the MLflow UI accepts by default."""
+
 
 def ui(
     *,
@@ -73,9 +76,14 @@ def ui(
 def ui_environment(uri: str) -> dict[str, str]:
     """Return the environment of the MLflow UI: the variables of child processes, `MLFLOW_SERVER_*` and the database.
 
+    By default, MLflow also accepts `Host` headers that begin like a private address, such as `10.evil.example`. The
+    owner of such a name could let the name resolve to this machine, and a page of this website could then use the UI.
+    Therefore only loopback names are accepted, unless the user has set MLFLOW_SERVER_ALLOWED_HOSTS.
+
     The URI is passed as an environment variable, not as an argument, because every user of this machine can read the
     arguments of a process. Without PYTHONSAFEPATH, the server would put its working folder, the home folder, first on
     sys.path, and a file in the home folder could replace a module.
     """
-    settings = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_SERVER_")}
+    settings = {"MLFLOW_SERVER_ALLOWED_HOSTS": ALLOWED_HOSTS}
+    settings |= {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_SERVER_")}
     return child_environment(**settings, MLFLOW_BACKEND_STORE_URI=uri, PYTHONSAFEPATH="1")

@@ -16,7 +16,7 @@ from pipelines.platform import Platform
 from pipelines.tracking.download import download_checked
 from pipelines.tracking.registry import ModelVersion
 
-CHILD_SCRIPT = Path(__file__).with_name("smoke_test_child.py")
+CHILD_SCRIPT = Path(__file__).with_name("children") / "smoke_test_child.py"
 TIMEOUT_SECONDS = 600
 PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 """First bytes of pickle files and of the zip archives that torch.save writes."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.error import HTTPError
 
 import pytest
 from model_server import ask, load, picture_texts, register_random, serve_command, served
@@ -56,6 +57,10 @@ def test_a_served_version_captions_base64_pictures_over_rest_from_many_clients_a
         assert third["error"].startswith("bad_base64")
         (answer,) = ask(address, ["image", "prompt"], [[encoded, "what"]])
         assert answer["error"] is None
+        for header, value in (("Host", "evil.example"), ("Origin", "http://evil.example")):
+            with pytest.raises(HTTPError, match=r"HTTP Error 40[03]"):
+                ask(address, ["image"], [[encoded]], **{header: value})
+        assert ask(address, ["image"], [[encoded]], Origin=address.removesuffix("/invocations")) == [good]
         assert len(load(address, requests=60, clients=4)) == 60  # `bench_serving.py` sends more requests
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import re
 import shutil
@@ -53,6 +54,11 @@ def test_the_mlflow_ui_imports_no_module_from_the_working_folder_and_leaves_no_p
         try:
             status = wait_for_page(f"http://127.0.0.1:{port}/health", server)
             assert status == 200, (tmp_path / "log").read_text()
+            assert status_of(port, "GET", "/", Host=f"localhost:{port}") == 200
+            for host in ("evil.example", "10.evil.example", f"192.168.evil.example:{port}"):
+                assert status_of(port, "GET", "/", Host=host) == 403
+            create = "/api/2.0/mlflow/experiments/create"
+            assert status_of(port, "POST", create, Origin="http://evil.example") == 403
             started = descendants(server.pid)
             assert len(started) > 1
             assert all(listener.is_loopback for listener in listeners(started))
@@ -64,6 +70,15 @@ def test_the_mlflow_ui_imports_no_module_from_the_working_folder_and_leaves_no_p
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             server.wait()
+
+
+def status_of(port: int, method: str, path: str, **headers: str) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
+    try:
+        connection.request(method, path, headers=headers)
+        return connection.getresponse().status
+    finally:
+        connection.close()
 
 
 @contextmanager

@@ -100,10 +100,10 @@ def _answers(address: str) -> bool:
         return False
 
 
-def ask(address: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Answer]:
+def ask(address: str, columns: Sequence[str], rows: Sequence[Sequence[str]], **headers: str) -> list[Answer]:
     """Send rows to the server and return one answer per row. If the whole request fails, HTTPError is raised."""
     body = json.dumps({"dataframe_split": {"columns": columns, "data": rows}}).encode()
-    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json", **headers})
     with urllib.request.urlopen(request, timeout=120) as response:
         predictions: list[Answer] = json.load(response)["predictions"]
     return predictions

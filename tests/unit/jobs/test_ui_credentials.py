@@ -1,13 +1,14 @@
-"""Test that `lakesight ui` gives no credentials to the MLflow UI, and puts none on the UI's command line."""
+"""Tests that the MLflow UI gets no credentials, none on its command line, and accepts only loopback names as host."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from mlflow.server.security_utils import get_allowed_hosts_from_env, is_allowed_host_header
 from open_sockets import free_port
 
-from jobs.ui import ui
+from jobs.ui import ui, ui_environment
 from pipelines.errors import StageFailed
 
 
@@ -33,3 +34,18 @@ def test_the_mlflow_ui_gets_the_address_of_its_database_in_its_environment_and_n
     assert "c4nary" not in " ".join(command)
     assert environment["MLFLOW_BACKEND_STORE_URI"] == uri
     assert "t0ken" not in environment.values()
+
+
+def test_the_mlflow_ui_accepts_only_the_names_of_the_loopback_device_as_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_SERVER_ALLOWED_HOSTS", raising=False)
+    monkeypatch.setenv("MLFLOW_SERVER_ALLOWED_HOSTS", ui_environment("sqlite://")["MLFLOW_SERVER_ALLOWED_HOSTS"])
+    allowed = get_allowed_hosts_from_env()
+    assert allowed is not None
+    for host in ("127.0.0.1", "127.0.0.1:5000", "localhost", "localhost:5000"):
+        assert is_allowed_host_header(allowed, host)
+    for host in ("evil.example", "10.evil.example", "192.168.evil.example:5000", "127.0.0.1.evil.example", ""):
+        assert not is_allowed_host_header(allowed, host)
+    monkeypatch.setenv("MLFLOW_SERVER_ALLOWED_HOSTS", "mine.example")
+    assert ui_environment("sqlite://")["MLFLOW_SERVER_ALLOWED_HOSTS"] == "mine.example", (
+        "the setting of the user counts"
+    )
