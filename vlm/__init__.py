@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from vlm.captioner import Captioner, CaptionResult
     from vlm.config import GenerationConfig, ModelConfig
     from vlm.generation.attention_maps import AttentionMaps
@@ -39,7 +42,9 @@ _MODULES = {
 }
 
 
-def load(path: str | Path, *, device: str | None = None, precision: str = "fp32") -> Captioner:
+def load(
+    path: str | PathLike[str], *, device: str | int | torch.device | None = None, precision: str = "fp32"
+) -> Captioner:
     """Load a model from a folder, and return a captioner that uses the model.
 
     The folder is one of:
@@ -50,12 +55,15 @@ def load(path: str | Path, *, device: str | None = None, precision: str = "fp32"
     - a whole model that transformers has published (PaliGemma 1 and 2), with config.json, safetensors and
       tokenizer.json.
 
+    Nothing is downloaded: a published model must already be on this machine.
+
     Args:
         path: folder that holds the model.
         device: torch device, such as `cpu` or `cuda:1`; by default the GPU if there is one.
         precision: number format to which the weights are converted (fp32, bf16, fp16, int8 or int4).
 
     Raises:
+        ArgumentError: an argument has a wrong type, or this machine does not have the device.
         CheckpointError: the folder has no model, or its files are damaged or do not fit together.
         ConfigError: the precision is unknown, or the tokenizer of a published model does not fit the model.
 
@@ -68,17 +76,15 @@ def load(path: str | Path, *, device: str | None = None, precision: str = "fp32"
     """
     from vlm.captioner import Captioner
     from vlm.checkpoint import best_device, find_checkpoint, load_model
-    from vlm.config import Precision
-    from vlm.errors import ConfigError
-    from vlm.precision import set_precision
+    from vlm.inputs import existing_folder
+    from vlm.precision import find_device, find_precision, set_precision
     from vlm.weights.published_model import is_published, load_published
 
-    if precision not in set(Precision):
-        raise ConfigError("there is no such precision", got=precision, fix=f"choose from: {', '.join(Precision)}")
-    folder = find_checkpoint(Path(path))
+    chosen, target = find_precision(precision), best_device() if device is None else find_device(device)
+    folder = find_checkpoint(existing_folder(path, "path"))
     model, tokenizer = load_published(folder) if is_published(folder) else load_model(folder)
-    model.to(device or best_device())
-    set_precision(model, Precision(precision))
+    model.to(target)
+    set_precision(model, chosen)
     return Captioner(model, tokenizer)
 
 
@@ -90,9 +96,10 @@ def build(
     Args:
         config: model config, a mapping with the same keys, or the path of a YAML file such as conf/model/nano.yml.
         texts: example captions from which the tokenizer is learned if `text.kind` is bpe or words.
-        seed: random seed of the weights.
+        seed: random seed of the weights, from -2**63 to 2**64 - 1.
 
     Raises:
+        ArgumentError: an argument has a wrong type, or the seed is out of range.
         ConfigError: the config is invalid, or its file cannot be read.
 
     Example:
@@ -107,11 +114,12 @@ def build(
     from vlm.captioner import Captioner
     from vlm.config import read_model_config
     from vlm.factory import build_model
+    from vlm.inputs import SEEDS, example_texts, whole_number
 
-    settings = read_model_config(config)
-    tokenizer = text.learn(settings.text, texts)
+    settings, number = read_model_config(config), whole_number(seed, "seed", SEEDS)
+    tokenizer = text.learn(settings.text, example_texts(texts, "texts"))
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(seed)
+        torch.manual_seed(number)
         model = build_model(settings, tokenizer.vocab_size)
     return Captioner(model.eval(), tokenizer)
 

@@ -6,33 +6,46 @@ the batch.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL.Image import Image
 
 from vlm.checkpoint import save_model
-from vlm.config import GenerationConfig, ImageConfig
-from vlm.errors import ImageError, UserError
+from vlm.config import GenerationConfig
+from vlm.errors import UserError
 from vlm.generation.attention_maps import AttentionMaps, attention_maps
 from vlm.generation.generate import Completion, Request, check_length, generate, stream
 from vlm.generation.logprobs import AnswerLogprobs, answer_logprobs
-from vlm.image import check_size, open_image, picture_bytes, to_pixels, upright_rgb
+from vlm.inputs import (
+    LIMITS,
+    MAX_BYTES,
+    MAX_PIXELS,
+    MIN_SIDE,
+    DecodedPicture,
+    Picture,
+    answer_lists,
+    check_pixels,
+    check_same_number,
+    check_text,
+    chosen_settings,
+    decode_picture,
+    decode_pictures,
+    folder_to_write,
+    one_picture,
+    picture_list,
+    prompt_list,
+    whole_number,
+    wrong_argument,
+)
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
 from vlm.text.prompt import continuation_ids, prefix_ids
 from vlm.vision import no_pictures
-
-Picture = Image | Path | bytes | str
-"""Types in which a caller can pass a picture: a Pillow image, the path of a file, or a file's bytes, raw or as base64
-text.
-"""
 
 BATCH_ROWS = 64
 BATCH_POSITIONS = 16_384
@@ -40,9 +53,6 @@ BATCH_POSITIONS = 16_384
 summed over all rows and beams.
 
 BATCH_ROWS and BATCH_POSITIONS bound the memory of the key-value cache."""
-MAX_PIXELS, MIN_SIDE, MAX_BYTES = 64_000_000, 4, 64 * 2**20
-"""Default limits for pictures: the largest number of pixels (width times height), the smallest side in pixels, and the
-largest size of a file in bytes."""
 
 
 @dataclass(frozen=True)
@@ -64,44 +74,15 @@ class CaptionResult:
     mean_logprob: float | None
 
 
-class DecodedPicture(NamedTuple):
-    """Result of decoding a picture: the file's SHA-256, and either an error or the pixels (H, W, C) at model size."""
-
-    pixels: npt.NDArray[np.uint8] | None
-    sha256: str | None
-    error: str | None
-
-
-def decode_picture(
-    image: Picture | None, config: ImageConfig, *, max_pixels: int, min_side: int, max_bytes: int
-) -> DecodedPicture:
-    """Decode a picture and resize it to model resolution. `Captioner.caption` describes the arguments."""
-    sha256 = None
-    try:
-        if isinstance(image, Image):
-            check_size(image, max_pixels=max_pixels, min_side=min_side)
-            return DecodedPicture(to_pixels(upright_rgb(image), config), None, None)
-        data = picture_bytes(_read_file(image) if isinstance(image, Path) else image, max_bytes)
-        sha256 = hashlib.sha256(data).hexdigest()
-        picture, _ = open_image(data, max_pixels=max_pixels, min_side=min_side)
-        return DecodedPicture(to_pixels(picture, config), sha256, None)
-    except ImageError as error:
-        return DecodedPicture(None, sha256, f"{error.reason}: {error.detail}")
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ImageError("missing_field", f"{path}: {error.strerror}") from None
-
-
 class Captioner:
     """Model and tokenizer that caption pictures and answer questions about pictures.
 
-    `vlm.load` and `vlm.build` return a captioner. A picture may be a Pillow image, a `pathlib.Path`, the bytes of a
-    picture file, or base64 text. Every method takes generation settings as keyword arguments (`vlm.GenerationConfig`).
-    If a caller does not pass a setting, the method uses the value that is stored with the model.
+    `vlm.load` and `vlm.build` return a captioner. A picture may be a Pillow image of any mode with at most 16 bits per
+    sample, a `pathlib.Path`, the bytes of a picture file, or base64 text. A picture may also be a NumPy array of uint8
+    with the shape (height, width), (height, width, 3) or (height, width, 4). A text is never read as the path of a
+    file. Every method takes generation settings as keyword arguments (`vlm.GenerationConfig`). If a caller does not
+    pass a setting, the method uses the value that is stored with the model. A warning names each passed setting that
+    has no effect, for example `top_k` if `temperature` is 0.
 
     Example:
         >>> import vlm
@@ -118,6 +99,9 @@ class Captioner:
     def save(self, folder: str | Path) -> None:
         """Write the model as a checkpoint: model.safetensors, config.json and tokenizer.json.
 
+        Raises:
+            ArgumentError: the folder is not a path, or a file has this path.
+
         Example:
             >>> import tempfile, vlm
             >>> folder = tempfile.mkdtemp()
@@ -126,7 +110,7 @@ class Captioner:
             >>> vlm.load(folder).model.config == captioner.model.config
             True
         """
-        save_model(Path(folder), self.model, self.tokenizer)
+        save_model(folder_to_write(folder, "folder"), self.model, self.tokenizer)
 
     def settings(self, **changes: Any) -> GenerationConfig:
         """Return the generation settings that are stored with the model, with some values replaced.
@@ -144,8 +128,8 @@ class Captioner:
 
     def caption(
         self,
-        images: Sequence[Picture | None],
-        prompts: Sequence[str] | str = "",
+        images: Iterable[Picture | None] | Picture,
+        prompts: Iterable[str] | str = "",
         *,
         max_pixels: int = MAX_PIXELS,
         min_side: int = MIN_SIDE,
@@ -157,7 +141,7 @@ class Captioner:
         If a picture cannot be decoded or exceeds a limit, the result for this picture contains an error.
 
         Args:
-            images: pictures to caption.
+            images: pictures to caption, or one picture. None stands for a missing picture, whose result is an error.
             prompts: one prompt for each picture, or one prompt for all pictures; an empty prompt asks for a plain
                 caption.
             max_pixels: largest allowed number of pixels (width times height) of a picture.
@@ -166,6 +150,7 @@ class Captioner:
             **settings: generation settings, such as `temperature=0.7`.
 
         Raises:
+            ArgumentError: an argument has a wrong type, or a limit is not a positive whole number.
             ConfigError: a generation setting does not exist or has an invalid value.
             UserError: the number of prompts is not the number of pictures.
 
@@ -180,30 +165,29 @@ class Captioner:
             >>> captioner.caption([b"no picture"])[0].error
             "not_an_image: 10 bytes starting b'no pictu'"
         """
-        chosen = self.settings(**settings)
-        prompts = [prompts] * len(images) if isinstance(prompts, str) else prompts
-        if len(prompts) != len(images):
-            raise UserError(
-                "the number of prompts differs from the number of pictures",
-                got=f"{len(images)} pictures and {len(prompts)} prompts",
-                fix="give as many prompts as pictures, or one string for all pictures",
-            )
         limits = {"max_pixels": max_pixels, "min_side": min_side, "max_bytes": max_bytes}
-        decoded = [decode_picture(image, self.model.config.image, **limits) for image in images]
-        return self.caption_decoded(decoded, prompts, chosen)
+        chosen = chosen_settings(self.model.config.generation, settings, "images", "prompts", *limits)
+        limits = {name: whole_number(limit, name, LIMITS) for name, limit in limits.items()}
+        pictures = picture_list(images)
+        asked = prompt_list(prompts, len(pictures))
+        decoded = [decode_picture(image, self.model.config.image, **limits) for image in pictures]
+        return self.caption_decoded(decoded, asked, chosen)
 
-    def stream(self, images: Picture | Sequence[Picture], prompt: str = "", **settings: Any) -> Iterator[str]:
+    def stream(self, images: Picture | Iterable[Picture], prompt: str = "", **settings: Any) -> Iterator[str]:
         """Answer one prompt about one or several pictures, and yield the answer piece by piece.
 
         The concatenated pieces equal the answer that `caption` returns for the same picture and prompt. With beam
         search, the whole answer is one piece.
 
         Args:
-            images: one picture, or the pictures in the order in which the model reads them.
+            images: one picture, or the pictures in the order in which the model reads them. With an empty list, the
+                model reads only the prompt.
             prompt: question about the pictures; an empty prompt asks for a plain caption.
             **settings: generation settings, such as `temperature=0.7`.
 
         Raises:
+            ArgumentError: an argument has a wrong type.
+            ConfigError: a generation setting does not exist or has an invalid value.
             ImageError: a picture cannot be decoded.
             UserError: the prompt and the answer do not fit into the model's context.
 
@@ -216,8 +200,8 @@ class Captioner:
             >>> "".join(pieces) == captioner.caption([picture], max_new_tokens=8)[0].caption
             True
         """
-        pictures = [images] if isinstance(images, Picture) else images
-        request, chosen = self.request(pictures, prompt), self.settings(**settings)
+        chosen = chosen_settings(self.model.config.generation, settings, "images", "prompt")
+        request = self.request(images, prompt)
         check_length(self.model, request, chosen)
         return self._stream(request, chosen)
 
@@ -229,16 +213,18 @@ class Captioner:
             shown = completion.text
 
     def logprobs(
-        self, images: Sequence[Picture], prompts: Sequence[str], answers: Sequence[str]
+        self, images: Iterable[Picture] | Picture, prompts: Iterable[str] | str, answers: Iterable[str]
     ) -> list[AnswerLogprobs]:
         """Compute the log-probabilities of given answers, for example to choose the most likely one of several labels.
 
         Args:
-            images: one picture for each answer.
-            prompts: one prompt for each answer; an empty prompt asks for a plain caption.
+            images: one picture for each answer, or one picture for all answers.
+            prompts: one prompt for each answer, or one prompt for all answers; an empty prompt asks for a plain
+                caption.
             answers: texts to score. The end token after each text is scored too.
 
         Raises:
+            ArgumentError: an argument has a wrong type, or a text is not valid Unicode.
             ImageError: a picture cannot be decoded.
             UserError: a prompt and its answer do not fit into the model's context.
 
@@ -247,18 +233,13 @@ class Captioner:
             >>> from PIL import Image
             >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["red", "blue"])
             >>> picture = Image.new("RGB", (64, 64), "red")
-            >>> scored = captioner.logprobs([picture] * 2, ["", ""], ["red", "blue"])
+            >>> scored = captioner.logprobs(picture, "", ["red", "blue"])
             >>> "".join(scored[0].tokens), scored[0].total < 0
             ('red', True)
         """
-        if not len(images) == len(prompts) == len(answers):
-            raise UserError(
-                "the lists of images, prompts and answers have different lengths",
-                got=f"{len(images)} pictures, {len(prompts)} prompts and {len(answers)} answers",
-                fix="give one picture and one prompt for each answer",
-            )
-        requests = [self.request([image], prompt) for image, prompt in zip(images, prompts, strict=True)]
-        return answer_logprobs(self.model, self.tokenizer, requests, answers)
+        pictures, asked, texts = answer_lists(images, prompts, answers)
+        requests = [self.request([image], prompt) for image, prompt in zip(pictures, asked, strict=True)]
+        return answer_logprobs(self.model, self.tokenizer, requests, texts)
 
     def attention(self, image: Picture, prompt: str = "", **settings: Any) -> AttentionMaps:
         """Answer a prompt about a picture, and return where in the picture the model looks when it generates each
@@ -270,6 +251,8 @@ class Captioner:
             **settings: generation settings, such as `num_beams=4`.
 
         Raises:
+            ArgumentError: an argument has a wrong type, or the prompt is not valid Unicode.
+            ConfigError: a generation setting does not exist or has an invalid value.
             ImageError: the picture cannot be decoded.
             UserError: the prompt and the answer do not fit into the model's context.
 
@@ -281,17 +264,18 @@ class Captioner:
             >>> maps.patches().shape == (len(maps.spans), 4, 4)
             True
         """
-        request = self.request([image], prompt)
-        (completion,) = generate(self.model, self.tokenizer, [request], self.settings(**settings))
+        chosen = chosen_settings(self.model.config.generation, settings, "image", "prompt")
+        request = self.request([one_picture(image, "image")], prompt)
+        (completion,) = generate(self.model, self.tokenizer, [request], chosen)
         return attention_maps(self.model, self.tokenizer, request, completion)
 
-    def request(self, images: Sequence[Picture], prompt: str = "") -> Request:
+    def request(self, images: Picture | Iterable[Picture], prompt: str = "") -> Request:
         """Decode pictures, and build a request from the pictures and a prompt, for the functions of `vlm.generation`.
 
         Raises:
+            ArgumentError: an argument has a wrong type, or the prompt is not valid Unicode.
             ImageError: a picture cannot be decoded.
-            UserError: the prompt is not valid Unicode, or pictures are given to a text-only model, which has no
-            encoder.
+            UserError: pictures are given to a text-only model, which has no encoder.
 
         Example:
             >>> import vlm
@@ -301,16 +285,11 @@ class Captioner:
             >>> len(request.pixels), request.prefix.count(-1)
             (2, 32)
         """
-        pixels = []
-        if images and self.model.config.text_only:
+        pictures = picture_list(images)
+        check_text(prompt, "prompt")
+        if pictures and self.model.config.text_only:
             raise no_pictures()
-        for image in images:
-            decoded = decode_picture(
-                image, self.model.config.image, max_pixels=MAX_PIXELS, min_side=MIN_SIDE, max_bytes=MAX_BYTES
-            )
-            if decoded.pixels is None:
-                raise ImageError(*str(decoded.error).partition(": ")[::2])
-            pixels.append(torch.from_numpy(decoded.pixels))
+        pixels = [torch.from_numpy(decoded) for decoded in decode_pictures(pictures, self.model.config.image)]
         if self.model.config.text_only:
             return Request(continuation_ids(self.tokenizer, prompt))
         return Request(prefix_ids(self.tokenizer, self.model.config.num_slots, prompt, len(pixels)), tuple(pixels))
@@ -322,6 +301,9 @@ class Captioner:
 
         The result for a picture that could not be decoded contains the decoding error.
 
+        Raises:
+            ArgumentError: an argument has a wrong type, or the number of prompts is not the number of pictures.
+
         Example:
             >>> import vlm
             >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square"])
@@ -329,6 +311,7 @@ class Captioner:
             >>> len(captioner.caption_decoded([picture], [""], captioner.settings(max_new_tokens=5)))
             1
         """
+        check_same_number(pictures, prompts)
         valid = {index: picture.pixels for index, picture in enumerate(pictures) if picture.pixels is not None}
         results = self.complete(list(valid.values()), [prompts[index] for index in valid], settings)
         completions = dict(zip(valid, results, strict=True))
@@ -348,6 +331,8 @@ class Captioner:
             For each picture, a completion, or an error if the prompt is not a text or does not fit the model's context.
 
         Raises:
+            ArgumentError: an argument has a wrong type, a picture does not have model resolution, or the number of
+                prompts is not the number of pictures.
             UserError: the model is a text-only model.
 
         Example:
@@ -360,6 +345,9 @@ class Captioner:
         """
         if self.model.config.text_only:
             raise no_pictures()
+        check_pixels(pictures, prompts, self.model.config.image.size)
+        if not isinstance(settings, GenerationConfig):
+            raise wrong_argument("settings", settings, "a vlm.GenerationConfig, such as captioner.settings()")
         results: dict[int, Completion | UserError] = {}
         requests: dict[int, Request] = {}
         for index, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):

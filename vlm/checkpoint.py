@@ -246,7 +246,7 @@ def load_config(folder: Path) -> ModelConfig:
         raise CheckpointError(
             "the model's config cannot be read",
             where=str(folder / CONFIG),
-            got=read_error_message(error),
+            got=read_error_message(error, ModelConfig),
             fix="choose a checkpoint folder, which contains " + ", ".join(MODEL_FILES),
         ) from None
 

@@ -187,14 +187,18 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """Convert a picture of Pillow to RGB and rotate it according to its EXIF orientation, as `open_image` does.
 
     Raises:
-        ImageError: the reason is truncated_image if the pixels cannot be read, or unsupported_format if the samples
-            have 32 bits.
+        ImageError: the reason is truncated_image if the pixels cannot be read, missing_field if the picture is closed,
+            or unsupported_format if the samples have 32 bits.
     """
     try:
         image.load()
-    except OSError as error:
+        return turn_upright(to_rgb(image, b""), image.getexif().get(ORIENTATION_TAG, 1))
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise many types of errors for damaged files
+        if "closed" in str(error):
+            raise ImageError("missing_field", "the Pillow image is closed; open the picture again") from error
         raise ImageError("truncated_image", f"{image.format}: {_sentence(error)}") from error
-    return turn_upright(to_rgb(image, b""), image.getexif().get(ORIENTATION_TAG, 1))
 
 
 def _load(image: Image.Image, data: bytes, draft_side: int | None) -> Image.Image:

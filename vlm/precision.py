@@ -7,6 +7,8 @@ stored twice.
 A safetensors file can hold the converted weights (`vlm.checkpoint.save_converted`). Safetensors files hold only plain
 tensors, and a quantized weight of torchao consists of several plain tensors (integers, scales). Each plain tensor is
 stored under the name `NAME:PART`, for example `decoder.blocks.0.mlp.up.weight:qdata`.
+
+`find_precision` and `find_device` check the arguments of `vlm.load`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm.config import Precision
+from vlm.errors import ArgumentError, ConfigError, did_you_mean
 from vlm.layers.linear import linear_layers, router_layers
 from vlm.model import VisionLanguageModel
 
@@ -31,6 +34,43 @@ The scale and the zero point of 32 weights together take 32 bits, so each weight
 """
 INT4_OUTPUT_MULTIPLE = 16
 """On a CPU, the int4 kernel can run a layer only if its number of output channels is a multiple of this number."""
+
+
+def find_precision(name: object) -> Precision:
+    """Return the precision of a name.
+
+    Raises:
+        ConfigError: there is no precision of this name.
+    """
+    if isinstance(name, str) and name in set(Precision):
+        return Precision(name)
+    raise ConfigError(
+        "there is no such precision",
+        where="precision",
+        got=f"{name!r}{did_you_mean(str(name), [each.value for each in Precision])}",
+        fix=f"choose from: {', '.join(Precision)}",
+    )
+
+
+def find_device(device: object) -> torch.device:
+    """Return a torch device that this machine has.
+
+    Raises:
+        ArgumentError: the device does not exist, or torch cannot use the device on this machine.
+    """
+    try:
+        if isinstance(device, bool) or not isinstance(device, str | int | torch.device):
+            raise TypeError(f"a {type(device).__name__} is not a device")
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        usable = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise ArgumentError(
+            "the argument `device` cannot be used",
+            got=f"{device!r}: {str(error).splitlines()[0][:200]}",
+            fix=f"choose one of the devices of this machine: {', '.join(usable)}",
+        ) from None
+    return found
 
 
 def set_precision(model: VisionLanguageModel, precision: Precision) -> None:

@@ -19,9 +19,10 @@ from pydantic import BeforeValidator, Field, PositiveInt, ValidationError, model
 
 from pipelines.config.data import DataConfig
 from pipelines.config.gate import DriftConfig, GateConfig
-from pipelines.config.problems import config_error, describe, validation_error
+from pipelines.config.problems import config_error, validation_error
 from pipelines.config.train import TrainConfig
 from vlm.config import ADDED_LATER, Config, ModelConfig
+from vlm.config.problems import describe
 from vlm.config.yaml_file import YamlProblem, parse_yaml, read_mapping
 from vlm.errors import did_you_mean
 

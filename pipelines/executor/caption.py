@@ -31,7 +31,8 @@ from vlm.files import atomic_write
 from vlm.image import load_decoders, picture_bytes, pixel_stats
 
 if TYPE_CHECKING:
-    from vlm.captioner import Captioner, CaptionResult, DecodedPicture
+    from vlm.captioner import Captioner, CaptionResult
+    from vlm.inputs import DecodedPicture
 
 PENDING_SCHEMA = GENERATED_CAPTIONS.arrow_schema.append(pa.field("unchanged", pa.bool_(), nullable=False))
 """Columns of `generated_captions`, and the column `unchanged`, which is true if the picture already has a caption."""
@@ -125,7 +126,7 @@ def _decode_batch(config: ImageConfig, job: CaptionJob, batch: pa.RecordBatch) -
 
 
 def _decode_picture(image: bytes | str | None, config: ImageConfig, limits: LimitsConfig) -> DecodedPicture:
-    from vlm.captioner import decode_picture
+    from vlm.inputs import decode_picture
 
     try:
         with time_limit(limits.max_decode_seconds):
@@ -138,7 +139,7 @@ def _decode_picture(image: bytes | str | None, config: ImageConfig, limits: Limi
 
 def _describe_death(image: bytes | str | None, death: Death, limits: LimitsConfig) -> DecodedPicture:
     """Return an error message as the result for a picture that crashed the decoder or exceeded the time limit."""
-    from vlm.captioner import DecodedPicture
+    from vlm.inputs import DecodedPicture
 
     sha256 = hashlib.sha256(picture_bytes(image)).hexdigest()
     return DecodedPicture(None, sha256, ": ".join(death.describe(limits.max_decode_seconds)))

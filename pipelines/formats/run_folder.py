@@ -388,7 +388,7 @@ def read_json(path: Path, kind: type[T]) -> T:
         raise UserError(
             f"{path.name} does not contain a valid {kind.__name__}",
             where=str(path),
-            got=read_error_message(error),
+            got=read_error_message(error, kind),
             fix="restore the file, which was edited or written by another version of Lakesight; or start a new run",
         ) from None
 

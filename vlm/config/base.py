@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vlm.config.problems import describe
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
@@ -24,9 +27,25 @@ A developer who adds a field to an existing config must put this mark into the t
 
 
 class Config(BaseModel):
-    """Base class of all configs. Config objects cannot be changed, and an unknown key is an error."""
+    """Base class of all configs. Config objects cannot be changed, and an unknown key is an error.
+
+    A number may also be given as a text, because YAML reads 1e-3 as a text. True and False are not numbers.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_no_bool_as_number(cls, values: Any) -> Any:
+        """Refuse True and False for numbers, because pydantic would silently convert them to 1 and 0."""
+        found = [
+            f"{name} must be a number, not {value!r}"
+            for name, value in (values.items() if isinstance(values, Mapping) else ())
+            if _has_bool(value) and name in cls.model_fields and _is_number(cls.model_fields[name].annotation)
+        ]
+        if found:
+            raise ValueError("; ".join(found))
+        return values
 
     def hashed_settings(self, exclude: Collection[str] = ()) -> dict[str, Any]:
         """Return the settings to hash, without the fields in `exclude`.
@@ -35,6 +54,27 @@ class Config(BaseModel):
         a new version of Lakesight adds therefore changes no hash until somebody uses the setting.
         """
         return self.model_dump(exclude=_unused_settings(self) | dict.fromkeys(exclude, True))
+
+
+def _has_bool(value: object) -> bool:
+    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(map(_has_bool, value)))
+
+
+def _is_number(annotation: Any) -> bool:
+    """Return True if a field of this type holds numbers, or lists of numbers, but neither True nor False."""
+    types = {*_leaf_types(annotation)}
+    return bool(types & {int, float}) and bool not in types
+
+
+def _leaf_types(annotation: Any) -> Iterator[Any]:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from _leaf_types(get_args(annotation)[0])
+    elif origin in (Union, UnionType, tuple, list):
+        for part in get_args(annotation):
+            yield from _leaf_types(part)
+    else:
+        yield annotation
 
 
 def _unused_settings(value: object) -> dict[Any, Any]:
@@ -52,14 +92,22 @@ def _unused_settings(value: object) -> dict[Any, Any]:
     return unused
 
 
-def read_error_message(error: OSError | ValueError) -> str:
-    """Return one line that says why a config file is invalid. At most three problems are listed, with their paths."""
+def read_error_message(error: OSError | ValueError, root: type[BaseModel] | None = None) -> str:
+    """Return one line that says why a config is invalid. At most three problems are listed, with their paths.
+
+    Args:
+        error: error that was raised while the config was read.
+        root: class of the config. With a class, the line also has the invalid values and similar names of keys.
+    """
     if isinstance(error, OSError):
         return (error.strerror or str(error)).lower()
     if not isinstance(error, ValidationError):
         return f"{type(error).__name__}: {error}"
-    problems = [(".".join(map(str, problem["loc"])), problem["msg"]) for problem in error.errors()[:3]]
-    first = [f"{path}: {message}" if path else message for path, message in problems]
+    if root is not None:
+        first = [text for text, _ in describe(error, root)][:3]
+    else:
+        problems = [(".".join(map(str, problem["loc"])), problem["msg"]) for problem in error.errors()[:3]]
+        first = [f"{path}: {message}" if path else message for path, message in problems]
     more = error.error_count() - len(first)
     return "; ".join(first) + (f"; and {more} more" if more else "")
 

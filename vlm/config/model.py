@@ -5,11 +5,19 @@ The validators check that the parts fit together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from vlm.config.base import ADDED_LATER, Config, read_error_message
 from vlm.config.image import ImageConfig
@@ -17,7 +25,7 @@ from vlm.config.text import TextConfig
 from vlm.config.transformer import DenseMlpConfig, TransformerConfig
 from vlm.config.vision import LinearProjectorConfig, ProjectorConfig, VisionConfig
 from vlm.config.yaml_file import YamlProblem, read_mapping
-from vlm.errors import ConfigError, did_you_mean
+from vlm.errors import ArgumentError, ConfigError, did_you_mean
 
 
 class DecoderConfig(Config):
@@ -100,7 +108,8 @@ MaskConfig = Annotated[CausalMaskConfig | PrefixMaskConfig, Field(discriminator=
 class GenerationConfig(Config):
     """Generation settings, which mean the same and are applied in the same order as in transformers' `generate`.
 
-    No setting may be infinite or NaN.
+    No setting may be infinite or NaN. The settings `top_k`, `top_p`, `min_p` and `seed` have an effect only if
+    `temperature` is above 0, and `length_penalty` only if `num_beams` is above 1.
 
     Attributes:
         max_new_tokens: largest length of an answer in tokens, including the end token.
@@ -111,10 +120,10 @@ class GenerationConfig(Config):
             (Nguyen et al., 2024).
         repetition_penalty: penalty on tokens that the prompt or the answer already contains. A penalty above 1 makes
             repeated tokens less likely (Keskar et al., 2019).
-        num_beams: number of beams of beam search, or 1 for no beam search.
+        num_beams: number of beams of beam search, at most 1024, or 1 for no beam search.
         length_penalty: exponent in the score of beam search, which is log-probability / length ** length_penalty. A
             larger exponent favours longer answers.
-        stop: texts that end an answer. The answer is cut before the first stop text that it contains.
+        stop: texts that end an answer, or one such text. The answer is cut before the first stop text that it contains.
         seed: random seed of sampling.
     """
 
@@ -126,10 +135,15 @@ class GenerationConfig(Config):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Field(ge=1e-100, le=1e100)] = 1.0
-    num_beams: PositiveInt = 1
+    num_beams: Annotated[int, Field(gt=0, le=1024)] = 1
     length_penalty: Annotated[float, Field(ge=-1e300, le=1e300)] = 1.0
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     seed: int = 0
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _to_stop_texts(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check_beams_or_sampling(self) -> Self:
@@ -148,6 +162,7 @@ class GenerationConfig(Config):
             where: source of the changes, which the error message names, such as "generation settings".
 
         Raises:
+            ArgumentError: `changes` is not a dict.
             ConfigError: a name in `changes` is not the name of a setting, a value is invalid, or two settings exclude
                 each other.
 
@@ -156,23 +171,62 @@ class GenerationConfig(Config):
             >>> vlm.GenerationConfig(temperature=0.7).changed({"top_k": 20}).top_k
             20
         """
-        for name in changes:
-            if name not in GenerationConfig.model_fields:
-                raise ConfigError(
-                    "there is no such generation setting",
-                    where=where,
-                    got=name + did_you_mean(name, GenerationConfig.model_fields),
-                    fix=f"choose one of the settings {', '.join(GenerationConfig.model_fields)}",
-                )
+        if not isinstance(changes, Mapping):
+            raise ArgumentError(
+                "the argument `changes` cannot be used",
+                got=type(changes).__name__,
+                fix="pass a dict from names of settings to values",
+            )
+        check_setting_names(changes, where=where)
         try:
             return GenerationConfig.model_validate(self.model_dump() | dict(changes))
         except ValidationError as error:
             raise ConfigError(
                 "the generation settings cannot be used",
                 where=where,
-                got=read_error_message(error),
+                got=read_error_message(error, GenerationConfig),
                 fix="change the setting in the message; if two settings exclude each other, change one of them",
             ) from None
+
+
+SYNONYMS = {"do_sample": "temperature", "max_length": "max_new_tokens"}
+"""Dict from names of settings in transformers to the names of settings in Lakesight that replace them."""
+
+
+def check_setting_names(names: Iterable[object], arguments: Collection[str] = (), *, where: str) -> None:
+    """Check that names are names of generation settings.
+
+    Args:
+        names: names to check.
+        arguments: names of other arguments of the function that was called, for a suggestion.
+        where: source of the names, for the error message.
+
+    Raises:
+        ConfigError: there is no setting of this name. The error suggests a similar name.
+    """
+    for name in names:
+        if name not in GenerationConfig.model_fields:
+            valid = [*GenerationConfig.model_fields, *arguments]
+            raise ConfigError(
+                "there is no such generation setting",
+                where=where,
+                got=str(name) + did_you_mean(SYNONYMS.get(str(name), str(name)), valid),
+                fix=f"choose one of the settings {', '.join(GenerationConfig.model_fields)}",
+            )
+
+
+def settings_without_effect(settings: GenerationConfig, before: GenerationConfig) -> list[str]:
+    """Return one sentence for each setting that differs from `before`, but has no effect with the other settings."""
+    needed: dict[str, str] = {}
+    if settings.temperature == 0:
+        needed |= dict.fromkeys(("top_k", "top_p", "min_p"), "temperature is 0: set temperature above 0 to sample")
+    if settings.num_beams == 1:
+        needed["length_penalty"] = "num_beams is 1: set num_beams above 1 for beam search"
+    return [
+        f"the setting {name} {getattr(settings, name)} has no effect, because {reason}"
+        for name, reason in needed.items()
+        if getattr(settings, name) not in (getattr(before, name), GenerationConfig.model_fields[name].default)
+    ]
 
 
 class ModelConfig(Config):
@@ -252,16 +306,23 @@ def read_model_config(config: ModelConfig | Mapping[str, Any] | str | Path) -> M
     """Return a model config that is given as an object, as a mapping or as the path of a YAML file.
 
     Raises:
+        ArgumentError: the config is neither an object nor a mapping nor a path.
         ConfigError: the file cannot be read, or the config is invalid.
     """
     if isinstance(config, ModelConfig):
         return config
+    if not isinstance(config, Mapping | str | Path):
+        raise ArgumentError(
+            "the argument `config` cannot be used",
+            got=type(config).__name__,
+            fix="pass a vlm.ModelConfig, a dict with the same keys, or the path of a YAML file",
+        )
     where = "model config" if isinstance(config, Mapping) else str(config)
     try:
         settings = config if isinstance(config, Mapping) else read_mapping(Path(config))
         return ModelConfig.model_validate(settings)
     except (YamlProblem, ValidationError) as error:
-        got = read_error_message(error) if isinstance(error, ValidationError) else str(error)
+        got = read_error_message(error, ModelConfig) if isinstance(error, ValidationError) else str(error)
         raise ConfigError(
             "the model config cannot be used",
             where=where,

@@ -39,8 +39,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise YamlProblem(f"cannot be read: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # ValueError: the path contains a NUL character
+        raise YamlProblem(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(data) > MAX_BYTES:
         raise YamlProblem(f"the file has more than {MAX_BYTES:,} bytes, so it is not a config")
     value = parse_yaml(_decode(data))

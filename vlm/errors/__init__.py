@@ -61,6 +61,10 @@ class UserError(LakesightError):
     permanent = True
 
 
+class ArgumentError(UserError, ValueError):
+    """Error for an argument of a Python function that has a wrong type or value. The message names the argument."""
+
+
 class ConfigError(UserError):
     """Error for a configuration that cannot be used. The message lists every problem."""
 
@@ -68,9 +72,9 @@ class ConfigError(UserError):
 class ImageError(LakesightError):
     """Error for a picture that cannot be used. The attribute `reason` is one of IMAGE_REASONS."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: str, detail: str, *, where: str = "") -> None:
         self.reason, self.detail = reason, detail
-        super().__init__(f"the picture cannot be used: {reason}", got=detail)
+        super().__init__(f"the picture cannot be used: {reason}", where=where, got=detail)
 
 
 IMAGE_REASONS = (
@@ -96,7 +100,10 @@ def nearest(name: str, valid: Iterable[str], count: int = 1) -> list[str]:
     # difflib finds no similarity between "di" and "id", so search for anagrams too
     anagrams = [each for each in by_folded if sorted(each) == sorted(folded)]
     similar = difflib.get_close_matches(folded, by_folded, n=count, cutoff=0.6)
-    return [by_folded[match] for match in dict.fromkeys([*anagrams, *similar])][:count]
+    # difflib finds no similarity between "temp" and "temperature", because the lengths differ too much
+    long = [each for each in by_folded if min(len(each), len(folded)) > 2]
+    shared = [each for each in long if each.startswith(folded) or folded.startswith(each)]
+    return [by_folded[match] for match in dict.fromkeys([*anagrams, *similar, *shared])][:count]
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

@@ -165,7 +165,7 @@ def _read(folder: Path, base_sha256: str) -> AdapterFile:
         raise CheckpointError(
             "the adapter's config cannot be read",
             where=str(path),
-            got=read_error_message(error),
+            got=read_error_message(error, AdapterFile),
             fix=f"choose the folder of an adapter, which contains {ADAPTER} and {ADAPTER_CONFIG}",
         ) from None
     if file.base != base_sha256:

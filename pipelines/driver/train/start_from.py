@@ -74,7 +74,7 @@ def check_start_folder(folder: Path, config: ModelConfig, settings: TrainConfig)
         raise UserError(
             "the model in train.start_from cannot be read",
             where=str(folder / "config.json"),
-            got=read_error_message(error),
+            got=read_error_message(error, ModelConfig),
             fix="choose a folder that this version of Lakesight has written and nobody has edited",
         ) from None
     decoder_alone = saved.text_only and not config.text_only

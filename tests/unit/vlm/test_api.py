@@ -21,9 +21,10 @@ from PIL import Image
 from tiny_models import tiny_config, tiny_model, tiny_pixels
 
 import vlm
-from vlm.captioner import Captioner, Picture
+from vlm.captioner import Captioner
 from vlm.checkpoint import save_model
 from vlm.errors import CheckpointError, ConfigError, ImageError, UserError
+from vlm.inputs import Picture
 
 ROOT = Path(__file__).parents[3]
 PAGE = runpy.run_path(str(ROOT / ".ci" / "api_page.py"), run_name="api_page")

@@ -184,7 +184,7 @@ def test_weight_commands_do_not_overwrite_existing_files() -> None:
         "export-weights", "conf", *ENCODER, "--out", "x"
     )
     Path("conf/config.json").write_text("{}")
-    assert "Got: image: Field required; text: Field required; vision: Field required; and 1 more. Fix:" in refused(
+    assert "Got: image: missing; text: missing; vision: missing; and 1 more. Fix:" in refused(
         "export-weights", "conf", *ENCODER, "--out", "x"
     )
 
