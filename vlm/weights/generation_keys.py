@@ -1,4 +1,7 @@
-"""Generation settings of a published folder, in generation_config.json.
+"""Generation settings of a published folder, in generation_config.json or config.json.
+
+As in transformers, config.json and its section `text_config` count only if the folder has no generation_config.json. A
+key outside `text_config` has precedence over the same key in `text_config`.
 
 `vlm.load` applies the generation settings. An import does not, because the config of the model sets `generation`.
 """
@@ -11,7 +14,7 @@ from typing import Any
 
 from vlm.config import GenerationConfig
 from vlm.errors import CheckpointError
-from vlm.weights.files import read_other_settings
+from vlm.weights.files import CONFIG, read_other_settings
 from vlm.weights.key_rules import FileReport, KeyRule, account_keys, number, only, without_null
 
 GENERATION = "generation_config.json"
@@ -83,6 +86,8 @@ WITHOUT_EFFECT = {
     "decoder_start_token_id": "is for models with a text encoder",
 }  # fmt: skip
 """Keys that have no effect on the answers of an imported model, and the reason for each key."""
+CONFIG_KEYS = {*RULES, *ONLY_DEFAULT, *_ONLY_NULL, *WITHOUT_EFFECT}
+"""Keys of config.json and of its section `text_config` that transformers takes as generation settings."""
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _BEAMS = ("length_penalty", "early_stopping")
 
@@ -92,13 +97,17 @@ def read_generation(folder: Path) -> GenerationConfig:
     except `max_new_tokens`, which has Lakesight's default.
 
     Raises:
-        CheckpointError: the file cannot be read, has an unknown key, or has a value that Lakesight does not support.
+        CheckpointError: a file cannot be read, has an unknown key, or has a value that Lakesight does not support.
             The error names the file and every refused key.
     """
-    found = without_null(read_other_settings(folder / GENERATION))
-    effective = DEFAULTS | found
+    sources = _find_settings(folder)
+    effective = DEFAULTS.copy()
+    for found in sources.values():
+        effective |= found
     sampling, beams = effective["do_sample"] is True, effective["num_beams"] != 1
-    _, problems = account_keys(GENERATION, found, _rules(beams=beams), _reasons(effective), DEFAULTS)
+    problems: list[str] = []
+    for place, found in sources.items():
+        problems += account_keys(place, found, _rules(beams=beams), _reasons(effective), {})[1]
     if problems:
         raise CheckpointError(
             "the published model has generation settings that Lakesight does not support",
@@ -117,6 +126,21 @@ def read_generation(folder: Path) -> GenerationConfig:
         values |= {key: effective[key] for key in ("temperature", "top_p", "min_p")}
         values["top_k"] = effective["top_k"] or None
     return GenerationConfig(**values, stop=tuple(_texts(effective.get("stop_strings", []))))
+
+
+def _find_settings(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return a dict from a file or section of the folder to the generation settings in this place, without null."""
+    if (folder / GENERATION).is_file():
+        return {GENERATION: without_null(read_other_settings(folder / GENERATION))}
+    config = without_null(read_other_settings(folder / CONFIG))
+    text = config.get("text_config")
+    outer = {key: value for key, value in config.items() if key in CONFIG_KEYS}
+    inner = {
+        key: value
+        for key, value in without_null(text if isinstance(text, Mapping) else {}).items()
+        if key in CONFIG_KEYS and key not in outer
+    }
+    return {CONFIG: outer, f"text_config in {CONFIG}": inner}
 
 
 def account_generation(folder: Path) -> tuple[FileReport | None, list[str]]:

@@ -32,7 +32,7 @@ OTHER_SOURCES = {
     "image.size": "vision_config.image_size in config.json",
     "text.vocab_size": "text_config.vocab_size in config.json",
     "decoder.context": "text_config.max_position_embeddings in config.json",
-    "generation.max_new_tokens": "max_new_tokens in generation_config.json",
+    "generation.max_new_tokens": "max_new_tokens in generation_config.json or config.json",
     **{f"text.{key}": f"{key}_token in tokenizer_config.json" for key in ("bos", "eos", "pad")},
 }
 """Dict from paths of our config to the keys of published files that determine the values, for paths without a config

@@ -1,4 +1,4 @@
-"""Tests that `vlm.load` follows, or refuses by name, each key of a published generation_config.json."""
+"""Tests that `vlm.load` follows, or refuses by name, each generation setting in the files of a published folder."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ from transformers import GenerationConfig as TheirConfig
 
 from vlm.config import GenerationConfig
 from vlm.errors import CheckpointError
-from vlm.weights.generation_keys import DEFAULTS, GENERATION, account_generation, read_generation
+from vlm.weights.accounting import WITHOUT_EFFECT, leaf_values, reason_without_effect
+from vlm.weights.generation_keys import CONFIG_KEYS, DEFAULTS, GENERATION, account_generation, read_generation
 
 
 def read(folder: Path, **settings: Any) -> GenerationConfig:
     (folder / GENERATION).write_text(json.dumps(settings))
+    return read_generation(folder)
+
+
+def read_config(folder: Path, outer: dict[str, Any], text: dict[str, Any]) -> GenerationConfig:
+    """Read the generation settings of a folder without generation_config.json."""
+    (folder / "config.json").write_text(json.dumps({"model_type": "paligemma", **outer, "text_config": text}))
     return read_generation(folder)
 
 
@@ -94,3 +101,48 @@ def test_an_import_reports_generation_settings_and_refuses_unknown_keys(tmp_path
     (tmp_path / GENERATION).write_text(json.dumps({"unknown": 3}))
     _, (problem,) = account_generation(tmp_path)
     assert "unknown in generation_config.json" in problem
+
+
+# ------------------------------------------------------------------------------------------------ config.json
+
+
+@pytest.mark.parametrize(("settings", "ours"), FOLLOWED)
+def test_without_a_generation_file_the_settings_in_config_json_are_followed(
+    settings: dict[str, Any], ours: dict[str, Any], tmp_path: Path
+) -> None:
+    assert read_config(tmp_path, settings, {}) == GenerationConfig(**ours)
+    assert read_config(tmp_path, {}, settings) == GenerationConfig(**ours)
+    (tmp_path / GENERATION).write_text("{}")
+    assert read_generation(tmp_path) == GenerationConfig()
+
+
+@pytest.mark.parametrize("settings", [case for case in REFUSED if "unknown" not in case])
+def test_a_setting_in_config_json_that_lakesight_does_not_have_is_refused_with_its_name_and_place(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    name = next(iter(settings))
+    with pytest.raises(CheckpointError, match=rf"{name} in config\.json is"):
+        read_config(tmp_path, settings, {})
+    with pytest.raises(CheckpointError, match=rf"{name} in text_config in config\.json is"):
+        read_config(tmp_path, {}, settings)
+
+
+def test_a_setting_outside_text_config_has_precedence_and_null_means_not_set(tmp_path: Path) -> None:
+    assert read_config(tmp_path, {"num_beams": 1}, {"num_beams": 4}).num_beams == 1
+    assert read_config(tmp_path, {"num_beams": None}, {"num_beams": 4}).num_beams == 4
+    assert read_config(tmp_path, {"do_sample": True}, {"temperature": 0.5, "top_k": 0}).temperature == 0.5
+    with pytest.raises(CheckpointError, match=r"do_sample in text_config in config\.json"):
+        read_config(tmp_path, {"num_beams": 4}, {"do_sample": True})
+    assert read_config(tmp_path, {"hidden_size": 3, "min_p": 0.2}, {"vocab_size": 9}) == GenerationConfig()
+
+
+def test_an_import_knows_each_generation_setting_in_config_json() -> None:
+    theirs = TheirConfig()
+    named = {*theirs.to_dict(), *theirs._get_default_generation_params()} - {"_from_model_config"}
+    assert named <= CONFIG_KEYS
+    values = {key: {"some": "object"} if key.endswith("_config") else 3 for key in named}
+    paths = [path for path, _ in leaf_values({**values, "text_config": values})]
+    tokens = ("bos_token_id", "eos_token_id")
+    assert [
+        path for path in paths if not path.endswith(tokens) and not reason_without_effect(path, WITHOUT_EFFECT)
+    ] == []
