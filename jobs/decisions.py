@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
 from jobs.evaluate import open_model
-from jobs.table_files import open_table
+from jobs.table_files import open_table, table_relation
 
 
 def decisions(
@@ -48,13 +48,11 @@ def run_decisions(job: Job) -> list[dict[str, Any]]:
     Raises:
         UserError: table `decisions` does not exist, or the platform's tables are not readable as files.
     """
-    import pyarrow.compute as pc
+    from pipelines.formats.delta_files import quoted_text, to_rows
 
-    from pipelines.formats.delta_files import arrow_dataset
-
-    table = arrow_dataset(open_table(job, "decisions", None))
-    rows = table.to_table(filter=pc.field("model_name") == job.model_name).sort_by("decided_at").to_pylist()
-    return [row | {"figures": json.loads(row["figures"])} for row in rows]
+    of_model = f"model_name = {quoted_text(job.model_name)}"
+    rows = table_relation(open_table(job, "decisions", None)).select([], of_model, "decided_at", None).read_all()
+    return [row | {"figures": json.loads(row["figures"])} for row in to_rows(rows)]
 
 
 def record(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pipelines.driver.evaluate.run import EvaluationReport
     from pipelines.driver.model_files import ModelFiles
     from pipelines.formats.shards import Shards
+    from pipelines.tracking.home_store.copied_version import CopiedVersion
 
 VersionOption = Annotated[
     str, typer.Option("--version", help="Model version: a number, an alias, or latest.", metavar="VERSION")
@@ -114,26 +115,35 @@ def choose_version(job: Job, version: str, checkpoint: int | None) -> str:
 
 
 def open_model(job: Job, which: str) -> ModelFiles:
-    """Find a version of the run's model in the registry and download the version's files.
+    """Find a version of the run's model in the registry, and download the version's files unless there is a copy.
 
     Raises:
         UserError: the model has no version `which`. The error lists the existing versions.
     """
     from pipelines.driver.model_files import ModelFiles
-    from pipelines.tracking.download import download
-    from pipelines.tracking.registry import resolve
+    from pipelines.tracking.home_store.copied_version import find_copied_version
 
     register_finished_runs(job)
-    version = resolve(job.platform, job.model_name, which)
-    downloaded = download(job.platform, version)
+    version = find_copied_version(job.platform, job.model_name, which) or _download(job, which)
     return ModelFiles(
-        folder=downloaded.folder,
-        digest=downloaded.digest,
-        name=version.name,
-        version=version.version,
+        folder=version.folder,
+        digest=version.digest,
+        name=job.model_name,
+        version=version.number,
         run_id=version.run_id,
         remote=job.platform.remote,
     )
+
+
+def _download(job: Job, which: str) -> CopiedVersion:
+    """Find a version of the run's model with MLflow, and download the version's files unless there is a copy."""
+    from pipelines.tracking.download import download
+    from pipelines.tracking.home_store.copied_version import CopiedVersion
+    from pipelines.tracking.registry import resolve
+
+    version = resolve(job.platform, job.model_name, which)
+    downloaded = download(job.platform, version)
+    return CopiedVersion(version.version, version.run_id, downloaded.folder, downloaded.digest)
 
 
 def open_split(job: Job, model: ModelFiles) -> Shards:

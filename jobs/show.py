@@ -11,7 +11,7 @@ import typer
 
 from jobs.common import ImageRootOption, Job, JsonOption, PlatformOption, RunOption, SetOption, WhereOption, open_job
 from jobs.output import TEXT_WIDTH
-from jobs.table_files import Relation, champion_captions, count_rows, open_table, table_relation
+from jobs.table_files import Relation, champion_captions, existing_files, open_table, table_relation
 from pipelines.errors import UserError
 from pipelines.formats.champion_captions import NAME as VIEW
 from vlm.config import Config
@@ -149,38 +149,41 @@ def run_show(
     """
     from deltalake import Schema
 
-    relation, number, num_rows = _open(job, table, version)
+    from pipelines.formats.delta_files import to_rows
+
+    relation, number = _open(job, table, version)
     names, where, order = selection
     columns = [name.strip() for name in names.split(",")] if names else []
-    first = relation.select(columns, where, order, count).read_all()
-    page = None
-    if place:
-        shown = relation.select([], where, order, count).read_all() if columns else first
-        page = write_gallery(job, table, number, shown, place)
-    if output:
-        write_rows(relation.select(columns, where, order, None), output)
+    with existing_files(table, number):
+        first = relation.select(columns, where, order, count).read_all()
+        page = None
+        if place:
+            shown = relation.select([], where, order, count).read_all() if columns else first
+            page = write_gallery(job, table, number, shown, place)
+        if output:
+            write_rows(relation.select(columns, where, order, None), output)
     return TableReport(
         table=table,
         version=number,
-        num_rows=num_rows,
+        num_rows=relation.count(),
         columns={field.name: _type_name(field.type) for field in Schema.from_arrow(first.schema).fields},
-        rows=tuple(readable(row) for row in first.to_pylist()),
+        rows=tuple(readable(row) for row in to_rows(first)),
         gallery=str(page) if page else None,
         output=str(output) if output else None,
     )
 
 
-def _open(job: Job, name: str, version: int | None) -> tuple[Relation, int, int]:
-    """Open a table or the view. Return the relation to read, the version of the table, and the number of rows."""
+def _open(job: Job, name: str, version: int | None) -> tuple[Relation, int]:
+    """Open a table or the view. Return the relation to read, and the version of the table."""
     if name != VIEW:
         table = open_table(job, name, version)
-        return table_relation(table), table.version(), count_rows(table, name)
+        return table_relation(table), table.version()
     if version is not None:
         raise UserError(
             "a view has no versions", where=f"view {name}", got=f"--version {version}", fix="omit --version"
         )
     view = champion_captions(job)
-    return view, view.tables["generated_captions"].version(), view.count()
+    return view, view.tables["generated_captions"].version()
 
 
 def write_rows(rows: pa.RecordBatchReader, path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from deltalake import DeltaTable
 
 logger = logging.getLogger(__name__)
+
+MISSING_FILE = re.compile("Object at location (?P<file>.*) not found")
+"""Pattern of the message with which `deltalake` reports a data file that does not exist."""
 
 COMMANDS = {
     **dict.fromkeys((SAMPLES.name, TEXTS.name, QUARANTINE.name, INGESTED.name), "ingest"),
@@ -102,21 +107,24 @@ def _folder(job: Job, name: str) -> Path:
     return job.platform.tables / name
 
 
-def count_rows(delta: DeltaTable, name: str) -> int:
-    """Count the rows of a table version.
+@contextmanager
+def existing_files(name: str, version: int) -> Iterator[None]:
+    """Report an error if the block reads a data file of a table version that no longer exists.
 
     Raises:
         UserError: VACUUM has removed files of the version.
     """
-    from pipelines.formats.delta_files import arrow_dataset
+    from pyarrow import ArrowInvalid
 
     try:
-        return int(arrow_dataset(delta).count_rows())
-    except FileNotFoundError as error:
+        yield
+    except ArrowInvalid as error:
+        if not (missing := MISSING_FILE.search(str(error))):
+            raise
         raise UserError(
-            f"version {delta.version()} of table {name!r} can no longer be read",
-            where=delta.table_uri,
-            got=f"VACUUM has removed files of this version ({str(error).splitlines()[0][:200]})",
+            f"version {version} of table {name!r} can no longer be read",
+            where=missing["file"][:200],
+            got="no such file: VACUUM has removed files of this version",
             fix="omit --version to show the newest version",
         ) from None
 
@@ -165,7 +173,7 @@ class Relation:
             ) from None
 
     def count(self) -> int:
-        """Count all rows."""
+        """Count all rows. For a table, the Delta log has this number, so no data file is read."""
         from pipelines.formats.delta_files import query
 
         return int(query(self.tables, f"SELECT COUNT(*) AS num_rows FROM {self.sql}").read_all()["num_rows"][0].as_py())  # noqa: S608

@@ -222,6 +222,9 @@ def register_finished_runs(job: Job) -> None:
     Raises:
         TrackingDown: the tracking server is still down.
     """
+    markers = sorted(job.platform.folder("runs").glob(f"{escape(job.config.name)}-*/unregistered"))
+    if not markers:
+        return  # most commands have nothing to register, and importing MLflow takes seconds
     from pipelines.driver.train.run_folders import finished_result
     from pipelines.formats.run_folder import RunFolder
     from pipelines.formats.run_owner import own_run
@@ -229,7 +232,7 @@ def register_finished_runs(job: Job) -> None:
     from pipelines.tracking.registry import register
     from pipelines.tracking.runs import follow
 
-    for marker in sorted(job.platform.folder("runs").glob(f"{escape(job.config.name)}-*/unregistered")):
+    for marker in markers:
         run = RunFolder(marker.parent)
         try:
             config = run.read_run().config

@@ -36,7 +36,7 @@ def ui(
       lakesight ui --port 5001
     """
     from pipelines.tracking.describe.notes import VIEW
-    from pipelines.tracking.moved_home import follow_moved_home
+    from pipelines.tracking.home_store.moved_home import follow_moved_home
 
     with open_job(run, platform, overrides, as_json=False) as job:
         uri = job.platform.tracking_uri

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
+from datetime import UTC
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import pyarrow as pa
 
@@ -173,6 +174,21 @@ def _without_views(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_list(kind):
         return pa.list_(kind.value_field.with_type(_without_views(kind.value_type)))
     return {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}.get(kind, kind)
+
+
+def to_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """Convert an Arrow table to one dict per row, as `pyarrow.Table.to_pylist` does, but without importing pandas.
+
+    To convert a time with a time zone, pyarrow imports pandas, which takes longer than the rest of a short command.
+    Delta stores all times in UTC, so this function removes the time zone and adds it again.
+    """
+    in_utc = [field.name for field in table.schema if pa.types.is_timestamp(field.type) and field.type.tz == "UTC"]
+    kinds = [pa.timestamp(field.type.unit) if field.name in in_utc else field.type for field in table.schema]
+    fields = [field.with_type(kind) for field, kind in zip(table.schema, kinds, strict=True)]
+    rows: list[dict[str, Any]] = table.cast(pa.schema(fields)).to_pylist()
+    for row in rows:
+        row |= {name: row[name].replace(tzinfo=UTC) for name in in_utc if row[name] is not None}
+    return rows
 
 
 def arrow_dataset(table: DeltaTable) -> Dataset:

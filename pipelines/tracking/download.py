@@ -16,15 +16,21 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion as MlflowVersion
 from mlflow.exceptions import MlflowException
 
-from pipelines.config import short_hash
 from pipelines.formats.model_copy import ModelCopy, check_copy, record_copy
 from pipelines.formats.run_folder import Result, RunFolder, read_json
 from pipelines.platform import Platform
+from pipelines.tracking.home_store.copied_version import (
+    DIGEST_TAG,
+    TAG_PREFIX,
+    StoredVersion,
+    check_registered_copy,
+    copy_folder,
+)
 from pipelines.tracking.logged_model import MODEL_FILES
-from pipelines.tracking.registry import CHECKPOINT_TAG, TAG_PREFIX, ModelVersion, download_files, label, list_versions
+from pipelines.tracking.registry import CHECKPOINT_TAG, ModelVersion, download_files, label, list_versions
 from pipelines.tracking.runs import logged_ids
 from pipelines.tracking.server import REQUEST_ERRORS, connect, unusable
-from pipelines.tracking.version_files import ARTIFACTS, DIGEST_TAG, check_all_files, check_model_files
+from pipelines.tracking.version_files import ARTIFACTS, check_all_files, check_model_files
 
 logger = logging.getLogger(__name__)
 
@@ -39,17 +45,12 @@ class Download(NamedTuple):
 def download(platform: Platform, version: ModelVersion) -> Download:
     """Return the folder of a version's weights, config and tokenizer. Download the files if there is no intact copy.
 
-    Two registries, or a registry that was deleted and created again, may have versions of the same name and number.
-    Therefore the name of the folder also contains a hash of the version's MLflow run and creation time.
-
     Raises:
         StageFailed: the files cannot be downloaded, or are not the files that were registered.
     """
-    key = short_hash(version.run_id, version.created_ms)
-    target = platform.folder("models") / version.name / f"{version.version}-{key}"
-    registered = version.tags.get(DIGEST_TAG)
-    copy = check_copy(target)
-    if copy is not None and registered in (None, copy.digest):
+    target = copy_folder(platform, version.name, StoredVersion(version.version, version.run_id, version.created_ms))
+    copy = check_registered_copy(target, version.tags.get(DIGEST_TAG))
+    if copy is not None:
         return Download(target, copy.digest)
     if target.exists():
         logger.warning("%s is damaged or was changed; the model version is downloaded again", target)

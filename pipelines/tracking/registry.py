@@ -31,6 +31,7 @@ from pipelines.platform import Platform
 from pipelines.tracking.checkpoints import files_to_register, find_checkpoint, metrics_of
 from pipelines.tracking.describe.notes import MODEL_DESCRIPTION, put_sections, version_link
 from pipelines.tracking.describe.training import add_sections, version_text
+from pipelines.tracking.home_store.copied_version import TAG_PREFIX, choose_number
 from pipelines.tracking.logged_model import log_model
 from pipelines.tracking.server import REQUEST_ERRORS, connect, registry_failure, unusable
 from pipelines.tracking.version_files import digest_tags
@@ -41,7 +42,6 @@ logger = logging.getLogger(__name__)
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 MOVE_TAG = "lakesight_move"
-TAG_PREFIX = "lakesight_"
 CHECKPOINT_TAG = "checkpoint"
 """Name of the tag in which a model version stores the name of its checkpoint. A version without this tag contains the
 last checkpoint."""
@@ -158,8 +158,7 @@ def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
     Args:
         platform: platform whose model registry is used.
         name: full name of the registered model.
-        which: version to look up: a version number, an alias, or `latest`. Digits always mean the number, although
-            MLflow also accepts an alias that consists of digits.
+        which: version to look up: a version number, an alias, or `latest`.
 
     Raises:
         UserError: the model, version or alias does not exist. The error lists the existing versions and aliases.
@@ -168,11 +167,8 @@ def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
     with _registry_errors(platform, f"model {name}"):
         aliases = _read_aliases(platform, client, name)
         numbers = [str(version.version) for version in list_versions(client, name)]
-        if which == "latest" and numbers:
-            number = numbers[-1]
-        else:
-            number = which if which.isdecimal() else aliases.get(which, which)
-        if number not in numbers:
+        number = choose_number(which, numbers, aliases)
+        if number is None:
             listed = ", ".join(f"{alias} (= {version})" for alias, version in sorted(aliases.items())) or "none"
             raise UserError(
                 f"model {name} has no version or alias {which!r}",

@@ -21,7 +21,7 @@ from pipelines.errors import StageFailed, UserError
 from pipelines.platform import Platform
 from pipelines.tracking.database import check_database
 from pipelines.tracking.describe.notes import KIND, describe_experiment
-from pipelines.tracking.moved_home import artifact_root, follow_moved_home
+from pipelines.tracking.home_store.moved_home import artifact_root, follow_moved_home
 from pipelines.tracking.outage import TrackingDown, disk_problem, first_line, http_status, is_outage
 from vlm.errors.printable import PrintableFormatter, hide_secrets
 

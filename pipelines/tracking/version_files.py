@@ -17,13 +17,12 @@ from mlflow.store.artifact.models_artifact_repo import REGISTERED_MODEL_META_FIL
 
 from pipelines.errors import StageFailed
 from pipelines.formats.model_copy import combine_digests
+from pipelines.tracking.home_store.copied_version import DIGEST_TAG
 from pipelines.tracking.logged_model import MODEL_FILES
 from vlm.files import file_digest
 
 logger = logging.getLogger(__name__)
 
-DIGEST_TAG = "digest"
-"""Name of the tag that stores the digest of the model files of a model version."""
 EXECUTED_DIGEST_TAG = "executed_digest"
 """Name of the tag that stores the digest of all files of a model version that are not model files.
 

@@ -6,21 +6,19 @@ import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from pyspark.sql import DataFrame, Row, SparkSession, Window
-from pyspark.sql import functions as F
-from pyspark.sql.pandas.types import from_arrow_schema
 
-from pipelines.driver.delta.settings import MAX_BATCH_ROWS, bounded_batches
-from pipelines.driver.delta.tables import ensure_tables
 from pipelines.executor.thumbnail import SHOWN_CHARS, with_thumbnails
-from pipelines.formats.delta_files import is_supported, open_or_create, query
+from pipelines.formats.delta_files import BATCH_ROWS, is_supported, open_or_create, query, to_rows
 from pipelines.formats.tables import QUARANTINE
 from pipelines.pages.page import Card, CardText, Chart, Gallery, Page, write_page
 from pipelines.platform import Platform
 from vlm.config import Config
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, Row, SparkSession
 
 
 class QuarantineCount(Config):
@@ -79,6 +77,9 @@ def open_quarantine(open_spark: Callable[[], SparkSession], platform: Platform) 
 
 def select_with_spark(spark: SparkSession, platform: Platform) -> Select:
     """Return a function that queries table `quarantine` with Spark."""
+    from pipelines.driver.delta.settings import bounded_batches
+    from pipelines.driver.delta.tables import ensure_tables
+
     ensure_tables(spark, platform)
     table = spark.table(platform.table(QUARANTINE.name))
 
@@ -102,11 +103,11 @@ def inspect_quarantine(
         pictures: whether to write a page with the pictures of the selected rows.
     """
     included = f"reason IN ({', '.join(repr(reason) for reason in reasons)})" if reasons else "TRUE"
-    counts = [QuarantineCount.model_validate(row) for row in select(_COUNT.format(included=included)).to_pylist()]
+    counts = [QuarantineCount.model_validate(row) for row in to_rows(select(_COUNT.format(included=included)))]
     payload = "q.payload" if pictures else f"SUBSTR(q.payload, 1, {SHOWN_CHARS}) AS payload"
     examples = select(_EXAMPLES.format(included=included, rows=rows, payload=payload))
     if pictures:
-        shown = with_thumbnails(iter(examples.to_batches(MAX_BATCH_ROWS)), "payload")
+        shown = with_thumbnails(iter(examples.to_batches(BATCH_ROWS)), "payload")
         examples = pa.Table.from_batches(shown, _SHOWN)
     selected = examples.to_pylist()
     page = platform.folder("reports") / "quarantine.html"
@@ -151,6 +152,12 @@ def select_examples(table: DataFrame, rows: int) -> list[Row]:
 
     The columns of the result are source, source_row, reason, detail, payload (only the beginning) and thumbnail.
     """
+    from pyspark.sql import Window
+    from pyspark.sql import functions as F
+    from pyspark.sql.pandas.types import from_arrow_schema
+
+    from pipelines.driver.delta.settings import bounded_batches
+
     rank = F.row_number().over(Window.partitionBy("source", "reason").orderBy("source_row"))
     chosen = table.select("source", "source_row", "reason", rank.alias("rank")).filter(F.col("rank") <= rows)
     examples = table.join(chosen.select("source", "source_row"), ["source", "source_row"])

@@ -11,7 +11,7 @@ from deltalake import write_deltalake
 from deltalake.exceptions import DeltaError
 
 from pipelines.errors import UserError
-from pipelines.formats.delta_files import arrow_dataset, is_supported, open_delta, open_or_create
+from pipelines.formats.delta_files import arrow_dataset, is_supported, open_delta, open_or_create, to_rows
 from pipelines.formats.tables import DECISIONS
 
 
@@ -50,3 +50,15 @@ def test_an_empty_newest_commit_is_reported_because_delta_would_read_the_table_w
     with pytest.raises(UserError, match="the newest commit of a Delta table is an empty file"):
         open_delta(tmp_path)
     assert open_delta(tmp_path, version=0).version() == 0
+
+
+def test_rows_of_a_table_have_the_values_that_pyarrow_returns_with_times_in_utc() -> None:
+    noon = datetime(2026, 1, 1, 12, tzinfo=UTC)
+    columns = {
+        "utc": pa.array([noon, None], pa.timestamp("us", "UTC")),
+        "local": pa.array([noon] * 2, pa.timestamp("us")),
+    }
+    table = pa.table(columns | {"texts": [[{"at": noon}], []], "n": [1, None]})
+    assert to_rows(table) == table.to_pylist()
+    assert to_rows(table)[0]["utc"].tzinfo is UTC
+    assert to_rows(table.slice(0, 0)) == []

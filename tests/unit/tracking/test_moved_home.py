@@ -20,7 +20,7 @@ from pipelines.formats.run_folder import RunFolder, write_json
 from pipelines.platform import Platform, local
 from pipelines.tracking import registry, runs
 from pipelines.tracking.download import download
-from pipelines.tracking.moved_home import LOCATIONS
+from pipelines.tracking.home_store.moved_home import LOCATIONS
 from pipelines.tracking.server import connect
 
 ODD = "h\u00f6me %41 #1 [2] &?y=1 %"

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from contextlib import closing
 from pathlib import Path
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pipelines.errors import UserError
-from pipelines.platform import Platform, sqlite_uri
+from pipelines.platform import Platform
+from pipelines.tracking.home_store.store_file import open_store, store_file, store_uris
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +24,6 @@ LOCATIONS = {
     "model_versions": "storage_location",
 }
 """For each SQLite table of the store that contains artifact locations, the name of the column with the locations."""
-WAIT_SECONDS = 60.0
-"""Longest time to wait for another process that writes to the store, in seconds."""
 
 
 def artifact_root(platform: Platform) -> Path:
@@ -39,13 +37,10 @@ def follow_moved_home(platform: Platform) -> None:
     Raises:
         UserError: the store cannot be written.
     """
-    file = platform.root / "mlflow.db"
-    if (
-        not {sqlite_uri(file), f"sqlite:///{file}"} & {platform.tracking_uri, platform.registry_uri}
-        or not file.is_file()
-    ):
+    file = store_file(platform)
+    if not store_uris(platform) & {platform.tracking_uri, platform.registry_uri} or not file.is_file():
         return
-    with closing(sqlite3.connect(f"file:{quote(str(file))}?mode=rw", uri=True, timeout=WAIT_SECONDS)) as store:
+    with open_store(file, "rw") as store:
         try:
             moved = [old for old in _other_roots(store, platform) if _is_moved(store, old, artifact_root(platform))]
         except sqlite3.Error:
