@@ -6,17 +6,19 @@ Volume, and find or create the tables, the experiment and the registered model.
 
 from __future__ import annotations
 
+import base64
+import http.client
 import mmap
 import os
 import re
 import shutil
-import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Literal
+from urllib.parse import unquote, urlsplit
 
 from jobs.check import DoctorCheck
 from pipelines.config import RunConfig
@@ -152,11 +154,19 @@ def check_mlflow(config: RunConfig, platform: Platform) -> Iterator[DoctorCheck]
 
 
 def check_package_index(url: str) -> DoctorCheck:
-    """Check that the package index answers. Clusters install the wheel's dependencies from this index."""
+    """Check that the package index answers. Clusters install the wheel's dependencies from this index.
+
+    User and password of the URL are sent to the index only, and not to the target of a redirection, as in pip.
+    """
     shown = re.sub(r"//[^/\s]*@", "//", url)
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=INDEX_TIMEOUT_SECONDS):  # noqa: S310 index of pip
+        request = urllib.request.Request(shown, method="HEAD")  # noqa: S310 index of pip
+        if user := urlsplit(url).netloc.rpartition("@")[0]:
+            name, _, password = user.partition(":")
+            encoded = base64.b64encode(f"{unquote(name)}:{unquote(password)}".encode()).decode("ascii")
+            request.add_unredirected_header("Authorization", f"Basic {encoded}")
+        with urllib.request.urlopen(request, timeout=INDEX_TIMEOUT_SECONDS):  # noqa: S310 index of pip
             return DoctorCheck(name="index", status="ok", found=shown)
-    except (urllib.error.URLError, TimeoutError) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
         fix = "allow egress to the package index, or set PIP_INDEX_URL of the clusters to an index in your network"
         return DoctorCheck(name="index", status="fail", found=f"{shown}: {error}", fix=fix)

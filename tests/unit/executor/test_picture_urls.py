@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import io
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from http.client import HTTPMessage
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -15,6 +19,22 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from pipelines.executor.ingest.records.pictures import urls
 from pipelines.executor.ingest.records.pictures.root import PictureRoot
+
+REDIRECTS = {
+    "redirect-in": "/p/a.png",
+    "redirect-out": "/private.png",
+    "redirect-host": "http://localhost:1/p/a",
+    "redirect-loopback": "http://127.0.0.1:1/p/a",
+    "redirect-link-local": "http://169.254.169.254/p/a",
+    "redirect-https": "https://{host}/p/a",
+    "redirect-user": "http://user:password@{host}/p/a",
+    "redirect-file": "file:///etc/hostname",
+    "redirect-file-path": "file://{host}/p/a",
+    "redirect-ftp": "ftp://{host}/p/a",
+    "redirect-data": "data:image/png;base64,AAAA",
+}
+"""Dict from the last part of a path to the target to which the server redirects. All other names that begin with
+`redirect` redirect to themselves."""
 
 
 class PictureServer(BaseHTTPRequestHandler):
@@ -28,12 +48,8 @@ class PictureServer(BaseHTTPRequestHandler):
         name = self.path.rpartition("/")[2]
         if name.startswith("redirect"):
             self.send_response(302)
-            target = {
-                "redirect-in": "/p/a.png",
-                "redirect-out": "/private.png",
-                "redirect-host": "http://localhost:1/p/a",
-            }
-            self.send_header("Location", target[name])
+            host = self.headers["Host"]
+            self.send_header("Location", REDIRECTS.get(name, self.path).replace("{host}", host))
             self.end_headers()
             return
         status = int(name) if name.isdigit() else 200
@@ -95,7 +111,8 @@ def test_a_row_may_name_a_picture_on_a_web_server_by_path_or_by_url(server: str)
         ("large", "too_large: more than 100 bytes"),
         ("cut", "unreadable_file"),
         ("redirect-out", "unreadable_file"),
-        ("redirect-host", "unreadable_file"),
+        *((name, "unreadable_file") for name in REDIRECTS if name != "redirect-in"),
+        ("redirect-loop", "unreadable_file"),
         ("../private.png", "missing_field"),
         ("%2e%2e/private.png", "missing_field"),
         ("in/%252e%252e/%252e%252e/private.png", "missing_field"),
@@ -116,6 +133,15 @@ def test_no_url_outside_the_image_root_is_requested_and_an_unreadable_picture_gi
     assert isinstance(found, str)
     assert words in found
     assert all(path.startswith("/p/") and ".." not in path for path in PictureServer.requested)
+    assert len(PictureServer.requested) <= 12, "a redirection is followed at most 10 times"
+
+
+def test_a_redirection_from_https_to_http_is_not_followed() -> None:
+    handler, request = urls._StayBelow("https://host/p"), urllib.request.Request("https://host/p/a")
+    arguments = (request, io.BytesIO(), 302, "Found", HTTPMessage())
+    assert handler.redirect_request(*arguments, "https://host/p/b") is not None
+    with pytest.raises(urllib.error.HTTPError, match="outside of the root"):
+        handler.redirect_request(*arguments, "http://host/p/b")
 
 
 def test_reading_a_picture_from_a_url_ends_at_the_time_limit(server: str, monkeypatch: pytest.MonkeyPatch) -> None:

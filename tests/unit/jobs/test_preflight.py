@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
 import pytest
+from redirecting_server import redirecting_servers
 from stand_in_workspace import Workspace, mlflow_unchanged, serve
 
 from jobs.check import DoctorCheck
@@ -133,6 +135,19 @@ def test_a_package_index_that_does_not_answer_is_named_without_its_password() ->
     assert found.status == "fail"
     assert "127.0.0.1:9" in found.found
     assert "secret" not in found.found
+
+
+def test_the_user_of_a_package_index_is_sent_to_the_index_and_not_to_the_target_of_a_redirection() -> None:
+    with redirecting_servers() as servers:
+        found = check_package_index(f"http://me:s%40cret@{servers.host}/simple/")
+    assert (found.status, found.found) == ("ok", f"http://{servers.host}/simple/")
+    assert servers.first == ["Basic " + base64.b64encode(b"me:s@cret").decode()]
+    assert servers.second == [""]
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://127.0.0.1:x/", "simple"])
+def test_a_package_index_whose_address_is_not_a_valid_uri_fails_the_check(url: str) -> None:
+    assert check_package_index(url).status == "fail"
 
 
 def test_the_version_of_mlflow_is_known_where_only_mlflow_skinny_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,6 +15,7 @@ from local_platforms import open_local
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from open_sockets import free_port
+from redirecting_server import redirecting_servers
 from tracking_server import tracking_server
 
 from pipelines.errors import StageFailed, UserError
@@ -120,6 +121,22 @@ def test_an_upload_to_an_experiment_whose_artifacts_are_on_another_server_is_ref
     with pytest.raises(UserError, match="neither the tracking server nor the model registry"):
         client.log_text(run.info.run_id, "text", "file.txt")
     assert tokens == []
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+@pytest.mark.parametrize("user", ["", "me:s3cret@"])
+def test_no_credentials_follow_a_redirection_of_the_tracking_server_to_another_host(
+    status: int, user: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    platform = open_local(monkeypatch, tmp_path / "home")
+    with redirecting_servers(status) as servers:
+        address = f"http://{user}{servers.host}"
+        connect(replace(platform, tracking_uri=address, registry_uri=address))
+        with suppress(MlflowException, OSError, ValueError):
+            get_artifact_repository("mlflow-artifacts:/x", tracking_uri=address).list_artifacts("")
+    assert len(servers.first) == len(servers.second) == 2
+    assert all(servers.first), "the tracking server receives the credentials"
+    assert servers.second == ["", ""]
 
 
 def test_the_tracking_server_still_receives_its_own_requests_for_artifacts(
