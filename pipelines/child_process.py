@@ -17,6 +17,16 @@ PASSED_ON = re.compile(
     "|(PYTHON|LD_|DYLD_|MALLOC_|CUDA_|CUBLAS_|CUDNN_|NVIDIA_|NCCL_|GLOO_|TORCH|PYTORCH|TRITON_|OMP_|GOMP_|MKL_|KMP_|OPENBLAS_|HIP_|HSA_|ROCR_)[A-Z0-9_]+"
 )
 """Allow-list of the environment variables that a child process receives."""
+STORE_VARIABLES = (
+    "(AWS|AZURE|GOOGLE|GCS|GCLOUD|CLOUDSDK|FSSPEC|HADOOP|HDFS|KRB5)[A-Z0-9_]*|CLASSPATH|SSL_CERT_(FILE|DIR)"
+    "|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|BOTO_CONFIG|((HTTP|HTTPS|ALL|NO)_PROXY|(http|https|all|no)_proxy)"
+)
+"""Pattern of the variables from which client libraries of object stores and web servers read credentials, certificates
+and proxies."""
+WORKER_VARIABLES = "LAKESIGHT_WORKER_VARIABLES"
+"""Name of a variable with the names of further variables that Spark's Python workers keep, separated by commas."""
+READS_URLS = "LAKESIGHT_READS_URLS"
+"""Name of a variable that is set if Spark's Python workers read URLs, and therefore keep the STORE_VARIABLES."""
 
 
 def child_environment(**more: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ from pipelines.platform.databricks import databricks
 from pipelines.platform.local import check_java, jvm_failure, local
 from pipelines.platform.platform import FolderKind, Launch, Platform, sqlite_uri, user_name
 from pipelines.platform.session import (
+    allow_urls,
     analysed,
     call_in_barrier_stage,
     cancel_if_slots_are_lost,
@@ -24,6 +25,7 @@ __all__ = [
     "FolderKind",
     "Launch",
     "Platform",
+    "allow_urls",
     "analysed",
     "call_in_barrier_stage",
     "cancel_if_slots_are_lost",

@@ -15,13 +15,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipelines.child_process import WORKER_VARIABLES
 from pipelines.config import LocalPlatformConfig
 from pipelines.errors import StageFailed, UserError
 from pipelines.platform.class_archive import DRIVER_OPTIONS, ClassArchive, class_archive
 from pipelines.platform.jars import delta_jars
 from pipelines.platform.platform import Launch, Platform, sqlite_uri
 from pipelines.platform.session import jvm_exit_code, quiet_loggers, stop_session
-from pipelines.platform.spark_launch import open_log, private_settings
+from pipelines.platform.spark_launch import crash_options, open_log, private_settings
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -47,6 +48,10 @@ the space for new objects, the JVM takes 0.8 GB instead of 1.9 GB after four sma
 collection of the whole heap.
 """
 
+EXECUTOR_OPTIONS = "spark.executor.extraJavaOptions"
+DAEMON_MODULE = "spark.python.daemon.module"
+PYTHON_DAEMON = "pipelines.executor.python_daemon"
+"""Module that starts Spark's Python workers without the credentials of the driver."""
 NEVER = "3650d"
 """Timeout that is never reached, in Spark's notation."""
 TOO_LITTLE_MEMORY = r"OutOfMemoryError|insufficient memory|memory allocation|Could not reserve"
@@ -146,13 +151,20 @@ def open_local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
         if jars.paths and settings[DRIVER_OPTIONS] == SHORT_JOBS:
             archive = class_archive(java, SHORT_JOBS, _spark_home() / "jars", jars.paths)
         settings[DRIVER_OPTIONS] += archive.java_options() if archive else ""
+        options = (
+            (DRIVER_OPTIONS,) if config.spark.master.startswith("spark://") else (DRIVER_OPTIONS, EXECUTOR_OPTIONS)
+        )
+        for option in options:
+            settings[option] += crash_options(log.parent / "crashes", settings[option], _umask())
         conf = SparkConf(loadDefaults=False).setAll(list(settings.items()))
         start = sink.tell()
         try:
             # If this process has stopped a Spark session before, the JVM of that session is used again.
             with private_settings(settings):
                 gateway = SparkContext._gateway or launch_gateway(None, {"stdout": sink, "stderr": sink})  # type: ignore[no-untyped-call]
-            spark = SparkSession(SparkContext(conf=conf, gateway=gateway))
+            spark = SparkSession(context := SparkContext(conf=conf, gateway=gateway))
+            if settings.get(DAEMON_MODULE) == PYTHON_DAEMON:
+                context.environment[WORKER_VARIABLES] = ",".join(context.environment)
         except (PySparkRuntimeError, Py4JError, ConnectionError) as error:
             raise _start_failure(log, start, error) from None
         # By default, the thread that receives accumulators prints a traceback when the JVM ends. The traceback is not
@@ -259,13 +271,14 @@ def session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]:
         # Other users of this machine can connect to the loopback device. Without the secret that Spark draws for this
         # session, Spark's ports would deserialize Java objects from anybody.
         settings |= {"spark.authenticate": "true"}
+        settings |= {DAEMON_MODULE: PYTHON_DAEMON}
         # Spark measures the time since the last heartbeat by the real-time clock. If the clock jumps ahead, or the
         # machine was suspended, Spark would remove its only executor, which is in the driver itself. The executor
         # cannot register again, so the JVM would exit after 60 more heartbeats, which is ten minutes later.
         settings |= {"spark.storage.blockManagerHeartbeatTimeoutMs": NEVER}
     if not config.spark.master.startswith("spark://"):
         settings |= {"spark.driver.host": LOOPBACK, "spark.driver.bindAddress": LOOPBACK}
-        settings |= {"spark.executor.extraJavaOptions": SHORT_JOBS}
+        settings |= {EXECUTOR_OPTIONS: SHORT_JOBS}
         # with few partitions, adaptive execution saves no time and runs more jobs
         settings |= {"spark.sql.adaptive.enabled": "false"}
     return settings | config.spark.conf

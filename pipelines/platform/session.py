@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from pipelines.background_thread import in_background
+from pipelines.child_process import READS_URLS, WORKER_VARIABLES
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
@@ -125,6 +126,16 @@ def task_cpus(spark: SparkSession) -> int:
         return int(spark.conf.get("spark.task.cpus", "1") or 1)
     except AnalysisException:
         return 1
+
+
+def allow_urls(spark: SparkSession) -> None:
+    """Let Python workers of later queries have the credentials and proxies with which client libraries open URLs.
+
+    Otherwise, Python workers on a laptop have no credentials (`executor/python_daemon.py`). In a workspace, this
+    function does nothing, because the cluster decides which environment variables its Python workers have.
+    """
+    if not is_connect(spark) and WORKER_VARIABLES in spark.sparkContext.environment:
+        spark.sparkContext.environment[READS_URLS] = "1"
 
 
 # ------------------------------------------------------------------------------------------------ barrier stages

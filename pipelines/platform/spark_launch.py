@@ -1,4 +1,4 @@
-"""Private files for the start of Spark's JVM: a file with the settings of the session, and the JVM's log.
+"""Private files of Spark's JVM: a file with the settings of the session, the JVM's log, and its crash reports.
 
 Every user of a machine can read the command lines of its processes. PySpark would pass each setting, such as the key of
 an object store, as an argument `--conf name=value` of `spark-submit` and of the JVM.
@@ -7,6 +7,7 @@ an object store, as an argument `--conf name=value` of `spark-submit` and of the
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -49,18 +50,45 @@ def private_settings(settings: Mapping[str, str]) -> Iterator[None]:
                 os.environ[SUBMIT_ARGUMENTS] = before
 
 
+def crash_options(folder: Path, options: str, umask: int) -> str:
+    """Return JVM options, to be appended to `options`, that make the JVM write its crash reports into a private folder.
+
+    By default, a JVM that crashes writes `hs_err_pid*.log` into the working folder, where every user may read it. The
+    report contains environment variables such as JAVA_TOOL_OPTIONS, the options of the JVM and parts of its memory. An
+    option of the user for the same file stays valid.
+
+    Args:
+        folder: folder of the reports, which is created. Only users who may write there can open the folder.
+        options: other options of the JVM.
+        umask: umask of this process.
+    """
+    mode = _mode(umask)
+    folder.mkdir(exist_ok=True)
+    if folder.stat().st_uid == os.getuid():
+        folder.chmod(mode | mode >> 2 & 0o111)
+    # The JVM replaces %p by its process id, and %% by %. Spark splits the options like a shell, with backslashes.
+    path = re.sub(r'(["\\])', r"\\\1", str(folder).replace("%", "%%"))
+    files = {"-XX:ErrorFile=": "hs_err_pid%p.log", "-XX:ReplayDataFile=": "replay_pid%p.log"}
+    return "".join(f' "{option}{path}/{name}"' for option, name in files.items() if option not in options)
+
+
 def open_log(file: Path, umask: int) -> BinaryIO:
     """Open the log of the JVM to append bytes. Only users who may write the log can read the log.
 
     The JVM prints the variable JAVA_TOOL_OPTIONS, which may contain a password. With umask 022, only this user can read
     the log; with umask 002, the users of the file's group can write and read the log.
     """
-    writable = 0o222 & ~umask
-    mode = writable | writable << 1
+    mode = _mode(umask)
     descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, mode)
     if os.fstat(descriptor).st_uid == os.getuid():
         os.fchmod(descriptor, mode)  # an earlier release created the log readable for every user
     return os.fdopen(descriptor, "ab")
+
+
+def _mode(umask: int) -> int:
+    """Return the mode of a file that those users can read who may write it."""
+    writable = 0o222 & ~umask
+    return writable | writable << 1
 
 
 def _split_properties_file(arguments: list[str]) -> tuple[list[str], bytes]:

@@ -12,6 +12,10 @@ from pyspark.sql import SparkSession
 from pipelines.driver.delta.tables import ensure_tables
 from pipelines.platform import Platform
 
+CREDENTIALS = ("DATABRICKS_TOKEN", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN", "MY_VARIABLE")
+CREDENTIALS_OF_STORES = ("AWS_SECRET_ACCESS_KEY", "AZURE_STORAGE_KEY", "GOOGLE_APPLICATION_CREDENTIALS", "https_proxy")
+"""Environment variables that the driver has while it starts the Spark session that tests share."""
+
 
 @contextmanager
 def open_session(platform: Platform) -> Iterator[SparkSession]:
@@ -23,6 +27,8 @@ def open_session(platform: Platform) -> Iterator[SparkSession]:
         earlier.stop()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", TEST_PATH)  # executors import modules of tests/support
+        for name in (*CREDENTIALS, *CREDENTIALS_OF_STORES):  # `test_worker_environment.py` looks for them in workers
+            patch.setenv(name, "c4nary")
         session = platform.open_spark()
     # Tests query few rows: code generation and adaptive planning would take longer than the queries. The test of
     # `lakesight demo` uses Spark's defaults, with code generation and adaptive planning.

@@ -37,9 +37,10 @@ from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import StageFailed, UserError
 from pipelines.executor.caption import FILE_STATS_SCHEMA, CaptionJob, caption_batches
 from pipelines.executor.ingest.records.pictures.root import require_root
+from pipelines.executor.ingest.storage import is_url
 from pipelines.formats.caption_stats import CaptionStats, sum_stats
 from pipelines.formats.tables import GENERATED_CAPTIONS
-from pipelines.platform import Platform, default_parallelism, task_cpus
+from pipelines.platform import Platform, allow_urls, default_parallelism, task_cpus
 from vlm import text
 from vlm.config import Config, GenerationConfig, Precision
 from vlm.text.prompt import prefix_ids
@@ -217,6 +218,8 @@ def caption(
 
 
 def _open_source(spark: SparkSession, platform: Platform, request: CaptionRequest) -> SourceTable:
+    if is_url(request.image_root or ""):
+        allow_urls(spark)
     return open_source_table(
         spark,
         platform,

@@ -22,13 +22,13 @@ from pipelines.driver.delta.tables import ensure_tables
 from pipelines.driver.ingest.commit import write_samples
 from pipelines.driver.ingest.decode import DecodedRows, IngestRequest, decode_rows
 from pipelines.driver.ingest.plan import IngestPlan, PlanTotals, overfull_rows, plan_ingest
-from pipelines.driver.ingest.sources.pictures import read_named_pictures
+from pipelines.driver.ingest.sources.pictures import read_named_pictures, reads_urls
 from pipelines.driver.ingest.sources.source import SourceRows
 from pipelines.driver.ingest.table_rows import merge_into, rows_of_source, verify_merge
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.table import payload_records
 from pipelines.formats.tables import QUARANTINE
-from pipelines.platform import Platform
+from pipelines.platform import Platform, allow_urls
 from vlm.config import Config
 
 
@@ -80,6 +80,8 @@ def replay(
             got="quarantine keeps only the beginning of a long text",
             fix="change the limit and run `lakesight ingest`: with changed settings, all files are read again",
         )
+    if reads_urls(config):
+        allow_urls(spark)
     ensure_tables(spark, platform)
     pending = rows_of_source(spark, platform, QUARANTINE.name, source_name).filter("replayed_at IS NULL")
     rows = pending.filter(F.col("reason").isin(list(reasons))).select("source_row", "payload")

@@ -1,9 +1,10 @@
-"""Tests that other users of the machine can read neither Spark's settings on a command line nor the log of the JVM."""
+"""Tests that other users of the machine can read neither Spark's settings nor the JVM's log and its crash reports."""
 
 from __future__ import annotations
 
 import os
 import shlex
+import signal
 import stat
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from open_sockets import descendants
 from pipelines.config import LocalPlatformConfig
 from pipelines.errors import UserError
 from pipelines.platform import local
-from pipelines.platform.spark_launch import open_log, private_settings
+from pipelines.platform.class_archive import DRIVER_OPTIONS
+from pipelines.platform.spark_launch import crash_options, open_log, private_settings
 
 KEY = "spark.hadoop.fs.s3a.secret.key"
 SUBMIT = """#!/bin/sh
@@ -27,6 +29,15 @@ echo 'Picked up JAVA_TOOL_OPTIONS: -Dx.password=c4nary'
 exit 1
 """
 """Script in place of `spark-submit`, which records its arguments and its properties file, and fails."""
+
+WAIT = """class Wait {
+    public static void main(String[] arguments) throws Exception {
+        System.out.println("ready");
+        Thread.sleep(60000);
+    }
+}
+"""
+"""Java program that waits for a signal."""
 
 
 @pytest.fixture
@@ -112,6 +123,46 @@ def test_other_users_cannot_read_what_the_jvm_prints_at_its_start(recorded: Path
     log = recorded / "home" / "logs" / "spark.log"
     assert "c4nary" in log.read_text()
     assert stat.S_IMODE(log.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("home", ["home", 'a "b\\\\ %p%% \u00e9'])
+def test_a_crash_report_of_a_jvm_is_written_to_a_folder_that_only_this_user_can_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str
+) -> None:
+    """The JVM gets the options as Spark passes them: split like a shell splits them."""
+    folder = tmp_path / home
+    folder.mkdir()
+    (tmp_path / "Wait.java").write_text(WAIT)
+    options = shlex.split(crash_options(folder / "crashes", "-Xmx64m", 0o022))
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Dx.password=c4nary")
+    jvm = subprocess.Popen(
+        ["java", *options, "-XX:-CreateCoredumpOnCrash", "Wait.java"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert jvm.stdout is not None
+    assert jvm.stdout.readline() == b"ready\n"
+    jvm.send_signal(signal.SIGSEGV)
+    jvm.stdout.close()
+    jvm.wait(60)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["Wait.java", home])
+    report = folder / "crashes" / f"hs_err_pid{jvm.pid}.log"
+    assert "c4nary" in report.read_text(errors="replace"), "this is why the folder is private"
+    assert stat.S_IMODE(report.parent.stat().st_mode) == 0o700
+
+
+def test_spark_gets_the_option_for_crash_reports_and_options_of_the_user_stay_valid(recorded: Path) -> None:
+    folder = recorded / "home" / "logs" / "crashes"
+    for given, expected in (("", f"-XX:ErrorFile={folder}/hs_err_pid%p.log"), ("-Xss2m -XX:ErrorFile=mine", "")):
+        conf = {DRIVER_OPTIONS: given} if given else {}
+        with pytest.raises(UserError, match="Spark did not start"):
+            local(LocalPlatformConfig.model_validate({"spark": {"conf": conf}})).open_spark()
+        options = read_properties(recorded / "properties")[DRIVER_OPTIONS]
+        assert options.startswith(given)
+        assert expected in [*shlex.split(options), ""]
+        assert options.count("-XX:ErrorFile=") == 1
+        assert f"-XX:ReplayDataFile={folder}/replay_pid%p.log" in shlex.split(options)
 
 
 @pytest.mark.matrix

@@ -22,12 +22,12 @@ from pipelines.config import (
 from pipelines.driver.ingest.sources import csv, jsonl, parquet, text, webdataset
 from pipelines.driver.ingest.sources.files import Listing, SourceFile, list_files, list_plain_files, open_files
 from pipelines.driver.ingest.sources.folder import check_captions, open_folder, open_small_folder
-from pipelines.driver.ingest.sources.pictures import read_named_pictures
+from pipelines.driver.ingest.sources.pictures import read_named_pictures, reads_urls
 from pipelines.driver.ingest.sources.scenes import SCHEME, follow_moved_file, generate_scenes
 from pipelines.driver.ingest.sources.source import Source, SourceRows
 from pipelines.driver.ingest.sources.table import open_ingested_table, open_table, require_local_table
 from pipelines.executor.ingest.storage import is_url
-from pipelines.platform import Platform
+from pipelines.platform import Platform, allow_urls
 
 CHECKED_FILES = 20
 """Largest number of CSV files whose headers are read before Spark starts."""
@@ -51,6 +51,8 @@ def open_source(spark: SparkSession, platform: Platform, name: str, config: Data
     if config is not given:
         [file] = list_files(config, csv.SUFFIXES).files
         ingested = follow_moved_file(ingested, file.item)
+    if reads_urls(config):
+        allow_urls(spark)
     opened = _open_rows(spark, name, config, ingested)
     if opened.rows is None or config.source.kind == "text":
         return opened

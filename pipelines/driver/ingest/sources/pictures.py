@@ -10,6 +10,7 @@ from pipelines.config import DataConfig, RowSourceBase
 from pipelines.driver.ingest.sources.files import absolute_path
 from pipelines.executor.ingest.records.pictures.root import is_absolute, picture_records, plain_location, require_root
 from pipelines.executor.ingest.records.record import Read
+from pipelines.executor.ingest.storage import is_url
 
 
 def read_named_pictures(config: DataConfig, read: Read, *, knows_files: bool) -> Read:
@@ -35,6 +36,13 @@ def read_named_pictures(config: DataConfig, read: Read, *, knows_files: bool) ->
     return partial(
         picture_records, read=read, location=location, column=source.columns.image, max_bytes=config.limits.max_bytes
     )
+
+
+def reads_urls(config: DataConfig) -> bool:
+    """Return whether executors open URLs: the files of the source, or the pictures that its rows name."""
+    source = config.source
+    root = source.image_root if isinstance(source, RowSourceBase) else None
+    return is_url(source.path) or is_url(root or "")
 
 
 def _folder_of(config: DataConfig) -> str:
