@@ -95,13 +95,11 @@ def log_to_mlflow(job: Job, report: FullReport, *, good: bool) -> None:
     """
     if report.nothing_new:
         return
+    from pipelines.driver.ingest.totals import describe_counts
     from pipelines.tracking.describe.notes import code_block
     from pipelines.tracking.reports import StageLog, log_stage
 
-    counts = (
-        f"{report.rows_in:,} rows = {report.new:,} new + {report.merged:,} merged + {report.duplicates:,} duplicates + "
-        f"{report.quarantined:,} quarantined"
-    )
+    counts = f"{report.rows_in:,} rows = {describe_counts(report)}"
     log = StageLog(
         kind="ingest",
         name=f"{report.source}: {report.new:,} new, {report.quarantined:,} quarantined",
@@ -129,11 +127,9 @@ def _name_passed_over(report: FullReport) -> str:
 
 
 def _print_report(job: Job, report: FullReport) -> None:
-    job.output.line(
-        "ingest",
-        f"{report.rows_in:,} rows = {report.new:,} new + {report.merged:,} merged + "
-        f"{report.duplicates:,} duplicates + {report.quarantined:,} quarantined",
-    )
+    from pipelines.driver.ingest.totals import describe_counts
+
+    job.output.line("ingest", f"{report.rows_in:,} rows = {describe_counts(report)}")
     if known := report.refused - report.quarantined:
         job.output.line(
             "",

@@ -156,6 +156,20 @@ INGESTED = Table(
             "Id of the commit that made filled_version. If the table no longer has this commit, the item is read again",
             nullable=True,
         ),
+        Column(
+            "refused_version",
+            pa.int64(),
+            "Delta version of table quarantine that contains the refused rows of the item; null if no row was refused, "
+            "or if an earlier release wrote the row",
+            nullable=True,
+        ),
+        Column(
+            "refused_commit",
+            pa.string(),
+            "Id of the commit that made refused_version. If table quarantine no longer has this commit, the item is "
+            "read again",
+            nullable=True,
+        ),
     ),
 )
 

@@ -31,7 +31,7 @@ from pipelines.driver.ingest.sources.open import open_source
 from pipelines.driver.ingest.sources.source import Source
 from pipelines.driver.ingest.sources.table import select_columns
 from pipelines.driver.ingest.spill import SpillFolder
-from pipelines.driver.ingest.totals import IngestReport
+from pipelines.driver.ingest.totals import IngestReport, describe_counts
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.table import delta_records
 from pipelines.formats.delta_files import commit_id
@@ -43,7 +43,7 @@ def data(source: dict[str, Any], **further: Any) -> DataConfig:
 
 
 def parts(report: IngestReport) -> tuple[int, int, int, int, int]:
-    total = report.new + report.merged + report.duplicates + report.quarantined
+    total = report.new + report.updated + report.merged + report.duplicates + report.quarantined
     assert total == report.rows_in
     return report.rows_in, report.new, report.merged, report.duplicates, report.quarantined
 
@@ -71,16 +71,18 @@ def test_an_ingest_reads_only_new_and_changed_files_and_a_refresh_removes_rows_t
     assert (later.items, later.unchanged, parts(later)) == (2, 1, (2, 1, 1, 0, 0)), "same size, but rewritten"
     assert sorted(texts_of(spark, platform, source).values()) == [["a"], ["c", "d"], ["e"]]
 
-    (tmp_path / "c.csv").unlink()
+    write_csv(tmp_path / "c.csv", [[as_base64(png(4)), "f"]])
     again = ingest(spark, platform, source, config, refresh=True)
-    assert (again.items, parts(again)) == (2, (3, 2, 0, 0, 1))
+    assert (again.items, parts(again), again.updated) == (3, (4, 1, 0, 0, 1), 2), "only one picture is new"
+    assert describe_counts(again) == "1 new + 2 updated + 0 merged + 0 duplicates + 1 quarantined"
     assert again.replaced == {"samples": 3, "quarantine": 1}
-    assert sorted(texts_of(spark, platform, source).values()) == [["a"], ["d"]]
+    assert sorted(texts_of(spark, platform, source).values()) == [["a"], ["d"], ["f"]]
     write_csv(tmp_path / "a.csv", [[as_base64(b"no picture"), "b"]])
     second.unlink()
+    (tmp_path / "c.csv").unlink()
     with pytest.raises(UserError, match="a refresh would remove all rows of the source"):
         ingest(spark, platform, source, config, refresh=True)
-    assert len(texts_of(spark, platform, source)) == 2
+    assert len(texts_of(spark, platform, source)) == 3
 
 
 def test_only_new_rows_and_changed_pictures_of_a_folder_are_read(

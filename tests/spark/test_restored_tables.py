@@ -31,7 +31,8 @@ from pipelines.driver.shard.run import find_finished as find_sharded
 from pipelines.driver.shard.run import shard
 from pipelines.formats.run_folder import write_json
 from pipelines.formats.shards import Shards
-from pipelines.formats.tables import SAMPLES
+from pipelines.formats.table_schema import Table
+from pipelines.formats.tables import QUARANTINE, SAMPLES
 from pipelines.platform import Platform
 from vlm.config import ImageConfig
 
@@ -126,9 +127,9 @@ def test_a_source_table_that_was_restored_and_changed_up_to_the_same_version_is_
     assert find_ingested(platform, source, config) is not None
 
 
-def replace_samples(spark: SparkSession, home: Platform, copy: Path, change: str) -> None:
-    """Bring table `samples` back to the state of a copy, in one of the ways in which users do this."""
-    name, folder = home.table(SAMPLES.name), home.tables / SAMPLES.name  # type: ignore[operator]
+def bring_back(spark: SparkSession, home: Platform, copy: Path, change: str, table: Table = SAMPLES) -> None:
+    """Bring a table back to the state of a copy, in one of the ways in which users do this."""
+    name, folder = home.table(table.name), home.tables / table.name  # type: ignore[operator]
     if change == "older copy":
         shutil.rmtree(folder)
         shutil.copytree(copy, folder)
@@ -160,12 +161,43 @@ def test_items_whose_rows_are_missing_after_a_restore_of_samples_are_read_again(
     run_ingest(spark, home, SOURCE, config)
     assert find_ingested(home, SOURCE, config) is not None
 
-    replace_samples(spark, home, tmp_path / "copy", change)
+    bring_back(spark, home, tmp_path / "copy", change)
     assert find_ingested(home, SOURCE, config) is None
     report = run_ingest(spark, home, SOURCE, config)
     assert report.new == (7 if change == "removed" else 4)
     assert report.items == (1 if change == "older copy" else 2), "files of which the copy has the rows are not read"
     assert report.splits == {"train": 7}
+    assert find_ingested(home, SOURCE, config) is not None
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["removed", *(pytest.param(each, marks=pytest.mark.matrix) for each in ("older copy", "RESTORE", "overwrite"))],
+)
+def test_refused_rows_that_are_missing_after_a_restore_of_quarantine_come_back(
+    spark: SparkSession, home: Platform, tmp_path: Path, change: str
+) -> None:
+    assert home.tables
+    data = tmp_path / "data"
+    data.mkdir()
+    settings: dict[str, Any] = {"source": {"path": str(data)}, "near_duplicates": False}
+    config = DataConfig.model_validate(settings | {"limits": {"max_bad_share": 1.0}})
+    write_csv(data / "a.csv", [[as_base64(png(1)), "a"], [as_base64(b"no picture"), "bad a"]])
+    run_ingest(spark, home, SOURCE, config)
+    shutil.copytree(home.tables / QUARANTINE.name, tmp_path / "copy")
+    write_csv(data / "b.csv", [[as_base64(png(2)), "b"], [as_base64(b"no picture"), "bad b"]])
+    run_ingest(spark, home, SOURCE, config)
+    write_csv(data / "c.csv", [[as_base64(png(3)), "c"]])
+    run_ingest(spark, home, SOURCE, config)
+    assert find_ingested(home, SOURCE, config) is not None
+
+    bring_back(spark, home, tmp_path / "copy", change, QUARANTINE)
+    assert find_ingested(home, SOURCE, config) is None
+    report = run_ingest(spark, home, SOURCE, config)
+    assert report.quarantined == (2 if change == "removed" else 1)
+    assert report.items == (1 if change == "older copy" else 2), "files without lost rows are not read"
+    assert (report.new, sum(report.splits.values())) == (0, 3)
+    assert spark.table(home.table(QUARANTINE.name)).where(f"source = '{SOURCE}'").count() == 2
     assert find_ingested(home, SOURCE, config) is not None
 
 
@@ -204,7 +236,7 @@ def test_a_restored_samples_table_with_other_rows_at_the_same_version_gets_other
     before = shard(spark, home, SOURCE, config, IMAGE, "train")
     assert find_sharded(home, SOURCE, config, IMAGE, "train") is not None
 
-    replace_samples(spark, home, tmp_path / "copy", "older copy")
+    bring_back(spark, home, tmp_path / "copy", "older copy")
     second.unlink()
     write_csv(data / "c.csv", [[as_base64(png(3)), "second"]])
     run_ingest(spark, home, SOURCE, config)

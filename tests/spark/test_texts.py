@@ -80,7 +80,8 @@ def test_plain_text_is_ingested_once_and_its_shards_hold_each_text_of_a_split_on
     assert (reused.folder, reused.num_rows, reused.reused) == (train.folder, train.num_rows, True)
 
     refreshed = ingest(spark, platform, source, data, refresh=True)
-    assert (refreshed.new, refreshed.quarantined, refreshed.splits) == (31, 1, changed.splits)
+    assert (refreshed.new, refreshed.updated, refreshed.quarantined) == (0, 31, 1)
+    assert refreshed.splits == changed.splits
     assert refreshed.replaced == {"texts": 31, "quarantine": 1}
     remade = shard_texts(spark, platform, source, data, "train")
     assert (remade.content_hash, remade.reused) == (train.content_hash, False)

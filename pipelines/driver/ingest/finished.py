@@ -34,7 +34,7 @@ def find_finished(platform: Platform, source_name: str, config: DataConfig) -> F
     tables = open_tables(platform, filled, QUARANTINE, INGESTED)
     if tables is None:
         return None
-    if has_lost_items(tables[INGESTED.name], tables[filled.name], source_name):
+    if has_lost_items(tables[INGESTED.name], tables[filled.name], tables[QUARANTINE.name], source_name):
         return None
     ingested = read_ledger_of_files(tables[INGESTED.name], source_name, hash_rules(config))
     source = open_unchanged(platform, source_name, config, ingested)

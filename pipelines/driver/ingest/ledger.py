@@ -1,15 +1,16 @@
 """Ledger (table `ingested`): the items of a source that have been ingested completely and need not be read again.
 
 The ledger only saves time and is not needed for correct results. Rows are identified by their content, so an item that
-is read twice adds nothing. If `samples` or `texts` was restored or replaced since an item was ingested, the item is
-forgotten and read again. The ledger may therefore be written last, after `samples` and `quarantine`, and an ingest
-only appends to the ledger. If an ingest is killed or runs twice, the worst consequence is that items are read again.
+is read twice adds nothing. If `samples`, `texts` or `quarantine` was restored or replaced since an item was ingested,
+the item is forgotten and read again. The ledger may therefore be written last, after `samples` and `quarantine`, and an
+ingest only appends to the ledger. If an ingest is killed or runs twice, the worst consequence is that items are read
+again.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from pipelines.driver.delta.row_times import later_than, newest_time
 from pipelines.driver.ingest.table_rows import rows_of_source
 from pipelines.formats.delta_files import arrow_dataset
 from pipelines.formats.table_schema import Table
-from pipelines.formats.tables import INGESTED
+from pipelines.formats.tables import INGESTED, QUARANTINE
 from pipelines.platform import Platform
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ commit that made this version. Lakesight 0.1.0 stored no id.
 """
 FILLED = ("filled_version", "filled_commit")
 """Columns of the ledger that name the version of `samples` or `texts` that contains the rows of an item."""
+REFUSED = ("refused_version", "refused_commit")
+"""Columns of the ledger that name the version of `quarantine` that contains the refused rows of an item."""
 
 
 class LedgerEntry(NamedTuple):
@@ -52,6 +55,9 @@ class LedgerEntry(NamedTuple):
         ingest_id: id of the ingest.
         filled_version: version of `samples` or `texts` that contains the rows of the items.
         filled_commit: id of the commit that made this version.
+        refused_version: version of `quarantine` that contains the refused rows of the items, or None if no row of the
+            ingest was refused.
+        refused_commit: id of the commit that made this version.
     """
 
     source: str
@@ -59,6 +65,8 @@ class LedgerEntry(NamedTuple):
     ingest_id: str
     filled_version: int
     filled_commit: str | None
+    refused_version: int | None = None
+    refused_commit: str | None = None
 
 
 def hash_rules(config: DataConfig) -> str:
@@ -139,46 +147,55 @@ def append_to_ledger(spark: SparkSession, platform: Platform, items: pa.Table, e
     rows.select(*INGESTED.names).writeTo(platform.table(INGESTED.name)).append()
 
 
-def lost_commits(entries: pa.Table, history: Callable[[Collection[int]], TableHistory]) -> list[str]:
-    """Return the commit ids in the ledger whose rows `samples` or `texts` no longer has.
+def lost_commits(
+    entries: pa.Table, columns: tuple[str, str], history: Callable[[Collection[int]], TableHistory]
+) -> list[str]:
+    """Return the commit ids in the ledger whose rows a table no longer has.
 
     A table loses the rows of a commit if the table is restored, replaced by a copy, or dropped. The items of these
     commits must be read again.
 
     Args:
-        entries: the columns FILLED of the ledger rows of one source.
-        history: function that reads the history of the filled table, with the ids of the given versions.
+        entries: the given columns of the ledger rows of one source.
+        columns: FILLED, or REFUSED for table `quarantine`.
+        history: function that reads the history of the table, with the ids of the given versions.
     """
-    known = entries.filter(pc.is_valid(entries["filled_commit"])).group_by(list(FILLED)).aggregate([]).to_pylist()
+    version, commit = columns
+    known = entries.filter(pc.is_valid(entries[commit])).group_by(list(columns)).aggregate([]).to_pylist()
     if not known:
         return []
-    found = history([entry["filled_version"] for entry in known])
-    return [entry["filled_commit"] for entry in known if not found.has(entry["filled_version"], entry["filled_commit"])]
+    found = history([entry[version] for entry in known])
+    return [entry[commit] for entry in known if not found.has(entry[version], entry[commit])]
 
 
-def has_lost_items(ledger: DeltaTable, filled: DeltaTable, source: str) -> bool:
-    """Return whether the table `filled` has lost rows of items that the ledger has, without Spark."""
-    entries = arrow_dataset(ledger).to_table([*FILLED], pc.field("source") == source)
-    return bool(lost_commits(entries, partial(read_history_of_files, filled)))
+def has_lost_items(ledger: DeltaTable, filled: DeltaTable, quarantine: DeltaTable, source: str) -> bool:
+    """Return whether one of two tables has lost rows of items that the ledger has, without Spark."""
+    entries = arrow_dataset(ledger).to_table([*FILLED, *REFUSED], pc.field("source") == source)
+    return any(
+        lost_commits(entries, columns, partial(read_history_of_files, table))
+        for columns, table in ((FILLED, filled), (REFUSED, quarantine))
+    )
 
 
 def forget_lost_items(spark: SparkSession, platform: Platform, source: str, filled: Table) -> None:
-    """In the ledger, delete the items whose rows the table `filled` has lost, so that the items are read again."""
+    """In the ledger, delete the items whose rows `filled` or `quarantine` has lost. These items are read again."""
+    columns = [*FILLED, *REFUSED]
     if (opened := open_on_disk(platform, INGESTED)) is not None:
-        entries = arrow_dataset(opened).to_table([*FILLED], pc.field("source") == source)
+        entries = arrow_dataset(opened).to_table(columns, pc.field("source") == source)
     else:
-        entries = rows_of_source(spark, platform, INGESTED.name, source).select(*FILLED).distinct().toArrow()
-    lost = lost_commits(entries, partial(read_history, spark, platform, filled))
-    if not lost:
-        return
-    name = platform.table(INGESTED.name)
-    of_source = (F.col("source") == source) & F.col("filled_commit").isin(lost)
-    logger.warning(
-        "table %s was restored or replaced after %d files or rows of captions of %s were ingested. They are read again",
-        *(filled.name, spark.table(name).filter(of_source).count(), source),
-    )
+        entries = rows_of_source(spark, platform, INGESTED.name, source).select(*columns).distinct().toArrow()
+    for pair, table in ((FILLED, filled), (REFUSED, QUARANTINE)):
+        if lost := lost_commits(entries, pair, partial(read_history, spark, platform, table)):
+            logger.warning("table %s was restored or replaced after an ingest of %s", table.name, source)
+            _forget(spark, platform.table(INGESTED.name), source, pair[1], lost)
+
+
+def _forget(spark: SparkSession, ledger: str, source: str, column: str, lost: Sequence[str]) -> None:
+    """Delete the items of a source from the ledger whose commit ids in `column` are lost."""
+    count = spark.table(ledger).filter((F.col("source") == source) & F.col(column).isin(*lost)).count()
+    logger.warning("%d files or rows of captions of %s are read again", count, source)
     ids = ", ".join(f"'{each}'" for each in lost)
-    delete = f"DELETE FROM {name} WHERE source = {{source}} AND filled_commit IN ({ids})"  # noqa: S608 (ids are hashes)
+    delete = f"DELETE FROM {ledger} WHERE source = {{source}} AND {column} IN ({ids})"  # noqa: S608 (ids are hashes)
     spark.sql(delete, source=source)
 
 

@@ -127,6 +127,7 @@ def page_of(report: IngestReport, figures: Figures, galleries: list[Gallery]) ->
     numbers = {
         "rows in": report.rows_in,
         "new pictures": report.new,
+        **({"updated pictures": report.updated} if report.replaced else {}),
         "rows with a new text": report.merged,
         "duplicate rows": report.duplicates,
         "rows newly quarantined": report.quarantined,

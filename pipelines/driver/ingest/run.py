@@ -65,13 +65,11 @@ def ingest(
         UserError: the input does not exist, lacks a column, has no rows, or has no usable row. Unusable rows are
             written to `quarantine`.
         StageFailed: the row counts do not add up, because rows were lost or counted twice.
-        TooManyRefused: more rows were refused than `data.limits.max_bad_share` allows. All rows of the ingest are
-            written before the error is raised.
+        TooManyRefused: more rows were refused than `data.limits.max_bad_share` allows. All rows have been written.
     """
     started = time.monotonic()
     retry_on_conflict(partial(ensure_tables, spark, platform))
-    rules = hash_rules(config)
-    table = table_of_source(config)
+    rules, table = hash_rules(config), table_of_source(config)
     ingested = items_table([]) if refresh else _ingested_items(spark, platform, source_name, rules, table)
     source = open_source(spark, platform, source_name, config, ingested)
     replaced = _start_refresh(spark, platform, table, source_name, source) if refresh else {}
@@ -85,7 +83,8 @@ def ingest(
         items=len(source.pending),
         unchanged=source.unchanged,
         rows_in=totals.rows_in,
-        new=totals.new,
+        new=totals.new - written.updated,
+        updated=written.updated,
         merged=totals.contributing - totals.new,
         duplicates=totals.usable - totals.contributing + totals.bad - quarantined,
         quarantined=quarantined,
@@ -105,13 +104,14 @@ def ingest(
         _warn_of_other_ids(spark, platform, source_name)
     check_totals(report, config)
     if source.rows:  # if the check fails, this line is not reached, so the next ingest reads the items again
-        entry = LedgerEntry(source_name, rules, source.ingest_id, versions.last_change, versions.commit)
+        refused = read_versions(spark, platform, source_name, QUARANTINE)[1:] if totals.bad else ()
+        entry = LedgerEntry(source_name, rules, source.ingest_id, *versions[1:], *refused)
         retry_on_conflict(partial(append_to_ledger, spark, platform, source.pending, entry))
     return report
 
 
 def _ingested_items(spark: SparkSession, platform: Platform, name: str, rules: str, table: Table) -> pa.Table:
-    """Return the items of the source that need not be read again. The rows of these items are in `table`."""
+    """Return the items of the source that need not be read again. Their rows are in `table` and `quarantine`."""
     retry_on_conflict(partial(forget_lost_items, spark, platform, name, table))
     return read_ledger(spark, platform, name, rules)
 

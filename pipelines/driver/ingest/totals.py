@@ -33,6 +33,8 @@ class Written:
         near: counts of near duplicates among the new pictures.
         across: number of pictures whose bytes occur in two splits of the source.
         removed: number of pictures removed from `samples`.
+        updated: in a refresh, number of pictures or texts that the source's table had before. They also count in
+            `totals.new`.
         unreadable: names of files that could not be read to their end, with the reasons; at most NAMED_FILES.
     """
 
@@ -41,6 +43,7 @@ class Written:
     near: NearReport = field(default_factory=NearReport)
     across: int = 0
     removed: int = 0
+    updated: int = 0
     unreadable: list[str] = field(default_factory=list)
 
 
@@ -50,7 +53,7 @@ def table_of_source(config: DataConfig) -> Table:
 
 
 class IngestReport(Config):
-    """Result of an ingest, with rows_in = new + merged + duplicates + quarantined.
+    """Result of an ingest, with rows_in = new + updated + merged + duplicates + quarantined.
 
     Attributes:
         source: name of the source, which is the name of its data config.
@@ -59,6 +62,7 @@ class IngestReport(Config):
         unchanged: number of items that were not read, because they were ingested before and have not changed.
         rows_in: number of raw rows that were read.
         new: number of rows that added a picture with all its texts to `samples`, or a text to `texts`.
+        updated: in a refresh, number of rows that replaced a picture or a text which the source's table had before.
         merged: number of rows that added a text to a picture.
         duplicates: number of rows that added nothing, because the source's table or `quarantine` already has their
             content.
@@ -85,6 +89,7 @@ class IngestReport(Config):
     unchanged: int
     rows_in: int
     new: int
+    updated: int = 0
     merged: int
     duplicates: int
     quarantined: int
@@ -105,6 +110,15 @@ class IngestReport(Config):
     def nothing_new(self) -> bool:
         """Whether the ingest left the tables unchanged."""
         return self.rows_in == self.duplicates and not (self.removed or self.replaced)
+
+
+def describe_counts(report: IngestReport) -> str:
+    """Return the sum of the row counts as a text. Only a refresh can update rows."""
+    updated = f" + {report.updated:,} updated" if report.replaced else ""
+    return (
+        f"{report.new:,} new{updated} + {report.merged:,} merged + {report.duplicates:,} duplicates + "
+        f"{report.quarantined:,} quarantined"
+    )
 
 
 def describe_passed_over(entries: Sequence[PassedOver]) -> dict[str, Any]:
@@ -162,13 +176,12 @@ def check_totals(report: IngestReport, config: DataConfig) -> None:
         StageFailed: the row counts do not add up.
         TooManyRefused: more rows were refused than data.limits.max_bad_share allows.
     """
-    total = report.new + report.merged + report.duplicates + report.quarantined
+    total = report.new + report.updated + report.merged + report.duplicates + report.quarantined
     if total != report.rows_in:
         raise StageFailed(
             "the row counts of an ingest do not add up",
             where=config.source.where,
-            got=f"{report.rows_in} rows read; {report.new} new + {report.merged} merged + {report.duplicates} "
-            f"duplicates + {report.quarantined} quarantined = {total}",
+            got=f"{report.rows_in} rows read; {describe_counts(report)} = {total}",
             fix="this is a defect of Lakesight: please report it with the ingest's log",
         )
     if not any(report.splits.values()):

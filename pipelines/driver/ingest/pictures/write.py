@@ -59,17 +59,21 @@ def _plan_and_write(spark: SparkSession, platform: Platform, decoded: DecodedRow
     the attempt that added them fails to write to `samples`.
     """
     plan = plan_ingest(spark, platform, decoded)
+    updated = 0
     if plan.request.replace:
         require_usable_rows(plan.totals, plan.request.config)
         reasons.clear()
         reasons.update(replace_quarantine(platform, plan))
+        before = rows_of_source(spark, platform, SAMPLES.name, plan.stamp.source).select("image_id")
+        updated = plan.pictures.filter("NOT conflicting").join(before, "image_id", "left_semi").count()
     elif plan.totals.bad:
         reasons.update(add_to_quarantine(platform, plan))
     near = write_samples(platform, plan)
     hashed = plan.request.config.split.kind == "hash"
     across = 0 if hashed else count_pictures_across_splits(plan.outcomes)
     unreadable = name_unreadable_files(plan, NAMED_FILES) if plan.totals.refused else []
-    return Written(totals=plan.totals, reasons=dict(reasons), near=near, across=across, unreadable=unreadable)
+    written = Written(totals=plan.totals, reasons=dict(reasons), near=near, across=across, unreadable=unreadable)
+    return replace(written, updated=updated)
 
 
 def _require_no_pictures(spark: SparkSession, platform: Platform, decoded: DecodedRows, covered: Covered) -> None:

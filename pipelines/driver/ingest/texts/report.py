@@ -41,6 +41,7 @@ def page_of(report: IngestReport, chars: dict[str, int], galleries: list[Gallery
     numbers = {
         "rows in": report.rows_in,
         "new texts": report.new,
+        **({"updated texts": report.updated} if report.replaced else {}),
         "duplicate rows": report.duplicates,
         "rows newly quarantined": report.quarantined,
     }

@@ -56,12 +56,14 @@ def write_texts(
         totals = PlanTotals(**counts, usable=counts["rows_in"] - counts["refused"])
         if refresh:
             require_usable_rows(totals, config)
+        before = rows_of_source(spark, platform, TEXTS.name, name).select("text_id")
+        updated = _accepted(outcomes).join(before, "text_id", "left_semi").count() if refresh else 0
         stamp = Stamp(name, source.ingest_id, datetime.now(UTC), 0)
         write = partial(_replace if refresh else _append, spark, platform, stamp=stamp)
         reasons = retry_on_conflict(partial(write, QUARANTINE, _refused(outcomes)))
         new = retry_on_conflict(partial(write, TEXTS, _accepted(outcomes)))
     added = sum(new.values())
-    return Written(totals=replace(totals, new=added, contributing=added), reasons=reasons)
+    return Written(totals=replace(totals, new=added, contributing=added), reasons=reasons, updated=updated)
 
 
 def _accepted(outcomes: DataFrame) -> DataFrame:
