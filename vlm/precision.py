@@ -14,6 +14,7 @@ stored under the name `NAME:PART`, for example `decoder.blocks.0.mlp.up.weight:q
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm.config import Precision
-from vlm.errors import ArgumentError, ConfigError, did_you_mean
+from vlm.errors import ArgumentError, ConfigError, UserError, did_you_mean
 from vlm.layers.linear import linear_layers, router_layers
 from vlm.model import VisionLanguageModel
 
@@ -77,18 +78,36 @@ def set_precision(model: VisionLanguageModel, precision: Precision) -> None:
     """Convert the weights of a model in place, for inference only. Rotary tables and routers stay in fp32.
 
     Raises:
-        UserError: the precision needs torchao, and torchao is not installed.
+        UserError: the precision needs torchao, and torchao is not installed; or a weight is too large for the format.
     """
     if precision is Precision.FP32:
         return
     precision.require()
     dtypes = _plain_dtypes(model, precision)
+    _check_range(model, dtypes)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
     set_compute_dtype(model, precision)
     if precision.quantized:
         model.requires_grad_(False)
         _quantize(model, precision, _quantized_layers(model, precision))
+
+
+def _check_range(model: VisionLanguageModel, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Check that no finite weight becomes infinite, because fp16 has no numbers above 65504."""
+    limit, large = torch.finfo(torch.float16).max, []
+    for name, weight in model.named_parameters():
+        if dtypes[name] is torch.float16:
+            lowest, highest = torch.aminmax(weight.detach())
+            if limit < max(-float(lowest), float(highest)) < math.inf:
+                large.append(name)
+    if large:
+        raise UserError(
+            "the weights do not fit the number format",
+            where="precision fp16",
+            got=f"numbers above {limit:.0f} in {', '.join(large[:3])}" + (" and others" if len(large) > 3 else ""),
+            fix="use precision bf16 or fp32",
+        )
 
 
 def set_compute_dtype(model: VisionLanguageModel, precision: Precision) -> None:

@@ -19,11 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import typer
+from generation_cases import CASES, PICTURES, CaptionedPictures, Settings
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import scoring_server
-from PIL import Image
-from tiny_models import tiny_model
-from tiny_runs import write_shards
 
 from jobs.ask import ask
 from jobs.caption import caption
@@ -36,41 +34,16 @@ from pipelines.executor.caption import CaptionJob, caption_batches
 from pipelines.executor.evaluate import ScoreJob, score_batches
 from pipelines.tracking import logged_model
 from pipelines.tracking import model as registered_model
-from vlm.captioner import Captioner
 from vlm.config import GenerationConfig, Precision
 
-PICTURES = 4
 TEXT_COLUMNS = ["model_name", "model_version", "settings_hash", "settings", "prompt", "source_table", "run_id"]
-Settings = dict[str, Any]
-CASES: dict[str, tuple[Settings, Any]] = {
-    "max_new_tokens": ({}, 3),
-    "temperature": ({}, 1.5),
-    "top_k": ({"temperature": 2.0}, 2),
-    "top_p": ({"temperature": 2.0}, 0.3),
-    "min_p": ({"temperature": 1.0}, 0.98),
-    "repetition_penalty": ({}, 5.0),
-    "num_beams": ({}, 4),
-    "length_penalty": ({"num_beams": 4}, -4.0),
-    "stop": ({}, ["a", "e"]),
-    "seed": ({"temperature": 2.0}, 9),
-}
-"""Dict from each generation setting to other settings that must also be set, and to a value that changes the
-captions.
-"""
 
 
-class World:
+class World(CaptionedPictures):
     """A model, its pictures, and the folders and files that commands, executors and servers read."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.captioner = Captioner(*tiny_model("plain"))
-        self.captioner.save(folder / "checkpoint")
-        self.shards = write_shards(folder / "shards", rows=PICTURES)
-        self.pictures = [Image.fromarray(self.shards.row(index).pixels) for index in range(PICTURES)]
-        self.files = [folder / f"{index}.png" for index in range(PICTURES)]
-        for picture, file in zip(self.pictures, self.files, strict=True):
-            picture.save(file)
+        super().__init__(folder)
         mlflow.pyfunc.save_model(
             folder / "version",
             python_model=str(Path(str(registered_model.__file__))),
@@ -79,9 +52,6 @@ class World:
             pip_requirements=["mlflow"],
         )
         self.version = mlflow.pyfunc.load_model(str(folder / "version"))
-
-    def expected(self, settings: Settings) -> list[str | None]:
-        return [result.caption for result in self.captioner.caption(self.pictures, **settings)]
 
 
 @pytest.fixture(scope="module")

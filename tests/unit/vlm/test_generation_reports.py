@@ -195,11 +195,19 @@ def test_pictures_of_any_kind_are_captioned_in_each_number_format(precision: str
     assert [result.error for result in captioner.caption(pictures)] == [None] * 3
 
 
-def test_an_overflow_of_fp16_is_an_error_that_recommends_fp32(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("factor", "expected"),
+    [
+        (1e3, r"an overflow in the computation.*use precision fp32"),
+        (1e6, r"do not fit the number format.*numbers above 65504 in projector\..*use precision bf16 or fp32"),
+    ],
+)
+def test_an_overflow_of_fp16_is_an_error_that_recommends_fp32(factor: float, expected: str, tmp_path: Path) -> None:
     model, tokenizer = tiny_model("plain")
     with torch.no_grad():
-        model.projector.get_parameter(next(name for name, _ in model.projector.named_parameters())).mul_(1e6)
+        weight = model.projector.get_parameter("weight")
+        weight.copy_(weight / weight.abs().max() * 60 * factor)
     Captioner(model, tokenizer).save(tmp_path)
     assert vlm.load(tmp_path, device="cpu").caption(PICTURES[0])[0].error is None
-    with pytest.raises(UserError, match=r"an overflow in the computation.*use precision fp32"):
+    with pytest.raises(UserError, match=expected):
         vlm.load(tmp_path, device="cpu", precision="fp16").caption(PICTURES[0])
