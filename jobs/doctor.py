@@ -67,7 +67,9 @@ def run_checks(config: RunConfig) -> list[DoctorCheck]:
     if isinstance(config.platform, DatabricksPlatformConfig):
         return [check_python(), *check_workspace(config, open_platform(config.platform))]
     checks = [check_python(), *(check_package(name) for name in PACKAGES)]
-    checks += [check_java_version(), check_delta_jar(), check_task_slots(config.platform)]
+    if not config.platform.spark.is_connect:  # a Spark Connect server has its own Java and its own jars
+        checks += [check_java_version(), check_delta_jar()]
+    checks.append(check_task_slots(config.platform))
     return [*checks, check_gpu(), check_memory(), check_home(config)]
 
 

@@ -51,7 +51,8 @@ OWN_SPARK_SETTINGS = {
 """Spark settings that users cannot set: a dict from the setting's name, or its beginning, to the reason or an
 alternative."""
 LOOPBACK_SETTINGS = ("spark.driver.host", "spark.driver.bindAddress")
-"""Spark settings that users can set only if the master is a Spark cluster (`spark://`)."""
+"""Spark settings that users can set only if the master is a cluster."""
+DRIVER_MEMORY = "4g"
 
 
 def _flatten(value: Any, prefix: str = "") -> Any:
@@ -69,28 +70,52 @@ def _flatten(value: Any, prefix: str = "") -> Any:
 
 
 class SparkConfig(Config):
-    """Settings of the local Spark session.
+    """Settings of the Spark session.
 
     Attributes:
-        master: Spark's master URL: local[CORES], local-cluster[EXECUTORS,CORES,MIB] or spark://HOST:PORT.
-        driver_memory: size of the Spark driver's Java heap.
+        master: Spark's master URL: local[CORES], local-cluster[EXECUTORS,CORES,MIB], spark://HOST:PORT, yarn,
+            k8s://HOST:PORT, or sc://HOST:PORT for a Spark Connect server.
+        driver_memory: size of the Spark driver's Java heap; a Spark Connect server has its own driver.
         shuffle_partitions: number of partitions into which Spark shuffles rows.
         conf: further Spark settings, as a mapping from name to value, such as {spark.executor.memory: 8g}. Lakesight
             neither stores nor prints nor hashes `conf`, because a value may be a secret, such as the key of an object
             store.
     """
 
-    master: Annotated[str, Field(pattern=r"^(local\[[0-9*]+\]|local-cluster\[\d+,\d+,\d+\]|spark://.+)$")] = "local[*]"
-    driver_memory: str = "4g"
+    master: Annotated[
+        str, Field(pattern=r"^(local\[[0-9*]+\]|local-cluster\[\d+,\d+,\d+\]|(spark|k8s|sc)://.+|yarn)$")
+    ] = "local[*]"
+    driver_memory: str = DRIVER_MEMORY
     shuffle_partitions: PositiveInt = 2
     conf: Annotated[dict[str, str], BeforeValidator(_flatten), Field(exclude=True, repr=False)] = Field(
         default_factory=dict
     )
 
+    @property
+    def is_on_this_machine(self) -> bool:
+        """Whether the driver and all executors run on this machine."""
+        return self.master.startswith("local")
+
+    @property
+    def is_connect(self) -> bool:
+        """Whether the session is a Spark Connect session on a running server."""
+        return self.master.startswith("sc://")
+
+    @model_validator(mode="after")
+    def _fits_a_connect_server(self) -> Self:
+        if self.is_connect and "token=" in self.master:
+            raise ValueError(
+                "master: an address with a token would be stored with the run: remove the token, and set the variable "
+                "SPARK_CONNECT_AUTHENTICATE_TOKEN"
+            )
+        if self.is_connect and self.driver_memory != DRIVER_MEMORY:
+            raise ValueError("driver_memory: a Spark Connect server has its own driver: set the memory of the server")
+        return self
+
     @model_validator(mode="after")
     def _sets_nothing_twice(self) -> Self:
         own = dict(OWN_SPARK_SETTINGS)
-        if not self.master.startswith("spark://"):
+        if self.is_on_this_machine:
             own |= dict.fromkeys(
                 LOOPBACK_SETTINGS, "on a laptop, Spark's ports listen on the loopback device (127.0.0.1) only"
             )

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.child_process import WORKER_VARIABLES
-from pipelines.config import LocalPlatformConfig
+from pipelines.config import LocalPlatformConfig, SparkConfig
 from pipelines.errors import StageFailed, UserError
 from pipelines.platform.class_archive import DRIVER_OPTIONS, ClassArchive, class_archive
+from pipelines.platform.connect_session import open_connect_session
 from pipelines.platform.jars import delta_jars
 from pipelines.platform.platform import Launch, Platform, sqlite_uri
 from pipelines.platform.session import jvm_exit_code, quiet_loggers, stop_session
-from pipelines.platform.spark_launch import crash_options, open_log, private_settings
+from pipelines.platform.spark_launch import check_address, crash_options, open_log, private_settings
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -33,6 +34,7 @@ MIN_JAVA = 17
 MIN_OPEN_FILES = 1024
 """If the hard limit of open files is below this number, the error of a failed Spark start names the limit as cause."""
 LOOPBACK = "127.0.0.1"
+KUBERNETES, HTTPS_PORT = "k8s://", 443
 SAFE_PATH = "PYTHONSAFEPATH"
 SHORT_JOBS = (
     "-XX:TieredStopAtLevel=1 -XX:+UseParallelGC -XX:MaxNewSize=256m -XX:MetaspaceSize=256m "
@@ -102,10 +104,12 @@ def local(config: LocalPlatformConfig) -> Platform:
     uri = os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(root / "mlflow.db")
     return Platform(
         kind="local",
-        open_spark=lambda: open_local_session(config, root),
+        open_spark=lambda: (
+            open_connect_session(config.spark, root) if config.spark.is_connect else open_local_session(config, root)
+        ),
         namespace="lakesight",
         root=root,
-        remote=config.spark.master.startswith("spark://"),
+        remote=not config.spark.is_on_this_machine,
         tables=root / "warehouse",
         launch=Launch(config.ranks, local_mode=config.spark.master.startswith("local["), use_gpu=False),
         tracking_uri=uri,
@@ -140,7 +144,9 @@ def open_local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
     if SparkContext._active_spark_context is not None:
         return _require_same_home(SparkSession.builder.getOrCreate(), root)
     java = java_version()
-    _prepare_environment(config.spark.master)
+    if config.spark.master.startswith(KUBERNETES):
+        check_address(_kubernetes_address(config.spark.master), HTTPS_PORT, "the API server of Kubernetes")
+    _prepare_environment(config.spark)
     log = root / "logs" / "spark.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     logger.info("starting Spark with master %s; its log is %s", config.spark.master, log)
@@ -151,9 +157,7 @@ def open_local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
         if jars.paths and settings[DRIVER_OPTIONS] == SHORT_JOBS:
             archive = class_archive(java, SHORT_JOBS, _spark_home() / "jars", jars.paths)
         settings[DRIVER_OPTIONS] += archive.java_options() if archive else ""
-        options = (
-            (DRIVER_OPTIONS,) if config.spark.master.startswith("spark://") else (DRIVER_OPTIONS, EXECUTOR_OPTIONS)
-        )
+        options = (DRIVER_OPTIONS, EXECUTOR_OPTIONS) if config.spark.is_on_this_machine else (DRIVER_OPTIONS,)
         for option in options:
             settings[option] += crash_options(log.parent / "crashes", settings[option], _umask())
         conf = SparkConf(loadDefaults=False).setAll(list(settings.items()))
@@ -210,7 +214,13 @@ def _require_same_home(spark: SparkSession, root: Path) -> SparkSession:
     return spark
 
 
-def _prepare_environment(master: str) -> None:
+def _kubernetes_address(master: str) -> str:
+    """Return the address of the API server. Spark uses HTTPS if the master names no protocol, as in `k8s://host:443`."""
+    address = master.removeprefix(KUBERNETES)
+    return address if "://" in address else f"https://{address}"
+
+
+def _prepare_environment(config: SparkConfig) -> None:
     """Set environment variables that the JVM, Spark's Python workers and ranks inherit.
 
     PYSPARK_PYTHON makes Python workers use this Python instead of the `python3` on PATH. PYTHONSAFEPATH removes the
@@ -222,11 +232,11 @@ def _prepare_environment(master: str) -> None:
     os.environ.setdefault(SAFE_PATH, "1")
     if locale.nl_langinfo(locale.CODESET).upper() != "UTF-8":
         os.environ["LC_ALL"] = "C.UTF-8"
-    if master.startswith("spark://"):
-        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    else:
+    if config.is_on_this_machine:
         os.environ["PYSPARK_PYTHON"] = sys.executable
         os.environ["SPARK_LOCAL_IP"] = LOOPBACK
+    else:
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
 
 
 def session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]:
@@ -276,7 +286,7 @@ def session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]:
         # machine was suspended, Spark would remove its only executor, which is in the driver itself. The executor
         # cannot register again, so the JVM would exit after 60 more heartbeats, which is ten minutes later.
         settings |= {"spark.storage.blockManagerHeartbeatTimeoutMs": NEVER}
-    if not config.spark.master.startswith("spark://"):
+    if config.spark.is_on_this_machine:
         settings |= {"spark.driver.host": LOOPBACK, "spark.driver.bindAddress": LOOPBACK}
         settings |= {EXECUTOR_OPTIONS: SHORT_JOBS}
         # with few partitions, adaptive execution saves no time and runs more jobs

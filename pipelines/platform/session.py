@@ -40,6 +40,13 @@ def is_connect(spark: SparkSession) -> bool:
     return not isinstance(spark, SparkSession)
 
 
+def open_remote_session(url: str) -> SparkSession:
+    """Return this process's session on the Spark Connect server with an address such as `sc://host:15002`."""
+    from pyspark.sql import SparkSession
+
+    return SparkSession.builder.remote(url).getOrCreate()
+
+
 def register_delta_errors() -> None:
     """Make Connect sessions raise Delta's write conflicts as the exception classes of `delta.exceptions`."""
     import delta.connect  # noqa: F401 (the import registers the classes)

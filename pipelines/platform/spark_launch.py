@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import urlsplit
 
 from pipelines.errors import UserError
 
@@ -21,6 +23,8 @@ SUBMIT_ARGUMENTS = "PYSPARK_SUBMIT_ARGS"
 OPTION = "--properties-file"
 LOAD_DEFAULTS = "--load-spark-defaults"
 """Option that makes Spark read conf/spark-defaults.conf although there is a properties file."""
+CONNECT_SECONDS = 10.0
+"""Longest time to wait until a server accepts a connection, in seconds."""
 
 
 @contextmanager
@@ -70,6 +74,31 @@ def crash_options(folder: Path, options: str, umask: int) -> str:
     path = re.sub(r'(["\\])', r"\\\1", str(folder).replace("%", "%%"))
     files = {"-XX:ErrorFile=": "hs_err_pid%p.log", "-XX:ReplayDataFile=": "replay_pid%p.log"}
     return "".join(f' "{option}{path}/{name}"' for option, name in files.items() if option not in options)
+
+
+def check_address(url: str, default_port: int, what: str) -> None:
+    """Check that a server accepts connections. Spark itself would repeat its requests for ten minutes or forever.
+
+    Args:
+        url: address such as `sc://host:15002/;user_id=me` or `https://host`.
+        default_port: port of an address without a port.
+        what: name of the server in the error message.
+
+    Raises:
+        UserError: the address has no host or no valid port, or the server does not accept a connection.
+    """
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port or default_port
+        with socket.create_connection((host, port), CONNECT_SECONDS):
+            return
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{what} does not answer",
+            where=url,
+            got=str(error),
+            fix="start the server, or correct platform.spark.master",
+        ) from None
 
 
 def open_log(file: Path, umask: int) -> BinaryIO:

@@ -1,73 +1,123 @@
-"""Start-up time of a Python worker: importing libraries, loading the model, and the first caption.
+"""Start-up time of commands: help, lists and tables, one caption, a rollback, and stages that find nothing new.
 
-    python tests/benchmarks/bench_startup.py
+    python tests/benchmarks/bench_startup.py [OLDER_CHECKOUT]
 
-The model is on a network, so the first process on a machine copies the model to a local disk. For bf16, this process
-also writes the converted weights to the disk. Each measurement starts a new process with one thread, as Spark does. In
-this benchmark, the files are in the page cache. If the files are on network storage, each machine needs additional time
-to read the files once.
+OLDER_CHECKOUT is a checkout of another commit with an environment `.venv/`. The benchmark first runs a small pipeline,
+which takes some minutes. Then all commands of both checkouts run in turn on the same home folder. The table shows
+medians: user and system time of the whole command, time by the clock, and peak memory of the largest process. The ratio
+is the processor time of the older checkout divided by our processor time.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
-from pipelines.config import load_model
-from vlm import text
-from vlm.checkpoint import save_model
-from vlm.factory import build_model
-
-ROUNDS = 5
-SHAPE = ("model.decoder.transformer.depth=2", "model.vision.transformer.depth=2")
-"""Config of the model: about 200 MB in fp32."""
-WORKER = """
-import json, sys, time
-from pathlib import Path
-folder, precision, begun = Path(sys.argv[1]), sys.argv[2], time.monotonic()
+from mlflow import MlflowClient
 from PIL import Image
-import pipelines.executor.caption, pipelines.worker.caption, vlm.captioner
-from pipelines.executor.shared_model import load_shared_captioner
-from vlm.config import Precision
-times = [begun, time.monotonic()]
-captioner = load_shared_captioner(folder, "", remote=True, threads=1, precision=Precision(precision))
-times.append(time.monotonic())
-for _ in range(2):
-    captioner.caption([Image.new("RGB", (256, 256))], max_new_tokens=1)
-    times.append(time.monotonic())
-print(json.dumps([end - start for start, end in zip(times, times[1:])]))
-"""
+
+from pipelines.platform import sqlite_uri
+from pipelines.scenes import write_scenes
+
+HERE = Path(__file__).parents[2]
+ROUNDS = 3
+SETTINGS = (
+    "data.source.path=scenes.csv",
+    *("train.steps=20", "train.batch_size=32", "train.optimizer.warmup_steps=5"),
+    *("train.validate_every=20", "train.checkpoint_every=20", "gate.baselines=[]", "gate.min_blind_gap=-10"),
+)
+SCENES = 500
+PROCESSOR, CLOCK = "processor", "clock"
+TARGETS = {
+    "--help": (0.4, PROCESSOR),
+    "config models": (1.5, PROCESSOR),
+    "show samples": (1.0, PROCESSOR),
+    "quarantine": (1.0, PROCESSOR),
+    "ask picture.png --checkpoint checkpoint": (4.0, PROCESSOR),
+    "ask picture.png": (4.0, PROCESSOR),
+    "rollback": None,
+    "ingest": (5.0, CLOCK),
+    "shard": (5.0, CLOCK),
+    "caption": (5.0, CLOCK),
+}
+"""Commands, and the targets in seconds of processor time or of time by the clock. The stages find nothing new."""
+
+
+class Cost(NamedTuple):
+    """Processor seconds, seconds by the clock, and peak memory in MB of a command."""
+
+    processor: float
+    clock: float
+    memory: float
+
+
+def run(checkout: Path, words: list[str], folder: Path) -> Cost:
+    """Run a `lakesight` command of a checkout in a folder, and measure the command."""
+    python = checkout / ".venv" / "bin" / "python"
+    command = ["/usr/bin/time", "-f", "%U %S %e %M", "-o", str(folder / "time")]
+    command += [
+        str(python if python.exists() else sys.executable),
+        "-P",
+        "-c",
+        "from jobs.cli import main; main()",
+        *words,
+    ]
+    environment = os.environ | {"PYTHONPATH": str(checkout), "LAKESIGHT_HOME": str(folder / "home")}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(words)} failed: {done.stderr}")
+    user, system, clock, kilobytes = map(float, (folder / "time").read_text().split())
+    return Cost(user + system, clock, kilobytes / 1e3)
+
+
+def prepare(folder: Path) -> None:
+    """Run a small pipeline, caption all its pictures, and give the model a previous champion for `rollback`."""
+    write_scenes(folder / "scenes.csv", SCENES, seed=0)
+    run(HERE, ["pipeline", *(word for setting in SETTINGS for word in ("--set", setting))], folder)
+    run(HERE, ["caption"], folder)
+    uri = sqlite_uri(folder / "home" / "mlflow.db")
+    MlflowClient(uri, registry_uri=uri).set_registered_model_alias("demo", "previous", "1")
+    (version,) = (folder / "home" / "models" / "demo").glob("1-*")
+    shutil.copytree(version, folder / "checkpoint")
+    Image.new("RGB", (64, 64), "red").save(folder / "picture.png")
 
 
 def main() -> None:
-    """Write a model, start workers, and print the table."""
-    with tempfile.TemporaryDirectory() as home:
-        folder = Path(home) / "model"
-        config = load_model("base", SHAPE)
-        tokenizer = text.learn(config.text, ["a large blue square above a small green star"])
-        save_model(folder, build_model(config, tokenizer.vocab_size), tokenizer)
-        size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
-        for precision in ("fp32", "bf16"):
-            found = []
-            for number in range(ROUNDS):
-                for cache in (Path(home) / f"first-{precision}-{number}", Path(home) / "found"):
-                    cache.mkdir(exist_ok=True)
-                    command = [sys.executable, "-c", WORKER, str(folder), precision]
-                    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "TMPDIR": str(cache)}
-                    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-                    found.append(json.loads(done.stdout))
-            print(f"{precision}, a model of {size:.0f} MB, seconds, median of {ROUNDS}")
-            for name, rows in (("first on its machine", found[::2]), ("later process", found[3::2])):
-                imports, load, first, second = (statistics.median(column) for column in zip(*rows, strict=True))
-                print(
-                    f"{name:>22}: imports {imports:5.2f}, load {load:5.2f}, first caption {first:5.2f}, "
-                    f"sum {imports + load + first:5.2f}, second caption {second:5.2f}"
-                )
+    """Fill a home folder, run each command of each checkout several times in turn, and print the table."""
+    older = [Path(each).resolve() for each in sys.argv[1:2]]
+    costs: dict[tuple[Path, str], list[Cost]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(folder)
+        for _ in range(ROUNDS):
+            for command in TARGETS:
+                words = command.split()
+                if words[0] in ("ingest", "shard"):
+                    words += ["--set", SETTINGS[0]]
+                for checkout in (*older, HERE):
+                    costs.setdefault((checkout, command), []).append(run(checkout, words, folder))
+    print("| command | processor s | clock s | memory MB | target | older: processor s | memory MB | ratio |")
+    print("|---|---|---|---|---|---|---|---|")
+    for command, target in TARGETS.items():
+        ours = median(costs[HERE, command])
+        row = [f"`lakesight {command}`", f"{ours.processor:.2f}", f"{ours.clock:.1f}", f"{ours.memory:.0f}"]
+        row.append(f"{target[0]} s of {target[1]}" if target else "no Java")
+        for checkout in older:
+            theirs = median(costs[checkout, command])
+            row += [f"{theirs.processor:.2f}", f"{theirs.memory:.0f}", f"{theirs.processor / ours.processor:.2f}"]
+        print(f"| {' | '.join(row)} |")
+    print(f"load of the machine: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+
+
+def median(costs: list[Cost]) -> Cost:
+    """Return the median of each figure."""
+    return Cost(*(statistics.median(column) for column in zip(*costs, strict=True)))
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ def test_a_table_of_a_hive_metastore_is_captioned_and_a_second_home_folder_canno
     server = f"sqlite:///{folder}/.lakesight/mlflow.db"
     refused = run(folder, words, LAKESIGHT_HOME=str(folder / "other home"), MLFLOW_TRACKING_URI=server)
     assert refused.returncode == 2
-    assert "schema lakesight of the metastore belongs to another home folder" in refused.stderr
+    assert "schema lakesight of the catalog belongs to another home folder" in refused.stderr
 
 
 def test_airflow_parses_the_dag_of_the_nightly_page(tmp_path: Path) -> None:

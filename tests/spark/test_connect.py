@@ -16,12 +16,17 @@ from typing import Any
 import connect_stages
 import pytest
 from connect_stages import CATALOG, REPEATED, SCENES, SPEED, open_workspace, run_stages
+from deltalake import DeltaTable
+from lakesight_command import lakesight
 from processes import TEST_PATH
 from pyspark.sql import SparkSession
 
 from pipelines.formats.table_schema import Table
 from pipelines.formats.tables import EVALUATIONS, GENERATED_CAPTIONS, INGESTED, QUARANTINE, SAMPLES
+from pipelines.platform import Platform
+from pipelines.scenes import write_scenes
 
+ROWS = 40
 DIFFERENT = {
     *("ingested_at", "quarantined_at", "replayed_at", "captioned_at", "evaluated_at"),
     *("ingest_id", "item", "state", "source_table"),
@@ -76,3 +81,39 @@ def test_every_stage_has_equal_results_on_a_spark_connect_session_that_refuses_s
     first, more = on_connect["ingest"]
     assert (first["rows_in"], more["merged"]) == (SCENES, REPEATED)
     assert len(on_connect["mistakes"]) == 6
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(900)
+def test_commands_of_a_laptop_run_on_a_spark_connect_server_without_a_jvm_of_their_own(
+    server: str, platform: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAVA_HOME", "/nonexistent")
+    write_scenes(tmp_path / "scenes" / "scenes.csv", ROWS, seed=3)
+    options = ["--json", "--set", f"platform.spark.master={server}", "--set", f"data.source.path={tmp_path}/scenes"]
+    reports = []
+    for command in ("ingest", "ingest", "shard"):
+        done = lakesight(platform.root, command, *options)
+        assert done.returncode == 0, done.stderr
+        reports.append(json.loads(done.stdout))
+    first, again, shards = reports
+    assert (first["rows_in"], again["rows_in"], again["unchanged"]) == (ROWS, 0, 1)
+    assert platform.tables
+    stored = DeltaTable(platform.tables / "samples").to_pyarrow_table(
+        columns=["ingest_id"], filters=[("source", "=", "demo")]
+    )
+    assert first["new"] == stored["ingest_id"].to_pylist().count(first["ingest_id"]) > 0
+    assert sum(split["num_rows"] for split in shards.values()) == stored.num_rows
+
+
+@pytest.mark.matrix
+def test_a_spark_connect_server_that_cannot_serve_the_home_folder_or_a_setting_is_reported(
+    server: str, platform: Platform, tmp_path: Path
+) -> None:
+    options = ["--json", "--set", f"platform.spark.master={server}", "--set", "data.source.path=scenes:10:0"]
+    refused = lakesight(tmp_path / "other", "ingest", *options)
+    assert "schema lakesight of the catalog belongs to another home folder" in refused.stderr.splitlines()[-1]
+    conf = ("--set", "platform.spark.conf.spark.executor.memory=s3cret")
+    refused = lakesight(platform.root, "shard", *options, *conf, "--set", "data.shards.rows=3")
+    assert "refuses a setting. Where: platform.spark.conf: spark.executor.memory" in refused.stderr.splitlines()[-1]
+    assert (refused.returncode, "s3cret" in refused.stderr) == (2, False)

@@ -21,7 +21,7 @@ from pipelines.formats.delta_files import check_table_format, is_supported, open
 from pipelines.formats.format_version import FORMAT, PROPERTY, check_format, write_home_format
 from pipelines.formats.table_schema import Table
 from pipelines.formats.tables import TABLES
-from pipelines.platform import Platform
+from pipelines.platform import Platform, is_connect
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def ensure_tables(spark: SparkSession, platform: Platform) -> None:
     """
     if platform.tables is not None:
         spark.sql(f"CREATE SCHEMA IF NOT EXISTS {platform.namespace} LOCATION {_quoted(platform.tables)}")
-        if spark.conf.get("spark.sql.catalogImplementation", "in-memory") == "hive":
+        if is_connect(spark) or spark.conf.get("spark.sql.catalogImplementation", "in-memory") == "hive":
             _check_schema(spark, platform.namespace, platform.tables)
     created = [ensure_table(spark, platform, table) for table in TABLES]
     if all(created):
@@ -47,14 +47,18 @@ def ensure_tables(spark: SparkSession, platform: Platform) -> None:
 
 
 def _check_schema(spark: SparkSession, schema: str, folder: Path) -> None:
-    """Check that a schema's tables are in `folder`, because several home folders may share a Hive metastore."""
+    """Check that a schema's tables are in `folder`, because several home folders may share a catalog.
+
+    A Hive metastore and a Spark Connect server keep their catalog when a session ends.
+    """
     found = urlsplit(spark.catalog.getDatabase(schema).locationUri).path
     if Path(unquote(found)) != folder.resolve():
         raise UserError(
-            f"schema {schema} of the metastore belongs to another home folder",
+            f"schema {schema} of the catalog belongs to another home folder",
             where=str(folder),
             got=found,
-            fix="set LAKESIGHT_HOME to the folder that contains this schema, or use another metastore",
+            fix="set LAKESIGHT_HOME to the folder that contains this schema, or use another metastore or Spark Connect "
+            "server",
         )
 
 

@@ -115,10 +115,66 @@ def test_a_spark_setting_that_lakesight_itself_sets_is_refused_with_the_reason(
     load_run("demo", overrides=["platform.spark.master=spark://h:7077", "platform.spark.conf={spark.driver.host: h}"])
 
 
-@pytest.mark.parametrize(("master", "local_mode"), [("local[2]", True), ("local-cluster[2,1,2048]", False)])
+CLUSTERS = ("spark://h:7077", "yarn", "k8s://https://h:6443", "sc://h:15002")
+
+
+@pytest.mark.parametrize(
+    ("master", "local_mode"),
+    [("local[2]", True), ("local-cluster[2,1,2048]", False), *((each, False) for each in CLUSTERS)],
+)
 def test_ranks_run_on_the_drivers_host_unless_spark_has_executors(home: Path, master: str, local_mode: bool) -> None:
     config = LocalPlatformConfig.model_validate({"spark": {"master": master}})
     assert local(config).launch.local_mode is local_mode
+    assert local(config).remote is (master in CLUSTERS), "only hosts of a cluster copy files to their own disks"
+
+
+@pytest.mark.parametrize("master", CLUSTERS[:3])
+def test_executors_of_a_cluster_can_reach_the_driver(home: Path, monkeypatch: pytest.MonkeyPatch, master: str) -> None:
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    config = LocalPlatformConfig.model_validate({"spark": {"master": master, "conf": {"spark.driver.host": "h"}}})
+    settings = session_settings(config, home)
+    assert settings["spark.driver.host"] == "h"
+    assert not {"spark.driver.bindAddress", "spark.authenticate"} & settings.keys()
+
+
+@pytest.mark.parametrize(
+    "master", ["sc://127.0.0.1:9", "sc://127.0.0.1:port", "k8s://127.0.0.1:9", "k8s://https://h:x"]
+)
+def test_a_server_that_does_not_answer_is_reported_without_a_retry(home: Path, master: str) -> None:
+    config = LocalPlatformConfig.model_validate({"spark": {"master": master}})
+    with pytest.raises(
+        UserError, match=r"does not answer\. .*Fix: start the server, or correct platform\.spark\.master"
+    ):
+        local(config).open_spark()
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"master": "sc://h/;token=s3cret"}, "SPARK_CONNECT_AUTHENTICATE_TOKEN"),
+        ({"master": "sc://h", "driver_memory": "8g"}, "set the memory of the server"),
+    ],
+)
+def test_settings_that_a_spark_connect_server_cannot_follow_are_refused(settings: dict[str, str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason) as refused:
+        load_run("demo", overrides=[f"platform.spark.{name}={value}" for name, value in settings.items()])
+    assert "s3cret" not in str(refused.value)
+
+
+@pytest.mark.matrix
+def test_the_error_of_a_start_on_yarn_names_the_missing_configuration_of_hadoop(tmp_path: Path) -> None:
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("HADOOP_CONF_DIR", "YARN_CONF_DIR")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", "from jobs.cli import main; main()", "ingest", "--set", "platform.spark.master=yarn"],
+        env=environment | {"LAKESIGHT_HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "HADOOP_CONF_DIR or YARN_CONF_DIR must be set" in done.stderr.splitlines()[-1]
 
 
 def test_a_home_folder_that_cannot_be_written_is_a_user_error(home: Path) -> None:
