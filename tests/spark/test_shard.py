@@ -61,7 +61,13 @@ def remove(report: ShardReport) -> None:
         path.unlink()
 
 
-@pytest.mark.parametrize("image", [IMAGE, LARGE], ids=["shuffled pixels", "shuffled pictures"])
+@pytest.mark.parametrize(
+    "image",
+    [
+        pytest.param(IMAGE, id="shuffled pixels"),
+        pytest.param(LARGE, id="shuffled pictures", marks=pytest.mark.matrix),
+    ],
+)
 def test_shards_contain_every_row_of_the_split_once_with_its_resized_picture(
     spark: SparkSession, platform: Platform, filled: tuple[str, Path], image: ImageConfig
 ) -> None:

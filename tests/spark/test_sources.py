@@ -141,13 +141,13 @@ def write_webdataset(folder: Path) -> Written:
 @pytest.mark.parametrize(
     ("write", "usable", "new", "texts", "splits"),
     [
-        (write_jsonl, 4, 3, 8, {"test": 2, "val": 1}),
+        pytest.param(write_jsonl, 4, 3, 8, {"test": 2, "val": 1}, marks=pytest.mark.matrix),
         (write_parquet, 6, 5, 10, {"train": 3, "val": 1, "test": 1}),
-        (write_table, 4, 3, 4, {"train": 3}),
+        pytest.param(write_table, 4, 3, 4, {"train": 3}, marks=pytest.mark.matrix),
         (write_folder, 4, 3, 4, {"train": 3}),
         (write_paths, 4, 3, 4, {"train": 3}),
         (write_coco, 3, 2, 4, {"train": 2}),
-        (write_webdataset, 4, 3, 4, {"train": 3}),
+        pytest.param(write_webdataset, 4, 3, 4, {"train": 3}, marks=pytest.mark.matrix),
     ],
     ids=["jsonl", "parquet", "table", "folder", "paths", "coco", "webdataset"],
 )
@@ -207,6 +207,7 @@ def plan_texts(
     return [pair["text"] for pair in row["new_texts"]], row["contributing"]
 
 
+@pytest.mark.matrix  # tens of thousands of texts
 def test_the_cost_of_an_ingest_plan_grows_linearly_with_the_number_of_texts_per_picture(spark: SparkSession) -> None:
     many = 30_000
     rows = [[f"text {n}"] for n in range(many)] + [["the same"]] * many
