@@ -82,9 +82,9 @@ def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Itera
 
     Args:
         job: settings of the caption job.
-        batches: batches with the columns image_id (string), image (binary, base64 text, or a path) and known (SHA-256
-            of the picture at its last captioning, or null). A picture whose SHA-256 equals `known` is not captioned
-            again.
+        batches: batches with the columns image_id (string), image (binary, base64 text, or a path), known (SHA-256
+            of the picture at its last captioning, or null) and source_file (identity of the data file of the row). A
+            picture whose SHA-256 equals `known` is not captioned again.
     """
     from pipelines.worker.data.batches import map_ahead
     from vlm.captioner import BATCH_ROWS
@@ -109,19 +109,21 @@ def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Itera
         yield _write_file(job, rows, stats)
 
 
-Picture = tuple[str, "str | None", "DecodedPicture"]
-"""Id of a picture, its SHA-256 when it was last captioned (or None), and the decoded picture."""
+Picture = tuple[dict[str, str], "str | None", "DecodedPicture"]
+"""Columns image_id and source_file of a picture, its SHA-256 when it was last captioned (or None), and the decoded
+picture."""
 
 
 def _decode_batch(config: ImageConfig, job: CaptionJob, batch: pa.RecordBatch) -> list[Picture]:
     """Decode the pictures of a batch in a child process, so that a bad picture cannot crash or block the Spark task."""
-    ids, images, known = (batch.column(name).to_pylist() for name in ("image_id", "image", "known"))
+    rows = batch.select(["image_id", "source_file"]).to_pylist()
+    images, known = (batch.column(name).to_pylist() for name in ("image", "known"))
     decode = partial(_decode_picture, config=config, limits=job.limits)
     pictures = run_guarded(images, decode, partial(_describe_death, limits=job.limits))
-    problems = [None] * len(ids) if job.image_root is None else batch.column("problem").to_pylist()
+    problems = [None] * len(rows) if job.image_root is None else batch.column("problem").to_pylist()
     return [
-        (image_id, sha256, picture if problem is None else picture._replace(error=problem))
-        for image_id, sha256, picture, problem in zip(ids, known, pictures, problems, strict=True)
+        (row, sha256, picture if problem is None else picture._replace(error=problem))
+        for row, sha256, picture, problem in zip(rows, known, pictures, problems, strict=True)
     ]
 
 
@@ -166,8 +168,8 @@ def _caption_pictures(
     """
     changed = [picture for _, known, picture in pictures if known is None or known != picture.sha256]
     results = iter(captioner.caption_decoded(changed, [job.prompt] * len(changed), job.settings))
-    for image_id, known, picture in pictures:
-        row = job.constants | {"image_id": image_id, "captioned_at": job.started_at, "sha256": picture.sha256}
+    for own, known, picture in pictures:
+        row = job.constants | own | {"captioned_at": job.started_at, "sha256": picture.sha256}
         if known is not None and known == picture.sha256:
             yield row | {"num_tokens": 0, "unchanged": True}, CaptionStats()
             continue

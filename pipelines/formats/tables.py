@@ -236,6 +236,13 @@ GENERATED_CAPTIONS = Table(
         Column("captioned_at", TIME_TYPE, "Time of captioning"),
         MODEL_DIGEST,
         *PICTURE_COLUMNS,
+        Column(
+            "source_file",
+            pa.string(),
+            "Data file and columns of source_table from which the picture was read: name, size and time of the file, "
+            "and a hash of the columns; null if an earlier release wrote the row",
+            nullable=True,
+        ),
     ),
     checks={"caption_or_error": "(caption IS NULL) != (error IS NULL)"},
     followed=True,

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from pipelines.config import LimitsConfig
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.pictures.root import PictureRoot
-from pipelines.formats.delta_files import arrow_dataset, open_delta
+from pipelines.formats.delta_files import open_delta, query, quoted_name, quoted_text
 from pipelines.platform import Platform
 from vlm.errors import ImageError
 from vlm.image import picture_bytes
@@ -71,14 +70,31 @@ class SourcePictures:
         self._lock = threading.Lock()
 
     def read(self, ids: Sequence[str]) -> dict[str, bytes]:
-        """Read pictures by id. Leave out ids that the table does not contain, and rows without a readable picture."""
-        with self._lock:
-            # Read the newest version, because a server may run for days, and VACUUM removes files of older versions.
-            self._table.update_incremental()
-            rows = arrow_dataset(self._table)
-        identity = pc.field(self._columns.id_column).cast(pa.string())
-        columns = {"id": identity, "picture": pc.field(self._columns.image_column)}
-        found = rows.to_table(columns, filter=identity.isin(list(ids))).to_pylist()
+        """Read pictures by id. Leave out ids that the table does not contain, and rows without a readable picture.
+
+        The SQL engine reads the table, because Arrow refuses tables with deletion vectors and reads only nulls from
+        tables with column mapping.
+
+        Raises:
+            UserError: the package `deltalake` cannot read the table or its ids.
+        """
+        identity, picture = (quoted_name(name) for name in (self._columns.id_column, self._columns.image_column))
+        wanted = ", ".join(map(quoted_text, ids)) or "NULL"
+        text = f"CAST({identity} AS VARCHAR)"
+        sql = f"SELECT {text} AS id, {picture} AS picture FROM source WHERE {text} IN ({wanted})"  # noqa: S608 quoted
+        try:
+            with self._lock:
+                # Read the newest version, because a server may run for days, and VACUUM removes files of older
+                # versions.
+                self._table.update_incremental()
+                found = query({"source": self._table}, sql).read_all().to_pylist()
+        except (DeltaError, OSError, ValueError, pa.ArrowException) as error:
+            raise UserError(
+                "the pictures of the table cannot be read without Spark",
+                where=self._table.table_uri,
+                got=str(error).splitlines()[0],
+                fix="show the captions without pictures, or read the pictures with Spark",
+            ) from None
         pictures = {row["id"]: self._columns.picture(row["picture"]) for row in found}
         return {image_id: picture for image_id, picture in pictures.items() if picture is not None}
 

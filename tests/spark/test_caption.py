@@ -30,6 +30,7 @@ from pipelines.formats.champion_captions import TABLES, select
 from pipelines.formats.delta_files import query
 from pipelines.formats.tables import GENERATED_CAPTIONS
 from pipelines.platform import Platform
+from pipelines.review.source_pictures import read_pictures
 from pipelines.worker.caption import load_captioner
 from vlm.config import GenerationConfig
 
@@ -48,7 +49,7 @@ def picture(number: int) -> bytes:
     return buffer.getvalue()
 
 
-def write(spark: SparkSession, folder: Path, rows: list[tuple[Any, Any]], schema: str = "id INT, photo BINARY") -> str:
+def write(spark: SparkSession, folder: Path, rows: list[tuple[Any, ...]], schema: str = "id INT, photo BINARY") -> str:
     spark.createDataFrame(rows, schema).write.format("delta").mode("append").save(str(folder))
     return f"delta.`{folder}`"
 
@@ -230,6 +231,76 @@ def test_a_picture_is_captioned_again_after_a_change_but_not_after_a_move_to_ano
     before = commits(spark, platform)
     assert numbers(caption(spark, platform, model, request(table))) == (5, 5, 0, 0)
     assert commits(spark, platform) == before
+
+
+TWO = "id INT, photo BINARY, other BINARY"
+MAPPED = "TBLPROPERTIES ('delta.columnMapping.mode' = 'name')"
+VECTORS = "TBLPROPERTIES ('delta.enableDeletionVectors' = 'true')"
+
+
+def create(spark: SparkSession, folder: Path, schema: str, properties: str) -> str:
+    table = f"delta.`{folder}`"
+    spark.sql(f"CREATE TABLE {table} ({schema}) USING delta {properties}")
+    return table
+
+
+def test_captions_are_made_again_if_a_column_name_stands_for_other_pictures_of_the_same_data_files(
+    spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
+) -> None:
+    table = create(spark, tmp_path / "photos", TWO, MAPPED)
+    write(spark, tmp_path / "photos", [(1, picture(1), picture(2)), (2, picture(3), picture(3))], TWO)
+    assert numbers(caption(spark, platform, model, request(table))) == (2, 0, 2, 0)
+    first = stored(spark, platform, model)
+
+    swapped = caption(spark, platform, model, request(table, image_column="other"))
+    assert (numbers(swapped), swapped.changed) == ((2, 1, 1, 0), 1), "the second row has equal pictures in both columns"
+    second = stored(spark, platform, model)
+    assert second["1"]["sha256"] != first["1"]["sha256"]
+    assert {row["image_column"] for row in second.values()} == {"other"}
+    assert numbers(caption(spark, platform, model, request(table, image_column="other"))) == (2, 2, 0, 0)
+
+    for old, new in (("other", "x"), ("photo", "other"), ("x", "photo")):
+        spark.sql(f"ALTER TABLE {table} RENAME COLUMN {old} TO {new}")
+    assert caption(spark, platform, model, request(table, image_column="other")).changed == 1
+    third = stored(spark, platform, model)
+    assert third["1"]["sha256"] == first["1"]["sha256"]
+    assert read_pictures(platform, [third["1"].asDict()]) == {(table, "1"): picture(1)}, "without Spark"
+
+
+@pytest.mark.matrix  # two caption jobs
+def test_captions_are_made_again_if_other_rows_get_the_ids(
+    spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
+) -> None:
+    schema = "id INT, number INT, photo BINARY"
+    table = write(spark, tmp_path / "photos", [(1, 2, picture(1)), (2, 1, picture(2))], schema)
+    caption(spark, platform, model, request(table))
+    assert caption(spark, platform, model, request(table, id_column="number")).changed == 2
+
+
+def test_a_picture_that_a_restore_brings_back_into_a_file_with_a_deletion_vector_is_captioned_again(
+    spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
+) -> None:
+    table = create(spark, tmp_path / "photos", "id INT, photo BINARY", VECTORS)
+    new = spark.createDataFrame([(n, picture(n)) for n in range(6)], "id INT, photo BINARY")
+    new.coalesce(1).write.format("delta").mode("append").save(str(tmp_path / "photos"))
+    new = spark.createDataFrame([(1, picture(9))], "id INT, photo BINARY")
+    spark.sql(f"MERGE INTO {table} t USING {{new}} s ON t.id = s.id WHEN MATCHED THEN UPDATE SET *", new=new)
+    assert numbers(caption(spark, platform, model, request(table))) == (6, 0, 6, 0)
+    spark.sql(f"RESTORE TABLE {table} TO VERSION AS OF 1")
+    report = caption(spark, platform, model, request(table))
+    assert (numbers(report), report.changed) == ((6, 5, 1, 0), 1)
+    spark.sql(f"DELETE FROM {table} WHERE id = 2")
+    rows = [row.asDict() for row in stored(spark, platform, model).values()]
+    assert read_pictures(platform, rows) == {(table, str(n)): picture(n) for n in (0, 1, 3, 4, 5)}, "without Spark"
+
+
+def test_binary_ids_that_are_no_texts_become_hexadecimal_digits(
+    spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
+) -> None:
+    ids = (b"\xff\xfe", b"sku-1", b"a\x00b")
+    table = write(spark, tmp_path / "photos", [(id_, picture(1)) for id_ in ids], "id BINARY, photo BINARY")
+    assert numbers(caption(spark, platform, model, request(table))) == (3, 0, 3, 0)
+    assert set(stored(spark, platform, model)) == {"fffe", "sku-1", "610062"}
 
 
 def test_option_retry_errors_captions_rows_with_errors_again_and_too_many_errors_fail_the_job(

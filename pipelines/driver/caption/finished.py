@@ -49,7 +49,7 @@ def find_finished(platform: Platform, model: ModelFiles, request: CaptionRequest
     *_, key = caption_key(model, request, request.source_table)
     if any(pending_folder(platform, key).glob("*.parquet")) or not _is_plain(source, request):
         return None
-    rows = _count_captioned_rows(source, captions, key, model, request.id_column)
+    rows = _count_captioned_rows(source, captions, key, model, request)
     if rows is None:
         return None
     return CaptionReport(
@@ -130,7 +130,7 @@ def _is_plain(source: DeltaTable, request: CaptionRequest) -> bool:
 
 
 def _count_captioned_rows(
-    source: DeltaTable, captions: DeltaTable, key: dict[str, str], model: ModelFiles, id_column: str
+    source: DeltaTable, captions: DeltaTable, key: dict[str, str], model: ModelFiles, request: CaptionRequest
 ) -> int | None:
     """Return the number of rows of a table if each row has a caption or an error for its current picture, else None.
 
@@ -138,13 +138,18 @@ def _count_captioned_rows(
     version, the rows that were captioned at the earlier version are unchanged. An earlier version counts only if the
     table still has the commit that made this version.
     """
-    condition = " AND ".join(f"{name} = {quoted_text(value)}" for name, value in key.items())
+    read_from = {"id_column": request.id_column, "image_column": request.image_column}
+    if request.image_root is not None:
+        read_from["image_root"] = request.image_root
+    condition = " AND ".join(f"{name} = {quoted_text(value)}" for name, value in (key | read_from).items())
+    if request.image_root is None:
+        condition += " AND image_root IS NULL"
     of_run = f"model_digest IS NULL AND run_id = {quoted_text(model.run_id)}"
     of_model = f"(model_digest = {quoted_text(model.digest)} OR {of_run})" if model.digest else f"({of_run})"
     sql = f"""
     SELECT source_version, source_commit, COUNT(*) AS num_rows, COUNT(id) AS num_ids, COUNT(DISTINCT id) AS distinct_ids
     FROM (
-      SELECT CAST({quoted_name(id_column)} AS VARCHAR) AS id FROM source
+      SELECT CAST({quoted_name(request.id_column)} AS VARCHAR) AS id FROM source
     ) AS ids LEFT JOIN (
       SELECT image_id, MIN(source_version) AS source_version, MIN(source_commit) AS source_commit
       FROM captions WHERE {condition} AND {of_model} GROUP BY image_id

@@ -25,11 +25,13 @@ from pipelines.driver.delta.model_rows import SAME_MODEL
 from pipelines.driver.delta.retry import retry_on_conflict
 from pipelines.driver.delta.settings import escape_wildcards
 from pipelines.executor.caption import PENDING_SCHEMA
-from pipelines.formats.tables import GENERATED_CAPTIONS
+from pipelines.formats.tables import GENERATED_CAPTIONS, PICTURE_COLUMNS
 from pipelines.platform import Platform
 
 logger = logging.getLogger(__name__)
 
+READ_FROM = ("source_version", "source_commit", "source_file", *(column.name for column in PICTURE_COLUMNS))
+"""Columns of `generated_captions` that say from where a picture was read."""
 STALE = timedelta(days=1)
 """Age from which a temporary caption file is removed, because the task that wrote the file was probably killed."""
 
@@ -123,18 +125,19 @@ def _newest_rows(rows: DataFrame) -> DataFrame:
 def _merge(spark: SparkSession, name: str, new: DataFrame, key: dict[str, str]) -> None:
     """Insert new captions, and update rows that had an error or whose picture has changed.
 
-    A row whose picture was compared and has not changed gets the table version at which the picture was compared.
+    A row whose picture was compared and has not changed gets the table version, the data file and the columns
+    from which the picture was compared.
     """
     of_key = " AND ".join(f"old.{column} = {{{column}}}" for column in key)
     is_newer = "new.captioned_at > old.captioned_at"
     replaces = f"NOT new.unchanged AND {is_newer} AND (old.error IS NOT NULL OR NOT (old.sha256 <=> new.sha256))"
-    moved = "NOT (new.source_version <=> old.source_version AND new.source_commit <=> old.source_commit)"
+    moved = " OR ".join(f"NOT (new.{column} <=> old.{column})" for column in READ_FROM)
+    read_from = ", ".join(f"{column} = new.{column}" for column in READ_FROM)
     merge = (
         f"MERGE INTO {name} old USING {{new}} new "
         f"ON {of_key} AND old.image_id = new.image_id AND {SAME_MODEL} "
         f"WHEN MATCHED AND {replaces} THEN {GENERATED_CAPTIONS.update_clause('new')} "
-        f"WHEN MATCHED AND new.sha256 <=> old.sha256 AND {moved} "
-        "THEN UPDATE SET source_version = new.source_version, source_commit = new.source_commit "
+        f"WHEN MATCHED AND new.sha256 <=> old.sha256 AND ({moved}) THEN UPDATE SET {read_from} "
         f"WHEN NOT MATCHED AND NOT new.unchanged THEN {GENERATED_CAPTIONS.insert_clause('new')}"
     )
     spark.sql(merge, None, new=new, **key)

@@ -25,7 +25,7 @@ from pyspark.sql import functions as F
 from pipelines.config import LimitsConfig, short_hash
 from pipelines.driver.caption.drift import Drift
 from pipelines.driver.caption.pending_files import PendingFiles, matches_key
-from pipelines.driver.caption.source_table import SourceTable, open_source_table, unchanged_files
+from pipelines.driver.caption.source_table import SourceTable, open_source_table
 from pipelines.driver.delta.map_in_arrow import spark_schema
 from pipelines.driver.delta.model_rows import is_of_model
 from pipelines.driver.delta.retry import retry_on_conflict
@@ -227,7 +227,7 @@ def _open_source(spark: SparkSession, platform: Platform, request: CaptionReques
         request.source_version,
         columns=(request.id_column, request.image_column),
         where=request.where,
-        has_paths=request.image_root is not None,
+        image_root=request.image_root,
     )
 
 
@@ -312,15 +312,16 @@ def _captions_of_model(spark: SparkSession, platform: Platform, key: dict[str, s
 def _find_uncaptioned_rows(
     spark: SparkSession, captions: DataFrame, source: SourceTable, request: CaptionRequest
 ) -> tuple[DataFrame, RowCounts]:
-    """Return rows that may need a caption, and row counts. `known` has the SHA-256 of the last captioned picture."""
+    """Return rows that may need a caption, and row counts.
+
+    A row may need a caption if it has none, or if its caption was made from another data file or from other columns.
+    Column `known` has the SHA-256 of the last captioned picture.
+    """
     old = captions.where("error IS NULL") if request.retry_errors else captions
-    read_at = ["source_version", "source_commit"]
-    done = old.select("image_id", "sha256", *read_at, F.lit(True).alias("is_done"))
-    unchanged = unchanged_files(spark, source, done)
-    marked = source.rows.join(done, "image_id", "left").join(F.broadcast(unchanged), [*read_at, "file"], "left")
-    is_newest = (F.col("source_version") == source.version) & (F.col("source_commit") == source.commit)
-    same = is_newest | F.col("is_unchanged")
-    may_differ = F.col("is_done") & ~F.coalesce(same, F.lit(False))
+    captioned_from = F.col("source_file").alias("captioned_from")
+    done = old.select("image_id", "sha256", captioned_from, F.lit(True).alias("is_done"))
+    may_differ = F.col("is_done") & ~F.col("captioned_from").eqNullSafe(F.col("source_file"))
+    marked = source.rows.join(done, "image_id", "left")
     marked = marked.withColumn("may_differ", F.coalesce(may_differ, F.lit(False)))
     counts = marked.agg(
         F.count("*").alias("rows"),
@@ -336,7 +337,8 @@ def _find_uncaptioned_rows(
             got=f"{counts['rows']} rows, {counts['ids']} non-null ids, {counts['distinct']} distinct ids",
             fix="name a column with unique values, or exclude rows with --where",
         )
-    todo = marked.where("is_done IS NULL OR may_differ").select("image_id", "image", F.col("sha256").alias("known"))
+    todo = marked.where("is_done IS NULL OR may_differ").withColumnRenamed("sha256", "known")
+    todo = todo.select("image_id", "image", "known", "source_file")
     return todo, RowCounts(counts["rows"], counts["todo"])
 
 

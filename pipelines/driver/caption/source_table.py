@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 from pyspark.errors import AnalysisException
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import ArrayType, BinaryType, DataType, StringType, StructType
 
-from pipelines.driver.delta.commits import read_commit_ids
+from pipelines.config import short_hash
+from pipelines.driver.delta.commits import RESTORE, history_id, read_commit_ids, with_time
 from pipelines.driver.delta.spark_errors import filter_rows
 from pipelines.driver.delta.versions import newest_version
 from pipelines.errors import UserError
+from pipelines.executor.ingest.values import CONTROL
 from pipelines.platform import Platform, analysed
 from vlm.errors import did_you_mean
 
 TABLE_NAME = re.compile(r"([A-Za-z_]\w*\.){0,2}[A-Za-z_]\w*|delta\.`[^`]+`")
 
-MAX_COMPARED_VERSIONS = 32
-"""Largest number of earlier table versions whose data files one caption job lists."""
+COLUMNS_CHANGED = rf"^({RESTORE.pattern}|(RENAME|DROP|REPLACE|CHANGE) COLUMNS?)$"
+"""Pattern of the Delta operations after which a column name may stand for other data in the same data files."""
 
 ARROW_TYPES = {
     **dict.fromkeys(("string", "varchar", "char"), pa.string()),
@@ -39,16 +41,14 @@ class SourceTable:
 
     Attributes:
         name: full name of the table.
-        location: folder or URL of the table, or None if a catalog manages the table.
         version: version of the table that is read.
         commit: id of the commit that made this version, or None if Delta no longer keeps the commit.
         rows: rows that meet the SQL condition of the request, with the columns image_id (string), image (binary,
-            base64 text, or a path) and file (name of the data file that contains the row).
+            base64 text, or a path) and source_file (identity of the data file and of the columns that are read).
         ids: DataFrame with the column image_id of all rows of the table.
     """
 
     name: str
-    location: str | None
     version: int
     commit: str | None
     rows: DataFrame
@@ -63,7 +63,7 @@ def open_source_table(
     *,
     columns: tuple[str, str],
     where: str,
-    has_paths: bool = False,
+    image_root: str | None = None,
 ) -> SourceTable:
     """Open the table that a request names, and check its columns.
 
@@ -74,7 +74,8 @@ def open_source_table(
         version: version at which the table is read, or None for the newest version.
         columns: names of the id column and of the picture column.
         where: SQL condition on the rows; an empty condition selects all rows.
-        has_paths: whether the picture column holds paths or URIs.
+        image_root: folder or URL of the pictures that the picture column names, or None if the column holds the
+            pictures.
 
     Raises:
         UserError: the table, the version or a column does not exist, the type of the picture column cannot hold
@@ -98,6 +99,7 @@ def open_source_table(
                 got=column,
                 fix=f"choose one of {', '.join(frame.columns)}{did_you_mean(column, frame.columns)}",
             )
+    has_paths = image_root is not None
     kind = frame.schema[image].dataType
     if not isinstance(kind, StringType if has_paths else BinaryType | StringType):
         expected = "a string column of paths or URIs" if has_paths else "a binary column of picture files"
@@ -107,12 +109,20 @@ def open_source_table(
             got=f"type {kind.simpleString()}",
             fix=f"name {expected}" + ("" if has_paths else ", or a string column of base64 text"),
         )
-    identity = frame[identity_column].cast("string").alias("image_id")
-    file = F.col("_metadata.file_name").alias("file")
+    identity = _id_text(frame, identity_column).alias("image_id")
+    file = _source_file(spark, name, pinned, (*columns, image_root)).alias("source_file")
     rows = filter_rows(frame, where, where=f"table {name}").select(identity, frame[image].alias("image"), file)
-    location = platform.table_location(name)
-    commit = read_commit_ids(spark, name, location, [pinned]).get(pinned)
-    return SourceTable(name, location, pinned, commit, rows, frame.select(identity))
+    commit = read_commit_ids(spark, name, platform.table_location(name), [pinned]).get(pinned)
+    return SourceTable(name, pinned, commit, rows, frame.select(identity))
+
+
+def _id_text(frame: DataFrame, name: str) -> Column:
+    """Return ids as texts. Binary ids that are not texts, such as UUIDs, become hexadecimal digits, as in ingest."""
+    text = frame[name].cast("string")
+    if not isinstance(frame.schema[name].dataType, BinaryType):
+        return text
+    is_text = F.is_valid_utf8(text) & ~text.rlike(CONTROL.pattern)
+    return F.when(is_text, text).otherwise(F.lower(F.hex(frame[name])))
 
 
 def arrow_columns(schema: StructType) -> pa.Schema:
@@ -131,64 +141,36 @@ def _arrow_type(kind: DataType) -> pa.DataType:
     return ARROW_TYPES.get(kind.typeName(), pa.null())
 
 
-def unchanged_files(spark: SparkSession, source: SourceTable, done: DataFrame) -> DataFrame:
-    """Return the data files that are in the pinned table version and also in an earlier version with captioned rows.
+def _source_file(spark: SparkSession, name: str, version: int, columns: Sequence[str | None]) -> Column:
+    """Return a column with the identity of the data file and of the columns from which a row is read.
 
-    An earlier version counts only if the table still has the commit at which the rows were captioned. Otherwise the
-    table was written anew or restored after the captioning.
+    Delta never changes a data file, so a row with an equal identity has an equal picture. The identity contains no
+    version number. So a row whose picture was restored, or whose table was written anew, has another identity than the
+    picture that was captioned, and a row in an old file keeps its identity however often the table changes.
 
     Args:
         spark: Spark session.
-        source: table to caption.
-        done: captioned rows, with the columns source_version and source_commit.
-
-    Returns:
-        Rows with the columns source_version (the earlier version), source_commit, file and is_unchanged (always true).
+        name: name of the table in SQL.
+        version: version at which the table is read.
+        columns: id column, picture column, and root of the pictures or None.
     """
-    groups = done.where("source_commit IS NOT NULL").groupBy("source_version", "source_commit").count().collect()
-    kept = read_commit_ids(spark, source.name, source.location, {group["source_version"] for group in groups})
-    rows = {
-        group["source_version"]: group["count"]
-        for group in groups
-        if kept.get(group["source_version"]) == group["source_commit"]
-    }
-    earlier = compared_versions(rows, source.version)
-    now = _files_at(spark, source.name, source.version) if earlier else set()
-    found = [
-        (version, kept[version], file, True)
-        for version in earlier
-        for file in now & _files_at(spark, source.name, version)
-    ]
-    schema = "source_version BIGINT, source_commit STRING, file STRING, is_unchanged BOOLEAN"
-    return spark.createDataFrame(found, schema)
+    read = short_hash(columns, _newest_change_of_columns(spark, name, version))
+    time = F.expr("unix_micros(_metadata.file_modification_time)")
+    return F.concat_ws(" ", F.col("_metadata.file_name"), F.col("_metadata.file_size"), time, F.lit(read))
 
 
-def _files_at(spark: SparkSession, name: str, version: int) -> set[str]:
-    """Return the names of a table's data files at a version, or no names if Delta no longer has that version.
+def _newest_change_of_columns(spark: SparkSession, name: str, version: int) -> str | None:
+    """Return the id of the newest commit that may have given the name of a column to other data in the same files.
 
-    Delta never changes a data file, so a row that is in the same data file at two versions is unchanged.
+    Only a table with column mapping can have such commits, such as RENAME COLUMN. The history is not read for other
+    tables. If Delta no longer keeps the commit, the result changes, and pictures are compared once.
     """
-    try:
-        found = spark.read.option("versionAsOf", version).table(name).inputFiles()
-    except AnalysisException:
-        return set()
-    return {path.rpartition("/")[2] for path in found}
-
-
-def compared_versions(rows: Mapping[int, int], newest: int) -> list[int]:
-    """Choose the earlier versions of a table whose data files the caller compares with the newest version's data files.
-
-    A nightly job captions rows of a new table version every night, and listing the data files of one version takes
-    seconds. Therefore, this function chooses only the versions with the most captioned rows. For all other versions,
-    the pictures of the captioned rows are read again and compared by their bytes. A row with an unchanged picture then
-    counts as captioned from the newest version.
-
-    Args:
-        rows: dict from a table version to the number of rows that were captioned at this version.
-        newest: newest version of the table, from which rows are captioned now.
-    """
-    earlier = sorted(rows.keys() - {newest}, key=lambda version: (-rows[version], version))
-    return earlier[:MAX_COMPARED_VERSIONS]
+    properties = {row["key"]: row["value"] for row in spark.sql(f"SHOW TBLPROPERTIES {name}").collect()}
+    if properties.get("delta.columnMapping.mode", "none") == "none":
+        return None
+    history = with_time(spark.sql(f"DESCRIBE HISTORY {name}")).filter(f"version <= {version}")
+    changes = history.filter(F.col("operation").rlike(COLUMNS_CHANGED)).orderBy(F.desc("version")).limit(1)
+    return next((history_id(row.asDict()) for row in changes.collect()), None)
 
 
 def _read(spark: SparkSession, platform: Platform, name: str, version: int | None) -> tuple[int, DataFrame]:

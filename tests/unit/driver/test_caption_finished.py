@@ -63,6 +63,7 @@ class Shop(NamedTuple):
         row |= {"caption": "red", "error": None, "num_tokens": 1} | key
         row |= {"mean_logprob": -1.0, "source_version": version, "captioned_at": NOW, "run_id": "r"}
         row |= {"source_commit": commit_id(self.folder, version)}
+        row |= {"id_column": "id", "image_column": "photo", "image_root": None}
         row |= {"model_digest": "d"} | changes
         rows = [row | {"image_id": str(image_id)} for image_id in ids]
         write_deltalake(self.captions, pa.Table.from_pylist(rows, GENERATED_CAPTIONS.arrow_schema), mode="append")
@@ -135,6 +136,10 @@ CHANGES: dict[str, Callable[[Shop], object]] = {
         schema_mode="overwrite",
     ),
     "a killed job left a file": leave_file,
+    "the captions are of another picture column": lambda shop: DeltaTable(shop.captions).update(
+        {"image_column": "'thumbnail'"}
+    ),
+    "the pictures had another folder": lambda shop: DeltaTable(shop.captions).update({"image_root": "'/old'"}),
 }
 
 

@@ -1,4 +1,4 @@
-"""Tests that the work of a captioning job does not grow with the number of earlier jobs or the number of files."""
+"""Tests that the work of a captioning job does not grow with the number of files."""
 
 from __future__ import annotations
 
@@ -9,20 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.driver.caption.pending_files import PendingFiles
-from pipelines.driver.caption.source_table import MAX_COMPARED_VERSIONS, compared_versions
-
-
-@pytest.mark.parametrize("nights", [40, 160])
-def test_the_number_of_compared_table_versions_does_not_grow_with_the_number_of_captioned_versions(nights: int) -> None:
-    rows = dict.fromkeys(range(nights), 10) | {7: 1000, nights: 500}
-    compared = compared_versions(rows, nights)
-    assert len(compared) == MAX_COMPARED_VERSIONS
-    assert compared[0] == 7
-    assert nights not in compared
-
-
-def test_a_caption_job_compares_all_earlier_captioned_table_versions_if_there_are_only_a_few() -> None:
-    assert set(compared_versions({1: 5, 2: 5, 9: 1}, 9)) == {1, 2}
 
 
 @pytest.mark.parametrize("files", [3, 12])
