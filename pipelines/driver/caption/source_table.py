@@ -154,9 +154,19 @@ def _source_file(spark: SparkSession, name: str, version: int, columns: Sequence
         version: version at which the table is read.
         columns: id column, picture column, and root of the pictures or None.
     """
-    read = short_hash(columns, _newest_change_of_columns(spark, name, version))
+    read = hash_columns(columns, _newest_change_of_columns(spark, name, version))
     time = F.expr("unix_micros(_metadata.file_modification_time)")
     return F.concat_ws(" ", F.col("_metadata.file_name"), F.col("_metadata.file_size"), time, F.lit(read))
+
+
+def hash_columns(columns: Sequence[str | None], change: str | None) -> str:
+    """Return the hash of the columns from which a picture is read, the last part of `source_file`.
+
+    Args:
+        columns: id column, picture column, and root of the pictures or None.
+        change: id of the newest commit that changed what the names of columns stand for, or None.
+    """
+    return short_hash(tuple(columns), change)
 
 
 def _newest_change_of_columns(spark: SparkSession, name: str, version: int) -> str | None:

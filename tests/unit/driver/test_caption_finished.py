@@ -4,6 +4,7 @@ the Spark job runs.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -18,9 +19,9 @@ from tiny_runs import save_random_model
 
 from pipelines.driver.caption.finished import find_finished
 from pipelines.driver.caption.run import CaptionReport, CaptionRequest, caption_key, pending_folder
+from pipelines.driver.caption.source_table import hash_columns
 from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import UserError
-from pipelines.formats.delta_files import commit_id
 from pipelines.formats.tables import GENERATED_CAPTIONS
 from pipelines.platform import Platform
 
@@ -57,13 +58,20 @@ class Shop(NamedTuple):
         assert self.platform.tables
         return self.platform.tables / "generated_captions"
 
+    def source_file(self, version: int) -> str:
+        """Return the identity of the data file that a commit added, as Spark's columns `_metadata` give it."""
+        commit = self.folder / "_delta_log" / f"{version:020}.json"
+        (file,) = [json.loads(line)["add"] for line in commit.read_text().splitlines() if '"add":' in line]
+        columns = hash_columns(("id", "photo", None), None)
+        return f"{file['path']} {file['size']} {file['modificationTime'] * 1000} {columns}"
+
     def caption(self, ids: list[int], version: int, **changes: object) -> None:
         *_, key = caption_key(self.model, self.request(), self.request().source_table)
         row: dict[str, Any] = dict.fromkeys(GENERATED_CAPTIONS.names, "")
         row |= {"caption": "red", "error": None, "num_tokens": 1} | key
         row |= {"mean_logprob": -1.0, "source_version": version, "captioned_at": NOW, "run_id": "r"}
-        row |= {"source_commit": commit_id(self.folder, version)}
         row |= {"id_column": "id", "image_column": "photo", "image_root": None}
+        row |= {"source_file": self.source_file(version)}
         row |= {"model_digest": "d"} | changes
         rows = [row | {"image_id": str(image_id)} for image_id in ids]
         write_deltalake(self.captions, pa.Table.from_pylist(rows, GENERATED_CAPTIONS.arrow_schema), mode="append")
@@ -113,15 +121,15 @@ def write_anew(shop: Shop) -> None:
     shop.write(ROWS | {"photo": [b"x", b"y", b"z"]})
 
 
-def forget_commits(shop: Shop) -> None:
-    """Remove the ids of commits, which earlier releases did not store."""
-    DeltaTable(shop.captions).update({"source_commit": "NULL"})
+def forget_files(shop: Shop) -> None:
+    """Remove the names of data files, which earlier releases did not store."""
+    DeltaTable(shop.captions).update({"source_file": "NULL"})
 
 
 CHANGES: dict[str, Callable[[Shop], object]] = {
     "a picture was replaced": lambda shop: shop.write(ROWS, "overwrite"),
     "the table was written anew": write_anew,
-    "an earlier release captioned the rows": forget_commits,
+    "an earlier release captioned the rows": forget_files,
     "files were compacted": lambda shop: (
         shop.write({"id": [4], "photo": [b"d"]}),
         DeltaTable(shop.folder).optimize.compact(),
@@ -136,10 +144,6 @@ CHANGES: dict[str, Callable[[Shop], object]] = {
         schema_mode="overwrite",
     ),
     "a killed job left a file": leave_file,
-    "the captions are of another picture column": lambda shop: DeltaTable(shop.captions).update(
-        {"image_column": "'thumbnail'"}
-    ),
-    "the pictures had another folder": lambda shop: DeltaTable(shop.captions).update({"image_root": "'/old'"}),
 }
 
 
@@ -151,7 +155,7 @@ def test_a_caption_job_starts_spark_if_its_input_or_output_has_changed(change: s
 
 OTHER: tuple[Mapping[str, object], ...] = (
     *({"where": "id = 1"}, {"retry_errors": True}, {"remove_deleted": True}, {"source_version": 0}),
-    *({"prompt": "where"}, {"precision": "bf16"}, {"id_column": "photo"}),
+    *({"prompt": "where"}, {"precision": "bf16"}, {"id_column": "photo"}, {"image_column": "id"}),
     *({"source_table": "delta.`s3a://bucket/shop`"}, {"source_table": "main.shop.products"}),
 )
 
