@@ -33,9 +33,9 @@ def decisions(
         found = run_decisions(job)
         for row in found:
             champion = f" (serving: {row['champion']})" if row["champion"] else ""
-            job.output.text(
-                f"{row['decided_at']:%Y-%m-%d %H:%M}  {row['action']:<8} version {row['model_version']}{champion}, "
-                f"by {row['decided_by']}"
+            job.output.hanging(
+                f"{row['decided_at']:%Y-%m-%d %H:%M}  {row['action']:<8} ",
+                f"version {row['model_version']}{champion}, by {row['decided_by']}",
             )
             for reason in row["reasons"]:
                 job.output.hanging("    - ", reason)

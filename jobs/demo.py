@@ -62,4 +62,6 @@ def _show_captions(job: Job, report: PipelineReport) -> None:
     samples = job.spark.table(job.platform.table("samples")).where(held_out(job)).select("image_id", "texts")
     both = generated.join(samples, "image_id").select("texts", "caption").orderBy("image_id")
     for row in both.limit(SHOWN_CAPTIONS).collect():
-        job.output.text(f"\n  human      {row['texts'][0]['text']}\n  generated  {row['caption']}")
+        job.output.text("")
+        job.output.hanging("  human      ", row["texts"][0]["text"])
+        job.output.hanging("  generated  ", str(row["caption"]))

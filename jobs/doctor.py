@@ -52,7 +52,7 @@ def doctor(
         config = load_run(run, platform=platform, overrides=overrides or ())
         checks = run_checks(config)
         for check in checks:
-            output.line(check.name, f"{output.styled(f'{check.status:<5}', fg=COLOURS[check.status])} {check.found}")
+            output.line(check.name, check.found, mark=f"{check.status:<5} ", colour=COLOURS[check.status])
             if check.fix:
                 output.line("", f"      fix: {check.fix}")
         failed = [check.name for check in checks if check.status == "fail"]

@@ -2,6 +2,9 @@
 
 Spark's JVM, torchrun and libraries write directly to file descriptor 1. While a command runs, both `sys.stdout` and
 file descriptor 1 are redirected to stderr, so that a JSON report on stdout stays valid.
+
+Tables, file names and the answers of models may contain control characters, with which they could change the terminal.
+Class `CommandOutput` therefore escapes the control characters in everything that it prints.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import typer
 from pydantic_core import to_json
 
 from pipelines.errors import LakesightError
-from vlm.errors.printable import printable
+from vlm.errors.printable import escape_controls, escape_controls_in_json, on_one_line, printable
 
 LABEL_WIDTH = 12
 TEXT_WIDTH = 80
@@ -94,30 +97,40 @@ class CommandOutput:
         """Seconds since the command began."""
         return time.monotonic() - self._started
 
-    def line(self, label: str, text: str) -> None:
-        """Print a label in a column of fixed width, then a text. On a terminal, a long text is broken between words."""
-        self.hanging(f"{label:<{LABEL_WIDTH}}", text, bold=True)
+    def line(self, label: str, text: str, *, mark: str = "", colour: str | None = None) -> None:
+        """Print a label in a column of fixed width, then a coloured mark, then a text.
 
-    def hanging(self, head: str, text: str, **style: Any) -> None:
-        """Print the beginning of a line in a style, then a text. On a terminal, break the text and indent its lines."""
-        width = shutil.get_terminal_size().columns - len(head)
-        for line in _wrap(text, width, "") if self._stream.isatty() else [text]:
-            self.text(self.styled(head, **style) + line)
-            head = " " * len(head)
+        On a terminal, a long text is broken between words.
+        """
+        heads: list[tuple[str, dict[str, Any]]] = [(f"{label:<{LABEL_WIDTH}}", {"bold": True}), (mark, {"fg": colour})]
+        self._print_hanging([(head, style) for head, style in heads if head], text)
 
-    def styled(self, text: str, **style: Any) -> str:
+    def hanging(self, head: str, text: str) -> None:
+        """Print the beginning of a line, then a text. On a terminal, break the text and indent its lines."""
+        self._print_hanging([(head, {})], text)
+
+    def _print_hanging(self, heads: Sequence[tuple[str, dict[str, Any]]], text: str) -> None:
+        heads, text = [(on_one_line(head), style) for head, style in heads], on_one_line(text)
+        start = "".join(self._styled(head, **style) for head, style in heads)
+        width = sum(len(head) for head, _ in heads)
+        columns = shutil.get_terminal_size().columns
+        for line in _wrap(text, columns - width, "") if self._stream.isatty() else [text]:
+            self._print(start + line)
+            start = " " * width
+
+    def _styled(self, text: str, **style: Any) -> str:
         """Return a text in a style (arguments of `typer.style`) if the output has colours, else the text itself."""
         return typer.style(text, **style) if text.strip() and has_colours(self._stream) else text
 
     def next(self, *commands: str) -> None:
         """Print the commands that the user can run next, each on a line of its own."""
         for label, command in zip(("next", *["or"] * (len(commands) - 1)), commands, strict=True):
-            self.text(self.styled(f"{label:<{LABEL_WIDTH}}", bold=True) + command)
+            self._print(self._styled(f"{label:<{LABEL_WIDTH}}", bold=True) + escape_controls(command))
 
     def items(self, label: str, items: Sequence[str]) -> None:
         """Print a list for people: a label, then the items separated by commas, in lines of at most 80 columns."""
         lines, last = [], ""
-        for count, item in enumerate(items, 1):
+        for count, item in enumerate(map(on_one_line, items), 1):
             part = item + ("," if count < len(items) else "")
             if last and LABEL_WIDTH + len(last) + len(part) >= TEXT_WIDTH:
                 lines.append(last)
@@ -129,13 +142,18 @@ class CommandOutput:
             label = ""
 
     def text(self, text: str, end: str = "\n") -> None:
-        """Print a text for people, without a label."""
+        """Print a text for people, without a label. The text may have several lines."""
+        self._print(escape_controls(text), end)
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        """Print a text whose only control characters are the styles of this class, line feeds and tabs."""
         print(text, end=end, file=self._stream, flush=True)
 
     def report(self, report: object) -> None:
         """Print the command's report (a pydantic model, or a dict of pydantic models) as JSON if `as_json` is set."""
         if self._as_json:
-            print(to_json(report, by_alias=True, inf_nan_mode="null").decode(), file=self._out, flush=True)
+            text = to_json(report, by_alias=True, inf_nan_mode="null").decode()
+            print(escape_controls_in_json(text), file=self._out, flush=True)
 
 
 @contextmanager

@@ -31,13 +31,35 @@ _BARE_USER_INFO = re.compile(r"""(?<![^\s'"`(=,\[{])[^\s/:@'"`(=,\[{]+:(?!/)\S*@
 _QUERY = re.compile(r"((?:\w:|/)/\S*?)\?\S*=\S*")
 _HEADER = re.compile(r"\b(Basic|Bearer) [\w+/=.~-]{16,}")
 _USER_INFO_OF_VARIABLE = re.compile(r"(?:[A-Za-z][\w+.-]*:/{1,2})?([^\s/:@]*:(?!//)\S*|(?<=/)[^\s/]+)@")
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""Pattern of all control characters except line feed and tab, and of the characters that reverse the text direction."""
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Pattern of all control characters except line feed and tab, and of other characters that a terminal must not receive.
+
+The other characters are the separators of lines and paragraphs, the characters that reverse the text direction, and
+the surrogates, which stand for bytes of a file name that are not UTF-8 and which no stream can encode.
+"""
 
 
 def printable(text: str) -> str:
     """Hide the secrets in a text, and replace its control characters (except line feed and tab) by escape sequences."""
-    return _CONTROL.sub(_escape, hide_secrets(text))
+    return escape_controls(hide_secrets(text))
+
+
+def escape_controls(text: str) -> str:
+    """Replace the control characters in a text (except line feed and tab) by escape sequences such as \\x1b."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def on_one_line(text: str) -> str:
+    """Replace the control characters in a text (except tab) by escape sequences, so that the text is a single line."""
+    return escape_controls(text).replace("\n", r"\n")
+
+
+def escape_controls_in_json(text: str) -> str:
+    """Replace the control characters in a JSON text by the escape sequences of JSON, such as \\u009b.
+
+    JSON allows most control characters above U+007F in strings, but a terminal executes some of these characters.
+    """
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def hide_secrets(text: str) -> str:
@@ -60,10 +82,6 @@ class PrintableFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the printable text of a log record."""
         return printable(super().format(record))
-
-
-def _escape(found: re.Match[str]) -> str:
-    return found[0].encode("unicode_escape").decode()
 
 
 @lru_cache(maxsize=1)

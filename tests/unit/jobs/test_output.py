@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import re
@@ -214,3 +215,43 @@ def test_each_of_several_suggested_next_commands_is_printed_on_a_separate_line()
     out = io.StringIO()
     CommandOutput(out, as_json=False).next("lakesight ui", "lakesight demo")
     assert out.getvalue() == "next        lakesight ui\nor          lakesight demo\n"
+
+
+ATTACK = "\x1b[8mA\x1b]0;t\x07B\x00C\rD\x9b2JE\u202eF\u2066G\u2028H\udcffI\nJ"
+SHOWN = r"\x1b[8mA\x1b]0;t\x07B\x00C\rD\x9b2JE\u202eF\u2066G\u2028H\udcffI\nJ"
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_no_method_of_the_output_prints_control_characters_of_data(
+    stream: type[io.StringIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    out = stream()
+    printer = CommandOutput(out, as_json=False)
+    printer.line(f"{ATTACK:<12}", ATTACK, mark=ATTACK, colour="red")
+    printer.hanging(ATTACK, ATTACK)
+    printer.items("ids", [ATTACK, ATTACK])
+    printer.next(ATTACK)
+    printer.text(ATTACK, end="")
+    printed = re.sub("\x1b\\[(0|1|31)m", "", out.getvalue())
+    several_lines = SHOWN.replace(r"\n", "\n")
+    assert printed.splitlines() == [
+        SHOWN * 3,
+        SHOWN * 2,
+        f"ids         {SHOWN},",
+        f"            {SHOWN}",
+        *f"next        {several_lines}".splitlines(),
+        *several_lines.splitlines(),
+    ]
+    assert ("\x1b[31m" in out.getvalue()) == (stream is Terminal)
+
+
+def test_a_json_report_contains_no_control_characters_and_the_unchanged_values() -> None:
+    out = io.StringIO()
+    attack = ATTACK.replace("\udcff", "\u00e9")
+    CommandOutput(out, as_json=True).report({"id": attack})
+    [line] = out.getvalue().splitlines()
+    assert re.search("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", line) is None
+    assert json.loads(line) == {"id": attack}

@@ -140,3 +140,15 @@ def test_show_names_the_command_that_upgrades_a_captions_table_of_an_earlier_ver
     old = DeltaTable(home / "warehouse" / "generated_captions").to_pyarrow_table().drop(["image_root"])
     write_deltalake(home / "warehouse" / "generated_captions", old, mode="overwrite", schema_mode="overwrite")
     assert_user_error(lakesight("show", "champion_captions"), "no column image_root", "lakesight maintain")
+
+
+def test_command_show_prints_no_control_characters_of_a_table_and_exports_them_unchanged(tmp_path: Path) -> None:
+    attack = "a\x1b[2J\x1b]0;title\x07\x00\r\x9b\u202e\u2066\nrow 2"
+    write_deltalake(tmp_path / "shop" / "products", pa.table({"id": [attack], "tags": [[attack]]}))
+    done = lakesight("show", "shop/products", "--columns", "id,tags", "--output", "rows.parquet")
+    assert set(filter(lambda each: not each.isprintable(), done.stdout)) == {"\n"}
+    assert r"  id    a\x1b[2J\x1b]0;title\x07\x00\r\x9b\u202e\u2066\nrow 2" in done.stdout.splitlines()
+    assert pq.read_table("rows.parquet")["id"].to_pylist() == [attack]
+    done = lakesight("show", "shop/products", "--json")
+    assert set(filter(lambda each: not each.isprintable(), done.stdout)) == {"\n"}
+    assert json.loads(done.stdout)["rows"] == [{"id": attack, "tags": [attack]}]
