@@ -6,12 +6,14 @@ sequences to the terminal. Therefore every error message and every log line pass
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
-from base64 import b64encode
+from base64 import b64encode, urlsafe_b64encode
 from collections.abc import Iterator
 from functools import lru_cache
+from html.entities import codepoint2name
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -31,6 +33,9 @@ _BARE_USER_INFO = re.compile(r"""(?<![^\s'"`(=,\[{])[^\s/:@'"`(=,\[{]+:(?!/)\S*@
 _QUERY = re.compile(r"((?:\w:|/)/\S*?)\?\S*=\S*")
 _HEADER = re.compile(r"\b(Basic|Bearer) [\w+/=.~-]{16,}")
 _USER_INFO_OF_VARIABLE = re.compile(r"(?:[A-Za-z][\w+.-]*:/{1,2})?([^\s/:@]*:(?!//)\S*|(?<=/)[^\s/]+)@")
+_WORD_START = r"(?:(?<![^\W_])|(?<=%[0-9A-Fa-f]{2})|(?<=\\u[0-9A-Fa-f]{4})|(?<=\\[nrt]))"
+"""Pattern of the start of a word, also after an encoded character such as %3D, whose last character is a letter."""
+_WORD_END = r"(?![^\W_])"
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Pattern of all control characters except line feed and tab, and of other characters that a terminal must not receive.
 
@@ -67,7 +72,8 @@ def hide_secrets(text: str) -> str:
 
     Remove the user information and the query string of every URI. Write `***` in place of `user:password` before an
     `@`, and of the credentials in an Authorization header. Also write `***` in place of the values of environment
-    variables that hold secrets (`SECRET_NAME`) or URIs with user information.
+    variables that hold secrets (`SECRET_NAME`) or URIs with user information. These values are also found if a server
+    has encoded them for a URL, a form, HTML or JSON, or as base64 or hexadecimal text.
     """
     known = _pattern(tuple(os.environ.items()))
     if known is not None:
@@ -87,11 +93,49 @@ class PrintableFormatter(logging.Formatter):
 @lru_cache(maxsize=1)
 def _pattern(environment: tuple[tuple[str, str], ...]) -> re.Pattern[str] | None:
     """Return a pattern of all secrets in environment variables, longest first, or None if there are no secrets."""
-    found = {form for value in _secrets(dict(environment)) for form in (value, quote(value, safe=""), unquote(value))}
-    secrets = sorted(filter(_is_secret, found), key=len, reverse=True)
+    given = {form for value in _secrets(dict(environment)) for form in (value, unquote(value)) if _is_secret(form)}
+    secrets = given | {quote(each, safe="", errors="surrogateescape") for each in given}
+    secrets |= {code for each in given for code in _base64_codes(each)}
+    forms = {each: _in_any_encoding(each) for each in secrets}
+    forms |= {each: f"(?i:{each})" for each in map(_hex_code, given)}
     # A short secret may be part of other words, so it is replaced only if it is a whole word.
-    forms = [re.escape(each) if len(each) >= 8 else rf"(?<![^\W_]){re.escape(each)}(?![^\W_])" for each in secrets]
-    return re.compile("|".join(forms)) if forms else None
+    for short in (each for each in forms if len(each) < 8):
+        forms[short] = f"{_WORD_START}{forms[short]}{_WORD_END}"
+    return re.compile("|".join(forms[each] for each in sorted(forms, key=len, reverse=True))) if forms else None
+
+
+def _in_any_encoding(secret: str) -> str:
+    """Return a pattern of a secret in each encoding of URLs, forms, HTML and JSON, and in Python's `repr`.
+
+    Each character may have a different encoding, because the encodings differ in the characters that they leave as
+    they are. All encodings leave letters and digits of ASCII as they are.
+    """
+    return "".join(each if each.isascii() and each.isalnum() else _encodings(each) for each in secret)
+
+
+def _encodings(character: str) -> str:
+    code, in_utf16 = ord(character), character.encode("utf-16-be", "surrogatepass")
+    percent = "".join(f"%{byte:02x}" for byte in _bytes(character))
+    in_json = "".join(rf"\\u{in_utf16[start : start + 2].hex()}" for start in range(0, len(in_utf16), 2))
+    forms = [f"(?i:{percent}|{in_json}|&#0*{code};|&#x0*{code:x};)", rf"(?i:\\x{code:02x})"]
+    forms += [f"&{name};" for name in ({39: "apos"} | codepoint2name).get(code, "").split()]
+    # The character itself comes last, because an encoding of the characters % & and \ begins with the same character.
+    forms += [re.escape(json.dumps(character)[1:-1]), rf"\\?{re.escape(character)}"]
+    return f"(?:{'|'.join(forms)}{'|[+]' * (character == ' ')})"
+
+
+def _base64_codes(secret: str) -> set[str]:
+    """Return the base64 texts of a secret, with and without the padding, in the alphabets of MIME and of URLs."""
+    padded = {encode(_bytes(secret)).decode() for encode in (b64encode, urlsafe_b64encode)}
+    return padded | {each.rstrip("=") for each in padded}
+
+
+def _hex_code(secret: str) -> str:
+    return _bytes(secret).hex()
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode(errors="surrogateescape")
 
 
 def _secrets(environment: dict[str, str]) -> Iterator[str]:
@@ -110,7 +154,7 @@ def _secrets(environment: dict[str, str]) -> Iterator[str]:
 
 
 def _base64(text: str) -> str:
-    return b64encode(text.encode(errors="surrogateescape")).decode()
+    return b64encode(_bytes(text)).decode()
 
 
 def _is_secret(value: str) -> bool:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import html
 import io
+import json
 import logging
 import os
-from base64 import b64encode
+import re
+from base64 import b64encode, urlsafe_b64encode
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import quote, quote_plus
 
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from jobs.common import open_output
 from jobs.output import format_error
@@ -99,6 +107,78 @@ def test_switches_numbers_and_files_in_variables_with_names_of_secrets_are_not_h
     text = f"false, 4096, {__file__}, demos"
     assert printable(text) == text
     assert printable("run demo") == "run ***"
+
+
+def lower_percent(text: str) -> str:
+    return re.sub("%[0-9A-F]{2}", lambda found: found[0].lower(), quote(text, safe=""))
+
+
+ENCODINGS: dict[str, Callable[[str], str]] = {
+    "plain": str,
+    "url": quote,
+    "url of a browser": lambda text: quote(text, safe="!*'()"),
+    "url in lower case": lower_percent,
+    "url twice": lambda text: quote(quote(text, safe=""), safe=""),
+    "form": quote_plus,
+    "html": html.escape,
+    "html with decimal codes": lambda text: html.escape(text).replace("&#x27;", "&#39;"),
+    "html with names": lambda text: html.escape(text).replace("&#x27;", "&apos;"),
+    "json": lambda text: json.dumps(text)[1:-1],
+    "json with unicode": lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
+    "json inside html": lambda text: re.sub("[<>&']", lambda found: rf"\u{ord(found[0]):04x}", json.dumps(text)[1:-1]),
+    "base64": lambda text: b64encode(text.encode()).decode(),
+    "base64 without padding": lambda text: b64encode(text.encode()).decode().rstrip("="),
+    "base64 for urls": lambda text: urlsafe_b64encode(text.encode()).decode(),
+    "hex": lambda text: text.encode().hex(),
+    "hex in upper case": lambda text: text.encode().hex().upper(),
+}
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@settings(max_examples=40, deadline=None)
+@given(
+    st.text(
+        st.characters(exclude_characters="\0", exclude_categories=["Cs"]) | st.sampled_from("&<>\"'+%/\\ =\u00e9"),
+        min_size=4,
+    )
+)
+def test_a_secret_is_hidden_in_each_encoding_in_which_a_server_may_repeat_it(encoding: str, secret: str) -> None:
+    assume(not (secret.isdigit() and len(secret) < 6) and not secret.isspace())
+    assume(secret.lower() not in ("true", "false", "none", "null", "auto"))
+    assume(len(secret) > 200 or not Path(secret).exists())
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setenv("MLFLOW_TRACKING_PASSWORD", secret)
+        assert printable(f"answer [{ENCODINGS[encoding](secret)}] end") == "answer [***] end"
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_short_secret_is_hidden_as_a_whole_word_in_each_encoding(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "p'w 1")
+    encoded = ENCODINGS[encoding]("p'w 1")
+    for before in ("password=", "password%3D", r"\u0022", r"\n", "&quot;"):
+        assert printable(f"{before}{encoded}&user=bob") == f"{before}***&user=bob"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text("abcdefgh123", min_size=4, max_size=7), st.lists(st.text("abcdefgh123 .", max_size=20)))
+def test_words_that_contain_a_short_secret_stay_as_they_are(secret: str, words: list[str]) -> None:
+    assume(not secret.isdigit())
+    text = " ".join(word for word in " ".join(words).replace(".", " ").split() if word != secret)
+    text += f" {secret}s x{secret} {secret}_1.png"
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setenv("DB_PASSWORD", secret)
+        assert printable(text).replace("***_1.png", f"{secret}_1.png") == text
+
+
+def test_a_long_secret_and_a_secret_that_is_not_utf_8_are_hidden_in_messages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    key = "-----BEGIN KEY-----\n" + "\n".join(["aB3+/" * 12] * 60) + "\n-----END KEY-----"
+    monkeypatch.setenv("SERVICE_KEY", key)
+    monkeypatch.setenv("DB_PASSWORD", os.fsdecode(b"caf\xe9-latin"))
+    assert printable(f"got {json.dumps(key)} and caf%e9-latin") == 'got "***" and ***'
 
 
 def test_control_characters_are_visible_in_errors_and_logs(capsys: pytest.CaptureFixture[str]) -> None:
