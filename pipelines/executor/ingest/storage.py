@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import tarfile
 import zlib
 from lzma import LZMAError
@@ -34,6 +35,25 @@ FILE_ERRORS = (OSError, *DAMAGE)
 def is_url(path: str) -> bool:
     """Return whether a path is a URL such as s3://bucket/folder, which `fsspec` opens."""
     return "://" in path
+
+
+def refuse_query(location: str, setting: str) -> None:
+    """Check that a location that is stored in tables is not a URL with a query or a fragment.
+
+    The query of a signed URL is a secret. In a URL of an object store, `?` and `#` may also be part of a name, so
+    such a URL is refused only if the part after `?` or `#` contains `=`.
+
+    Raises:
+        UserError: the URL has a query or a fragment. The message does not contain the query.
+    """
+    is_web = location.lower().startswith(("http://", "https://"))
+    if is_url(location) and re.search("[?#]" if is_web else "[?#].*=", location):
+        raise UserError(
+            "a URL has a query or a fragment, which may be a secret and would be stored in tables",
+            where=setting,
+            got=f"{re.split('[?#]', location)[0]} with more text after ? or #",
+            fix="remove the part from ? or #, and give credentials of an object store in environment variables",
+        )
 
 
 def open_binary(path: str) -> IO[bytes]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.config import PICTURE
+from pipelines.driver.ingest.sources.files import _list_path
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.csv import csv_records
 from pipelines.executor.ingest.records.jsonl import jsonl_records
@@ -31,6 +32,7 @@ from pipelines.executor.ingest.records.parquet import parquet_records
 from pipelines.executor.ingest.records.pictures import root
 from pipelines.executor.ingest.records.pictures.root import (
     PictureRoot,
+    absolute_location,
     picture_records,
     read_picture_column,
     require_root,
@@ -320,3 +322,28 @@ def test_a_batch_of_picture_paths_is_split_into_smaller_batches_when_the_picture
 def test_an_image_root_that_cannot_be_read_is_refused_before_the_ingest(location: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         require_root(location)
+
+
+@pytest.mark.parametrize("check", [require_root, absolute_location, _list_path])
+@pytest.mark.parametrize(
+    "location",
+    [
+        "https://host/photos?sig=SECRET",
+        "HTTP://host/photos?SECRET",
+        "https://host/photos#SECRET",
+        "abfss://c@account/photos?sv=1&sig=SECRET",
+        "s3://bucket/photos#sig=SECRET",
+    ],
+)
+def test_a_url_with_a_query_or_a_fragment_is_refused_and_the_error_does_not_contain_the_query(
+    location: str, check: Callable[[str], object]
+) -> None:
+    with pytest.raises(UserError, match="a query or a fragment") as raised:
+        check(location)
+    assert "SECRET" not in repr(vars(raised.value))
+    assert "photos" in str(raised.value)
+
+
+def test_an_object_store_may_have_a_question_mark_or_a_hash_in_a_name(tmp_path: Path) -> None:
+    for location in ("s3://bucket/photos#1", "s3://bucket/what?", str(tmp_path / "a?b=c#d")):
+        assert absolute_location(location) == location

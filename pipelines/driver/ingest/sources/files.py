@@ -18,7 +18,7 @@ from pipelines.driver.ingest.sources.walk import Found, PassedOver, file_reason,
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.folder import change_token
 from pipelines.executor.ingest.splits import split_of_file
-from pipelines.executor.ingest.storage import is_url, printable
+from pipelines.executor.ingest.storage import is_url, printable, refuse_query
 
 MIN_RANGE_BYTES, MAX_RANGE_BYTES = 4 * 2**20, 32 * 2**20
 """Smallest and largest size of the range of a file that one task reads, in bytes. A file that is smaller than the
@@ -137,6 +137,7 @@ def list_plain_files(config: DataConfig, suffixes: tuple[str, ...]) -> Listing:
 def _list_path(path: str) -> list[Found | PassedOver]:
     if not path:
         raise UserError("the run has no input", where="data.source.path", got="nothing", fix=SET_PATH)
+    refuse_query(path, "data.source.path")
     try:
         return list_entries(absolute_path(path))
     except OSError as error:
