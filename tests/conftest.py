@@ -33,6 +33,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     share fixtures.
     """
     for item in items:
+        if " at 0x" in item.nodeid:
+            raise pytest.UsageError(
+                f"the id of a test differs between processes, because it has an address: {item.nodeid}"
+            )
         if "spark" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group(f"spark in {item.path.parent.name}"))
         elif item.get_closest_marker("matrix") and not item.get_closest_marker("xdist_group"):

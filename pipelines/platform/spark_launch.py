@@ -115,7 +115,7 @@ def open_log(file: Path, umask: int) -> BinaryIO:
 
 
 def _mode(umask: int) -> int:
-    """Return the mode of a file that those users can read who may write it."""
+    """Return a file mode that lets exactly those users read and write who may write under the umask."""
     writable = 0o222 & ~umask
     return writable | writable << 1
 
