@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     share fixtures.
     """
     for item in items:
-        if " at 0x" in item.nodeid:
+        if re.search(r" at 0x[0-9a-fA-F]", item.nodeid):
             raise pytest.UsageError(
                 f"the id of a test differs between processes, because it has an address: {item.nodeid}"
             )
