@@ -91,7 +91,7 @@ def test_a_lease_protects_a_run_on_a_file_system_that_supports_no_locks(
 
 def test_an_owner_renews_its_lease_and_stops_if_another_host_has_taken_over(run: RunFolder) -> None:
     def train() -> None:
-        limit = time.monotonic() + 30
+        limit = time.monotonic() + 120
         while read_json(run.launcher, Lease).renewals < 2:
             assert time.monotonic() < limit
             time.sleep(0.02)
