@@ -23,6 +23,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from jobs.generation_options import GENERATION_COMMANDS, without_generation_settings
 from pipelines.errors import LakesightError, UserError
 from vlm.errors.printable import printable
 
@@ -89,7 +90,10 @@ class LazyCommands(Mapping[str, Any]):
             raise KeyError(name)
         function = name.replace("-", "_")
         single = typer.Typer(rich_markup_mode=None, add_completion=False)
-        single.command(name)(getattr(importlib.import_module(f"jobs.{function}"), function))
+        command = getattr(importlib.import_module(f"jobs.{function}"), function)
+        if name not in GENERATION_COMMANDS:
+            command = without_generation_settings(name, command)
+        single.command(name)(command)
         return get_command(single)
 
     def __iter__(self) -> Iterator[str]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.cli import WEIGHT_COMMANDS
+from jobs.generation_options import GENERATION_COMMANDS, is_generation
 from jobs.output import CommandOutput, reserved_stdout
 from pipelines.config import RunConfig, available, load_run
 from pipelines.errors import LakesightError, UserError
@@ -108,16 +109,20 @@ class Job:
     def command(self, name: str) -> str:
         """Return the command line that runs command `name` on the same run with the same overrides.
 
-        The command line leaves out settings of Spark (`platform.spark.conf`), because their values may be secrets.
+        The command line leaves out settings of Spark (`platform.spark.conf`), because their values may be secrets, and
+        generation settings that the command would refuse.
         """
-        return f"lakesight {name} {self._options()}"
+        return f"lakesight {name} {self._options(name)}"
 
-    def _options(self) -> str:
+    def _options(self, name: str) -> str:
+        # The gate of `promote` uses the generation settings that are stored with the version.
+        follows_generation = name in GENERATION_COMMANDS and name != "promote"
         words = ["--run", self.config.name]
         if self.config.chosen.platform != "local":
             words += ["--platform", self.config.chosen.platform]
         for override in self.overrides:
-            if not override.strip().startswith("platform.spark.conf"):
+            is_refused = is_generation(override) and not follows_generation
+            if not is_refused and not override.strip().startswith("platform.spark.conf"):
                 words += ["--set", override]
         return shlex.join(words)
 
@@ -129,8 +134,9 @@ class Job:
         """
 
         def complete(found: re.Match[str]) -> str:
-            named = found["name"] in WITHOUT_RUN or "--run" in found["rest"] or self._options() == "--run demo"
-            return found[0] if named else f"`lakesight {found['name']}{found['rest']} {self._options()}`"
+            options = self._options(found["name"])
+            named = found["name"] in WITHOUT_RUN or "--run" in found["rest"] or options == "--run demo"
+            return found[0] if named else f"`lakesight {found['name']}{found['rest']} {options}`"
 
         return re.sub(r"`lakesight (?P<name>[a-z-]+)(?P<rest>[^`]*)`", complete, text)
 

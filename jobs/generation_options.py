@@ -1,14 +1,21 @@
-"""Options of the commands that caption pictures: one option for each generation setting of a model."""
+"""Generation settings of a model (`model.generation`) on the command line.
+
+The commands that caption pictures have one option for each generation setting. The commands that caption nothing refuse
+these settings.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import json
+import shlex
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+
+from pipelines.errors import UserError
 
 GENERATION = "model.generation"
 OPTIONS: dict[str, tuple[Any, str, str]] = {
@@ -24,6 +31,40 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
     "seed": (int, "N", "Random seed of sampling."),
 }
 """Dict from each setting of `vlm.config.GenerationConfig` to the type, placeholder and help text of its option."""
+
+GENERATION_COMMANDS = (
+    *("train", "evaluate", "compare", "promote", "caption", "pipeline", "demo", "ask", "serve"),
+    *("config", "doctor", "import-weights"),
+)
+"""Commands that follow, store, check or print generation settings. All other commands caption nothing, and refuse these
+settings.
+"""
+
+
+def is_generation(override: str) -> bool:
+    """Return whether an override `KEY=VALUE`, or a key, belongs to the generation settings."""
+    key = override.partition("=")[0].strip()
+    return key == GENERATION or key.startswith(f"{GENERATION}.")
+
+
+def without_generation_settings(name: str, command: Callable[..., None]) -> Callable[..., None]:
+    """Make a command refuse generation settings with a UserError, because the command would ignore these settings."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        if given := [override for override in kwargs.get("overrides") or () if is_generation(override)]:
+            words = [word for override in given for word in ("--set", override)]
+            options = shlex.join(["--run", kwargs["run"], *words])
+            raise UserError(
+                "this command captions nothing, so generation settings would have no effect",
+                where=f"lakesight {name}",
+                got=shlex.join(words),
+                fix=f"leave them out here. `lakesight caption {options}` captions with these settings; `ask`, "
+                f"`evaluate` and `serve` accept them too. `lakesight train {options}` registers a version with them",
+            )
+        command(*args, **kwargs)
+
+    return run
 
 
 def with_generation_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -9,7 +9,7 @@ from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, o
 from jobs.decisions import record
 from jobs.evaluate import CheckpointOption, VersionOption, choose_version, evaluate_version, open_model, open_split
 from jobs.progress import show_elapsed
-from jobs.settings_of_version import require_settings_of_version
+from jobs.settings_of_version import changes_model, require_settings_of_version
 from jobs.text_model import require_captioner
 from jobs.train import register_finished_runs
 from pipelines.errors import StageFailed
@@ -95,6 +95,7 @@ def run_promote(job: Job, which: str) -> PromotionReport:
     champion = find_champion(job.platform, job.model_name)
     version = resolve(job.platform, job.model_name, which)
     label = f"{version.name} version {version.version}"
+    _require_own_settings(job, version)
     if champion and champion.version == version.version:
         _record_champion(job, version)
         job.output.line("promote", f"{label} is already the champion")
@@ -132,6 +133,17 @@ def run_promote(job: Job, which: str) -> PromotionReport:
     )
 
 
+def _require_own_settings(job: Job, version: ModelVersion) -> None:
+    """Check that no override changes a setting of the version's model. Without overrides, nothing is downloaded.
+
+    Raises:
+        UserError: an override changes a setting of the model.
+    """
+    if changes_model(job):
+        model = open_model(job, version.version)
+        require_settings_of_version(job, model.read_config(), f"{model.name}/{model.version}")
+
+
 def _record_champion(job: Job, champion: ModelVersion) -> None:
     """Record the champion if table `decisions` names a different version.
 
@@ -153,7 +165,6 @@ def check_gate(job: Job, version: ModelVersion, champion: ModelVersion | None) -
     from pipelines.tracking.smoke_test import smoke_test_version
 
     model = open_model(job, version.version)
-    require_settings_of_version(job, model.read_config(), f"{model.name}/{model.version}")
     shards = open_split(job, model)
     report = evaluate_version(job, model, shards)
     champion_report = None

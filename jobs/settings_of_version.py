@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from jobs.common import Job
-from jobs.generation_options import GENERATION
+from jobs.generation_options import GENERATION, is_generation
 from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import UserError
 from vlm.config import GenerationConfig, ModelConfig
@@ -29,7 +29,7 @@ def decoding_settings(job: Job, fixed: ModelConfig, name: str) -> GenerationConf
     changes: dict[str, Any] = {}
     chosen = job.config.model.generation.model_dump()
     for key in _different_keys(job, fixed):
-        if not _is_generation(key):
+        if not is_generation(key):
             raise _refused(job, key, name, "training fixes it")
         field = key.removeprefix(GENERATION).removeprefix(".")
         changes |= {field: chosen[field]} if field else chosen
@@ -44,7 +44,7 @@ def with_overrides(job: Job, model: ModelFiles) -> ModelFiles:
     """
     fixed = model.read_config()
     settings = decoding_settings(job, fixed, f"{model.name}/{model.version}")
-    given = any(_is_generation(key) for key in _keys(job))
+    given = any(is_generation(key) for key in _keys(job))
     evaluated = fixed.generation.changed({"temperature": 0.0})
     return model.model_copy(update={"settings": settings}) if given and settings != evaluated else model
 
@@ -58,13 +58,15 @@ def require_settings_of_version(job: Job, fixed: ModelConfig, name: str) -> None
     """
     for key in _different_keys(job, fixed):
         followed = (
-            "only `lakesight evaluate`, `caption` and `ask` use this setting; the gate uses the version's own settings"
+            "only `lakesight evaluate`, `caption`, `ask` and `serve` use this setting; the gate uses the version's own "
+            "settings"
         )
-        raise _refused(job, key, name, followed if _is_generation(key) else "training fixes it")
+        raise _refused(job, key, name, followed if is_generation(key) else "training fixes it")
 
 
-def _is_generation(key: str) -> bool:
-    return key == GENERATION or key.startswith(f"{GENERATION}.")
+def changes_model(job: Job) -> bool:
+    """Return whether the command has an override `model.*`."""
+    return any(key.partition(".")[0] == "model" for key in _keys(job))
 
 
 def _keys(job: Job) -> list[str]:

@@ -26,11 +26,11 @@ from pipelines.tracking.home_store.copied_version import (
     check_registered_copy,
     copy_folder,
 )
-from pipelines.tracking.logged_model import MODEL_FILES
+from pipelines.tracking.logged_model import ARTIFACTS, MODEL_FILES
 from pipelines.tracking.registry import CHECKPOINT_TAG, ModelVersion, download_files, label, list_versions
 from pipelines.tracking.runs import logged_ids
 from pipelines.tracking.server import REQUEST_ERRORS, connect, unusable
-from pipelines.tracking.version_files import ARTIFACTS, check_all_files, check_model_files
+from pipelines.tracking.version_files import check_all_files, check_model_files
 
 logger = logging.getLogger(__name__)
 

@@ -22,6 +22,8 @@ import vlm
 from pipelines.errors import UserError
 from vlm.config import GenerationConfig, ModelConfig
 
+ARTIFACTS = "artifacts"
+"""Folder of the model files in a logged model."""
 MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json")
 REQUIREMENTS = (
     *("mlflow", "numpy", "pandas", "pillow", "pyarrow", "pydantic", "pyyaml", "regex", "safetensors", "tokenizers"),
@@ -87,6 +89,30 @@ def log_model(client: MlflowClient, checkpoint: Path, run_id: str) -> str:
             pip_requirements=[f"{name}=={_public_version(name)}" for name in REQUIREMENTS],
         )
     return str(logged.model_id)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Read the model config of a logged model in a local folder."""
+    return ModelConfig.model_validate_json((folder / ARTIFACTS / "config.json").read_text(encoding="utf-8"))
+
+
+def set_generation_defaults(folder: Path, settings: GenerationConfig, *, where: str) -> None:
+    """Change the generation settings that a logged model in a local folder uses for requests without `params`.
+
+    Raises:
+        UserError: the model was logged by a release whose models accept no generation settings. `where` names the
+            model in the error.
+    """
+    model = Model.load(folder)
+    if model.signature is None or model.signature.params is None:
+        raise UserError(
+            "this model version accepts no generation settings",
+            where=where,
+            got="a version that was registered by an earlier release of Lakesight",
+            fix="register the version again: run `lakesight train` with the settings",
+        )
+    model.signature = signature(settings, text_only=read_config(folder).text_only)
+    model.save(str(folder / "MLmodel"))
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from mlflow.store.artifact.models_artifact_repo import REGISTERED_MODEL_META_FIL
 from pipelines.errors import StageFailed
 from pipelines.formats.model_copy import combine_digests
 from pipelines.tracking.home_store.copied_version import DIGEST_TAG
-from pipelines.tracking.logged_model import MODEL_FILES
+from pipelines.tracking.logged_model import ARTIFACTS, MODEL_FILES
 from vlm.files import file_digest
 
 logger = logging.getLogger(__name__)
@@ -28,8 +28,6 @@ EXECUTED_DIGEST_TAG = "executed_digest"
 
 A version that an earlier release registered may lack this tag or both digest tags.
 """
-ARTIFACTS = "artifacts"
-"""Folder of the model files in a logged model."""
 
 
 def digest_tags(checkpoint: Path, model_id: str) -> dict[str, str]:

@@ -27,6 +27,7 @@ from stand_in_workspace import Workspace, serve
 from tracking_server import tracking_server
 from volume import COMPILER, Volume
 
+from jobs.generation_options import GENERATION_COMMANDS
 from pipelines.scenes import write_scenes
 
 SCHEMA, EXPERIMENT = "fresh", "/Shared/lakesight/runs"
@@ -39,11 +40,13 @@ VALUES = {
 SMALL = (
     *("platform.use_gpu=false", "train.steps=30", "train.batch_size=8", "train.validate_every=15"),
     *("train.checkpoint_every=15", "train.validate_rows=8", "train.optimizer.warmup_steps=5"),
-    *("gate.baselines=[]", "gate.min_blind_gap=-10", "gate.max_error_share=1", "model.generation.max_new_tokens=4"),
+    *("gate.baselines=[]", "gate.min_blind_gap=-10", "gate.max_error_share=1"),
 )
 """Settings for a machine without GPUs. Training takes only 30 steps, so the promotion gate must accept a model that
 ignores its pictures.
 """
+SHORT = "model.generation.max_new_tokens=4"
+"""Setting of the commands that caption pictures or train. Other commands refuse generation settings."""
 
 
 class TrackingWorkspace(Workspace):
@@ -100,7 +103,8 @@ class FreshWorkspace:
 def job(name: str, *settings: str, **parameters: str) -> list[list[str]]:
     """Return the parameters of each task of a deployed job, with additional settings for a small machine."""
     overrides = [f"--set={setting}" for setting in (*SMALL, *settings)]
-    return [[*task, *overrides] for task in job_tasks(name, VALUES, parameters)]
+    tasks = [[*task, *overrides] for task in job_tasks(name, VALUES, parameters)]
+    return [[*task, f"--set={SHORT}"] if task[0] in GENERATION_COMMANDS else task for task in tasks]
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ from __future__ import annotations
 import base64
 import inspect
 import json
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +30,7 @@ from jobs.caption import caption
 from jobs.cli import app
 from jobs.evaluate import evaluate
 from jobs.generation_options import OPTIONS, with_generation_options
+from jobs.serve import serve
 from pipelines.config import LimitsConfig, load_run
 from pipelines.errors import UserError
 from pipelines.executor.caption import CaptionJob, caption_batches
@@ -108,6 +111,17 @@ def by_evaluate(world: World, settings: Settings, _: object) -> list[str]:
     return list(scores.column("caption").to_pylist())
 
 
+def by_changed_defaults(world: World, settings: Settings, _: object) -> list[str]:
+    """Send a request without settings to a copy of the version whose defaults were changed, as `serve` changes them."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "version"
+        shutil.copytree(world.folder / "version", copy)
+        logged_model.set_generation_defaults(copy, world.captioner.settings(**settings), where="copy")
+        version = mlflow.pyfunc.load_model(str(copy))
+        frame = pd.DataFrame({"image": [file.read_bytes() for file in world.files]})
+        return list(version.predict(frame)["caption"])
+
+
 def by_pyfunc(world: World, settings: Settings, _: object) -> list[str]:
     frame = pd.DataFrame({"image": [file.read_bytes() for file in world.files]})
     return list(world.version.predict(frame, params=settings)["caption"])
@@ -131,6 +145,7 @@ SURFACES: dict[str, Callable[[World, Settings, Any], list[str]]] = {
     "evaluate": by_evaluate,
     "pyfunc": by_pyfunc,
     "server": by_server,
+    "defaults of the server": by_changed_defaults,
 }
 
 
@@ -185,7 +200,7 @@ def test_a_generation_option_on_the_command_line_has_the_same_effect_as_the_over
     assert (generation.temperature, generation.stop) == (1e-7, ("a: b", "\U0001f600", '"'))
 
 
-@pytest.mark.parametrize("command", [ask, caption, evaluate])
+@pytest.mark.parametrize("command", [ask, caption, evaluate, serve])
 def test_every_command_that_captions_has_an_option_for_each_generation_setting(command: Callable[..., None]) -> None:
     registered = typer.main.get_command(app).commands[command.__name__]  # type: ignore[attr-defined]
     options = {option for parameter in registered.params for option in parameter.opts}

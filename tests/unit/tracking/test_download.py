@@ -21,7 +21,7 @@ from jobs.output import CommandOutput
 from jobs.promote import run_promote
 from pipelines.config import LocalPlatformConfig
 from pipelines.driver.evaluate.decisions import record_decision, recorded_champion
-from pipelines.errors import StageFailed
+from pipelines.errors import StageFailed, UserError
 from pipelines.formats.model_copy import RECORD
 from pipelines.formats.run_folder import RunFolder
 from pipelines.platform import Platform, local
@@ -143,3 +143,16 @@ def test_a_decision_for_a_promotion_that_was_not_carried_out_is_corrected_in_the
     assert recorded_champion(no_spark, opened, registered.name) == registered.version
     assert opened.tables
     assert DeltaTable(opened.tables / "decisions").to_pyarrow_table().num_rows == 2
+
+
+def test_a_changed_generation_setting_is_refused_for_the_champion_too_because_the_gate_would_ignore_the_setting(
+    platform: Platform, registered: registry.ModelVersion
+) -> None:
+    registry.promote(platform, registered)
+    own = tiny_run()
+    model = own.model.model_copy(update={"generation": own.model.generation.changed({"max_new_tokens": 2})})
+    changed = own.model_copy(update={"model": model})
+    job = Job(changed, platform, ("model.generation.max_new_tokens=2",), CommandOutput(io.StringIO(), as_json=False))
+    with pytest.raises(UserError, match="cannot change this setting") as refused:
+        run_promote(job, "champion")
+    assert "`caption`" in refused.value.fix
