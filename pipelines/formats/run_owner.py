@@ -65,6 +65,20 @@ class Lease(Config):
     renewals: int = 0
 
 
+class _LeaseLost(KeyboardInterrupt):
+    """Interrupt of the main thread, because another host has taken over the run.
+
+    The class is a KeyboardInterrupt, so that the block stops its ranks and its Spark job as it does for Ctrl-C.
+    """
+
+
+LOST = signal.SIGUSR1
+"""Signal that interrupts the main thread when the lease is lost.
+
+SIGINT would not do: a shell that starts a command in the background with `&` lets the command ignore SIGINT.
+"""
+
+
 @contextmanager
 def own_run(run: RunFolder) -> Iterator[None]:
     """Own a run folder while the block executes.
@@ -78,24 +92,35 @@ def own_run(run: RunFolder) -> Iterator[None]:
     run.path.mkdir(parents=True, exist_ok=True)
     with _host_lock(run) as locked:
         lease = _take_lease(run, locked=locked)
-        lost = threading.Event()
         try:
-            with in_background(lambda ended: _renew(run, lease, ended, lost), "lease"):
+            with _interruptible(), in_background(lambda ended: _renew(run, lease, ended), "lease"):
                 yield
-        except KeyboardInterrupt:
-            if lost.is_set():
-                raise StageFailed(
-                    "another process has taken over this run",
-                    where=str(run.path),
-                    got=f"no renewal of the lease for more than {WATCH_SECONDS:.0f} s: this process was suspended, or "
-                    "the run folder could not be written",
-                    fix="let the other process finish the run",
-                ) from None
-            raise
+        except _LeaseLost:
+            raise StageFailed(
+                "another process has taken over this run",
+                where=str(run.path),
+                got=f"no renewal of the lease for more than {WATCH_SECONDS:.0f} s: this process was suspended, or "
+                "the run folder could not be written",
+                fix="let the other process finish the run",
+            ) from None
         finally:
             found = _read_lease(run)
             if found and found.owner == lease.owner:
                 run.launcher.unlink(missing_ok=True)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Raise _LeaseLost in the main thread if the process receives the signal LOST while the block executes."""
+
+    def interrupt(*_: object) -> None:
+        raise _LeaseLost
+
+    before = signal.signal(LOST, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(LOST, before)
 
 
 @contextmanager
@@ -146,15 +171,14 @@ def _is_renewed(run: RunFolder, found: Lease) -> bool:
     return False
 
 
-def _renew(run: RunFolder, lease: Lease, ended: threading.Event, lost: threading.Event) -> None:
+def _renew(run: RunFolder, lease: Lease, ended: threading.Event) -> None:
     """Renew the lease until the block ends. If another process has taken the lease, interrupt the main thread."""
     renewals = 0
     while not ended.wait(RENEW_SECONDS):
         try:
             found = _read_lease(run)
             if found and found.owner != lease.owner:
-                lost.set()
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                signal.pthread_kill(threading.main_thread().ident or 0, LOST)
                 return
             renewals += 1
             write_json(run.launcher, lease.model_copy(update={"renewals": renewals}))

@@ -127,9 +127,25 @@ def test_a_source_table_that_was_restored_and_changed_up_to_the_same_version_is_
     assert find_ingested(platform, source, config) is not None
 
 
+def make_folder(tmp_path: Path) -> Path:
+    data = tmp_path / "data"
+    data.mkdir()
+    return data
+
+
+def folder_config(data: Path, **settings: Any) -> DataConfig:
+    """Return settings that ingest a folder of CSV files without a search for near duplicates."""
+    return DataConfig.model_validate({"source": {"path": str(data)}, "near_duplicates": False} | settings)
+
+
+def folder_of(home: Platform, table: Table) -> Path:
+    assert home.tables
+    return home.tables / table.name
+
+
 def bring_back(spark: SparkSession, home: Platform, copy: Path, change: str, table: Table = SAMPLES) -> None:
     """Bring a table back to the state of a copy, in one of the ways in which users do this."""
-    name, folder = home.table(table.name), home.tables / table.name  # type: ignore[operator]
+    name, folder = home.table(table.name), folder_of(home, table)
     if change == "older copy":
         shutil.rmtree(folder)
         shutil.copytree(copy, folder)
@@ -155,14 +171,11 @@ def bring_back(spark: SparkSession, home: Platform, copy: Path, change: str, tab
 def test_items_whose_rows_are_missing_after_a_restore_of_samples_are_read_again(
     spark: SparkSession, home: Platform, tmp_path: Path, change: str
 ) -> None:
-    assert home.tables
-    data = tmp_path / "data"
-    data.mkdir()
-    settings: dict[str, Any] = {"source": {"path": str(data)}, "near_duplicates": False}
-    config = DataConfig.model_validate(settings | {"split": {"kind": "hash", "val": 0.0, "test": 0.0}})
+    data = make_folder(tmp_path)
+    config = folder_config(data, split={"kind": "hash", "val": 0.0, "test": 0.0})
     write_csv(data / "a.csv", [[as_base64(png(n)), f"a{n}"] for n in range(3)])
     run_ingest(spark, home, SOURCE, config)
-    shutil.copytree(home.tables / SAMPLES.name, tmp_path / "copy")
+    shutil.copytree(folder_of(home, SAMPLES), tmp_path / "copy")
     write_csv(data / "b.csv", [[as_base64(png(100 + n)), f"b{n}"] for n in range(4)])
     run_ingest(spark, home, SOURCE, config)
     assert find_ingested(home, SOURCE, config) is not None
@@ -183,14 +196,11 @@ def test_items_whose_rows_are_missing_after_a_restore_of_samples_are_read_again(
 def test_refused_rows_that_are_missing_after_a_restore_of_quarantine_come_back(
     spark: SparkSession, home: Platform, tmp_path: Path, change: str
 ) -> None:
-    assert home.tables
-    data = tmp_path / "data"
-    data.mkdir()
-    settings: dict[str, Any] = {"source": {"path": str(data)}, "near_duplicates": False}
-    config = DataConfig.model_validate(settings | {"limits": {"max_bad_share": 1.0}})
+    data = make_folder(tmp_path)
+    config = folder_config(data, limits={"max_bad_share": 1.0})
     write_csv(data / "a.csv", [[as_base64(png(1)), "a"], [as_base64(b"no picture"), "bad a"]])
     run_ingest(spark, home, SOURCE, config)
-    shutil.copytree(home.tables / QUARANTINE.name, tmp_path / "copy")
+    shutil.copytree(folder_of(home, QUARANTINE), tmp_path / "copy")
     write_csv(data / "b.csv", [[as_base64(png(2)), "b"], [as_base64(b"no picture"), "bad b"]])
     run_ingest(spark, home, SOURCE, config)
     write_csv(data / "c.csv", [[as_base64(png(3)), "c"]])
@@ -212,10 +222,10 @@ def test_in_a_workspace_the_table_history_shows_that_samples_was_restored(
 ) -> None:
     ensure_tables(spark, home)
     workspace = replace(home, tables=None)  # without a folder of tables, Spark reads every table and every history
-    config = DataConfig.model_validate({"source": {"path": str(tmp_path / "data")}, "near_duplicates": False})
-    (tmp_path / "data").mkdir()
+    data = make_folder(tmp_path)
+    config = folder_config(data)
     for name, shade in (("a.csv", 1), ("b.csv", 2)):
-        write_csv(tmp_path / "data" / name, [[as_base64(png(shade)), name]])
+        write_csv(data / name, [[as_base64(png(shade)), name]])
         assert ingest(spark, workspace, SOURCE, config).new == 1
 
     samples = workspace.table(SAMPLES.name)
@@ -228,14 +238,11 @@ def test_in_a_workspace_the_table_history_shows_that_samples_was_restored(
 def test_a_restored_samples_table_with_other_rows_at_the_same_version_gets_other_shards(
     spark: SparkSession, home: Platform, tmp_path: Path
 ) -> None:
-    assert home.tables
-    data = tmp_path / "data"
-    data.mkdir()
-    settings: dict[str, Any] = {"source": {"path": str(data)}, "near_duplicates": False, "shards": {"rows": 50}}
-    config = DataConfig.model_validate(settings | {"split": {"kind": "hash", "val": 0.0, "test": 0.0}})
+    data = make_folder(tmp_path)
+    config = folder_config(data, shards={"rows": 50}, split={"kind": "hash", "val": 0.0, "test": 0.0})
     write_csv(data / "a.csv", [[as_base64(png(1)), "a"]])
     run_ingest(spark, home, SOURCE, config)
-    shutil.copytree(home.tables / SAMPLES.name, tmp_path / "copy")
+    shutil.copytree(folder_of(home, SAMPLES), tmp_path / "copy")
     second = write_csv(data / "b.csv", [[as_base64(png(2)), "first"]])
     run_ingest(spark, home, SOURCE, config)
     before = shard(spark, home, SOURCE, config, IMAGE, "train")

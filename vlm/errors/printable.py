@@ -36,6 +36,7 @@ _USER_INFO_OF_VARIABLE = re.compile(r"(?:[A-Za-z][\w+.-]*:/{1,2})?([^\s/:@]*:(?!
 _WORD_START = r"(?:(?<![^\W_])|(?<=%[0-9A-Fa-f]{2})|(?<=\\u[0-9A-Fa-f]{4})|(?<=\\[nrt]))"
 """Pattern of the start of a word, also after an encoded character such as %3D, whose last character is a letter."""
 _WORD_END = r"(?![^\W_])"
+_BACKSLASHES_OR_CHARACTER = re.compile(r"\\+|.", re.DOTALL)
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Pattern of all control characters except line feed and tab, and of other characters that a terminal must not receive.
 
@@ -108,20 +109,36 @@ def _in_any_encoding(secret: str) -> str:
     """Return a pattern of a secret in each encoding of URLs, forms, HTML and JSON, and in Python's `repr`.
 
     Each character may have a different encoding, because the encodings differ in the characters that they leave as
-    they are. All encodings leave letters and digits of ASCII as they are.
+    they are. All encodings leave letters and digits of ASCII as they are. The pattern matches each text in one way
+    only. Otherwise a text that contains a part of the secret would be matched in an exponential number of ways.
     """
-    return "".join(each if each.isascii() and each.isalnum() else _encodings(each) for each in secret)
+    return "".join(
+        each if each.isascii() and each.isalnum() else _backslashes(len(each)) if each[0] == "\\" else _encodings(each)
+        for each in _BACKSLASHES_OR_CHARACTER.findall(secret)
+    )
 
 
 def _encodings(character: str) -> str:
+    plain, in_json = re.escape(character), json.dumps(character)[1:-1]
+    forms = [_codes(character)]
+    if len(in_json) == 2 and in_json[1] != character:  # such as \n for a line feed
+        forms.append(re.escape(in_json))
+    # The character itself comes last, because an encoding of the characters % and & begins with the same character.
+    return f"(?:{'|'.join(forms)}|\\\\?{plain}{'|[+]' * (character == ' ')})"
+
+
+def _backslashes(count: int) -> str:
+    """Return a pattern of backslashes in a row, each of which JSON and `repr` write as two backslashes."""
+    return rf"(?:(?:{_codes(chr(92))}){{{count}}}|\\{{{count},{2 * count}}}+)"
+
+
+def _codes(character: str) -> str:
+    """Return a pattern of the encodings of a character that contain its code or its name."""
     code, in_utf16 = ord(character), character.encode("utf-16-be", "surrogatepass")
     percent = "".join(f"%{byte:02x}" for byte in _bytes(character))
     in_json = "".join(rf"\\u{in_utf16[start : start + 2].hex()}" for start in range(0, len(in_utf16), 2))
     forms = [f"(?i:{percent}|{in_json}|&#0*{code};|&#x0*{code:x};)", rf"(?i:\\x{code:02x})"]
-    forms += [f"&{name};" for name in ({39: "apos"} | codepoint2name).get(code, "").split()]
-    # The character itself comes last, because an encoding of the characters % & and \ begins with the same character.
-    forms += [re.escape(json.dumps(character)[1:-1]), rf"\\?{re.escape(character)}"]
-    return f"(?:{'|'.join(forms)}{'|[+]' * (character == ' ')})"
+    return "|".join(forms + [f"&{name};" for name in ({39: "apos"} | codepoint2name).get(code, "").split()])
 
 
 def _base64_codes(secret: str) -> set[str]:

@@ -37,15 +37,23 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
-def refuse_query(location: str, setting: str) -> None:
-    """Check that a location that is stored in tables is not a URL with a query or a fragment.
+def refuse_secrets(location: str, setting: str) -> None:
+    """Check that a location that is stored in tables is not a URL with a password, a query or a fragment.
 
     The query of a signed URL is a secret. In a URL of an object store, `?` and `#` may also be part of a name, so
     such a URL is refused only if the part after `?` or `#` contains `=`.
 
     Raises:
-        UserError: the URL has a query or a fragment. The message does not contain the query.
+        UserError: the URL has a password, a query or a fragment. The message does not contain these parts.
     """
+    if found := re.match(r"([\w+.-]+://)[^/?#@]*:[^/?#]*@", location):
+        raise UserError(
+            "a URL contains a password, which would be stored in tables",
+            where=setting,
+            got=f"{found[1]}***@{location[found.end() :].partition('?')[0]}",
+            fix="remove user and password from the URL, and give credentials of an object store in environment "
+            "variables",
+        )
     is_web = location.lower().startswith(("http://", "https://"))
     if is_url(location) and re.search("[?#]" if is_web else "[?#].*=", location):
         raise UserError(

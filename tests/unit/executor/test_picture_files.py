@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.config import PICTURE
-from pipelines.driver.ingest.sources.files import _list_path
+from pipelines.driver.ingest.sources.files import absolute_path
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.csv import csv_records
 from pipelines.executor.ingest.records.jsonl import jsonl_records
@@ -324,7 +324,7 @@ def test_an_image_root_that_cannot_be_read_is_refused_before_the_ingest(location
         require_root(location)
 
 
-@pytest.mark.parametrize("check", [require_root, absolute_location, _list_path])
+@pytest.mark.parametrize("check", [require_root, absolute_location, absolute_path])
 @pytest.mark.parametrize(
     "location",
     [
@@ -342,6 +342,30 @@ def test_a_url_with_a_query_or_a_fragment_is_refused_and_the_error_does_not_cont
         check(location)
     assert "SECRET" not in repr(vars(raised.value))
     assert "photos" in str(raised.value)
+
+
+@pytest.mark.parametrize("check", [require_root, absolute_location, absolute_path])
+@pytest.mark.parametrize(
+    "location",
+    [
+        "https://bob:SECRET@host/photos",
+        "s3://AK:SECRET@bucket/photos",
+        "s3a://AK:SEC@RET@bucket/photos",
+        "hdfs://bob:SECRET@node:8020/photos?sig=SECRET",
+    ],
+)
+def test_a_url_with_a_password_is_refused_and_the_error_does_not_contain_the_password(
+    location: str, check: Callable[[str], object]
+) -> None:
+    with pytest.raises(UserError, match="contains a password") as raised:
+        check(location)
+    assert "SEC" not in repr(vars(raised.value))
+    assert "photos" in str(raised.value)
+
+
+def test_a_url_may_name_a_user_or_a_container_without_a_password() -> None:
+    for location in ("hdfs://bob@node:8020/photos", "abfss://c@account.dfs.core.windows.net/photos"):
+        assert absolute_location(location) == location
 
 
 def test_an_object_store_may_have_a_question_mark_or_a_hash_in_a_name(tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from run_owners import owned_by_another_process
@@ -89,9 +91,15 @@ def test_a_lease_protects_a_run_on_a_file_system_that_supports_no_locks(
         pass
 
 
-def test_an_owner_renews_its_lease_and_stops_if_another_host_has_taken_over(run: RunFolder) -> None:
+@pytest.mark.parametrize("sigint", [signal.default_int_handler, signal.SIG_IGN], ids=["foreground", "background"])
+def test_an_owner_renews_its_lease_and_stops_if_another_host_has_taken_over(
+    run: RunFolder, sigint: Any, request: pytest.FixtureRequest
+) -> None:
+    before = signal.signal(signal.SIGINT, sigint)  # a shell starts a command with `&` so that it ignores SIGINT
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+
     def train() -> None:
-        limit = time.monotonic() + 120
+        limit = time.monotonic() + 60
         while read_json(run.launcher, Lease).renewals < 2:
             assert time.monotonic() < limit
             time.sleep(0.02)

@@ -18,7 +18,7 @@ from pipelines.driver.ingest.sources.walk import Found, PassedOver, file_reason,
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.folder import change_token
 from pipelines.executor.ingest.splits import split_of_file
-from pipelines.executor.ingest.storage import is_url, printable, refuse_query
+from pipelines.executor.ingest.storage import is_url, printable, refuse_secrets
 
 MIN_RANGE_BYTES, MAX_RANGE_BYTES = 4 * 2**20, 32 * 2**20
 """Smallest and largest size of the range of a file that one task reads, in bytes. A file that is smaller than the
@@ -137,7 +137,6 @@ def list_plain_files(config: DataConfig, suffixes: tuple[str, ...]) -> Listing:
 def _list_path(path: str) -> list[Found | PassedOver]:
     if not path:
         raise UserError("the run has no input", where="data.source.path", got="nothing", fix=SET_PATH)
-    refuse_query(path, "data.source.path")
     try:
         return list_entries(absolute_path(path))
     except OSError as error:
@@ -203,7 +202,11 @@ def absolute_path(path: str) -> str:
     """Return the absolute path without `.` and `..`. Return URLs of object stores unchanged.
 
     A URL of a local file (file:/...) or of a Volume (dbfs:/Volumes/...) becomes a plain path.
+
+    Raises:
+        UserError: the path is a URL with a password, a query or a fragment.
     """
+    refuse_secrets(path, "data.source.path")
     if found := re.fullmatch(r"file:(?://)?(/.*)|dbfs:(/Volumes/.*)", path):
         path = found[1] or found[2]
     return path if is_url(path) or path.startswith("dbfs:") else os.path.abspath(path)  # noqa: PTH100 (resolves `..`)

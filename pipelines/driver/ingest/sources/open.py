@@ -26,7 +26,7 @@ from pipelines.driver.ingest.sources.pictures import read_named_pictures, reads_
 from pipelines.driver.ingest.sources.scenes import SCHEME, follow_moved_file, generate_scenes
 from pipelines.driver.ingest.sources.source import Source, SourceRows
 from pipelines.driver.ingest.sources.table import open_ingested_table, open_table, require_local_table
-from pipelines.executor.ingest.storage import is_url
+from pipelines.executor.ingest.storage import is_url, refuse_secrets
 from pipelines.platform import Platform, allow_urls
 
 CHECKED_FILES = 20
@@ -67,10 +67,11 @@ def check_input(platform: Platform, config: DataConfig) -> None:
     network, inputs on an object store and tables of a catalog are also not checked.
 
     Raises:
-        UserError: the input does not exist or has no file of the source's kind, or no CSV file has a column that the
-            config names.
+        UserError: the path is a URL with a password or a query, the input does not exist or has no file of the source's
+            kind, or no CSV file has a column that the config names.
     """
     path = config.source.path
+    refuse_secrets(path, "data.source.path")
     if platform.kind == "databricks" or is_url(path) or path.startswith(SCHEME):
         return
     match config.source:

@@ -16,7 +16,7 @@ from pipelines.errors import UserError
 from pipelines.executor.ingest.records.pictures.files import LOCAL_URI, PictureFile, find_file, read_file
 from pipelines.executor.ingest.records.pictures.urls import read_url, require_readable, scheme_of
 from pipelines.executor.ingest.records.record import Problem, Read, Record
-from pipelines.executor.ingest.storage import refuse_query
+from pipelines.executor.ingest.storage import refuse_secrets
 from pipelines.executor.ingest.values import is_missing
 
 CHUNK_ROWS = 64
@@ -70,10 +70,10 @@ def absolute_location(location: str) -> str:
     """Return a user's location as an absolute location. A relative path is relative to the working folder.
 
     Raises:
-        UserError: the location is a URL with a query or a fragment.
+        UserError: the location is a URL with a password, a query or a fragment.
     """
     plain = plain_location(location)
-    refuse_query(plain, "image_root")
+    refuse_secrets(plain, "image_root")
     return plain if is_absolute(plain) else str(Path(plain).absolute())
 
 

@@ -23,7 +23,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.record import Problem
-from pipelines.executor.ingest.storage import describe_damage, refuse_query, url_system
+from pipelines.executor.ingest.storage import describe_damage, refuse_secrets, url_system
 
 READ_SECONDS = 60.0
 """Longest time to read one picture, in seconds."""
@@ -47,9 +47,10 @@ def require_readable(root: str) -> None:
     """Check that pictures below a URL can be read.
 
     Raises:
-        UserError: the URL has a query, the scheme is unknown, or the package for the object store is missing.
+        UserError: the URL has a password or a query, the scheme is unknown, or the package for the object store is
+            missing.
     """
-    refuse_query(root, "image_root")
+    refuse_secrets(root, "image_root")
     scheme, server = scheme_of(root), urlsplit(root).netloc
     if scheme not in (*WEB, *STORES) or not server or "::" in root or (scheme in WEB and "@" in server):
         raise UserError(
