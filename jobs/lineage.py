@@ -95,15 +95,13 @@ def run_lineage(job: Job, image_id: str) -> list[CaptionLineage]:
     Raises:
         UserError: the picture has no caption, or the platform's tables are not readable as files.
     """
-    import pyarrow.compute as pc
-
-    from pipelines.formats.delta_files import arrow_dataset
+    from pipelines.formats.delta_files import query_rows, quoted_text
     from pipelines.tracking.outage import TrackingDown
 
     with suppress(TrackingDown):  # the lineage is read from tables, so the server may be down
         register_finished_runs(job)
-    table = arrow_dataset(open_table(job, "generated_captions", None))
-    rows = table.to_table(filter=pc.field("image_id") == image_id).sort_by("captioned_at").to_pylist()
+    table = open_table(job, "generated_captions", None)
+    rows = query_rows(table, "*", f"image_id = {quoted_text(image_id)}", "ORDER BY captioned_at")
     if not rows:
         raise UserError(
             "this picture has no caption",

@@ -107,10 +107,12 @@ def show(
       lakesight show champion_captions --output captions.csv
       lakesight show shop/products --gallery --id-column sku --image-column photo
     """
-    from pipelines.executor.ingest.records.pictures.root import absolute_location
-    from pipelines.review.source_pictures import PictureColumns
+    place = None
+    if gallery:  # only the page needs the libraries that read pictures
+        from pipelines.executor.ingest.records.pictures.root import absolute_location
+        from pipelines.review.source_pictures import PictureColumns
 
-    place = PictureColumns(id_column, image_column, None if image_root is None else absolute_location(image_root))
+        place = PictureColumns(id_column, image_column, None if image_root is None else absolute_location(image_root))
     with open_job(run, platform, overrides, as_json) as job:
         report = run_show(
             job,
@@ -118,7 +120,7 @@ def show(
             version=version,
             selection=(columns, where, order),
             count=rows,
-            place=place if gallery else None,
+            place=place,
             output=output,
         )
         _print(job, report)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from datetime import UTC
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
+from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 
@@ -17,10 +18,12 @@ from pipelines.formats.table_schema import Table
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
-    from pyarrow.dataset import Dataset
 
 
 BATCH_ROWS = 32
+"""Number of rows in a batch of a query that may read pictures. A row may contain a picture of 50 MB."""
+NARROW_BATCH_ROWS = 8192
+"""Number of rows in a batch of a query that reads only short values."""
 UNSUPPORTED = re.compile(r"[\[\]\\^|\x00-\x1f]|%[0-9A-Fa-f]{2}")
 """Pattern of the characters in a path that make `deltalake` fail, end the process, or use another folder.
 
@@ -95,9 +98,7 @@ def commit_id(folder: Path, version: int) -> str | None:
 
 def local_folder(table: DeltaTable) -> Path:
     """Return the folder of a table on a local disk."""
-    from pyarrow.fs import FileSystem
-
-    return Path(FileSystem.from_uri(table.table_uri)[1])
+    return Path(unquote(urlsplit(table.table_uri).path))
 
 
 def open_or_create(folder: Path, table: Table) -> DeltaTable:
@@ -144,25 +145,35 @@ def quoted_text(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def query(tables: Mapping[str, DeltaTable], sql: str) -> pa.RecordBatchReader:
+def quoted_value(value: str | datetime) -> str:
+    """Return a text or a time as a literal in SQL for `query`. The time has a time zone."""
+    if isinstance(value, str):
+        return quoted_text(value)
+    micros = (value - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+    return f"arrow_cast({micros}, 'Timestamp(Microsecond, Some(\"UTC\"))')"
+
+
+def query(tables: Mapping[str, DeltaTable], sql: str, batch_rows: int = BATCH_ROWS) -> pa.RecordBatchReader:
     """Run an SQL query on Delta tables, without Spark. Without ORDER BY, rows have the order of the files.
+
+    The engine can read tables with deletion vectors or column mapping, which Arrow's datasets refuse. Also, opening an
+    Arrow dataset imports pandas, which takes longer than the rest of a short command.
 
     Args:
         tables: dict from the name of a table in the query to the table.
         sql: query in the SQL of DataFusion, the engine inside the package `deltalake`.
+        batch_rows: largest number of rows in a batch that the engine reads at once.
 
     Raises:
         DeltaError: the query is not valid on these tables.
     """
     from deltalake import QueryBuilder
 
-    engine = QueryBuilder()
+    # The query runs in one partition, because with several partitions the order of rows is random.
+    settings = {"target_partitions": "1", "batch_size": str(batch_rows)}
+    engine = QueryBuilder({f"datafusion.execution.{name}": value for name, value in settings.items()})
     for name, table in tables.items():
         engine.register(name, table)
-    # The query runs in one partition, because with several partitions the order of rows is random. Batches are small,
-    # because a row may contain a picture of 50 MB.
-    for setting in ("target_partitions = 1", f"batch_size = {BATCH_ROWS}"):
-        engine.execute(f"SET datafusion.execution.{setting}").read_all()
     reader = pa.RecordBatchReader.from_stream(engine.execute(sql))
     return reader.cast(pa.schema([field.with_type(_without_views(field.type)) for field in reader.schema]))
 
@@ -191,13 +202,14 @@ def to_rows(table: pa.Table) -> list[dict[str, Any]]:
     return rows
 
 
-def arrow_dataset(table: DeltaTable) -> Dataset:
-    """Open a table on a local disk as an Arrow dataset that uses Arrow's own file system.
+def query_rows(table: DeltaTable, select: str, where: str, rest: str = "") -> list[dict[str, Any]]:
+    """Read columns with short values from some rows of a table, without Spark.
 
-    By default, Arrow's threads read files through Python code of `deltalake`. If a thread of Arrow still executes this
-    Python code when the interpreter exits, the process aborts with exit code 134 (delta-io/delta-rs issue 2184).
+    Args:
+        table: Delta table.
+        select: expressions after SELECT. The names of columns are not quoted, so they are in lower case.
+        where: condition in SQL.
+        rest: other clauses after the condition, such as ORDER BY.
     """
-    from pyarrow.fs import FileSystem, SubTreeFileSystem
-
-    system, root = FileSystem.from_uri(table.table_uri)
-    return table.to_pyarrow_dataset(filesystem=SubTreeFileSystem(root, system))
+    sql = f"SELECT {select} FROM source WHERE {where} {rest}"  # noqa: S608 the callers quote values
+    return to_rows(query({"source": table}, sql, NARROW_BATCH_ROWS).read_all())

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from deltalake import DeltaTable
 from pydantic import Field, model_validator
 
 from pipelines.errors import UserError
-from pipelines.formats.delta_files import arrow_dataset, open_or_create
+from pipelines.formats.delta_files import open_or_create, query_rows, quoted_text
 from pipelines.formats.tables import MODEL_DIGEST, PICTURE_COLUMNS, VERDICTS
 from pipelines.review.source_pictures import PictureColumns, SourcePictures
 from vlm.config import Config
@@ -68,21 +67,17 @@ class Review:
     """
 
     def __init__(self, captions: DeltaTable, pictures: DeltaTable, verdicts: Path, *, table: str, model: str) -> None:
-        of_model = (
-            (pc.field("source_table") == table) & (pc.field("model_name") == model) & pc.field("caption").is_valid()
-        )
+        of_model = f"source_table = {quoted_text(table)} AND model_name = {quoted_text(model)}"
         columns = (*CAPTION_COLUMNS, *(column.name for column in PICTURE_COLUMNS))
-        found = _read(captions, columns, of_model)
-        self.captions: list[dict[str, Any]] = found.sort_by("mean_logprob").to_pylist()
+        self.captions = _read(captions, columns, f"{of_model} AND caption IS NOT NULL", "ORDER BY mean_logprob")
         self._by_key = {key_of(row): row for row in self.captions}
         newest: dict[str, Any] = max(self.captions, key=lambda row: row["captioned_at"], default={})
         self._pictures = SourcePictures(pictures, PictureColumns.of_caption(newest))
         self._table, self._model = table, model
         self._verdicts = open_or_create(verdicts, VERDICTS)
         self._lock = threading.Lock()
-        of_model = (pc.field("source_table") == table) & (pc.field("model_name") == model)
         judged = _read(self._verdicts, ("verdict", "text", *KEY), of_model)
-        self.judged = {key_of(row): row["verdict"] for row in judged.to_pylist()}
+        self.judged = {key_of(row): row["verdict"] for row in judged}
 
     def find(self, show: Show, words: str) -> list[dict[str, Any]]:
         """Return the captions that contain `words`, and that `show` selects.
@@ -139,10 +134,8 @@ def key_of(row: dict[str, Any]) -> Key:
     return row["image_id"], row["model_version"], row["settings_hash"], row[MODEL_DIGEST.name] or ""
 
 
-def _read(table: DeltaTable, columns: Sequence[str], rows: pc.Expression) -> pa.Table:
+def _read(table: DeltaTable, columns: Sequence[str], where: str, order: str = "") -> list[dict[str, Any]]:
     """Read columns of the selected rows of a table. A table of Lakesight 0.1.0 lacks the column `model_digest`."""
     existing = {field.name for field in table.schema().fields}
-    found = arrow_dataset(table).to_table([name for name in columns if name in existing], filter=rows)
-    if MODEL_DIGEST.name in existing:
-        return found
-    return found.append_column(MODEL_DIGEST.name, pa.nulls(found.num_rows, MODEL_DIGEST.type))
+    found = query_rows(table, ", ".join(name for name in columns if name in existing), where, order)
+    return [{MODEL_DIGEST.name: None} | row for row in found]

@@ -137,7 +137,9 @@ def _count_captioned_rows(
     captioned = dict(zip(found["source_file"].to_pylist(), found["num_rows"].to_pylist(), strict=True))
     columns = hash_columns((request.id_column, request.image_column, request.image_root), None)
     rows = 0
-    for file in pa.table(source.get_add_actions(flatten=True)).to_pylist():
+    # pyarrow.table() would import pandas
+    files = pa.RecordBatchReader.from_stream(source.get_add_actions(flatten=True)).read_all()
+    for file in files.select(["path", "size_bytes", "modification_time", "num_records"]).to_pylist():
         name = file["path"].rpartition("/")[2]
         time = file["modification_time"] * 1000  # Spark gives microseconds, and Delta's log has milliseconds
         if file["num_records"] is None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime
-from functools import reduce
-from operator import and_
 
-import pyarrow.dataset as ds
 from deltalake import DeltaTable
 
-from pipelines.formats.delta_files import arrow_dataset, is_supported, open_delta
+from pipelines.formats.delta_files import is_supported, open_delta, query_rows, quoted_name, quoted_value
 from pipelines.formats.table_schema import Table
 from pipelines.platform import Platform
 
@@ -32,17 +28,15 @@ def count_on_disk(table: DeltaTable, equal: Mapping[str, str | datetime], by: st
         equal: required values: a non-empty dict from the name of a column to the value.
         by: name of the column by which the counts are grouped, such as 'source'.
     """
-    counts: Counter[str] = Counter()
-    for batch in arrow_dataset(table).to_batches(columns=[by], filter=_condition(equal)):
-        for group in batch.column(by).value_counts():
-            counts[group["values"].as_py()] += group["counts"].as_py()
-    return dict(sorted(counts.items()))
+    column = quoted_name(by)
+    found = query_rows(table, f"{column} AS value, COUNT(*) AS num_rows", _condition(equal), f"GROUP BY {column}")
+    return dict(sorted((row["value"], row["num_rows"]) for row in found))
 
 
 def has_rows(table: DeltaTable, equal: Mapping[str, str | datetime]) -> bool:
     """Return whether the table has a row whose columns have the values `equal`."""
-    return bool(arrow_dataset(table).head(1, columns=list(equal), filter=_condition(equal)).num_rows)
+    return bool(query_rows(table, "1 AS one", _condition(equal), "LIMIT 1"))
 
 
-def _condition(equal: Mapping[str, str | datetime]) -> ds.Expression:
-    return reduce(and_, (ds.field(name) == value for name, value in equal.items()))
+def _condition(equal: Mapping[str, str | datetime]) -> str:
+    return " AND ".join(f"{quoted_name(name)} = {quoted_value(value)}" for name, value in equal.items())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
 from pipelines.driver.delta.row_times import later_than, newest_time
-from pipelines.formats.delta_files import arrow_dataset, is_supported, open_or_create
+from pipelines.formats.delta_files import is_supported, open_or_create, query_rows, quoted_text
 from pipelines.formats.tables import DECISIONS
 from pipelines.platform import Platform, user_name
 
@@ -63,12 +63,11 @@ def record_decision(
         _append_to_catalog(open_spark(), platform, row)
         return
     import pyarrow as pa
-    import pyarrow.compute as pc
     from deltalake import write_deltalake
 
     table = open_or_create(platform.tables / DECISIONS.name, DECISIONS)
-    earlier = arrow_dataset(table).to_table(["decided_at"], pc.field("model_name") == model)["decided_at"]
-    row["decided_at"] = later_than(pc.max(earlier).as_py())
+    [earlier] = query_rows(table, "MAX(decided_at) AS newest", f"model_name = {quoted_text(model)}")
+    row["decided_at"] = later_than(earlier["newest"])
     write_deltalake(table, pa.Table.from_pylist([row], DECISIONS.arrow_schema), mode="append")
 
 
@@ -78,9 +77,6 @@ def recorded_champion(open_spark: Callable[[], SparkSession], platform: Platform
     The registry may name a different champion if a command was killed after recording a decision and before changing
     the registry.
     """
-    import pyarrow.compute as pc
-
-    columns = ["model_version", "decided_at"]
     if not is_supported(platform.tables):
         from pyspark.sql import functions as F
 
@@ -88,13 +84,13 @@ def recorded_champion(open_spark: Callable[[], SparkSession], platform: Platform
 
         ensure_tables(open_spark(), platform)
         made = (F.col("model_name") == model) & F.col("action").isin(*CHAMPION_ACTIONS)
-        found = open_spark().table(platform.table(DECISIONS.name)).where(made).select(*columns).toArrow()
-    else:
-        table = open_or_create(platform.tables / DECISIONS.name, DECISIONS)
-        is_made = (pc.field("model_name") == model) & pc.field("action").isin(CHAMPION_ACTIONS)
-        found = arrow_dataset(table).to_table(columns, is_made)
-    versions = found.sort_by("decided_at")["model_version"].to_pylist()
-    return str(versions[-1]) if versions else None
+        last = open_spark().table(platform.table(DECISIONS.name)).where(made).orderBy(F.desc("decided_at")).head(1)
+        return str(last[0]["model_version"]) if last else None
+    table = open_or_create(platform.tables / DECISIONS.name, DECISIONS)
+    actions = ", ".join(map(quoted_text, CHAMPION_ACTIONS))
+    is_made = f"model_name = {quoted_text(model)} AND action IN ({actions})"
+    found = query_rows(table, "model_version", is_made, "ORDER BY decided_at DESC LIMIT 1")
+    return str(found[0]["model_version"]) if found else None
 
 
 def _append_to_catalog(spark: SparkSession, platform: Platform, row: dict[str, Any]) -> None:

@@ -10,9 +10,10 @@ again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,7 +26,7 @@ from pipelines.driver.delta.commits import TableHistory, read_history, read_hist
 from pipelines.driver.delta.on_disk import open_on_disk
 from pipelines.driver.delta.row_times import later_than, newest_time
 from pipelines.driver.ingest.table_rows import rows_of_source
-from pipelines.formats.delta_files import arrow_dataset
+from pipelines.formats.delta_files import NARROW_BATCH_ROWS, query, query_rows, quoted_text, to_rows
 from pipelines.formats.table_schema import Table
 from pipelines.formats.tables import INGESTED, QUARANTINE
 from pipelines.platform import Platform
@@ -80,8 +81,17 @@ def hash_rules(config: DataConfig) -> str:
 
 
 def items_table(rows: list[tuple[str, str]]) -> pa.Table:
-    """Convert pairs of item and state to an Arrow table with the schema ITEMS."""
-    return pa.table([list(column) for column in zip(*rows, strict=True)] or [[], []], schema=ITEMS)
+    """Convert pairs of item and state to an Arrow table with the schema ITEMS.
+
+    The columns are built by a builder, because `pyarrow.array` imports pandas, which takes longer than the rest of an
+    ingest that finds nothing new.
+    """
+    columns = []
+    for column in zip(*rows, strict=True) if rows else ((), ()):
+        builder = pa.lib.StringBuilder()
+        builder.append_values(column)
+        columns.append(builder.finish())
+    return pa.Table.from_arrays(columns, schema=ITEMS)
 
 
 def read_ledger(spark: SparkSession, platform: Platform, source: str, rules: str) -> pa.Table:
@@ -100,16 +110,16 @@ def read_ledger(spark: SparkSession, platform: Platform, source: str, rules: str
 
 def read_ledger_of_files(table: DeltaTable, source: str, rules: str) -> pa.Table:
     """Read the same ITEMS as `read_ledger`, but without Spark, from a table in a local folder."""
-    used = (pc.field("rules") == rules) | pc.starts_with(pc.field("state"), VERSION)
-    rows = arrow_dataset(table).to_table([*COLUMNS], (pc.field("source") == source) & used)
-    return select_last_versions(rows, rules)
+    used = f"(rules = {quoted_text(rules)} OR starts_with(state, {quoted_text(VERSION)}))"
+    sql = f"SELECT {', '.join(COLUMNS)} FROM ledger WHERE source = {quoted_text(source)} AND {used}"  # noqa: S608 quoted
+    return select_last_versions(query({"ledger": table}, sql, NARROW_BATCH_ROWS).read_all(), rules)
 
 
 def has_other_rules(spark: SparkSession, platform: Platform, source: str, rules: str) -> bool:
     """Return whether items of a source were ingested with other settings, whose hash differs from `rules`."""
     if (opened := open_on_disk(platform, INGESTED)) is not None:
-        other = (pc.field("source") == source) & (pc.field("rules") != rules)
-        return bool(arrow_dataset(opened).head(1, columns=["rules"], filter=other).num_rows)
+        other = f"source = {quoted_text(source)} AND rules <> {quoted_text(rules)}"
+        return bool(query_rows(opened, "rules", other, "LIMIT 1"))
     rows = rows_of_source(spark, platform, INGESTED.name, source)
     return not rows.filter(F.col("rules") != rules).isEmpty()
 
@@ -124,7 +134,7 @@ def select_last_versions(entries: pa.Table, rules: str) -> pa.Table:
         rules: hash of the settings, from `hash_rules`.
     """
     is_version = pc.starts_with(entries["state"], VERSION)
-    versions = entries.filter(is_version).sort_by("ingested_at").to_pylist()
+    versions = sorted(to_rows(entries.filter(is_version)), key=itemgetter("ingested_at"))
     last = {entry["item"]: entry for entry in versions}.values()
     files = entries.filter(pc.invert(is_version)).select(ITEMS.names).cast(ITEMS)
     tables = items_table([(entry["item"], entry["state"]) for entry in last if entry["rules"] == rules])
@@ -135,6 +145,18 @@ def pending_items(items: pa.Table, ingested: pa.Table) -> pa.Table:
     """Return the distinct ITEMS that have not been ingested in their current state."""
     pending = items.join(ingested.cast(ITEMS), ITEMS.names, join_type="left anti")
     return pending.group_by(ITEMS.names).aggregate([])
+
+
+def pending_pairs(items: Iterable[tuple[str, str]], ingested: pa.Table) -> list[tuple[str, str]]:
+    """Return the distinct pairs of item and state that have not been ingested, like `pending_items`.
+
+    This function takes Python objects, and needs no pandas, which pyarrow imports for the join of `pending_items`.
+    """
+    pending = dict.fromkeys(items)
+    for batch in ingested.to_batches():
+        for pair in zip(batch["item"].to_pylist(), batch["state"].to_pylist(), strict=True):
+            pending.pop(pair, None)
+    return list(pending)
 
 
 def append_to_ledger(spark: SparkSession, platform: Platform, items: pa.Table, entry: LedgerEntry) -> None:
@@ -148,7 +170,9 @@ def append_to_ledger(spark: SparkSession, platform: Platform, items: pa.Table, e
 
 
 def lost_commits(
-    entries: pa.Table, columns: tuple[str, str], history: Callable[[Collection[int]], TableHistory]
+    entries: Sequence[Mapping[str, Any]],
+    columns: tuple[str, str],
+    history: Callable[[Collection[int]], TableHistory],
 ) -> list[str]:
     """Return the commit ids in the ledger whose rows a table no longer has.
 
@@ -156,34 +180,39 @@ def lost_commits(
     commits must be read again.
 
     Args:
-        entries: the given columns of the ledger rows of one source.
+        entries: distinct values of the given columns in the ledger rows of one source.
         columns: FILLED, or REFUSED for table `quarantine`.
         history: function that reads the history of the table, with the ids of the given versions.
     """
     version, commit = columns
-    known = entries.filter(pc.is_valid(entries[commit])).group_by(list(columns)).aggregate([]).to_pylist()
+    known = {(entry[version], entry[commit]) for entry in entries if entry[commit] is not None}
     if not known:
         return []
-    found = history([entry[version] for entry in known])
-    return [entry[commit] for entry in known if not found.has(entry[version], entry[commit])]
+    found = history([number for number, _ in known])
+    return [each for number, each in sorted(known) if not found.has(number, each)]
 
 
 def has_lost_items(ledger: DeltaTable, filled: DeltaTable, quarantine: DeltaTable, source: str) -> bool:
     """Return whether one of two tables has lost rows of items that the ledger has, without Spark."""
-    entries = arrow_dataset(ledger).to_table([*FILLED, *REFUSED], pc.field("source") == source)
+    entries = _entered_commits(ledger, source)
     return any(
         lost_commits(entries, columns, partial(read_history_of_files, table))
         for columns, table in ((FILLED, filled), (REFUSED, quarantine))
     )
 
 
+def _entered_commits(ledger: DeltaTable, source: str) -> list[dict[str, Any]]:
+    """Return the distinct values of FILLED and REFUSED in the ledger rows of one source, without Spark."""
+    return query_rows(ledger, f"DISTINCT {', '.join((*FILLED, *REFUSED))}", f"source = {quoted_text(source)}")
+
+
 def forget_lost_items(spark: SparkSession, platform: Platform, source: str, filled: Table) -> None:
     """In the ledger, delete the items whose rows `filled` or `quarantine` has lost. These items are read again."""
-    columns = [*FILLED, *REFUSED]
     if (opened := open_on_disk(platform, INGESTED)) is not None:
-        entries = arrow_dataset(opened).to_table(columns, pc.field("source") == source)
+        entries = _entered_commits(opened, source)
     else:
-        entries = rows_of_source(spark, platform, INGESTED.name, source).select(*columns).distinct().toArrow()
+        rows = rows_of_source(spark, platform, INGESTED.name, source)
+        entries = rows.select(*FILLED, *REFUSED).distinct().toArrow().to_pylist()
     for pair, table in ((FILLED, filled), (REFUSED, QUARANTINE)):
         if lost := lost_commits(entries, pair, partial(read_history, spark, platform, table)):
             logger.warning("table %s was restored or replaced after an ingest of %s", table.name, source)

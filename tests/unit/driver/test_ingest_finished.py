@@ -18,6 +18,7 @@ import pytest
 from deltalake import CommitProperties, DeltaTable, write_deltalake
 from local_platforms import open_local
 from pyspark.sql import SparkSession
+from traced_commands import run_traced
 
 from jobs.common import Job
 from jobs.ingest import run_ingest
@@ -52,17 +53,17 @@ def config(tmp_path: Path) -> DataConfig:
     return DataConfig(source=CsvSourceConfig(path=str(tmp_path)))
 
 
-def write_tables(platform: Platform, config: DataConfig) -> None:
+def write_tables(platform: Platform, config: DataConfig, name: str = NAME) -> None:
     """Write the tables, the report page and the figures that an ingest of a source writes."""
     assert platform.tables
     for table in (SAMPLES, QUARANTINE, INGESTED):
         open_or_create(platform.tables / table.name, table)
-    opened = open_files(NAME, list_files(config, csv.SUFFIXES), items_table([]), load=None)
-    entry = {"source": NAME, "rules": hash_rules(config), "ingest_id": opened.ingest_id}
+    opened = open_files(name, list_files(config, csv.SUFFIXES), items_table([]), load=None)
+    entry = {"source": name, "rules": hash_rules(config), "ingest_id": opened.ingest_id}
     rows = [item | entry | {"ingested_at": datetime.now(UTC)} for item in opened.pending.to_pylist()]
     ledger = pa.Table.from_pylist(rows, INGESTED.arrow_schema)
     write_deltalake(platform.tables / INGESTED.name, ledger, mode="append")
-    page = platform.folder("reports") / f"ingest-{NAME}-{opened.ingest_id}.html"
+    page = platform.folder("reports") / f"ingest-{name}-{opened.ingest_id}.html"
     write_json(page.with_suffix(".json"), FIGURES)
     page.write_text("<p>", encoding="utf-8")
 
@@ -76,6 +77,16 @@ def test_an_ingest_without_new_files_returns_a_report_without_starting_spark(
     assert found.nothing_new
     assert (found.unchanged, found.items, found.rows_in, found.dataset_version) == (1, 0, 0, 0)
     assert found.figures == FIGURES
+
+
+def test_an_ingest_without_new_files_imports_no_pandas_and_starts_no_java(platform: Platform, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("image,text\nA,one\n", encoding="utf-8")
+    setting = f"data.source.path={tmp_path / 'rows.csv'}"
+    write_tables(platform, load_run("demo", overrides=(setting,)).data, "demo")
+    [done] = run_traced(platform.root, ["ingest", "--json", "--set", setting])
+    assert json.loads(done.printed)["unchanged"] == 1
+    assert not {"mlflow", "pandas", "torch"} & done.imported
+    assert done.java == 0
 
 
 def touch(platform: Platform, folder: Path) -> None:

@@ -11,7 +11,16 @@ from deltalake import write_deltalake
 from deltalake.exceptions import DeltaError
 
 from pipelines.errors import UserError
-from pipelines.formats.delta_files import arrow_dataset, is_supported, open_delta, open_or_create, to_rows
+from pipelines.formats.delta_files import (
+    is_supported,
+    local_folder,
+    open_delta,
+    open_or_create,
+    query_rows,
+    quoted_value,
+    to_rows,
+)
+from pipelines.formats.table_schema import TIME_TYPE
 from pipelines.formats.tables import DECISIONS
 
 
@@ -25,7 +34,7 @@ def test_a_table_in_a_folder_with_an_unusual_name_is_written_and_read_inside_the
     names = ("decision_id", "model_name", "model_version", "action", "figures", "decided_by")
     row = {**dict.fromkeys(names, "birds"), "reasons": [], "decided_at": datetime.now(UTC)}
     write_deltalake(table, pa.Table.from_pylist([row], DECISIONS.arrow_schema), mode="append")
-    assert arrow_dataset(open_delta(folder)).to_table(["model_name"]).to_pylist() == [{"model_name": "birds"}]
+    assert query_rows(open_delta(folder), "model_name", "TRUE") == [{"model_name": "birds"}]
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert len(list(folder.glob("*.parquet"))) == 1
 
@@ -62,3 +71,25 @@ def test_rows_of_a_table_have_the_values_that_pyarrow_returns_with_times_in_utc(
     assert to_rows(table) == table.to_pylist()
     assert to_rows(table)[0]["utc"].tzinfo is UTC
     assert to_rows(table.slice(0, 0)) == []
+
+
+def test_a_query_reads_a_table_with_partitions(tmp_path: Path) -> None:
+    write_deltalake(tmp_path / "a b", pa.table({"x": [1, 2], "s": ["c d", "e%"]}), partition_by=["s"])
+    rows = query_rows(open_delta(tmp_path / "a b"), "x, s", "TRUE", "ORDER BY x")
+    assert rows == [{"x": 1, "s": "c d"}, {"x": 2, "s": "e%"}]
+
+
+def test_values_in_the_condition_of_a_query_select_equal_texts_and_times(tmp_path: Path) -> None:
+    noon = datetime(2026, 1, 1, 12, 0, 0, 1, tzinfo=UTC)
+    values = {"s": ["it's", 'a "b"', "it's"], "at": pa.array([noon, noon, noon.replace(year=1969)], TIME_TYPE)}
+    write_deltalake(tmp_path, pa.table(values | {"n": [1, 2, 3]}))
+    table = open_delta(tmp_path)
+    for text, time, number in zip(values["s"], [noon, noon, noon.replace(year=1969)], [1, 2, 3], strict=True):
+        condition = f"s = {quoted_value(text)} AND at = {quoted_value(time)}"
+        assert query_rows(table, "n", condition) == [{"n": number}]
+
+
+@pytest.mark.parametrize("name", ["a b", "50% off", "a#b?c", "h\u00f6me"])
+def test_the_folder_of_a_table_is_found_from_its_url(tmp_path: Path, name: str) -> None:
+    write_deltalake(tmp_path / name, pa.table({"a": [1]}))
+    assert local_folder(open_delta(tmp_path / name)) == tmp_path / name

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pyarrow as pa
 import pytest
-from deltalake import DeltaTable, write_deltalake
-from pyarrow.fs import LocalFileSystem
 
 from pipelines.executor.ingest.outcome import OUTCOME
-from pipelines.formats.delta_files import arrow_dataset
 from pipelines.formats.table_schema import Table, sql_type
 from pipelines.formats.tables import QUARANTINE, REASONS, SAMPLES, TABLES
 from vlm.errors import IMAGE_REASONS
@@ -46,11 +41,3 @@ def test_the_columns_of_decoded_rows_have_the_same_types_as_the_table_columns_of
     for table in (SAMPLES, QUARANTINE):
         for column in table.columns:
             assert types.get(column.name, column.type) == column.type, f"{table.name}.{column.name}"
-
-
-def test_an_arrow_dataset_reads_a_table_through_an_arrow_file_system(tmp_path: Path) -> None:
-    """An Arrow thread that calls Python while the interpreter exits would abort the process."""
-    write_deltalake(tmp_path / "a b" / "t", pa.table({"x": [1, 2], "s": ["c d", "e%"]}), partition_by=["s"])
-    found = arrow_dataset(DeltaTable(tmp_path / "a b" / "t"))
-    assert isinstance(found.filesystem.base_fs, LocalFileSystem)
-    assert sorted(found.to_table().to_pylist(), key=lambda row: row["x"]) == [{"x": 1, "s": "c d"}, {"x": 2, "s": "e%"}]

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 
 from pipelines.config import DataConfig, short_hash
-from pipelines.driver.ingest.ledger import items_table, pending_items
+from pipelines.driver.ingest.ledger import items_table, pending_pairs
 from pipelines.driver.ingest.sources.source import Source, SourceRows
 from pipelines.driver.ingest.sources.walk import Found, PassedOver, file_reason, list_entries
 from pipelines.errors import UserError
@@ -82,12 +82,16 @@ def open_files(
     If `load` is None, no file is loaded, and the source only says which files are pending.
     """
     files = listing.files
-    pending = pending_items(items_table([(file.item, file.state) for file in files]), ingested)
-    items = set(pending["item"].to_pylist())
+    pending = pending_pairs(((file.item, file.state) for file in files), ingested)
+    items = {item for item, _ in pending}
     to_read = [file for file in files if file.item in items]
     rows = load(to_read) if load and to_read else None
     return Source(
-        rows, _hash_files(name, files), pending, len(files) - len(to_read), passed_over=tuple(listing.passed_over)
+        rows,
+        _hash_files(name, files),
+        items_table(pending),
+        unchanged=len(files) - len(to_read),
+        passed_over=tuple(listing.passed_over),
     )
 
 
