@@ -78,6 +78,7 @@ def test_a_loaded_model_version_runs_the_code_that_was_registered_with_the_versi
     assert done.stdout.count(str(tmp_path)) == 2, done.stdout
 
 
+@pytest.mark.matrix
 def test_a_version_whose_code_was_changed_after_its_registration_is_not_served(
     laptop: Platform, version: registry.ModelVersion, tmp_path: Path
 ) -> None:

@@ -277,6 +277,7 @@ def test_captions_are_made_again_if_other_rows_get_the_ids(
     assert caption(spark, platform, model, request(table, id_column="number")).changed == 2
 
 
+@pytest.mark.matrix
 def test_a_picture_that_a_restore_brings_back_into_a_file_with_a_deletion_vector_is_captioned_again(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
@@ -294,6 +295,7 @@ def test_a_picture_that_a_restore_brings_back_into_a_file_with_a_deletion_vector
     assert read_pictures(platform, rows) == {(table, str(n)): picture(n) for n in (0, 1, 3, 4, 5)}, "without Spark"
 
 
+@pytest.mark.matrix
 def test_binary_ids_that_are_no_texts_become_hexadecimal_digits(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ MIN_READ_SHARE = 0.95
 """Minimum share of the rows that become samples, among all rows that a naive reader can read."""
 
 
-@pytest.mark.parametrize("count", [10, pytest.param(80, marks=[pytest.mark.faults, pytest.mark.matrix])])
+@pytest.mark.parametrize("count", [4, pytest.param(80, marks=[pytest.mark.faults, pytest.mark.matrix])])
 @pytest.mark.parametrize("kind", SOURCES)
 def test_every_row_that_a_naive_reader_finds_is_ingested_or_reported(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path, kind: str, count: int

@@ -168,6 +168,7 @@ def test_pictures_whose_rows_were_deleted_from_a_table_without_a_change_data_fee
     assert sorted(texts_of(spark, platform, source)) == ["1", "3"]
 
 
+@pytest.mark.matrix
 def test_a_table_is_read_completely_if_its_changes_are_unknown_and_not_at_all_if_only_files_were_rewritten(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:

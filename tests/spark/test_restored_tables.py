@@ -40,10 +40,19 @@ SOURCE = "restored"
 IMAGE = ImageConfig(size=16)
 
 
+@pytest.fixture(scope="module")
+def empty_home(spark: SparkSession, platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home folder with all tables, without rows. Tests copy this folder, because creating the tables takes seconds."""
+    root = tmp_path_factory.mktemp("empty") / "home"
+    ensure_tables(spark, replace(platform, namespace="empty", root=root, tables=root / "tables"))
+    return root
+
+
 @pytest.fixture
-def home(spark: SparkSession, platform: Platform, tmp_path: Path) -> Platform:
+def home(platform: Platform, empty_home: Path, tmp_path: Path) -> Platform:
     """A platform with a home folder of its own, so that a test may replace its tables."""
-    return replace(platform, namespace=f"n{tmp_path.name}", root=tmp_path / "home", tables=tmp_path / "home" / "tables")
+    root = shutil.copytree(empty_home, tmp_path / "home")
+    return replace(platform, namespace=f"n{tmp_path.name}", root=root, tables=root / "tables")
 
 
 def forget_snapshots(spark: SparkSession) -> None:
@@ -217,6 +226,7 @@ def test_refused_rows_that_are_missing_after_a_restore_of_quarantine_come_back(
     assert find_ingested(home, SOURCE, config) is not None
 
 
+@pytest.mark.matrix
 def test_in_a_workspace_the_table_history_shows_that_samples_was_restored(
     spark: SparkSession, home: Platform, tmp_path: Path
 ) -> None:

@@ -217,6 +217,7 @@ def test_the_cost_of_an_ingest_plan_grows_linearly_with_the_number_of_texts_per_
     assert time.monotonic() - started < 30, "the square of the number of texts takes minutes"
 
 
+@pytest.mark.matrix
 def test_rows_over_the_limit_of_texts_per_picture_are_quarantined_and_accepted_after_the_limit_is_raised(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
@@ -359,6 +360,7 @@ def test_an_ingest_of_one_picture_sorts_the_same_number_of_rows_however_many_pic
     assert sorted_rows == [(10, 0), (10, 0)]
 
 
+@pytest.mark.matrix
 def test_the_texts_of_a_picture_keep_their_order_even_if_the_captions_file_is_long(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:

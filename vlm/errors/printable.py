@@ -23,8 +23,12 @@ NOT_SECRET_NAME = re.compile("AUTH_TYPE$|TRACKING_AUTH$|_SOCK$|_FILE$|_PATH$|_DI
 """Pattern of the names that match SECRET_NAME, although their values are a mode, a file or a number."""
 HIDDEN = "***"
 
-_USER_INFO = re.compile(r"(//|(?<=\w:)(?<!models:)/)(?:[^/\s:@]*:\S*|[^/\s]*)@")
+_USER_INFO = re.compile(
+    r"(//|(?<=\w:)(?<!models:)/)(?:[^/\s:@]*:\S*|[^/\s]*|[^/\s:@]+:(?!\d{1,5}(?:[^\w@]|$))[^\n@]*)@"
+)
 """Pattern of `//user:password@` and `scheme:/user:password@` up to the last `@`; the password may contain `@` and `/`.
+
+A password may also contain blanks, unless it begins like a port: `http://host:5000 does not know me@work` has none.
 
 `models:/name@alias` is MLflow's URI of a model version, which contains no secret.
 """
@@ -32,7 +36,9 @@ _BARE_USER_INFO = re.compile(r"""(?<![^\s'"`(=,\[{])[^\s/:@'"`(=,\[{]+:(?!/)\S*@
 """Pattern of `user:password@` at the beginning of a word, as in a URI without a scheme."""
 _QUERY = re.compile(r"((?:\w:|/)/\S*?)\?\S*=\S*")
 _HEADER = re.compile(r"\b(Basic|Bearer) [\w+/=.~-]{16,}")
-_USER_INFO_OF_VARIABLE = re.compile(r"(?:[A-Za-z][\w+.-]*:/{1,2})?([^\s/:@]*:(?!//)\S*|(?<=/)[^\s/]+)@")
+_USER_INFO_OF_VARIABLE = re.compile(
+    r"(?:[A-Za-z][\w+.-]*:/{1,2})?([^\s/:@]*:(?!//)\S*|(?<=/)[^/:@\n]*:[^\n]*|(?<=/)[^\s/]+)@"
+)
 _WORD_START = r"(?:(?<![^\W_])|(?<=%[0-9A-Fa-f]{2})|(?<=\\u[0-9A-Fa-f]{4})|(?<=\\[nrt]))"
 """Pattern of the start of a word, also after an encoded character such as %3D, whose last character is a letter."""
 _WORD_END = r"(?![^\W_])"

@@ -202,8 +202,14 @@ BOMBS = {
 }
 
 
+QUICK_BOMBS = ("a picture repeated in a dictionary", "a page of 300 MB")
+"""Bombs that every test run reads: one that is small in the file and in its pages, and one whose page is large."""
+
+
 @pytest.mark.faults
-@pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK_BOMBS else pytest.mark.matrix) for name in BOMBS]
+)
 def test_memory_depends_on_the_real_size_of_a_parquet_file_and_not_on_sizes_stated_in_the_file(
     tmp_path: Path, name: str
 ) -> None:

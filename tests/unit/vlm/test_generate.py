@@ -85,9 +85,9 @@ def test_generation_with_the_cache_equals_generation_without_the_cache(variant: 
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_request_gets_the_same_completion_alone_as_in_a_padded_batch_of_sixteen_requests(variant: str) -> None:
+def test_a_request_gets_the_same_completion_alone_as_in_a_padded_batch_of_eight_requests(variant: str) -> None:
     model, tokenizer = tiny_model(variant)
-    requests = mixed_requests(model, tokenizer, 16)
+    requests = mixed_requests(model, tokenizer, 8)
     beams = SHORT.model_copy(update={"num_beams": 3})
     penalized = GREEDY.model_copy(update={"repetition_penalty": 1.5})
     for settings in (GREEDY, SAMPLED, penalized, beams):

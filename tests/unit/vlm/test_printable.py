@@ -36,6 +36,7 @@ def few_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("https://me:pa@ss/SEKRET@host/x", "https://host/x"),
         ("http:/bob:SEKRET@h", "http:/h"),
+        ("got http://bob:SE KRET@h/x.", "got http://h/x."),
         ("http:/SEKRET@h/x", "http:/h/x"),
         ("got bob:SEKRET@h", "got ***@h"),
         ("'bob:SE@KR/ET@h'", "'***@h'"),
@@ -56,6 +57,7 @@ def test_user_information_of_uris_and_authorization_headers_are_hidden(text: str
         "sqlite:////data/me@work/mlflow.db",
         "/data/me@work/icon@2x.png",
         "the pictures cat@2x.png and s3a://bucket/img?.png, did you mean 'x'?",
+        "http://host:5000 does not know me@work",
         "line 1\n\tline 2 \u2013 \u00e9",
     ],
 )
@@ -74,6 +76,8 @@ def test_a_text_without_secrets_stays_as_it_is(text: str) -> None:
         ),
         ({"MLFLOW_TRACKING_URI": "http://bob:pw12@h:5000"}, b64encode(b"bob:pw12").decode()),
         ({"MLFLOW_TRACKING_URI": "postgresql+psycopg://bob:pa@ssSEKRET@127.0.0.1:1/db"}, "ssSEKRET"),
+        ({"MLFLOW_TRACKING_URI": "http://bob:x ySEKRET@h:1"}, "x ySEKRET"),
+        ({"MLFLOW_TRACKING_URI": "http://bob smith:x ySEKRET@h:1"}, "x ySEKRET"),
         ({"MLFLOW_REGISTRY_URI": "bob:a%40long%20one@h"}, "a@long one"),
         ({"HTTPS_PROXY": "http://bob:pr0xypass@proxy:3128"}, "pr0xypass"),
     ],
