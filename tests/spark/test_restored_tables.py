@@ -42,7 +42,7 @@ IMAGE = ImageConfig(size=16)
 
 @pytest.fixture(scope="module")
 def empty_home(spark: SparkSession, platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home folder with all tables, without rows. Tests copy this folder, because creating the tables takes seconds."""
+    """A home folder with all tables, without rows. Tests copy the folder, because creating tables takes seconds."""
     root = tmp_path_factory.mktemp("empty") / "home"
     ensure_tables(spark, replace(platform, namespace="empty", root=root, tables=root / "tables"))
     return root

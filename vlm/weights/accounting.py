@@ -122,7 +122,7 @@ WITHOUT_EFFECT = {
         (
             "initializer_range", "initializer_factor", "attention_dropout", "dropout", "hidden_dropout_prob",
             "attention_probs_dropout_prob", "attn_pdrop", "embd_pdrop", "resid_pdrop", "use_bfloat16",
-            "gradient_checkpointing",
+            "gradient_checkpointing", "tf_legacy_loss",
         ),
         _TRAINING,
     ),
@@ -162,6 +162,7 @@ WITHOUT_EFFECT = {
     **dict.fromkeys(
         ("id2label.*", "label2id.*", "num_labels", "problem_type"), _CLASSIFIER
     ),
+    **dict.fromkeys(("n_special", "output_past", "predict_special_tokens"), "is not read by transformers since 2020"),
     "vocab_size": "repeats the shape of a tensor, which is compared",
     "pad_token_id": "is the id of a padding token, which no attention reads",
 }  # fmt: skip

@@ -119,10 +119,12 @@ class Family:
         Also return one sentence for each key of config.json whose meaning Lakesight does not know.
         """
         differences = find_mismatches(self.fields, config, self._with_defaults(settings))
-        return differences + [
+        account = self.account(settings)
+        unknown = [
             f"{path} in config.json is {value!r}, and Lakesight does not know what this key means"
-            for path, value in self.account(settings).unknown.items()
+            for path, value in account.unknown.items()
         ]
+        return differences + unknown + self._differing_copies(settings, account.compared)
 
     def account(self, settings: Settings) -> KeyAccount:
         """Divide the keys of a config.json into compared keys, keys without effect, and unknown keys."""
@@ -131,9 +133,11 @@ class Family:
         for each in self.fields:
             each.theirs(seen)
         account = KeyAccount(compared=[], without_effect={}, unknown={})
+        copy, original, _ = self._copied_section(settings) or ("", "", {})
         for path, value in leaf_values(settings):
             reason = reason_without_effect(path, {**self.without_effect, **WITHOUT_EFFECT})
-            if path in read and reason is None:
+            is_copy = copy and path.startswith(f"{copy}.") and f"{original}.{path.partition('.')[2]}" in read
+            if (path in read or is_copy) and reason is None:
                 account.compared.append(path)
             elif reason is not None:
                 account.without_effect.setdefault(reason, []).append(path)
@@ -151,6 +155,34 @@ class Family:
         """
         seen = self._with_defaults(settings)
         return {each.path: each.theirs(seen) for each in self.fields}
+
+    def _copied_section(self, settings: Settings) -> tuple[str, str, Settings] | None:
+        """Return the names of a copied section and of its original, and the copy; None if there is no copied section.
+
+        Files that transformers 4 wrote for CLIP have the section `vision_config_dict` beside `vision_config`.
+        """
+        selected = self.select_settings(settings)
+        for key, value in settings.items():
+            original = key.removesuffix("_dict")
+            if original != key and isinstance(value, Mapping) and selected == (settings.get(original) or {}):
+                return key, original, value
+        return None
+
+    def _differing_copies(self, settings: Settings, compared: Iterable[str]) -> list[str]:
+        """Return one sentence for each compared key that has another value in a copied section.
+
+        Transformers reads the copy, and its own defaults for the keys that the copy lacks.
+        """
+        if (found := self._copied_section(settings)) is None:
+            return []
+        copy, original, values = found
+        read, other = self._with_defaults(settings), {**self.defaults, **values}
+        keys = {path.partition(".")[2]: None for path in compared if path.startswith((f"{copy}.", f"{original}."))}
+        return [
+            f"{original}.{key} in config.json is {read.get(key)!r}, and {copy} makes transformers use {other.get(key)!r}"
+            for key in keys
+            if read.get(key) != other.get(key)
+        ]
 
     def _with_defaults(self, settings: Settings) -> Settings:
         return tracked(self.select_settings(settings) or {}, self.defaults)

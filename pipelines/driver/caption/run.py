@@ -29,7 +29,7 @@ from pipelines.driver.caption.source_table import SourceTable, open_source_table
 from pipelines.driver.delta.map_in_arrow import spark_schema
 from pipelines.driver.delta.model_rows import is_of_model
 from pipelines.driver.delta.retry import retry_on_conflict
-from pipelines.driver.delta.row_times import later_than, newest_time
+from pipelines.driver.delta.row_times import later_than, newest_stored_time
 from pipelines.driver.delta.settings import bounded_batches
 from pipelines.driver.delta.spark_errors import translate_spark_errors
 from pipelines.driver.delta.tables import ensure_champion_captions, ensure_tables
@@ -244,10 +244,8 @@ def _create_job(
     existing captions of the table by any version of the model. So the captions of this job are the newest, even if the
     clock was set back.
     """
-    earlier = spark.table(platform.table(GENERATED_CAPTIONS.name)).where(
-        (F.col("source_table") == source.name) & (F.col("model_name") == model.name)
-    )
     settings, decoding, key = identity
+    of_model = {"source_table": source.name, "model_name": model.name}
     constants = {
         "prompt": request.prompt,
         "settings": json.dumps(decoding),
@@ -270,7 +268,7 @@ def _create_job(
         output_folder=pending_folder(platform, key),
         rows_per_file=ROWS_PER_FILE,
         constants=key | constants | {"run_id": model.run_id, "model_digest": model.digest or None},
-        started_at=later_than(newest_time(earlier, "captioned_at")),
+        started_at=later_than(newest_stored_time(spark, platform, GENERATED_CAPTIONS, "captioned_at", of_model)),
     )
 
 

@@ -7,11 +7,17 @@ the rows of later jobs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
+from pipelines.driver.delta.on_disk import open_on_disk
+from pipelines.formats.delta_files import query, quoted_text, to_rows
+from pipelines.formats.table_schema import Table
+from pipelines.platform import Platform
+
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame
+    from pyspark.sql import DataFrame, SparkSession
 
 
 def later_than(newest: datetime | None) -> datetime:
@@ -26,3 +32,28 @@ def newest_time(rows: DataFrame, column: str) -> datetime | None:
 
     found: datetime | None = rows.agg(F.max(column)).toArrow()[0][0].as_py()
     return found
+
+
+def newest_stored_time(
+    spark: SparkSession, platform: Platform, table: Table, column: str, equal: Mapping[str, str]
+) -> datetime | None:
+    """Return the newest time in a column of one of Lakesight's tables, or None if there are no rows.
+
+    A table in a local folder is read without Spark, which saves the time of a Spark query.
+
+    Args:
+        spark: Spark session.
+        platform: platform that has the table.
+        table: table to read.
+        column: name of the column of times.
+        equal: required values: a non-empty dict from the name of a text column to its value.
+    """
+    if (opened := open_on_disk(platform, table)) is not None:
+        condition = " AND ".join(f"{name} = {quoted_text(value)}" for name, value in equal.items())
+        sql = f"SELECT max({column}) AS newest FROM stored WHERE {condition}"  # noqa: S608 (the values are quoted)
+        newest: datetime | None = to_rows(query({"stored": opened}, sql).read_all())[0]["newest"]
+        return newest
+    rows = spark.table(platform.table(table.name))
+    for name, value in equal.items():
+        rows = rows.where(rows[name] == value)
+    return newest_time(rows, column)

@@ -90,6 +90,58 @@ def test_an_unknown_key_in_any_section_is_refused_and_the_error_names_the_key(na
     assert family.mismatches(model, {**settings, "new_option": None}) == []
 
 
+DEAD = {"n_special": 0, "predict_special_tokens": True, "output_past": True, "tf_legacy_loss": False}
+"""Keys of published files that transformers no longer reads, or reads only with TensorFlow."""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_keys_of_old_published_files_that_no_library_reads_do_not_prevent_an_import(name: str) -> None:
+    family, model = family_of(name), MODELS[name]
+    settings = json.loads(json.dumps(family.to_settings(model)))
+    nested = {key: {**value, **DEAD} for key, value in settings.items() if key.endswith("_config")}
+    assert family.mismatches(model, settings | nested | DEAD) == []
+
+
+def whole_clip() -> dict[str, Any]:
+    """Return the settings of CLIP's vision encoder as a section of the config.json of a whole CLIP model."""
+    vision = json.loads(json.dumps(family_of("clip").to_settings(MODELS["clip"])))
+    return {"model_type": "clip", "vision_config": vision, "text_config": {}}
+
+
+def test_a_section_vision_config_dict_that_repeats_vision_config_does_not_prevent_an_import() -> None:
+    family, model, settings = family_of("clip"), MODELS["clip"], whole_clip()
+    given = {key: settings["vision_config"][key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    given |= {key: settings["vision_config"][key] for key in ("num_attention_heads", "patch_size", "image_size")}
+    copied = settings | {"vision_config_dict": given, "text_config_dict": {"hidden_size": 5}}
+    assert family.mismatches(model, copied) == []
+    assert {f"vision_config_dict.{key}" for key in given} <= set(family.account(copied).compared)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patch_size": 99}, "vision_config_dict makes transformers use 99"),
+        ({"hidden_act": "gelu"}, "vision_config_dict makes transformers use 'gelu'"),
+        ({"hidden_size": None}, "vision_config_dict makes transformers use None"),
+        ({"new_option": 1}, "vision_config_dict.new_option in config.json is 1"),
+    ],
+)
+def test_a_section_vision_config_dict_that_differs_from_vision_config_is_refused_by_key(
+    change: dict[str, Any], message: str
+) -> None:
+    family, model, settings = family_of("clip"), MODELS["clip"], whole_clip()
+    sentences = family.mismatches(model, settings | {"vision_config_dict": settings["vision_config"] | change})
+    assert [sentence for sentence in sentences if message in sentence], sentences
+
+
+def test_a_key_that_vision_config_dict_lacks_has_the_default_value_of_transformers() -> None:
+    family, model, settings = family_of("clip"), MODELS["clip"], whole_clip()
+    settings["vision_config"]["layer_norm_eps"] = 1e-3
+    copy = {key: value for key, value in settings["vision_config"].items() if key != "layer_norm_eps"}
+    sentences = family.mismatches(model, settings | {"vision_config_dict": copy})
+    assert any("layer_norm_eps" in sentence and "makes transformers use 1e-05" in sentence for sentence in sentences)
+
+
 TEXT, VISION = "text_config.", "vision_config."
 REFUSED: list[tuple[str, str, Any]] = [
     ("gemma", "use_bidirectional_attention", True),
