@@ -244,7 +244,7 @@ def prompt_list(prompts: object, pictures: int) -> list[Any]:
     if len(texts) != pictures:
         raise UserError(
             "the number of prompts differs from the number of pictures",
-            got=f"{pictures} pictures and {len(texts)} prompts",
+            got=f"pictures: {pictures}, prompts: {len(texts)}",
             fix="give as many prompts as pictures, or one string for all pictures",
         )
     return texts

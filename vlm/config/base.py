@@ -8,7 +8,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from vlm.config.problems import describe
+from vlm.config.problems import describe, problem_text
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
@@ -106,7 +106,7 @@ def read_error_message(error: OSError | ValueError, root: type[BaseModel] | None
     if root is not None:
         first = [text for text, _ in describe(error, root)][:3]
     else:
-        problems = [(".".join(map(str, problem["loc"])), problem["msg"]) for problem in error.errors()[:3]]
+        problems = [(".".join(map(str, problem["loc"])), problem_text(problem)) for problem in error.errors()[:3]]
         first = [f"{path}: {message}" if path else message for path, message in problems]
     more = error.error_count() - len(first)
     return "; ".join(first) + (f"; and {more} more" if more else "")

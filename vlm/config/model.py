@@ -219,7 +219,9 @@ def settings_without_effect(settings: GenerationConfig, before: GenerationConfig
     """Return one sentence for each setting that differs from `before`, but has no effect with the other settings."""
     needed: dict[str, str] = {}
     if settings.temperature == 0:
-        needed |= dict.fromkeys(("top_k", "top_p", "min_p"), "temperature is 0: set temperature above 0 to sample")
+        needed |= dict.fromkeys(
+            ("top_k", "top_p", "min_p", "seed"), "temperature is 0: set temperature above 0 to sample"
+        )
     if settings.num_beams == 1:
         needed["length_penalty"] = "num_beams is 1: set num_beams above 1 for beam search"
     return [

@@ -5,16 +5,27 @@ A sentence about an unknown name also has a similar valid name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from vlm.errors import did_you_mean
 
 MAX_SHOWN = 100
 """Largest number of characters of a value that a sentence shows."""
+
+
+def problem_text(problem: ErrorDetails) -> str:
+    """Return the message of one pydantic problem, with short numbers (1e-100) and without names of Python classes."""
+    text = problem["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
+    for limit in (problem.get("ctx") or {}).values():
+        if isinstance(limit, float):  # pydantic writes each digit of a limit such as 1e+300
+            text = re.sub(r"\d{17,}(\.\d+)?|0\.0{9,}\d+", f"{limit:g}", text)
+    return text
 
 
 def describe(error: ValidationError, root: type[BaseModel]) -> Iterator[tuple[str, str]]:
@@ -33,7 +44,7 @@ def describe(error: ValidationError, root: type[BaseModel]) -> Iterator[tuple[st
             tags = [tag.strip(" '") for tag in str(item["ctx"]["expected_tags"]).split(",")]
             text = f"unknown kind {tag!r}{did_you_mean(tag, tags)} (one of {', '.join(tags)})"
         else:
-            text = item["msg"].removeprefix("Value error, ")
+            text = problem_text(item)
             if not isinstance(item["input"], dict | BaseModel):
                 shown = repr(item["input"])
                 text += f" (got {shown if len(shown) <= MAX_SHOWN else shown[:MAX_SHOWN] + '...'})"

@@ -179,9 +179,9 @@ class Family:
         read, other = self._with_defaults(settings), {**self.defaults, **values}
         keys = {path.partition(".")[2]: None for path in compared if path.startswith((f"{copy}.", f"{original}."))}
         return [
-            f"{original}.{key} in config.json is {read.get(key)!r}, and {copy} makes transformers use {other.get(key)!r}"
+            f"{original}.{key} in config.json is {own!r}, and {copy} makes transformers use {copied!r}"
             for key in keys
-            if read.get(key) != other.get(key)
+            if (own := read.get(key)) != (copied := other.get(key))
         ]
 
     def _with_defaults(self, settings: Settings) -> Settings:

@@ -216,6 +216,7 @@ def _check_config(family: Family, config: ModelConfig, settings: Mapping[str, An
     mismatches = family.mismatches(config, settings)
     if not mismatches:
         return
+    part = "model" if family.part == "model" else f"{family.part} of the model"
     same_part = [other for other in families() if other.part == family.part]
     fitting = [other.name for other in same_part if other.matches_architecture(config)]
     if family.name in fitting:
@@ -223,7 +224,7 @@ def _check_config(family: Family, config: ModelConfig, settings: Mapping[str, An
     else:
         difference = f"has the architecture of {' or '.join(fitting) or 'no known family'}"
     raise CheckpointError(
-        f"the weights are of family {family.name}, but the {family.part} of the model {difference}",
+        f"the weights are of family {family.name}, but the {part} {difference}",
         where=str(folder),
         got=mismatches,
         fix="choose the model config that belongs to these weights, or change these values with --set; delete a key "

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vlm.config import JsonTextConfig, ModelConfig
+from vlm.config.problems import problem_text
 from vlm.errors import CheckpointError, ConfigError
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
@@ -123,7 +124,7 @@ def _describe_problems(error: ValidationError, family: Family) -> list[str]:
             keys[field.path] = f"{others}{field.keys} in config.json"
     sentences = []
     for problem in error.errors():
-        place, message = [str(part) for part in problem["loc"]], problem["msg"]
+        place, message = [str(part) for part in problem["loc"]], problem_text(problem)
         at_place = max((path for path in keys if _contains(place, path)), key=len, default=None)
         named = [key for path, key in keys.items() if path in message or path == at_place]
         source = f" ({'; '.join(named)})" if named else ""

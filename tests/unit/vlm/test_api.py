@@ -214,7 +214,7 @@ def test_a_single_prompt_applies_to_all_pictures_and_a_wrong_number_of_prompts_i
     together = captioner.caption([one, two], "what")
     assert together == captioner.caption([one, two], ["what", "what"])
     assert together != captioner.caption([one, two])
-    with pytest.raises(UserError, match="1 pictures and 2 prompts"):
+    with pytest.raises(UserError, match="pictures: 1, prompts: 2"):
         captioner.caption([one], ["a", "b"])
 
 

@@ -232,7 +232,7 @@ def test_each_value_of_a_setting_is_used_exactly_or_refused_with_the_name_and_th
         assert used == ((value,) if isinstance(value, str) else tuple(value))
     else:
         assert not isinstance(value, bool)
-        assert used == (float(value) if isinstance(value, str | bytes) else value)
+        assert used == (float(value) if isinstance(used, float) else value), "a whole number becomes the nearest float"
 
 
 WRONG_SETTINGS: list[tuple[dict[str, Any], str]] = [
@@ -284,7 +284,9 @@ def test_one_stop_text_means_the_same_as_a_list_with_this_text() -> None:
     assert CAPTIONER.caption(PICTURE, stop=free[2])[0].caption == free[: free.index(free[2])]
 
 
-@pytest.mark.parametrize("useless", [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5}, {"length_penalty": 2.0}], ids=str)
+@pytest.mark.parametrize(
+    "useless", [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5}, {"seed": 5}, {"length_penalty": 2.0}], ids=str
+)
 def test_a_warning_names_a_setting_that_has_no_effect(useless: dict[str, Any]) -> None:
     calls: list[Callable[..., Any]] = [CAPTIONER.caption, CAPTIONER.stream, CAPTIONER.attention]
     for call in calls:
@@ -296,6 +298,23 @@ def test_a_warning_names_a_setting_that_has_no_effect(useless: dict[str, Any]) -
         used = {"num_beams": 2} if "length_penalty" in useless else {"temperature": 1.0}
         CAPTIONER.caption(PICTURE, **useless, **used, **SHORT)
         CAPTIONER.caption(PICTURE, **GenerationConfig(**SHORT).model_dump())
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"repetition_penalty": 0}, "greater than or equal to 1e-100 "),
+        ({"num_beams": 2, "length_penalty": 1e301}, "less than or equal to 1e[+]300 "),
+        ({"stop": None}, "stop: Input should be a list "),
+    ],
+    ids=str,
+)
+def test_the_error_for_an_invalid_setting_states_the_limit_or_the_kind_in_short_words(
+    setting: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as raised:
+        CAPTIONER.caption(PICTURE, **setting)
+    assert len(str(raised.value)) < 300
 
 
 @pytest.mark.parametrize("value", [0, -1, "8", None, True, 1.5, math.nan, math.inf, [], 10**30], ids=str)
