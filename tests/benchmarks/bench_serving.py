@@ -1,4 +1,4 @@
-"""Latency of a thousand requests to `mlflow models serve` over loopback.
+"""Latency of a thousand requests to `lakesight serve` over loopback.
 
     python tests/benchmarks/bench_serving.py
 

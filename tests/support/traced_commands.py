@@ -28,11 +28,13 @@ class Traced(NamedTuple):
         printed: text that the command printed to stdout.
         imported: libraries of LARGE that the process had imported when the command ended.
         java: number of Java processes that the command started, including `java -version`.
+    collections: number of times that Python searched for garbage while the command imported torch.
     """
 
     printed: str
     imported: set[str]
     java: int
+    collections: int
 
 
 def run_traced(home: Path, *commands: Sequence[str]) -> list[Traced]:
@@ -55,7 +57,7 @@ def run_traced(home: Path, *commands: Sequence[str]) -> list[Traced]:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    return [Traced(printed, set(imported), java) for printed, imported, java in found]
+    return [Traced(printed, set(imported), java, collections) for printed, imported, java, collections in found]
 
 
 def counting_java(home: Path, log: Path) -> Path:
@@ -71,6 +73,7 @@ def counting_java(home: Path, log: Path) -> Path:
 
 def main() -> None:
     """Run the commands of the first argument, and print what each command did."""
+    import gc
     import io
     from contextlib import redirect_stdout
 
@@ -78,13 +81,22 @@ def main() -> None:
 
     log, *commands = json.loads(sys.argv[1])
     found = []
+    collections = []
+    gc.callbacks.append(lambda phase, _: collections.append(phase) if _is_importing("torch") else None)
     for command in commands:
+        collections.clear()
         before = len(Path(log).read_text().splitlines())
         with redirect_stdout(io.StringIO()) as printed:
             app(command, standalone_mode=False)
         java = len(Path(log).read_text().splitlines()) - before
-        found.append([printed.getvalue(), sorted(LARGE & set(sys.modules)), java])
+        searches = collections.count("start")
+        found.append([printed.getvalue(), sorted(LARGE & set(sys.modules)), java, searches])
     print(json.dumps(found))
+
+
+def _is_importing(name: str) -> bool:
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))
 
 
 if __name__ == "__main__":
