@@ -21,7 +21,7 @@ import torch
 
 import vlm
 
-plt.rcParams.update({"figure.figsize": (5, 3), "figure.constrained_layout.use": True, "font.size": 10})
+plt.rcParams.update({"figure.figsize": (4, 2.6), "figure.constrained_layout.use": True, "font.size": 9})
 torch.manual_seed(0)  # the same random numbers in each run
 torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for them
 
@@ -156,14 +156,15 @@ fast, fast_logits, fast_count = write_with_cache()
 difference = (slow_logits - fast_logits).abs().max().item()
 print("caption:", tokenizer.decode(fast))
 print(f"logits differ by at most {difference:.0e}")
-print(f"computed positions: {slow_count} without cache, {fast_count} with cache")
+print(f"computed positions without cache: {slow_count}")
+print(f"computed positions with cache:    {fast_count}")
 assert slow == fast
 assert difference < 1e-4
 assert fast_count == len(request.prefix) + len(fast) - 1
 
 lengths = np.arange(1, 101)
 start = len(request.prefix)
-plt.figure(figsize=(5, 2.6))
+plt.figure(figsize=(4, 2.4))
 plt.plot(lengths, lengths * start + lengths * (lengths - 1) / 2, label="without cache")
 plt.plot(lengths, start + lengths - 1, label="with cache")
 plt.xlabel("written tokens")
@@ -190,13 +191,13 @@ def shares_after(text):
     return logits.softmax(dim=-1)
 
 
-figure, axes = plt.subplots(1, 2, figsize=(5.2, 2.6), sharey=True)
+figure, axes = plt.subplots(1, 2, figsize=(4, 2.4), sharey=True)
 for axis, text in zip(axes, ("", "a"), strict=True):
     best = shares_after(text).topk(4)
     names = [repr(tokenizer.decode([i])).strip("'") for i in best.indices.tolist()]
     axis.bar(range(4), best.values)
     axis.set_xticks(range(4), names, rotation=30, fontsize=8)
-    axis.set_title(f"after '{text}'" if text else "first token", fontsize=10)
+    axis.set_title(f"after '{text}'" if text else "first token", fontsize=9)
 axes[0].set_ylabel("share")
 
 first = {text: shares_after("")[tokenizer.encode(text)[0]].item() for text in ("a", "one")}
@@ -215,7 +216,8 @@ assert first["a"] > first["one"] > 0.25
 # MAGIC three, and extends all of them. The share of a whole text is the product of the shares of its tokens. With
 # MAGIC logarithms, the product becomes a sum.
 # MAGIC
-# MAGIC We search by hand, draw the tree, and compare with the library. Thick lines lead to the best caption. The
+# MAGIC We search by hand, draw the tree, and compare with the library. The logarithm of a share is called
+# MAGIC *log-probability* in the code. Thick lines lead to the best caption. The
 # MAGIC number below a word is the share of the whole beginning. (The library divides the sum by the length of the
 # MAGIC text, unless `length_penalty` is 0.)
 
@@ -250,7 +252,7 @@ print(f"beams of the library: {by_library}")
 assert best_text == by_library == f"one {colour} {shape}"
 assert best_score > greedy_score
 
-figure, axis = plt.subplots(figsize=(5.4, 3.4))
+figure, axis = plt.subplots(figsize=(4.2, 3.4))
 places = {"": (0, 1.0)}
 for depth, candidates in enumerate(steps, 1):
     for row, (parent, text, score, end) in enumerate(candidates):
@@ -262,7 +264,7 @@ for depth, candidates in enumerate(steps, 1):
         if not end:
             places[text] = (depth, row)
 axis.set(xlim=(-0.3, len(steps) + 0.5), ylim=(2.7, -0.3), yticks=[], xlabel="token of the caption")
-axis.set_title("beginnings that stay alive, with their shares", fontsize=10)
+axis.set_title("beginnings that stay alive, with their shares", fontsize=9)
 
 # COMMAND ----------
 
@@ -297,10 +299,10 @@ variants = {
     "min_p 0.2": {"temperature": 1.0, "min_p": 0.2},
 }
 bent = {name: filter_scores(given.log(), captioner.settings(**each))[0].softmax(-1) for name, each in variants.items()}
-figure, axes = plt.subplots(2, 3, figsize=(5.4, 3.4), sharex=True, sharey=True)
+figure, axes = plt.subplots(2, 3, figsize=(4.2, 3), sharex=True, sharey=True)
 for axis, (name, shares) in zip(axes.flat, bent.items(), strict=True):
     axis.bar(range(6), shares)
-    axis.set_title(name, fontsize=9)
+    axis.set_title(name, fontsize=8)
     axis.set_xticks([])
 for axis in axes[:, 0]:
     axis.set_ylabel("share")
@@ -322,7 +324,7 @@ from vlm.generation.generate import generate
 
 requests = [dataclasses.replace(request, seed=seed) for seed in range(300)]
 expected = [way.format(c=colour, s=shape) for way in WAYS]
-figure, axes = plt.subplots(1, 3, figsize=(5.4, 2.8), sharey=True)
+figure, axes = plt.subplots(1, 3, figsize=(4.2, 3), sharey=True)
 frequencies = {}
 for axis, temperature in zip(axes, (0.3, 1.0, 1.7), strict=True):
     texts = [each.text for each in generate(model, tokenizer, requests, captioner.settings(temperature=temperature))]
@@ -330,11 +332,12 @@ for axis, temperature in zip(axes, (0.3, 1.0, 1.7), strict=True):
     shares = [counts[text] / len(texts) for text in expected]
     frequencies[temperature] = [*shares, 1 - sum(shares)]
     axis.bar(range(5), frequencies[temperature])
-    axis.set_xticks(range(5), ["one c s", "a c s", "a s in c", "a s that", "other"], rotation=70, fontsize=8)
-    axis.set_title(f"temperature {temperature}", fontsize=9)
+    axis.set_xticks(range(5), ["one c s", "a c s", "a s in c", "a s that", "other"], rotation=90, fontsize=8)
+    axis.set_title(f"temperature {temperature}", fontsize=8)
 axes[0].set_ylabel("share of 300 captions")
+print("temperature  shares of the captions")
 for temperature, shares in frequencies.items():
-    print(f"temperature {temperature}:", " ".join(f"{share:4.0%}" for share in shares))
+    print(f"{temperature:>11} ", " ".join(f"{share:4.0%}" for share in shares))
 assert 0.15 < frequencies[1.0][0] < 0.6
 assert frequencies[1.0][-1] < 0.2
 assert frequencies[1.7][-1] > frequencies[1.0][-1]

@@ -4,14 +4,16 @@
 # MAGIC
 # MAGIC Training a large encoder and a large decoder from nothing needs millions of pictures. Others have trained such
 # MAGIC parts and published the weights: a *vision transformer* (ViT) that knows pictures, and GPT-2, a decoder that
-# MAGIC knows English. Encoder and decoder were never trained together. The cheapest vision-language model joins them
-# MAGIC with a small projector, and trains **only the projector**. The two towers stay *frozen*: their weights never
-# MAGIC change.
+# MAGIC knows English. Such parts are called *towers*. The two towers were never trained together. The cheapest
+# MAGIC vision-language model joins them with a small projector, and trains **only the projector**. The towers stay
+# MAGIC *frozen*: their weights never change.
 # MAGIC
 # MAGIC This notebook shows that a trained projector is enough, and how much a trained encoder adds. The notebook
 # MAGIC needs no download: we first train two small towers of our own, separately, as their publishers would.
 
 # COMMAND ----------
+
+import textwrap
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,7 +23,7 @@ from torch.nn import functional as F
 
 import vlm
 
-plt.rcParams.update({"figure.figsize": (5, 3), "figure.constrained_layout.use": True, "font.size": 10})
+plt.rcParams.update({"figure.figsize": (4, 2.6), "figure.constrained_layout.use": True, "font.size": 9})
 torch.manual_seed(0)  # the same random numbers in each run
 torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for them
 
@@ -182,8 +184,9 @@ def continue_notes(notes):
 
 for number in (1500, 1501):
     notes = notes_of(number).tolist()
-    print("notes:", tokenizer.decode([token for token in notes if token not in filler]).strip())
-    print("  ->", continue_notes(notes))
+    words = tokenizer.decode([token for token in notes if token not in filler]).strip()
+    for shown in (f"notes: {words}", f"-> {continue_notes(notes)}"):
+        print(textwrap.fill(shown, 38, subsequent_indent="   "))
 written = np.mean([continue_notes(notes_of(number).tolist()) == captions[number] for number in range(1500, 1530)])
 print(f"right sentence for {written:.0%} of 30 notes")
 assert written > 0.5
@@ -218,7 +221,7 @@ trainable = sum(p.numel() for p in towers.model.parameters() if p.requires_grad)
 print(f"{trainable:,} of {sum(sizes.values()):,} weights are trained")
 assert trainable == sizes["projector"]
 
-plt.figure(figsize=(5, 1.9))
+plt.figure(figsize=(4, 1.7))
 plt.barh(list(sizes), list(sizes.values()), color=["lightgrey", "tab:orange", "lightgrey"])
 plt.gca().invert_yaxis()
 plt.xlabel("weights (grey: frozen)")
@@ -235,6 +238,9 @@ plt.xlabel("weights (grey: frozen)")
 # MAGIC * **random encoder**: as in *towers*, but the encoder has random weights. This encoder is frozen too, so it
 # MAGIC   never learns to see.
 # MAGIC * **from nothing**: all weights are random at the start, and all weights are trained.
+# MAGIC 
+# MAGIC In the code, `state_dict()` returns a dict with all weights of a model, and `load_state_dict` copies weights from
+# MAGIC such a dict.
 
 # COMMAND ----------
 
@@ -307,7 +313,7 @@ assert final["towers"] > final["random encoder"] + 0.2
 
 # COMMAND ----------
 
-figure, axes = plt.subplots(2, 2, figsize=(5, 5.6))
+figure, axes = plt.subplots(2, 2, figsize=(4, 4.6))
 results = towers.caption(pictures[1500:1504])
 for axis, picture, result in zip(axes.flat, pictures[1500:], results, strict=False):
     axis.imshow(picture)

@@ -15,6 +15,7 @@
 # COMMAND ----------
 
 import tempfile
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -24,7 +25,7 @@ from matplotlib.patches import Rectangle
 
 import vlm
 
-plt.rcParams.update({"figure.figsize": (5, 3), "figure.constrained_layout.use": True, "font.size": 10})
+plt.rcParams.update({"figure.figsize": (4, 2.6), "figure.constrained_layout.use": True, "font.size": 9})
 torch.manual_seed(0)  # the same random numbers in each run
 torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for them
 
@@ -56,15 +57,16 @@ marks = {
 valid = torch.ones(1, T, dtype=torch.bool)
 masks = {name: attention_mask(valid, each)[0, 0] for name, each in marks.items()}
 
-figure, axes = plt.subplots(1, 3, figsize=(5.4, 2.4))
+figure, axes = plt.subplots(1, 3, figsize=(4.2, 1.9))
 for axis, (name, mask) in zip(axes, masks.items(), strict=True):
     axis.imshow(mask, cmap="Blues", vmin=0, vmax=1.4)
-    axis.set_title(name, fontsize=10)
+    axis.set_title(name, fontsize=9)
     axis.axhline(PREFIX - 0.5, color="tab:orange")
     axis.axvline(PREFIX - 0.5, color="tab:orange")
     axis.set(xticks=[], yticks=[])
 axes[0].set_yticks([1.5, 5, 8], ["picture", "prompt", "answer"], fontsize=8)
-print("marks of the prefix mask:", marks["prefix"][0].tolist())
+print("marks of the prefix mask:")
+print(marks["prefix"][0].tolist())
 assert masks["prefix"][:PREFIX, :PREFIX].all()  # the prefix sees all of itself
 assert not masks["prefix"][:, PREFIX:].triu(1 - PREFIX)[:PREFIX].any()  # the prefix sees nothing of the answer
 assert torch.equal(masks["prefix"][PREFIX:, PREFIX:], masks["causal"][PREFIX:, PREFIX:])  # the answer has a causal mask
@@ -108,7 +110,8 @@ dialogues = [  # two pairs (prompt, answer) for each picture
     for thing, box in zip(things, boxes, strict=True)
 ]
 for prompt, answer in dialogues[0]:
-    print(f"{prompt} -> {answer}")
+    print(f"{prompt} ->")
+    print(textwrap.fill(answer, 38))
 
 # COMMAND ----------
 
@@ -139,9 +142,9 @@ path = Path(tempfile.mkdtemp()) / "tokenizer.json"
 backend.save(str(path))
 
 (region,) = parse_regions(dialogues[0][0][1])
-print("tokens:", " ".join(backend.encode(dialogues[0][0][1]).tokens[:4]))
-print("label: ", region.label)
-print("top, left, bottom, right:", region[:4])
+print("tokens:", *backend.encode(dialogues[0][0][1]).tokens[:4], sep="\n  ")
+print("label:", region.label)
+print("top, left, bottom, right:", region[:4], sep="\n  ")
 
 # COMMAND ----------
 
@@ -207,8 +210,8 @@ rows_of_plot = {}
 for kind, each in (("causal", build("causal").model), ("prefix", model)):
     changed, last = noticed(each)
     rows_of_plot[kind] = changed
-    print(f"{kind}: {int(changed[:16].sum())} of 16 picture slots notice the prompt")
-plt.figure(figsize=(5.2, 1.5))
+    print(f"{kind}: {int(changed[:16].sum())} of 16 slots notice it")
+plt.figure(figsize=(4.2, 1.5))
 plt.imshow(torch.stack(list(rows_of_plot.values())), cmap="Blues", aspect="auto", vmin=0, vmax=1.4)
 plt.yticks([0, 1], list(rows_of_plot))
 plt.axvline(15.5, color="tab:orange")
@@ -274,12 +277,13 @@ control = [iou(each[0], box) if each else 0.0 for each, box in zip(found, true[1
 shapes = np.mean([text == thing.shape for text, thing in zip(ask("what shape is it?"), things[1500:], strict=True)])
 print(f"IoU with the thing in the picture: {np.mean(scores):.2f}")
 print(f"IoU with another picture's thing: {np.mean(control):.2f}")
-print(f"correct shapes: {shapes:.0%}; a random guess: {1 / len(SHAPES):.0%}")
+print(f"correct shapes: {shapes:.0%}")
+print(f"correct by a random guess: {1 / len(SHAPES):.0%}")
 assert np.mean(scores) > 0.3
 assert np.mean(scores) > 2 * np.mean(control)
 assert shapes > 0.6
 
-plt.figure(figsize=(5, 2.4))
+plt.figure(figsize=(4, 2.2))
 plt.plot(losses)
 plt.xlabel("training step")
 plt.ylabel("loss")
@@ -297,7 +301,7 @@ plt.ylabel("loss")
 from vlm.image import compute_resize
 from vlm.text.regions import to_box
 
-figure, axes = plt.subplots(2, 2, figsize=(4.6, 5.2))
+figure, axes = plt.subplots(2, 2, figsize=(4, 4.6))
 for axis, picture in zip(axes.flat, pictures[1500:], strict=False):
     answers = {prompt: captioner.caption([picture], prompt)[0].caption for prompt, _ in dialogues[0]}
     axis.imshow(picture)
