@@ -20,7 +20,7 @@ import torch
 
 from pipelines.scenes import Scene, SceneObject, draw
 
-plt.rcParams.update({"figure.figsize": (5, 3), "figure.constrained_layout.use": True, "font.size": 10})
+plt.rcParams.update({"figure.figsize": (4, 2.6), "figure.constrained_layout.use": True, "font.size": 9})
 torch.manual_seed(0)  # the same random numbers in each run
 torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for them
 
@@ -43,7 +43,7 @@ plt.figure(figsize=(3, 3.2))
 plt.imshow(pixels)
 plt.title(scene.caption, fontsize=8)
 print("rows, columns, colours:", pixels.shape)
-print("pixel in row 30, column 20:", pixels[30, 20].tolist())
+print("pixel (30, 20):", pixels[30, 20].tolist())
 
 # COMMAND ----------
 
@@ -70,17 +70,17 @@ def cut(picture):
 
 
 patches = cut(pixels)
-print("patches, rows, columns, colours:", patches.shape)
+print("patches:", patches.shape)  # patches, rows, columns, colours
 assert np.array_equal(patches[9], pixels[8:16, 8:16])  # patch 9 is in row 1, column 1 of the grid
 
 gaps = np.full((side, P + 2, side, P + 2, 3), 255, dtype=np.uint8)  # white, two pixels wider than a patch
 gaps[:, 1:-1, :, 1:-1] = patches.reshape(side, side, P, P, 3).transpose(0, 2, 1, 3, 4)
-plt.figure(figsize=(4, 4.2))
+plt.figure(figsize=(3.6, 3.8))
 plt.imshow(gaps.reshape(side * (P + 2), side * (P + 2), 3))
 for number in range(side * side):
-    plt.text(number % side * (P + 2) + 0.8, number // side * (P + 2) + 2.6, str(number), fontsize=6)
+    plt.text(number % side * (P + 2) + 0.8, number // side * (P + 2) + 2.6, str(number), fontsize=7)
 plt.axis("off")
-plt.title("64 patches and their places in the sequence", fontsize=10)
+plt.title("64 patches and their places in the sequence", fontsize=9)
 
 # COMMAND ----------
 
@@ -90,8 +90,9 @@ plt.title("64 patches and their places in the sequence", fontsize=10)
 # MAGIC From here on we use PyTorch (`torch`), in which an array is called a *tensor*. PyTorch works like NumPy, and
 # MAGIC can also train weights (see below). `@` multiplies matrices, as in NumPy. Some names differ from NumPy: `dim`
 # MAGIC is `axis`, `view` is `reshape`, and `permute` is `transpose`. In PyTorch, `transpose(1, 2)` swaps axes 1 and
-# MAGIC 2, and `flatten(2)` joins all axes from axis 2 on. A method whose name ends in `_`, such as `copy_`, changes
-# MAGIC the tensor itself.
+# MAGIC 2, and `flatten(2)` joins all axes from axis 2 on. `randn` draws random numbers around zero, and `item()`
+# MAGIC turns a tensor with a single number into a Python number. A method whose name ends in `_`, such as `copy_`,
+# MAGIC changes the tensor itself.
 # MAGIC
 # MAGIC A patch is 8 x 8 x 3 = 192 numbers. The network works with lists of numbers, called *vectors*, of a length
 # MAGIC that we choose. The length of the vectors is the *width* of the network. We need a rule that turns 192 numbers
@@ -171,7 +172,7 @@ from pipelines.scenes import random_scene
 
 pictures = [np.array(draw(random_scene(rng), rng)) for _ in range(60)]
 data = torch.tensor(np.stack([cut(each) for each in pictures]).reshape(-1, 192) / 255, dtype=torch.float32)
-print(f"{len(pictures)} pictures give {len(data)} patches to learn from")
+print(f"{len(pictures)} pictures give {len(data)} patches")
 
 
 def train(width, steps=600):
@@ -199,7 +200,7 @@ plt.yscale("log")
 plt.xlabel("training step")
 plt.ylabel("loss")
 plt.legend()
-plt.title("The loss falls. Longer vectors keep more.", fontsize=10)
+plt.title("The loss falls. Longer vectors keep more.", fontsize=9)
 last = {size: np.mean(losses[-20:]) for size, (_, _, losses) in trained.items()}
 assert last[2] > last[8] > last[32]
 
@@ -221,7 +222,7 @@ def join(drawn):
 
 assert np.array_equal(join(patches.reshape(64, 192)), pixels)  # cutting and joining loses nothing
 
-figure, axes = plt.subplots(2, 2, figsize=(4.4, 4.8))
+figure, axes = plt.subplots(2, 2, figsize=(4, 4.4))
 axes.flat[0].imshow(pixels)
 axes.flat[0].set_title("original (192 numbers)", fontsize=9)
 for axis, (size, (shrink, redraw, _)) in zip(list(axes.flat)[1:], trained.items(), strict=True):
@@ -241,7 +242,7 @@ for axis in axes.flat:
 # MAGIC simple. Every place of the grid gets a vector of its own, the *position embedding*. The position embedding is
 # MAGIC added to the patch's vector and trained like all other weights.
 # MAGIC
-# MAGIC `vlm.build` makes a whole model from a config. We take its *encoder* (the part that reads pictures). Then we
+# MAGIC `vlm.build` makes a whole model from a *config*, a dict of settings. We take its *encoder* (the part that reads pictures). Then we
 # MAGIC shuffle the patches of the picture and look at the mean of the encoder's outputs. Without positions, the
 # MAGIC outputs are the same vectors in another order, so their mean does not change, except for rounding. With
 # MAGIC positions, the mean changes. Later notebooks explain the names in the config.
@@ -260,7 +261,7 @@ config = {
     "generation": {"max_new_tokens": 8},
 }
 encoder = vlm.build(config).model.encoder
-print("position vectors, one for each patch:", tuple(encoder.position.shape))
+print("position vectors:", tuple(encoder.position.shape))
 
 order = np.random.default_rng(0).permutation(64)
 shuffled_pixels = join(patches[order].reshape(64, 192))
@@ -279,11 +280,12 @@ with_positions = change()
 with torch.no_grad():
     encoder.position.zero_()
 without_positions = change()
-print(f"change of the output with position vectors:    {with_positions:.4f}")
-print(f"change of the output without position vectors: {without_positions:.7f}")
+print("change of the output")
+print(f"  with positions:    {with_positions:.4f}")
+print(f"  without positions: {without_positions:.7f}")
 assert with_positions > 0.001 > 1e-5 > without_positions
 
-figure, axes = plt.subplots(1, 2, figsize=(4.4, 2.4))
+figure, axes = plt.subplots(1, 2, figsize=(4, 2.2))
 for axis, shown, title in zip(axes, (pixels, shuffled_pixels), ("original", "shuffled patches"), strict=True):
     axis.imshow(shown)
     axis.set_title(title, fontsize=9)

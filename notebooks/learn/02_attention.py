@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
-plt.rcParams.update({"figure.figsize": (5, 3), "figure.constrained_layout.use": True, "font.size": 10})
+plt.rcParams.update({"figure.figsize": (4, 2.6), "figure.constrained_layout.use": True, "font.size": 9})
 torch.manual_seed(0)  # the same random numbers in each run
 torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for them
 
@@ -90,8 +90,10 @@ shares = torch.softmax(q @ k.T / W**0.5, dim=-1)
 by_matrix = shares @ v
 
 difference = (by_loop - by_matrix).abs().max().item()
-print("shares:", tuple(shares.shape), " values:", tuple(v.shape), " output:", tuple(by_matrix.shape))
-print(f"results of loop and matrices differ by at most {difference:.1e}")
+print("shares:", tuple(shares.shape))
+print("values:", tuple(v.shape))
+print("output:", tuple(by_matrix.shape))
+print(f"loop and matrices differ by {difference:.1e}")
 assert difference < 1e-5
 
 # COMMAND ----------
@@ -135,7 +137,8 @@ assert largest["with the division"][-1] < 0.4
 # MAGIC the answer. The *causal mask* forbids this: the scores of later positions become minus infinity, and softmax
 # MAGIC turns these scores into shares of zero. In the plots, a row is a position that looks, and a column is a
 # MAGIC position that is looked at. Darker squares are larger shares. In the right plot, a position looks only at
-# MAGIC itself and at earlier positions.
+# MAGIC itself and at earlier positions. In the code, `tril` keeps the part of a matrix on and below its diagonal, and
+# MAGIC `masked_fill` writes a number into all places that a mask marks.
 
 # COMMAND ----------
 
@@ -143,7 +146,7 @@ scores = q @ k.T / W**0.5
 allowed = torch.ones(T, T, dtype=torch.bool).tril()
 causal = scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
 
-figure, axes = plt.subplots(1, 2, figsize=(5, 2.8))
+figure, axes = plt.subplots(1, 2, figsize=(4, 2.3))
 for axis, drawn, title in zip(axes, (shares, causal), ("every position", "only earlier ones"), strict=True):
     axis.imshow(drawn, vmin=0, vmax=1, cmap="Blues")
     axis.set(title=title, xlabel="looked at", xticks=range(T), yticks=range(T))
@@ -185,7 +188,7 @@ with torch.no_grad():
     ours = layer(x[None], mask=None, causal=True)[0]  # [None] adds an axis: a batch of one sequence
 
 difference = (by_hand - ours).abs().max().item()
-print(f"largest difference to the library: {difference:.1e}")
+print(f"difference to the library: {difference:.1e}")
 assert difference < 1e-5
 
 # COMMAND ----------
@@ -235,7 +238,8 @@ for _ in range(300):
 test = torch.randint(LETTERS, (500, LENGTH))
 with torch.no_grad():
     right = (forward(test)[:, BACK:].argmax(-1) == test[:, :-BACK]).float().mean().item()
-print(f"correct answers on new sequences: {right:.0%}; a random guess: {1 / LETTERS:.0%}")
+print(f"correct on new sequences:  {right:.0%}")
+print(f"correct by a random guess: {1 / LETTERS:.0%}")
 assert right > 0.95
 
 plt.figure()
@@ -260,7 +264,7 @@ with torch.no_grad(), record_weights([attention]) as recorded:
     forward(test)
 seen = recorded[0][0].mean(dim=(0, 1))  # mean over the 500 sequences and the single head
 stripe = seen.diagonal(-BACK).min().item()
-print(f"smallest share of the right position: {stripe:.2f}")
+print(f"smallest share on the stripe: {stripe:.2f}")
 assert stripe > 0.5
 
 plt.figure(figsize=(3.6, 3.2))

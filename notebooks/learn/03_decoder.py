@@ -12,6 +12,7 @@
 # COMMAND ----------
 
 import math
+import textwrap
 from collections import Counter
 
 import matplotlib.pyplot as plt
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 
 import vlm
 
-plt.rcParams.update({"figure.figsize": (5, 3), "figure.constrained_layout.use": True, "font.size": 10})
+plt.rcParams.update({"figure.figsize": (4, 2.6), "figure.constrained_layout.use": True, "font.size": 9})
 torch.manual_seed(0)  # the same random numbers in each run
 torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for them
 
@@ -146,8 +147,8 @@ def pair_loss(text):
 
 
 by_pairs = pair_loss(validation_ids)
-print(f"loss of a pure guess:               {guess:.2f}")
-print(f"loss of a table of character pairs: {by_pairs:.2f}")
+print(f"loss of a pure guess:     {guess:.2f}")
+print(f"loss of a table of pairs: {by_pairs:.2f}")
 assert by_pairs < guess
 
 # COMMAND ----------
@@ -210,7 +211,8 @@ def logits_of(tokens_BT):
 first = logits_of(train_ids[None, :100])
 print("tokens (1, 100) -> logits", tuple(first.shape))
 start_loss = F.cross_entropy(first[0, :-1], train_ids[1:100]).item()
-print(f"loss before training: {start_loss:.2f}, a pure guess: {guess:.2f}")
+print(f"loss before training: {start_loss:.2f}")
+print(f"loss of a pure guess: {guess:.2f}")
 assert abs(start_loss - guess) < 0.3
 
 # COMMAND ----------
@@ -224,7 +226,7 @@ assert abs(start_loss - guess) < 0.3
 # MAGIC A training step takes 24 random pieces of 48 characters. One piece is 48 exercises at once, because the causal
 # MAGIC mask lets every position predict its next character without seeing it. Every 50 steps we measure the loss on
 # MAGIC the validation text, and let the decoder write a line. `write` draws each character at random, and prefers
-# MAGIC likely characters (notebook 6 explains `temperature`). `train()` and `eval()` switch dropout on and off.
+# MAGIC likely characters (`multinomial` draws by shares, and notebook 6 explains `temperature`). `train()` and `eval()` switch dropout on and off.
 # MAGIC `AdamW` is Adam with `weight_decay`, which pulls the weights a little towards zero in each step.
 
 # COMMAND ----------
@@ -260,7 +262,7 @@ history = []
 for step in range(STEPS + 1):
     if step % 50 == 0:
         history.append((step, mean_loss(train_ids), mean_loss(validation_ids)))
-        line = write("When the ", 32).replace("\n", " / ")
+        line = write("When the ", 19).replace("\n", "/")
         print(f"step {step:>3}: {line}")
     starts = torch.randint(len(train_ids) - LENGTH - 1, (24, 1))
     pieces = train_ids[starts + torch.arange(LENGTH + 1)]
@@ -295,7 +297,8 @@ plt.legend(fontsize=8)
 
 best = min(on_validation)
 print(f"best loss on unseen text: {best:.2f}")
-print(f"last losses: training poems {on_train[-1]:.2f}, unseen text {on_validation[-1]:.2f}")
+print(f"last loss on the poems:   {on_train[-1]:.2f}")
+print(f"last loss on unseen text: {on_validation[-1]:.2f}")
 assert on_train[-1] < by_pairs < guess
 assert abs(best - by_pairs) < 0.5
 assert on_validation[-1] > best + 0.3  # it rises again
@@ -309,7 +312,8 @@ assert on_validation[-1] > on_train[-1] + 0.5  # learned by heart
 
 # COMMAND ----------
 
-print(write("Tyger Tyger, ", 90, temperature=0.01))
+for line in write("Tyger Tyger, ", 90, temperature=0.01).splitlines():
+    print(textwrap.fill(line, 38))
 
 # COMMAND ----------
 

@@ -10,6 +10,7 @@
 # COMMAND ----------
 
 import math
+import textwrap
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 
 import vlm
 
-plt.rcParams.update({"figure.figsize": (5, 3), "figure.constrained_layout.use": True, "font.size": 10})
+plt.rcParams.update({"figure.figsize": (4, 2.6), "figure.constrained_layout.use": True, "font.size": 9})
 torch.manual_seed(0)  # the same random numbers in each run
 torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for them
 
@@ -48,11 +49,11 @@ scenes = [random_scene() for _ in range(1600)]
 pictures = [draw(scene, rng) for scene in scenes]
 captions = [scene.caption for scene in scenes]
 
-figure, axes = plt.subplots(1, 3, figsize=(5, 2))
+figure, axes = plt.subplots(1, 3, figsize=(4, 2))
 for axis, picture, caption in zip(axes, pictures, captions, strict=False):
     axis.imshow(picture)
     axis.set(xticks=[], yticks=[])
-    axis.set_title(caption.replace(" in ", "\nin "), fontsize=8)
+    axis.set_title(textwrap.fill(caption, 16), fontsize=8)
 
 # COMMAND ----------
 
@@ -98,7 +99,8 @@ config = {
 captioner = vlm.build(config, captions)
 model, tokenizer = captioner.model, captioner.tokenizer
 print(f"{sum(p.numel() for p in model.parameters()):,} weights")
-print("tokens:", " |".join(tokenizer.decode([i]) for i in tokenizer.encode(captions[0])))
+pieces = " |".join(tokenizer.decode([i]) for i in tokenizer.encode(captions[0]))
+print(textwrap.fill(f"tokens: {pieces}", 38))
 
 # COMMAND ----------
 
@@ -135,8 +137,8 @@ print("pixels           ", tuple(one.pixels_PHWC.shape))
 print("picture vectors  ", tuple(features.shape))
 print("whole sequence   ", tuple(sequence.shape))
 print("logits of targets", tuple(model(one).shape))
-print("ids   ", one.tokens_BT[0, 12:22].tolist())
-print("labels", one.labels_BT[0, 12:22].tolist())
+print("ids   ", one.tokens_BT[0, 14:20].tolist())
+print("labels", one.labels_BT[0, 14:20].tolist())
 assert torch.equal(sequence[0, :16], features[0])  # the slots hold the vectors of the picture
 
 # COMMAND ----------
@@ -144,17 +146,19 @@ assert torch.equal(sequence[0, :16], features[0])  # the slots hold the vectors 
 # MAGIC %md
 # MAGIC ## What a blind writer can reach
 # MAGIC
-# MAGIC Imagine a writer who has read all captions but has never seen a picture. He knows the grammar perfectly. He
-# MAGIC only has to guess which of the 90 captions it is, so a whole caption costs him log 90 = 4.5, and *every token*
-# MAGIC only a fraction of it. His loss for each token is low. The lowest possible one is the *blind floor*. His
-# MAGIC sentences are perfect, but have nothing to do with the picture.
+# MAGIC Imagine a writer who has read all captions but has never seen a picture. The writer knows the grammar
+# MAGIC perfectly, but has to guess which of the 90 captions is right. The best guess gives each caption the share
+# MAGIC 1/90, so the loss of a whole caption is log 90 = 4.5. This loss is divided among the tokens of the caption, so
+# MAGIC the loss for *each token* is low, although the writer sees nothing. We call it the *blind floor*: no writer
+# MAGIC without a picture can reach a lower loss. The sentences of such a writer are perfect, but have nothing to do
+# MAGIC with the picture.
 
 # COMMAND ----------
 
 tokens_of_caption = np.mean([len(tokenizer.encode(caption)) + 1 for caption in captions])  # and an end token
 blind_floor = math.log(6 * 3 * 5) / tokens_of_caption
 print(f"{tokens_of_caption:.1f} tokens per caption")
-print(f"best loss of a blind writer: {blind_floor:.2f} for each token")
+print(f"blind floor: {blind_floor:.2f} for each token")
 assert math.isclose(math.log(90), 4.5, abs_tol=0.01)
 
 # COMMAND ----------
@@ -170,8 +174,9 @@ assert math.isclose(math.log(90), 4.5, abs_tol=0.01)
 # MAGIC so its gap is zero, *whatever its loss*. The library computes both losses with `blind_losses`: for each row,
 # MAGIC two sums over its tokens, and the number of tokens. We measure both losses every 20 steps of training.
 # MAGIC
-# MAGIC `fit` is the training loop of the library: the three steps of notebook 1, for batches that we provide. After
-# MAGIC each step, it calls `on_step`. Its settings `rank`, `device` and `bf16` are for larger machines. The learning
+# MAGIC `fit` is the training loop of the library: the three steps of notebook 1. We provide a list of batches for each
+# MAGIC step, here a list of one batch. After each step, `fit` calls `on_step`. The settings `rank`, `device` and `bf16`
+# MAGIC are for larger machines. `build_adamw` makes the optimizer of notebook 3; you can ignore its setting `betas`. The learning
 # MAGIC rate rises during the first 20 steps and then falls slowly (`schedule`), because careful first and last steps
 # MAGIC give better models. `roll(1, 0)` moves each picture to the next row, so that every caption gets a wrong
 # MAGIC picture.
@@ -231,7 +236,7 @@ blind = train(blind_captioner, 160, right_pictures=False)
 
 # COMMAND ----------
 
-figure, axes = plt.subplots(1, 2, figsize=(5.4, 3), sharey=True)
+figure, axes = plt.subplots(1, 2, figsize=(4.2, 2.8), sharey=True)
 for axis, history, title in zip(axes, (seeing, blind), ("right pictures", "nothing to see"), strict=True):
     axis.plot(history[:, 0], history[:, 2], label="wrong picture")
     axis.plot(history[:, 0], history[:, 1], label="right picture")
@@ -244,9 +249,9 @@ early = seeing[:, 0] == 60
 gap_early = (seeing[early, 2] - seeing[early, 1]).item()
 gap = seeing[-1, 2] - seeing[-1, 1]
 gap_blind = blind[-1, 2] - blind[-1, 1]
-print(f"blind gap after 60 steps: {gap_early:.2f} (loss {seeing[early, 1].item():.2f})")
-print(f"blind gap at the end:     {gap:.2f} (loss {seeing[-1, 1]:.2f})")
-print(f"blind gap, blind model:   {gap_blind:.2f} (loss {blind[-1, 1]:.2f})")
+print(f"gap after 60 steps: {gap_early:.2f} (loss {seeing[early, 1].item():.2f})")
+print(f"gap at the end:     {gap:.2f} (loss {seeing[-1, 1]:.2f})")
+print(f"gap of blind model: {gap_blind:.2f} (loss {blind[-1, 1]:.2f})")
 assert abs(gap_early) < 0.1  # the loss has fallen from 5.7, and the model still sees nothing
 assert gap > 0.4
 assert seeing[-1, 1] < blind_floor - 0.1  # better than any blind writer can be
@@ -266,7 +271,7 @@ assert blind[-1, 1] > blind_floor - 0.02
 shown = list(range(1500, 1504))
 seen = captioner.caption([pictures[number] for number in shown])
 guessed = blind_captioner.caption([pictures[number] for number in shown])
-figure, axes = plt.subplots(2, 2, figsize=(5.2, 6))
+figure, axes = plt.subplots(2, 2, figsize=(4, 5))
 for axis, number, a, b in zip(axes.flat, shown, seen, guessed, strict=True):
     axis.imshow(pictures[number])
     axis.set(xticks=[], yticks=[])
@@ -277,7 +282,8 @@ exact = np.mean([r.caption == c for r, c in zip(captioner.caption(pictures[1500:
 exact_blind = np.mean(
     [r.caption == c for r, c in zip(blind_captioner.caption(pictures[1500:]), captions[1500:], strict=True)]
 )
-print(f"exactly right captions: {exact:.0%} of 100; by the blind model: {exact_blind:.0%}")
+print(f"exactly right captions: {exact:.0%} of 100")
+print(f"by the blind model:     {exact_blind:.0%} of 100")
 assert exact > 0.2 > exact_blind
 
 # COMMAND ----------
@@ -295,7 +301,7 @@ best = next(n for n, r in enumerate(captioner.caption(pictures[1500:])) if r.cap
 picture = pictures[1500 + best]
 words = captioner.attention(picture).words()
 words = [(word, patches) for word, patches in words if word in (*COLOURS, *SHAPES, "middle", "top", "bottom")][:3]
-figure, axes = plt.subplots(1, 1 + len(words), figsize=(5.2, 1.8))
+figure, axes = plt.subplots(1, 1 + len(words), figsize=(4, 1.5))
 axes[0].imshow(picture)
 axes[0].set_title("picture", fontsize=9)
 for axis, (word, patches) in zip(axes[1:], words, strict=True):
