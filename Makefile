@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check audit api bench faults ui
+.PHONY: help demo test check audit api bench faults versions ui
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ bench: $(STAMP)  ## Run all benchmarks of docs/benchmarks.md
 
 faults: $(STAMP)  ## Run the slow tests and the tests that kill ranks and processes
 	$(BIN)/pytest -n 2 --dist loadgroup -m "faults or matrix"
+
+versions: $(STAMP)  ## Run the Spark tests with each supported version of Spark, Python and the dependencies
+	$(BIN)/python .ci/versions.py $(ROWS)
 
 ui: $(STAMP)  ## Serve the MLflow UI
 	$(BIN)/lakesight ui
