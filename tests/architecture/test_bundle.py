@@ -220,6 +220,11 @@ def test_the_tasks_that_need_neither_gpus_nor_torch_run_on_the_compute_that_a_va
     assert {job["environments"] for job in JOBS.values()} == {CPU_COMPUTE % "environments"}
 
 
+def test_the_rollback_task_is_never_retried_because_a_second_rollback_would_undo_the_first() -> None:
+    (rollback,) = [task for _, name, task in tasks() if name == "rollback"]
+    assert rollback.get("max_retries", 0) == 0
+
+
 def test_every_schedule_is_a_valid_quartz_expression() -> None:
     schedules = [job["schedule"]["quartz_cron_expression"] for job in JOBS.values() if "schedule" in job]
     assert schedules
