@@ -50,7 +50,14 @@ def import_weights(
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option("--seed", help="Random seed for the weights that are in none of the folders.", metavar="N")
+        int,
+        typer.Option(
+            "--seed",
+            min=0,
+            max=2**63 - 1,
+            help="Random seed for the weights that are in none of the folders.",
+            metavar="N",
+        ),
     ] = 0,
     overrides: SetOption = None,
     as_json: JsonOption = False,

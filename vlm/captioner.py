@@ -17,7 +17,7 @@ import torch
 
 from vlm.checkpoint import save_model
 from vlm.config import GenerationConfig
-from vlm.errors import UserError
+from vlm.errors import ArgumentError, UserError
 from vlm.generation.attention_maps import AttentionMaps, attention_maps
 from vlm.generation.generate import Completion, Request, check_length, generate, stream
 from vlm.generation.logprobs import AnswerLogprobs, answer_logprobs
@@ -99,8 +99,11 @@ class Captioner:
     def save(self, folder: str | Path) -> None:
         """Write the model as a checkpoint: model.safetensors, config.json and tokenizer.json.
 
+        An earlier checkpoint in the folder is replaced.
+
         Raises:
-            ArgumentError: the folder is not a path, or a file has this path.
+            ArgumentError: the folder is not a path, a file has this path, or the folder contains a published model of
+                another library.
 
         Example:
             >>> import tempfile, vlm
@@ -110,7 +113,17 @@ class Captioner:
             >>> vlm.load(folder).model.config == captioner.model.config
             True
         """
-        save_model(folder_to_write(folder, "folder"), self.model, self.tokenizer)
+        from vlm.weights.published_model import is_published
+
+        target = folder_to_write(folder, "folder")
+        if (target / "config.json").exists() and is_published(target):
+            raise ArgumentError(
+                "the folder contains a model of another library, whose files would be replaced",
+                where=str(target),
+                got="a config.json that is not a Lakesight checkpoint",
+                fix="choose another folder",
+            )
+        save_model(target, self.model, self.tokenizer)
 
     def settings(self, **changes: Any) -> GenerationConfig:
         """Return the generation settings that are stored with the model, with some values replaced.

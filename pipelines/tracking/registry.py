@@ -32,7 +32,7 @@ from pipelines.tracking.checkpoints import files_to_register, find_checkpoint, m
 from pipelines.tracking.describe.notes import MODEL_DESCRIPTION, put_sections, version_link
 from pipelines.tracking.describe.training import add_sections, version_text
 from pipelines.tracking.home_store.copied_version import TAG_PREFIX, choose_number
-from pipelines.tracking.logged_model import log_model
+from pipelines.tracking.logged_model import ARTIFACTS, MODEL_FILES, log_model
 from pipelines.tracking.server import REQUEST_ERRORS, connect, registry_failure, unusable
 from pipelines.tracking.version_files import digest_tags
 from vlm.config import Config, GenerationConfig
@@ -188,13 +188,14 @@ def download_files(platform: Platform, version: ModelVersion, folder: Path) -> P
     """Download all files of a version into a folder, and return the subfolder that contains `MLmodel`.
 
     Raises:
-        StageFailed: the files cannot be downloaded from the registry, or the registry names no valid URI for the files.
+        StageFailed: the files cannot be downloaded from the registry, the registry names no valid URI for the files, or
+            the files are not a model that Lakesight registered.
     """
     client = connect(platform)
     with _registry_errors(platform, _label(version)):
         uri = f"models:/{version.name}/{version.version}"
         try:
-            return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
+            downloaded = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
         except ValueError as error:
             source = client.get_model_version_download_uri(version.name, version.version)
             raise StageFailed(
@@ -203,6 +204,14 @@ def download_files(platform: Platform, version: ModelVersion, folder: Path) -> P
                 got=f"{source}: {error}",
                 fix="ask whoever may write to the registry, or train again to register a new version",
             ) from None
+    if missing := [file for file in MODEL_FILES if not (downloaded / ARTIFACTS / file).is_file()]:
+        raise StageFailed(
+            "a model version has not the files of a model that Lakesight registers",
+            where=label(platform, version),
+            got=f"no {' and no '.join(f'{ARTIFACTS}/{file}' for file in missing)}",
+            fix="choose a version that `lakesight train` registered",
+        )
+    return downloaded
 
 
 def tag(platform: Platform, version: ModelVersion, tags: Mapping[str, str]) -> ModelVersion:

@@ -110,9 +110,24 @@ class PublishedTokenizer:
 
 
 def _parse(content: object) -> Backend:
+    """Return the tokenizer that the content of a tokenizer.json describes.
+
+    Raises:
+        ValueError: the library refuses the content, or the tokenizer would split texts at random (BPE dropout).
+    """
     try:
-        return Backend.from_str(json.dumps(content))
-    except Exception as error:  # the library raises Exception itself, not a subclass
+        backend = Backend.from_str(json.dumps(content))
+        if dropout := getattr(backend.model, "dropout", None):
+            raise ValueError(
+                f"the key model.dropout is {dropout}, so equal texts would get different tokens; set the key to null"
+            )
+        return backend
+    except ValueError:
+        raise
+    except BaseException as error:
+        # The library raises Exception itself, or PanicException, which is not a subclass of Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         key = _invalid_key(content)
         named = f", because of the key {key}" if key else ""
         raise ValueError(f"the file is not a tokenizer of the library `tokenizers`{named}: {error}") from error
@@ -124,7 +139,9 @@ def _invalid_key(content: object) -> str | None:
     for key, value in content.items() if isinstance(content, dict) else ():
         try:
             Backend.from_str(json.dumps({**empty, key: value}))
-        except Exception:  # noqa: BLE001 the library raises Exception itself, not a subclass
+        except BaseException as error:  # as in `_parse`
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             return str(key)
     return None
 

@@ -156,3 +156,18 @@ def test_a_changed_generation_setting_is_refused_for_the_champion_too_because_th
     with pytest.raises(UserError, match="cannot change this setting") as refused:
         run_promote(job, "champion")
     assert "`caption`" in refused.value.fix
+
+
+def test_a_version_without_the_files_of_a_lakesight_model_is_refused_and_the_error_names_the_files(
+    platform: Platform, registered: registry.ModelVersion
+) -> None:
+    good = {path: path.read_bytes() for path in (platform.root / "mlartifacts").rglob(f"artifacts/{MODEL_FILES[0]}")}
+    assert good
+    for path in good:
+        path.unlink()
+    try:
+        with pytest.raises(StageFailed, match=f"no artifacts/{MODEL_FILES[0]}"):
+            download(platform, registered.model_copy(update={"created_ms": 0}))
+    finally:
+        for path, content in good.items():
+            path.write_bytes(content)

@@ -23,7 +23,7 @@ from tiny_models import tiny_config, tiny_model, tiny_pixels
 import vlm
 from vlm.captioner import Captioner
 from vlm.checkpoint import save_model
-from vlm.errors import CheckpointError, ConfigError, ImageError, UserError
+from vlm.errors import ArgumentError, CheckpointError, ConfigError, ImageError, UserError
 from vlm.inputs import Picture
 
 ROOT = Path(__file__).parents[3]
@@ -282,3 +282,16 @@ def test_importing_the_library_is_lazy_and_the_error_names_a_missing_package() -
     with pytest.raises(AttributeError, match="has no attribute 'lode'"):
         vlm.lode  # noqa: B018
     assert (Path(str(vlm.__file__)).parent / "py.typed").exists()
+
+
+def test_a_published_model_is_not_overwritten_by_a_checkpoint_but_an_earlier_checkpoint_is_replaced(
+    tmp_path: Path,
+) -> None:
+    captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square"])
+    (tmp_path / "config.json").write_text('{"model_type": "paligemma"}')
+    with pytest.raises(ArgumentError, match="the folder contains a model of another library"):
+        captioner.save(tmp_path)
+    (tmp_path / "config.json").unlink()
+    captioner.save(tmp_path)
+    captioner.save(tmp_path)
+    assert vlm.load(tmp_path).model.config == captioner.model.config

@@ -188,6 +188,24 @@ def test_a_file_that_contains_no_tokenizer_raises_a_config_error(content: str, t
         text.learn(config, ())
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dropout": 0.5}, "the key model.dropout is 0.5"),
+        ({"continuing_subword_prefix": "##"}, "the file is not a tokenizer"),  # the library ends with a Rust panic
+    ],
+)
+def test_a_tokenizer_that_splits_texts_at_random_or_makes_the_library_panic_raises_a_config_error(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    config = published(tmp_path, "byte_fallback")
+    content = json.loads(Path(config.path).read_text())
+    content["model"] |= change
+    Path(config.path).write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=message):
+        text.learn(config, ())
+
+
 def test_a_damaged_tokenizer_file_in_a_checkpoint_raises_a_checkpoint_error(tmp_path: Path) -> None:
     content = json.loads(text.learn(published(tmp_path, "byte_level"), ()).to_json())
     damages: list[dict[str, object]] = [{"tokenizer": {}}, {"eos": "</s>"}, {"vocab_size": 3}, {"surprise": 1}]
