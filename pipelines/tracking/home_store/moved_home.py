@@ -18,12 +18,12 @@ from pipelines.tracking.home_store.store_file import open_store, store_file, sto
 logger = logging.getLogger(__name__)
 
 LOCATIONS = {
-    "experiments": "artifact_location",
-    "runs": "artifact_uri",
-    "logged_models": "artifact_location",
-    "model_versions": "storage_location",
+    "experiments": ("artifact_location",),
+    "runs": ("artifact_uri",),
+    "logged_models": ("artifact_location",),
+    "model_versions": ("storage_location", "source"),
 }
-"""For each SQLite table of the store that contains artifact locations, the name of the column with the locations."""
+"""For each SQLite table of the store that contains artifact locations, the names of the columns with the locations."""
 
 
 def artifact_root(platform: Platform) -> Path:
@@ -47,7 +47,10 @@ def follow_moved_home(platform: Platform) -> None:
             return  # MLflow itself reports a store that cannot be read
         for old in moved:
             try:
-                _replace(store, old, artifact_root(platform).as_uri())
+                with store:
+                    _replace(store, old, artifact_root(platform).as_uri())
+                    # A version that a user registered from a folder has a plain path instead of a URI.
+                    _replace(store, _path_of(old), str(artifact_root(platform)))
             except sqlite3.Error as error:
                 raise UserError(
                     "the MLflow store of a moved home folder cannot be updated",
@@ -74,7 +77,7 @@ def _is_moved(store: sqlite3.Connection, old: str, present: Path) -> bool:
     The old folder may still exist, for example because the home folder was copied. If the old folder exists, the result
     is true if `present` contains the artifacts of at least one run or model.
     """
-    folder = Path(unquote(urlsplit(old).path))
+    folder = Path(_path_of(old))
     if not folder.exists():
         return True
     if present.exists() and folder.samefile(present):
@@ -82,18 +85,22 @@ def _is_moved(store: sqlite3.Connection, old: str, present: Path) -> bool:
     rests = [
         location.removeprefix(f"{old}/")
         for table in ("runs", "logged_models")
-        for (location,) in store.execute(f"SELECT {LOCATIONS[table]} FROM {table}")  # noqa: S608 (our own names)
+        for (location,) in store.execute(f"SELECT {LOCATIONS[table][0]} FROM {table}")  # noqa: S608 (our own names)
         if location and location.startswith(f"{old}/")
     ]
     return any((present / unquote(rest)).exists() for rest in rests)
 
 
 def _replace(store: sqlite3.Connection, old: str, new: str) -> None:
-    """Replace an artifact location and all locations below this location, in one transaction."""
-    with store:
-        for table, column in LOCATIONS.items():
-            store.execute(
-                f"UPDATE {table} SET {column} = ? || substr({column}, ?) "  # noqa: S608 (our own names)
-                f"WHERE {column} = ? OR substr({column}, 1, ?) = ?",
-                (new, len(old) + 1, old, len(old) + 1, f"{old}/"),
-            )
+    """Replace an artifact location and all locations below this location."""
+    for table, column in ((table, column) for table, columns in LOCATIONS.items() for column in columns):
+        store.execute(
+            f"UPDATE {table} SET {column} = ? || substr({column}, ?) "  # noqa: S608 (our own names)
+            f"WHERE {column} = ? OR substr({column}, 1, ?) = ?",
+            (new, len(old) + 1, old, len(old) + 1, f"{old}/"),
+        )
+
+
+def _path_of(location: str) -> str:
+    """Return the path of a file URI."""
+    return unquote(urlsplit(location).path)

@@ -46,9 +46,10 @@ def open_home(path: Path | str) -> Platform:
 def locations(home: Path) -> list[str]:
     """Return all locations of artifacts in the home's store, without the location of MLflow's default experiment."""
     store = sqlite3.connect(home / "mlflow.db")
-    found = [row[0] for table, column in LOCATIONS.items() for row in store.execute(f"SELECT {column} FROM {table}")]
+    columns = [(table, column) for table, names in LOCATIONS.items() for column in names]
+    found = [row[0] for table, column in columns for row in store.execute(f"SELECT {column} FROM {table}")]
     store.close()
-    return [location for location in found if "mlruns/0" not in location]
+    return [location for location in found if "mlruns/0" not in location and not location.startswith("models:")]
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,23 @@ def test_a_copied_home_folder_uses_its_own_artifacts_while_the_original_still_ex
     assert {location.partition("/mlartifacts")[0] for location in locations(copy)} == {copy.as_uri()}
     connect(open_home(original))
     assert {location.partition("/mlartifacts")[0] for location in locations(original)} == {original.as_uri()}
+
+
+@pytest.mark.parametrize("as_uri", [False, True])
+def test_a_version_that_a_user_registered_from_a_folder_of_the_home_follows_the_home(
+    original: Path, tmp_path: Path, as_uri: bool
+) -> None:
+    home, copy = tmp_path / "h\u00f6me %41", tmp_path / "copy"
+    shutil.copytree(original, home)
+    folder = next((home / "mlartifacts").rglob("artifacts"))
+    client = connect(open_home(home))
+    client.create_model_version("tiny", folder.as_uri() if as_uri else str(folder))
+    shutil.copytree(home, copy)
+    client = connect(open_home(copy))
+    own = copy / folder.relative_to(home)
+    version = client.get_model_version("tiny", "2")
+    assert version.source == (own.as_uri() if as_uri else str(own))
+    assert not [location for location in locations(copy) if not location.startswith((copy.as_uri(), f"{copy}/"))]
 
 
 def test_opening_a_home_folder_by_a_symbolic_link_or_without_its_artifacts_keeps_the_stored_locations(

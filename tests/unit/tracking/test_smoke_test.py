@@ -66,7 +66,7 @@ def change_settings(before: str, after: str, file: str) -> Callable[[Path, str],
 
 
 def replace_weights(version: Path, code: str) -> None:
-    (version / "artifacts" / "model.safetensors").unlink()
+    (version / "artifacts" / "model.safetensors").write_bytes(b"other weights")
 
 
 PLANTS = {
