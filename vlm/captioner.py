@@ -17,7 +17,7 @@ import torch
 
 from vlm.checkpoint import save_model
 from vlm.config import GenerationConfig
-from vlm.errors import ArgumentError, UserError
+from vlm.errors import UserError
 from vlm.generation.attention_maps import AttentionMaps, attention_maps
 from vlm.generation.generate import Completion, Request, check_length, generate, stream
 from vlm.generation.logprobs import AnswerLogprobs, answer_logprobs
@@ -113,17 +113,7 @@ class Captioner:
             >>> vlm.load(folder).model.config == captioner.model.config
             True
         """
-        from vlm.weights.published_model import is_published
-
-        target = folder_to_write(folder, "folder")
-        if (target / "config.json").exists() and is_published(target):
-            raise ArgumentError(
-                "the folder contains a model of another library, whose files would be replaced",
-                where=str(target),
-                got="a config.json that is not a Lakesight checkpoint",
-                fix="choose another folder",
-            )
-        save_model(target, self.model, self.tokenizer)
+        save_model(folder_to_write(folder, "folder"), self.model, self.tokenizer)
 
     def settings(self, **changes: Any) -> GenerationConfig:
         """Return the generation settings that are stored with the model, with some values replaced.

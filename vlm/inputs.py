@@ -7,11 +7,13 @@ decoded is an ImageError, which `Captioner.caption` turns into the error of one 
 from __future__ import annotations
 
 import hashlib
+import json
 import operator
 import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -330,14 +332,20 @@ def folder_path(path: object, argument: str) -> Path:
 
 
 def folder_to_write(path: object, argument: str) -> Path:
-    """Return the path of a folder that exists or can be created.
+    """Return the path of a folder for a checkpoint. The folder may be missing, and may have an earlier checkpoint.
 
     Raises:
-        ArgumentError: the argument is not a path, or is the path of a file.
+        ArgumentError: the argument is not a path, is the path of a file, or is a folder with a model of another
+            library.
     """
     folder = folder_path(path, argument)
     if folder.exists() and not folder.is_dir():
         raise wrong_argument(argument, str(folder), "the path of a folder; a file has this path")
+    published = False
+    with suppress(OSError, ValueError):  # a missing or damaged config.json is replaced
+        published = "vision" not in json.loads((folder / "config.json").read_bytes())
+    if published:
+        raise wrong_argument(argument, str(folder), "a folder without a model of another library")
     return folder
 
 

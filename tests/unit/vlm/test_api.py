@@ -289,7 +289,7 @@ def test_a_published_model_is_not_overwritten_by_a_checkpoint_but_an_earlier_che
 ) -> None:
     captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square"])
     (tmp_path / "config.json").write_text('{"model_type": "paligemma"}')
-    with pytest.raises(ArgumentError, match="the folder contains a model of another library"):
+    with pytest.raises(ArgumentError, match="a folder without a model of another library"):
         captioner.save(tmp_path)
     (tmp_path / "config.json").unlink()
     captioner.save(tmp_path)
