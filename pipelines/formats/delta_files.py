@@ -24,8 +24,9 @@ BATCH_ROWS = 32
 """Number of rows in a batch of a query that may read pictures. A row may contain a picture of 50 MB."""
 NARROW_BATCH_ROWS = 8192
 """Number of rows in a batch of a query that reads only short values."""
-UNSUPPORTED = re.compile(r"[\[\]\\^|\x00-\x1f]|%[0-9A-Fa-f]{2}")
-"""Pattern of the characters in a path that make `deltalake` fail, end the process, or use another folder.
+UNSUPPORTED = re.compile(r"[\[\]\\^|#?\x00-\x1f]|%[0-9A-Fa-f]{2}")
+"""Pattern of the characters in a path that make `deltalake` fail, end the process, use another folder, or return an
+empty history.
 
 Spark can read tables in folders whose paths contain these characters.
 """
@@ -51,7 +52,7 @@ def open_delta(location: Path | str, version: int | None = None) -> DeltaTable:
     from deltalake.exceptions import DeltaError
 
     if "://" not in str(location) and not is_supported(Path(location)):
-        raise DeltaError(f"only Spark can read a table whose path contains [ ] \\ ^ | or %41: {location}")
+        raise DeltaError(f"only Spark can read a table whose path contains [ ] \\ ^ | # ? or %41: {location}")
     table = DeltaTable(location, version=version)
     if version is None and "://" not in str(location):
         _check_newest_commit(Path(location), table.version())

@@ -24,7 +24,7 @@ from pipelines.formats.table_schema import TIME_TYPE
 from pipelines.formats.tables import DECISIONS
 
 
-@pytest.mark.parametrize("name", ["h\u00f6me #1 &?y=1", "50% off", "a b+c;d,e", "{x,y}~'\"`", "$HOME!@(1)=*<>"])
+@pytest.mark.parametrize("name", ["h\u00f6me &y=1", "50% off", "a b+c;d,e", "{x,y}~'\"`", "$HOME!@(1)=*<>"])
 def test_a_table_in_a_folder_with_an_unusual_name_is_written_and_read_inside_the_folder(
     tmp_path: Path, name: str
 ) -> None:
@@ -35,11 +35,12 @@ def test_a_table_in_a_folder_with_an_unusual_name_is_written_and_read_inside_the
     row = {**dict.fromkeys(names, "birds"), "reasons": [], "decided_at": datetime.now(UTC)}
     write_deltalake(table, pa.Table.from_pylist([row], DECISIONS.arrow_schema), mode="append")
     assert query_rows(open_delta(folder), "model_name", "TRUE") == [{"model_name": "birds"}]
+    assert [commit["version"] for commit in open_delta(folder).history()] == [1, 0]
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert len(list(folder.glob("*.parquet"))) == 1
 
 
-@pytest.mark.parametrize("name", ["h[2]", "a]b", "back\\slash", "a^b", "a|b", "tab\t", "h %41"])
+@pytest.mark.parametrize("name", ["h[2]", "a]b", "back\\slash", "a^b", "a|b", "tab\t", "h %41", "home #1", "a?b"])
 def test_a_folder_with_a_name_that_deltalake_does_not_support_is_refused_before_deltalake_opens_it(
     tmp_path: Path, name: str
 ) -> None:
@@ -89,7 +90,7 @@ def test_values_in_the_condition_of_a_query_select_equal_texts_and_times(tmp_pat
         assert query_rows(table, "n", condition) == [{"n": number}]
 
 
-@pytest.mark.parametrize("name", ["a b", "50% off", "a#b?c", "h\u00f6me"])
+@pytest.mark.parametrize("name", ["a b", "50% off", "a&b;c", "h\u00f6me"])
 def test_the_folder_of_a_table_is_found_from_its_url(tmp_path: Path, name: str) -> None:
     write_deltalake(tmp_path / name, pa.table({"a": [1]}))
     assert local_folder(open_delta(tmp_path / name)) == tmp_path / name
