@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.common import PlatformOption, RunOption, SetOption, open_job
+from jobs.common import Job, PlatformOption, RunOption, SetOption, open_job
 from jobs.local_server import HOST, check_port_free
 from jobs.table_files import open_table
 from pipelines.errors import UserError
-from pipelines.platform import user_name
+from pipelines.platform import app_port, user_name
+
+if TYPE_CHECKING:
+    from pipelines.review.verdicts import CaptionStore, Review
+
+ALL_DEVICES = "0.0.0.0"  # noqa: S104 in the container of a Databricks App, only the proxy of the workspace can connect
 
 
 def review(
@@ -22,6 +27,14 @@ def review(
         ),
     ] = "samples",
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.", metavar="PORT")] = 5002,
+    warehouse: Annotated[
+        str | None,
+        typer.Option(
+            "--warehouse",
+            help="Id of the SQL warehouse that reads and writes the tables of a workspace.",
+            metavar="ID",
+        ),
+    ] = None,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
     overrides: SetOption = None,
@@ -31,32 +44,111 @@ def review(
     On the page, mark captions as good or bad, or correct the captions. Verdicts and their pictures are stored in table
     verdicts. To add the verdicts to the training data, run lakesight ingest --run reviewed.
 
+    With --platform databricks and --warehouse, the page shows the captions of a workspace. As a Databricks App, the
+    command serves the page to users of the workspace.
+
     \b
     Examples:
       lakesight review --run demo
       lakesight review --run demo --table shop/products
     """
     with open_job(run, platform, overrides, as_json=False) as job:
-        import uvicorn
-
-        from pipelines.review.server import open_app
-        from pipelines.review.source_pictures import open_source
         from pipelines.review.verdicts import Review
 
-        captions = open_table(job, "generated_captions", None)
-        assert job.platform.tables, "open_table raises an error if the platform has no tables folder"
         name = job.platform.resolve_table(table)
-        pictures = open_source(job.platform, name)
-        reviewed = Review(captions, pictures, job.platform.tables / "verdicts", table=name, model=job.model_name)
-        if not reviewed.captions:
+        opened = _open_workspace if job.platform.kind == "databricks" else _open_home
+        store, user = opened(job, name, warehouse)
+        reviewed = Review(store, table=name, model=job.model_name)
+        in_app = app_port() if job.platform.kind == "databricks" else None
+        if in_app is None and not reviewed.captions:
             raise UserError(
                 "there are no captions to judge",
                 where=f"generated_captions, source table {name}, model {job.model_name}",
                 fix=f"run `{job.command('caption')}{'' if table == 'samples' else f' --table {table}'}` first",
             )
-        check_port_free(port)
-        job.output.line("review", f"http://{HOST}:{port}  (Ctrl-C stops it)")
-        app = open_app(reviewed, f"Captions of {job.model_name}", user_name())
-        uvicorn.run(app, host=HOST, port=port, log_level="warning")
+        title = f"Captions of {job.model_name}"
+        if in_app is None:
+            _serve(job, reviewed, title, user, port)
+        else:
+            _serve_app(reviewed, title, in_app)
         job.output.line("judged", f"{len(reviewed.judged):,} of {len(reviewed.captions):,} captions")
         job.output.next("lakesight show verdicts", "lakesight ingest --run reviewed")
+
+
+def _open_home(job: Job, table: str, warehouse: str | None) -> tuple[CaptionStore, str]:
+    """Open the captions of a table in the home folder. Return the store, and the name of this user.
+
+    Raises:
+        UserError: a table does not exist or cannot be read as files, or a warehouse was given.
+    """
+    from pipelines.review.delta_store import DeltaStore
+    from pipelines.review.source_pictures import open_source
+
+    if warehouse is not None:
+        raise UserError(
+            "a SQL warehouse reads only the tables of a workspace",
+            where="--warehouse",
+            got=f"--platform {job.platform.kind}",
+            fix="omit --warehouse, or add --platform databricks",
+        )
+    captions = open_table(job, "generated_captions", None)
+    assert job.platform.tables, "open_table raises an error if the platform has no tables folder"
+    pictures = open_source(job.platform, table)
+    store = DeltaStore(captions, pictures, job.platform.tables / "verdicts", table=table, model=job.model_name)
+    return store, user_name()
+
+
+def _open_workspace(job: Job, table: str, warehouse: str | None) -> tuple[CaptionStore, str]:
+    """Open the captions of a table of a workspace. Return the store, and the user whose login the command uses.
+
+    Raises:
+        UserError: no warehouse was given, or the login to the workspace fails.
+    """
+    from databricks.sdk import WorkspaceClient
+    from databricks.sdk.errors.base import DatabricksError
+
+    from pipelines.review.warehouse_store import Warehouse, WarehouseStore
+
+    if warehouse is None:
+        raise UserError(
+            "a SQL warehouse is needed to read the tables of a workspace",
+            where="--warehouse",
+            got="no id",
+            fix="add --warehouse with an id that `databricks warehouses list` prints",
+        )
+    try:
+        client = WorkspaceClient()
+        user = client.current_user.me().user_name or "unknown"
+    except (DatabricksError, OSError, ValueError) as error:
+        raise UserError(
+            "the login to the Databricks workspace fails",
+            where="DATABRICKS_HOST, or the profile of the Databricks CLI",
+            got=" ".join(str(error).split())[:300],
+            fix="run `databricks auth login --host https://...`",
+        ) from None
+    return WarehouseStore(Warehouse(client, warehouse), job.platform, table=table, model=job.model_name), user
+
+
+def _serve(job: Job, reviewed: Review, title: str, user: str, port: int) -> None:
+    """Serve the page on this machine until Ctrl-C. All verdicts have the same reviewer.
+
+    Raises:
+        UserError: the port cannot be used.
+    """
+    import uvicorn
+
+    from pipelines.review.server import open_app
+
+    check_port_free(port)
+    job.output.line("review", f"http://{HOST}:{port}  (Ctrl-C stops it)")
+    uvicorn.run(open_app(reviewed, title, lambda _: user), host=HOST, port=port, log_level="warning")
+
+
+def _serve_app(reviewed: Review, title: str, port: int) -> None:
+    """Serve the page as a Databricks App, until Databricks stops the app. The reviewer is the user of each request."""
+    import uvicorn
+
+    from pipelines.review.server import ALL_HOSTS, forwarded_user, open_app
+
+    app = open_app(reviewed, title, forwarded_user, ALL_HOSTS)
+    uvicorn.run(app, host=ALL_DEVICES, port=port, log_level="warning")

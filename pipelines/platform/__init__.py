@@ -5,7 +5,7 @@ package imports pyspark only inside functions, and `session.py` hides how Connec
 """
 
 from pipelines.config import LocalPlatformConfig, PlatformConfig
-from pipelines.platform.databricks import databricks
+from pipelines.platform.databricks import app_port, databricks
 from pipelines.platform.local import check_java, jvm_failure, local
 from pipelines.platform.platform import FolderKind, Launch, Platform, sqlite_uri, user_name
 from pipelines.platform.session import (
@@ -27,6 +27,7 @@ __all__ = [
     "Platform",
     "allow_urls",
     "analysed",
+    "app_port",
     "call_in_barrier_stage",
     "cancel_if_slots_are_lost",
     "check_java",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,12 @@ def databricks(config: DatabricksPlatformConfig) -> Platform:
         experiment_prefix="/Shared/lakesight/",
         shared_experiment=config.experiment,
     )
+
+
+def app_port() -> int | None:
+    """Return the port on which a Databricks App must listen, or None if this process is not an app."""
+    port = os.environ.get("DATABRICKS_APP_PORT")
+    return int(port) if port else None
 
 
 def _running_session() -> SparkSession:

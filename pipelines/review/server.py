@@ -1,17 +1,22 @@
 """The review server: a page of captions with their pictures, on which one click saves a verdict.
 
-The server accepts connections only from this host. However, a page of another website in the reviewer's browser could
-also send requests to the server. Therefore the server checks the Host header, and a verdict needs a token that only the
-server's own page contains.
+On a laptop, the server accepts connections only from this host. However, a page of another website in the reviewer's
+browser could also send requests to the server. Therefore the server checks the Host header, and a verdict needs a token
+that only the server's own page contains.
+
+In a Databricks App, a proxy of the workspace forwards only requests of users who have logged in, and adds their email
+address in a header. The server refuses requests without this header.
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Callable, Sequence
 
 from pydantic import TypeAdapter, ValidationError
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
@@ -28,24 +33,50 @@ PAGE_SIZE = 24
 """Number of captions per page."""
 SIDE = 320
 """Largest length of a picture's longer side on the page, in pixels."""
-HOSTS = ["127.0.0.1", "localhost"]
+HOSTS = ("127.0.0.1", "localhost")
+ALL_HOSTS = ("*",)
+"""Hosts that a Databricks App accepts, because only the proxy of the workspace can connect to the app."""
+USER_HEADER = "x-forwarded-email"
+"""Header in which the proxy of a Databricks App sends the email address of the user."""
 _SHOW: TypeAdapter[Show] = TypeAdapter(Show)
 
 
-def open_app(review: Review, title: str, reviewer: str) -> Starlette:
-    """Create the server's application, which saves verdicts under the user name `reviewer`.
+def forwarded_user(request: Request) -> str:
+    """Return the email address that the proxy of a Databricks App has added to a request.
+
+    Raises:
+        HTTPException: the request has no email address, so it does not come from the proxy; the status is 403.
+    """
+    if user := request.headers.get(USER_HEADER):
+        return user
+    raise HTTPException(403, "log in to the workspace, and open the app by its URL")
+
+
+def open_app(review: Review, title: str, reviewer: Callable[[Request], str], hosts: Sequence[str] = HOSTS) -> Starlette:
+    """Create the server's application.
 
     The routes are GET / (with the parameters show, words and page), GET /picture?id= and POST /verdict.
+
+    Args:
+        review: captions and verdicts.
+        title: title of the page.
+        reviewer: function that returns the name of the user who has sent a request, or raises an HTTPException.
+        hosts: accepted values of the Host header.
     """
     token = secrets.token_urlsafe(16)
 
     async def page(request: Request) -> Response:
+        reviewer(request)
         query = request.query_params
         try:
             show = _SHOW.validate_python(query.get("show", "open"))
             number = max(1, int(query.get("page", "1")))
         except ValueError:
             return PlainTextResponse("parameter show must be open, judged or all; parameter page must be a number", 400)
+        try:
+            await asyncio.to_thread(review.refresh_if_old)
+        except UserError as error:
+            return PlainTextResponse(str(error), 503)
         words = query.get("words", "")
         found = review.find(show, words)
         nonce = secrets.token_urlsafe(12)
@@ -72,17 +103,19 @@ def open_app(review: Review, title: str, reviewer: str) -> Starlette:
         return HTMLResponse(rendered, headers={"Content-Security-Policy": policy, "Cache-Control": "no-store"})
 
     async def picture(request: Request) -> Response:
+        reviewer(request)
         # The server decodes pictures and sends thumbnails, because the bytes in the table are not trusted.
         image_id = request.query_params.get("id", "")
         data = await asyncio.to_thread(lambda: make_thumbnail(review.picture(image_id), side=SIDE))
         return Response(data, media_type="image/jpeg") if data else PlainTextResponse("no such picture", 404)
 
     async def verdict(request: Request) -> Response:
+        user = reviewer(request)
         if not secrets.compare_digest(request.headers.get("x-lakesight-token", "").encode(), token.encode()):
             return JSONResponse({"error": "the page was loaded from another server process: reload it"}, 403)
         try:
             posted = CaptionVerdict.model_validate_json(await request.body())
-            await asyncio.to_thread(review.save_verdict, posted, reviewer)
+            await asyncio.to_thread(review.save_verdict, posted, user)
         except ValidationError as error:
             return JSONResponse({"error": read_error_message(error)}, 422)
         except UserError as error:
@@ -90,4 +123,4 @@ def open_app(review: Review, title: str, reviewer: str) -> Starlette:
         return JSONResponse({"judged": len(review.judged)})
 
     routes = [Route("/", page), Route("/picture", picture), Route("/verdict", verdict, methods=["POST"])]
-    return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)])
+    return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)])

@@ -1,30 +1,30 @@
 """Verdicts of people on captions, in the table `verdicts`. A later verdict on a caption replaces the earlier verdict.
 
-Tables are read and written as files, without Spark, so that the server answers within milliseconds.
+The tables are in local folders (`delta_store.py`) or in a workspace (`warehouse_store.py`).
 """
 
 from __future__ import annotations
 
-import hashlib
+import math
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Protocol, Self
 
-import pyarrow as pa
-from deltalake import DeltaTable
 from pydantic import Field, model_validator
 
 from pipelines.errors import UserError
-from pipelines.formats.delta_files import open_or_create, query_rows, quoted_text
-from pipelines.formats.tables import MODEL_DIGEST, PICTURE_COLUMNS, VERDICTS
-from pipelines.review.source_pictures import PictureColumns, SourcePictures
+from pipelines.formats.tables import MODEL_DIGEST
 from vlm.config import Config
 
 KEY = ("image_id", "model_version", "settings_hash", MODEL_DIGEST.name)
 """Columns that identify a caption of one source table and one model."""
 CAPTION_COLUMNS = ("caption", "error", "prompt", "mean_logprob", "captioned_at", *KEY)
+REFRESH_SECONDS = 300
+"""Age at which the captions are read again, in seconds. A server may run for days, while other processes write captions
+and verdicts.
+"""
 Show = Literal["open", "judged", "all"]
 Key = tuple[str, str, str, str]
 
@@ -56,6 +56,36 @@ class CaptionVerdict(Config):
         return self.image_id, self.model_version, self.settings_hash, self.model_digest
 
 
+class CaptionStore(Protocol):
+    """Place that holds the captions of one model for the pictures of one table, the pictures, and the verdicts."""
+
+    def read_captions(self) -> list[dict[str, Any]]:
+        """Read the rows that have a caption, with CAPTION_COLUMNS and `verdict`, which is None without a verdict.
+
+        Raises:
+            UserError: the tables cannot be read.
+        """
+        ...
+
+    def read_picture(self, image_id: str) -> bytes | None:
+        """Read the picture file of a caption, or return None if the table does not contain a readable picture.
+
+        Raises:
+            UserError: the table cannot be read.
+        """
+        ...
+
+    def write_verdict(self, row: Mapping[str, Any]) -> bool:
+        """Write a row of table `verdicts`. The row replaces an earlier verdict on the same caption.
+
+        The row has all columns except `image` and `sha256`, which the store adds. Return whether the picture exists.
+
+        Raises:
+            UserError: the table cannot be written.
+        """
+        ...
+
+
 class Review:
     """Captions of one model for the pictures of one table, with the verdicts of reviewers.
 
@@ -66,18 +96,28 @@ class Review:
         judged: verdicts so far: a dict from the key of a caption to the verdict on the caption.
     """
 
-    def __init__(self, captions: DeltaTable, pictures: DeltaTable, verdicts: Path, *, table: str, model: str) -> None:
-        of_model = f"source_table = {quoted_text(table)} AND model_name = {quoted_text(model)}"
-        columns = (*CAPTION_COLUMNS, *(column.name for column in PICTURE_COLUMNS))
-        self.captions = _read(captions, columns, f"{of_model} AND caption IS NOT NULL", "ORDER BY mean_logprob")
-        self._by_key = {key_of(row): row for row in self.captions}
-        newest: dict[str, Any] = max(self.captions, key=lambda row: row["captioned_at"], default={})
-        self._pictures = SourcePictures(pictures, PictureColumns.of_caption(newest))
-        self._table, self._model = table, model
-        self._verdicts = open_or_create(verdicts, VERDICTS)
+    def __init__(self, store: CaptionStore, *, table: str, model: str) -> None:
+        self._store, self._table, self._model = store, table, model
         self._lock = threading.Lock()
-        judged = _read(self._verdicts, ("verdict", "text", *KEY), of_model)
-        self.judged = {key_of(row): row["verdict"] for row in judged}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read all captions and verdicts.
+
+        Raises:
+            UserError: the tables cannot be read.
+        """
+        with self._lock:
+            rows = self._store.read_captions()
+            self.captions = sorted(rows, key=_likelihood)
+            self._by_key = {key_of(row): row for row in rows}
+            self.judged = {key_of(row): row["verdict"] for row in rows if row["verdict"]}
+            self._read_at = time.monotonic()
+
+    def refresh_if_old(self) -> None:
+        """Read all captions and verdicts, if the last read was REFRESH_SECONDS ago."""
+        if time.monotonic() - self._read_at >= REFRESH_SECONDS:
+            self.refresh()
 
     def find(self, show: Show, words: str) -> list[dict[str, Any]]:
         """Return the captions that contain `words`, and that `show` selects.
@@ -92,50 +132,44 @@ class Review:
 
     def picture(self, image_id: str) -> bytes | None:
         """Return the bytes of a caption's picture file, or None if the table no longer contains the picture."""
-        return self._pictures.read([image_id]).get(image_id)
+        return self._store.read_picture(image_id)
 
     def save_verdict(self, verdict: CaptionVerdict, reviewer: str) -> None:
         """Write a verdict to the table. The new verdict replaces an earlier verdict on the same caption.
 
         Raises:
-            UserError: the caption or its picture does not exist.
+            UserError: the caption or its picture does not exist, or the table cannot be written.
         """
         caption = self._by_key.get(verdict.key)
-        image = self.picture(verdict.image_id)
-        if caption is None or image is None:
+        written = False
+        if caption is not None:
+            text = {"good": caption["caption"], "bad": None, "corrected": verdict.text.strip()}[verdict.verdict]
+            row = verdict.model_dump() | {
+                "source_table": self._table,
+                "model_name": self._model,
+                "model_digest": verdict.model_digest or None,
+                "caption": caption["caption"],
+                "prompt": caption["prompt"],
+                "text": text,
+                "reviewer": reviewer,
+                "judged_at": datetime.now(UTC),
+            }
+            with self._lock:
+                written = self._store.write_verdict(row)
+                if written:
+                    self.judged[verdict.key] = verdict.verdict
+        if not written:
             raise UserError(
                 "the caption does not exist", where=self._table, got=verdict.image_id, fix="reload the page"
             )
-        text = {"good": caption["caption"], "bad": None, "corrected": verdict.text.strip()}[verdict.verdict]
-        row = verdict.model_dump() | {
-            "source_table": self._table,
-            "model_name": self._model,
-            "model_digest": verdict.model_digest or None,
-            "caption": caption["caption"],
-            "prompt": caption["prompt"],
-            "text": text,
-            "image": image,
-            "sha256": hashlib.sha256(image).hexdigest(),
-            "reviewer": reviewer,
-            "judged_at": datetime.now(UTC),
-        }
-        same_caption = " AND ".join(f"(old.{column} IS NOT DISTINCT FROM new.{column})" for column in VERDICTS.key)
-        with self._lock:
-            self._verdicts.update_incremental()
-            merge = self._verdicts.merge(
-                pa.Table.from_pylist([row], VERDICTS.arrow_schema), same_caption, source_alias="new", target_alias="old"
-            )
-            merge.when_matched_update_all().when_not_matched_insert_all().execute()
-            self.judged[verdict.key] = verdict.verdict
 
 
-def key_of(row: dict[str, Any]) -> Key:
+def _likelihood(row: Mapping[str, Any]) -> float:
+    """Return the mean log-probability of a caption's tokens. A caption without this value comes last."""
+    value = row["mean_logprob"]
+    return math.inf if value is None else float(value)
+
+
+def key_of(row: Mapping[str, Any]) -> Key:
     """Return the key of a caption. The digest is empty if Lakesight 0.1.0 wrote the caption."""
     return row["image_id"], row["model_version"], row["settings_hash"], row[MODEL_DIGEST.name] or ""
-
-
-def _read(table: DeltaTable, columns: Sequence[str], where: str, order: str = "") -> list[dict[str, Any]]:
-    """Read columns of the selected rows of a table. A table of Lakesight 0.1.0 lacks the column `model_digest`."""
-    existing = {field.name for field in table.schema().fields}
-    found = query_rows(table, ", ".join(name for name in columns if name in existing), where, order)
-    return [{MODEL_DIGEST.name: None} | row for row in found]

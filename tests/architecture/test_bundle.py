@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ JOB_FILES = sorted((ROOT / "jobs").glob("*.job.yml"))
 EXAMPLE = {
     "catalog": "main",
     "ranks": "2",
+    "run": "demo",
+    "warehouse": "abc123",
     "resources.schemas.lakesight.name": "vision",
     "resources.volumes.files.name": "files",
     "resources.experiments.runs.name": "/Shared/[dev me] lakesight-dev",
@@ -218,6 +221,22 @@ def test_the_tasks_that_need_neither_gpus_nor_torch_run_on_the_compute_that_a_va
         expected = [CPU_COMPUTE % part for part in ("cluster", "environment", "libraries")]
         assert (settings == expected) == (name in movable), name
     assert {job["environments"] for job in JOBS.values()} == {CPU_COMPUTE % "environments"}
+
+
+def test_the_review_app_calls_the_real_command_from_the_wheel_of_this_version_with_known_variables() -> None:
+    settings = yaml.safe_load((ROOT / "apps" / "review.yml").read_text())
+    app_settings = settings["resources"]["apps"]["review"]
+    program, command, *arguments = [fill(text, {}) for text in app_settings["config"]["command"]]
+    assert (program, command) == ("lakesight", "review")
+    group = typer.main.get_command(app)
+    parsed = group.commands[command].make_context(command, arguments).params  # type: ignore[attr-defined]
+    load_run(parsed["run"], platform=parsed["platform"], overrides=parsed["overrides"])
+    assert parsed["warehouse"] == EXAMPLE["warehouse"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wheel = f"./lakesight-{project['version']}-py3-none-any.whl[review]"
+    assert wheel in (ROOT / "apps" / "review" / "requirements.txt").read_text().splitlines()
+    used = {name.split(".")[1] for name in references(settings) if name.startswith("var.")}
+    assert set(settings["variables"]) <= used <= {*settings["variables"], *BUNDLE["variables"]}
 
 
 def test_the_rollback_task_is_never_retried_because_a_second_rollback_would_undo_the_first() -> None:

@@ -36,6 +36,7 @@ import os, zipfile
 os.mkdir("dist")
 zipfile.ZipFile("dist/lakesight-0.1.0-py3-none-any.whl", "w").writestr("lakesight.txt", "")
 """
+APP_TABLES = {"samples": "SELECT", "generated_captions": "SELECT", "verdicts": "MODIFY"}
 RESOURCES = {"dev": 9, "staging": 15, "prod": 15}
 
 pytestmark = pytest.mark.skipif(CLI is None, reason="no binary `databricks` on PATH, and DATABRICKS_CLI is not set")
@@ -211,6 +212,55 @@ def test_an_included_dashboard_is_deployed_and_queries_the_schema_of_its_target(
     )
     assert deployed == written
     deployment.expect("plan", target, "0 to add, 0 to change, 0 to delete")
+
+
+def include_app(deployment: Deployment) -> None:
+    """Add the review app to the bundle, as docs/databricks.md describes."""
+    shutil.copytree(ROOT / "apps", deployment.folder / "apps", ignore=shutil.ignore_patterns("*.whl"))
+    shutil.copy(ROOT / ".gitignore", deployment.folder)
+    deployment.edit(lambda settings: settings["include"].append("apps/review.yml"))
+    deployment.variables["warehouse"] = "abc123"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_included_review_app_is_deployed_with_the_wheel_and_started_with_the_permissions_it_needs(
+    deployment: Deployment, target: str
+) -> None:
+    workspace = deployment.workspace
+    deployment.expect("deploy", target, "created")
+    (schema,) = workspace.schemas
+    tables = {f"{schema}.{name}": level for name, level in APP_TABLES.items()}
+    workspace.tables |= set(tables)
+    include_app(deployment)
+    deployment.expect("validate --strict", target, "Validation OK!")
+    count = 1 if target == "dev" else 2  # the permissions of the app count as a resource
+    deployment.expect("deploy", target, f"{count} created, 1 changed, 0 deleted")
+    (app,) = workspace.apps.values()
+    assert app["name"] == f"lakesight-review-{target}"
+    deployment.expect("run review", target, "You can access the app at")
+    started = workspace.apps[app["name"]]["active_deployment"]
+    folder = started["source_code_path"].removeprefix("/Workspace")
+    requirement = (ROOT / "apps" / "review" / "requirements.txt").read_text().splitlines()[-1]
+    assert f"{folder}/{requirement.removeprefix('./').removesuffix('[review]')}" in workspace.nodes
+    assert f"{folder}/requirements.txt" in workspace.nodes
+    check_command(started["command"][1:], {"run": "demo"})
+    held = {
+        each["uc_securable"]["securable_full_name"]: each["uc_securable"]["permission"] for each in app["resources"][1:]
+    }
+    assert held == tables
+    assert workspace.grants[schema][app["service_principal_client_id"]] == {"USE_SCHEMA"}
+    users = [entry.get("group_name") for entry in workspace.permissions.get(f"apps/{app['name']}", [])]
+    assert target == "dev" or {"operators", "analysts"} <= set(users)
+    deployment.expect("plan", target, "0 to add, 0 to change, 0 to delete")
+
+
+def test_a_review_app_without_tables_is_refused_with_the_name_of_a_table(deployment: Deployment) -> None:
+    deployment.expect("deploy", "dev", "created")
+    include_app(deployment)
+    done = deployment.run("deploy", "dev")
+    assert done.returncode == 1
+    assert "does not exist" in done.stdout + done.stderr
+    assert not deployment.workspace.apps
 
 
 def test_a_second_deployment_with_a_different_catalog_deletes_nothing(deployment: Deployment) -> None:

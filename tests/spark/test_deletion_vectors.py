@@ -24,6 +24,7 @@ from pipelines.formats.delta_files import open_delta
 from pipelines.formats.table_schema import Table
 from pipelines.formats.tables import DECISIONS, GENERATED_CAPTIONS, INGESTED, QUARANTINE, SAMPLES, VERDICTS
 from pipelines.platform import Platform
+from pipelines.review.delta_store import DeltaStore
 from pipelines.review.verdicts import CaptionVerdict, Review
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -113,7 +114,9 @@ def test_captions_and_verdicts_are_read_and_written_in_tables_with_deletion_vect
     write(spark, home, VERDICTS, "image_id", [verdict | {"image_id": name} for name in ("b", "gone")])
     write_deltalake(home.tables / "samples", pa.table({"image_id": ["a", "b"], "image": [b"png"] * 2}))
 
-    review = Review(captions, open_delta(home.tables / "samples"), home.tables / "verdicts", table="samples", model="m")
+    reviewed = {"table": "samples", "model": "m"}
+    store = DeltaStore(captions, open_delta(home.tables / "samples"), home.tables / "verdicts", **reviewed)
+    review = Review(store, **reviewed)
     assert sorted(row["image_id"] for row in review.captions) == ["a", "b"]
     assert [row["image_id"] for row in review.find("judged", "")] == ["b"]
     for image_id in ("a", "b"):

@@ -8,6 +8,7 @@ of passing by accident.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -20,8 +21,10 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import stand_in_apps
+from stand_in_apps import Apps
 from stand_in_jobs import job_problem
-from stand_in_services import Json, Refused, Services, exists, missing, node
+from stand_in_services import Json, Refused, exists, missing, node
 
 POLL_SECONDS = 0.02
 """Interval at which the server checks whether it must end, in seconds. With the default of 0.5 s, each test would wait
@@ -33,12 +36,13 @@ LEVELS = {
     "experiments": {"CAN_MANAGE", "CAN_EDIT", "CAN_READ"},
     "dashboards": {"CAN_MANAGE", "CAN_EDIT", "CAN_RUN", "CAN_READ"},
     "directories": {"CAN_MANAGE", "CAN_EDIT", "CAN_RUN", "CAN_READ"},
+    "apps": {"CAN_MANAGE", "CAN_USE"},
 }
 PRINCIPAL_KEYS = ("user_name", "group_name", "service_principal_name")
 
 
 @dataclass
-class Workspace(Services):
+class Workspace(Apps):
     """Content of the stand-in workspace, which a test sets before a deployment and reads after the deployment.
 
     `user` is the application id of the service principal that sends all requests.
@@ -47,7 +51,6 @@ class Workspace(Services):
     user: str
     groups: set[str] = field(default_factory=set)
     catalogs: set[str] = field(default_factory=lambda: {"main"})
-    tables: set[str] = field(default_factory=set)
     runtimes: set[str] = field(
         default_factory=lambda: {"18.x-cpu-ml-scala2.13", "18.x-gpu-ml-scala2.13", "17.3.x-cpu-ml-scala2.13"}
     )
@@ -80,7 +83,11 @@ class Workspace(Services):
                 raise Refused(403, "PERMISSION_DENIED", f"{self.user} does not have permission for {name}")
         if path.startswith("/api/2.0/workspace-files/import-file/"):
             return self.write(node(path.removeprefix("/api/2.0/workspace-files/import-file/")), body, query)
-        for pattern, call in CALLS.items():
+        if path == "/oidc/v1/token":
+            # The stand-in knows no secrets. The token is the application id, so that later calls name the caller.
+            name = base64.b64decode(self.caller.removeprefix("Basic ")).decode().partition(":")[0]
+            return {"access_token": name, "token_type": "Bearer", "expires_in": 3600}
+        for pattern, call in (CALLS | stand_in_apps.CALLS).items():
             if found := re.fullmatch(pattern, f"{method} {path}"):
                 given = json.loads(body) if body else {}
                 return call(self, *found.groups(), given | query)
@@ -169,7 +176,8 @@ class Workspace(Services):
         return {"privilege_assignments": [{"principal": who, "privileges": sorted(p)} for who, p in held.items() if p]}
 
     def require_principal(self, name: str) -> None:
-        if name not in {self.user, *self.groups}:
+        apps = {app["service_principal_client_id"] for app in self.apps.values()}
+        if name not in {self.user, *self.groups, *apps}:
             raise Refused(404, "PRINCIPAL_DOES_NOT_EXIST", f"Could not find principal with name {name}")
 
     # -------------------------------------------------------------------------------------------- permissions
@@ -278,7 +286,7 @@ def _item(kind: str, group: str) -> Callable[..., Json]:
 
 CALLS: dict[str, Callable[..., Any]] = {
     r"HEAD /simple/": lambda w, _: {},
-    r"GET /\.well-known/databricks-config": lambda w, _: {"workspace_id": "1"},
+    r"GET /\.well-known/databricks-config": lambda w, _: {"workspace_id": "1", "oidc_endpoint": f"{w.url}/oidc"},
     r"GET /api/2\.0/preview/scim/v2/Me": lambda w, _: {"id": "1", "userName": w.user},
     r"POST /telemetry-ext": lambda w, _: {"errors": [], "numProtoSuccess": 1},
     r"GET /api/2\.0/workspace/get-status": Workspace.status,
@@ -293,8 +301,8 @@ CALLS: dict[str, Callable[..., Any]] = {
     r"DELETE /api/2\.1/unity-catalog/volumes/(.+)": lambda w, name, _: [w.volumes.pop(name), {}][1],
     r"PATCH /api/2\.1/unity-catalog/permissions/schema/(.+)": Workspace.change_grants,
     r"GET /api/2\.1/unity-catalog/permissions/schema/(.+)": Workspace.read_grants,
-    r"PUT /api/2\.0/permissions/(\w+)/(\d+)": Workspace.set_permissions,
-    r"GET /api/2\.0/permissions/(\w+)/(\d+)": Workspace.read_permissions,
+    r"PUT /api/2\.0/permissions/(\w+)/([\w-]+)": Workspace.set_permissions,
+    r"GET /api/2\.0/permissions/(\w+)/([\w-]+)": Workspace.read_permissions,
     r"POST /api/2\.0/mlflow/experiments/create": Workspace.create_experiment,
     r"POST /api/2\.0/mlflow/experiments/delete": Workspace.delete_experiment,
     r"GET /api/2\.0/mlflow/experiments/get(?:-by-name)?": Workspace.read_experiment,
@@ -329,6 +337,7 @@ def serve(workspace: Workspace) -> Iterator[str]:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             try:
                 with lock:
+                    workspace.caller = self.headers.get("Authorization") or ""
                     found, status = workspace.answer(self.command, unquote(url.path), query, body), 200
             except Refused as refused:
                 found, status = {"error_code": refused.code, "message": refused.message}, refused.status
@@ -346,8 +355,9 @@ def serve(workspace: Workspace) -> Iterator[str]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, args=[POLL_SECONDS], daemon=True).start()
+    workspace.url = f"http://127.0.0.1:{server.server_port}"
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield workspace.url
     finally:
         server.shutdown()
         server.server_close()

@@ -15,6 +15,7 @@ from jobs.table_files import existing_files, table_relation
 from pipelines.errors import UserError
 from pipelines.formats.table_schema import Table
 from pipelines.formats.tables import GENERATED_CAPTIONS, SAMPLES, VERDICTS
+from pipelines.review.delta_store import DeltaStore
 from pipelines.review.verdicts import CaptionVerdict, Review
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -47,6 +48,12 @@ def write(folder: Path, table: Table, rows: list[dict[str, Any]], without: str =
     return DeltaTable(folder / table.name)
 
 
+def open_review(captions: DeltaTable, pictures: DeltaTable, verdicts: Path) -> Review:
+    """Open the captions of model `m` for the pictures of table `samples`."""
+    store = DeltaStore(captions, pictures, verdicts, table="samples", model="m")
+    return Review(store, table="samples", model="m")
+
+
 def judge(review: Review, verdict: str, digest: str = "") -> None:
     posted = {"image_id": "a/0", "model_version": "1", "settings_hash": "h", "verdict": verdict}
     review.save_verdict(CaptionVerdict.model_validate(posted | {"model_digest": digest}), "me")
@@ -62,7 +69,7 @@ def test_verdicts_are_separate_for_model_versions_of_two_registries_with_the_sam
 ) -> None:
     captions = write(tmp_path, GENERATED_CAPTIONS, [CAPTION | {"model_digest": digest} for digest in ("x", "y")])
     pictures = write(tmp_path, SAMPLES, [SAMPLE])
-    review = Review(captions, pictures, tmp_path / "verdicts", table="samples", model="m")
+    review = open_review(captions, pictures, tmp_path / "verdicts")
     judge(review, "good", "x")
     assert [row["model_digest"] for row in review.find("open", "")] == ["y"]
     judge(review, "bad", "y")
@@ -78,7 +85,7 @@ def test_a_caption_of_the_first_lakesight_release_can_be_reviewed_although_it_ha
     captions = write(tmp_path, GENERATED_CAPTIONS, [CAPTION], without[GENERATED_CAPTIONS.name])
     write(tmp_path, VERDICTS, [VERDICT], without[VERDICTS.name])
     pictures = write(tmp_path, SAMPLES, [SAMPLE])
-    review = Review(captions, pictures, tmp_path / "verdicts", table="samples", model="m")
+    review = open_review(captions, pictures, tmp_path / "verdicts")
     assert [row["caption"] for row in review.find("judged", "")] == ["red"]
     judge(review, "bad")
     assert stored(tmp_path) == [(None, "bad")]
@@ -94,7 +101,7 @@ def rewrite_and_vacuum(folder: Path) -> None:
 def test_a_running_review_and_command_show_can_read_tables_after_vacuum_of_older_table_versions(tmp_path: Path) -> None:
     captions = write(tmp_path, GENERATED_CAPTIONS, [CAPTION])
     pictures = write(tmp_path, SAMPLES, [SAMPLE])
-    review = Review(captions, pictures, tmp_path / "verdicts", table="samples", model="m")
+    review = open_review(captions, pictures, tmp_path / "verdicts")
     rewrite_and_vacuum(tmp_path / "samples")
     assert review.picture("a/0") == b"png"
     judge(review, "good")
@@ -125,5 +132,5 @@ def test_captions_of_a_table_that_no_ingest_has_read_are_reviewed_with_the_pictu
         place = {"id_column": "sku", "image_column": column, "image_root": root}
         captions = write(tmp_path / column, GENERATED_CAPTIONS, [CAPTION | {"image_id": "1"} | place])
         pictures = DeltaTable(tmp_path / "shop")
-        review = Review(captions, pictures, tmp_path / column / "verdicts", table="samples", model="m")
+        review = open_review(captions, pictures, tmp_path / column / "verdicts")
         assert [review.picture(image_id) for image_id in ("1", "2", "3")] == [expected, None, None]
