@@ -74,7 +74,7 @@ def advice(config: RunConfig, pictures: int) -> str:
     if pictures < config.gate.min_pictures and split != "train":
         few = f"the split {split} has too few pictures ({pictures}) to judge a model: "
         if config.data.split.kind == "hash":
-            few += "under data, set split: {kind: hash, val: 0.1, test: 0.1} with larger shares in the run's YAML file"
+            few += "raise data.split.val and data.split.test in the run's YAML file"
         else:
             few += "give it more rows"
         return f"{few}, run `lakesight ingest --refresh`, and train again. Otherwise, {text}"

@@ -26,7 +26,7 @@ SPARK_VARIABLES = (
 
 
 def main() -> None:
-    """Remove all variables that are not needed, and replace this program by Spark's daemon."""
+    """Remove the environment variables that Python workers do not need, and execute Spark's daemon."""
     given = map(re.escape, os.environ.get(WORKER_VARIABLES, "").split(","))
     stores = [STORE_VARIABLES] if READS_URLS in os.environ else []
     drop_other_variables(*SPARK_VARIABLES, *given, *stores)

@@ -39,7 +39,7 @@ class Launched(NamedTuple):
         one_rank: runs `alone`, `routed` and `rewarded`, trained on one rank.
         two_ranks: runs `ddp`, `parts`, `fsdp`, `plain`, `contrastive`, `routed`, `rewarded` and `adapted`, trained on
             two ranks.
-        copied_by_one_rank: local copies of shards that training on one rank left in the folder `temporary`.
+        copied_by_one_rank: local copies of shards in the folder `temporary`, directly after the training on one rank.
     """
 
     one_rank: dict[str, RunFolder]

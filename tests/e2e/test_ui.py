@@ -1,4 +1,4 @@
-"""Tests of `lakesight ui`: the MLflow UI starts in any working folder, ends completely, and explains a run."""
+"""Tests of `lakesight ui`: the MLflow UI starts in any working folder and shows runs, and leaves no process behind."""
 
 from __future__ import annotations
 

@@ -94,8 +94,8 @@ def update_average(optimizer: torch.optim.Optimizer, decay: float, step: int) ->
 
     Args:
         optimizer: optimizer that has just taken the step.
-        decay: largest weight of the old average; the first steps use a smaller weight, so that the average forgets the
-            initial weights.
+        decay: largest factor of the old average; the first steps use a smaller factor, so that the average forgets the
+            model's initial weights.
         step: number of the step of this optimizer; the first step has number 0.
     """
     # A parameter that never had a gradient has no optimizer state and needs no average.

@@ -16,7 +16,7 @@ from vlm.config import AttentionConfig, ModelConfig
 from vlm.weights.accounting import tracked
 
 Settings = Mapping[str, Any]
-"""Content of the other library's config.json, or content of one section of config.json."""
+"""Content of a published config.json, or content of one of its sections."""
 
 ACTIVATIONS = {
     "gelu": "gelu",

@@ -232,7 +232,7 @@ def transformers_family(
     Args:
         name: name of the family in commands and reports.
         part: which part of our model the weights fill (`model`, `encoder` or `decoder`).
-        architecture: class of transformers that loads an exported folder.
+        architecture: name of the class in the library transformers that loads an exported folder.
         sections: dict from each `model_type` to the family's section of config.json; an empty section name means the
             whole file. An export writes the first `model_type`.
         fields: config fields, which map values between config.json and our config.

@@ -21,7 +21,7 @@ class FileReport(Config):
 
     Attributes:
         file: name of the file.
-        used: keys whose values agree with the model, or from which the model's config was derived.
+        used: keys that the import has compared with the model's config, or from which it has derived this config.
         without_effect: dict from a reason to the keys that have no effect for this reason.
     """
 

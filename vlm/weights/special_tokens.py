@@ -1,4 +1,4 @@
-"""Comparison of the start and end tokens in the files of a published folder with the tokenizer of the model.
+"""Functions that compare the start and end tokens of a published model with the tokenizer of our model.
 
 Several files of a folder name start and end tokens: config.json, generation_config.json, tokenizer_config.json and
 special_tokens_map.json. If a file disagrees with the model's tokenizer, an import refuses the folder, because answers

@@ -1,8 +1,8 @@
 """Object hallucination (CHAIR): objects that a caption mentions although no human text of the picture mentions them.
 
 The user's word list (setting data.object_words) says which words stand for an object. `vlm.text.words` splits captions,
-human texts and the word list into words, so that the metrics are defined for all writing systems. Word forms are not
-derived: a plural counts only if the word list contains the plural.
+human texts and the word list into words, so that the metrics are defined for all writing systems. A plural counts only
+if the word list contains the plural.
 
 Source: Rohrbach et al., "Object Hallucination in Image Captioning" (2018), https://arxiv.org/abs/1809.02156. In
 the paper, an object also counts as present if COCO's segmentation of the picture contains the object.

@@ -88,7 +88,10 @@ def _read1(stream: IO[bytes], size: int) -> bytes:
 
 
 class _Joined(io.RawIOBase):
-    """Stream of bytes that were already read from another stream, followed by the rest or the error of that stream."""
+    """Stream that returns bytes again that were read from a second stream, and then reads on from the second stream.
+
+    If the second stream is damaged, this stream raises the error after the bytes.
+    """
 
     def __init__(self, start: bytes, stream: IO[bytes], damage: Exception | None = None) -> None:
         self._start, self._stream, self._damage = start, stream, damage

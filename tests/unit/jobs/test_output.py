@@ -98,7 +98,7 @@ def test_the_suggested_next_command_names_the_platform_file_and_no_setting_of_sp
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ([], "set split: {kind: hash, val: 0.1, test: 0.1} with larger shares"),
+        ([], "raise data.split.val and data.split.test"),
         (["data.split={kind: column}"], "the split test has too few pictures (4) to judge a model: give it more rows"),
         (["gate.min_pictures=4"], None),
         (["data.evaluate_on=train"], None),
