@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import vlm
 
-plt.rcParams.update({"figure.figsize": (5, 3), "figure.constrained_layout.use": True, "font.size": 10})
+plt.rcParams.update({"figure.figsize": (4, 2.6), "figure.constrained_layout.use": True, "font.size": 9})
 torch.manual_seed(0)  # the same random numbers in each run
 torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for them
 
@@ -64,7 +64,7 @@ assert torch.allclose(routing.gates_NK, gates)
 
 # COMMAND ----------
 
-plt.figure(figsize=(4.2, 3))
+plt.figure(figsize=(4, 2.2))
 table = torch.zeros(10, X).scatter(1, chosen, gates)
 plt.imshow(table.T, cmap="Blues", vmin=0, vmax=1)
 plt.colorbar(label="gate", shrink=0.6)
@@ -98,7 +98,7 @@ with torch.no_grad():
 
 for name, result in (("loop over experts", loop), ("grouped product", grouped), ("the layer", moe(tokens).detach())):
     difference = (result - by_hand).abs().max().item()
-    print(f"{name:<17} differs by at most {difference:.0e}")
+    print(f"{name:<17} difference {difference:.0e}")
     assert difference < 1e-4
 
 # COMMAND ----------
@@ -115,7 +115,7 @@ numbers = [2, 4, 8, 16, 32]
 one_expert = 2 * 128 * 512  # weights of an MLP that goes from width 128 to 512 and back
 all_weights = [n * one_expert / 1e6 for n in numbers]
 used = [2 * one_expert / 1e6] * len(numbers)
-plt.figure(figsize=(5, 2.6))
+plt.figure(figsize=(4, 2.4))
 plt.plot(numbers, all_weights, marker="o", label="weights of the layer")
 plt.plot(numbers, used, marker="o", label="weights that a token uses")
 plt.xlabel("experts")
@@ -213,18 +213,19 @@ results = {weight: train(weight) for weight in (0.0, 0.05)}
 
 # COMMAND ----------
 
-figure, axes = plt.subplots(1, 2, figsize=(5.4, 2.8), sharey=True)
+figure, axes = plt.subplots(1, 2, figsize=(4.2, 2.6), sharey=True)
 for axis, (weight, (_, loads, _)) in zip(axes, results.items(), strict=True):
     axis.stackplot(range(STEPS), loads.T, labels=[f"expert {n}" for n in range(NUM_EXPERTS)])
     axis.set(xlabel="training step", xlim=(0, STEPS - 1), ylim=(0, 1))
-    axis.set_title(f"balance_weight {weight}", fontsize=10)
+    axis.set_title(f"balance_weight {weight}", fontsize=9)
 axes[0].set_ylabel("share of the work")
-axes[1].legend(fontsize=7, loc="upper right")
+axes[1].legend(fontsize=8, loc="upper right")
 
 last = {weight: loads[-40:].mean(axis=0) for weight, (_, loads, _) in results.items()}
 for weight, load in last.items():
     shares = " ".join(f"{share:4.0%}" for share in load)
-    print(f"balance_weight {weight}: {shares}")
+    print(f"balance_weight {weight}, load:")
+    print(f"  {shares}")
 for weight, (_, _, losses) in results.items():
     print(f"loss with balance_weight {weight}: {np.mean(losses[-40:]):.2f}")
 without, balanced = last[0.0], last[0.05]
@@ -272,7 +273,7 @@ for row, (kind, members) in enumerate(kinds.items()):
     counts[row] = np.bincount(chosen[found].flatten().numpy(), minlength=NUM_EXPERTS)
 shares = counts / counts.sum(axis=1, keepdims=True)
 
-plt.figure(figsize=(4.6, 3))
+plt.figure(figsize=(4, 2.7))
 plt.imshow(shares, cmap="Blues", vmin=0)
 plt.colorbar(label="share of the tokens", shrink=0.8)
 plt.yticks(range(len(kinds)), list(kinds))
@@ -305,7 +306,7 @@ assert np.abs(shares[2] - shares[4]).sum() > 0.2  # words for sizes and for shap
 # MAGIC ```
 # MAGIC
 # MAGIC The softmax of one number is always 1. The gate would not depend on the score, so the router would get no
-# MAGIC gradient and could not learn.
+# MAGIC gradient and could not learn. (`requires_grad=True` asks PyTorch for the gradient of a tensor.)
 # MAGIC
 # MAGIC </details>
 # MAGIC
@@ -339,5 +340,5 @@ assert np.abs(shares[2] - shares[4]).sum() > 0.2  # words for sizes and for shap
 # MAGIC
 # MAGIC </details>
 # MAGIC
-# MAGIC **Next:** we have let models write without asking how. [6. Cached generation, beams and
+# MAGIC **Next:** we have let models write without asking how. [6. Writing: cache, beams and
 # MAGIC sampling](06_generation.py) shows how a model writes.

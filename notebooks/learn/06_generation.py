@@ -187,7 +187,7 @@ def shares_after(text):
     sequence = torch.tensor([[*request.prefix, *tokenizer.encode(text)]])
     embedded, media = model.embed(sequence, model.encode(torch.stack(request.pixels)))
     logits = model.decoder.logits(model.decoder(embedded, mask=None, media=media)[0, -1])
-    logits[list(tokenizer.suppressed_ids)] = -torch.inf
+    logits[list(tokenizer.suppressed_ids)] = -torch.inf  # an answer never contains padding or a start token
     return logits.softmax(dim=-1)
 
 
@@ -218,8 +218,8 @@ assert first["a"] > first["one"] > 0.25
 # MAGIC
 # MAGIC We search by hand, draw the tree, and compare with the library. The logarithm of a share is called
 # MAGIC *log-probability* in the code. Thick lines lead to the best caption. The
-# MAGIC number below a word is the share of the whole beginning. (The library divides the sum by the length of the
-# MAGIC text, unless `length_penalty` is 0.)
+# MAGIC number below a word is the product of the shares of all tokens up to this word. (The library divides the sum of
+# MAGIC the logarithms by the length of the text, unless `length_penalty` is 0.)
 
 # COMMAND ----------
 

@@ -136,10 +136,11 @@ assert right[2] > 0.6
 # MAGIC projector needs exactly this skill, because picture vectors will stand before the text. A decoder that has
 # MAGIC learned to ignore the beginning of its sequence cannot be helped by any projector.
 # MAGIC
-# MAGIC So our decoder learns from notes that are followed by a sentence: 16 words in any order, half or more of them
-# MAGIC "and", and then the caption with these words. These 16 words stand where the 16 picture vectors will stand,
-# MAGIC most of which show only background. For example, the note `and star and purple middle and ...` comes before
-# MAGIC the caption `a large purple star in the middle`. The output shows the notes without "and".
+# MAGIC So our decoder learns from notes that are followed by a caption. A note has 16 words in any order: the words of
+# MAGIC the caption, and "and" in all other places, which are at least half of the 16. These 16 words stand where
+# MAGIC the 16 picture vectors will stand, most of which show only background. For example, the note `and star and
+# MAGIC purple middle and ...` comes before the caption `a large purple star in the middle`. The output shows the
+# MAGIC notes without "and".
 
 # COMMAND ----------
 

@@ -35,10 +35,10 @@ torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for
 # MAGIC ## Three masks
 # MAGIC
 # MAGIC A mask says which position (row) may look at which other position (column), see notebook 2. The library makes
-# MAGIC all masks from one row of marks. A mark of 1 means: *earlier positions must not look here*. Position t may
-# MAGIC look at position s if the sum of the marks up to s is at most the sum up to t. For example, the marks 0 0 1 1
-# MAGIC have the sums 0 0 1 2: positions 0 and 1 look at each other, position 2 also looks at both, and position 3
-# MAGIC looks at all.
+# MAGIC all masks from one row of marks. A mark of 1 means: *earlier positions must not look here*. For each position,
+# MAGIC we sum all marks up to this position. A position may look at every position whose sum is not larger than its
+# MAGIC own sum. For example, the marks 0 0 1 1 have the sums 0 0 1 2. So positions 0 and 1 look at each other,
+# MAGIC position 2 also looks at both, and position 3 looks at all positions.
 # MAGIC
 # MAGIC Our sequence has 4 picture slots, 3 tokens of prompt, and 3 tokens of answer. It has no padding, so all
 # MAGIC positions are `valid`. Blue means that looking is allowed. The orange lines mark the end of the prompt.
@@ -152,8 +152,8 @@ print("top, left, bottom, right:", region[:4], sep="\n  ")
 # MAGIC ## The model
 # MAGIC
 # MAGIC The model is the model of notebook 4, with `mask: {kind: prefix}`. Before training, we check what the mask
-# MAGIC does. We change the last token of the *prompt*, and look which positions of the sequence notice the change:
-# MAGIC those whose vector after the last block differs (blue in the plot). With a causal mask, the picture stands
+# MAGIC does. We change the last token of the *prompt*. A position notices this change if its vector after the last
+# MAGIC block differs from before. These positions are blue in the plot. With a causal mask, the picture stands
 # MAGIC before the prompt and cannot know the question. With a prefix mask, the picture can know the question: the
 # MAGIC picture is read *with the question in mind*.
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-plt.rcParams.update({"figure.figsize": (5, 3), "figure.constrained_layout.use": True, "font.size": 10})
+plt.rcParams.update({"figure.figsize": (4, 2.6), "figure.constrained_layout.use": True, "font.size": 9})
 torch.manual_seed(0)  # the same random numbers in each run
 torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for them
 
@@ -35,7 +35,7 @@ torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for
 # MAGIC
 # MAGIC The loss is a mean over rows, so the gradient is a mean over rows too. Cut the batch in two halves, let two ranks
 # MAGIC compute the gradients of their halves, and take the mean: the result is the gradient of the whole batch. We check
-# MAGIC this with a small linear layer.
+# MAGIC this with a small linear layer. `torch.autograd.grad` returns the gradient of a loss without a training step.
 
 # COMMAND ----------
 
@@ -62,7 +62,7 @@ assert difference < 1e-6
 
 # COMMAND ----------
 
-figure, axes = plt.subplots(figsize=(5, 1.8))
+figure, axes = plt.subplots(figsize=(4, 1.7))
 parts_of = [np.repeat(np.arange(ranks), 24 // ranks) for ranks in (1, 2, 3)]
 axes.imshow(parts_of, cmap="Set2", aspect="auto", vmin=0, vmax=7)
 for row, ranks in enumerate((1, 2, 3)):
@@ -105,8 +105,9 @@ print(f"sum over all / tokens: {error_right:.4%} off")
 assert error_wrong > 0.02
 assert error_right < 1e-5
 
-plt.figure(figsize=(4.6, 2))
-plt.barh(["rank 0, 300 tokens", "rank 1, 100 tokens"], [0.5 / 300, 0.5 / 100])
+plt.figure(figsize=(4.2, 2))
+plt.barh(["rank 0,\n300 tokens", "rank 1,\n100 tokens"], [0.5 / 300, 0.5 / 100])
+plt.gca().invert_yaxis()
 plt.axvline(1 / 400, color="black", linestyle="--", label="right weight, 1/400")
 plt.xlabel("weight of one token in the mean of means")
 plt.legend(fontsize=8)
@@ -127,8 +128,9 @@ plt.legend(fontsize=8)
 # MAGIC   to 23.
 # MAGIC * `fit` is the same loop that notebooks 4 to 8 use.
 # MAGIC
-# MAGIC The program is a text in this notebook, and we write the text to a file later. In the text `CONFIG`, `*blocks`
-# MAGIC stands for what `&blocks` names. Each rank is a process of its own, so it needs a file that Python can start.
+# MAGIC The program is a text in this notebook, and we write the text to a file later. Each rank is a
+# MAGIC process of its own, so it needs a file that Python can start. In the text `CONFIG`, `&blocks` gives a name to some
+# MAGIC settings, and `*blocks` repeats these settings at another place.
 
 # COMMAND ----------
 
@@ -239,14 +241,15 @@ for step in (0, 10, 20, 29):
 # COMMAND ----------
 
 curves = {ranks: np.array(found[0]["losses"]) for ranks, found in reports.items()}
-figure, axes = plt.subplots(1, 2, figsize=(5.4, 2.8))
+figure, axes = plt.subplots(1, 2, figsize=(4.2, 2.6))
 for (ranks, losses), style in zip(curves.items(), ("-", "--", ":"), strict=True):
     axes[0].plot(losses, style, linewidth=4 - ranks, label=f"{ranks} rank{'s' * (ranks > 1)}")
 axes[0].set(xlabel="training step", ylabel="loss")
 axes[0].legend(fontsize=8)
 for ranks in (2, 3):
-    axes[1].plot(np.abs(curves[ranks] - curves[1]) + 1e-9, label=f"{ranks} ranks to 1 rank")
-axes[1].set(xlabel="training step", yscale="log", ylim=(1e-9, 1), title="difference")
+    axes[1].plot(np.abs(curves[ranks] - curves[1]) + 1e-9, label=f"{ranks} ranks")
+axes[1].set(xlabel="training step", yscale="log", ylim=(1e-9, 1))
+axes[1].set_title("difference to 1 rank", fontsize=9)
 axes[1].legend(fontsize=8)
 
 worst = max(np.abs(curves[ranks] - curves[1]).max() for ranks in (2, 3))

@@ -21,8 +21,10 @@ SOURCES = sorted((ROOT / "notebooks" / "learn").glob("*.py"))
 SHORT = ("01_patches", "02_attention")
 """Notebooks that run in a few seconds. All other notebooks train a model for up to a minute."""
 MAX_PAGE_BYTES = 400_000
-MAX_PRINTED = 60
-"""Longest printed line, in characters. A longer line is hard to read on a phone."""
+MAX_PRINTED = 40
+"""Longest printed line, in characters. A phone breaks a longer line inside a word or a number."""
+PHONE_WIDTH, MIN_TEXT_HEIGHT = 320, 8
+"""Width of a figure on a phone, and the smallest font size that is readable there, in pixels."""
 OBJECT_REPR = re.compile(r"<[\w.]+ (object )?at 0x|tensor\(|<[a-z]+ '")
 
 
@@ -49,7 +51,7 @@ def labels_of_hidden_ticks(axes: Axes) -> Iterator[Text]:
 
 
 def check_labels(figure: Figure) -> None:
-    """Check that no two labels of a figure overlap, and that the figure cuts no label."""
+    """Check that the labels of a figure do not overlap, are not cut, and are large enough on a phone."""
     figure.draw_without_rendering()
     hidden = {id(label) for axes in figure.axes for label in labels_of_hidden_ticks(axes)}
     texts = [each for each in figure.findobj(Text) if each.get_visible() and id(each) not in hidden]
@@ -57,10 +59,13 @@ def check_labels(figure: Figure) -> None:
     overlaps = [(a, b) for (a, one), (b, two) in itertools.combinations(boxes, 2) if one.padded(-1).overlaps(two)]
     width, height = figure.bbox.size
     cut = [text for text, box in boxes if box.x0 < -1 or box.y0 < -1 or box.x1 > width + 1 or box.y1 > height + 1]
-    assert (overlaps, cut) == ([], []), figure.axes[0].get_title()
+    scale = PHONE_WIDTH / (72 * figure.get_figwidth())
+    heights = [(each.get_text(), each.get_fontsize() * scale) for each in texts if each.get_text().strip()]
+    small = [text for text, height in heights if height < MIN_TEXT_HEIGHT]
+    assert (overlaps, cut, small) == ([], [], []), figure.axes[0].get_title() if figure.axes else ""
 
 
-def test_the_check_of_notebook_figures_finds_overlapping_labels_and_cut_labels() -> None:
+def test_the_check_of_notebook_figures_finds_overlapping_labels_cut_labels_and_small_labels() -> None:
     figure = Figure(figsize=(2, 2), layout="constrained")
     figure.text(0.5, 0.5, "one")
     figure.subplots().set_title("a title")
@@ -71,6 +76,10 @@ def test_the_check_of_notebook_figures_finds_overlapping_labels_and_cut_labels()
     figure = Figure(figsize=(2, 2), layout="constrained")
     figure.subplots().set_title("a title that is much longer than the figure is wide")
     with pytest.raises(AssertionError, match="much longer"):
+        check_labels(figure)
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure.text(0.5, 0.5, "too small on a phone", fontsize=9)
+    with pytest.raises(AssertionError, match="too small"):
         check_labels(figure)
 
 
