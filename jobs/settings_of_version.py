@@ -6,6 +6,8 @@ override. A command refuses any override that it cannot apply, and never ignores
 
 from __future__ import annotations
 
+import logging
+import shlex
 from typing import Any
 
 from jobs.common import Job
@@ -13,10 +15,15 @@ from jobs.generation_options import GENERATION, is_generation
 from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import UserError
 from vlm.config import GenerationConfig, ModelConfig
+from vlm.config.model import settings_without_effect
+
+logger = logging.getLogger(__name__)
 
 
 def decoding_settings(job: Job, fixed: ModelConfig, name: str) -> GenerationConfig:
     """Return the generation settings of a model, changed by the overrides `model.generation.*` of the command.
+
+    A warning names each override without effect.
 
     Args:
         job: the running command with its overrides.
@@ -30,10 +37,13 @@ def decoding_settings(job: Job, fixed: ModelConfig, name: str) -> GenerationConf
     chosen = job.config.model.generation.model_dump()
     for key in _different_keys(job, fixed):
         if not is_generation(key):
-            raise _refused(job, key, name, "training fixes it")
+            raise _refused(job, key, name, "only training sets it")
         field = key.removeprefix(GENERATION).removeprefix(".")
         changes |= {field: chosen[field]} if field else chosen
-    return fixed.generation.changed(changes, where=name)
+    settings = fixed.generation.changed(changes, where=name)
+    for sentence in settings_without_effect(settings, fixed.generation):
+        logger.warning("%s", sentence)
+    return settings
 
 
 def with_overrides(job: Job, model: ModelFiles) -> ModelFiles:
@@ -61,7 +71,7 @@ def require_settings_of_version(job: Job, fixed: ModelConfig, name: str) -> None
             "only `lakesight evaluate`, `caption`, `ask` and `serve` use this setting; the gate uses the version's own "
             "settings"
         )
-        raise _refused(job, key, name, followed if is_generation(key) else "training fixes it")
+        raise _refused(job, key, name, followed if is_generation(key) else "only training sets it")
 
 
 def changes_model(job: Job) -> bool:
@@ -87,9 +97,10 @@ def _value_at(settings: Any, key: str) -> Any:
 
 
 def _refused(job: Job, key: str, name: str, reason: str) -> UserError:
+    given = next(each for each in job.overrides if each.partition("=")[0].strip() == key)
     return UserError(
         "this command cannot change this setting of a trained model",
         where=name,
-        got=f"--set {key}=...",
-        fix=f"{reason}: train a version with `lakesight train --run {job.config.name} --set {key}=...`",
+        got=f"--set {given}",
+        fix=f"{reason}: train a version with `lakesight train --run {job.config.name} --set {shlex.quote(given)}`",
     )

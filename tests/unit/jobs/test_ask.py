@@ -239,14 +239,20 @@ def loop_in_c(*_: object, **__: object) -> None:
 
 
 def test_lakesight_ask_accepts_overrides_of_decoding_settings_and_refuses_other_model_overrides(
-    random_model: tuple[Path, VisionLanguageModel, Tokenizer], ask_in_process: AskInProcess
+    random_model: tuple[Path, VisionLanguageModel, Tokenizer],
+    ask_in_process: AskInProcess,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = random_model[0]
     short = ask_in_process("red.png", checkpoint=folder, overrides=["model.generation.max_new_tokens=1"])
     assert short["num_tokens"] <= 1 < ask_in_process("red.png", checkpoint=folder)["num_tokens"]
     with pytest.raises(UserError, match="cannot change this setting") as refused:
         ask_in_process("red.png", checkpoint=folder, overrides=["model.image.filter=lanczos"])
-    assert "model.image.filter" in str(refused.value)
+    assert "--set model.image.filter=lanczos" in refused.value.got
+    for temperature in (1, 0):
+        given = [f"model.generation.{each}" for each in (f"temperature={temperature}", "top_k=5")]
+        ask([Path("red.png")], checkpoint=folder, overrides=given)
+        assert ("the setting top_k 5 has no effect" in capsys.readouterr().err) == (temperature == 0)
     with pytest.raises(UserError, match="exclude each other"):
         ask_in_process("red.png", checkpoint=folder, overrides=["model.generation.num_beams=3"])
 
