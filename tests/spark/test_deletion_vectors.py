@@ -27,6 +27,8 @@ from pipelines.platform import Platform
 from pipelines.review.delta_store import DeltaStore
 from pipelines.review.verdicts import CaptionVerdict, Review
 
+pytestmark = pytest.mark.matrix  # each test writes a table with Spark and changes its properties
+
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
