@@ -60,7 +60,7 @@ def check_labels(figure: Figure) -> None:
     width, height = figure.bbox.size
     cut = [text for text, box in boxes if box.x0 < -1 or box.y0 < -1 or box.x1 > width + 1 or box.y1 > height + 1]
     scale = PHONE_WIDTH / (72 * figure.get_figwidth())
-    heights = [(each.get_text(), each.get_fontsize() * scale) for each in texts if each.get_text().strip()]
+    heights = [(each.get_text(), float(each.get_fontsize()) * scale) for each in texts if each.get_text().strip()]
     small = [text for text, height in heights if height < MIN_TEXT_HEIGHT]
     assert (overlaps, cut, small) == ([], [], []), figure.axes[0].get_title() if figure.axes else ""
 
