@@ -77,30 +77,7 @@ def open_app(review: Review, title: str, reviewer: Callable[[Request], str], hos
             await asyncio.to_thread(review.refresh_if_old)
         except UserError as error:
             return PlainTextResponse(str(error), 503)
-        words = query.get("words", "")
-        found = review.find(show, words)
-        nonce = secrets.token_urlsafe(12)
-        rendered = render(
-            "review.html.j2",
-            title=title,
-            token=token,
-            nonce=nonce,
-            show=show,
-            words=words,
-            page=number,
-            pages=max(1, -(-len(found) // PAGE_SIZE)),
-            rows=[row | {"verdict": review.judged.get(key_of(row), "")} for row in found[PAGE_SIZE * (number - 1) :]][
-                :PAGE_SIZE
-            ],
-            judged=len(review.judged),
-            total=len(review.captions),
-            found=len(found),
-        )
-        policy = (
-            f"default-src 'none'; img-src 'self' data:; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
-            "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
-        )
-        return HTMLResponse(rendered, headers={"Content-Security-Policy": policy, "Cache-Control": "no-store"})
+        return _page(review, show, query.get("words", ""), number, title=title, token=token)
 
     async def picture(request: Request) -> Response:
         reviewer(request)
@@ -124,3 +101,29 @@ def open_app(review: Review, title: str, reviewer: Callable[[Request], str], hos
 
     routes = [Route("/", page), Route("/picture", picture), Route("/verdict", verdict, methods=["POST"])]
     return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)])
+
+
+def _page(review: Review, show: Show, words: str, number: int, *, title: str, token: str) -> HTMLResponse:
+    """Render one page of the captions that `show` and `words` select. `token` allows the page to save verdicts."""
+    found = review.find(show, words)
+    shown = found[PAGE_SIZE * (number - 1) : PAGE_SIZE * number]
+    nonce = secrets.token_urlsafe(12)
+    rendered = render(
+        "review.html.j2",
+        title=title,
+        token=token,
+        nonce=nonce,
+        show=show,
+        words=words,
+        page=number,
+        pages=max(1, -(-len(found) // PAGE_SIZE)),
+        rows=[row | {"verdict": review.judged.get(key_of(row), "")} for row in shown],
+        judged=len(review.judged),
+        total=len(review.captions),
+        found=len(found),
+    )
+    policy = (
+        f"default-src 'none'; img-src 'self' data:; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
+        "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    )
+    return HTMLResponse(rendered, headers={"Content-Security-Policy": policy, "Cache-Control": "no-store"})
