@@ -29,14 +29,15 @@ def count_on_disk(table: DeltaTable, equal: Mapping[str, str | datetime], by: st
         by: name of the column by which the counts are grouped, such as 'source'.
     """
     column = quoted_name(by)
-    found = query_rows(table, f"{column} AS value, COUNT(*) AS num_rows", _condition(equal), f"GROUP BY {column}")
+    found = query_rows(table, f"{column} AS value, COUNT(*) AS num_rows", equal_to(equal), f"GROUP BY {column}")
     return dict(sorted((row["value"], row["num_rows"]) for row in found))
 
 
 def has_rows(table: DeltaTable, equal: Mapping[str, str | datetime]) -> bool:
     """Return whether the table has a row whose columns have the values `equal`."""
-    return bool(query_rows(table, "1 AS one", _condition(equal), "LIMIT 1"))
+    return bool(query_rows(table, "1 AS one", equal_to(equal), "LIMIT 1"))
 
 
-def _condition(equal: Mapping[str, str | datetime]) -> str:
+def equal_to(equal: Mapping[str, str | datetime]) -> str:
+    """Return the SQL condition that columns have the given values. `equal` is not empty."""
     return " AND ".join(f"{quoted_name(name)} = {quoted_value(value)}" for name, value in equal.items())

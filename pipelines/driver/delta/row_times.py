@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from pipelines.driver.delta.on_disk import open_on_disk
-from pipelines.formats.delta_files import query, quoted_text, to_rows
+from pipelines.driver.delta.on_disk import equal_to, open_on_disk
+from pipelines.formats.delta_files import query_rows
 from pipelines.formats.table_schema import Table
 from pipelines.platform import Platform
 
@@ -49,9 +49,7 @@ def newest_stored_time(
         equal: required values: a non-empty dict from the name of a text column to its value.
     """
     if (opened := open_on_disk(platform, table)) is not None:
-        condition = " AND ".join(f"{name} = {quoted_text(value)}" for name, value in equal.items())
-        sql = f"SELECT max({column}) AS newest FROM stored WHERE {condition}"  # noqa: S608 (the values are quoted)
-        newest: datetime | None = to_rows(query({"stored": opened}, sql).read_all())[0]["newest"]
+        newest: datetime | None = query_rows(opened, f"max({column}) AS newest", equal_to(equal))[0]["newest"]
         return newest
     rows = spark.table(platform.table(table.name))
     for name, value in equal.items():
