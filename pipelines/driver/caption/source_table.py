@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import pyarrow as pa
-from deltalake import DeltaTable
-from deltalake.exceptions import DeltaError
 from pyspark.errors import AnalysisException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import ArrayType, BinaryType, DataType, StringType, StructType
 
 from pipelines.config import short_hash
-from pipelines.driver.delta.commits import RESTORE, history_id, log_folder, read_commit_ids, with_time
+from pipelines.driver.delta.commits import RESTORE, history_id, read_commit_ids, with_time
 from pipelines.driver.delta.spark_errors import filter_rows
 from pipelines.driver.delta.versions import newest_version
 from pipelines.errors import UserError
 from pipelines.executor.ingest.values import CONTROL
-from pipelines.formats.delta_files import is_supported
 from pipelines.platform import Platform, analysed
 from vlm.errors import did_you_mean
 
@@ -190,7 +186,7 @@ def _newest_change_of_columns(spark: SparkSession, name: str, version: int) -> s
 def _read(spark: SparkSession, platform: Platform, name: str, version: int | None) -> tuple[int, DataFrame]:
     """Read the table at a version, or at the newest version if `version` is None. Return the version and the rows."""
     try:
-        newest = _newest_version(spark, name, platform.table_location(name))
+        newest = newest_version(spark, name, platform.table_location(name))
     except AnalysisException as error:
         own = platform.namespace
         shown = spark.sql(f"SHOW TABLES IN {own}").collect()
@@ -211,19 +207,6 @@ def _read(spark: SparkSession, platform: Platform, name: str, version: int | Non
             got=_first_line(error),
             fix=f"choose a version that DESCRIBE HISTORY lists; the newest is {newest}",
         ) from None
-
-
-def _newest_version(spark: SparkSession, name: str, location: str | None) -> int:
-    """Return the newest version of a table. If the table is in a local folder, no Spark query is needed.
-
-    Raises:
-        AnalysisException: there is no such Delta table.
-    """
-    folder = log_folder(location)
-    if folder is not None and is_supported(folder):
-        with suppress(DeltaError):  # Spark gives the reason why there is no table
-            return DeltaTable(folder, without_files=True).version()
-    return newest_version(spark, name)
 
 
 def _first_line(error: Exception) -> str:

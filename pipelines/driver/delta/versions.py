@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from pipelines.driver.delta.commits import history_id, with_time
+from pipelines.driver.delta.commits import history_id, log_folder, with_time
 from pipelines.driver.delta.on_disk import open_on_disk
 from pipelines.driver.delta.settings import spark_settings
-from pipelines.formats.delta_files import commit_id, local_folder
+from pipelines.formats.delta_files import commit_id, is_supported, local_folder
 from pipelines.formats.table_schema import Table
 from pipelines.formats.tables import SAMPLES
 from pipelines.platform import Platform
@@ -57,12 +59,21 @@ class TableVersions(NamedTuple):
     commit: str | None
 
 
-def newest_version(spark: SparkSession, name: str) -> int:
-    """Return the newest version of a table.
+def newest_version(spark: SparkSession, name: str, location: Path | str | None = None) -> int:
+    """Return the newest version of a table. If the table is in a local folder, no Spark query is needed.
+
+    Args:
+        spark: Spark session.
+        name: name of the table in SQL.
+        location: folder or URL of the table, or None if a catalog manages the table.
 
     Raises:
         AnalysisException: there is no such Delta table.
     """
+    folder = log_folder(location)
+    if folder is not None and is_supported(folder):
+        with suppress(DeltaError):  # Spark gives the reason why there is no table
+            return DeltaTable(folder, without_files=True).version()
     return int(spark.sql(f"DESCRIBE HISTORY {name} LIMIT 1").collect()[0]["version"])
 
 

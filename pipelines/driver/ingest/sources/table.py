@@ -176,7 +176,7 @@ def _read_version(spark: SparkSession, source: TableSourceConfig) -> _Table:
     parts = source.table.split(".") if source.table else ("delta", absolute_path(source.path))
     quoted = ".".join(map(_quoted, parts))
     try:
-        newest = newest_version(spark, quoted)
+        newest = newest_version(spark, quoted, None if source.table else absolute_path(source.path))
         table_id = spark.sql(f"DESCRIBE DETAIL {quoted}").collect()[0]["id"]
         version = newest if source.version is None else source.version
         frame = analysed(spark.sql(f"SELECT * FROM {quoted} VERSION AS OF {version}"))  # noqa: S608 (quoted)
