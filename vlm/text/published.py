@@ -116,21 +116,27 @@ def _parse(content: object) -> Backend:
         ValueError: the library refuses the content, or the tokenizer would split texts at random (BPE dropout).
     """
     try:
-        backend = Backend.from_str(json.dumps(content))
-        if dropout := getattr(backend.model, "dropout", None):
-            raise ValueError(
-                f"the key model.dropout is {dropout}, so equal texts would get different tokens; set the key to null"
-            )
-        return backend
-    except ValueError:
-        raise
+        backend = _read_backend(content)
+    except ValueError as error:
+        key = _invalid_key(content)
+        named = f", because of the key {key}" if key else ""
+        raise ValueError(f"the file is not a tokenizer of the library `tokenizers`{named}: {error}") from error
+    if dropout := getattr(backend.model, "dropout", None):
+        raise ValueError(
+            f"the key model.dropout is {dropout}, so equal texts would get different tokens; set the key to null"
+        )
+    return backend
+
+
+def _read_backend(content: object) -> Backend:
+    """Read a tokenizer with the library `tokenizers`, and turn each of the library's errors into a ValueError."""
+    try:
+        return Backend.from_str(json.dumps(content))
     except BaseException as error:
         # The library raises Exception itself, or PanicException, which is not a subclass of Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        key = _invalid_key(content)
-        named = f", because of the key {key}" if key else ""
-        raise ValueError(f"the file is not a tokenizer of the library `tokenizers`{named}: {error}") from error
+        raise ValueError(str(error)) from error
 
 
 def _invalid_key(content: object) -> str | None:
@@ -138,10 +144,8 @@ def _invalid_key(content: object) -> str | None:
     empty = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
     for key, value in content.items() if isinstance(content, dict) else ():
         try:
-            Backend.from_str(json.dumps({**empty, key: value}))
-        except BaseException as error:  # as in `_parse`
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
+            _read_backend({**empty, key: value})
+        except ValueError:
             return str(key)
     return None
 
