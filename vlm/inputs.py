@@ -342,7 +342,7 @@ def folder_to_write(path: object, argument: str) -> Path:
     if folder.exists() and not folder.is_dir():
         raise wrong_argument(argument, str(folder), "the path of a folder; a file has this path")
     published = False
-    with suppress(OSError, ValueError):  # a missing or damaged config.json is replaced
+    with suppress(OSError, ValueError, TypeError):  # a missing or damaged config.json is replaced
         published = "vision" not in json.loads((folder / "config.json").read_bytes())
     if published:
         raise wrong_argument(argument, str(folder), "a folder without a model of another library")

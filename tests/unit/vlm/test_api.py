@@ -291,7 +291,8 @@ def test_a_published_model_is_not_overwritten_by_a_checkpoint_but_an_earlier_che
     (tmp_path / "config.json").write_text('{"model_type": "paligemma"}')
     with pytest.raises(ArgumentError, match="a folder without a model of another library"):
         captioner.save(tmp_path)
-    (tmp_path / "config.json").unlink()
-    captioner.save(tmp_path)
+    for damaged in ("5", "{", "null"):
+        (tmp_path / "config.json").write_text(damaged)
+        captioner.save(tmp_path)
     captioner.save(tmp_path)
     assert vlm.load(tmp_path).model.config == captioner.model.config
