@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from home_commands import NEW_WORK, command, environment
 
 pytestmark = [pytest.mark.faults, pytest.mark.matrix, pytest.mark.timeout(1500)]
 
@@ -30,10 +31,29 @@ NOWHERE = "http://127.0.0.1:9"
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 ENVIRONMENTS: dict[str, dict[str, str]] = {
     "cron": {},
-    "turkish": {"LANG": "tr_TR.UTF-8", "LC_ALL": "tr_TR.UTF-8", "TZ": "Pacific/Kiritimati"},
+    "turkish": {
+        "LANG": "tr_TR.UTF-8",
+        "LC_ALL": "tr_TR.UTF-8",
+        "TZ": "Pacific/Kiritimati",
+        # Where the locale is not installed, the JVM would ignore LC_ALL and be English.
+        "JAVA_TOOL_OPTIONS": "-Duser.language=tr -Duser.country=TR",
+    },
     "dead proxy": {"LANG": "C", "LC_ALL": "C", "TZ": "America/St_Johns"} | dict.fromkeys(PROXIES, NOWHERE),
 }
 OPEN_FILES = 256
+OFFLINE = 'hostname lakesight-offline && ip link set lo up || exit 99; exec "$@"'
+"""Script of a host that has only the loopback device and whose name no server knows, such as a laptop without Wi-Fi."""
+
+
+def without_network(*words: str) -> list[str]:
+    """Return a command line that runs a command on a host without a network."""
+    return ["unshare", "--net", "--uts", "--map-root-user", "sh", "-c", OFFLINE, "sh", *words]
+
+
+def can_leave_the_network() -> bool:
+    """Return whether this user may create a host without a network, in namespaces."""
+    programs = [shutil.which(name) for name in ("unshare", "ip", "hostname")]
+    return all(programs) and not subprocess.run(without_network("true"), capture_output=True, check=False).returncode
 
 
 def forbid_more_files() -> None:
@@ -79,6 +99,7 @@ def test_the_pipeline_runs_in_restricted_environments_and_oddly_named_homes_and_
     assert report["captions"] > 0
     assert report["errors"] == 0
     assert files_of_others(home) == []
+    assert ("-Duser.language=tr" in (home / "logs" / "spark.log").read_text()) is (name == "turkish")
 
 
 def files_of_others(home: Path) -> list[Path]:
@@ -121,3 +142,23 @@ def test_the_next_stage_recreates_removed_shards_runs_or_registry_files_or_names
     assert not registered["trained"]
     assert registered["model_version"] == "1"
     report("evaluate")
+
+
+@pytest.mark.xdist_group("finished home")
+@pytest.mark.skipif(not can_leave_the_network(), reason="this user may not create a network namespace")
+def test_ingest_train_and_caption_work_without_a_network(finished_home: Path) -> None:
+    """The home is not new, because the first start of Spark downloads the jars of Delta Lake."""
+    done = {}
+    for stage in ("ingest", "train", "caption"):
+        ran = subprocess.run(
+            without_network(*command(*NEW_WORK[stage])),
+            env=environment(finished_home),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stderr
+        done[stage] = json.loads(ran.stdout)
+    assert done["ingest"]["rows_in"] == 400
+    assert done["train"]["trained"]
+    assert done["caption"]["captioned"] == done["caption"]["considered"] > 0

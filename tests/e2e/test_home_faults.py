@@ -1,4 +1,4 @@
-"""Tests of clocks that jump, and of little memory."""
+"""Tests of several commands at the same time, of clocks that jump, and of little memory."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import json
 import os
 import signal
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import maintain_often
 import pytest
 from deltalake import DeltaTable
 from home_commands import NEW_WORK, assert_one_paragraph, command, environment, report, start
@@ -17,6 +21,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from open_sockets import command as command_of
 from open_sockets import descendants
+from processes import TEST_PATH
 from rank_faults import wait_for
 from shifted_clock import COMPILER, ShiftedClock
 
@@ -43,9 +48,44 @@ def assert_complete(ingested: dict[str, Any]) -> None:
     assert ingested["rows_in"] == sum(parts) > 0
 
 
+# ------------------------------------------------------------------------------------------------ two homes
+
+
 def versions_of(home: Path) -> list[ModelVersion]:
     """Return all model versions in the registry of a home."""
     return list(MlflowClient(sqlite_uri(home / "mlflow.db")).search_model_versions())
+
+
+def runs_of(home: Path) -> set[str]:
+    """Return the ids of all MLflow runs of a home."""
+    client = MlflowClient(sqlite_uri(home / "mlflow.db"))
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return {run.info.run_id for run in client.search_runs(experiments)}
+
+
+def test_two_pipelines_that_run_at_the_same_time_in_two_homes_share_no_row_run_or_version(tmp_path: Path) -> None:
+    homes = [tmp_path / name / "home" for name in ("first", "second")]
+    for home in homes:
+        home.mkdir(parents=True)
+    running = [
+        start(["pipeline", "--set", f"data.source.path=scenes:40:{seed}"], home) for seed, home in enumerate(homes)
+    ]
+    reports = [each.finish() for each in running]
+    for home, other, done in zip(homes, reversed(homes), reports, strict=True):
+        samples, captions = rows(home, "samples"), rows(home, "generated_captions")
+        assert (len(samples), len(captions)) == (done["samples"], done["captions"])
+        assert done["rows_in"] == done["samples"] + done["duplicates"] + done["quarantined"]
+        assert not {row["sha256"] for row in samples} & {row["sha256"] for row in rows(other, "samples")}
+        assert {row["image_id"] for row in captions} <= {row["image_id"] for row in samples}
+        assert {row["run_id"] for row in captions} == {done["run_id"]}
+        assert [(version.version, version.run_id) for version in versions_of(home)] == [("1", done["run_id"])]
+        assert not runs_of(home) & runs_of(other)
+        assert Path(done["run_folder"]).is_relative_to(home)
+        files = [path for path in home.rglob("*") if path.is_file()]
+        assert [str(path) for path in files if str(other.parent).encode() in path.read_bytes()] == []
+    digests = [{row["model_digest"] for row in rows(home, "generated_captions")} for home in homes]
+    assert len(digests[0]) == len(digests[1]) == 1
+    assert digests[0] != digests[1]
 
 
 # ------------------------------------------------------------------------------------------------ clocks that jump
@@ -112,6 +152,60 @@ def assert_ahead(home: Path) -> None:
     assert max(row["ingested_at"] for row in rows(home, "samples")) > later
     (newest,) = DeltaTable(home / "warehouse" / "samples").history(1)
     assert newest["timestamp"] / 1000 > later.timestamp()
+
+
+# ------------------------------------------------------------------------------------------------ maintain
+
+
+@contextmanager
+def maintained_often(home: Path) -> Iterator[Path]:
+    """Run `lakesight maintain` again and again while the block runs. Yield the file with the reports."""
+    stop, out, log = (home.parent / f"maintain.{name}" for name in ("stop", "out", "log"))
+    with out.open("wb") as stdout, log.open("wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-P", maintain_often.__file__, str(stop)],
+            env=environment(home, PYTHONPATH=TEST_PATH),
+            stdout=stdout,
+            stderr=stderr,
+        )
+    try:
+        yield out
+        stop.touch()
+        assert process.wait() == 0, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.xdist_group("finished home")
+def test_each_stage_succeeds_while_maintain_runs_again_and_again_and_nothing_that_is_needed_is_removed(
+    finished_home: Path,
+) -> None:
+    before = len(rows(finished_home, "samples"))
+    stages = NEW_WORK | {"evaluate": ("evaluate", "--set", "train.seed=1")}
+    done: dict[str, dict[str, Any]] = {}
+    with maintained_often(finished_home) as out:
+        for stage in ("ingest", "shard", "train", "evaluate", "caption"):
+            seen = len(out.read_text().splitlines())
+            done[stage] = report(stages[stage], finished_home)
+            print(f"{stage}: {len(out.read_text().splitlines()) - seen} maintenance commands ended")
+    maintained = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sum(each["rewritten"] for report in maintained for each in report.get("tables", ())) > 0
+
+    again = {stage: report(stages[stage], finished_home) for stage in done}
+    ingested = done["ingest"]
+    assert (
+        ingested["rows_in"] == ingested["new"] + ingested["merged"] + ingested["duplicates"] + ingested["quarantined"]
+    )
+    assert len(rows(finished_home, "samples")) == before + ingested["new"]
+    assert again["ingest"]["new"] == again["ingest"]["quarantined"] == 0
+    assert all(split["reused"] for split in again["shard"].values())
+    assert (done["train"]["trained"], again["train"]["trained"]) == (True, False)
+    assert again["train"]["model_version"] == done["train"]["model_version"]
+    assert again["evaluate"]["metrics"] == done["evaluate"]["metrics"]
+    captioned = done["caption"]
+    assert captioned["considered"] == captioned["already"] + captioned["captioned"]
+    assert again["caption"]["already"] == captioned["considered"]
 
 
 # ------------------------------------------------------------------------------------------------ memory
