@@ -153,6 +153,7 @@ def test_a_repeated_evaluation_neither_computes_nor_writes_the_metrics_again(
         evaluate(spark, platform, model, shards, shards, columns=["colour"])
 
 
+@pytest.mark.matrix
 def test_metrics_are_recomputed_from_stored_scores_if_the_rules_that_split_texts_into_words_have_changed(
     spark: SparkSession, platform: Platform, model: ModelFiles, shards: Path, report: EvaluationReport
 ) -> None:
@@ -215,6 +216,7 @@ def test_the_worst_rows_of_the_gallery_show_where_the_model_looked_at_each_word(
     assert page.count("<small>") >= sum(len(item["titles"]) for item in drawn) > 0
 
 
+@pytest.mark.matrix
 def test_a_split_of_one_picture_has_no_blind_gap(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:

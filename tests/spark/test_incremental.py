@@ -149,6 +149,7 @@ def test_only_changed_rows_of_a_table_with_a_change_data_feed_are_read(
     assert texts_of(spark, platform, source) == {"1": ["x1"], "2": ["corrected"], "4": ["x4"], "5": ["better"]}
 
 
+@pytest.mark.matrix
 def test_pictures_whose_rows_were_deleted_from_a_table_without_a_change_data_feed_are_removed(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:

@@ -198,10 +198,8 @@ def test_items_whose_rows_are_missing_after_a_restore_of_samples_are_read_again(
     assert find_ingested(home, SOURCE, config) is not None
 
 
-@pytest.mark.parametrize(
-    "change",
-    ["removed", *(pytest.param(each, marks=pytest.mark.matrix) for each in ("older copy", "RESTORE", "overwrite"))],
-)
+@pytest.mark.matrix
+@pytest.mark.parametrize("change", ["removed", "older copy", "RESTORE", "overwrite"])
 def test_refused_rows_that_are_missing_after_a_restore_of_quarantine_come_back(
     spark: SparkSession, home: Platform, tmp_path: Path, change: str
 ) -> None:
@@ -245,6 +243,7 @@ def test_in_a_workspace_the_table_history_shows_that_samples_was_restored(
     assert ingest(spark, workspace, SOURCE, config).rows_in == 0
 
 
+@pytest.mark.matrix
 def test_a_restored_samples_table_with_other_rows_at_the_same_version_gets_other_shards(
     spark: SparkSession, home: Platform, tmp_path: Path
 ) -> None:

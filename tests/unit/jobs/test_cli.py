@@ -377,6 +377,7 @@ def test_ask_answers_from_a_checkpoint_without_spark_or_a_registry(checkpoint: P
     assert report["num_tokens"] > 0
 
 
+@pytest.mark.matrix
 def test_ask_supports_other_precisions_and_refuses_unknown_precisions(checkpoint: Path, tmp_path: Path) -> None:
     Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
     command = ["ask", "red.png", "--checkpoint", str(checkpoint), "--json", "--precision"]
