@@ -88,8 +88,10 @@ class FreshWorkspace:
             self.url,
             f"spark_catalog.{SCHEMA}",
         ]
+        self.home.mkdir(exist_ok=True)
         done = subprocess.run(
             command,
+            cwd=self.home,
             input=json.dumps(tasks),
             env=environment | self.volume.environment,
             capture_output=True,
@@ -124,8 +126,26 @@ def workspace(tmp_path: Path, empty_database: Path) -> Iterator[FreshWorkspace]:
 @pytest.mark.skipif(COMPILER is None, reason="no gcc, which builds the stand-in for a Volume")
 @pytest.mark.matrix
 @pytest.mark.timeout(2400)
-def test_the_scheduled_jobs_of_the_bundle_run_in_a_fresh_workspace(workspace: FreshWorkspace) -> None:
-    pictures = {"source_path": str(workspace.volume.folder / "pictures"), "serve": "true"}
-    printed = workspace.run(*job("pipeline", **pictures), *job("caption"), *job("maintain"))
+def test_all_jobs_of_the_bundle_run_twice_in_a_fresh_workspace_and_the_rollback_job_works(
+    workspace: FreshWorkspace,
+) -> None:
+    folder = str(workspace.volume.folder / "pictures")
+    rest = [*job("caption"), *job("maintain")]
+    printed = workspace.run(*job("pipeline", source_path=folder, serve="true"), *rest)
     assert "version 1 is the champion now" in printed
+    # All jobs run a second time, on a new cluster. The config names the folder, and the job parameter is empty.
+    in_config = f"data.source.path={folder}"
+    scheduled = [*job("pipeline", in_config, serve="true"), *rest]
+    # Then a longer training makes version 2 the champion, and a person starts the rollback job.
+    longer = (in_config, "train.steps=40")
+    again = workspace.run(*scheduled, *job("pipeline", *longer, serve="true"), *job("rollback"), *job("caption"))
+    tasks = [part.partition("\n") for part in again.split("== ")[1:]]
+    second = {name: text for name, _, text in tasks[: len(scheduled)]}
+    assert second.keys() == {task[0] for task in scheduled}
+    assert "nothing new" in second["ingest"]
+    assert "nothing new" in second["caption"]
+    assert "version 1 is already the champion" in second["promote"]
+    assert "version 2 is the champion now" in again
+    assert "version 1 is the champion again" in again
+    assert "nothing new" in tasks[-1][2]
     assert workspace.volume.refused() == []

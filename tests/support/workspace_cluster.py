@@ -3,7 +3,8 @@
 python workspace_cluster.py VOLUME TRACKING_URI NAMESPACE < TASKS
 
 TASKS is a JSON list of the parameters of wheel tasks. The script starts the Spark session before the first task. As in
-an ML runtime, the distributions `mlflow` and `delta-spark` do not exist, although their modules do.
+an ML runtime, the distributions `mlflow` and `delta-spark` do not exist, although their modules do. The catalog of
+tables is a Hive metastore in the working folder. Like Unity Catalog, it knows the tables of earlier clusters.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pipelines.config import LocalPlatformConfig, PlatformConfig, SparkConfig
 from pipelines.platform import Platform, local, open_platform
 
 ABSENT = ("mlflow", "delta-spark")
+CATALOG = {"spark.sql.catalogImplementation": "hive"}
 
 
 def without_distributions(patch: pytest.MonkeyPatch) -> None:
@@ -40,7 +42,8 @@ def without_distributions(patch: pytest.MonkeyPatch) -> None:
 
 def run_tasks(volume: Path, tracking_uri: str, namespace: str, tasks: list[list[str]]) -> None:
     """Run the tasks in a workspace with the given Volume, tracking server and schema."""
-    spark = local(LocalPlatformConfig(spark=SparkConfig(master="local[2]", driver_memory="1g"))).open_spark()
+    config = SparkConfig(master="local[2]", driver_memory="1g", conf=CATALOG)
+    spark = local(LocalPlatformConfig(spark=config)).open_spark()
     spark.sql(f"CREATE SCHEMA IF NOT EXISTS {namespace}")
 
     def opened(config: PlatformConfig) -> Platform:
@@ -59,5 +62,5 @@ def run_tasks(volume: Path, tracking_uri: str, namespace: str, tasks: list[list[
 
 
 if __name__ == "__main__":
-    assert os.environ["LAKESIGHT_HOME"]  # the home folder holds Spark's log and the tables of the catalog
+    assert os.environ["LAKESIGHT_HOME"]  # the home folder holds Spark's log and the data files of tables
     run_tasks(Path(sys.argv[1]), sys.argv[2], sys.argv[3], json.load(sys.stdin))
