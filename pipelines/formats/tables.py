@@ -205,7 +205,10 @@ PICTURE_COLUMNS = (
 
 GENERATED_CAPTIONS = Table(
     "generated_captions",
-    ("source_table", "image_id", "model_name", "model_version", "settings_hash", MODEL_DIGEST.name),
+    (
+        *("source_table", "id_column", "image_column", "image_id"),
+        *("model_name", "model_version", "settings_hash", MODEL_DIGEST.name),
+    ),
     "One row per picture of a captioned table, model version and set of decoding settings",
     (
         Column("image_id", pa.string(), "Id of the picture in source_table"),
@@ -292,7 +295,7 @@ EVALUATIONS = Table(
 
 VERDICTS = Table(
     "verdicts",
-    ("source_table", "image_id", "model_name", "model_version", "settings_hash", MODEL_DIGEST.name),
+    ("source_table", "image_id", "sha256", "model_name", "model_version", "settings_hash", MODEL_DIGEST.name),
     "One row per caption that a person has reviewed, with the picture. Training can use the rows of this table",
     (
         Column("image_id", pa.string(), "Id of the picture in source_table"),

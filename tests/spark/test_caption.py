@@ -61,7 +61,7 @@ def request(table: str, **more: object) -> CaptionRequest:
 def stored(spark: SparkSession, platform: Platform, model: ModelFiles) -> dict[str, Any]:
     table = spark.table(platform.table(GENERATED_CAPTIONS.name))
     rows = table.where(table.model_name == model.name).collect()
-    assert len(rows) == len({(row["image_id"], row["settings_hash"], row["source_table"]) for row in rows})
+    assert len(rows) == len({tuple(row[name] for name in GENERATED_CAPTIONS.key) for row in rows})
     return {row["image_id"]: row for row in rows}
 
 
@@ -233,7 +233,6 @@ def test_a_picture_is_captioned_again_after_a_change_but_not_after_a_move_to_ano
     assert commits(spark, platform) == before
 
 
-TWO = "id INT, photo BINARY, other BINARY"
 MAPPED = "TBLPROPERTIES ('delta.columnMapping.mode' = 'name')"
 VECTORS = "TBLPROPERTIES ('delta.enableDeletionVectors' = 'true')"
 
@@ -244,37 +243,45 @@ def create(spark: SparkSession, folder: Path, schema: str, properties: str) -> s
     return table
 
 
+@pytest.mark.matrix
 def test_captions_are_made_again_if_a_column_name_stands_for_other_pictures_of_the_same_data_files(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
-    table = create(spark, tmp_path / "photos", TWO, MAPPED)
-    write(spark, tmp_path / "photos", [(1, picture(1), picture(2)), (2, picture(3), picture(3))], TWO)
+    schema = "id INT, photo BINARY, other BINARY"
+    table = create(spark, tmp_path / "photos", schema, MAPPED)
+    write(spark, tmp_path / "photos", [(1, picture(1), picture(2)), (2, picture(3), picture(3))], schema)
     assert numbers(caption(spark, platform, model, request(table))) == (2, 0, 2, 0)
-    first = stored(spark, platform, model)
-
-    swapped = caption(spark, platform, model, request(table, image_column="other"))
-    assert (numbers(swapped), swapped.changed) == ((2, 1, 1, 0), 1), "the second row has equal pictures in both columns"
-    second = stored(spark, platform, model)
-    assert second["1"]["sha256"] != first["1"]["sha256"]
-    assert {row["image_column"] for row in second.values()} == {"other"}
-    assert numbers(caption(spark, platform, model, request(table, image_column="other"))) == (2, 2, 0, 0)
-
     for old, new in (("other", "x"), ("photo", "other"), ("x", "photo")):
         spark.sql(f"ALTER TABLE {table} RENAME COLUMN {old} TO {new}")
-    assert caption(spark, platform, model, request(table, image_column="other")).changed == 1
-    third = stored(spark, platform, model)
-    assert third["1"]["sha256"] == first["1"]["sha256"]
-    assert read_pictures(platform, [third["1"].asDict()]) == {(table, "1"): picture(1)}, "without Spark"
+    renamed = caption(spark, platform, model, request(table))
+    assert (numbers(renamed), renamed.changed) == ((2, 1, 1, 0), 1), "the second row has equal pictures in both columns"
+    second = stored(spark, platform, model)["1"].asDict()
+    assert read_pictures(platform, [second]) == {("1", second["sha256"]): picture(2)}, "without Spark"
+    assert numbers(caption(spark, platform, model, request(table))) == (2, 2, 0, 0)
 
 
-@pytest.mark.matrix  # two caption jobs
-def test_captions_are_made_again_if_other_rows_get_the_ids(
+def test_captions_of_several_id_columns_and_picture_columns_of_a_table_are_kept_side_by_side(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
-    schema = "id INT, number INT, photo BINARY"
-    table = write(spark, tmp_path / "photos", [(1, 2, picture(1)), (2, 1, picture(2))], schema)
-    caption(spark, platform, model, request(table))
-    assert caption(spark, platform, model, request(table, id_column="number")).changed == 2
+    schema = "id INT, number INT, photo BINARY, other BINARY"
+    pictures = [(1, 2, picture(1), picture(3)), (2, 1, picture(2), picture(2))]
+    table = write(spark, tmp_path / "photos", pictures, schema)
+    for identity, image in (("id", "photo"), ("id", "other"), ("number", "photo")):
+        done = caption(spark, platform, model, request(table, id_column=identity, image_column=image))
+        assert (numbers(done), done.changed) == ((2, 0, 2, 0), 0)
+    captions = spark.table(platform.table(GENERATED_CAPTIONS.name)).where(f"model_name = '{model.name}'")
+    found = [row.asDict() for row in captions.collect()]
+    number = {hashlib.sha256(picture(n)).hexdigest(): n for n in (1, 2, 3)}
+    assert sorted((row["id_column"], row["image_column"], row["image_id"], number[row["sha256"]]) for row in found) == [
+        *[("id", "other", "1", 3), ("id", "other", "2", 2), ("id", "photo", "1", 1), ("id", "photo", "2", 2)],
+        *[("number", "photo", "1", 2), ("number", "photo", "2", 1)],
+    ]
+    assert set(read_pictures(platform, found).values()) == {picture(n) for n in (1, 2, 3)}
+
+    spark.sql(f"DELETE FROM {table} WHERE id = 2")
+    again = caption(spark, platform, model, request(table, remove_deleted=True))
+    assert (numbers(again), again.removed) == ((1, 1, 0, 0), 2), "the captions whose ids are in column number are kept"
+    assert captions.count() == 4
 
 
 @pytest.mark.matrix
@@ -292,7 +299,8 @@ def test_a_picture_that_a_restore_brings_back_into_a_file_with_a_deletion_vector
     assert (numbers(report), report.changed) == ((6, 5, 1, 0), 1)
     spark.sql(f"DELETE FROM {table} WHERE id = 2")
     rows = [row.asDict() for row in stored(spark, platform, model).values()]
-    assert read_pictures(platform, rows) == {(table, str(n)): picture(n) for n in (0, 1, 3, 4, 5)}, "without Spark"
+    found = {image_id: data for (image_id, _), data in read_pictures(platform, rows).items()}
+    assert found == {str(n): picture(n) for n in (0, 1, 3, 4, 5)}, "without Spark"
 
 
 @pytest.mark.matrix

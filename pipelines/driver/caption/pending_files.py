@@ -30,6 +30,8 @@ from pipelines.platform import Platform
 
 logger = logging.getLogger(__name__)
 
+COLUMNS = ("id_column", "image_column")
+"""Columns of `generated_captions` that name the columns of the captioned table. They identify a caption, too."""
 READ_FROM = ("source_version", "source_commit", "source_file", *(column.name for column in PICTURE_COLUMNS))
 """Columns of `generated_captions` that say from where a picture was read."""
 STALE = timedelta(days=1)
@@ -44,11 +46,15 @@ class PendingFiles:
         folder: folder that contains the files.
         key: dict from a column of `generated_captions`, such as model_name, to the value that all rows of the files
             have. The digest of the model is not part of the key.
+        columns: names of the id column and of the picture column of this job. Captions and files that Lakesight 0.1.0
+            wrote name no columns, and count as captions of these columns. Other files of the folder may name other
+            columns.
         counts: dict from the path of a file to its number of rows, which saves reading a Parquet footer twice.
     """
 
     folder: Path
     key: dict[str, str]
+    columns: tuple[str, str]
     counts: dict[Path, int] = field(default_factory=dict)
 
     def open(self) -> None:
@@ -91,23 +97,28 @@ class PendingFiles:
         # below. Spark skips files that another driver has merged and removed. Columns that the files of Lakesight 0.1.0
         # lack are null.
         rows = spark.read.schema(from_arrow_schema(PENDING_SCHEMA)).option("ignoreMissingFiles", "true")
-        new = _newest_rows(rows.option("pathGlobFilter", "*.parquet").parquet(escape_wildcards(str(self.folder))))
+        new = rows.option("pathGlobFilter", "*.parquet").parquet(escape_wildcards(str(self.folder)))
         table = platform.table(GENERATED_CAPTIONS.name)
         total = sum(self._rows_of(path) for path in files)
-        retry_on_conflict(lambda: _merge(spark, table, new, self.key), where=table)
+        for name, column in zip(COLUMNS, self.columns, strict=True):
+            new = new.withColumn(name, F.coalesce(name, F.lit(column)))
+        retry_on_conflict(lambda: _merge(spark, table, _newest_rows(new), self.key, self.columns), where=table)
         for path in files:
             path.unlink(missing_ok=True)
         return total
 
 
-def matches_key(key: dict[str, str]) -> Column:
-    """Return the SQL condition that selects the rows of `generated_captions` (alias `old`) with the values of the key.
+def matches_key(key: dict[str, str], columns: tuple[str, str]) -> Column:
+    """Return the SQL condition that selects the rows of `generated_captions` (alias `old`) with the values of the key
+    and with the names of the id column and of the picture column.
 
     The condition contains the values as literals, so that Delta can skip data files without these values.
     """
     condition = F.lit(True)
     for column, value in key.items():
         condition &= F.col(f"old.{column}") == value
+    for name, column in zip(COLUMNS, columns, strict=True):
+        condition &= F.coalesce(f"old.{name}", F.lit(column)) == column
     return condition
 
 
@@ -116,28 +127,29 @@ def _newest_rows(rows: DataFrame) -> DataFrame:
 
     A retried task or a second job may have written a picture more than once.
     """
-    order = Window.partitionBy("image_id", "run_id", "model_digest").orderBy(
+    order = Window.partitionBy("image_id", "run_id", "model_digest", *COLUMNS).orderBy(
         F.desc("captioned_at"), F.desc("source_version"), "sha256"
     )
     return rows.withColumn("rank", F.row_number().over(order)).filter("rank = 1").drop("rank")
 
 
-def _merge(spark: SparkSession, name: str, new: DataFrame, key: dict[str, str]) -> None:
+def _merge(spark: SparkSession, name: str, new: DataFrame, key: dict[str, str], columns: tuple[str, str]) -> None:
     """Insert new captions, and update rows that had an error or whose picture has changed.
 
     A row whose picture was compared and has not changed gets the table version, the data file and the columns
     from which the picture was compared.
     """
     of_key = " AND ".join(f"old.{column} = {{{column}}}" for column in key)
+    of_columns = " AND ".join(f"COALESCE(old.{column}, {{{column}}}) = new.{column}" for column in COLUMNS)
     is_newer = "new.captioned_at > old.captioned_at"
     replaces = f"NOT new.unchanged AND {is_newer} AND (old.error IS NOT NULL OR NOT (old.sha256 <=> new.sha256))"
     moved = " OR ".join(f"NOT (new.{column} <=> old.{column})" for column in READ_FROM)
     read_from = ", ".join(f"{column} = new.{column}" for column in READ_FROM)
     merge = (
         f"MERGE INTO {name} old USING {{new}} new "
-        f"ON {of_key} AND old.image_id = new.image_id AND {SAME_MODEL} "
+        f"ON {of_key} AND {of_columns} AND old.image_id = new.image_id AND {SAME_MODEL} "
         f"WHEN MATCHED AND {replaces} THEN {GENERATED_CAPTIONS.update_clause('new')} "
         f"WHEN MATCHED AND new.sha256 <=> old.sha256 AND ({moved}) THEN UPDATE SET {read_from} "
         f"WHEN NOT MATCHED AND NOT new.unchanged THEN {GENERATED_CAPTIONS.insert_clause('new')}"
     )
-    spark.sql(merge, None, new=new, **key)
+    spark.sql(merge, None, new=new, **key, **dict(zip(COLUMNS, columns, strict=True)))

@@ -16,18 +16,17 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 from pydantic import Field
 from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import functions as F
 
 from pipelines.config import LimitsConfig, short_hash
 from pipelines.driver.caption.drift import Drift
-from pipelines.driver.caption.pending_files import PendingFiles, matches_key
+from pipelines.driver.caption.pending_files import PendingFiles
 from pipelines.driver.caption.source_table import SourceTable, open_source_table
+from pipelines.driver.caption.uncaptioned_rows import captions_of_model, find_uncaptioned_rows
 from pipelines.driver.delta.map_in_arrow import spark_schema
-from pipelines.driver.delta.model_rows import is_of_model
 from pipelines.driver.delta.retry import retry_on_conflict
 from pipelines.driver.delta.row_times import later_than, newest_stored_time
 from pipelines.driver.delta.settings import bounded_batches
@@ -88,6 +87,11 @@ class CaptionRequest(Config):
     retry_errors: bool = False
     remove_deleted: bool = False
     max_error_share: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+    @property
+    def columns(self) -> tuple[str, str]:
+        """Names of the id column and of the picture column."""
+        return self.id_column, self.image_column
 
 
 class CaptionReport(Config):
@@ -184,19 +188,19 @@ def caption(
     ensure_champion_captions(spark, platform)
     source = _open_source(spark, platform, request)
     *_, key = identity = caption_key(model, request, source.name)
-    pending = PendingFiles(pending_folder(platform, key), key)
+    pending = PendingFiles(pending_folder(platform, key), key, request.columns)
     pending.open()
     with translate_spark_errors("the table could not be captioned", where=source.name):
         recovered = pending.merge(spark, platform)
-        captions = _captions_of_model(spark, platform, key, model)
-        todo, counts = _find_uncaptioned_rows(spark, captions, source, request)
+        captions = captions_of_model(spark, platform, key, request.columns, model)
+        todo, counts = find_uncaptioned_rows(captions, source, request.id_column, retry_errors=request.retry_errors)
         done = CaptionStats()
         if counts.todo:
             job = _create_job(spark, platform, model, request, source, identity=identity)
             with progress(pending.num_rows, counts.todo):
                 done = _run_executors(spark, todo, counts.todo, job)
             pending.merge(spark, platform)
-        removed = _remove_deleted(spark, platform, source) if request.remove_deleted else 0
+        removed = _remove_deleted(spark, platform, source, request.id_column) if request.remove_deleted else 0
     report = CaptionReport(
         **key,
         model_digest=model.digest,
@@ -225,7 +229,7 @@ def _open_source(spark: SparkSession, platform: Platform, request: CaptionReques
         platform,
         request.source_table,
         request.source_version,
-        columns=(request.id_column, request.image_column),
+        columns=request.columns,
         where=request.where,
         image_root=request.image_root,
     )
@@ -294,52 +298,6 @@ def pending_folder(platform: Platform, key: dict[str, str]) -> Path:
     return (platform.folder("staged") / f"captions-{short_hash(key)}").absolute()
 
 
-class RowCounts(NamedTuple):
-    """Number of all rows (`rows`), and of rows whose caption is missing or may be out of date (`todo`)."""
-
-    rows: int
-    todo: int
-
-
-def _captions_of_model(spark: SparkSession, platform: Platform, key: dict[str, str], model: ModelFiles) -> DataFrame:
-    """Return the rows of `generated_captions` that the model has generated for the source table and the settings."""
-    table = spark.table(platform.table(GENERATED_CAPTIONS.name)).alias("old")
-    return table.where(matches_key(key)).where(is_of_model(model.digest, model.run_id))
-
-
-def _find_uncaptioned_rows(
-    spark: SparkSession, captions: DataFrame, source: SourceTable, request: CaptionRequest
-) -> tuple[DataFrame, RowCounts]:
-    """Return rows that may need a caption, and row counts.
-
-    A row may need a caption if it has none, or if its caption was made from another data file or from other columns.
-    Column `known` has the SHA-256 of the last captioned picture.
-    """
-    old = captions.where("error IS NULL") if request.retry_errors else captions
-    captioned_from = F.col("source_file").alias("captioned_from")
-    done = old.select("image_id", "sha256", captioned_from, F.lit(True).alias("is_done"))
-    may_differ = F.col("is_done") & ~F.col("captioned_from").eqNullSafe(F.col("source_file"))
-    marked = source.rows.join(done, "image_id", "left")
-    marked = marked.withColumn("may_differ", F.coalesce(may_differ, F.lit(False)))
-    counts = marked.agg(
-        F.count("*").alias("rows"),
-        F.count("image_id").alias("ids"),
-        F.countDistinct("image_id").alias("distinct"),
-        F.count_if(F.expr("is_done IS NULL OR may_differ")).alias("todo"),
-    ).head()
-    assert counts is not None
-    if not counts["rows"] == counts["ids"] == counts["distinct"]:
-        raise UserError(
-            "the ids of the rows to caption are not unique",
-            where=f"column {request.id_column} of table {source.name}",
-            got=f"{counts['rows']} rows, {counts['ids']} non-null ids, {counts['distinct']} distinct ids",
-            fix="name a column with unique values, or exclude rows with --where",
-        )
-    todo = marked.where("is_done IS NULL OR may_differ").withColumnRenamed("sha256", "known")
-    todo = todo.select("image_id", "image", "known", "source_file")
-    return todo, RowCounts(counts["rows"], counts["todo"])
-
-
 def _run_executors(spark: SparkSession, todo: DataFrame, rows: int, job: CaptionJob) -> CaptionStats:
     """Caption rows on executors, which write the captions to files. Return the statistics of the captioned rows."""
     # The rows are repartitioned, because Spark would read a table with a single data file in a single task. The rows
@@ -356,17 +314,21 @@ def _run_executors(spark: SparkSession, todo: DataFrame, rows: int, job: Caption
     return sum_stats(CaptionStats.model_validate_json(row["stats"]) for row in written)
 
 
-def _remove_deleted(spark: SparkSession, platform: Platform, source: SourceTable) -> int:
-    """Remove captions of rows that the table no longer has. Return the number of removed captions."""
+def _remove_deleted(spark: SparkSession, platform: Platform, source: SourceTable, id_column: str) -> int:
+    """Remove captions of rows that the table no longer has. Return the number of removed captions.
+
+    Captions whose ids are in another column of the table are kept.
+    """
     name = platform.table(GENERATED_CAPTIONS.name)
-    of_table = "old.source_table = {source_table}"
+    of_table = "old.source_table = {source_table} AND COALESCE(old.id_column, {id_column}) = {id_column}"
     merge = (
         f"MERGE INTO {name} old USING {{ids}} new ON {of_table} AND old.image_id = new.image_id "
         f"WHEN NOT MATCHED BY SOURCE AND {of_table} THEN DELETE"
     )
 
     def remove() -> int:
-        return int(spark.sql(merge, ids=source.ids, source_table=source.name).collect()[0]["num_deleted_rows"])
+        done = spark.sql(merge, ids=source.ids, source_table=source.name, id_column=id_column).collect()
+        return int(done[0]["num_deleted_rows"])
 
     return retry_on_conflict(remove, where=name)
 

@@ -15,7 +15,7 @@ from pipelines.driver.caption.pending_files import PendingFiles
 def test_counting_the_progress_of_a_caption_job_reads_the_footer_of_each_parquet_file_only_once(
     tmp_path: Path, files: int
 ) -> None:
-    pending = PendingFiles(tmp_path, {})
+    pending = PendingFiles(tmp_path, {}, ("image_id", "image"))
     for number in range(files):
         pq.write_table(pa.table({"image_id": ["a", "b"]}), tmp_path / f"{number}.parquet")
     assert pending.num_rows() == 2 * files

@@ -1,0 +1,64 @@
+"""Rows of a captioned table that have no caption by a model yet, or whose caption may be out of date."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from pipelines.driver.caption.pending_files import matches_key
+from pipelines.driver.caption.source_table import SourceTable
+from pipelines.driver.delta.model_rows import is_of_model
+from pipelines.driver.model_files import ModelFiles
+from pipelines.errors import UserError
+from pipelines.formats.tables import GENERATED_CAPTIONS
+from pipelines.platform import Platform
+
+
+class RowCounts(NamedTuple):
+    """Number of all rows (`rows`), and of rows whose caption is missing or may be out of date (`todo`)."""
+
+    rows: int
+    todo: int
+
+
+def captions_of_model(
+    spark: SparkSession, platform: Platform, key: dict[str, str], columns: tuple[str, str], model: ModelFiles
+) -> DataFrame:
+    """Return the rows of `generated_captions` for the source table, its columns, the settings and the model."""
+    table = spark.table(platform.table(GENERATED_CAPTIONS.name)).alias("old")
+    return table.where(matches_key(key, columns)).where(is_of_model(model.digest, model.run_id))
+
+
+def find_uncaptioned_rows(
+    captions: DataFrame, source: SourceTable, id_column: str, *, retry_errors: bool
+) -> tuple[DataFrame, RowCounts]:
+    """Return rows that may need a caption, and row counts.
+
+    A row may need a caption if it has none, or if its caption was made from another data file or from other columns.
+    Column `known` has the SHA-256 of the last captioned picture.
+    """
+    old = captions.where("error IS NULL") if retry_errors else captions
+    captioned_from = F.col("source_file").alias("captioned_from")
+    done = old.select("image_id", "sha256", captioned_from, F.lit(True).alias("is_done"))
+    may_differ = F.col("is_done") & ~F.col("captioned_from").eqNullSafe(F.col("source_file"))
+    marked = source.rows.join(done, "image_id", "left")
+    marked = marked.withColumn("may_differ", F.coalesce(may_differ, F.lit(False)))
+    counts = marked.agg(
+        F.count("*").alias("rows"),
+        F.count("image_id").alias("ids"),
+        F.countDistinct("image_id").alias("distinct"),
+        F.count_if(F.expr("is_done IS NULL OR may_differ")).alias("todo"),
+    ).head()
+    assert counts is not None
+    if not counts["rows"] == counts["ids"] == counts["distinct"]:
+        raise UserError(
+            "the ids of the rows to caption are not unique",
+            where=f"column {id_column} of table {source.name}",
+            got=f"{counts['rows']} rows, {counts['ids']} non-null ids, {counts['distinct']} distinct ids",
+            fix="name a column with unique values, or exclude rows with --where",
+        )
+    todo = marked.where("is_done IS NULL OR may_differ").withColumnRenamed("sha256", "known")
+    todo = todo.select("image_id", "image", "known", "source_file")
+    return todo, RowCounts(counts["rows"], counts["todo"])
