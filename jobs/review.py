@@ -94,7 +94,14 @@ def _open_home(job: Job, table: str, warehouse: str | None) -> tuple[CaptionStor
     captions = open_table(job, "generated_captions", None)
     assert job.platform.tables, "open_table raises an error if the platform has no tables folder"
     pictures = open_source(job.platform, table)
-    store = DeltaStore(captions, pictures, job.platform.tables / "verdicts", table=table, model=job.model_name)
+    store = DeltaStore(
+        captions,
+        pictures,
+        job.platform.tables / "verdicts",
+        table=table,
+        model=job.model_name,
+        has_texts=table == job.platform.table("samples"),
+    )
     return store, user_name()
 
 

@@ -270,7 +270,7 @@ def write_gallery(job: Job, name: str, version: int, rows: pa.Table, place: Pict
     from pipelines.review.source_pictures import read_pictures
 
     found = rows.to_pylist()
-    is_captions = {"source_table", "image_id"} <= set(rows.column_names)
+    is_captions = {"source_table", "image_id", "sha256"} <= set(rows.column_names) and "image" not in rows.column_names
     if not found or not (is_captions or {place.id_column, place.image_column} <= set(rows.column_names)):
         raise UserError(
             f"there are no pictures to show in {name!r}",
@@ -279,7 +279,7 @@ def write_gallery(job: Job, name: str, version: int, rows: pa.Table, place: Pict
         )
     if is_captions:
         by_key = read_pictures(job.platform, found)
-        pictures = [by_key.get((row["source_table"], row["image_id"])) for row in found]
+        pictures = [by_key.get((row["image_id"], row["sha256"])) for row in found]
     else:
         pictures = [place.picture(row[place.image_column]) for row in found]
     label = "image_id" if is_captions else place.id_column

@@ -31,7 +31,8 @@ COLUMNS = {
 }
 """Dict from the name of each column of the view to its comment.
 
-The view has one row for each combination of source table, picture, model and prompt.
+The view has one row for each combination of source table, id column, picture column, id, model and prompt. Captions
+that Lakesight 0.1.0 wrote name no columns, and count as captions of the columns image_id and image.
 """
 TABLES = (GENERATED_CAPTIONS.name, DECISIONS.name, VERDICTS.name)
 """Tables from which the view `champion_captions` reads."""
@@ -43,7 +44,8 @@ SELECT {columns} FROM (
     captions.model_name, captions.model_version, captions.mean_logprob, verdicts.verdict, captions.sha256,
     captions.captioned_at, captions.id_column, captions.image_column, captions.image_root,
     ROW_NUMBER() OVER (
-      PARTITION BY captions.source_table, captions.image_id, captions.model_name, captions.prompt
+      PARTITION BY captions.source_table, COALESCE(captions.id_column, 'image_id'),
+        COALESCE(captions.image_column, 'image'), captions.image_id, captions.model_name, captions.prompt
       ORDER BY captions.captioned_at DESC, captions.settings_hash
     ) AS age
   FROM {generated_captions} AS captions
@@ -57,6 +59,7 @@ SELECT {columns} FROM (
     AND COALESCE(captions.model_digest = champions.model_digest, TRUE)
   LEFT JOIN {verdicts} AS verdicts
     ON verdicts.source_table = captions.source_table AND verdicts.image_id = captions.image_id
+    AND verdicts.sha256 = captions.sha256
     AND verdicts.model_name = captions.model_name AND verdicts.model_version = captions.model_version
     AND verdicts.settings_hash = captions.settings_hash
     AND COALESCE(verdicts.model_digest, '') = COALESCE(captions.model_digest, '')

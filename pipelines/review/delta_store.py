@@ -5,7 +5,6 @@ The server therefore answers within milliseconds.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ import pyarrow as pa
 from deltalake import DeltaTable
 
 from pipelines.formats.delta_files import open_or_create, query_rows, quoted_text
-from pipelines.formats.tables import MODEL_DIGEST, PICTURE_COLUMNS, VERDICTS
-from pipelines.review.source_pictures import PictureColumns, SourcePictures
-from pipelines.review.verdicts import CAPTION_COLUMNS, KEY, key_of
+from pipelines.formats.tables import MODEL_DIGEST, VERDICTS
+from pipelines.review.source_pictures import SourcePictures
+from pipelines.review.verdicts import CAPTION_COLUMNS, KEY, Texts, key_of
 
 
 class DeltaStore:
@@ -28,37 +27,48 @@ class DeltaStore:
         verdicts: folder of the table `verdicts`, which is created if it does not exist.
         table: full name of the captioned table.
         model: full name of the model.
+        has_texts: whether the captioned table is table `samples`, which has human texts.
     """
 
-    def __init__(self, captions: DeltaTable, pictures: DeltaTable, verdicts: Path, *, table: str, model: str) -> None:
+    def __init__(
+        self,
+        captions: DeltaTable,
+        pictures: DeltaTable,
+        verdicts: Path,
+        *,
+        table: str,
+        model: str,
+        has_texts: bool,
+    ) -> None:
         self._captions = captions
-        self._source = pictures
+        self._pictures = SourcePictures(pictures)
+        self._has_texts = has_texts
         self._verdicts = open_or_create(verdicts, VERDICTS)
         self._of_model = f"source_table = {quoted_text(table)} AND model_name = {quoted_text(model)}"
-        self._pictures = SourcePictures(pictures, PictureColumns())
 
     def read_captions(self) -> list[dict[str, Any]]:
         """Read the newest versions of the tables. See `CaptionStore.read_captions`."""
         self._captions.update_incremental()
         self._verdicts.update_incremental()
-        columns = (*CAPTION_COLUMNS, *(column.name for column in PICTURE_COLUMNS))
-        rows = _read(self._captions, columns, f"{self._of_model} AND caption IS NOT NULL")
+        rows = _read(self._captions, CAPTION_COLUMNS, f"{self._of_model} AND caption IS NOT NULL")
         judged = _read(self._verdicts, ("verdict", *KEY), self._of_model)
         verdicts = {key_of(row): row["verdict"] for row in judged}
-        newest: dict[str, Any] = max(rows, key=lambda row: row["captioned_at"], default={})
-        self._pictures = SourcePictures(self._source, PictureColumns.of_caption(newest))
         return [row | {"verdict": verdicts.get(key_of(row))} for row in rows]
 
-    def read_picture(self, image_id: str) -> bytes | None:
+    def read_picture(self, caption: Mapping[str, Any]) -> bytes | None:
         """Read a picture file. See `CaptionStore.read_picture`."""
-        return self._pictures.read([image_id]).get(image_id)
+        return self._pictures.read([caption]).get((caption["image_id"], caption["sha256"]))
 
-    def write_verdict(self, row: Mapping[str, Any]) -> bool:
+    def read_texts(self, captions: Sequence[Mapping[str, Any]]) -> Texts:
+        """Read human texts. See `CaptionStore.read_texts`."""
+        return self._pictures.read_texts([row["image_id"] for row in captions]) if self._has_texts else {}
+
+    def write_verdict(self, row: Mapping[str, Any], caption: Mapping[str, Any]) -> bool:
         """Write a row of table `verdicts` with the picture. See `CaptionStore.write_verdict`."""
-        image = self.read_picture(row["image_id"])
+        image = self.read_picture(caption)
         if image is None:
             return False
-        written = {**row, "image": image, "sha256": hashlib.sha256(image).hexdigest()}
+        written = {**row, "image": image}
         same_caption = " AND ".join(f"(old.{column} IS NOT DISTINCT FROM new.{column})" for column in VERDICTS.key)
         self._verdicts.update_incremental()
         merge = self._verdicts.merge(

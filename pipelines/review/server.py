@@ -11,8 +11,10 @@ address in a header. The server refuses requests without this header.
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from starlette.applications import Starlette
@@ -55,7 +57,7 @@ def forwarded_user(request: Request) -> str:
 def open_app(review: Review, title: str, reviewer: Callable[[Request], str], hosts: Sequence[str] = HOSTS) -> Starlette:
     """Create the server's application.
 
-    The routes are GET / (with the parameters show, words and page), GET /picture?id= and POST /verdict.
+    The routes are GET / (with the parameters show, words and page), GET /picture?id=&sha256= and POST /verdict.
 
     Args:
         review: captions and verdicts.
@@ -73,17 +75,21 @@ def open_app(review: Review, title: str, reviewer: Callable[[Request], str], hos
             number = max(1, int(query.get("page", "1")))
         except ValueError:
             return PlainTextResponse("parameter show must be open, judged or all; parameter page must be a number", 400)
+
+        def make_page() -> Response:
+            review.refresh_if_old()
+            return _page(review, show, query.get("words", ""), number, title=title, token=token)
+
         try:
-            await asyncio.to_thread(review.refresh_if_old)
+            return await asyncio.to_thread(make_page)
         except UserError as error:
             return PlainTextResponse(str(error), 503)
-        return _page(review, show, query.get("words", ""), number, title=title, token=token)
 
     async def picture(request: Request) -> Response:
         reviewer(request)
         # The server decodes pictures and sends thumbnails, because the bytes in the table are not trusted.
-        image_id = request.query_params.get("id", "")
-        data = await asyncio.to_thread(lambda: make_thumbnail(review.picture(image_id), side=SIDE))
+        image_id, sha256 = (request.query_params.get(name, "") for name in ("id", "sha256"))
+        data = await asyncio.to_thread(lambda: make_thumbnail(review.picture(image_id, sha256), side=SIDE))
         return Response(data, media_type="image/jpeg") if data else PlainTextResponse("no such picture", 404)
 
     async def verdict(request: Request) -> Response:
@@ -107,6 +113,10 @@ def _page(review: Review, show: Show, words: str, number: int, *, title: str, to
     """Render one page of the captions that `show` and `words` select. `token` allows the page to save verdicts."""
     found = review.find(show, words)
     shown = found[PAGE_SIZE * (number - 1) : PAGE_SIZE * number]
+    rows = [
+        row | {"verdict": review.judged.get(key_of(row), ""), "texts": texts, "certainty": _certainty(row)}
+        for row, texts in zip(shown, review.texts(shown), strict=True)
+    ]
     nonce = secrets.token_urlsafe(12)
     rendered = render(
         "review.html.j2",
@@ -117,7 +127,7 @@ def _page(review: Review, show: Show, words: str, number: int, *, title: str, to
         words=words,
         page=number,
         pages=max(1, -(-len(found) // PAGE_SIZE)),
-        rows=[row | {"verdict": review.judged.get(key_of(row), "")} for row in shown],
+        rows=rows,
         judged=len(review.judged),
         total=len(review.captions),
         found=len(found),
@@ -127,3 +137,9 @@ def _page(review: Review, show: Show, words: str, number: int, *, title: str, to
         "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     )
     return HTMLResponse(rendered, headers={"Content-Security-Policy": policy, "Cache-Control": "no-store"})
+
+
+def _certainty(row: Mapping[str, Any]) -> str:
+    """Return the certainty of a caption, such as `87 %`: the geometric mean of the probabilities of its tokens."""
+    value = row["mean_logprob"]
+    return "" if value is None else f"{math.exp(value):.0%}".replace("%", " %")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +22,9 @@ from vlm.errors import ImageError
 from vlm.image import picture_bytes
 
 logger = logging.getLogger(__name__)
+
+Pictures = dict[tuple[str, str], bytes]
+"""Picture files: a dict from (image_id, SHA-256 of the file) to the bytes of the file."""
 
 
 @dataclass(frozen=True)
@@ -55,22 +59,57 @@ class PictureColumns:
 
 
 class SourcePictures:
-    """Reader of the pictures of a Delta table by id, without Spark. Several threads may use the reader.
+    """Reader of the captioned pictures of a Delta table, without Spark. Several threads may use the reader.
 
     Each read uses the newest version of the table.
 
     Args:
         table: Delta table.
-        columns: columns of the pictures and their ids.
     """
 
-    def __init__(self, table: DeltaTable, columns: PictureColumns) -> None:
+    def __init__(self, table: DeltaTable) -> None:
         self._table = table
-        self._columns = columns
         self._lock = threading.Lock()
 
-    def read(self, ids: Sequence[str]) -> dict[str, bytes]:
-        """Read pictures by id. Leave out ids that the table does not contain, and rows without a readable picture.
+    def read(self, captions: Iterable[Mapping[str, Any]]) -> Pictures:
+        """Read the pictures of captions. Leave out pictures that the table does not contain any more.
+
+        A picture is left out if its bytes have another SHA-256 than the captioned picture: the caption would be shown
+        beside a picture that the model has not seen.
+
+        Args:
+            captions: rows with the columns image_id, sha256 and, except in rows of Lakesight 0.1.0, PICTURE_COLUMNS.
+
+        Raises:
+            UserError: the package `deltalake` cannot read the table or its ids.
+        """
+        wanted: dict[PictureColumns, set[tuple[str, str]]] = {}
+        for row in captions:
+            wanted.setdefault(PictureColumns.of_caption(row), set()).add((row["image_id"], row["sha256"]))
+        found: Pictures = {}
+        for columns, keys in wanted.items():
+            for image_id, picture in self._read_columns(columns, sorted({image_id for image_id, _ in keys})).items():
+                key = image_id, hashlib.sha256(picture).hexdigest()
+                if key in keys:
+                    found[key] = picture
+        return found
+
+    def read_texts(self, ids: Sequence[str]) -> dict[str, Any]:
+        """Read the human texts of pictures of table `samples` by id.
+
+        Raises:
+            UserError: the package `deltalake` cannot read the table.
+        """
+        return self._read_column("image_id", "texts", ids)
+
+    def _read_columns(self, columns: PictureColumns, ids: Sequence[str]) -> dict[str, bytes]:
+        """Read pictures by id. Leave out ids that the table does not contain, and rows without a readable picture."""
+        found = self._read_column(columns.id_column, columns.image_column, ids)
+        pictures = {image_id: columns.picture(value) for image_id, value in found.items()}
+        return {image_id: picture for image_id, picture in pictures.items() if picture is not None}
+
+    def _read_column(self, id_column: str, column: str, ids: Sequence[str]) -> dict[str, Any]:
+        """Read the values of a column by id. Leave out ids that the table does not contain.
 
         The SQL engine reads the table, because Arrow refuses tables with deletion vectors and reads only nulls from
         tables with column mapping.
@@ -78,10 +117,10 @@ class SourcePictures:
         Raises:
             UserError: the package `deltalake` cannot read the table or its ids.
         """
-        identity, picture = (quoted_name(name) for name in (self._columns.id_column, self._columns.image_column))
+        identity, value = quoted_name(id_column), quoted_name(column)
         wanted = ", ".join(map(quoted_text, ids)) or "NULL"
         text = f"CAST({identity} AS VARCHAR)"
-        sql = f"SELECT {text} AS id, {picture} AS picture FROM source WHERE {text} IN ({wanted})"  # noqa: S608 quoted
+        sql = f"SELECT {text} AS id, {value} AS value FROM source WHERE {text} IN ({wanted})"  # noqa: S608 quoted
         try:
             with self._lock:
                 # Read the newest version, because a server may run for days, and VACUUM removes files of older
@@ -95,8 +134,7 @@ class SourcePictures:
                 got=str(error).splitlines()[0],
                 fix="show the captions without pictures, or read the pictures with Spark",
             ) from None
-        pictures = {row["id"]: self._columns.picture(row["picture"]) for row in found}
-        return {image_id: picture for image_id, picture in pictures.items() if picture is not None}
+        return {row["id"]: row["value"] for row in found}
 
 
 def open_source(platform: Platform, name: str) -> DeltaTable:
@@ -124,20 +162,18 @@ def open_source(platform: Platform, name: str) -> DeltaTable:
         ) from None
 
 
-def read_pictures(platform: Platform, captions: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], bytes]:
-    """Read the pictures of captions from the captioned tables. The keys of the result are (`source_table`, `image_id`).
+def read_pictures(platform: Platform, captions: Iterable[Mapping[str, Any]]) -> Pictures:
+    """Read the pictures of captions from the captioned tables, as `SourcePictures.read` does.
 
     If a table cannot be read as files, log a warning and leave out its pictures.
     """
-    ids: dict[tuple[str, PictureColumns], list[str]] = {}
+    of_table: dict[str, list[Mapping[str, Any]]] = {}
     for row in captions:
-        ids.setdefault((row["source_table"], PictureColumns.of_caption(row)), []).append(row["image_id"])
-    found: dict[tuple[str, str], bytes] = {}
-    for (name, columns), wanted in ids.items():
+        of_table.setdefault(row["source_table"], []).append(row)
+    found: Pictures = {}
+    for name, rows in of_table.items():
         try:
-            pictures = SourcePictures(open_source(platform, name), columns).read(wanted)
+            found |= SourcePictures(open_source(platform, name)).read(rows)
         except UserError as error:
             logger.warning("captions are shown without pictures: %s", error)
-            continue
-        found |= {(name, image_id): picture for image_id, picture in pictures.items()}
     return found

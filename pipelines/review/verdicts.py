@@ -8,25 +8,29 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, Protocol, Self
 
 from pydantic import Field, model_validator
 
 from pipelines.errors import UserError
-from pipelines.formats.tables import MODEL_DIGEST
+from pipelines.formats.tables import MODEL_DIGEST, PICTURE_COLUMNS
 from vlm.config import Config
 
-KEY = ("image_id", "model_version", "settings_hash", MODEL_DIGEST.name)
-"""Columns that identify a caption of one source table and one model."""
-CAPTION_COLUMNS = ("caption", "error", "prompt", "mean_logprob", "captioned_at", *KEY)
+KEY = ("image_id", "model_version", "settings_hash", MODEL_DIGEST.name, "sha256")
+"""Columns that identify a caption of one source table and one model. The SHA-256 of the picture is one of them, because
+a table may have several columns of pictures, and a later picture may have the id of an earlier picture.
+"""
+CAPTION_COLUMNS = ("caption", "error", "prompt", "mean_logprob", *KEY, *(column.name for column in PICTURE_COLUMNS))
 REFRESH_SECONDS = 300
 """Age at which the captions are read again, in seconds. A server may run for days, while other processes write captions
 and verdicts.
 """
 Show = Literal["open", "judged", "all"]
-Key = tuple[str, str, str, str]
+Key = tuple[str, str, str, str, str]
+Texts = dict[str, list[dict[str, str]]]
+"""Human texts of pictures: a dict from image_id to the texts, each a dict with the keys `prompt` and `text`."""
 
 
 class CaptionVerdict(Config):
@@ -34,6 +38,7 @@ class CaptionVerdict(Config):
 
     Attributes:
         model_digest: digest of the model, or empty if Lakesight 0.1.0 wrote the caption.
+        sha256: SHA-256 of the captioned picture.
         text: corrected caption, or empty if `verdict` is not `corrected`.
     """
 
@@ -41,6 +46,7 @@ class CaptionVerdict(Config):
     model_version: Annotated[str, Field(min_length=1)]
     settings_hash: Annotated[str, Field(min_length=1)]
     model_digest: str = ""
+    sha256: Annotated[str, Field(min_length=1)]
     verdict: Literal["good", "bad", "corrected"]
     text: Annotated[str, Field(max_length=10_000)] = ""
 
@@ -53,7 +59,7 @@ class CaptionVerdict(Config):
     @property
     def key(self) -> Key:
         """Values that identify the caption among all captions of its table and model."""
-        return self.image_id, self.model_version, self.settings_hash, self.model_digest
+        return self.image_id, self.model_version, self.settings_hash, self.model_digest, self.sha256
 
 
 class CaptionStore(Protocol):
@@ -67,18 +73,29 @@ class CaptionStore(Protocol):
         """
         ...
 
-    def read_picture(self, image_id: str) -> bytes | None:
-        """Read the picture file of a caption, or return None if the table does not contain a readable picture.
+    def read_picture(self, caption: Mapping[str, Any]) -> bytes | None:
+        """Read the picture file of a caption, or return None if the table does not contain this picture any more.
+
+        `caption` is a row of `read_captions`.
 
         Raises:
             UserError: the table cannot be read.
         """
         ...
 
-    def write_verdict(self, row: Mapping[str, Any]) -> bool:
+    def read_texts(self, captions: Sequence[Mapping[str, Any]]) -> Texts:
+        """Read the texts that people wrote about the captioned pictures. Only table `samples` has such texts.
+
+        Raises:
+            UserError: the table cannot be read.
+        """
+        ...
+
+    def write_verdict(self, row: Mapping[str, Any], caption: Mapping[str, Any]) -> bool:
         """Write a row of table `verdicts`. The row replaces an earlier verdict on the same caption.
 
-        The row has all columns except `image` and `sha256`, which the store adds. Return whether the picture exists.
+        The row has all columns except `image`, which the store adds. Return whether the table still contains the
+        captioned picture; without the picture, nothing is written. `caption` is a row of `read_captions`.
 
         Raises:
             UserError: the table cannot be written.
@@ -111,6 +128,7 @@ class Review:
             rows = self._store.read_captions()
             self.captions = sorted(rows, key=_likelihood)
             self._by_key = {key_of(row): row for row in rows}
+            self._by_picture = {(row["image_id"], row["sha256"]): row for row in rows}
             self.judged = {key_of(row): row["verdict"] for row in rows if row["verdict"]}
             self._read_at = time.monotonic()
 
@@ -130,9 +148,18 @@ class Review:
             row for row in self.captions if (key_of(row) in self.judged) in judged and text in row["caption"].lower()
         ]
 
-    def picture(self, image_id: str) -> bytes | None:
+    def picture(self, image_id: str, sha256: str) -> bytes | None:
         """Return the bytes of a caption's picture file, or None if the table no longer contains the picture."""
-        return self._store.read_picture(image_id)
+        caption = self._by_picture.get((image_id, sha256))
+        return None if caption is None else self._store.read_picture(caption)
+
+    def texts(self, captions: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+        """Return for each caption the human texts that answer the same prompt as the caption."""
+        found = self._store.read_texts(captions)
+        return [
+            [pair["text"] for pair in found.get(row["image_id"], ()) if pair["prompt"] == row["prompt"]]
+            for row in captions
+        ]
 
     def save_verdict(self, verdict: CaptionVerdict, reviewer: str) -> None:
         """Write a verdict to the table. The new verdict replaces an earlier verdict on the same caption.
@@ -155,12 +182,15 @@ class Review:
                 "judged_at": datetime.now(UTC),
             }
             with self._lock:
-                written = self._store.write_verdict(row)
+                written = self._store.write_verdict(row, caption)
                 if written:
                     self.judged[verdict.key] = verdict.verdict
         if not written:
             raise UserError(
-                "the caption does not exist", where=self._table, got=verdict.image_id, fix="reload the page"
+                "the captioned picture does not exist any more",
+                where=self._table,
+                got=verdict.image_id,
+                fix="caption the table again, and reload the page",
             )
 
 
@@ -172,4 +202,4 @@ def _likelihood(row: Mapping[str, Any]) -> float:
 
 def key_of(row: Mapping[str, Any]) -> Key:
     """Return the key of a caption. The digest is empty if Lakesight 0.1.0 wrote the caption."""
-    return row["image_id"], row["model_version"], row["settings_hash"], row[MODEL_DIGEST.name] or ""
+    return row["image_id"], row["model_version"], row["settings_hash"], row[MODEL_DIGEST.name] or "", row["sha256"]

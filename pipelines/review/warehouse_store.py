@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import base64
+import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UserError
-from pipelines.formats.tables import GENERATED_CAPTIONS, PICTURE_COLUMNS, VERDICTS
+from pipelines.formats.tables import GENERATED_CAPTIONS, SAMPLES, VERDICTS
 from pipelines.platform import Platform
 from pipelines.review.source_pictures import PictureColumns
-from pipelines.review.verdicts import CAPTION_COLUMNS
+from pipelines.review.verdicts import CAPTION_COLUMNS, Texts
 
 if TYPE_CHECKING:
     from databricks.sdk import WorkspaceClient
@@ -107,13 +108,16 @@ class WarehouseStore:
     def __init__(self, warehouse: Warehouse, platform: Platform, *, table: str, model: str) -> None:
         self._warehouse = warehouse
         self._table, self._model = table, model
+        self._has_texts = table == platform.table(SAMPLES.name)
         self._captions, self._verdicts = platform.table(GENERATED_CAPTIONS.name), platform.table(VERDICTS.name)
-        self._columns = PictureColumns()
 
     def read_captions(self) -> list[dict[str, Any]]:
-        """Read at most MAX_CAPTIONS rows, rows without a verdict first. See `CaptionStore.read_captions`."""
-        columns = (*CAPTION_COLUMNS, *(column.name for column in PICTURE_COLUMNS))
-        chosen = ", ".join(f"c.{name}" for name in columns)
+        """Read at most MAX_CAPTIONS rows, rows without a verdict first. See `CaptionStore.read_captions`.
+
+        Captions of pictures that the table does not contain as bytes are left out with a warning. If all captions are
+        left out, this is an error.
+        """
+        chosen = ", ".join(f"c.{name}" for name in CAPTION_COLUMNS)
         found = self._warehouse.run(
             f"SELECT {chosen}, v.verdict FROM {self._captions} c "  # noqa: S608 names of our own tables and columns
             f"LEFT JOIN {self._verdicts} v ON {_same_caption('v', 'c')} "
@@ -125,46 +129,64 @@ class WarehouseStore:
             {**row, "mean_logprob": None if row["mean_logprob"] is None else float(row["mean_logprob"])}
             for row in found
         ]
-        if rows:
-            self._columns = PictureColumns.of_caption(max(rows, key=lambda row: row["captioned_at"]))
-            self._check_pictures()
-        return rows
+        problems = {
+            columns: self._find_problem(columns) for columns in {PictureColumns.of_caption(row) for row in rows}
+        }
+        kept = [row for row in rows if problems[PictureColumns.of_caption(row)] is None]
+        for problem in filter(None, problems.values()):
+            if not kept:
+                raise problem
+            logger.warning("some captions are not shown: %s", problem)
+        return kept
 
-    def _check_pictures(self) -> None:
-        """Raise an error if the captioned table does not contain the pictures as bytes."""
-        sql = f"SELECT typeof({_quoted(self._columns.image_column)}) AS type FROM {self._table} LIMIT 1"  # noqa: S608 the user's own table
+    def _find_problem(self, columns: PictureColumns) -> UserError | None:
+        """Return an error if the captioned table does not contain the pictures as bytes, else None."""
+        sql = f"SELECT typeof({_quoted(columns.image_column)}) AS type FROM {self._table} LIMIT 1"  # noqa: S608 the user's own table
         found = [row["type"] for row in self._warehouse.run(sql, {})]
-        if self._columns.image_root is not None or found not in (["binary"], []):
-            got = "paths or URLs" if self._columns.image_root is not None else str(found[0])
-            raise UserError(
-                "in a workspace, only pictures that a table contains as bytes can be reviewed",
-                where=f"column {self._columns.image_column} of {self._table}",
-                got=got,
-                fix="caption a table with a column of type BINARY, such as table samples",
-            )
-
-    def _picture(self) -> str:
-        """Return a query that selects the picture whose id is the value `image_id`."""
-        identity, picture = _quoted(self._columns.id_column), _quoted(self._columns.image_column)
-        return (
-            f"SELECT {picture} AS image FROM {self._table} "  # noqa: S608 quoted columns of the user's own table
-            f"WHERE CAST({identity} AS STRING) = :image_id AND {picture} IS NOT NULL LIMIT 1"
+        if columns.image_root is None and found in (["binary"], []):
+            return None
+        return UserError(
+            "in a workspace, only pictures that a table contains as bytes can be reviewed",
+            where=f"column {columns.image_column} of {self._table}",
+            got="paths or URLs" if columns.image_root is not None else str(found[0]),
+            fix="caption a table with a column of type BINARY, such as table samples",
         )
 
-    def read_picture(self, image_id: str) -> bytes | None:
+    def _picture(self, caption: Mapping[str, Any]) -> str:
+        """Return a query that selects the captioned picture by the values `image_id` and `sha256`."""
+        columns = PictureColumns.of_caption(caption)
+        identity, picture = _quoted(columns.id_column), _quoted(columns.image_column)
+        return (
+            f"SELECT {picture} AS image FROM {self._table} "  # noqa: S608 quoted columns of the user's own table
+            f"WHERE CAST({identity} AS STRING) = :image_id AND sha2({picture}, 256) = :sha256 LIMIT 1"
+        )
+
+    def read_picture(self, caption: Mapping[str, Any]) -> bytes | None:
         """Read a picture of at most MAX_PICTURE_BYTES bytes. See `CaptionStore.read_picture`."""
         found = self._warehouse.run(
             f"SELECT CASE WHEN octet_length(image) <= {MAX_PICTURE_BYTES} THEN base64(image) END AS text, "  # noqa: S608
-            f"octet_length(image) AS num_bytes FROM ({self._picture()})",
-            {"image_id": image_id},
+            f"octet_length(image) AS num_bytes FROM ({self._picture(caption)})",
+            {"image_id": caption["image_id"], "sha256": caption["sha256"]},
         )
         for row in found:
             if row["text"] is not None:
                 return base64.b64decode(row["text"])
-            logger.warning("picture %s is not shown, because it has %s bytes", image_id, row["num_bytes"])
+            logger.warning("picture %s is not shown, because it has %s bytes", caption["image_id"], row["num_bytes"])
         return None
 
-    def write_verdict(self, row: Mapping[str, Any]) -> bool:
+    def read_texts(self, captions: Sequence[Mapping[str, Any]]) -> Texts:
+        """Read human texts. See `CaptionStore.read_texts`."""
+        if not self._has_texts or not captions:
+            return {}
+        ids = {f"id{number}": row["image_id"] for number, row in enumerate(captions)}
+        found = self._warehouse.run(
+            f"SELECT image_id, to_json(texts) AS texts FROM {self._table} "  # noqa: S608 a name of our own table
+            f"WHERE image_id IN ({', '.join(f':{name}' for name in ids)})",
+            ids,
+        )
+        return {str(row["image_id"]): json.loads(row["texts"] or "[]") for row in found}
+
+    def write_verdict(self, row: Mapping[str, Any], caption: Mapping[str, Any]) -> bool:
         """Merge a row into table `verdicts`. See `CaptionStore.write_verdict`.
 
         The statement copies the picture from the captioned table.
@@ -173,8 +195,8 @@ class WarehouseStore:
         columns = ", ".join(f":{name} AS {name}" for name in given)
         done = self._warehouse.run(
             f"MERGE INTO {self._verdicts} old USING ("  # noqa: S608 names of our own tables and columns
-            f"SELECT {columns}, image, sha2(image, 256) AS sha256, current_timestamp() AS judged_at "
-            f"FROM ({self._picture()})) new ON {_same_caption('old', 'new')} "
+            f"SELECT {columns}, image, current_timestamp() AS judged_at "
+            f"FROM ({self._picture(caption)})) new ON {_same_caption('old', 'new')} "
             "WHEN MATCHED THEN UPDATE SET * WHEN NOT MATCHED THEN INSERT *",
             given,
         )

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from pipelines.formats.tables import GENERATED_CAPTIONS, SAMPLES
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 EVIL = '<img src=x onerror="document.title=1">'
+HUMAN = {"prompt": "", "text": "one red square"}
+SHA256 = [sha256(png(n)).hexdigest() for n in range(30)]
 CAPTIONS = ["a red square", "a blue circle", EVIL, *(f"picture {n}" for n in range(3, 30))]
 
 
@@ -42,13 +45,20 @@ def home(tmp_path: Path) -> Path:
     """A home folder with 30 pictures and their captions."""
     ids = [f"demo/{n:02}" for n in range(len(CAPTIONS))]
     samples = [
-        {"image_id": image_id, "sha256": "0" * 64, "image": png(n), "format": "PNG", "width": 8, "height": 8}
-        | {"texts": [], "split": "test", "source": "demo", "source_row": "r", "ingest_id": "i", "ingested_at": NOW}
+        {"image_id": image_id, "sha256": SHA256[n], "image": png(n), "format": "PNG", "width": 8, "height": 8}
+        | {
+            "texts": [HUMAN, HUMAN | {"prompt": "what colour?"}] if n == 0 else [],
+            "split": "test",
+            "source": "demo",
+            "source_row": "r",
+            "ingest_id": "i",
+            "ingested_at": NOW,
+        }
         for n, image_id in enumerate(ids)
     ]
     captions = [
         {"image_id": image_id, "model_name": "demo", "model_version": "1", "settings_hash": "h", "caption": caption}
-        | {"sha256": "0" * 64, "prompt": "", "settings": "{}", "num_tokens": 3, "mean_logprob": float(n - 30)}
+        | {"sha256": SHA256[n], "prompt": "", "settings": "{}", "num_tokens": 3, "mean_logprob": n / 30 - 1.0}
         | {"source_table": "lakesight.samples", "source_version": 1, "run_id": "r", "captioned_at": NOW}
         for n, (image_id, caption) in enumerate(zip(ids, CAPTIONS, strict=True))
     ]
@@ -105,16 +115,22 @@ def test_a_person_can_review_captions_on_the_review_page(page: Page, home: Path,
     assert page.evaluate("document.images[0].naturalWidth") == 24
 
     card = page.locator("article")
-    card.nth(0).get_by_role("button", name="Good").click()
+    assert card.nth(0).locator(".human").all_inner_texts() == ["HUMAN\none red square"]
+    assert card.nth(1).locator(".human").count() == 0
+    assert card.nth(0).locator(".id").inner_text() == "demo/00, version 1, certainty 37 %"
+    page.keyboard.press("g")
     expect(page.locator("#judged")).to_have_text("1")
     card.nth(1).get_by_role("button", name="Save correction").click()  # an unchanged text is not sent
     assert card.nth(1).locator(".status").inner_text() == "change the words first"
     card.nth(1).locator("textarea").fill("a green circle")
-    card.nth(1).get_by_role("button", name="Save correction").click()
+    page.keyboard.press("Control+Enter")
     expect(page.locator("#judged")).to_have_text("2")
+    page.keyboard.press("j")
+    page.keyboard.press("j")
+    expect(page.locator("article.current")).to_have_attribute("data-image-id", "demo/03")
     card.nth(3).get_by_role("button", name="Good").click()
     expect(page.locator("#judged")).to_have_text("3")
-    card.nth(3).get_by_role("button", name="Bad").click()  # a second verdict replaces the first
+    page.keyboard.press("b")  # a second verdict replaces the first
     expect(card.nth(3)).to_have_attribute("data-verdict", "bad")
     assert verdicts(home) == {
         "demo/00": ("good", "a red square"),
@@ -134,7 +150,7 @@ def test_a_person_can_review_captions_on_the_review_page(page: Page, home: Path,
 
 
 def test_the_review_server_refuses_requests_without_the_token_of_its_page(address: str, home: Path) -> None:
-    said = {"image_id": "demo/00", "model_version": "1", "settings_hash": "h", "verdict": "good"}
+    said = {"image_id": "demo/00", "model_version": "1", "settings_hash": "h", "sha256": SHA256[0], "verdict": "good"}
 
     def answer(path: str, body: object = None, **headers: str) -> tuple[int, str]:
         data = None if body is None else json.dumps(body).encode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,7 @@ def test_captions_and_verdicts_are_read_and_written_in_tables_with_deletion_vect
         "model_version": "1",
         "settings_hash": "h",
         "model_digest": "d",
+        "sha256": sha256(b"png").hexdigest(),
         "caption": "red",
     }
     nothing = dict.fromkeys(("error", "id_column", "image_column", "image_root"))
@@ -111,18 +113,18 @@ def test_captions_and_verdicts_are_read_and_written_in_tables_with_deletion_vect
         "image_id",
         [caption | nothing | {"image_id": name} for name in ("a", "b", "gone")],
     )
-    verdict = {"model_name": "m", "model_version": "1", "settings_hash": "h", "model_digest": "d", "verdict": "good"}
-    verdict |= {"source_table": "samples"}
+    verdict = caption | {"verdict": "good"}
     write(spark, home, VERDICTS, "image_id", [verdict | {"image_id": name} for name in ("b", "gone")])
     write_deltalake(home.tables / "samples", pa.table({"image_id": ["a", "b"], "image": [b"png"] * 2}))
 
-    reviewed = {"table": "samples", "model": "m"}
-    store = DeltaStore(captions, open_delta(home.tables / "samples"), home.tables / "verdicts", **reviewed)
-    review = Review(store, **reviewed)
+    pictures = open_delta(home.tables / "samples")
+    store = DeltaStore(captions, pictures, home.tables / "verdicts", table="samples", model="m", has_texts=False)
+    review = Review(store, table="samples", model="m")
     assert sorted(row["image_id"] for row in review.captions) == ["a", "b"]
     assert [row["image_id"] for row in review.find("judged", "")] == ["b"]
     for image_id in ("a", "b"):
-        posted = {"image_id": image_id, "model_version": "1", "settings_hash": "h", "model_digest": "d"}
+        posted = {name: caption[name] for name in ("model_version", "settings_hash", "model_digest", "sha256")}
+        posted |= {"image_id": image_id}
         review.save_verdict(CaptionVerdict.model_validate(posted | {"verdict": "bad"}), "me")
     stored = spark.read.format("delta").load(str(home.tables / "verdicts")).select("image_id", "verdict").collect()
     assert sorted(tuple(row) for row in stored) == [("a", "bad"), ("b", "bad")]

@@ -5,6 +5,7 @@ A Spark session on real Delta tables runs the statements of the SQL warehouse.
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -69,6 +70,7 @@ def namespace(platform: Platform) -> str:
 def ids(spark: SparkSession, namespace: str, source: str) -> list[str]:
     """Write three captioned pictures, and return the ids of the pictures, the least certain caption first."""
     rows = corner_rows(source, "train", 3)
+    hashes = [row[SAMPLES.names.index("sha256")] for row in rows]
     spark.createDataFrame(rows, SAMPLES.ddl()).writeTo(f"{namespace}.{SAMPLES.name}").append()
     values: list[dict[str, Any]] = [
         dict.fromkeys(GENERATED_CAPTIONS.names, "x")
@@ -76,6 +78,7 @@ def ids(spark: SparkSession, namespace: str, source: str) -> list[str]:
         | {"error": None, "num_tokens": 3, "mean_logprob": n - 3.0, "source_table": f"{namespace}.samples"}
         | {"source_version": 1, "captioned_at": datetime.now(UTC), "model_digest": None}
         | {"id_column": "image_id", "image_column": "image", "image_root": None}
+        | {"sha256": hashes[n]}
         for n, row in enumerate(rows)
     ]
     captions = [tuple(row[name] for name in GENERATED_CAPTIONS.names) for row in values]
@@ -151,7 +154,6 @@ def test_the_review_app_of_the_bundle_shows_captions_and_stores_verdicts_with_th
     spark: SparkSession, workspace: Workspace, namespace: str, ids: list[str], tmp_path: Path
 ) -> None:
     said = {"image_id": ids[0], "model_version": "7", "settings_hash": "x", "verdict": "good"}
-    corrected = said | {"image_id": ids[1], "verdict": "corrected", "text": "a green circle"}
     with serve(workspace) as url, running_app(workspace, url, namespace, tmp_path) as address:
         for path in ("/", f"/picture?id={ids[0]}"):
             assert answer(address + path)[0] == 403
@@ -159,9 +161,13 @@ def test_the_review_app_of_the_bundle_shows_captions_and_stores_verdicts_with_th
         assert status == 200
         shown = re.findall(r'data-caption="(caption \d)"', page.decode())
         assert shown == ["caption 0", "caption 1", "caption 2"]
-        status, picture = answer(f"{address}/picture?id={ids[0]}", **USER)
+        sources = [html.unescape(source) for source in re.findall(r'src="(/picture[^"]+)"', page.decode())]
+        status, picture = answer(address + sources[0], **USER)
         assert (status, picture[:2]) == (200, b"\xff\xd8")
-        assert answer(f"{address}/picture?id=absent", **USER)[0] == 404
+        assert answer(f"{address}/picture?id={ids[0]}", **USER)[0] == 404
+        hashes = re.findall(r'data-sha256="(\w+)"', page.decode())
+        said |= {"sha256": hashes[0]}
+        corrected = said | {"image_id": ids[1], "sha256": hashes[1], "verdict": "corrected", "text": "a green circle"}
 
         token = {"X-Lakesight-Token": re.findall(r'"X-Lakesight-Token": "([^"]+)"', page.decode())[0]}
         assert answer(f"{address}/verdict", said, **token)[0] == 403

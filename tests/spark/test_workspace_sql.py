@@ -30,10 +30,10 @@ def queries(schema: str, **values: str) -> list[str]:
     return [re.sub(r"\b(IMAGE_ID|RUN|VERSION)\b(?! AS OF)", lambda name: values[name[0]], query) for query in found]
 
 
-def stored_caption(image_id: str, model: str, table: str) -> tuple[Any, ...]:
-    """Return a row of `generated_captions`."""
+def stored_caption(sample: tuple[Any, ...], model: str, table: str) -> tuple[Any, ...]:
+    """Return a row of `generated_captions` for a row of table `samples`."""
     row: dict[str, Any] = dict.fromkeys(GENERATED_CAPTIONS.names, "x") | {
-        "image_id": image_id,
+        **{name: sample[SAMPLES.names.index(name)] for name in ("image_id", "sha256")},
         "model_name": model,
         "model_version": "1",
         "error": None,
@@ -54,7 +54,7 @@ def test_the_queries_of_the_docs_show_captions_and_decisions_and_write_a_verdict
     rows = corner_rows(source, "train", 2)
     spark.createDataFrame(rows, SAMPLES.ddl()).writeTo(platform.table(SAMPLES.name)).append()
     name = f"{platform.namespace}.{source}"
-    captions = [stored_caption(row[0], name, platform.table(SAMPLES.name)) for row in rows]
+    captions = [stored_caption(row, name, platform.table(SAMPLES.name)) for row in rows]
     spark.createDataFrame(captions, GENERATED_CAPTIONS.ddl()).writeTo(platform.table(GENERATED_CAPTIONS.name)).append()
     first, second = rows[0][0], rows[1][0]
     show, lineage, decisions, unjudged, judge = queries(platform.namespace, IMAGE_ID=first, RUN=source, VERSION="1")

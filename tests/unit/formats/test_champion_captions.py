@@ -98,6 +98,23 @@ def test_the_view_champion_captions_omits_errors_and_captions_judged_bad_and_sho
     assert [(row["caption"], row["verdict"]) for row in corrected] == [("grey", "corrected")]
 
 
+def test_a_verdict_on_an_earlier_picture_with_the_same_id_does_not_change_the_view(tmp_path: Path) -> None:
+    champion, given = [decision("promote", "1", 0)], verdict("corrected", "grey", sha256="earlier")
+    rows = view(tmp_path, [CAPTION | {"sha256": "later"}], champion, [given])
+    assert [(row["caption"], row["verdict"]) for row in rows] == [("red", None)]
+
+
+def test_the_view_champion_captions_has_a_row_for_each_picture_column_of_a_table(tmp_path: Path) -> None:
+    front, back = ({"id_column": "sku", "image_column": name, "sha256": name} for name in ("front", "back"))
+    captions = [CAPTION | front, CAPTION | back | {"caption": "blue", "captioned_at": START + timedelta(days=1)}]
+    rows = view(tmp_path, captions, [decision("promote", "1", 0)], [verdict("corrected", "grey", sha256="back")])
+    assert sorted((row["image_column"], row["caption"]) for row in rows) == [("back", "grey"), ("front", "red")]
+    unnamed = {"id_column": None, "image_column": None}
+    named = {"id_column": "image_id", "image_column": "image", "captioned_at": START + timedelta(days=1)}
+    captions = [CAPTION | unnamed, CAPTION | named | {"settings_hash": "new", "caption": "blue"}]
+    assert [row["caption"] for row in view(tmp_path, captions, [decision("promote", "1", 0)])] == ["blue"]
+
+
 def test_the_view_champion_captions_omits_captions_that_belong_to_another_registry(tmp_path: Path) -> None:
     captions = [CAPTION | {"image_id": "a"}, CAPTION | {"image_id": "b", "model_digest": "y"}]
     captions.append(CAPTION | {"image_id": "c", "model_digest": None})

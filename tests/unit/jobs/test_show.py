@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +77,16 @@ def test_the_error_of_command_show_lists_existing_tables_and_versions(samples: C
 def shop(home: Path, tmp_path: Path) -> None:
     """Write a table of pictures that no ingest has read, and captions of its rows by the champion."""
     Image.new("RGB", (8, 8), "blue").save(tmp_path / "blue.png")
-    pictures = {"Sku": [1, 2], "photo": [(tmp_path / "blue.png").read_bytes(), b"no picture"]}
-    write_deltalake(tmp_path / "shop" / "products", pa.table(pictures))
+    pictures = [(tmp_path / "blue.png").read_bytes(), b"no picture"]
+    write_deltalake(tmp_path / "shop" / "products", pa.table({"Sku": [1, 2], "photo": pictures}))
     place = {"id_column": "Sku", "image_column": "photo", "image_root": None, "model_digest": None}
     rows = [
         dict.fromkeys(GENERATED_CAPTIONS.names, "")
         | {"image_id": image_id, "caption": caption, "error": None if caption else "not_an_image", "num_tokens": 1}
         | {"source_table": f"delta.`{tmp_path}/shop/products`", "source_version": 0, "captioned_at": NOW}
         | {"model_name": "demo", "model_version": "1", "mean_logprob": -1.0, **place}
-        for image_id, caption in (("1", "a blue square"), ("2", None))
+        | {"sha256": sha256(picture).hexdigest()}
+        for image_id, caption, picture in zip("12", ("a blue square", None), pictures, strict=True)
     ]
     decision: dict[str, Any] = dict.fromkeys(DECISIONS.names, "") | {
         "model_name": "demo",
@@ -96,7 +98,7 @@ def shop(home: Path, tmp_path: Path) -> None:
         write_deltalake(home / "warehouse" / table.name, pa.Table.from_pylist(found, table.arrow_schema))
 
 
-def test_show_reads_the_pictures_beside_captions_from_the_table_that_was_captioned(shop: None) -> None:
+def test_show_reads_the_pictures_beside_captions_from_the_table_that_was_captioned(shop: None, tmp_path: Path) -> None:
     done = lakesight("show", "generated_captions", "--gallery", "--json")
     page = Path(json.loads(done.stdout)["gallery"]).read_text()
     assert page.count("data:image/jpeg;base64,") == 1
@@ -104,6 +106,10 @@ def test_show_reads_the_pictures_beside_captions_from_the_table_that_was_caption
     done = lakesight("show", "shop/products", "--gallery", "--id-column", "Sku", "--image-column", "photo", "--json")
     assert Path(json.loads(done.stdout)["gallery"]).read_text().count("data:image/jpeg;base64,") == 1
     assert_user_error(lakesight("show", "shop/products", "--gallery"), "no pictures", "Sku, photo", "--image-column")
+    DeltaTable(tmp_path / "shop" / "products").update(updates={"photo": "CAST('later' AS BYTEA)"})
+    done = lakesight("show", "generated_captions", "--gallery", "--json")
+    page = Path(json.loads(done.stdout)["gallery"]).read_text()
+    assert (page.count("data:image/jpeg;base64,"), page.count("no picture")) == (0, 2), "the pictures were replaced"
 
 
 def test_command_show_can_filter_and_sort_and_export_the_rows_of_any_table(shop: None, tmp_path: Path) -> None:

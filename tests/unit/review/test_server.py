@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from pipelines.review.server import ALL_HOSTS, forwarded_user, open_app
 from pipelines.review.verdicts import Review
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
-SAID = {"image_id": "0", "model_version": "1", "settings_hash": "h", "verdict": "good"}
+SHA256 = sha256(png(0)).hexdigest()
+SAID = {"image_id": "0", "model_version": "1", "settings_hash": "h", "sha256": SHA256, "verdict": "good"}
+PICTURE = f"/picture?id=0&sha256={SHA256}"
 
 
 def write(folder: Path, table: Table, **values: object) -> None:
@@ -38,7 +41,7 @@ def empty(kind: pa.DataType) -> object:
 
 def write_caption(folder: Path, number: int) -> None:
     given = {"image_id": str(number), "model_name": "m", "model_version": "1", "source_table": "samples"}
-    write(folder, GENERATED_CAPTIONS, **given, caption=f"caption {number}", mean_logprob=float(number))
+    write(folder, GENERATED_CAPTIONS, **given, sha256=SHA256, caption=f"caption {number}", mean_logprob=float(number))
 
 
 @pytest.fixture
@@ -47,7 +50,9 @@ def client(tmp_path: Path) -> TestClient:
     write_caption(tmp_path, 0)
     captions, pictures = (DeltaTable(tmp_path / name) for name in ("generated_captions", "samples"))
     review = Review(
-        DeltaStore(captions, pictures, tmp_path / "verdicts", table="samples", model="m"), table="samples", model="m"
+        DeltaStore(captions, pictures, tmp_path / "verdicts", table="samples", model="m", has_texts=True),
+        table="samples",
+        model="m",
     )
     return TestClient(open_app(review, "Captions of m", forwarded_user, ALL_HOSTS), base_url="http://app.example")
 
@@ -59,9 +64,9 @@ def test_the_app_serves_only_requests_that_the_proxy_has_given_a_user_and_stores
     page = client.get("/", headers=user)
     assert page.status_code == 200
     token = {"X-Lakesight-Token": re.findall(r'"X-Lakesight-Token": "([^"]+)"', page.text)[0]}
-    for answer in (client.get("/"), client.get("/picture?id=0"), client.post("/verdict", json=SAID, headers=token)):
+    for answer in (client.get("/"), client.get(PICTURE), client.post("/verdict", json=SAID, headers=token)):
         assert answer.status_code == 403
-    assert client.get("/picture?id=0", headers=user).status_code == 200
+    assert client.get(PICTURE, headers=user).status_code == 200
     assert client.post("/verdict", json=SAID, headers=user).status_code == 403
     assert client.post("/verdict", json=SAID, headers=user | token).json() == {"judged": 1}
     (row,) = DeltaTable(tmp_path / "verdicts").to_pyarrow_table().to_pylist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from pipelines.review.delta_store import DeltaStore
 from pipelines.review.verdicts import CaptionVerdict, Review
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
+SHA256 = sha256(b"png").hexdigest()
 SAMPLE: dict[str, Any] = {
     "image_id": "a/0",
-    "sha256": "0" * 64,
+    "sha256": SHA256,
     "image": b"png",
     "format": "PNG",
     "width": 8,
@@ -35,11 +37,11 @@ CAPTION: dict[str, Any] = {
     "settings_hash": "h",
     "caption": "red",
 }
-CAPTION |= {"sha256": "0" * 64, "prompt": "", "settings": "{}", "num_tokens": 3, "mean_logprob": -1.0}
+CAPTION |= {"sha256": SHA256, "prompt": "", "settings": "{}", "num_tokens": 3, "mean_logprob": -1.0}
 CAPTION |= {"source_table": "samples", "source_version": 1, "run_id": "r", "captioned_at": NOW}
 VERDICT: dict[str, Any] = {"image_id": "a/0", "source_table": "samples", "model_name": "m", "model_version": "1"}
 VERDICT |= {"settings_hash": "h", "prompt": "", "caption": "red", "verdict": "good", "text": "red", "image": b"png"}
-VERDICT |= {"sha256": "0" * 64, "reviewer": "somebody", "judged_at": NOW}
+VERDICT |= {"sha256": SHA256, "reviewer": "somebody", "judged_at": NOW}
 
 
 def write(folder: Path, table: Table, rows: list[dict[str, Any]], without: str = "") -> DeltaTable:
@@ -50,12 +52,12 @@ def write(folder: Path, table: Table, rows: list[dict[str, Any]], without: str =
 
 def open_review(captions: DeltaTable, pictures: DeltaTable, verdicts: Path) -> Review:
     """Open the captions of model `m` for the pictures of table `samples`."""
-    store = DeltaStore(captions, pictures, verdicts, table="samples", model="m")
+    store = DeltaStore(captions, pictures, verdicts, table="samples", model="m", has_texts=True)
     return Review(store, table="samples", model="m")
 
 
 def judge(review: Review, verdict: str, digest: str = "") -> None:
-    posted = {"image_id": "a/0", "model_version": "1", "settings_hash": "h", "verdict": verdict}
+    posted = {"image_id": "a/0", "model_version": "1", "settings_hash": "h", "sha256": SHA256, "verdict": verdict}
     review.save_verdict(CaptionVerdict.model_validate(posted | {"model_digest": digest}), "me")
 
 
@@ -103,7 +105,7 @@ def test_a_running_review_and_command_show_can_read_tables_after_vacuum_of_older
     pictures = write(tmp_path, SAMPLES, [SAMPLE])
     review = open_review(captions, pictures, tmp_path / "verdicts")
     rewrite_and_vacuum(tmp_path / "samples")
-    assert review.picture("a/0") == b"png"
+    assert review.picture("a/0", SHA256) == b"png"
     judge(review, "good")
     rewrite_and_vacuum(tmp_path / "verdicts")
     judge(review, "bad")
@@ -122,15 +124,46 @@ def test_captions_of_a_table_that_no_ingest_has_read_are_reviewed_with_the_pictu
 ) -> None:
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "b.png").write_bytes(b"path")
-    rows = {"sku": [1, 2], "photo": [b"bytes", None], "text": [base64.b64encode(b"text").decode(), None]}
-    write_deltalake(tmp_path / "shop", pa.table(rows | {"file": ["b.png", "../b.png"]}))
-    for column, root, expected in (
-        ("photo", None, b"bytes"),
-        ("text", None, b"text"),
-        ("file", str(tmp_path / "files"), b"path"),
-    ):
-        place = {"id_column": "sku", "image_column": column, "image_root": root}
-        captions = write(tmp_path / column, GENERATED_CAPTIONS, [CAPTION | {"image_id": "1"} | place])
-        pictures = DeltaTable(tmp_path / "shop")
-        review = open_review(captions, pictures, tmp_path / column / "verdicts")
-        assert [review.picture(image_id) for image_id in ("1", "2", "3")] == [expected, None, None]
+    pictures = {"sku": [1, 2], "photo": [b"bytes", None], "text": [base64.b64encode(b"text").decode(), None]}
+    write_deltalake(tmp_path / "shop", pa.table(pictures | {"file": ["b.png", "../b.png"]}))
+    columns = {"photo": (None, b"bytes"), "text": (None, b"text"), "file": (str(tmp_path / "files"), b"path")}
+    rows = [
+        CAPTION
+        | {"image_id": image_id, "sha256": sha256(data).hexdigest(), "caption": f"{column} {image_id}"}
+        | {"id_column": "sku", "image_column": column, "image_root": root}
+        for column, (root, data) in columns.items()
+        for image_id in ("1", "2", "3")
+    ]
+    captions = write(tmp_path, GENERATED_CAPTIONS, rows)
+    review = open_review(captions, DeltaTable(tmp_path / "shop"), tmp_path / "verdicts")
+    for row, (_, data) in zip(rows[::3], columns.values(), strict=True):
+        shown = [review.picture(image_id, row["sha256"]) for image_id in ("1", "2", "3")]
+        assert shown == [data, None, None], row["image_column"]
+        posted = {name: row[name] for name in ("image_id", "model_version", "settings_hash", "sha256")}
+        review.save_verdict(CaptionVerdict.model_validate(posted | {"verdict": "good"}), "me")
+    found = DeltaTable(tmp_path / "verdicts").to_pyarrow_table().to_pylist()
+    assert sorted((row["text"], row["image"]) for row in found) == [
+        (f"{column} 1", data) for column, (_, data) in sorted(columns.items())
+    ]
+
+
+def test_a_caption_is_never_shown_or_judged_beside_a_later_picture_with_the_same_id(tmp_path: Path) -> None:
+    captions = write(tmp_path, GENERATED_CAPTIONS, [CAPTION])
+    pictures = write(tmp_path, SAMPLES, [SAMPLE])
+    review = open_review(captions, pictures, tmp_path / "verdicts")
+    judge(review, "good")
+    later = pa.Table.from_pylist([SAMPLE | {"image": b"later"}], SAMPLES.arrow_schema)
+    write_deltalake(tmp_path / "samples", later, mode="overwrite")
+    assert review.picture("a/0", SHA256) is None
+    with pytest.raises(UserError, match="the captioned picture does not exist any more"):
+        judge(review, "bad")
+    assert stored(tmp_path) == [(None, "good")]
+
+    again = CAPTION | {"sha256": sha256(b"later").hexdigest(), "caption": "blue"}
+    write_deltalake(
+        tmp_path / "generated_captions",
+        pa.Table.from_pylist([again], GENERATED_CAPTIONS.arrow_schema),
+        mode="overwrite",
+    )
+    review.refresh()
+    assert [row["caption"] for row in review.find("open", "")] == ["blue"], "the verdict was on the earlier picture"
