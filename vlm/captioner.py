@@ -80,9 +80,9 @@ class Captioner:
     `vlm.load` and `vlm.build` return a captioner. A picture may be a Pillow image of any mode with at most 16 bits per
     sample, a `pathlib.Path`, the bytes of a picture file, or base64 text. A picture may also be a NumPy array of uint8
     with the shape (height, width), (height, width, 3) or (height, width, 4). A text is never read as the path of a
-    file. Every method takes generation settings as keyword arguments (`vlm.GenerationConfig`). If a caller does not
-    pass a setting, the method uses the value that is stored with the model. A warning names each passed setting that
-    has no effect, for example `top_k` if `temperature` is 0.
+    file. The methods `caption`, `stream` and `attention` take generation settings as keyword arguments
+    (`vlm.GenerationConfig`). If a caller does not pass a setting, the method uses the value that is stored with the
+    model. A warning lists each passed setting that has no effect, for example `top_k` if `temperature` is 0.
 
     Example:
         >>> import vlm
@@ -102,7 +102,7 @@ class Captioner:
         An earlier checkpoint in the folder is replaced.
 
         Raises:
-            ArgumentError: the folder is not a path, a file has this path, or the folder contains a published model of
+            ArgumentError: `folder` is not a path, is the path of a file, or is a folder with a published model of
                 another library.
 
         Example:

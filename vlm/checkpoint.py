@@ -272,7 +272,7 @@ def fill_weights(config: ModelConfig, weights: Mapping[str, Tensor | TensorRows]
 
 
 class TensorRows(NamedTuple):
-    """The rows (indices of the first dimension) of a sharded tensor that one rank stores.
+    """Part of a sharded tensor: the rows (indices of the first dimension) that one rank stores.
 
     Attributes:
         rows: tensor of the consecutive rows that this rank stores; the tensor may have zero rows.
@@ -317,7 +317,7 @@ def _check_shapes(tensors: Mapping[str, Tensor | TensorRows], path: Path) -> Non
     problems = [f"missing {name}" for name in tensors if name not in shapes]
     problems += [f"unexpected {name}" for name in shapes if name not in tensors]
     problems += [
-        f"{name} has shape {shapes[name]}, the model {tuple(tensors[name].shape)}"
+        f"{name} has shape {shapes[name]}, the model needs {tuple(tensors[name].shape)}"
         for name in tensors
         if name in shapes and shapes[name] != tuple(tensors[name].shape)
     ]

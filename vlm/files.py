@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 MAX_JSON_BYTES = 1 << 28
 """Largest accepted size of a JSON file, in bytes. The tokenizers of the largest published vocabularies have 40 MB."""
 TRAINING_STEP = "training.json"
-"""Name of the file in a training checkpoint that holds the number of the next training step."""
+"""In a training checkpoint, name of the file with the number of the next training step."""
 
 
 @contextmanager

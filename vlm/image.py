@@ -48,7 +48,7 @@ FILTERS = {
 picture."""
 
 FILTER_RADIUS = 3
-"""Largest radius of a resize filter, in pixels of a picture that grows (lanczos)."""
+"""Radius of the widest resize filter (lanczos) if a picture grows, in pixels of the picture."""
 
 MAX_ASPECT = 16
 """If the longer side of a scaled picture is at most this multiple of the side of the model's input, the whole picture
@@ -180,7 +180,7 @@ def check_size(image: Image.Image, *, max_pixels: int, min_side: int) -> None:
     if width * height > max_pixels:
         raise ImageError("too_large", f"{width} x {height} pixels; at most {max_pixels} are allowed in all")
     if min(width, height) < min_side:
-        raise ImageError("too_small", f"{width} x {height} pixels, at least {min_side} a side")
+        raise ImageError("too_small", f"{width} x {height} pixels; each side needs at least {min_side}")
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

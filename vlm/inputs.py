@@ -38,7 +38,7 @@ largest size of a file in bytes."""
 ALLOWED = "a Pillow image, a NumPy array of uint8, a pathlib.Path, the bytes of a picture file, or base64 text"
 PATH_OR_URL = re.compile(r"\w+://.+|.+\.(avif|bmp|gif|jpe?g|png|tiff?|webp)", re.IGNORECASE | re.DOTALL)
 MAX_PATH = 4096
-"""Longest text that can be a path or an URL. Longer texts are not matched with PATH_OR_URL."""
+"""Length of the longest text that can be a path or a URL. Longer texts are not matched with PATH_OR_URL."""
 SEEDS = range(-(2**63), 2**64)
 """Seeds that torch accepts."""
 LIMITS = range(1, 2**63)
@@ -126,7 +126,7 @@ def _from_array(array: npt.NDArray[Any], min_side: int) -> Image.Image:
         )
     height, width = array.shape[:2]
     if min(height, width) < 1:  # Pillow refuses such an array
-        raise ImageError("too_small", f"{width} x {height} pixels, at least {min_side} a side")
+        raise ImageError("too_small", f"{width} x {height} pixels; each side needs at least {min_side}")
     return Image.fromarray(array[..., 0] if array.ndim == 3 and channels == 1 else array)
 
 
@@ -142,7 +142,7 @@ def _advice(image: object) -> str:
 
 
 def is_picture(value: object) -> bool:
-    """Return True if an argument is meant as one picture, which may be of a wrong type, such as a tensor."""
+    """Return True if an argument is meant as one picture. The picture may have a wrong type, such as a tensor."""
     if isinstance(value, np.ndarray):
         return value.dtype != object and value.dtype.kind not in "SU" and value.ndim < BATCH_DIMENSIONS
     known = (Image.Image, Path, bytes, bytearray, memoryview, str)
@@ -268,7 +268,7 @@ def answer_lists(images: object, prompts: object, answers: object) -> tuple[list
         raise UserError(
             "the lists of images, prompts and answers have different lengths",
             got=f"{len(pictures)} pictures, {len(asked)} prompts and {len(texts)} answers",
-            fix="give one picture and one prompt for each answer, or one for all answers",
+            fix="give as many pictures and prompts as answers; a single picture or prompt counts for all answers",
         )
     return pictures, asked, texts
 

@@ -38,7 +38,7 @@ INT4_OUTPUT_MULTIPLE = 16
 
 
 def find_precision(name: object) -> Precision:
-    """Return the precision of a name.
+    """Return the precision with this name.
 
     Raises:
         ConfigError: there is no precision of this name.

@@ -134,7 +134,7 @@ def test_import_error_names_missing_shards(folder: Path, tmp_path: Path) -> None
     assert f"1 of {len(names)}: {names[1]}" in refused(shards)
     index = shards / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"wte": "../model.safetensors"}}')
-    assert "names files outside its folder. Where: " + str(index) + ". Got: ../model.safetensors" in refused(shards)
+    assert "lists files outside its folder. Where: " + str(index) + ". Got: ../model.safetensors" in refused(shards)
     index.write_text("{}")
     assert "index of the weight files cannot be read" in refused(shards)
 

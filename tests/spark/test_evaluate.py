@@ -149,7 +149,7 @@ def test_a_repeated_evaluation_neither_computes_nor_writes_the_metrics_again(
     assert (report.folder / "scores.parquet").stat().st_mtime_ns == scores, "another slice does not run the model"
     assert (report.folder / ATTENTION).stat().st_mtime_ns == attention, "another slice does not draw the attention"
     assert stored(spark, platform, report).items() > (whole | parts).items()
-    with pytest.raises(UserError, match=r"Got: colour\. Fix: name one of these columns with --by: image_id"):
+    with pytest.raises(UserError, match=r"Got: colour\. Fix: choose from these columns with --by: image_id"):
         evaluate(spark, platform, model, shards, shards, columns=["colour"])
 
 

@@ -201,7 +201,7 @@ def test_a_table_is_read_completely_if_its_changes_are_unknown_and_not_at_all_if
     DeltaTable(tmp_path).delete("`k.id` = 2")
     assert opened_ids(spark, opened(with_ids, 4)) == ([1, 3], None), "the feed was disabled"
     spark.sql(f"CREATE OR REPLACE TEMPORARY VIEW a_view AS SELECT * FROM delta.`{tmp_path}`")
-    with pytest.raises(UserError, match="a view has no versions: name its table"):
+    with pytest.raises(UserError, match="a view has no versions: read its table"):
         open_source(spark, platform, source, data({"kind": "table", "table": "a_view"}), items_table([]))
 
 

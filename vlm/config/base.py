@@ -18,8 +18,8 @@ class _AddedLater:
 
 
 ADDED_LATER = _AddedLater()
-"""Mark for a config field that a later version of Lakesight added. Hashes of stored data leave out the field while the
-field has its default value.
+"""Mark for a config field that was added after hashes of the config had been stored. Hashes of stored data leave out
+the field while the field has its default value.
 
 A developer who adds a field to an existing config must put this mark into the type of the field, for example
 `Annotated[int | None, ADDED_LATER]`.

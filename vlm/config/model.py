@@ -106,7 +106,7 @@ MaskConfig = Annotated[CausalMaskConfig | PrefixMaskConfig, Field(discriminator=
 
 
 class GenerationConfig(Config):
-    """Generation settings, which mean the same and are applied in the same order as in transformers' `generate`.
+    """Generation settings, with the same meaning and the same order of application as in transformers' `generate`.
 
     No setting may be infinite or NaN. The settings `top_k`, `top_p`, `min_p` and `seed` have an effect only if
     `temperature` is above 0, and `length_penalty` only if `num_beams` is above 1.
@@ -116,8 +116,8 @@ class GenerationConfig(Config):
         temperature: number by which logits are divided before sampling, or 0 to always choose the most likely token.
         top_k: number of most likely tokens from which sampling chooses, or null for all tokens.
         top_p: total probability of the most likely tokens from which sampling chooses (Holtzman et al., 2019).
-        min_p: lowest probability that a token needs to be sampled, as a fraction of the most likely token's probability
-            (Nguyen et al., 2024).
+        min_p: lowest probability of the tokens from which sampling chooses, as a fraction of the most likely token's
+            probability (Nguyen et al., 2024).
         repetition_penalty: penalty on tokens that the prompt or the answer already contains. A penalty above 1 makes
             repeated tokens less likely (Keskar et al., 2019).
         num_beams: number of beams of beam search, at most 1024, or 1 for no beam search.
@@ -159,7 +159,7 @@ class GenerationConfig(Config):
 
         Args:
             changes: dict from names of settings to their new values.
-            where: source of the changes, which the error message names, such as "generation settings".
+            where: source of the changes, for the error message, such as "generation settings".
 
         Raises:
             ArgumentError: `changes` is not a dict.
@@ -216,7 +216,9 @@ def check_setting_names(names: Iterable[object], arguments: Collection[str] = ()
 
 
 def settings_without_effect(settings: GenerationConfig, before: GenerationConfig) -> list[str]:
-    """Return one sentence for each setting that differs from `before`, but has no effect with the other settings."""
+    """Return one sentence for each setting that has no effect with the other settings, although its value is neither
+    the value in `before` nor the default value.
+    """
     needed: dict[str, str] = {}
     if settings.temperature == 0:
         needed |= dict.fromkeys(

@@ -81,7 +81,7 @@ def _tag(model: type[BaseModel]) -> str | None:
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    """Return the pydantic models that an annotation names, alone or in a union."""
+    """Return the pydantic models that an annotation contains, alone or in a union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if get_origin(annotation) in (Union, UnionType, Annotated):

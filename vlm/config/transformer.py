@@ -61,7 +61,7 @@ class AxialPositionConfig(Config):
 
     Attributes:
         base: base of the rotation frequencies.
-        coordinates: how the position of a patch is counted. `index` numbers rows and columns. `centred` uses
+        coordinates: how the position of a patch is counted. `index` counts rows and columns from 0. `centred` uses
             coordinates from -1 to 1 over the picture; at frequency 1, a step of 1 rotates by a full turn (Simeoni et
             al., 2025).
         offset: number that is added to the row number and the column number of each patch.

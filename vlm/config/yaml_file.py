@@ -1,4 +1,4 @@
-"""Reading of YAML files that people write. The error message for a defect names the line of the defect.
+"""Reading of YAML files that people write. The error message for a defect says in which line the defect is.
 
 A key that occurs twice is an error, because the YAML library would silently use the last value.
 """

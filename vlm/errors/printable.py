@@ -28,7 +28,8 @@ _USER_INFO = re.compile(
 )
 """Pattern of `//user:password@` and `scheme:/user:password@` up to the last `@`; the password may contain `@` and `/`.
 
-A password may also contain blanks, unless it begins like a port: `http://host:5000 does not know me@work` has none.
+A password may also contain blanks, unless it begins like a port. So `http://host:5000 does not know me@work` contains
+no password.
 
 `models:/name@alias` is MLflow's URI of a model version, which contains no secret.
 """
@@ -40,7 +41,8 @@ _USER_INFO_OF_VARIABLE = re.compile(
     r"(?:[A-Za-z][\w+.-]*:/{1,2})?([^\s/:@]*:(?!//)\S*|(?<=/)[^/:@\n]*:[^\n]*|(?<=/)[^\s/]+)@"
 )
 _WORD_START = r"(?:(?<![^\W_])|(?<=%[0-9A-Fa-f]{2})|(?<=\\u[0-9A-Fa-f]{4})|(?<=\\[nrt]))"
-"""Pattern of the start of a word, also after an encoded character such as %3D, whose last character is a letter."""
+"""Pattern of the start of a word. A word may also start after an encoded character such as %3D, which ends in a letter
+or a digit."""
 _WORD_END = r"(?![^\W_])"
 _BACKSLASHES_OR_CHARACTER = re.compile(r"\\+|.", re.DOTALL)
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")

@@ -154,8 +154,8 @@ def pool_shares(encoder: VisionEncoder, shares_XX: Tensor, pool_HNP: Sequence[Te
 
 
 def project_shares(projector: nn.Module, shares_NP: Tensor, resampler_LHQS: Sequence[Tensor]) -> Tensor:
-    """Return how much each patch contributes to each output of the projector, given how much each patch contributes to
-    each input.
+    """Given how much each patch contributes to each input of the projector, return how much each patch contributes to
+    each output of the projector.
     """
     if isinstance(projector, PixelShuffle):
         side, f = math.isqrt(len(shares_NP)) // projector.factor, projector.factor

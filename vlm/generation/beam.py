@@ -163,8 +163,8 @@ def _rank_candidates(
 def _rank(score: float, length: int, length_penalty: float) -> tuple[float, float]:
     """Return a value that is larger for a larger quotient score / length ** length_penalty, for scores up to 0.
 
-    The first number is the negative logarithm of the negative quotient. The second number is the score. If a large
-    penalty makes the first numbers of two beams of the same length equal by rounding, their scores still differ.
+    The first number is -log(-quotient). The second number is the score. If a large penalty makes the first numbers of
+    two beams of the same length equal by rounding, the scores of the beams still differ.
     """
     if score == 0:
         return math.inf, 0.0

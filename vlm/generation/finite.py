@@ -28,7 +28,7 @@ def require_finite(model: nn.Module, values: Iterable[float]) -> None:
 
 
 def not_finite(model: nn.Module) -> UserError:
-    """Return the error for values that are NaN or infinite, with the weights that contain NaN or infinity."""
+    """Return the error for values that are NaN or infinite. The error lists the weights that contain such values."""
     # torchao's classes of quantized weights have no `isfinite`.
     plain = ((name, weight) for name, weight in model.named_parameters() if type(weight.data) is Tensor)
     bad = [name for name, weight in plain if not weight.isfinite().all()]

@@ -18,8 +18,8 @@ from vlm.generation.request import Request, request_seed
 from vlm.text.base import SLOT
 
 MIN_TEMPERATURE = 1e-200
-"""Temperature that replaces a lower temperature, whose reciprocal would be infinite. At this temperature, only the
-tokens with exactly the best score have a probability above 0.
+"""Lowest temperature that is used, because the reciprocal of a lower temperature may be infinite. At this temperature,
+only the tokens with exactly the best score have a probability above 0.
 """
 
 

@@ -46,7 +46,7 @@ def to_rgb(image: Image.Image, data: bytes) -> Image.Image:
         ImageError: the reason is unsupported_format if the samples have 32 bits.
     """
     if image.mode in ("I", "F"):
-        raise ImageError("unsupported_format", f"mode {image.mode}: 32 bits a sample have no agreed range")
+        raise ImageError("unsupported_format", f"mode {image.mode}: samples of 32 bits have no agreed range")
     if image.format == "PNG" and data[24:26] in {b"\x10\x02", b"\x10\x06"}:
         image = _scale_colours(image, data)
     if isinstance(image, TiffImagePlugin.TiffImageFile) and image.mode in ("P", "PA"):
@@ -76,7 +76,7 @@ def _widen_palette(image: TiffImagePlugin.TiffImageFile) -> None:
 
 
 def _used_bits(largest: int) -> int:
-    """Return the number of bits from which the samples of a picture are scaled, given the largest sample."""
+    """Given the largest sample of a picture, return how many bits the samples use: 8, 10, 12 or 16."""
     return next((bits for bits in (8, 10, 12) if largest < 2**bits), 16)
 
 

@@ -2,8 +2,8 @@
 
 Metadata (texts, colour profiles, EXIF, XMP and their checksums) is often broken or huge, and Pillow then refuses the
 whole picture. The function `split_metadata` therefore returns the file without metadata. The function also returns the
-orientation, because no other metadata value changes how the picture looks. This module does not change a part of the
-file that it cannot parse, so that the decoder still detects damage in this part.
+orientation, because no other metadata value changes how the picture looks. If this module cannot parse a part of the
+file, the part is not changed, so that the decoder still detects damage in this part.
 
 | format | what stays |
 |---|---|

@@ -13,7 +13,7 @@ def find_stop(text: str, stop: Sequence[str]) -> int | None:
 
 
 def safe_text(tokenizer: Tokenizer, tokens: Sequence[int], stop: Sequence[str]) -> str:
-    """Return the beginning of an unfinished answer that later tokens cannot change.
+    """Return the text of an unfinished answer, without the ending that later tokens can change.
 
     Later tokens can change three kinds of endings. Adjacent byte tokens are decoded together, so a further byte token
     can change the text of all adjacent byte tokens. A replacement character (U+FFFD) at the end can become a real

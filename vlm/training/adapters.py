@@ -73,7 +73,7 @@ class LoraLinear(nn.Linear):
 
 
 def add_adapter(model: nn.Module, config: AdapterConfig) -> None:
-    """Freeze a model and add a fresh low-rank update to each linear layer whose name matches the pattern, in place.
+    """In place, freeze a model and add a fresh low-rank update to each linear layer whose name matches the pattern.
 
     The values of the matrices A come from torch's global random generator, which the caller seeds first.
 
@@ -137,7 +137,7 @@ def load_adapter(folder: Path, model: nn.Module, base_sha256: str) -> None:
 
     Args:
         folder: folder that `save_adapter` wrote.
-        model: plain model that was loaded from the weights file that the adapter was trained on.
+        model: plain model, loaded from the weights file on which the adapter was trained.
         base_sha256: SHA-256 of the weights file that `model` was loaded from.
 
     Raises:
@@ -196,7 +196,7 @@ def _no_match_error(pattern: str, names: Iterable[str]) -> ConfigError:
         where="train.adapter.pattern",
         got=pattern,
         fix=(f"nearest: {', '.join(near)}; " if near else "")
-        + f"the pattern must match a whole name of: {', '.join(kinds)}",
+        + f"the pattern must match the whole of one of these names: {', '.join(kinds)}",
     )
 
 

@@ -39,7 +39,7 @@ def set_trainable(model: nn.Module, rates: Mapping[str, float]) -> None:
             "a pattern in train.stages has no effect, because it is not the first match of any parameter",
             where="train.stages",
             got=", ".join(unused),
-            fix="put the pattern before wider patterns; it must match a whole name of: "
+            fix="put the pattern before wider patterns; the pattern must match the whole of one of these names: "
             + ", ".join(collapse_names(matched)),
         )
     for name, parameter in model.named_parameters():

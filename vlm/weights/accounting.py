@@ -29,7 +29,7 @@ class WrongValueError(ValueError):
 
 
 class TrackedSettings(Mapping[str, Any]):
-    """Settings of a config.json that record the dotted path of each value that is read.
+    """Settings of a config.json. This class records the dotted path of each value that is read.
 
     Args:
         values: content of config.json, or of one section.

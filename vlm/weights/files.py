@@ -123,7 +123,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _shards(folder: Path) -> list[Path]:
     path = folder / INDEX
-    fix = "download the file again: its weight_map must name the file of each tensor"
+    fix = "download the file again: its weight_map must contain the file name of each tensor"
     weight_map = _read_object(path, "the index of the weight files", fix).get("weight_map")
     found = weight_map.values() if isinstance(weight_map, dict) else ()
     wrong = [name for name in found if not isinstance(name, str)]
@@ -138,7 +138,7 @@ def _shards(folder: Path) -> list[Path]:
     elsewhere = [name for name in names if Path(name).name != name]
     if elsewhere:
         raise CheckpointError(
-            "the index of the weight files names files outside its folder",
+            "the index of the weight files lists files outside its folder",
             where=str(path),
             got=", ".join(elsewhere),
             fix="download the folder again from a trusted publisher: weight files must be in the folder of the index",
@@ -146,7 +146,7 @@ def _shards(folder: Path) -> list[Path]:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
-            "weight files that the index names are missing",
+            "weight files that are listed in the index are missing",
             where=str(folder),
             got=f"{len(missing)} of {len(names)}: {', '.join(missing)}",
             fix="download the missing files",

@@ -38,7 +38,7 @@ RULES: dict[str, KeyRule] = {
     "stop_strings": KeyRule("a text or a list of texts", lambda value: bool(_texts(value)) and all(_texts(value))),
     "cache_implementation": KeyRule("a cache that is not quantized", lambda value: value != "quantized"),
 }
-"""Rules of the keys that `vlm.load` follows."""
+"""Rules of the keys whose values `vlm.load` uses."""
 ONLY_DEFAULT: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("bad_words_ids", "begin_suppress_tokens", "force_words_ids", "constraints"), ([],)),
     "suppress_tokens": ([],),

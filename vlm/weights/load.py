@@ -52,7 +52,7 @@ class PartReport(Config):
         compared: keys of config.json whose values agree with the model.
         without_effect: dict from a reason to the keys of config.json that have no effect for this reason.
         ignored: weight files of the folder that were not read, because model.safetensors contains all weights.
-        files: one report for each other JSON file of the folder with keys for pictures or generation.
+        files: reports on the keys for pictures and for generation in the other JSON files of the folder.
     """
 
     part: Part
@@ -198,7 +198,7 @@ def _wrong_values(folder: Path, problems: list[str]) -> CheckpointError:
         "the config of the weights has values of a wrong type, or values out of range",
         where=str(folder / CONFIG),
         got=problems,
-        fix="download config.json again, or write the values in which the model was trained",
+        fix="download config.json again, or set the values with which the model was trained",
     )
 
 
@@ -327,7 +327,8 @@ def _read(source: Source, rule: Rule, model: nn.Module) -> list[Tensor]:
                 "the weights contain NaN or infinity",
                 where=f"{name} in {source.files.headers[source.names[name]].file}",
                 got=f"{int((~torch.isfinite(tensor)).sum()):,} of {tensor.numel():,} values are not finite",
-                fix="download the file again; if the values stay, choose other weights: their training diverged",
+                fix="download the file again; if the values are still not finite, the training of these weights has "
+                "diverged: choose other weights",
             )
     tensors = rule.read(list(read.values()))
     if rule in source.plan.resampled:

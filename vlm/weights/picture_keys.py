@@ -22,7 +22,7 @@ from vlm.weights.key_rules import THREE_NUMBERS, FileReport, KeyRule, account_ke
 
 PROCESSOR, SECTION, PREPROCESSOR = "processor_config.json", "image_processor", "preprocessor_config.json"
 FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
-"""Names of Pillow's resize filters by their numbers, which the key `resample` contains."""
+"""Dict from the number of one of Pillow's resize filters, as in the key `resample`, to the name of the filter."""
 DEFAULT_SIDE = 224
 """Height and width that transformers assumes for pictures if `image_size` is not set."""
 
@@ -47,8 +47,7 @@ PROCESSORS: dict[str, dict[str, Any]] = {
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     },
 }
-"""Dict from classes of transformers that preprocess pictures to the values that a class uses for keys that are not set.
-"""
+"""Dict from a class of transformers that preprocesses pictures to the default values of the class."""
 _OF_FAMILY = {
     "clip": "CLIPImageProcessor",
     "paligemma": "SiglipImageProcessor",

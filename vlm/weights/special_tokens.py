@@ -1,6 +1,6 @@
 """Functions that compare the start and end tokens of a published model with the tokenizer of our model.
 
-Several files of a folder name start and end tokens: config.json, generation_config.json, tokenizer_config.json and
+Several files of a folder contain start and end tokens: config.json, generation_config.json, tokenizer_config.json and
 special_tokens_map.json. If a file disagrees with the model's tokenizer, an import refuses the folder, because answers
 would begin or end with a different token than in the other library.
 """

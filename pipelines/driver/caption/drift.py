@@ -30,8 +30,8 @@ FIGURES = ("words", "distinct_words", "mean_logprob", *PROMPT_INDEPENDENT)
 class Drift(Config):
     """Comparison of one figure between a caption job and an evaluation.
 
-    If RELATIVE names the figure, `change` and `limit` are fractions of the evaluation's value. For all other figures,
-    `change` and `limit` are absolute differences.
+    If RELATIVE contains the figure, `change` and `limit` are fractions of the evaluation's value. For all other
+    figures, `change` and `limit` are absolute differences.
     """
 
     value: float
@@ -53,9 +53,9 @@ def read_evaluation_figures(
 ) -> EvaluationFigures:
     """Read the figures of a model version's last evaluation on a split, or no figures if there is no evaluation.
 
-    `of_model` is the SQL condition that identifies the model by its content (`is_of_model`). The figures that RELATIVE
-    names count words. An earlier version of Lakesight used different rules to split texts into words. If the evaluation
-    used the earlier rules, this function leaves out the figures in RELATIVE.
+    `of_model` is the SQL condition that identifies the model by its content (`is_of_model`). The figures in RELATIVE
+    count words. An earlier version of Lakesight used different rules to split texts into words. If the evaluation used
+    the rules of that version, this function leaves out the figures in RELATIVE.
     """
     rows = (
         spark.table(platform.table(EVALUATIONS.name))
@@ -71,8 +71,8 @@ def read_evaluation_figures(
     outdated = [row["metric"] for row in last if row["metric"] in RELATIVE and row["tokenisation"] != TOKENISATION]
     if outdated:
         logger.warning(
-            "drift of %s is not checked, because the evaluation of model version %s split texts into words by other "
-            "rules: run `lakesight evaluate` for the model version with this release of Lakesight",
+            "drift of %s is not checked, because the evaluation of model version %s used other rules to split texts "
+            "into words: run `lakesight evaluate` for the model version with this release of Lakesight",
             " and ".join(sorted(outdated)),
             version,
         )

@@ -83,7 +83,7 @@ def check_source(platform: Platform, request: CaptionRequest) -> None:
             "the table cannot be read as a Delta table",
             where=request.source_table,
             got=f"no Delta table in folder {location}",
-            fix=f"name the folder of a Delta table, or one of {', '.join(known)}"
+            fix=f"give the path of a Delta table's folder, or one of these table names: {', '.join(known)}"
             if known
             else "run `lakesight ingest`",
         )
@@ -122,9 +122,9 @@ def _count_captioned_rows(
 ) -> int | None:
     """Return the number of rows of a table if each row has a caption or an error for its current picture, else None.
 
-    Delta never changes a data file, and a caption names the data file from which its picture was read. So a file whose
-    number of rows equals the number of its captions has no other rows. If an id occurs twice, one of its files has more
-    rows than captions.
+    Delta never changes a data file, and each caption has the identity of the data file from which its picture was read.
+    Therefore, if a data file has as many captions as rows, each of its rows has a caption. If two rows have the same
+    id, they share one caption, so one of their data files has fewer captions than rows.
     """
     condition = " AND ".join(f"{name} = {quoted_text(value)}" for name, value in key.items())
     of_run = f"model_digest IS NULL AND run_id = {quoted_text(model.run_id)}"

@@ -49,7 +49,7 @@ class PendingFiles:
         columns: names of the id column and of the picture column of this job. Captions and files that Lakesight 0.1.0
             wrote name no columns, and count as captions of these columns. Other files of the folder may name other
             columns.
-        counts: dict from the path of a file to its number of rows, which saves reading a Parquet footer twice.
+        counts: dict from the path of a file to its number of rows, so that each Parquet footer is read only once.
     """
 
     folder: Path
@@ -125,7 +125,7 @@ def matches_key(key: dict[str, str], columns: tuple[str, str]) -> Column:
 def _newest_rows(rows: DataFrame) -> DataFrame:
     """Keep the newest row of each picture and model.
 
-    A retried task or a second job may have written a picture more than once.
+    The files may have several rows of one picture, from a retried task or from a second job.
     """
     order = Window.partitionBy("image_id", "run_id", "model_digest", *COLUMNS).orderBy(
         F.desc("captioned_at"), F.desc("source_version"), "sha256"
@@ -136,8 +136,8 @@ def _newest_rows(rows: DataFrame) -> DataFrame:
 def _merge(spark: SparkSession, name: str, new: DataFrame, key: dict[str, str], columns: tuple[str, str]) -> None:
     """Insert new captions, and update rows that had an error or whose picture has changed.
 
-    A row whose picture was compared and has not changed gets the table version, the data file and the columns
-    from which the picture was compared.
+    If the picture of a captioned row was read again and has not changed, the row keeps its caption. Only the columns in
+    READ_FROM are updated, such as the table version and the data file from which the picture was read again.
     """
     of_key = " AND ".join(f"old.{column} = {{{column}}}" for column in key)
     of_columns = " AND ".join(f"COALESCE(old.{column}, {{{column}}}) = new.{column}" for column in COLUMNS)

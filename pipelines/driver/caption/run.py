@@ -1,4 +1,4 @@
-"""Caption job: caption all rows of a Delta table that have no caption by a model version.
+"""Caption job: caption all rows of a Delta table for which a model version has not generated a caption yet.
 
 1. The driver merges the files that an earlier job left (`pending_files.py`).
 2. The driver counts the rows without a caption. This count reads the ids of the rows, but no pictures. If every row has
@@ -61,8 +61,8 @@ class CaptionRequest(Config):
         id_column: name of a column of unique, non-null ids.
         image_column: name of the column that holds the pictures (binary or base64 text), or the paths or URIs of the
             pictures below `image_root`.
-        image_root: absolute folder or URL that contains the pictures which the image column names, or None if the
-            column itself holds the pictures. A picture that cannot be read becomes a row with an error.
+        image_root: absolute path or URL of the folder of the pictures if the image column holds their paths or URIs, or
+            None if the column holds the pictures themselves. A picture that cannot be read becomes a row with an error.
         prompt: text before the caption; an empty prompt gives a plain caption.
         where: SQL condition on the table's columns; an empty condition selects all rows.
         settings: decoding settings, or None for the decoding settings of the model's config.
@@ -244,9 +244,9 @@ def _create_job(
     *,
     identity: CaptionIdentity,
 ) -> CaptionJob:
-    """Return the caption job with the settings that executors need. The time of the job is later than the times of all
-    existing captions of the table by any version of the model. So the captions of this job are the newest, even if the
-    clock was set back.
+    """Return the caption job with the settings that executors need. The time of the job is later than the time of every
+    caption that any version of the model has generated for the table. So the captions of this job are the newest, even
+    if the clock was set back.
     """
     settings, decoding, key = identity
     of_model = {"source_table": source.name, "model_name": model.name}

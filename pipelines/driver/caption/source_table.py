@@ -24,7 +24,7 @@ from vlm.errors import did_you_mean
 TABLE_NAME = re.compile(r"([A-Za-z_]\w*\.){0,2}[A-Za-z_]\w*|delta\.`[^`]+`")
 
 COLUMNS_CHANGED = rf"^({RESTORE.pattern}|(RENAME|DROP|REPLACE|CHANGE) COLUMNS?)$"
-"""Pattern of the Delta operations after which a column name may stand for other data in the same data files."""
+"""Pattern of the Delta operations that may give the name of a column to other data in the same data files."""
 
 ARROW_TYPES = {
     **dict.fromkeys(("string", "varchar", "char"), pa.string()),
@@ -65,17 +65,17 @@ def open_source_table(
     where: str,
     image_root: str | None = None,
 ) -> SourceTable:
-    """Open the table that a request names, and check its columns.
+    """Open the table to caption, and check its columns.
 
     Args:
         spark: Spark session.
-        platform: platform whose schema holds the table if `table` names no schema.
+        platform: platform whose schema holds the table if `table` is a name without a schema.
         table: name of the table to open.
         version: version at which the table is read, or None for the newest version.
         columns: names of the id column and of the picture column.
         where: SQL condition on the rows; an empty condition selects all rows.
-        image_root: folder or URL of the pictures that the picture column names, or None if the column holds the
-            pictures.
+        image_root: folder or URL of the pictures if the picture column holds their paths or URIs, or None if the column
+            holds the pictures themselves.
 
     Raises:
         UserError: the table, the version or a column does not exist, the type of the picture column cannot hold
@@ -107,7 +107,7 @@ def open_source_table(
             f"column {image!r} of table {name} holds no pictures",
             where=f"version {pinned}",
             got=f"type {kind.simpleString()}",
-            fix=f"name {expected}" + ("" if has_paths else ", or a string column of base64 text"),
+            fix=f"choose {expected}" + ("" if has_paths else ", or a string column of base64 text"),
         )
     identity = _id_text(frame, identity_column).alias("image_id")
     file = _source_file(spark, name, pinned, (*columns, image_root)).alias("source_file")
@@ -145,8 +145,9 @@ def _source_file(spark: SparkSession, name: str, version: int, columns: Sequence
     """Return a column with the identity of the data file and of the columns from which a row is read.
 
     Delta never changes a data file, so a row with an equal identity has an equal picture. The identity contains no
-    version number. So a row whose picture was restored, or whose table was written anew, has another identity than the
-    picture that was captioned, and a row in an old file keeps its identity however often the table changes.
+    version number, so a row in an old data file keeps its identity, however often the table changes. If RESTORE brings
+    back an older picture of a row, or the table is written anew, the row is in another data file than the captioned
+    picture, and therefore has another identity.
 
     Args:
         spark: Spark session.
@@ -164,7 +165,7 @@ def hash_columns(columns: Sequence[str | None], change: str | None) -> str:
 
     Args:
         columns: id column, picture column, and root of the pictures or None.
-        change: id of the newest commit that changed what the names of columns stand for, or None.
+        change: id of the newest commit that may have given the name of a column to other data, or None.
     """
     return short_hash(tuple(columns), change)
 
@@ -173,7 +174,8 @@ def _newest_change_of_columns(spark: SparkSession, name: str, version: int) -> s
     """Return the id of the newest commit that may have given the name of a column to other data in the same files.
 
     Only a table with column mapping can have such commits, such as RENAME COLUMN. The history is not read for other
-    tables. If Delta no longer keeps the commit, the result changes, and pictures are compared once.
+    tables. When Delta removes the commit from the history, the result changes. The next caption job then reads all
+    pictures once and compares them with the captioned pictures.
     """
     properties = {row["key"]: row["value"] for row in spark.sql(f"SHOW TBLPROPERTIES {name}").collect()}
     if properties.get("delta.columnMapping.mode", "none") == "none":

@@ -37,7 +37,7 @@ def find_uncaptioned_rows(
     """Return rows that may need a caption, and row counts.
 
     A row may need a caption if it has none, or if its caption was made from another data file or from other columns.
-    Column `known` has the SHA-256 of the last captioned picture.
+    Column `known` has the SHA-256 of the picture from which the row's caption was made.
     """
     old = captions.where("error IS NULL") if retry_errors else captions
     captioned_from = F.col("source_file").alias("captioned_from")
@@ -57,7 +57,7 @@ def find_uncaptioned_rows(
             "the ids of the rows to caption are not unique",
             where=f"column {id_column} of table {source.name}",
             got=f"{counts['rows']} rows, {counts['ids']} non-null ids, {counts['distinct']} distinct ids",
-            fix="name a column with unique values, or exclude rows with --where",
+            fix="choose a column with unique values (--id-column), or leave out rows with --where",
         )
     todo = marked.where("is_done IS NULL OR may_differ").withColumnRenamed("sha256", "known")
     todo = todo.select("image_id", "image", "known", "source_file")

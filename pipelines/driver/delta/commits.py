@@ -22,7 +22,8 @@ from pipelines.platform import Platform
 
 FIELDS = ("version", "operation", "operationMetrics")
 RESTORE = re.compile(r"RESTORE|CLONE|(CREATE OR )?REPLACE TABLE( AS SELECT)?")
-"""Pattern of the Delta operations that replace all rows of a table, so that rows of earlier versions may be gone."""
+"""Pattern of the Delta operations that replace all rows of a table, so that rows of earlier table versions may be
+gone."""
 
 
 class TableHistory(NamedTuple):
@@ -78,7 +79,7 @@ def with_time(history: DataFrame, *others: str) -> DataFrame:
 
 
 def history_id(commit: Mapping[str, Any]) -> str:
-    """Return the id of a commit from its row in a table history, which has the columns of `with_time`."""
+    """Return the id of a commit, given its row in a table history with the columns of `with_time`."""
     metrics = sorted((commit["operationMetrics"] or {}).items())
     return short_hash(commit["version"], commit["micros"], commit["operation"], metrics)
 

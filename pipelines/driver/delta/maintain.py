@@ -1,7 +1,7 @@
 """Maintenance of the Delta tables: adding missing columns and constraints, compaction (OPTIMIZE) and VACUUM.
 
 Maintenance changes no row, so shards that are pinned to a table version stay valid. `versions.MAINTENANCE_OPERATIONS`
-lists the operations of all commits of maintenance. A stage that writes at the same time may conflict with OPTIMIZE.
+lists the Delta operations of all maintenance commits. A stage that writes at the same time may conflict with OPTIMIZE.
 After three conflicts, maintenance skips the table until the next maintenance run.
 """
 

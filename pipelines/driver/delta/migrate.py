@@ -116,7 +116,7 @@ def undo(spark: SparkSession, platform: Platform) -> MigrationReport:
 
     Raises:
         UserError: there is no migration to undo, or the undo would remove rows that were written after the migration.
-        StageFailed: Spark failed, for example because VACUUM has removed files of the earlier versions.
+        StageFailed: Spark failed, for example because VACUUM has removed files of the earlier table versions.
     """
     path = platform.root / BACKUP
     if not path.exists():

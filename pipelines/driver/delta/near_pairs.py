@@ -1,4 +1,4 @@
-"""Search for pairs of pictures that are near duplicates, by the fingerprints in `samples`.
+"""Search for pairs of near-duplicate pictures by the fingerprints in `samples`.
 
 Comparing all pairs of pictures is too slow. The difference hashes of near duplicates differ in at most three of 64
 bits. If the bits are cut into five blocks, the hashes of near duplicates agree in at least two blocks. So each picture

@@ -18,14 +18,14 @@ def open_on_disk(platform: Platform, table: Table) -> DeltaTable | None:
 
 
 def count_on_disk(table: DeltaTable, equal: Mapping[str, str | datetime], by: str) -> dict[str, int]:
-    """Count the rows whose columns have the values `equal`. Return a dict from each value of column `by`, sorted, to
-    the number of rows with this value.
+    """Count the rows whose columns have the values in `equal`. Return a dict from each value of column `by` to the
+    number of rows with this value, sorted by value.
 
-    Rows are counted in batches, and files whose statistics exclude the values are not read.
+    Rows are counted in batches. A data file is not read if its statistics show that it lacks the values.
 
     Args:
         table: Delta table whose rows are counted.
-        equal: required values: a non-empty dict from the name of a column to the value.
+        equal: non-empty dict from the name of a column to the value that the column must have.
         by: name of the column by which the counts are grouped, such as 'source'.
     """
     column = quoted_name(by)
@@ -34,10 +34,10 @@ def count_on_disk(table: DeltaTable, equal: Mapping[str, str | datetime], by: st
 
 
 def has_rows(table: DeltaTable, equal: Mapping[str, str | datetime]) -> bool:
-    """Return whether the table has a row whose columns have the values `equal`."""
+    """Return whether the table has a row whose columns have the values in `equal`."""
     return bool(query_rows(table, "1 AS one", equal_to(equal), "LIMIT 1"))
 
 
 def equal_to(equal: Mapping[str, str | datetime]) -> str:
-    """Return the SQL condition that columns have the given values. `equal` is not empty."""
+    """Return the SQL condition that columns have the values in `equal`, which is not empty."""
     return " AND ".join(f"{quoted_name(name)} = {quoted_value(value)}" for name, value in equal.items())

@@ -46,7 +46,7 @@ def newest_stored_time(
         platform: platform that has the table.
         table: table to read.
         column: name of the column of times.
-        equal: required values: a non-empty dict from the name of a text column to its value.
+        equal: non-empty dict from the name of a text column to the value that the column must have.
     """
     if (opened := open_on_disk(platform, table)) is not None:
         newest: datetime | None = query_rows(opened, f"max({column}) AS newest", equal_to(equal))[0]["newest"]

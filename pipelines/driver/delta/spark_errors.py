@@ -75,7 +75,7 @@ def translate_spark_errors(what: str, *, where: str) -> Iterator[None]:
 
 
 def worker_died(error: Exception) -> bool:
-    """Return whether Spark failed because a Python worker or an executor died without an error or ran out of memory."""
+    """Return whether Spark failed because a Python worker or an executor ran out of memory or died without an error."""
     return isinstance(error, spark_errors()) and bool(WORKER_DIED.search(str(error)))
 
 

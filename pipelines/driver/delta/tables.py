@@ -133,7 +133,7 @@ def add_checks(spark: SparkSession, name: str, checks: Mapping[str, str]) -> tup
 
 
 def missing_checks(spark: SparkSession, name: str, checks: Mapping[str, str]) -> dict[str, str]:
-    """Map the name of each CHECK constraint that a table lacks to the SQL statement that adds the constraint."""
+    """Return a dict from the name of each missing CHECK constraint of a table to the SQL that adds the constraint."""
     existing = table_properties(spark, name).keys() if checks else ()
     return {
         check: f"ALTER TABLE {name} ADD CONSTRAINT {check} CHECK ({checks[check]})"
@@ -149,7 +149,7 @@ def add_columns(spark: SparkSession, platform: Platform, table: Table) -> None:
 
 
 def missing_columns(spark: SparkSession, name: str, table: Table) -> list[str]:
-    """Return the SQL statement that adds the columns that a table lacks, or nothing if the table has all columns."""
+    """Return the SQL statement that adds the missing columns of a table, or nothing if no column is missing."""
     existing = set(spark.table(name).columns)
     missing = [column.ddl() for column in table.columns if column.name not in existing]
     return [f"ALTER TABLE {name} ADD COLUMNS ({', '.join(missing)})"] if missing else []

@@ -37,10 +37,12 @@ MAINTENANCE_OPERATIONS = frozenset(
 
 
 COMMIT = ("userMetadata", "operationParameters")
-"""Fields of a commit that tell, with its operation, whether the commit may have changed rows of a source."""
+"""Fields of a commit that, together with its operation, tell whether the commit may have changed rows of a source."""
 NOTE_IN_CONDITION = re.compile(rf"= '?({NOTE_PREFIX}[\w.-]+)")
-"""Pattern that finds the note of a source in the condition of a MERGE. `note_condition` writes the note, and Delta
-stores the condition in the table history.
+"""Pattern that finds the text `lakesight ingest SOURCE` (the note of a source) in the condition of a MERGE.
+
+A MERGE takes no user metadata, so `note_condition` puts the note into the condition, which Delta stores in the table
+history.
 """
 
 
@@ -81,11 +83,11 @@ def read_versions(spark: SparkSession, platform: Platform, source: str, table: T
     """Read the newest version of a table, and the version that last changed a source (the pinned version).
 
     The table holds the rows of all sources. An ingest of any source creates a new table version. If shards were pinned
-    to the newest version, an ingest of one source would make the shards of all sources stale. Each ingest writes the
-    name of its source into its commit (`note_options`, `note_condition`), and this function skips commits of other
-    sources and maintenance commits. A commit without a note, such as a DELETE by hand, counts as a change of every
-    source. The oldest commit that Delta still keeps also counts as a change. The pinned version may therefore be newer
-    than the last change of the source, but never older.
+    to the newest version, an ingest of one source would make the shards of all sources stale. Each ingest writes a note
+    with the name of its source into its commit (`note_options`, `note_condition`), and this function skips commits of
+    other sources and maintenance commits. A commit without a note, such as a DELETE by hand, counts as a change of
+    every source. The oldest commit that Delta still keeps also counts as a change. The pinned version may therefore be
+    newer than the last change of the source, but never older.
 
     Both version numbers come from one read of the table history, so rows of `source` are equal at `newest` and at
     `last_change`.
@@ -115,7 +117,7 @@ def _select_versions(commits: list[dict[str, Any]], source: str) -> tuple[int, i
 
 
 def _note(commit: dict[str, Any]) -> str | None:
-    """Return the note of a commit: its user metadata, or else the note in the condition of a MERGE."""
+    """Return the note that the writer of a commit has stored: the user metadata, or a text in a MERGE's condition."""
     note: str | None = commit["userMetadata"]
     if note is not None or commit["operation"] != "MERGE":
         return note
@@ -131,14 +133,14 @@ def _may_change(source: str, note: str | None) -> bool:
 
 
 def source_note(source: str) -> str:
-    """Return the user metadata of a commit that changes rows of `source` only."""
+    """Return the note of a commit that changes rows of `source` only."""
     return f"{NOTE_PREFIX}{source}"
 
 
 def note_condition(source: str) -> str:
     """Return an SQL condition for a MERGE that is true for all rows of `source` and contains the note of the source.
 
-    A MERGE takes no option for a note, but Delta stores the condition of a MERGE in the table history.
+    A MERGE takes no user metadata, but Delta stores the condition of a MERGE in the table history.
     """
     return f"concat('{NOTE_PREFIX}', target.source) = '{source_note(source)}'"
 
@@ -151,10 +153,10 @@ def note_options(source: str) -> dict[str, str]:
 def guarded_options(source: str, version: int) -> dict[str, str]:
     """Return write options with which Delta skips a write if another writer has committed first for the same source.
 
-    The options use Delta's idempotent writes. `txnAppId` names the source. `txnVersion` is `version`, the table version
-    that had last changed the source when the write was planned. Delta skips a write whose `txnVersion` is not above the
-    last committed `txnVersion` of the source. If two writers planned at the same version, the first writer commits, and
-    Delta skips the write of the second writer.
+    The options use Delta's idempotent writes. `txnAppId` contains the name of the source. `txnVersion` is `version`,
+    the table version that had last changed the source when the write was planned. Delta skips a write whose
+    `txnVersion` is not above the last committed `txnVersion` of the source. If two writers planned at the same version,
+    the first writer commits, and Delta skips the write of the second writer.
     """
     return {**note_options(source), "txnAppId": source_note(source), "txnVersion": str(version)}
 
@@ -162,8 +164,8 @@ def guarded_options(source: str, version: int) -> dict[str, str]:
 def rows_of_source(spark: SparkSession, table: str, source: str) -> DataFrame:
     """Return the rows of a source at the newest version of a table.
 
-    The manifest of shards names the table version that last changed their source. This function reads the newest table
-    version, because VACUUM may have removed files of the older version. If an ingest has changed the source after the
+    Shards are pinned to the table version that last changed their source. This function reads the newest table version
+    instead, because VACUUM may have removed files of the pinned version. If an ingest has changed the source after the
     shards were written, the returned rows may lack a picture of the shards. Call this function just before the rows are
     read, because a DataFrame keeps reading the table version at which the DataFrame was created.
     """

@@ -1,4 +1,4 @@
-"""Baselines: captions that are made without a model, with which an evaluation compares the captions of a model version.
+"""Baselines: captions that are made without a model. An evaluation compares a model version's captions with them.
 
 The constant baseline gives the same caption to all pictures. The caption that is best by one metric may not be the best
 by another metric. So each metric has its own constant caption. If all pictures have this caption, the value of the
@@ -90,7 +90,7 @@ def best_constants(scored: Sequence[ScoredRow]) -> dict[str, str]:
         values = [measured[i][name](every_row)[0] for i in shortlist]
         best[name] = candidates[shortlist[int(np.argmax(values))]]
     if len(scored) == 1:
-        del best["cider"]  # CIDEr is undefined for one row, because its word weights need several rows
+        del best["cider"]  # CIDEr is undefined for one row, because the word weights of CIDEr need several rows
     return best
 
 
@@ -99,7 +99,7 @@ def _with_caption(scored: Sequence[ScoredRow], caption: str) -> list[ScoredRow]:
 
 
 def constant_word_f1(candidates: Sequence[list[str]], references: Sequence[list[list[str]]]) -> Floats:
-    """For each candidate, compute the mean of word F1 over all rows, as an array of shape (C,)."""
+    """For each candidate, compute the mean word F1 of all rows with this caption, as an array (C,)."""
     flat = [reference for group in references for reference in group]
     first_of_row = np.cumsum([0, *(len(group) for group in references)])[:-1]
     lengths_F = np.array([len(reference) for reference in flat])
@@ -116,7 +116,7 @@ def constant_word_f1(candidates: Sequence[list[str]], references: Sequence[list[
 
 
 def constant_cider(candidates: Sequence[list[str]], references: Sequence[list[list[str]]]) -> Floats:
-    """Compute CIDEr-D (Vedantam et al., 2015) of each candidate as the caption of every row, as an array of shape (C,).
+    """For each candidate, compute the CIDEr-D (Vedantam et al., 2015) of all rows with this caption, as an array (C,).
 
     The result equals pycocoevalcap's result, but pycocoevalcap would process all references again for each candidate.
     """

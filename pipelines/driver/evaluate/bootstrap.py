@@ -69,8 +69,7 @@ def measure(
 
     Args:
         scored: rows of the split; at least one row has a caption.
-        further: dict from the name of an additional metric to the metric, which is computed over the rows with a
-            caption.
+        further: dict from the name of each additional metric to its function of the weights of the rows with a caption.
         seed: seed of the resampling.
     """
     failed = ratio([float(item.caption is None) for item in scored])

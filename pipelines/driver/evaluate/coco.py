@@ -45,7 +45,7 @@ def has_java() -> bool:
 
 
 def java_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
-    """Return the metrics that need Java, which are `meteor` and the figures of COCO's evaluation (`coco_*`).
+    """Return the metrics that need Java: `meteor` and the figures of COCO's evaluation (`coco_*`).
 
     `meteor` compares words as `vlm.text.words` splits them. The Java program stems English words, but breaks words of
     other scripts, such as Chinese, into pieces. A word that is not ASCII is therefore replaced by a code, which matches

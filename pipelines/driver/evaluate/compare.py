@@ -41,8 +41,9 @@ class Comparison(Config):
         tokenisation: name of the rules that split texts into words.
         differences: a dict from the name of a metric to the difference (`one` minus `other`), with the interval of a
             paired bootstrap.
-        one_metrics: metrics of version `one` on the rows that both versions captioned, by name.
-        other_metrics: metrics of version `other` on the rows that both versions captioned, by name.
+        one_metrics: a dict from the name of a metric to its value for version `one` on the rows that both versions
+            captioned.
+        other_metrics: the same for version `other`.
         wins: number of rows where `one` has the higher word F1.
         losses: number of rows where `other` has the higher word F1.
         ties: number of rows where `one` and `other` have the same word F1.
@@ -68,7 +69,7 @@ class Comparison(Config):
 def compare(
     spark: SparkSession, platform: Platform, request: ShardRequest, one: EvaluationReport, other: EvaluationReport
 ) -> Comparison:
-    """Compare two evaluations of the split that a shard request names, and write the HTML page.
+    """Compare two evaluations of the split in a shard request, and write the HTML page.
 
     Raises:
         StageFailed: the two versions have no captioned row in common.

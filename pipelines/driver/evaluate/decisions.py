@@ -74,8 +74,8 @@ def record_decision(
 def recorded_champion(open_spark: Callable[[], SparkSession], platform: Platform, model: str) -> str | None:
     """Return the version that the last promotion or rollback in table `decisions` has made the champion, else None.
 
-    The registry may name a different champion if a command was killed after recording a decision and before changing
-    the registry.
+    If a command was killed after it had recorded a decision and before it changed the registry, the registry has
+    another champion than table `decisions`.
     """
     if not is_supported(platform.tables):
         from pyspark.sql import functions as F

@@ -53,7 +53,7 @@ NAMES = {  # names of the metrics on HTML pages, in the order of the page
     "coco_meteor": "COCO METEOR",
     "chair_i": "mentions of objects that no human text mentions (CHAIRi)",
     "chair_s": "captions that mention an object that no human text mentions (CHAIRs)",
-    "object_mentions": "objects mentioned a caption",
+    "object_mentions": "objects mentioned per caption",
     "loss": "loss, nats/token",
     "token_accuracy": "token accuracy",
     "blind_gap": "blind gap, nats/token",
@@ -62,7 +62,7 @@ NAMES = {  # names of the metrics on HTML pages, in the order of the page
     "distinct": "distinct captions",
     "distinct_2": "distinct pairs of words",
     "distinct_words": "words of 100 captions",
-    "words": "words a caption",
+    "words": "words per caption",
     "mean_logprob": "log-probability, nats/token",
     "error_share": "share of errors",
     "captions_per_second": "captions per second and process",
@@ -155,7 +155,7 @@ def select_rows(scored: Sequence[ScoredRow]) -> list[tuple[ScoredRow, tuple[str,
 
 
 def mark_differences(caption: str, references: Sequence[str]) -> tuple[tuple[str, bool], ...]:
-    """Split a caption into parts, and mark each word that the most similar reference lacks at this place."""
+    """Split a caption into parts, and mark each word that the most similar reference lacks at the same place."""
     split = [WORD_GAP.split(text) for text in (caption, *references)]
     keys = [[" ".join(words(token)) or token.strip() for token in tokens[::2]] for tokens in split]
     own, tokens = keys[0], split[0]

@@ -6,9 +6,9 @@ a metric that needs only captions and references, extend `caption_metrics`. To a
 `model_metrics`.
 
 pycocoevalcap computes BLEU, ROUGE-L and CIDEr-D. `vlm.text.words` splits the texts into words. The metrics of this
-module are defined for all writing systems and need no Java, so the promotion gate decides the same on every host.
-Figures in papers are computed from the words of COCO's tokenizer. Lakesight reports figures with COCO's words under
-separate names, such as `coco_cider` (see `coco.py`).
+module are defined for all writing systems and need no Java, so the promotion gate makes the same decision on every
+host. Figures in papers are computed from the words of COCO's tokenizer. Lakesight reports figures with COCO's words
+under separate names, such as `coco_cider` (see `coco.py`).
 
 In the names of arrays, R stands for rows (a picture and a prompt) and S stands for resamples.
 """
@@ -93,7 +93,7 @@ def tokenisation_of(metric: str) -> str | None:
 
 
 def describe_words(metrics: Iterable[str]) -> str:
-    """Return a phrase that names the rules by which the metrics with these names split texts into words."""
+    """Return a phrase for the rules by which the metrics with these names split texts into words."""
     coco = any(name.startswith(COCO_PREFIX) for name in metrics)
     return TOKENISATION + (f"; for metrics {COCO_PREFIX}* by {COCO_TOKENISATION}" if coco else "")
 

@@ -84,7 +84,7 @@ class EvaluationReport(Config):
         pictures: number of pictures of the split.
         left_out: number of rows whose prompt leaves no room for a caption; only `error_share` counts these rows.
         tokenisation: name of the rules that split texts into words; empty in a report of an earlier Lakesight version.
-            A report of an earlier version is computed again from the stored scores.
+            A report of an earlier Lakesight version is computed again from the stored scores.
         definitions: version number of the metric definitions; 1 in reports of earlier versions of Lakesight.
         settings: generation settings of the captions; null if the captions were generated with the model version's own
             settings at temperature 0. A report whose `settings` are not null is not merged into table `evaluations`.
@@ -93,7 +93,7 @@ class EvaluationReport(Config):
         metrics: metrics of the whole split, including the metrics of the baselines (constant_*, neighbour_*).
         columns: names of the columns whose values define the evaluation slices.
         slices: a dict from the name of a slice (`column=value`) to the metrics of the slice.
-        slice_rows: a dict from the name of a slice to its number of rows; empty in reports of earlier versions.
+        slice_rows: a dict from the name of a slice to its number of rows; empty for an earlier version of Lakesight.
         folder: folder of the scores, the report and the pages.
         gallery: HTML page that shows the worst rows, the best rows and a sample of all other rows.
         gallery_png: PNG file that shows the sample of the rows.
@@ -161,8 +161,8 @@ def evaluate(
         objects: word list for the metrics of object hallucination, or None to leave out these metrics.
 
     Raises:
-        UserError: the split is empty, a folder contains no model or no shards, or a column does not exist. StageFailed:
-        no prompt of the split leaves room for a caption, or an executor failed.
+        UserError: the split is empty, a folder contains no model or no shards, or a column does not exist.
+        StageFailed: no prompt of the split leaves room for a caption, or an executor failed.
     """
     started = time.monotonic()
     model.read_config()
@@ -316,10 +316,10 @@ def _check_columns(samples: DataFrame, request: ShardRequest, columns: Sequence[
     missing = [name for name in columns if not computed.get(name, {name}) <= set(samples.columns)]
     if missing:
         raise UserError(
-            "an evaluation slice names a column that the table does not have",
+            "an evaluation slice needs a column that the table does not have",
             where=request.table,
             got=", ".join(missing),
-            fix=f"name one of these columns with --by: {', '.join([*samples.columns, *computed])}",
+            fix=f"choose from these columns with --by: {', '.join([*samples.columns, *computed])}",
         )
     return [name for name in columns if name not in computed]
 
@@ -375,7 +375,7 @@ def _write_pages(report: EvaluationReport, rows: Sequence[GalleryRow]) -> None:
         f"{report.pictures} pictures, table version {report.dataset_version}. {_describe_settings(report)}"
         "Intervals are 95 % bootstrap intervals. "
         f"Texts are split into words by {describe_words(report.metrics)}. "
-        "The page shows the worst and the best rows by word F1, and a sample of the others."
+        "The page shows the worst and the best rows by word F1, and a sample of all other rows."
     )
     if any(row.attention for row in rows):
         about += f" {ABOUT_ATTENTION}"

@@ -44,7 +44,7 @@ class IngestRequest:
         source: name of the source, which is the name of its data config.
         config: data config of the source.
         rows: raw rows, and the parser that executors apply to the raw rows.
-        ingest_id: id of the ingest, which is stored in all rows that the ingest writes.
+        ingest_id: id of the ingest; all rows that the ingest writes contain the id.
         replace: whether the result replaces all rows of the source, so that the plan ignores existing rows.
     """
 

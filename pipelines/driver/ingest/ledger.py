@@ -2,9 +2,9 @@
 
 The ledger only saves time and is not needed for correct results. Rows are identified by their content, so an item that
 is read twice adds nothing. If `samples`, `texts` or `quarantine` was restored or replaced since an item was ingested,
-the item is forgotten and read again. The ledger may therefore be written last, after `samples` and `quarantine`, and an
-ingest only appends to the ledger. If an ingest is killed or runs twice, the worst consequence is that items are read
-again.
+the item is deleted from the ledger and read again. The ledger may therefore be written last, after `samples` and
+`quarantine`, and an ingest adds its items by a plain append. If an ingest is killed or runs twice, the worst
+consequence is that items are read again.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ VERSION = "version "
 commit that made this version. Lakesight 0.1.0 stored no id.
 """
 FILLED = ("filled_version", "filled_commit")
-"""Columns of the ledger that name the version of `samples` or `texts` that contains the rows of an item."""
+"""Columns of the ledger that identify the table version of `samples` or `texts` in which the rows of an item are."""
 REFUSED = ("refused_version", "refused_commit")
-"""Columns of the ledger that name the version of `quarantine` that contains the refused rows of an item."""
+"""Columns of the ledger that identify the table version of `quarantine` in which the refused rows of an item are."""
 
 
 class LedgerEntry(NamedTuple):
@@ -71,7 +71,7 @@ class LedgerEntry(NamedTuple):
 
 
 def hash_rules(config: DataConfig) -> str:
-    """Hash the settings that decide how a raw row is converted to a sample.
+    """Return a hash of the settings that decide how a raw row is converted to a sample.
 
     The location of the input and the tolerated share of bad rows are not part of the hash.
     """
@@ -98,8 +98,8 @@ def read_ledger(spark: SparkSession, platform: Platform, source: str, rules: str
     """Read the ITEMS of a source that have been ingested with the settings whose hash is `rules`.
 
     If an item is a table, only the last ingest of the table counts, because `samples` holds the rows of this ingest.
-    The last ingest counts even if it read an older version of the table than an earlier ingest, or had different
-    settings.
+    The last ingest counts even if an earlier ingest read a newer version of the table, or if the two ingests had
+    different settings.
     """
     if (opened := open_on_disk(platform, INGESTED)) is not None:
         return read_ledger_of_files(opened, source, rules)
@@ -148,9 +148,10 @@ def pending_items(items: pa.Table, ingested: pa.Table) -> pa.Table:
 
 
 def pending_pairs(items: Iterable[tuple[str, str]], ingested: pa.Table) -> list[tuple[str, str]]:
-    """Return the distinct pairs of item and state that have not been ingested, like `pending_items`.
+    """Like `pending_items`, return the distinct pairs of item and state that have not been ingested.
 
-    This function takes Python objects, and needs no pandas, which pyarrow imports for the join of `pending_items`.
+    This function takes Python objects. For the join in `pending_items`, pyarrow imports pandas, but this function needs
+    no pandas.
     """
     pending = dict.fromkeys(items)
     for batch in ingested.to_batches():
@@ -174,7 +175,7 @@ def lost_commits(
     columns: tuple[str, str],
     history: Callable[[Collection[int]], TableHistory],
 ) -> list[str]:
-    """Return the commit ids in the ledger whose rows a table no longer has.
+    """Return the ids of the commits in the ledger whose rows are no longer in a table.
 
     A table loses the rows of a commit if the table is restored, replaced by a copy, or dropped. The items of these
     commits must be read again.
@@ -193,7 +194,7 @@ def lost_commits(
 
 
 def has_lost_items(ledger: DeltaTable, filled: DeltaTable, quarantine: DeltaTable, source: str) -> bool:
-    """Return whether one of two tables has lost rows of items that the ledger has, without Spark."""
+    """Without Spark, return whether `filled` or `quarantine` has lost rows of items that are in the ledger."""
     entries = _entered_commits(ledger, source)
     return any(
         lost_commits(entries, columns, partial(read_history_of_files, table))
@@ -202,7 +203,7 @@ def has_lost_items(ledger: DeltaTable, filled: DeltaTable, quarantine: DeltaTabl
 
 
 def _entered_commits(ledger: DeltaTable, source: str) -> list[dict[str, Any]]:
-    """Return the distinct values of FILLED and REFUSED in the ledger rows of one source, without Spark."""
+    """Without Spark, return the distinct values of FILLED and REFUSED in the ledger rows of one source."""
     return query_rows(ledger, f"DISTINCT {', '.join((*FILLED, *REFUSED))}", f"source = {quoted_text(source)}")
 
 
@@ -220,7 +221,7 @@ def forget_lost_items(spark: SparkSession, platform: Platform, source: str, fill
 
 
 def _forget(spark: SparkSession, ledger: str, source: str, column: str, lost: Sequence[str]) -> None:
-    """Delete the items of a source from the ledger whose commit ids in `column` are lost."""
+    """Delete those items of a source from the ledger whose commit id in `column` is one of the `lost` ids."""
     count = spark.table(ledger).filter((F.col("source") == source) & F.col(column).isin(*lost)).count()
     logger.warning("%d files or rows of captions of %s are read again", count, source)
     ids = ", ".join(f"'{each}'" for each in lost)

@@ -1,7 +1,7 @@
 """Near duplicates of an ingest: find new pictures that resemble another picture, and put both pictures in one split.
 
-`near_pairs.py` compares only pictures that share a key (a part of their hashes). A picture is not compared if too many
-pictures share one of its keys. The ingest report counts the pictures that were not compared.
+`near_pairs.py` compares only pictures that share a key (a part of their hashes). A key that too many pictures share is
+skipped. The ingest report counts the new pictures with such a key (`not_compared`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class NearReport(Config):
         moved: number of new pictures that were moved to the split of their near duplicate.
         across_splits: number of new pictures with a near duplicate in another split. The cause is either that the
             source assigns the splits, or that the picture resembles two pictures that were already in different splits.
-        not_compared: number of new pictures with a key that more than MAX_PICTURES_OF_A_KEY pictures share.
+        not_compared: number of new pictures with a key that is skipped, because more than MAX_PICTURES_OF_A_KEY
+            pictures share the key.
     """
 
     pictures: int = 0
@@ -39,7 +40,7 @@ class NearDuplicates(NamedTuple):
     Attributes:
         shared: result of `shared_keys`, with one row for each pair of a picture and a key that the picture shares.
         pairs: pairs of near duplicates, with the schema PAIRS.
-        neighbours: split and near duplicate of each new picture that has a near duplicate, from `_resolve`.
+        neighbours: result of `_resolve`, with one row for each new picture that has a near duplicate.
     """
 
     shared: DataFrame

@@ -18,7 +18,8 @@ from pipelines.platform import Platform
 logger = logging.getLogger(__name__)
 
 MERGE = "merge"
-"""Value of column `stage` for rows that only the ingest plan refuses. The payload of such a row lacks the picture."""
+"""Value of column `stage` for rows that executors have accepted and that the ingest plan refuses. In the spill folder,
+the payload of such a row lacks the picture, and `_payload_with_image` adds it."""
 REFUSED = ("source_row", "stage", "reason", "detail", "spilled")
 
 

@@ -38,7 +38,8 @@ class ReplayReport(Config):
     Attributes:
         source: name of the source, which is the name of its data config.
         reasons: quarantine reasons of the replayed rows.
-        rows_in: number of replayed rows, which have one of the reasons and were accepted by no earlier replay.
+        rows_in: number of replayed rows. A row is replayed if it has one of the reasons and no earlier replay has
+            accepted it.
         new: number of rows that added a new picture to `samples`.
         merged: number of rows that added a text to a picture.
         duplicates: number of valid rows that added nothing.
@@ -69,7 +70,7 @@ def replay(
     If a row refers to its picture by a path or URI and the picture could not be read before, the picture is read again.
 
     Raises:
-        UserError: the location of the pictures that rows name cannot be read, or the source is plain text.
+        UserError: the location of the pictures (`image_root`) cannot be read, or the source is plain text.
         StageFailed: Spark failed.
     """
     started = time.monotonic()

@@ -49,7 +49,7 @@ def merge_into(table: str, updates: DataFrame, key: str, source: str, *clauses: 
     """Merge `updates` into the rows of one source in a table, and return the row counts that Delta reports.
 
     The name of the source is a literal in the merge condition, so Delta skips the files of other sources. The condition
-    also contains the note of the source.
+    also contains the note of the source (`note_condition`), which Delta stores in the table history.
 
     Args:
         table: full name of the table, whose alias is `target`.
@@ -96,8 +96,8 @@ def verify_append(spark: SparkSession, platform: Platform, table: Table, stamp: 
 def count_rows(
     spark: SparkSession, platform: Platform, table: Table, equal: Mapping[str, str | datetime], by: str
 ) -> dict[str, int]:
-    """Count the rows whose columns have the values `equal`. Return a dict from each value of column `by` to its number
-    of rows."""
+    """Count the rows whose columns have the values in `equal`. Return a dict from each value of column `by` to the
+    number of rows with this value."""
     if (opened := open_on_disk(platform, table)) is not None:
         return count_on_disk(opened, equal, by)
     rows = spark.table(platform.table(table.name)).filter(
@@ -107,7 +107,7 @@ def count_rows(
 
 
 def existing_rows(spark: SparkSession, platform: Platform, table: Table, source: str) -> DataFrame:
-    """Return the rows of a source in a table, like `rows_of_source`.
+    """Like `rows_of_source`, return the rows of a source in a table.
 
     On a laptop, a source without rows is recognised without Spark. For a source without rows, Spark neither reads the
     Delta log nor joins with the table, because Spark's optimizer knows that `limit(0)` has no rows.

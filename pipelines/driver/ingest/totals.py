@@ -20,7 +20,7 @@ from pipelines.formats.tables import SAMPLES, TEXTS
 from vlm.config import Config
 
 NAMED_FILES = 1_000
-"""Largest number of files that a report names; further files are only counted."""
+"""Largest number of file names in a report; further files are only counted."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Written:
         near: counts of near duplicates among the new pictures.
         across: number of pictures whose bytes occur in two splits of the source.
         removed: number of pictures removed from `samples`.
-        updated: in a refresh, number of pictures or texts that the source's table had before. They also count in
-            `totals.new`.
+        updated: in a refresh, number of pictures or texts that were in the source's table before the refresh. These
+            pictures or texts also count in `totals.new`.
         unreadable: names of files that could not be read to their end, with the reasons; at most NAMED_FILES.
     """
 
@@ -62,7 +62,7 @@ class IngestReport(Config):
         unchanged: number of items that were not read, because they were ingested before and have not changed.
         rows_in: number of raw rows that were read.
         new: number of rows that added a picture with all its texts to `samples`, or a text to `texts`.
-        updated: in a refresh, number of rows that replaced a picture or a text which the source's table had before.
+        updated: in a refresh, number of rows that replaced a picture or a text of the source's table.
         merged: number of rows that added a text to a picture.
         duplicates: number of rows that added nothing, because the source's table or `quarantine` already has their
             content.

@@ -32,7 +32,7 @@ from vlm.config import Config, ImageConfig
 logger = logging.getLogger(__name__)
 
 SHOWN_PICTURES = 5
-"""Largest number of copied pictures that a log message names for one source."""
+"""Largest number of copied pictures that a log message lists for one source."""
 TIME_FACTOR = 2
 """Time limit for decoding a picture in the shard stage, as a multiple of the time limit in an ingest.
 
@@ -46,9 +46,9 @@ class ShardReport(Config):
         folder: path of the folder.
         source: name of the source, which is the name of its data config.
         split: split of the rows: train, val or test.
-        num_rows: number of pictures.
+        num_rows: number of pictures or texts.
         content_hash: hash of the contents; equal training data has an equal hash.
-        dataset_version: version of `samples` that last changed this source.
+        dataset_version: version of `samples` or `texts` that last changed this source.
         reused: whether the folder existed already and nothing was written.
         seconds: duration of the stage, in seconds.
     """
@@ -69,7 +69,7 @@ def shard(  # noqa: PLR0917 (each argument is one part of a run, and all are req
     """Find or write the shards of one source and split. If the run trains on a mix of sources, also find or write the
     training shards of the other sources.
 
-    A shard request names the version of `samples` that last changed the source. The rows are read at the newest
+    A shard request contains the version of `samples` that last changed the source. The rows are read at the newest
     version, because VACUUM may have removed the files of the pinned version. The rows of the source are equal in the
     pinned version and in the newest version.
 
@@ -125,14 +125,14 @@ def shard_texts(
 def find_finished(
     platform: Platform, source_name: str, config: DataConfig, image: ImageConfig | None, split: Split
 ) -> ShardReport | None:
-    """Find the shards of one source and split without Spark, or return None if the shards are not written yet.
+    """Without Spark, find the shards of one source and split. Return None if the shards are not written yet.
 
-    This function takes the same arguments as `shard`. For shards of text, `image` is None. If a catalog manages the
-    tables, the result is always None.
+    This function takes the same arguments as `shard`. `shard` finds the same shards, but needs Spark, which takes
+    several seconds to start. For shards of text, `image` is None. If a catalog manages the tables, the result is always
+    None.
 
     Raises:
-        UserError: the split has no rows. `shard` would find the same shards, but needs Spark, which takes several
-            seconds to start.
+        UserError: the split has no rows.
     """
     started = time.monotonic()
     table, shards = SAMPLES if image else TEXTS, platform.folder("shards")
@@ -199,8 +199,8 @@ def _compare_sources(
     for source, ids in found.items():
         shown = ", ".join([*ids[:SHOWN_PICTURES], *(["..."] if len(ids) > SHOWN_PICTURES else [])])
         logger.warning(
-            "%d training pictures of %s are left out of the mix, because they copy validation or test pictures of its "
-            "other sources: %s",
+            "%d training pictures of %s are left out of the mix, because they copy validation or test pictures of "
+            "other sources of the mix: %s",
             *(len(ids), source, shown),
         )
     copies = MixCopies(left_out={source: tuple(ids) for source, ids in found.items()})

@@ -133,7 +133,7 @@ def check_gpus(hosts: Sequence[Host]) -> None:
 
 
 def check_code(hosts: Sequence[Host], code: TrainingCode | None) -> None:
-    """Check that ranks import the code that run.json names.
+    """Check that ranks import the code that run.json records.
 
     Raises:
         UserError: a host has the same Lakesight version with different source files.

@@ -70,7 +70,7 @@ def _rank_environment(rank: int, ranks: int, store: Path) -> dict[str, str]:
         GLOO_SOCKET_IFNAME=loopback,
         NCCL_SOCKET_IFNAME=loopback,
     )
-    # A rank sets its number of threads itself. Before this, OMP_NUM_THREADS is 1, as with torchrun, so that libraries
+    # Each rank sets its number of threads itself. Until then, OMP_NUM_THREADS is 1, as with torchrun, so that libraries
     # do not start one thread per core.
     return environment if ranks == 1 else {"OMP_NUM_THREADS": "1"} | environment
 

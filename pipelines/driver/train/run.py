@@ -186,8 +186,8 @@ def reason_not_to_restart(root: Failure | None, previous: Failure | None, restar
     """Return why a failed run must not be restarted, or an empty string if the run may be restarted.
 
     Args:
-        root: failure record that names the root cause of the failed attempt, if any.
-        previous: failure record that names the root cause of the attempt before the failed attempt, if any.
+        root: failure record with the root cause of the failed attempt, if there is such a record.
+        previous: failure record with the root cause of the attempt before, if there is such a record.
         restarts: number of restarts so far.
         allowed: largest number of restarts.
     """

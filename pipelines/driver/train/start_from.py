@@ -66,7 +66,7 @@ def check_start_folder(folder: Path, config: ModelConfig, settings: TrainConfig)
             "the folder in train.start_from has no complete model",
             where="train.start_from",
             got=f"{folder} has no {', no '.join(missing)}",
-            fix="name a run's last checkpoint, or a model version's folder below models/ in the home folder",
+            fix="choose a run's last checkpoint, or a model version's folder below models/ in the home folder",
         )
     try:
         saved = ModelConfig.model_validate_json((folder / "config.json").read_text(encoding="utf-8"))
@@ -111,7 +111,7 @@ def check_training_state(start: StartFolder, settings: TrainConfig) -> str:
             "the folder in train.start_from has no training state to continue from",
             where="train.start_from",
             got=f"{start.folder} has no {', no '.join(missing)}",
-            fix="name a run's checkpoint, or use only the weights of the folder with train.start_state: weights",
+            fix="choose a run's checkpoint, or use only the weights of the folder with train.start_state: weights",
         )
     before = read_json(start.folder / "run.json", RunFile).config.train
     saved, now = ({"train": train.hashed_settings(exclude=FREE_SETTINGS)} for train in (before, settings))

@@ -176,7 +176,7 @@ def test_loading_an_adapter_into_other_weights_or_other_layers_is_an_error(base:
     for problem in (
         "missing decoder.blocks.0.mlp.up.up",
         "unexpected decoder.head.up",
-        "decoder.blocks.1.mlp.up.down has shape (5, 24), the model (4, 24)",
+        "decoder.blocks.1.mlp.up.down has shape (5, 24), the model needs (4, 24)",
     ):
         assert problem in str(caught.value)
 

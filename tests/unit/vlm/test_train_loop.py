@@ -301,7 +301,7 @@ def test_loading_weights_of_another_model_raises_an_error_that_lists_all_differe
     message = str(caught.value)
     assert "missing decoder.blocks.0.mlp.gate_up.weight" in message
     assert "unexpected decoder.position.weight" in message
-    assert "encoder.position has shape (1, 5, 16), the model (1, 16, 16)" in message
+    assert "encoder.position has shape (1, 5, 16), the model needs (1, 16, 16)" in message
 
 
 def test_the_function_verify_folder_reports_missing_or_truncated_or_changed_files(tmp_path: Path) -> None:

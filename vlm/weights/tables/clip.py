@@ -41,7 +41,7 @@ FIELDS: tuple[ConfigField, ...] = (
 
 
 def tower_sizes(*, extra: int) -> tuple[TensorSize, ...]:
-    """Return the sizes that CLIP and SigLIP share, for a table of positions with `extra` positions of no patch."""
+    """Return the sizes that CLIP and SigLIP share. In the table of positions, `extra` positions belong to no patch."""
     layer = "encoder.layers.{i}"
     return (
         axis_size("hidden_size", "embeddings.patch_embedding.weight", 0),

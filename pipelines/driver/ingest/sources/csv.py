@@ -20,10 +20,10 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = tuple(f".{name}{compression}" for name in ("csv", "tsv") for compression in COMPRESSION_SUFFIXES)
 DELIMITERS = (",", ";", "\t", "|")
-"""Delimiters to try if the config names none. The first delimiter that splits the header into the named columns is
-used."""
+"""Delimiters to try if the config sets no delimiter. The first delimiter that splits the header into the configured
+columns is used."""
 SEPARATOR_LINE = re.compile(r'"?sep=(.)"?', re.IGNORECASE)
-"""Pattern of the line `sep=;` that spreadsheets write before the header to name the delimiter."""
+"""Pattern of the line `sep=;`, which spreadsheets write before the header to state the delimiter."""
 HEADER_BYTES = 8 * 2**20
 """Largest size of a header, in bytes."""
 
@@ -40,7 +40,7 @@ def load_rows(
         files: CSV files.
 
     Raises:
-        UserError: no file has a column that the data config names.
+        UserError: the data config names a column that no file has.
     """
     where = files[0].path if len(files) == 1 else config.source.where
     layouts = csv_layouts(config, files, where, dialect)
@@ -55,7 +55,7 @@ def csv_layouts(config: DataConfig, files: Sequence[SourceFile], where: str, dia
     If a file lacks the picture column or the text column, the `problem` of its layout says so.
 
     Raises:
-        UserError: no file has a column that the data config names.
+        UserError: the data config names a column that no file has.
     """
     needed = (config.source.columns.image, config.source.columns.text)
     read = partial(_read_header, needed=needed, dialect=dialect)

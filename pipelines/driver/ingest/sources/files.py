@@ -26,7 +26,7 @@ smallest size is read by one task."""
 MIN_TASKS = 32
 """Number of tasks for a small input, so that no core is idle. An input of less than MIN_TASKS * MIN_RANGE_BYTES bytes
 gets fewer tasks."""
-SET_PATH = "name a file or folder with --set data.source.path=PATH"
+SET_PATH = "give the path of a file or folder with --set data.source.path=PATH"
 NO_ACCESS = "no access"
 """State of a file that this process has no permission to read. If the file becomes readable, its state changes, so the
 next ingest reads the file."""
@@ -118,7 +118,7 @@ def list_plain_files(config: DataConfig, suffixes: tuple[str, ...]) -> Listing:
     """List the files as `list_files` does, but use the plain path of a file as the file's name in the ledger.
 
     If the path of the source is a single file, this file is read, whatever its suffix. With split kind `file`, only
-    files whose names contain the name of a split are read.
+    files whose name or folder contains the name of a split are read.
 
     Raises:
         UserError: no path is set, the path does not exist, or no file is selected.

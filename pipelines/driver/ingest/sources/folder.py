@@ -1,4 +1,4 @@
-"""Folder sources: a folder of picture files, and a captions file that names the picture files.
+"""Folder sources: a folder of picture files, and a captions file whose rows refer to the picture files.
 
 The captions file is CSV, JSON lines or COCO captions JSON. The driver reads COCO captions JSON, and executors read CSV
 and JSON lines. Executors open the pictures, so every executor must see the folder.
@@ -55,7 +55,7 @@ COCO_SUFFIXES = tuple(f".json{compression}" for compression in COMPRESSION_SUFFI
 def open_folder(
     spark: SparkSession, name: str, source: FolderSourceConfig, config: DataConfig, ingested: pa.Table
 ) -> Source:
-    """Open a folder. Each row of the captions file is one record. Pictures that no row names are passed over.
+    """Open a folder. Each row of the captions file is one record. Pictures to which no row refers are passed over.
 
     In the ledger, an item is a row of the captions file, and the state of the item is the change token of its picture.
     Only new rows, and rows whose picture has changed, are read.
@@ -89,7 +89,7 @@ def open_folder(
 
 
 def check_captions(source: FolderSourceConfig, config: DataConfig) -> None:
-    """Check that the captions file exists, has a known format and, if it is CSV, the columns that the config names.
+    """Check that the captions file exists and has a known format, and that a CSV file has the configured columns.
 
     Raises:
         UserError: the captions file does not exist, has an unknown format, or is a CSV file that lacks a column.
@@ -136,13 +136,13 @@ def _open_listed(name: str, folder: Path, file: SourceFile, listed: pa.Table, in
 
 
 def passed_over(folder: str, used: Collection[str | None]) -> tuple[PassedOver, ...]:
-    """Return the files and folders that are not read, including the pictures that no row names.
+    """Return the files and folders that are not read, including the pictures to which no row refers.
 
     Links to folders are not followed, because a link may lead to all files of the machine.
 
     Args:
         folder: path of the folder, with all links resolved.
-        used: paths of the captions file and of the pictures that rows name, with all links resolved.
+        used: paths of the captions file and of the pictures to which rows refer, with all links resolved.
     """
     found: list[PassedOver] = []
 
@@ -209,7 +209,7 @@ def _load_captions(spark: SparkSession, file: SourceFile, source: FolderSourceCo
 
 
 def _parse_captions(file: SourceFile, source: FolderSourceConfig, config: DataConfig) -> Iterator[pa.RecordBatch]:
-    """Return the records of the captions file in the schema RECORDS, without Spark."""
+    """Without Spark, return the records of the captions file in the schema RECORDS."""
     limit = line_limit(config.limits)
     match _format(file):
         case "csv":

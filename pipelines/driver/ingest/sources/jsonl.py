@@ -30,7 +30,7 @@ def load_rows(spark: SparkSession, config: DataConfig, files: Sequence[SourceFil
     The columns are checked before the ingest, because a wrong column name would quarantine every row.
 
     Raises:
-        UserError: no line has a column that the data config names.
+        UserError: the data config names a column that no line has.
     """
     where = files[0].path if len(files) == 1 else config.source.where
     layouts = read_layouts(files, lambda _, layout: layout)

@@ -1,4 +1,4 @@
-"""Opening of a source with the module for the kind of source that a data config names."""
+"""Opening of a source with the module for the kind of source in a data config."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CHECKED_FILES = 20
 
 
 def open_source(spark: SparkSession, platform: Platform, name: str, config: DataConfig, ingested: pa.Table) -> Source:
-    """Open the source of a data config. The parser of the rows also reads the pictures that the rows name.
+    """Open the source of a data config. If rows refer to pictures, the parser of the rows also reads the pictures.
 
     Args:
         spark: Spark session.
@@ -45,7 +45,7 @@ def open_source(spark: SparkSession, platform: Platform, name: str, config: Data
 
     Raises:
         UserError: the input does not exist, has no file of the source's kind, or lacks a column; or the location of the
-            pictures that rows name cannot be read.
+            pictures (`image_root`) cannot be read.
     """
     given, config = config, generate_scenes(config, platform)
     if config is not given:
@@ -61,14 +61,14 @@ def open_source(spark: SparkSession, platform: Platform, name: str, config: Data
 
 
 def check_input(platform: Platform, config: DataConfig) -> None:
-    """Before Spark starts, check that the input exists and that CSV files have the columns that the config names.
+    """Before Spark starts, check that the input exists and that CSV files have the columns of the config.
 
     On Databricks this function checks nothing, because Spark is already running. To save a second look-up over the
     network, inputs on an object store and tables of a catalog are also not checked.
 
     Raises:
         UserError: the path is a URL with a password or a query, the input does not exist or has no file of the source's
-            kind, or no CSV file has a column that the config names.
+            kind, or the config names a column that no CSV file has.
     """
     path = config.source.path
     refuse_secrets(path, "data.source.path")

@@ -1,4 +1,4 @@
-"""Parquet sources: executors read the row groups of the files with Arrow, and only the columns that are used.
+"""Parquet sources: executors use Arrow to read the row groups of the files, and read only the used columns.
 
 Spark does not read the files, because Spark would refuse the whole input if a single column had a type, name or value
 that Spark cannot read.
@@ -30,7 +30,7 @@ def load_rows(spark: SparkSession, config: DataConfig, files: Sequence[SourceFil
     A file that lacks a used column is refused as a whole.
 
     Raises:
-        UserError: no readable file has all columns that the data config names.
+        UserError: no readable file has all columns of the data config.
     """
     _require_columns(config, files)
     size = sum(file.size for file in files)

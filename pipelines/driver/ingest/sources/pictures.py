@@ -14,7 +14,7 @@ from pipelines.executor.ingest.storage import is_url
 
 
 def read_named_pictures(config: DataConfig, read: Read, *, knows_files: bool) -> Read:
-    """Return a parser that also reads the pictures that rows name, or `read` itself if rows contain their pictures.
+    """Return a parser that also reads the pictures to which rows refer, or `read` itself if rows contain the pictures.
 
     Args:
         config: data config of the source.
@@ -39,7 +39,7 @@ def read_named_pictures(config: DataConfig, read: Read, *, knows_files: bool) ->
 
 
 def reads_urls(config: DataConfig) -> bool:
-    """Return whether executors open URLs: the files of the source, or the pictures that its rows name."""
+    """Return whether executors open URLs: the files of the source, or the pictures to which its rows refer."""
     source = config.source
     root = source.image_root if isinstance(source, RowSourceBase) else None
     return is_url(source.path) or is_url(root or "")

@@ -73,8 +73,7 @@ class Source:
 
 
 def used_columns(config: DataConfig) -> dict[str, str]:
-    """Return a dict from the setting that names a used column, such as `data.source.columns.text`, to the column's
-    name."""
+    """Return a dict from the setting of a used column, such as `data.source.columns.text`, to the column's name."""
     used = {f"data.source.columns.{purpose}": name for purpose, name in config.source.columns.named.items()}
     if isinstance(config.split, ColumnSplitConfig):
         used["data.split.column"] = config.split.column
@@ -82,7 +81,7 @@ def used_columns(config: DataConfig) -> dict[str, str]:
 
 
 def require_columns(config: DataConfig, found: Sequence[str], where: str) -> None:
-    """Check that a source has all columns that its config names.
+    """Check that a source has all columns of its config.
 
     Raises:
         UserError: a column is missing. The error names the setting and suggests the most similar column.
@@ -92,7 +91,7 @@ def require_columns(config: DataConfig, found: Sequence[str], where: str) -> Non
     if missing:
         unused = [column for column in found if column not in wanted.values()]
         suggestions = [f"--set {setting}={_suggest(name, unused)}" for setting, name in missing.items()]
-        fix = f"name the right column with {' '.join(suggestions)} on the command line"
+        fix = f"set the right column with {' '.join(suggestions)} on the command line"
         if any("\ufffd" in column for column in found):
             fix = "give a file of text in UTF-8: the first row of this file contains bytes that are not text"
         raise UserError(

@@ -45,7 +45,7 @@ PLAIN = (
 )
 """Spark types whose values executors receive unchanged. Values of all other types are converted to text."""
 KEYS = (T.StringType, T.CharType, T.VarcharType, T.NumericType, T.DateType, T.TimestampType, T.TimestampNTZType)
-"""If the id column has one of these types, rows of the change data feed can be looked up in the table by their ids."""
+"""Spark types of an id column by which rows of the change data feed can be looked up in the table."""
 
 
 class _Table(NamedTuple):
@@ -79,11 +79,15 @@ def open_table(
 ) -> Source:
     """Open the configured or newest version of a table, and select the rows that changed since the last ingest.
 
-    All rows are read if the table was not ingested before with these settings, if the configured version is older than
-    the ingested version, if the table was written anew or restored since then, or if the changes cannot be read.
+    All rows are read in each of these cases:
+
+    - The table was not ingested before with these settings.
+    - The configured version is older than the ingested version.
+    - The table was written anew or restored since the last ingest.
+    - The changes cannot be read.
 
     Raises:
-        UserError: no table is named, the table or version does not exist, or a column is missing.
+        UserError: no table is configured, the table or version does not exist, or a column is missing.
     """
     table = _read_version(spark, source)
     require_columns(config, table.frame.columns, source.where)
@@ -111,7 +115,7 @@ def require_local_table(source: TableSourceConfig) -> None:
     """Check that a Delta table is at the path of a source on a local disk. A table of a catalog is not checked.
 
     Raises:
-        UserError: no table is named, or there is no Delta table in the folder.
+        UserError: no table is configured, or there is no Delta table in the folder.
     """
     _require_name(source)
     folder = "" if source.table else absolute_path(source.path)
@@ -120,7 +124,7 @@ def require_local_table(source: TableSourceConfig) -> None:
             "the input cannot be read as a Delta table",
             where=source.where,
             got="no folder _delta_log" if Path(folder).is_dir() else "no such folder",
-            fix="name the folder of an existing Delta table with --set data.source.path=FOLDER",
+            fix="give the path of an existing Delta table's folder with --set data.source.path=FOLDER",
         )
 
 
@@ -167,7 +171,7 @@ def _commit(spark: SparkSession, source: TableSourceConfig, name: str, version: 
 
 def _require_name(source: TableSourceConfig) -> None:
     if not source.where:
-        fix = "name a table with --set data.source.table=CATALOG.SCHEMA.TABLE, or --set data.source.path=FOLDER"
+        fix = "choose a table with --set data.source.table=CATALOG.SCHEMA.TABLE, or --set data.source.path=FOLDER"
         raise UserError("the run has no input", where="data.source.table", got="nothing", fix=fix)
 
 
@@ -181,9 +185,9 @@ def _read_version(spark: SparkSession, source: TableSourceConfig) -> _Table:
         version = newest if source.version is None else source.version
         frame = analysed(spark.sql(f"SELECT * FROM {quoted} VERSION AS OF {version}"))  # noqa: S608 (quoted)
     except AnalysisException as error:
-        fix = "name an existing Delta table and one of the versions that `DESCRIBE HISTORY` lists"
+        fix = "choose an existing Delta table, and one of the versions that `DESCRIBE HISTORY` lists"
         if "VIEW" in (error.getCondition() or ""):
-            fix = "a view has no versions: name its table and use data.source.filter, or write the view to a table"
+            fix = "a view has no versions: read its table and use data.source.filter, or write the view to a table"
         raise UserError(
             "the input cannot be read as a Delta table",
             where=source.where,
@@ -208,7 +212,7 @@ def select_columns(frame: DataFrame, used: Sequence[str], file: str) -> DataFram
                 "a column of the input table has a type that cannot be read",
                 where=f"column {name}",
                 got=f"type {types[name].simpleString()}",
-                fix="name a column that contains pictures, texts or ids",
+                fix="choose a column that contains pictures, texts or ids",
             )
         needed.append(column.alias(f"used_{n}"))
     others = [_shortened(frame, name, kind).alias(name) for name, kind in types.items() if name not in used]
@@ -283,7 +287,7 @@ def _open_feed(spark: SparkSession, source: TableSourceConfig, first: int, last:
 
 
 def _select_changed(frame: DataFrame, changes: DataFrame, name: str, source: TableSourceConfig) -> _Changes | None:
-    """Select the rows of the table that the ingest must read, given the rows of the change data feed.
+    """Given the rows of the change data feed, select the rows that the ingest must read from the table.
 
     If rows were updated or deleted, all current rows with the ids of these rows are read. If the source has no id
     column, another row may have the picture of a deleted row, so all rows must be read.

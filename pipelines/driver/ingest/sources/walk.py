@@ -23,7 +23,7 @@ from pipelines.executor.ingest.storage import is_url, printable, url_system
 logger = logging.getLogger(__name__)
 
 LOGGED_MATCHES = 20
-"""Largest number of matching paths that the log message about a pattern names."""
+"""Largest number of matching paths in the log message about a pattern."""
 
 SYSTEM_FOLDERS = ("_delta_log", "_temporary", "_spark_metadata", "__MACOSX", "__pycache__")
 MARKERS = ("_SUCCESS", "_committed_*", "_started_*", "_metadata", "_common_metadata", "*.crc", "*._COPYING_")
@@ -33,10 +33,10 @@ PASSED_OVER = {
     "empty": "the file has no bytes",
     "other_kind": "the suffix belongs to another kind of source",
     "no_split": "`split.kind` is `file`, and the name contains no split",
-    "not_named": "a picture in the folder of a source of kind `folder` that no row of the captions file names",
+    "not_named": "in a source of kind `folder`, a picture to which no row of the captions file refers",
     "link_outside": "a link that leads out of the folder of a source of kind `folder`",
-    "not_regular": "not a file: a pipe, a socket, a device, a link that leads nowhere or a link to an outer folder",
-    "no_access": "the folder may not be listed",
+    "not_regular": "a pipe, a socket, a device, a link to nothing, or a link to a folder that contains the link",
+    "no_access": "this process has no permission to list the folder",
 }
 """All reasons for which an entry can be passed over, with their meanings."""
 
