@@ -24,9 +24,9 @@ STORE_VARIABLES = (
 """Pattern of the variables from which client libraries of object stores and web servers read credentials, certificates
 and proxies."""
 WORKER_VARIABLES = "LAKESIGHT_WORKER_VARIABLES"
-"""Name of a variable with the names of further variables that Spark's Python workers keep, separated by commas."""
+"""Environment variable that lists further variables that Spark's Python workers keep, separated by commas."""
 READS_URLS = "LAKESIGHT_READS_URLS"
-"""Name of a variable that is set if Spark's Python workers read URLs, and therefore keep the STORE_VARIABLES."""
+"""Environment variable that is set if Spark's Python workers read URLs, and therefore keep the STORE_VARIABLES."""
 
 
 def child_environment(**more: str) -> dict[str, str]:

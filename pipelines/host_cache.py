@@ -21,8 +21,8 @@ def user_cache_folder(kind: str, root: Path | None = None) -> Path:
         root: folder to use, by default a folder in the system's temporary folder.
 
     Raises:
-        StageFailed: another user owns the folder or a link in its place, or all users may write to the folder. A user
-            who may write to the folder could replace its files.
+        StageFailed: the folder (or a link in its place) belongs to another user, or all users may write to the folder.
+            A user who may write to the folder could replace its files.
         OSError: the folder cannot be created.
     """
     root = root or Path(tempfile.gettempdir()) / f"lakesight-{kind}-{os.getuid()}"

@@ -265,4 +265,4 @@ CORRUPTIONS: dict[str, Callable[[str, bytes, str], list[str]]] = {
     "too_small": lambda index, png, caption: [index, _base64(_png(Image.new("RGB", (2, 2)))), caption],
     "malformed_record": lambda index, png, caption: [index, _base64(png), caption, "one column too many"],
 }
-"""Functions that make a broken row: a dict from the reason of the refusal (in `tables.REASONS`) to the function."""
+"""Functions that make broken rows. The key of a function is the reason for which its rows are refused."""

@@ -94,7 +94,7 @@ class SourceBase(Config):
 
 
 class RowSourceBase(SourceBase):
-    """Settings of sources whose rows hold pictures or name pictures by their paths or URIs.
+    """Settings of sources whose rows contain pictures, or the paths or URIs of pictures.
 
     Attributes:
         image_root: folder or URL of the pictures if the image column holds paths, or null if the image column holds the
@@ -106,8 +106,8 @@ class RowSourceBase(SourceBase):
 
     @property
     def record_columns(self) -> ColumnNames:
-        """Column names of the records that executors read. If rows name their pictures, the bytes of a picture are in
-        the field PICTURE.
+        """Column names of the records that executors read. If the rows of the source contain only paths of pictures,
+        the bytes of a picture are in the field PICTURE.
         """
         return self.columns if self.image_root is None else self.columns.model_copy(update={"image": PICTURE})
 

@@ -76,7 +76,7 @@ class Trial(Config):
     """Result of loading a model version and captioning with it in a separate process.
 
     Attributes:
-        failure: why the model version does not work, such as 'it holds pickles: a.pkl'; empty if the version works.
+        failure: why the model version does not work, such as 'the version contains pickles: a.pkl'; empty if it works.
         pictures: number of pictures that the model version was given.
         errors: error messages, one per picture that the model version could not caption.
     """

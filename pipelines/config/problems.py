@@ -1,4 +1,4 @@
-"""Functions that make one error from the problems of a configuration, which `vlm.config.problems` describes."""
+"""Functions that make one error from all problems of a configuration. `vlm.config.problems` describes each problem."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ def config_error(problems: Iterable[str], where: str) -> ConfigError:
 
 
 def validation_error(error: ValidationError, root: type[BaseModel], where: str) -> ConfigError:
-    """Turn pydantic's error about the model `root` into one ConfigError."""
+    """Turn pydantic's error about the class `root` into one ConfigError."""
     return config_error((text for text, _ in describe(error, root)), where)

@@ -48,7 +48,7 @@ OWN_SPARK_SETTINGS = {
     "spark.authenticate": "on a laptop, Lakesight protects Spark's ports with a secret",
     "spark.lakesight": "these settings belong to Lakesight",
 }
-"""Spark settings that users cannot set: a dict from the setting's name, or its beginning, to the reason or an
+"""Names of the Spark settings that users cannot set, or beginnings of such names. Each has a reason or an
 alternative."""
 LOOPBACK_SETTINGS = ("spark.driver.host", "spark.driver.bindAddress")
 """Spark settings that users can set only if the master is a cluster."""
@@ -73,8 +73,8 @@ class SparkConfig(Config):
     """Settings of the Spark session.
 
     Attributes:
-        master: Spark's master URL: local[CORES], local-cluster[EXECUTORS,CORES,MIB], spark://HOST:PORT, yarn,
-            k8s://HOST:PORT, or sc://HOST:PORT for a Spark Connect server.
+        master: Spark's master URL in one of the forms local[CORES], local-cluster[EXECUTORS,CORES,MIB],
+            spark://HOST:PORT, yarn, k8s://HOST:PORT, or sc://HOST:PORT for a Spark Connect server.
         driver_memory: size of the Spark driver's Java heap; a Spark Connect server has its own driver.
         shuffle_partitions: number of partitions into which Spark shuffles rows.
         conf: further Spark settings, as a mapping from name to value, such as {spark.executor.memory: 8g}. Lakesight
@@ -321,7 +321,7 @@ def load_model(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
 
 
 def _chosen_name(run: dict[str, Any], kind: str, problems: list[str]) -> str:
-    """Return the name that a run's YAML file gives under key `kind`, such as `data`, or an empty string without the
+    """Return the name under the key `kind` (such as `data`) in a run's YAML file, or an empty string without this
     key."""
     name = run.get(kind)
     if isinstance(name, bool | float | list | date):

@@ -226,8 +226,8 @@ class TrainConfig(Config):
             the weights of a resumed run equal the weights of an uninterrupted run only up to rounding.
         parallel: how ranks share the model. With `ddp`, each rank holds the full model. With `fsdp`, each rank holds a
             part of the weights, gradients and optimizer state, so the model may be larger than the memory of one GPU.
-        precision: number format of matrix products: fp32, tf32 (GPUs round the inputs) or bf16 (autocast). The weights
-            stay fp32.
+        precision: number format of matrix products, which is fp32, tf32 (GPUs round the inputs) or bf16 (autocast). The
+            weights stay fp32.
         start_from: checkpoint folder of a model with the same config, or null. The run takes its initial weights and
             the tokenizer from this folder.
         start_state: `weights` to take only the weights from the folder `start_from`, or `training` to continue the
@@ -253,17 +253,17 @@ class TrainConfig(Config):
         score_every: number of steps between two computations of the metric `val/cider`, or null to never compute the
             metric. `val/cider` is the CIDEr of the model's captions of the `validate_rows` validation pictures, and is
             also computed after the last step.
-        best_by: metric that decides which checkpoint is the best: `loss` for the validation loss, or `cider` for the
-            metric `val/cider`, which needs `score_every`.
+        best_by: metric that decides which checkpoint is the best. `loss` stands for the validation loss, and `cider`
+            for the metric `val/cider`, which needs `score_every`.
         stop: number of consecutive values of the metric `best_by` without a new best value, after which training ends
             early; null to take all steps.
         checkpoint_every: number of steps between two checkpoints. A checkpoint is also written after the last step.
         keep_checkpoints: number of newest checkpoints to keep. The best checkpoint is always kept in addition.
         caption_samples: number of validation pictures for which the model writes sample captions at each validation,
             for people to read.
-        register_: checkpoint that is registered as a model version: the `last` checkpoint, the `best` checkpoint by the
-            metric `best_by`, or the checkpoint of a step, such as 1200. If `register` is changed after the run has
-            finished, the newly selected checkpoint is registered as a further model version.
+        register_: checkpoint that is registered as a model version. The value is `last`, `best` (by the metric
+            `best_by`), or the step of a checkpoint, such as 1200. If `register` is changed after the run has finished,
+            the newly selected checkpoint is registered as a further model version.
         profile_steps: number of steps that PyTorch's profiler records on rank 0, after five unrecorded steps. The
             profiler trace is logged to MLflow.
         timeout_seconds: time after which a run is stopped if a rank has reported no progress, in seconds.

@@ -57,7 +57,7 @@ class CaptionJob(Config):
         threads: number of torch threads in each Spark task.
         output_folder: folder of the caption files, which has the same path on every executor.
         rows_per_file: number of rows after which a task writes a file.
-        constants: dict from the name of each column that has the same value in all rows to this value.
+        constants: values of the columns that have the same value in all rows, by column name.
         started_at: time that is stored in all new rows. The stored time is the start of the job, or a later time if
             rows of the table have later times (`pipelines.driver.delta.row_times`).
     """
@@ -82,9 +82,9 @@ def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Itera
 
     Args:
         job: settings of the caption job.
-        batches: batches with the columns image_id (string), image (binary, base64 text, or a path), known (SHA-256
-            of the picture at its last captioning, or null) and source_file (identity of the data file of the row). A
-            picture whose SHA-256 equals `known` is not captioned again.
+        batches: batches with the columns image_id (string), image (binary, base64 text, or a path), known and
+            source_file. `known` is the SHA-256 that the picture had when it was last captioned, or null. `source_file`
+            identifies the data file of the row. A picture whose SHA-256 equals `known` is not captioned again.
     """
     from pipelines.worker.data.batches import map_ahead
     from vlm.captioner import BATCH_ROWS

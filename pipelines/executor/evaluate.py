@@ -39,7 +39,7 @@ ATTENTION_SCHEMA = pa.schema(
         pa.field("pictures", pa.list_(pa.binary()), nullable=False),
     ]
 )
-"""Attention of the model for each word of one caption: the title and the JPEG file of the word's drawing."""
+"""Schema of the attention drawings of one caption. There is one title and one JPEG file for each drawn word."""
 GRID_SIDE = 8
 """Width and height of a colour grid in pixels. A colour grid is a small copy of a picture, stored as RGB bytes."""
 

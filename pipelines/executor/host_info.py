@@ -34,7 +34,7 @@ PACKAGES = {
     "tokenizers": "tokenizers",
     "torch": "torch",
 }
-"""Dict from the name of each Python distribution that a rank imports to the name of one of its modules."""
+"""Names of the Python distributions that a rank imports, each with the name of one of its modules."""
 
 SOURCES = ("vlm", "pipelines/worker")
 """Packages whose sources are hashed as the training code."""
@@ -67,7 +67,7 @@ def describe_host() -> dict[str, object]:
 def hash_sources() -> dict[str, str]:
     """Hash the source files that ranks import.
 
-    Return a dict from the path of a file, relative to the project, to the hash of the file.
+    Return the hash of each file. The keys are the paths of the files, relative to the project.
     """
     found = {}
     for name in SOURCES:

@@ -36,8 +36,8 @@ def local_copy(folder: Path, digest: str = "", root: Path | None = None) -> Path
         root: folder of the cache, by default a folder of this user in the system's temporary folder.
 
     Raises:
-        StageFailed: the cache folder belongs to another user, who could replace models, or the files in `folder` do not
-            have the digest.
+        StageFailed: the files in `folder` do not have the digest, or the cache folder belongs to another user, who
+            could replace models.
         OSError: the model's folder cannot be read, or the disk is full.
     """
     files = model_files(folder)

@@ -1,4 +1,5 @@
-"""Functions that make thumbnails in a child process, for pictures that may crash the decoder, as in `quarantine`."""
+"""Functions that make thumbnails in a child process, for pictures that may crash the decoder, such as pictures in
+`quarantine`."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ COLUMNS = {
     "image_column": "Column of source_table with the pictures",
     "image_root": "Folder or URL of the pictures if image_column holds paths or URLs; null otherwise",
 }
-"""Dict from the name of each column of the view to its comment.
+"""Comment of each column of the view, by column name.
 
 The view has one row for each combination of source table, id column, picture column, id, model and prompt. Captions
 that Lakesight 0.1.0 wrote name no columns, and count as captions of the columns image_id and image.
@@ -73,8 +73,8 @@ def select(prefix: str = "", champions: Mapping[str, str] | None = None) -> str:
 
     Args:
         prefix: text before the names of the tables, such as `schema.`.
-        champions: dict from the name of a model to the version of its champion, for models without a champion in the
-            table `decisions`.
+        champions: version of each champion, by name of the model, for models without a champion in the table
+            `decisions`.
     """
     others = "".join(
         f"\n    UNION ALL SELECT {quoted_text(name)}, {quoted_text(version)}, CAST(NULL AS VARCHAR), 1"

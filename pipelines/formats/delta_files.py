@@ -60,7 +60,7 @@ def open_delta(location: Path | str, version: int | None = None) -> DeltaTable:
 
 
 def _check_newest_commit(folder: Path, version: int) -> None:
-    """Check that the newest commit is not an empty file, as a power failure may leave it.
+    """Check that the newest commit is not an empty file, which a power failure may leave behind.
 
     Delta and `deltalake` read an empty commit without an error, but as a commit that neither added nor removed rows.
     """
@@ -147,7 +147,7 @@ def quoted_text(text: str) -> str:
 
 
 def quoted_value(value: str | datetime) -> str:
-    """Return a text or a time as a literal in SQL for `query`. The time has a time zone."""
+    """Return a text or a time as a literal in SQL for `query`. A time must have a time zone."""
     if isinstance(value, str):
         return quoted_text(value)
     micros = (value - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
@@ -161,7 +161,7 @@ def query(tables: Mapping[str, DeltaTable], sql: str, batch_rows: int = BATCH_RO
     Arrow dataset imports pandas, which takes longer than the rest of a short command.
 
     Args:
-        tables: dict from the name of a table in the query to the table.
+        tables: Delta tables, by their names in the query.
         sql: query in the SQL of DataFusion, the engine inside the package `deltalake`.
         batch_rows: largest number of rows in a batch that the engine reads at once.
 
@@ -208,7 +208,7 @@ def query_rows(table: DeltaTable, select: str, where: str, rest: str = "") -> li
 
     Args:
         table: Delta table.
-        select: expressions after SELECT. The names of columns are not quoted, so they are in lower case.
+        select: expressions after SELECT. Column names must be in lower case, because they are not quoted.
         where: condition in SQL.
         rest: other clauses after the condition, such as ORDER BY.
     """

@@ -27,7 +27,7 @@ class MixCopies(Config):
     """Training pictures of a mix that are copies of a validation or test picture of another source of the mix.
 
     Attributes:
-        left_out: dict from the name of a source to the ids of the source's pictures that are copies.
+        left_out: ids of the pictures that are copies, by name of their source.
     """
 
     left_out: dict[str, tuple[str, ...]]
@@ -51,7 +51,7 @@ def known_copies(shards: Path, requests: Sequence[ShardRequest], shares: Sequenc
 
     Args:
         shards: parent folder of the shard folders.
-        requests: requests of the sources, which leave no picture out.
+        requests: shard requests of the sources, in which no picture is left out yet.
         shares: for each source except the first source, its share of the rows that an epoch draws.
     """
     file = copies_file(shards, requests)

@@ -52,7 +52,7 @@ def combine_digests(digests: Mapping[str, str]) -> str:
 
 def record_copy(folder: Path) -> ModelCopy:
     """Hash the files of a complete copy, and write the record of the copy."""
-    states = {path: path.stat() for path in model_files(folder)}  # first, so that a later change is detected
+    states = {path: path.stat() for path in model_files(folder)}  # before hashing, to detect changes
     files = {
         path.name: CopiedFile(
             size=state.st_size,

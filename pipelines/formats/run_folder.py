@@ -265,7 +265,7 @@ class RunFolder:
         return self.path / "metrics" / f"{step:010d}.json"
 
     def samples(self, step: int) -> Path:
-        """Path of the file with the sample captions of a validated step."""
+        """Path of the file with the sample captions of a step after which the model was validated."""
         return self.path / "samples" / f"{step:010d}.json"
 
     def heartbeat(self, rank: int) -> Path:
@@ -336,7 +336,7 @@ class RunFolder:
         return Heartbeat(int(step), float(seconds))
 
     def archive_attempt(self) -> None:
-        """Move the rank files, logs and failure records of the last start of the ranks to attempts/N.
+        """Move the files of the last attempt (rank files, logs and failure records) to the folder attempts/N.
 
         Checkpoints, metrics and sample captions are not moved, because a restarted run continues with these files.
         """

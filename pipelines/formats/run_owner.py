@@ -75,7 +75,7 @@ class _LeaseLost(KeyboardInterrupt):
 LOST = signal.SIGUSR1
 """Signal that interrupts the main thread when the lease is lost.
 
-SIGINT would not do: a shell that starts a command in the background with `&` lets the command ignore SIGINT.
+SIGINT is not used, because a shell that starts a command in the background with `&` lets the command ignore SIGINT.
 """
 
 

@@ -3,7 +3,7 @@
 A rank memory-maps the files and finds any row fast. The rank finds the file of the row by bisection, and the record
 batch by division. Every record batch of a file has BATCH_ROWS rows, except the last record batch. With the encoding
 `raw`, the stored bytes are the pixels, so no decoding is necessary. The name of a shard folder contains a hash of
-everything that determines the folder's content. The manifest of a mix names files in other shard folders, so several
+everything that determines the folder's content. The manifest of a mix lists files in other shard folders, so several
 sources are mixed without copying pixels.
 """
 
@@ -46,7 +46,8 @@ class ShardRequest(Config):
         table_commit: id of the commit that made `table_version`. A table that was restored from a copy may have another
             version with the same number.
         image: image config of the model, or None for shards of text.
-        left_out: ids of training pictures of a mix that are copies of a validation or test picture of another source.
+        left_out: ids of the training pictures that are left out of a mix, because they are copies of a validation or
+            test picture of another source.
     """
 
     table: str
@@ -301,7 +302,7 @@ class Shards:
         return self._read(index, _pairs_of)
 
     def drawn_texts(self, texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Return the (prompt, text) pairs of a row from which training draws one pair, with equal probabilities.
+        """Return the (prompt, text) pairs of a row that training may draw, each with the same probability.
 
         The loss of a picture is the mean over the returned pairs. A text that occurs n times in the row occurs n times
         in the result. However, if `data.text_weights` is `uniform`, each distinct text occurs only once.

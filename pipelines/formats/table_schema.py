@@ -39,7 +39,7 @@ class Table:
         key: names of the columns that identify a row.
         comment: what a row of the table stands for, such as "One row per picture that can be trained on".
         columns: all columns, in the order of the table.
-        checks: dict from the name of each CHECK constraint to its SQL condition.
+        checks: SQL conditions of the CHECK constraints, by name of the constraint.
         cluster_by: names of the columns by which Delta clusters the rows, because pipeline stages select rows by them.
         followed: whether the change data feed of the table is enabled.
     """

@@ -34,7 +34,7 @@ SAMPLES = Table(
         ),
         Column("sha256", pa.string(), "SHA-256 of the bytes in column image, hexadecimal"),
         Column("image", pa.binary(), "Bytes of the picture file, unchanged"),
-        Column("format", pa.string(), "Pillow name of the picture format, such as PNG"),
+        Column("format", pa.string(), "Name of the picture format in Pillow, such as PNG"),
         Column("width", pa.int32(), "Width in pixels"),
         Column("height", pa.int32(), "Height in pixels"),
         Column(
@@ -146,8 +146,8 @@ INGESTED = Table(
         Column(
             "filled_version",
             pa.int64(),
-            "Delta version of table samples (plain text: texts) that contains the rows of the item; null if an earlier "
-            "release wrote the row",
+            "Version of the Delta table (samples, or texts for plain text) that contains the rows of the item; null if "
+            "an earlier release wrote the row",
             nullable=True,
         ),
         Column(

@@ -11,7 +11,7 @@ class TrainingCode(Config):
     Attributes:
         release: release of Lakesight, such as '0.2.0'.
         digest: hash of the source files that ranks import.
-        files: dict from the path of each source file in the project to the hash of the file.
+        files: hash of each source file, by the path of the file in the project.
         commit: git commit, with ` (changed)` if files differ from the commit; empty if the code is not in git.
     """
 

@@ -30,9 +30,7 @@ class FormattedValue:
 
 @dataclass(frozen=True)
 class ValueTable:
-    """A table of numbers, folded until the reader opens the table. `rows` is a dict from row name to the row's
-    values.
-    """
+    """A table of numbers, folded until the reader opens the table. `rows` has the values of each row, by row name."""
 
     title: str
     columns: Sequence[str]
@@ -169,7 +167,7 @@ class Page:
     Attributes:
         title: heading of the page.
         about: paragraph about the data, shown at the end of a page with a verdict, and below the heading otherwise.
-        figures: numbers to show: a dict from the name to the value.
+        figures: numbers to show, by name.
         tables: tables of numbers, each of which stays folded until the reader opens it.
         charts: bar charts of counts.
         galleries: groups of picture cards.
@@ -188,7 +186,8 @@ class Page:
 
     @property
     def groups(self) -> list[str]:
-        """Distinct groups of all cards: names in order of their first card, then sorted slices such as `size=64`."""
+        """Distinct groups of all cards, in the order of their first card. Groups such as `size=64` are sorted and come
+        last."""
         found = list(dict.fromkeys(g for gallery in self.galleries for card in gallery.cards for g in card.groups))
         return [g for g in found if "=" not in g] + sorted((g for g in found if "=" in g), key=natural_key)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 BUILD_SECONDS = 600
-"""Time in seconds after which this program is ended. The JVM ends with it, because its stdin is closed."""
+"""Time in seconds after which this program is ended. The JVM then ends too, because its stdin is closed."""
 
 STATEMENTS = (
     "create temporary view rows as select id, cast(id as string) as text, array(id) as list, struct(id as a) as pair "
@@ -40,10 +40,11 @@ STATEMENTS = (
 
 
 def build(archive: ClassArchive, folder: Path) -> Path | None:
-    """Run Spark once with an empty home folder, and write the archive when its JVM ends.
+    """Run Spark once with an empty home folder, and write the archive when Spark's JVM ends.
 
     Returns:
-        Path of the archive, or None if the JVM has written none, for example because its own archive is missing.
+        Path of the archive, or None if the JVM has written no archive, for example because Java's own class archive is
+        missing.
     """
     built = folder / "classes.jsa"
     conf = {DRIVER_OPTIONS: f'{SHORT_JOBS} "-XX:ArchiveClassesAtExit={built}"'}

@@ -1,8 +1,8 @@
 """Archive of the Java classes that Spark loads, with which the JVM of a Spark driver starts twice as fast.
 
 The JVM calls this class data sharing. A JVM with an archive maps the parsed classes into memory, and reads no jars.
-The archive is a file in the user's cache folder. A background process (`build_class_archive.py`) writes the archive
-once, after the first command that has found no archive has ended.
+The archive is a file in the user's cache folder. The archive is written only once, by a background process
+(`build_class_archive.py`) that starts when the first command without an archive ends.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ DRIVER_OPTIONS = "spark.driver.extraJavaOptions"
 CLASSPATH_VARIABLES = ("SPARK_HOME", "SPARK_CONF_DIR", "SPARK_DIST_CLASSPATH", "HADOOP_CONF_DIR", "YARN_CONF_DIR")
 """Environment variables from which Spark derives the classpath of its JVM."""
 KEPT = 2
-"""Number of archives to keep, so that two environments of a user can take turns. An archive has about 190 MB."""
+"""Number of archives to keep, so that a user can switch between two Python environments. An archive has about 190
+MB."""
 RETRY_SECONDS = 24 * 3600.0
-"""Time in seconds after which an archive that could not be built is tried again."""
+"""Time in seconds after which a failed build of an archive is tried again."""
 
 
 @dataclass(frozen=True)
@@ -44,22 +45,23 @@ class ClassArchive:
     key: str
 
     def find(self) -> Path | None:
-        """Return the path of the archive, or None if there is no archive or if the file does not have its first size.
+        """Return the path of the archive, or None if there is no archive or the size of its file has changed.
 
         The name of the file contains its size, because a JVM crashes with an archive that was cut off.
         """
         for path in self.folder.glob(f"{self.key}-*.jsa"):
             with suppress(OSError):
                 if path.stat().st_size == int(path.stem.rpartition("-")[2]):
-                    os.utime(path)  # `save` removes the archives that were not used for the longest time
+                    os.utime(path)  # `save` keeps the archives that were used last
                     return path
         return None
 
     def java_options(self) -> str:
         """Return the JVM options to append, or "" if there is no archive.
 
-        The JVM ignores an archive of another JVM or other jars. With the second option, the JVM compares checksums and
-        ignores a damaged archive, which takes less than a tenth of a second.
+        The JVM ignores an archive that another JVM wrote or that contains the classes of other jars. With the second
+        option, the JVM compares checksums and therefore also ignores a damaged archive. The comparison takes less than
+        a tenth of a second.
         """
         path = self.find()
         return "" if path is None else f' "-XX:SharedArchiveFile={path}" -XX:+VerifySharedSpaces'
@@ -79,7 +81,7 @@ class ClassArchive:
         return True
 
     def build_later(self) -> None:
-        """Start the background process that builds the archive, unless the archive exists or was tried before.
+        """Start the background process that builds the archive, unless the archive exists or a build was tried before.
 
         The process gets the lowest priority. It needs no terminal, so it outlives the command. It gets no variables
         that may contain secrets. A failure of the start is ignored, because every command works without the archive.
@@ -96,7 +98,7 @@ class ClassArchive:
                 )
 
     def save(self, built: Path) -> Path:
-        """Move a complete archive into the cache folder, and remove all archives except the last KEPT used ones."""
+        """Move a complete archive into the cache folder, and keep only the KEPT archives that were used last."""
         path = self.folder / f"{self.key}-{built.stat().st_size}.jsa"
         built.chmod(0o600)
         with atomic_write(path) as temporary:
@@ -104,7 +106,7 @@ class ClassArchive:
         archives = sorted(self.folder.glob("*.jsa"), key=lambda each: each.stat().st_mtime, reverse=True)
         for old in [each for each in archives if each != path][KEPT - 1 :]:
             old.unlink(missing_ok=True)
-            # Without its mark, the removed archive is built again when it is needed.
+            # Without the file `.tried`, the removed archive is built again when it is needed.
             (self.folder / f"{old.stem.rpartition('-')[0]}.tried").unlink(missing_ok=True)
         return path
 

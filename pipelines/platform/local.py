@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 MIN_JAVA = 17
 MIN_OPEN_FILES = 1024
-"""If the hard limit of open files is below this number, the error of a failed Spark start names the limit as cause."""
+"""If the hard limit of open files is below this number, the error of a failed Spark start gives the limit as the
+cause."""
 LOOPBACK = "127.0.0.1"
 KUBERNETES, HTTPS_PORT = "k8s://", 443
 SAFE_PATH = "PYTHONSAFEPATH"
@@ -215,7 +216,8 @@ def _require_same_home(spark: SparkSession, root: Path) -> SparkSession:
 
 
 def _kubernetes_address(master: str) -> str:
-    """Return the address of the API server. Spark uses HTTPS if the master names no protocol, as in `k8s://host:443`."""
+    """Return the address of the Kubernetes API server. Spark uses HTTPS if the master names no protocol, as in
+    `k8s://host:443`."""
     address = master.removeprefix(KUBERNETES)
     return address if "://" in address else f"https://{address}"
 
@@ -372,7 +374,7 @@ def _start_failure(log: Path, start: int, error: Exception) -> UserError:
 def jvm_failure(root: Path) -> StageFailed | None:
     """Return the error for a JVM of Spark that has ended by itself or was killed, or None if no JVM has ended.
 
-    The errors that PySpark raises without its JVM only say that a connection was closed or refused.
+    The errors that PySpark raises without its JVM say only that a connection was closed or refused.
     """
     code = jvm_exit_code()
     if code is None:
@@ -381,7 +383,7 @@ def jvm_failure(root: Path) -> StageFailed | None:
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - LOG_TAIL))
         lines = file.read().decode(errors="replace").splitlines()
-    # A JVM that is killed by SIGKILL logs nothing, so a line that an earlier JVM has logged must not be shown as its
+    # A JVM that is killed by SIGKILL logs nothing, so a line that an earlier JVM has logged must not be shown as the
     # cause.
     said = [line.strip("# ") for line in lines if code != -signal.SIGKILL and re.search(TOO_LITTLE_MEMORY, line)]
     ended = f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"its exit code was {code}"

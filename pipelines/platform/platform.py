@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 TABLE_IN_FOLDER = re.compile(r"delta\.`(?P<path>[^`]+)`")
-"""Pattern of the SQL name of a Delta table in a folder that no catalog knows."""
+"""Pattern of the SQL name of a Delta table that is not in a catalog: the name contains the path of the table's
+folder."""
 
 FolderKind = Literal["shards", "runs", "models", "reports", "staged", "demo"]
 
@@ -77,7 +78,7 @@ class Platform:
         return f"{self.namespace}.{name}"
 
     def resolve_table(self, text: str) -> str:
-        """Return the full name of a table that a user names as `table`, `schema.table` or as the path of a folder.
+        """Return the full name of a table, which a user has given as `table`, `schema.table` or the path of a folder.
 
         A text with a slash is a path, such as `shop/products`, `/data/products` or `s3a://bucket/products`.
         """
@@ -86,7 +87,7 @@ class Platform:
         return text if "." in text else self.table(text)
 
     def table_location(self, name: str) -> str | None:
-        """Return the folder or URL of the Delta table with a full name, or None if a catalog manages the table."""
+        """Return the folder or URL of a Delta table, given its full name, or None if a catalog manages the table."""
         schema, _, table = name.rpartition(".")
         if in_folder := TABLE_IN_FOLDER.fullmatch(name):
             return in_folder["path"]

@@ -136,10 +136,10 @@ def task_cpus(spark: SparkSession) -> int:
 
 
 def allow_urls(spark: SparkSession) -> None:
-    """Let Python workers of later queries have the credentials and proxies with which client libraries open URLs.
+    """Pass the credentials and proxies with which client libraries open URLs to the Python workers of later queries.
 
-    Otherwise, Python workers on a laptop have no credentials (`executor/python_daemon.py`). In a workspace, this
-    function does nothing, because the cluster decides which environment variables its Python workers have.
+    Without this call, Python workers on a laptop have no credentials (`executor/python_daemon.py`). In a workspace,
+    this function does nothing, because the cluster decides which environment variables its Python workers have.
     """
     if not is_connect(spark) and WORKER_VARIABLES in spark.sparkContext.environment:
         spark.sparkContext.environment[READS_URLS] = "1"
@@ -151,7 +151,7 @@ def allow_urls(spark: SparkSession) -> None:
 def count_slots(spark: SparkSession) -> int:
     """Return how many tasks can run at once. Spark compares this number with the number of tasks of a barrier stage.
 
-    A Connect session only reports the number of cores, not the number of GPUs. If there are fewer GPUs than cores, the
+    A Connect session reports only the number of cores, not the number of GPUs. If there are fewer GPUs than cores, the
     result is too large. A barrier stage with too many tasks fails, but only after ten minutes.
     """
     if is_connect(spark):

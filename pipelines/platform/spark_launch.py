@@ -115,13 +115,13 @@ def open_log(file: Path, umask: int) -> BinaryIO:
 
 
 def _mode(umask: int) -> int:
-    """Return a file mode that lets exactly those users read and write who may write under the umask."""
+    """Return a file mode in which the users who may write under the umask, and only they, may also read."""
     writable = 0o222 & ~umask
     return writable | writable << 1
 
 
 def _split_properties_file(arguments: list[str]) -> tuple[list[str], bytes]:
-    """Remove the properties file of the user from the arguments, and return the other arguments and its content."""
+    """Remove the user's properties file from the arguments, and return the other arguments and the file's content."""
     others, content, rest = [], b"", iter(arguments)
     for argument in rest:
         option, _, value = argument.partition("=")

@@ -37,7 +37,7 @@ SIDE = 320
 """Largest length of a picture's longer side on the page, in pixels."""
 HOSTS = ("127.0.0.1", "localhost")
 ALL_HOSTS = ("*",)
-"""Hosts that a Databricks App accepts, because only the proxy of the workspace can connect to the app."""
+"""A Databricks App accepts every Host header, because only the proxy of the workspace can connect to the app."""
 USER_HEADER = "x-forwarded-email"
 """Header in which the proxy of a Databricks App sends the email address of the user."""
 _SHOW: TypeAdapter[Show] = TypeAdapter(Show)

@@ -43,11 +43,13 @@ class PictureColumns:
 
     @classmethod
     def of_caption(cls, row: Mapping[str, Any]) -> PictureColumns:
-        """Return the columns that a caption names, or the default columns for a caption that Lakesight 0.1.0 wrote."""
+        """Return the columns that are stored with a caption, or the default columns if Lakesight 0.1.0 wrote the
+        caption."""
         return cls(row.get("id_column") or "image_id", row.get("image_column") or "image", row.get("image_root"))
 
     def picture(self, value: Any) -> bytes | None:
-        """Return the picture that a value of `image_column` contains or names, or None if it cannot be read."""
+        """Return the picture that a value of `image_column` contains or points to, or None if the picture cannot be
+        read."""
         limit = LimitsConfig().max_bytes
         if self.image_root is not None:
             read = PictureRoot(self.image_root, limit).read(value)
@@ -138,7 +140,7 @@ class SourcePictures:
 
 
 def open_source(platform: Platform, name: str) -> DeltaTable:
-    """Open the table that a caption's column `source_table` names.
+    """Open a captioned table, given the value of the column `source_table` of a caption.
 
     Raises:
         UserError: the table cannot be read as files, because a catalog manages the table or its folder is not readable.
@@ -158,7 +160,7 @@ def open_source(platform: Platform, name: str) -> DeltaTable:
             "the table cannot be read as a Delta table",
             where=location,
             got=str(error).splitlines()[0],
-            fix="name an existing table, or the folder that contains its _delta_log",
+            fix="give the name of an existing table, or the path of the folder that contains its _delta_log",
         ) from None
 
 

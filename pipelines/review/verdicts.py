@@ -63,10 +63,11 @@ class CaptionVerdict(Config):
 
 
 class CaptionStore(Protocol):
-    """Place that holds the captions of one model for the pictures of one table, the pictures, and the verdicts."""
+    """Store of the captions of one model for the pictures of one table. The store also has the pictures and
+    verdicts."""
 
     def read_captions(self) -> list[dict[str, Any]]:
-        """Read the rows that have a caption, with CAPTION_COLUMNS and `verdict`, which is None without a verdict.
+        """Read CAPTION_COLUMNS and `verdict` of all rows that have a caption. `verdict` is None if there is no verdict.
 
         Raises:
             UserError: the tables cannot be read.
@@ -110,7 +111,7 @@ class Review:
 
     Attributes:
         captions: rows of `generated_captions` that have a caption.
-        judged: verdicts so far: a dict from the key of a caption to the verdict on the caption.
+        judged: verdicts so far, each with the key of its caption.
     """
 
     def __init__(self, store: CaptionStore, *, table: str, model: str) -> None:
@@ -133,7 +134,7 @@ class Review:
             self._read_at = time.monotonic()
 
     def refresh_if_old(self) -> None:
-        """Read all captions and verdicts, if the last read was REFRESH_SECONDS ago."""
+        """Read all captions and verdicts, if the last read was at least REFRESH_SECONDS ago."""
         if time.monotonic() - self._read_at >= REFRESH_SECONDS:
             self.refresh()
 

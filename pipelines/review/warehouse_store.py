@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_CAPTIONS = 5000
-"""Number of captions that the page shows at most. The warehouse returns at most 25 MiB in one answer."""
+"""Largest number of captions that the page shows. The warehouse returns at most 25 MiB in one answer."""
 MAX_PICTURE_BYTES = 15 * 2**20
-"""Size of the largest picture that the page shows. In base64, the picture is a third larger."""
+"""Largest size of a picture that the page shows, in bytes. In base64, the picture is a third larger."""
 POLL_SECONDS = 1.0
 WAIT_SECONDS = 30
 """Time for which one request waits for the result of a statement, in seconds. Databricks accepts 5 to 50 seconds."""
@@ -39,7 +39,7 @@ class Warehouse:
     def run(self, statement: str, values: Mapping[str, str | None]) -> list[dict[str, str | None]]:
         """Run a statement and return its rows. All values of a row are texts or None.
 
-        Wait until the warehouse has started. The statement names a value as `:name`.
+        Wait until the warehouse has started. In the statement, `:name` stands for the value of the key `name`.
 
         Raises:
             UserError: the workspace refuses the statement, or the statement fails.
@@ -97,7 +97,7 @@ class WarehouseStore:
 
     Args:
         warehouse: SQL warehouse that runs all statements.
-        platform: platform of the workspace, which names the tables.
+        platform: platform of the workspace, which has the full names of the tables.
         table: full name of the captioned table.
         model: full name of the model.
 

@@ -126,7 +126,8 @@ def _without_bytecode() -> Iterator[None]:
 
 
 def _example() -> pd.DataFrame:
-    """Return an example of the model's input: one grey picture as base64, as a REST client sends a picture."""
+    """Return an example of the model's input: one grey picture in base64, the form in which REST clients send
+    pictures."""
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), "grey").save(buffer, "PNG")
     return pd.DataFrame({"image": [base64.b64encode(buffer.getvalue()).decode("ascii")]})

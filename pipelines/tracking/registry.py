@@ -1,8 +1,8 @@
 """Functions that register the model of a run folder in MLflow's model registry, look up versions, and move aliases.
 
 A version contains weights, config, tokenizer, the code of the model, and pip requirements with exact version numbers.
-The alias `champion` names the version that generates captions. The alias `previous` names the champion before the
-present champion. The alias `challenger` names the version that was last submitted for promotion.
+The alias `champion` points to the version that generates captions. The alias `previous` points to the champion before
+the present champion. The alias `challenger` points to the version that was last submitted for promotion.
 
 A promotion moves two aliases, but a registry cannot move both aliases in one transaction. A tag of the registered model
 therefore records the move before the move starts, and the tag is deleted when both aliases are set. A process that
@@ -88,7 +88,7 @@ def register(
         run: run folder.
         run_id: id of the MLflow run.
         platform: platform whose model registry is used.
-        which: checkpoint to register, which is `last`, `best`, or the step of the checkpoint.
+        which: checkpoint to register (`last`, `best`, or the step of the checkpoint).
         generation: generation settings of the version, or None for the generation settings of the checkpoint.
 
     Raises:
@@ -158,7 +158,7 @@ def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
     Args:
         platform: platform whose model registry is used.
         name: full name of the registered model.
-        which: version to look up: a version number, an alias, or `latest`.
+        which: version to look up (a version number, an alias, or `latest`).
 
     Raises:
         UserError: the model, version or alias does not exist. The error lists the existing versions and aliases.
@@ -180,7 +180,7 @@ def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
 
 
 def label(platform: Platform, version: ModelVersion) -> str:
-    """Return a text for error messages that names a version and its registry."""
+    """Return a text that names a version and its registry, for error messages."""
     return f"{_label(version)} in {hide_secrets(platform.registry_uri)}"
 
 
@@ -206,7 +206,7 @@ def download_files(platform: Platform, version: ModelVersion, folder: Path) -> P
             ) from None
     if missing := [file for file in MODEL_FILES if not (downloaded / ARTIFACTS / file).is_file()]:
         raise StageFailed(
-            "a model version has not the files of a model that Lakesight registers",
+            "a model version lacks files that every model of Lakesight has",
             where=label(platform, version),
             got=f"no {' and no '.join(f'{ARTIFACTS}/{file}' for file in missing)}",
             fix="choose a version that `lakesight train` registered",

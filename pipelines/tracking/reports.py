@@ -37,7 +37,7 @@ class StageLog(Config):
         report: report of the stage, as a nested dict.
         tags: tags by which runs can be searched, without the prefix `lakesight.`.
         params: parameters of the MLflow run, such as the settings of the stage.
-        tables: tables to log as MLflow artifacts: a dict from the name of the table to its columns (names and values).
+        tables: columns (names and values) of the tables to log as MLflow artifacts, by name of the table.
         inputs: MLflow datasets that describe what the stage has read.
         pages: paths of HTML pages, which are logged as artifacts.
         text: description of the run, in Markdown.

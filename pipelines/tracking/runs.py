@@ -60,7 +60,8 @@ class Tracking(Config):
 
 @contextmanager
 def follow(run: RunFolder, config: RunConfig, platform: Platform, *, may_be_down: bool = True) -> Iterator[Follower]:
-    """Log a training run to MLflow while the block executes. After the block, `run_id` of the follower is set.
+    """Log a training run to MLflow while the block executes. After the block, the follower's `run_id` is the id of the
+    MLflow run.
 
     This function starts an MLflow run, or continues the MLflow run that the folder's tracking.json names. After the
     block, the remaining metric files are logged and the status of the MLflow run becomes FINISHED, KILLED
@@ -103,7 +104,7 @@ def follow(run: RunFolder, config: RunConfig, platform: Platform, *, may_be_down
             "training succeeded, but not all of it could be logged to MLflow",
             where=hide_secrets(platform.tracking_uri),
             got=_cause(error),
-            fix="start the MLflow server, and run `lakesight train`, `evaluate`, `promote` or `caption` of this run: "
+            fix="start the MLflow server, and run `lakesight train`, `evaluate`, `promote` or `caption` for this run: "
             f"the command logs the results, which are in {run.path}, and registers the model",
         ) from None
 
@@ -129,10 +130,10 @@ def log_report(
         platform: platform whose tracking server is used.
         run_id: id of the MLflow run.
         name: name of the stage, such as 'evaluate'.
-        metrics: metrics to log: a dict from the name to the value.
+        metrics: values of the metrics to log, by name.
         files: paths of the files to log.
-        tables: tables to log as MLflow artifacts: a dict from the file name to the columns (names and values).
-        figures: figures to log: a dict from the file name to the figure.
+        tables: columns (names and values) of the tables to log as MLflow artifacts, by file name.
+        figures: figures to log, by file name.
         inputs: MLflow datasets that describe what the stage has read.
         sections: sections of the run's description to replace or append, by heading.
 

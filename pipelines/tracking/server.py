@@ -96,8 +96,7 @@ def _check_addresses(platform: Platform) -> None:
 
 
 def print_logs_safely() -> None:
-    """Make the handlers with which MLflow prints its log lines hide secrets, because a line may quote an answer of a
-    server."""
+    """Hide secrets in the log lines that MLflow prints, because a line may quote an answer of a server."""
     for handler in logging.getLogger("mlflow").handlers:
         handler.setFormatter(PrintableFormatter("%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S"))
 
@@ -206,18 +205,19 @@ def registry_failure(platform: Platform, model: str, error: Exception) -> StageF
         f"the model registry {'did not answer' if is_outage(error) else 'rejected'} a request",
         where=where,
         got=first_line(error),
-        fix="run the command again when the registry answers, or check its address, the name and your permissions",
+        fix="run the command again when the registry answers, or check its address, the model name and permissions",
     )
 
 
 def refuse_foreign_hosts() -> None:
     """Make MLflow refuse artifacts on each HTTP server that is neither the tracking server nor the model registry.
 
-    A registry names the place of each artifact, such as the source of a model version. MLflow adds the credentials of
-    the tracking server (`MLFLOW_TRACKING_TOKEN`, or user and password) to every HTTP request for artifacts, whatever
-    the host. For each upload and download, MLflow creates an artifact repository with a function from its own registry.
-    `refuse_foreign_hosts` registers functions that first check the host, so MLflow cannot skip the check. Locations
-    without a host (`mlflow-artifacts:/x`) and in object stores (`s3://...`) stay allowed.
+    A registry says where each artifact is stored, for example in the field `source` of a model version. MLflow adds the
+    credentials of the tracking server (`MLFLOW_TRACKING_TOKEN`, or user and password) to every HTTP request for
+    artifacts, whatever the host. For each upload and download, MLflow creates an artifact repository with a function
+    from an internal table. `refuse_foreign_hosts` puts functions into this table that first check the host, so MLflow
+    cannot skip the check. Locations without a host (`mlflow-artifacts:/x`) and in object stores (`s3://...`) stay
+    allowed.
     """
     for scheme in HTTP_PORTS:
         repositories._artifact_repository_registry.register(scheme, _http_repository)  # type: ignore[no-untyped-call]

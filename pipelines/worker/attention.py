@@ -35,14 +35,14 @@ def draw_row_attention(
 
     Returns:
         A title and a JPEG file for each of the first MAX_WORDS words. The list is empty if the caption has no word, or
-        if the model now generates another caption, because rounding errors can differ between batches.
+        if the model generates a different caption this time, because rounding errors can differ between batches.
     """
     if not caption.split():
         return []
     picture = Image.fromarray(row.pixels)
     maps = captioner.attention(picture, prompt, **settings.model_dump())
     if maps.text != caption:
-        logger.info("no attention is drawn for %s, because the model now generates another caption", row.image_id)
+        logger.info("no attention is drawn for %s, because the model generates a different caption", row.image_id)
         return []
     _, *words = attention_panels(picture, captioner.model.config.image, maps, side=SIDE)
     return [(word.title, _encode_jpeg(word.picture)) for word in words[:MAX_WORDS]]

@@ -40,7 +40,7 @@ def load_captioner(folder: str, precision: Precision = Precision.FP32) -> Captio
 
 
 def needs_conversion(folder: Path, precision: Precision) -> bool:
-    """Return True if this host computes on a CPU, and the weights in a checkpoint folder have another precision.
+    """Return True if this host computes on a CPU, and the weights in a checkpoint folder do not have the precision yet.
 
     Raises:
         CheckpointError: the weights cannot be read.
@@ -49,7 +49,7 @@ def needs_conversion(folder: Path, precision: Precision) -> bool:
 
 
 def conversion_key(precision: Precision) -> list[str]:
-    """Return everything besides the model that determines the bytes of a converted model.
+    """Return everything that determines the bytes of a converted model, except the model itself.
 
     The layout of int4 weights depends on torchao and on the instructions of the CPU.
     """

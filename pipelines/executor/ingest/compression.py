@@ -28,7 +28,7 @@ ARCHIVES = {
     (0, b"Rar!"): "a RAR archive",
     (257, b"ustar"): "a tar",
 }
-"""Kind of archive for each signature, which is a position in the file and the bytes at this position.
+"""Kind of archive for each signature. A signature is a position in the file and the bytes at this position.
 
 All archives of a kind have the signature of the kind.
 """

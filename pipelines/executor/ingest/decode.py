@@ -4,8 +4,8 @@ A bad row never raises an exception. Even an unexpected error becomes a refusal,
 If the machine runs out of memory or the image decoder crashes, the task fails, and Spark retries the task. If all
 retries fail, the driver starts a Spark job that decodes the rows again in child processes (`decode_guarded`).
 
-The identifier of a row is a hash of the row's content and does not depend on the row's position. A row therefore has
-the same identifier whenever the files are read and however Spark splits the files.
+The identifier of a row is a hash of the row's content and does not depend on the row's position. A row therefore keeps
+its identifier when the files are read again, and when Spark splits the files in another way.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _refusal(record: Record, refused: Refused, rules: DecodeRules) -> dict[str, 
 
 
 def _claimed_id(record: Record, rules: DecodeRules) -> str | None:
-    """Return the image id that a refused row would have, or None if the row has no valid id or no picture bytes."""
+    """Return the image id that a refused row would have as a sample, or None without a valid id or picture bytes."""
     columns, fields = rules.columns, record.fields
     try:
         if columns.id:

@@ -19,7 +19,7 @@ HASH_BYTES = 8
 GRID = 8
 FINGERPRINT_BYTES = HASH_BYTES + 3 * GRID * GRID
 MARGIN = 2
-"""A hash bit is set if two cells differ by more than MARGIN grey levels.
+"""A hash bit is set if a cell is brighter than its left neighbour by more than MARGIN grey levels.
 
 A picture encoder adds noise to cells of equal brightness, but the noise causes differences below MARGIN.
 """
@@ -45,7 +45,7 @@ PAIRS = pa.schema(
 
 
 def fingerprint(image: Image.Image) -> bytes:
-    """Return the fingerprint of an RGB picture, whose FINGERPRINT_BYTES bytes begin with the difference hash."""
+    """Return the fingerprint of an RGB picture. Its FINGERPRINT_BYTES bytes begin with the difference hash."""
     small = image.resize(((GRID + 1) * GRID, GRID * GRID), RESAMPLING, reducing_gap=1.0)
     grey = np.asarray(small.convert("L").resize((GRID + 1, GRID), RESAMPLING), dtype=np.int16)
     bits = np.packbits(grey[:, 1:] > grey[:, :-1] + MARGIN)

@@ -1,4 +1,4 @@
-"""Functions that merge the texts of a picture in the rows of an ingest with the texts that `samples` already has.
+"""Functions that merge new texts of a picture, from the rows of an ingest, with its texts in the table `samples`.
 
 Several people may write the same caption for a picture. The number of repeats of a caption changes the scores of an
 evaluation, and determines how often training shows the caption. However, an ingest that runs twice must not add its
@@ -25,7 +25,7 @@ MERGED = pa.schema(
         pa.field("full", pa.list_(TEXT_TYPE)),
     ]
 )
-"""Columns of batches with one `MergedTexts` per row."""
+"""Columns that store one `MergedTexts` per row."""
 
 
 class MergedTexts(NamedTuple):
@@ -36,7 +36,7 @@ class MergedTexts(NamedTuple):
     Attributes:
         new_texts: texts to append, in the order of the rows.
         contributing: number of distinct rows that add at least one text which the picture did not have.
-        full: all distinct accepted texts if a row has exceeded the largest number of texts, else None.
+        full: all distinct accepted texts if a row has exceeded `max_texts`, else None.
     """
 
     new_texts: list[Text]
@@ -51,9 +51,8 @@ def merge_texts(known: Sequence[Text], rows: Sequence[Sequence[Text]], max_texts
         known: texts that the picture already has in `samples`, with repeats.
         rows: texts of each row, in the order of the rows.
         max_texts: largest number of distinct texts of a picture, or None for any number. Rows are sorted by their
-            texts, and accepted up to the first row that exceeds the limit. Of the rows after the first row that exceeds
-            the limit, a row is accepted only if all its texts have already been accepted. The accepted texts therefore
-            do not depend on the order of `rows`.
+            texts, and accepted up to the first row that exceeds the limit. A later row is accepted only if all its
+            texts have already been accepted. The accepted texts therefore do not depend on the order of `rows`.
     """
     seen, contributing, exceeded = set(known), 0, False
     for texts in sorted({tuple(dict.fromkeys(row)) for row in rows}):

@@ -26,7 +26,7 @@ OUTCOME = pa.schema(
         ("stage", pa.string()),  # stage, reason and detail are null if the row is a sample
         ("reason", pa.string()),
         ("detail", pa.string()),
-        ("claimed_id", pa.string()),  # image id that a refused row would have; null if the id is not known
+        ("claimed_id", pa.string()),  # image id that a refused row would have as a sample; null if not known
     ]
 )
 

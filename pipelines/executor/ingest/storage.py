@@ -103,7 +103,7 @@ def url_system(path: str) -> tuple[Any, str]:
 def describe_damage(error: Exception) -> str | None:
     """Describe an error that affects only one file, or return None if the error counts as a machine failure.
 
-    The caller must raise an error that counts as a machine failure, so that Spark retries the task. Without a retry,
+    If the result is None, the caller must raise the error, so that Spark retries the task. Without a retry,
     files would be refused because a network drive was offline for a moment.
     """
     if isinstance(error, OSError):

@@ -88,9 +88,8 @@ def _read1(stream: IO[bytes], size: int) -> bytes:
 
 
 class _Joined(io.RawIOBase):
-    """Stream that returns bytes again that were read from a second stream, and then reads on from the second stream.
-
-    If the second stream is damaged, this stream raises the error after the bytes.
+    """Stream that first returns bytes that were already read from another stream, and then the rest of that stream. If
+    reading the other stream has failed, the error is raised after the already read bytes.
     """
 
     def __init__(self, start: bytes, stream: IO[bytes], damage: Exception | None = None) -> None:

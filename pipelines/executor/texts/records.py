@@ -21,7 +21,7 @@ from pipelines.executor.ingest.text_stream import open_text
 TEXT = "text"
 """Name of the field of a record that contains the text."""
 FILES = pa.schema([("path", pa.binary()), ("file", pa.string())])
-"""Schema of the raw rows, one per file.
+"""Schema of the raw rows. Each raw row stands for one file.
 
 A path is encoded by os.fsencode, because the name of a file can contain bytes that are not UTF-8.
 """
@@ -94,7 +94,7 @@ class _PendingRow:
         self._chars += len(piece)
 
     def end(self) -> Iterator[Record]:
-        """Yield the row that has been read, if it has a piece, and begin a new row."""
+        """If at least one piece of the row has been read, yield the row. Then begin a new row."""
         text, chars = "".join(self._pieces), self._chars
         self._pieces, self._chars = [], 0
         if chars > self._max_chars:

@@ -19,7 +19,7 @@ def write_text_files(batches: Iterator[pa.RecordBatch], request: ShardRequest, f
     All rows of a shard file must be in the batches of the same call.
 
     Args:
-        batches: batches of the columns file, text_id and text, in the order of the shards.
+        batches: batches with the columns file, text_id and text, in the order of the shards.
         request: description of the content of the shards.
         folder: shard folder, an existing folder that has the same path on every executor.
     """

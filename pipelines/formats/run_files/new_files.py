@@ -19,7 +19,7 @@ T = TypeVar("T", Metrics, CaptionSamples)
 MAX_SAMPLED = 50
 """Largest number of metric files that are read for curves.
 
-The limit applies separately to validated steps and to all other steps.
+The limit applies separately to steps with a validation and to all other steps.
 
 Reading all metric files of a long run would take minutes.
 """
@@ -39,8 +39,7 @@ def sample_metrics(run: RunFolder, settings: TrainConfig, known: Mapping[int, Me
     """Return metrics for drawing curves, in step order: all metrics in `known`, and metrics from the files of some
     other steps.
 
-    The function reads the files of at most MAX_SAMPLED validated steps and of at most MAX_SAMPLED steps without
-    validation.
+    The function reads the files of at most MAX_SAMPLED steps with a validation and of at most MAX_SAMPLED other steps.
     """
     steps = [int(path.stem) for path in sorted((run.path / "metrics").glob("[0-9]*.json"))]
     validated: list[int] = []

@@ -2,10 +2,10 @@
 
     python -P serve_child.py FOLDER PORT
 
-The answers are the answers of `mlflow models serve`. In addition, the server refuses requests that a page of another
-website in the user's browser could send: requests with a foreign `Host` header, because the other website can let its
-own name resolve to this machine (DNS rebinding), and POST requests with a foreign `Origin` header. MLflow's own server
-checks neither of the two headers.
+The server answers like `mlflow models serve`. In addition, the server refuses requests that a page of another website
+could send from the user's browser. Requests with a foreign `Host` header are refused, because the other website can let
+its own name resolve to this machine (DNS rebinding). POST requests with a foreign `Origin` header are refused too.
+MLflow's own server checks neither of the two headers.
 
 This script must not import any Lakesight package, because the version brings its own copy of the code.
 """
@@ -24,7 +24,7 @@ App = Callable[[Message, Callable[[], Awaitable[Message]], Callable[[Message], A
 
 
 def is_foreign(origin: str) -> bool:
-    """Return whether the value of an `Origin` header does not name a page of this machine.
+    """Return whether the value of an `Origin` header is not the origin of a page of this machine.
 
     A page without an origin of its own, such as a local file, sends the value `null`, which counts as foreign.
     """

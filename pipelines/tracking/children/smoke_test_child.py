@@ -1,4 +1,4 @@
-"""Child process of the smoke test: load a registered version without unpickling and caption pictures.
+"""Child process of the smoke test: load a registered version without unpickling, and caption pictures.
 
     python -P smoke_test_child.py FOLDER < {"image": [base64, ...], "prompt": [...]}
 

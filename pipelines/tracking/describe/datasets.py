@@ -56,8 +56,7 @@ def table_input(
         version: name and version number of the table.
         digest: hash that identifies the rows.
         schema: names and types of the columns of the rows.
-        profile: description of the rows: a dict with the number of rows and the conditions by which they were
-            selected.
+        profile: number of rows, and the conditions by which the rows were selected.
         context: what the rows are used for, such as 'training'. MLflow shows the context beside the dataset.
     """
     name, number = version

@@ -118,7 +118,7 @@ def draw_lengths(lengths: Mapping[str, Sequence[int]]) -> Figure:
 
 
 def draw_expert_load(metrics: Metrics) -> Figure:
-    """Draw a heat map with a row per layer and a column per expert, which shows the expert's share of the tokens.
+    """Draw a heat map of each expert's share of the tokens, with a row per layer and a column per expert.
 
     A white cell stands for an even share of the tokens, and a blue cell for a smaller share. A fully red cell stands
     for at least twice an even share of the tokens.

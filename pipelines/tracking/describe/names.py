@@ -38,7 +38,8 @@ def run_name(config: RunConfig) -> str:
 
 
 def repeat_command(config: RunConfig, command: str = "train") -> str:
-    """Return the command line that runs a command with the settings of a run, even if its config files have changed."""
+    """Return a command line that runs a command with the settings of a run, even if the run's config files have
+    changed."""
     words = ["lakesight", command, "--run", config.name]
     if config.chosen.platform != "local":
         words += ["--platform", config.chosen.platform]
@@ -48,7 +49,7 @@ def repeat_command(config: RunConfig, command: str = "train") -> str:
 
 
 def changed_settings(config: RunConfig) -> dict[str, str]:
-    """Return the settings of a run that differ from its config files: a dict of keys and values for the option `--set`.
+    """Return the settings in which a run differs from its config files, as a dict of keys and values for `--set`.
 
     If a config file is missing or invalid, log a message and return no settings.
     """

@@ -33,9 +33,9 @@ STAGES = {
 }
 """Description of the MLflow experiment of each stage that uses a single experiment for all run configs."""
 MODEL_DESCRIPTION = (
-    "Versions of a model that writes captions for pictures. The alias `champion` names the version that captions "
-    "tables. The alias `previous` names the champion before the present champion. The alias `challenger` names the "
-    "version that `lakesight promote` checked last. The description of a version says how the version was trained, "
+    "Versions of a model that writes captions for pictures. The alias `champion` points to the version that captions "
+    "tables. The alias `previous` points to the champion before the present champion. The alias `challenger` points to "
+    "the version that `lakesight promote` checked last. The description of a version says how the version was trained, "
     "compares its figures with two baselines, and lists commands."
 )
 
@@ -58,7 +58,7 @@ def put_sections(note: str, sections: Mapping[str, str]) -> str:
 
     Args:
         note: present description, which may be empty.
-        sections: sections to write: a dict from the heading to the Markdown text.
+        sections: Markdown texts of the sections to write, by heading.
     """
     start = re.split(r"(?m)^### ", note)[0]
     bodies = read_sections(note) | {heading: body.strip() for heading, body in sections.items()}
@@ -67,7 +67,7 @@ def put_sections(note: str, sections: Mapping[str, str]) -> str:
 
 
 def read_sections(note: str) -> dict[str, str]:
-    """Split a description into sections, and return a dict from each heading to the text below the heading."""
+    """Split a description into sections, and return the text of each section, by heading."""
     parts = (part.partition("\n") for part in re.split(r"(?m)^### ", note)[1:])
     return {heading.strip(): body.strip() for heading, _, body in parts}
 
@@ -86,7 +86,7 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 def run_link(platform: Platform, text: str, experiment_id: str, run_id: str, tab: str = "") -> str:
     """Return a Markdown link to the page of a run. In a Databricks workspace, return the text without a link.
 
-    A workspace uses other addresses for MLflow's pages, and shows links of its own.
+    A workspace has its own addresses for MLflow's pages, and shows its own links to them.
     """
     return _link(platform, text, f"experiments/{experiment_id}/runs/{run_id}{tab}")
 

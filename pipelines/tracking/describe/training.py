@@ -89,7 +89,8 @@ def _training_text(config: RunConfig, file: RunFile, manifest: Manifest) -> str:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Flatten a nested mapping to a dict from dotted names, such as `train.steps`, to values as text."""
+    """Flatten a nested mapping to a dict, whose keys are dotted names such as `train.steps`, and whose values are
+    texts."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"

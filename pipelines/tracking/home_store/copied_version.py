@@ -1,8 +1,8 @@
-"""Find a model version that was downloaded before, without importing MLflow.
+"""Look up a model version that is already downloaded, without importing MLflow.
 
 `import mlflow` takes longer than the rest of most commands. A command that only reads the files of a model version
-therefore first looks the version up in the store of the home folder itself. If this module does not find the version,
-MLflow looks it up (`registry.resolve`), downloads its files, and reports errors.
+therefore first looks up the version in the store of the home folder without MLflow. If this module does not find the
+version, MLflow looks it up (`registry.resolve`), downloads its files, and reports errors.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def choose_number(which: str, numbers: Sequence[str], aliases: Mapping[str, str]
         which: version number, alias or `latest`. Digits always mean the number, although MLflow also accepts an alias
             that consists of digits.
         numbers: numbers of all versions of the model, oldest first.
-        aliases: dict from the name of each alias to its version number.
+        aliases: version number of each alias, by name of the alias.
     """
     if which == "latest" and numbers:
         return numbers[-1]
@@ -112,7 +112,9 @@ def find_copied_version(platform: Platform, model: str, which: str) -> CopiedVer
         with open_store(file, "ro") as store:
             found = _read_version(store, model, which)
     except sqlite3.Error as error:
-        logger.info("MLflow looks up version %s of model %s, because its store cannot be read: %s", which, model, error)
+        logger.info(
+            "MLflow looks up version %s of %s, because its store cannot be read directly: %s", which, model, error
+        )
         return None
     if found is None:
         return None

@@ -5,7 +5,7 @@ ranks and loader threads, and after a restart. Crop, flip and colour change need
 releases the GIL. Brightness, contrast and saturation are combined into one matrix, so pixel values are rounded and
 clipped only once.
 
-A picture is only augmented in ways that keep its text true. For example, a picture is not flipped if its text contains
+A picture is augmented only in ways that keep its text true. For example, a picture is not flipped if its text contains
 "left" or "right", and not rotated if its text contains "above". A picture is not cropped if its text contains the
 coordinates of boxes.
 

@@ -48,7 +48,8 @@ WAITING_EXTRA_SECONDS = 3.0
 A rank that hangs therefore writes its failure record before the ranks that wait for the hanging rank.
 """
 START_SECONDS = 600.0
-"""Timeout in seconds before the rank has read `train.timeout_seconds`, for example while torch is imported."""
+"""Timeout in seconds that applies until the rank has read `train.timeout_seconds`, for example while torch is
+imported."""
 _TERMINATING = (signal.SIGTERM, signal.SIGINT)
 
 _COLLECTIVE_FILES = ("torch/distributed/", "torch/nn/parallel/", "torch/autograd/", "vlm/training/parallel.py")
@@ -73,7 +74,7 @@ _LOST_CONNECTION = (
 def is_consequence(error: BaseException) -> bool:
     """Return whether an error of this rank was caused by another rank or by an interrupt.
 
-    Another rank causes, for example, a broken collective. KeyboardInterrupt is an interrupt.
+    A broken collective, for example, is caused by another rank. A KeyboardInterrupt is an interrupt.
     """
     if isinstance(error, KeyboardInterrupt) or getattr(error, "on_other_rank", False):
         return True

@@ -239,7 +239,7 @@ def check_settings(folder: Path, file: RunFile) -> None:
 def _outcome_settings(file: RunFile) -> dict[str, Any]:
     """Return the settings and the data hash that determine the outcome of a run.
 
-    `train.start_from` is left out, because it only sets the weights of step 0.
+    `train.start_from` is left out, because it determines only the weights of step 0.
     """
     train = file.config.train.science()
     train.pop("start_from")

@@ -47,7 +47,7 @@ class SampledRow(NamedTuple):
 def sampled_rows(shards: Shards, step: int, order: RowOrder, augmenter: Augmenter | None) -> list[SampledRow]:
     """Return the rows of this rank at a step, with one prompt per row and all reference texts of the prompt.
 
-    A picture is only augmented in ways that keep all its reference texts true, because each sampled caption is compared
+    A picture is augmented only in ways that keep all its reference texts true, because each sampled caption is compared
     with all reference texts.
     """
     rows, texts, picks = rows_of_step(shards, step, **order)

@@ -22,14 +22,13 @@ TEXTS = TextsObjectiveConfig()
 
 @dataclass(frozen=True)
 class Stage:
-    """Stage of a run that consists of the steps [first, end).
+    """Stage of a run. The stage consists of the steps [first, end).
 
     Attributes:
         first: first step of the stage.
         end: first step after the stage.
         lr: largest learning rate of any parameter.
-        rates: dict from a pattern of parameter names to the learning rate, or None to train all trainable parameters at
-            `lr`.
+        rates: learning rate for each pattern of parameter names, or None to train all trainable parameters at `lr`.
         objective: training objective of the stage.
         warmup_steps: number of warm-up steps of the learning rate, or None for the number in the run's settings.
     """

@@ -39,7 +39,7 @@ def validate(
 ) -> dict[str, float]:
     """Compute val/loss (nats per token) and val/blind_gap on the first rows of the shards, divided among the ranks.
 
-    A picture's loss is the mean over the texts from which training draws one text. The blind gap is the loss when each
+    A picture's loss is the mean over all its texts that training may draw. The blind gap is the loss when each
     text is shown with the picture of the next row, minus the loss with the right picture. The blind gap of a model that
     ignores the picture is zero. If there is only one row, no blind gap is computed.
 

@@ -126,7 +126,7 @@ def test_the_problem_of_a_row_without_a_picture_names_the_members_of_the_row(tmp
     [record] = rows_of(write_tar(tmp_path / "x.tar", {"a.jfif": b"p", "a.txt": b"x"}))
     assert record.problem is not None
     assert record.problem.reason == "missing_field"
-    assert record.problem.detail.endswith("names no extension of the row, which has jfif, txt")
+    assert record.problem.detail.endswith("jfif, txt, and none is in data.source.columns.image")
 
 
 def test_the_problem_of_a_tar_that_is_a_zip_archive_or_was_compressed_twice_names_the_cause(

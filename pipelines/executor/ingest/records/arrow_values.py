@@ -19,7 +19,7 @@ from pyarrow import types
 WHOLE_COLUMN_BYTES = 16 * 2**20
 """Largest size of a column whose values are all converted together, in bytes."""
 END_BYTES = 2**20
-"""If a value is not stored, this number of bytes at its beginning and at its end is hashed."""
+"""Number of bytes that are hashed at the beginning and at the end of a value that is not stored."""
 OUT_OF_RANGE = "<value out of range"
 """Beginning of the text that Arrow writes instead of a date or time that is out of range."""
 WHOLE_DIGITS = 1e16

@@ -15,8 +15,8 @@ from pipelines.executor.ingest.text_stream import open_text
 from pipelines.executor.ingest.values import is_missing
 
 KEPT_KEYS = frozenset({"images", "annotations", "id", "file_name", "height", "width", "image_id", "caption"})
-"""Keys of a document whose values are kept in memory. Most of a document may consist of other values, such as outlines
-of objects."""
+"""Keys in a COCO document. Only the values of these keys are kept in memory, because most of a document may consist of
+other values, such as outlines of objects."""
 WHOLE_NUMBER = re.compile(r"(-?[0-9]+)\.0*")
 
 

@@ -228,9 +228,9 @@ def split_line(line: str, delimiter: str = ",", escape: str = "", quote: str = '
     character. In a field without quotes, the escape character has no special meaning.
 
     A field that does not begin with a quote may contain quotes, as in `5" pipe`, although the standard forbids such
-    quotes. However, a row is wrong if a field that begins without a quote ends with a single quote after a letter. The
-    field with the single quote is probably the end of a quoted field that began in an earlier line. A single quote
-    after a number is allowed, because the quote may mean inches.
+    quotes. However, a row is wrong if such a field has an odd number of quotes and ends with a quote that does not
+    follow a digit. The field is probably the end of a quoted field that began in an earlier line. A quote after a digit
+    is allowed, because the quote may mean inches.
     """
     if not quote:
         return line.split(delimiter)

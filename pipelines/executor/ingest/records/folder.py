@@ -1,4 +1,4 @@
-"""Parser of folder sources: each row of a captions file names a picture file in the same folder.
+"""Parser of folder sources: pictures in a folder, and a captions file whose rows contain the paths of the pictures.
 
 A row whose picture file is missing or too large is refused. Any other disk error fails the Spark task, and Spark
 retries the task. Without a retry, a network drive that is offline for a minute would fill the table `quarantine`.
@@ -84,7 +84,7 @@ def list_captions(
         read: function that parses raw rows of the captions file into records.
         captions: path of the captions file.
         folder: folder of the pictures.
-        column: name of the field that names the picture file of a row.
+        column: name of the field with the path of the row's picture file.
     """
     records = read(batches)
     while rows := [_caption_row(record, captions, folder, column) for record in islice(records, CAPTION_ROWS)]:
@@ -122,7 +122,7 @@ def folder_records(
         batches: Arrow batches of raw rows, which `read` parses.
         read: function that yields records of the captions file.
         folder: folder of the pictures.
-        column: field that names a picture file, relative to the folder or to the subfolder.
+        column: field with the path of a picture file, relative to the folder or to the subfolder.
         max_bytes: largest size of a picture file to read, in bytes.
         subfolder: path of the captions file's folder relative to `folder`, as `subfolder_of` returns it.
     """

@@ -112,7 +112,7 @@ def _open(part: _Range, columns: _Columns) -> ParquetColumns | str:
 def _describe_or_raise(error: Exception) -> str:
     """Describe the damage of a file.
 
-    Raise an error that counts as a machine failure, so that Spark retries the task.
+    If the error counts as a machine failure, raise it, so that Spark retries the task.
     """
     if isinstance(error, MemoryError):
         raise error

@@ -18,7 +18,7 @@ MAX_PAGE_BYTES = 256 * 2**20
 MAX_LIST_VALUES = 2**24
 """Largest number of list elements in a column chunk that has more than HONEST_RATIO elements per byte."""
 HONEST_RATIO = 4
-"""A page with at most this compression ratio is read whatever its size.
+"""A page with at most this compression ratio is read, however large it is.
 
 With at most this compression ratio, a page is not much larger than its file.
 """

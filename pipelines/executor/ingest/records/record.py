@@ -56,7 +56,7 @@ def add_partition(fields: Fields, partition: Mapping[str, str | None]) -> Fields
 
     Args:
         fields: values of the row.
-        partition: dict from the name of each partition column to its value.
+        partition: values of the partition columns, by column name.
     """
     return {**partition, **{name: v for name, v in fields.items() if name not in partition or not is_missing(v)}}
 

@@ -19,7 +19,7 @@ CHUNK = 1 << 20
 HEADER_BYTES = 1 << 20
 """Largest size of an extended header, which contains a long name or attributes, in bytes."""
 EXTENDED = {tarfile.GNUTYPE_LONGNAME: "path", tarfile.GNUTYPE_LONGLINK: "linkpath"}
-"""Dict from each type of extended header to the attribute that such a header contains for the next member."""
+"""Types of extended headers, each with the attribute of the next member that such a header contains."""
 PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 KINDS = {
     tarfile.CHRTYPE: "a device",
@@ -127,7 +127,8 @@ class TarReader:
         return f"damaged header: {error}"
 
     def _read_attributes(self, header: tarfile.TarInfo) -> dict[str, str] | str:
-        """Return the attributes of the next member from an extended header, or the problem of the next member."""
+        """Read an extended header. Return the attributes that it contains for the next member, or that member's
+        problem."""
         if header.size > HEADER_BYTES:
             return f"an extended header of {header.size} bytes; at most {HEADER_BYTES} are allowed"
         content = self._read(header.size)
@@ -169,9 +170,7 @@ class TarReader:
 
 
 def _skip_sparse_map(file: IO[bytes], block: bytes) -> None:
-    """Skip the blocks that follow the header of a sparse file in the old GNU format, and that list more parts of the
-    file.
-    """
+    """After the header of a sparse file in the old GNU format, skip the blocks that list more parts of the file."""
     is_continued = block[156:157] == tarfile.GNUTYPE_SPARSE and block[482]
     while is_continued:
         block = file.read(BLOCK)

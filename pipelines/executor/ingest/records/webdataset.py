@@ -54,9 +54,9 @@ def tar_records(
     A record has the fields __key__, PICTURE, and __member__ (the name of the picture's member). Each additional member
     becomes a field with the member's extension as its name. Each key of a `json` member becomes a field json.KEY. If a
     tar is damaged, the records of the rows before the damage are followed by one record that describes the damage. If a
-    row has several pictures, the picture whose extension comes first in `images` is used. If the name of a used column
-    begins with `json.`, a row whose `json` member is not a JSON object is refused. Otherwise, this member becomes the
-    text field `json`. All members of a row together may be 25 % larger than `max_bytes`.
+    row has several pictures, the picture whose extension comes first in `images` is used. A `json` member that is not a
+    JSON object becomes the text field `json`. However, if the name of a used column begins with `json.`, the row of
+    such a member is refused. All members of a row together may be 25 % larger than `max_bytes`.
 
     Args:
         batches: batches with the columns `path` (path of a tar, encoded by os.fsencode) and `file` (name of the tar).
@@ -240,7 +240,7 @@ class _TarRow:
             self._refuse("missing_field", detail)
         elif not any(extension in self._limits.images for extension in self._members):
             names = ", ".join(list(self._members)[:5])
-            detail = f"no picture: data.source.columns.image names no extension of the row, which has {names}"
+            detail = f"no picture: the row has the extensions {names}, and none is in data.source.columns.image"
             self._refuse("missing_field", detail)
 
 

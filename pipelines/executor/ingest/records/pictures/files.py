@@ -1,4 +1,4 @@
-"""Functions that read pictures below a local folder, whose paths are in the rows of a source.
+"""Functions that read picture files below a local folder. The paths of the files are in the rows of a source.
 
 A path may have been written on any operating system. The path may contain backslashes or percent escapes, or the
 Unicode form of the path may differ from the Unicode form of the file's name. The file with exactly the given name is
@@ -25,7 +25,7 @@ from pipelines.executor.ingest.storage import require_damage
 LOCAL_URI = re.compile(r"(?:file:(?://(?:localhost)?)?|dbfs:)(/.*)", re.DOTALL | re.IGNORECASE)
 """Pattern of a URI of a local file, or of a file on a Volume."""
 HINT = ", did you mean "
-"""Beginning of the hint in the message about a missing file. The hint names a file with a similar name."""
+"""Beginning of the hint in the message about a missing file. The hint suggests a file with a similar name."""
 MAX_LISTED = 200_000
 """Largest number of entries of a folder that are searched for a name in another Unicode form."""
 
@@ -42,7 +42,7 @@ class _Outside(Exception):
 
 
 def find_file(folder: str, name: str) -> PictureFile | Problem:
-    """Find the picture file that a row names, which must be below a folder.
+    """Find a picture file below a folder, given the name in a row.
 
     Args:
         folder: folder that the path must not leave.
@@ -119,7 +119,7 @@ def _parts(roots: Sequence[str], path: str) -> list[str]:
 
 
 def _walk(root: Path, parts: list[str]) -> PictureFile | str:
-    """Follow a path name by name, and check that each folder or file on the path is inside the root folder.
+    """Follow a path one name at a time, and check that each folder or file on the path is inside the root folder.
 
     Returns:
         The file, or a text that follows "the folder has no file PATH" in the error message. The text is, for example,
@@ -181,7 +181,7 @@ def _fold(name: str) -> str:
 
 @lru_cache(maxsize=8)
 def _names(folder: Path, _modified: int) -> dict[str, list[str]]:
-    """Return a dict from the folded form of a name to all names in a folder with this form (see `_fold`).
+    """Return all names in a folder, grouped by their folded form (see `_fold`).
 
     A folder that has changed is listed again.
     """

@@ -22,7 +22,7 @@ from pipelines.executor.ingest.values import is_missing
 CHUNK_ROWS = 64
 CHUNK_BYTES = 16 * 2**20
 MAX_NAME = 8_192
-"""Largest number of characters of a path or URL that names a picture."""
+"""Largest number of characters of a picture's path or URL."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class PictureRoot:
     max_bytes: int
 
     def read(self, name: object) -> bytes | Problem:
-        """Read the picture that a row names, or return a Problem that says why the picture cannot be read.
+        """Read a picture, given its name in a row, or return a Problem that says why the picture cannot be read.
 
         Raises:
             OSError: the machine or the server has a fault, so Spark has to retry the task.
@@ -109,7 +109,7 @@ def require_root(location: str) -> None:
 def picture_records(
     batches: Iterator[pa.RecordBatch], read: Read, location: str, column: str, max_bytes: int
 ) -> Iterator[Record]:
-    """Add the field PICTURE to the records of a source, with the bytes of the picture that a column names.
+    """Add the field PICTURE to the records of a source, with the bytes of the picture to which a column points.
 
     A relative `location` is relative to the folder of the row's file, whose path is in the column `path` of the
     batches.
@@ -118,7 +118,7 @@ def picture_records(
         batches: batches that `read` parses.
         read: function that parses raw rows of the source into records.
         location: folder or URL of the pictures.
-        column: name of the column that names the picture of a row.
+        column: name of the column with the path or URL of a row's picture.
         max_bytes: largest size of a picture to read, in bytes.
     """
     if is_absolute(location):
@@ -130,7 +130,7 @@ def picture_records(
 
 
 def add_pictures(records: Iterator[Record], root: PictureRoot, column: str) -> Iterator[Record]:
-    """Add the field PICTURE to each record whose column names a picture."""
+    """Add the field PICTURE to each record whose column contains the path or URL of a picture."""
     for record in records:
         if record.problem or record.fields.get(PICTURE) is not None:
             yield record

@@ -30,7 +30,7 @@ READ_SECONDS = 60.0
 CHUNK = 1 << 20
 WEB = ("http", "https")
 STORES = {"s3": "s3", "s3a": "s3", "s3n": "s3", "gs": "gs", "gcs": "gs", "abfs": "abfs", "abfss": "abfs", "az": "abfs"}
-"""Dict from each URL scheme of an object store to the kind of the object store."""
+"""Kind of object store for each URL scheme."""
 ATTEMPTS = 3
 RETRIED = frozenset({429, 500, 502, 503, 504})
 """HTTP status codes after which a request is sent again."""
@@ -65,7 +65,7 @@ def require_readable(root: str) -> None:
 
 
 def read_url(root: str, name: str, max_bytes: int) -> bytes | Problem:
-    """Read the picture that a row names and that is stored below a root URL.
+    """Read a picture below a root URL, given the name in a row.
 
     Args:
         root: root URL of all pictures.
