@@ -1,6 +1,6 @@
 """Check the licences of all runtime dependencies against an allow-list, and look for published vulnerabilities.
 
-`make audit` runs this file. The audit covers the dependencies that the installed packages declare, for all extras
+`make audit` runs this file. The audit checks the dependencies that the installed packages declare, for all extras
 except `dev`. A licence that is not on the allow-list ends the audit with exit code 1. pip-audit looks up the
 vulnerabilities. If pip-audit is not installed or its advisory service does not answer, the output says that no
 vulnerabilities were looked up.
@@ -52,7 +52,7 @@ REVIEWED = {
     "skops": "MIT, by its LICENSE file",
     "torchao": "BSD-3-Clause, by its LICENSE file",
 }
-"""Dict from dependencies whose licence a person has looked up to the licence that the person found."""
+"""Licences that a person has looked up: a dict from the name of a dependency to its licence."""
 
 JAVA_PROGRAMS = {
     "tokenizer/stanford-corenlp-3.4.1.jar": "GPL-2.0, by its POM: `evaluate` runs the program as a separate process",

@@ -145,7 +145,7 @@ def chosen_sources(names: list[str]) -> Iterator[Path]:
 
 
 def main() -> None:
-    """Run the notebooks that the command line names, and write their pages."""
+    """Run the notebooks that are given on the command line, and write their pages."""
     PAGES.mkdir(exist_ok=True)
     for path in chosen_sources(sys.argv[1:]):
         notebook = to_notebook(read_cells(path), run_cells(path))

@@ -102,7 +102,7 @@ def install(row: Row) -> bool:
     if not run(*pip, "-c", str(constraints), "-e", ".[local]", *TOOLS, *row.packages):
         return False
     if row.skinny:
-        # Both distributions contain the module, so skinny is installed again after the files of mlflow are removed.
+        # Both distributions contain the module `mlflow`, so mlflow-skinny is installed again after mlflow is removed.
         uninstall = (UV, "pip", "uninstall", "--quiet", "--python", str(python), "mlflow")
         return run(*uninstall) and run(
             *pip, "-c", str(constraints), "--reinstall-package", "mlflow-skinny", "mlflow-skinny"
@@ -133,7 +133,7 @@ found = {d.metadata["Name"].replace("_", "-"): d.version for d in distributions(
 shown = [f"{name} {found[name]}" for name in sys.argv[1:] if name in found]
 print("python", sys.version.split()[0], *shown, flush=True)
 """
-"""Program that prints the versions of Python and of the distributions that its arguments name."""
+"""Program that prints the version of Python and the versions of the distributions in its arguments."""
 
 
 def run(*command: str) -> bool:

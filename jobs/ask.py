@@ -48,7 +48,7 @@ class AskReport(Config):
         precision: number format of the model's weights, for example bf16.
         caption: the model's answer.
         num_tokens: number of tokens in the answer.
-        regions: regions (boxes) that the answer names; empty if the command got no picture or several pictures.
+        regions: regions (boxes) in the answer; empty if the command got no picture or several pictures.
         drawn: path of the written picture file, which shows the regions; null if no file was written.
         attention: path of the written picture file, which shows the attention of each word; null if no file was
             written.
@@ -164,10 +164,10 @@ def _require_drawings(report: AskReport, *, draw: Path | None, attention: Path |
     """
     if draw and not report.drawn:
         raise StageFailed(
-            "the answer names no region (box), so --draw drew nothing",
+            "the answer contains no region (box), so --draw drew nothing",
             where=report.images[0],
             got=report.caption,
-            fix="use a model that was trained to detect objects, and a prompt like those of its training, such as "
+            fix="use a model that was trained to detect objects, and a prompt like its training prompts, such as "
             "--prompt 'detect cat'",
         )
     if attention and not report.attention:
@@ -189,7 +189,7 @@ def _check_question(files: Sequence[Path], prompt: str, drawings: Mapping[str, P
         raise UserError(
             "there is nothing to ask the model",
             got="neither a picture nor a prompt",
-            fix="name a picture file, or add --prompt TEXT",
+            fix="give the path of a picture file, or add --prompt TEXT",
         )
     for option, path in drawings.items():
         if path is None:
@@ -199,7 +199,7 @@ def _check_question(files: Sequence[Path], prompt: str, drawings: Mapping[str, P
                 f"{option} can draw only on a single picture",
                 where=f"{option} {path}",
                 got=f"{len(files)} pictures",
-                fix=f"name exactly one picture, or omit {option}",
+                fix=f"give exactly one picture, or omit {option}",
             )
         check_drawing_path(path)
 
@@ -217,14 +217,14 @@ def read_picture(job: Job, path: Path) -> Image:
     limits = job.config.data.limits
     if address := re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]+):/(.*)", str(path)):  # `Path` replaces the :// of a URL by :/
         raise _unusable(
-            "read", f"{address[1]}://{address[2]}", "a URL", "download the picture, and name the downloaded file"
+            "read", f"{address[1]}://{address[2]}", "a URL", "download the picture, and give the path of the file"
         )
     try:
         [picture] = run_guarded([_read_file(path, limits.max_bytes)], partial(_decode, limits=limits), _raise_death)
     except OSError as error:
-        raise _unusable("read", path, str(error.strerror or error), "name a picture file") from None
+        raise _unusable("read", path, str(error.strerror or error), "give the path of a picture file") from None
     except ImageError as error:
-        raise _unusable("used", path, f"{error.reason}: {error.detail}", "name a PNG or JPEG file") from None
+        raise _unusable("used", path, f"{error.reason}: {error.detail}", "use a PNG or JPEG file") from None
     return Image.frombytes("RGB", *picture)
 
 
@@ -242,7 +242,8 @@ def _read_file(path: Path, max_bytes: int) -> bytes:
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("a folder" if path.is_dir() else "a device or pipe, whose data may never end")
-    # Some files below /proc have size 0, and a read would wait for data. With O_NONBLOCK, `read` returns None instead.
+    # Some files below /proc have size 0, and a read would wait for data. With O_NONBLOCK, `read` does not wait, but
+    # returns None.
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         data = (file.read(max_bytes + 1) if size <= max_bytes else None) or b""
@@ -278,7 +279,7 @@ def load_checkpoint(folder: Path, precision: Precision) -> Captioner:
     """Load the model of a folder, on a GPU if there is one.
 
     Raises:
-        UserError: the folder holds no model, or the precision needs a library that is not installed.
+        UserError: the folder contains no model, or the precision needs a library that is not installed.
     """
     with garbage_collection_paused():
         importlib.import_module("vlm.captioner")

@@ -1,4 +1,4 @@
-"""`lakesight caption`: caption all rows of a Delta table that have no caption by a model version."""
+"""`lakesight caption`: caption those rows of a Delta table that a model version has not captioned yet."""
 
 from __future__ import annotations
 

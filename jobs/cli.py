@@ -67,7 +67,7 @@ DISK_FULL = re.compile("No space left on device")
 NOT_WRITABLE = re.compile(
     r"\(Permission denied\)|Permission denied \(os error|Read-only file system|DELTA_CANNOT_CREATE_LOG_PATH"
 )
-"""Pattern of the messages of Java and Rust libraries for a file or folder that is not writable."""
+"""Pattern that finds the messages with which Java and Rust libraries report a file or folder that is not writable."""
 
 
 class Interrupted(LakesightError):
@@ -106,7 +106,7 @@ class LazyCommands(Mapping[str, Any]):
 
 
 class Commands(TyperGroup):
-    """Group of all commands, which prints its help without importing a command and reports Ctrl-C as an error."""
+    """Group of all commands. It prints its help without importing a command, and reports Ctrl-C as an error."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings | {"commands": settings.get("commands") or LazyCommands()})
@@ -244,8 +244,8 @@ def _file_error(error: Exception) -> UserError | None:
 
 
 def _line_with(pattern: re.Pattern[str], error: Exception) -> str:
-    """In an error message, find the first line that contains a pattern. Return this line, or else the message's first
-    line."""
+    """In an error message, find and return the first line that contains a pattern. If no line contains the pattern,
+    return the first line of the message."""
     found = next((line for line in str(error).splitlines() if pattern.search(line)), _first_line(error))
     # remove the red arrow that delta-rs draws before each cause
     return re.sub("\x1b\\[[0-9]*m|\N{DOWNWARDS ARROW WITH TIP RIGHTWARDS}", "", found).removeprefix(": ").strip()

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def _complete_run(incomplete: str) -> list[str]:
-    """Return the names of runs that begin with a text, for completion in the shell."""
+    """Return the run names that begin with a text, for completion in the shell."""
     return [name for name in available("run") if name.startswith(incomplete)]
 
 
@@ -75,8 +75,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as on
 WITHOUT_RUN = ("demo", *WEIGHT_COMMANDS)
 """Commands that have no option --run."""
 MIN_FREE_BYTES = 256 * 2**20
-"""Minimum free disk space for a command to start, in bytes. This check names the problem, because Spark's own errors
-about a full disk are unclear.
+"""Minimum free disk space for a command to start, in bytes. Commands check the disk space themselves, because Spark's
+own errors about a full disk are unclear.
 """
 
 
@@ -109,8 +109,8 @@ class Job:
     def command(self, name: str) -> str:
         """Return the command line that runs command `name` on the same run with the same overrides.
 
-        The command line leaves out settings of Spark (`platform.spark.conf`), because their values may be secrets, and
-        generation settings that the command would refuse.
+        The command line leaves out two kinds of overrides: settings of Spark (`platform.spark.conf`), whose values may
+        be secrets, and generation settings that command `name` would refuse.
         """
         return f"lakesight {name} {self._options(name)}"
 
@@ -165,7 +165,8 @@ class Job:
 
 @contextmanager
 def open_output(*, as_json: bool) -> Iterator[CommandOutput]:
-    """Yield the Output of a command, which prints to the real stdout. Logs go to stderr while the block runs."""
+    """Yield a `CommandOutput`, with which a command prints to the real stdout. Logs go to stderr while the block
+    runs."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, force=True)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(PrintableFormatter("%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S"))
@@ -205,7 +206,8 @@ def open_notebook(run: str, workspace: Sequence[str], overrides: Sequence[str]) 
 
     Args:
         run: name of the run.
-        workspace: overrides that name resources of a workspace. These overrides apply only on a Databricks cluster.
+        workspace: overrides for resources of a workspace, such as `platform.catalog=main`. These overrides apply only
+            on a Databricks cluster.
         overrides: other overrides.
 
     Raises:

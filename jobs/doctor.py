@@ -123,7 +123,7 @@ def check_delta_jar() -> DoctorCheck:
             name="delta jar",
             status="fail",
             found=f"Delta's jar is not cached, and {url} cannot be read: {error}",
-            fix="connect to the internet for the first start, or copy the folders ~/.ivy2* of another machine",
+            fix="connect to the internet for the first start, or copy the folders ~/.ivy2* from another machine",
         )
 
 
@@ -189,7 +189,7 @@ def check_home(config: RunConfig) -> DoctorCheck:
             name="home",
             status="fail",
             found=found,
-            fix="free disk space, or set LAKESIGHT_HOME to another disk",
+            fix="free disk space, or set LAKESIGHT_HOME to a folder on another disk",
         )
     if free < RECOMMENDED_FREE_BYTES:
         return DoctorCheck(name="home", status="warn", found=found, fix="free 5 GB for shards, runs and models")

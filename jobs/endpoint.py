@@ -90,7 +90,7 @@ def run_endpoint(job: Job, name: str | None) -> EndpointReport:
             "the Databricks workspace cannot create or update the serving endpoint",
             where=f"endpoint {chosen}, {champion.name} version {champion.version}",
             got=str(error),
-            fix="correct the cause in the answer of Databricks; the user of this command needs CAN MANAGE on the "
+            fix="correct the cause that Databricks reports; the user of this command needs CAN MANAGE on the "
             "endpoint and EXECUTE on the model",
         ) from None
     return EndpointReport(endpoint=chosen, model_name=champion.name, model_version=champion.version, changed=changed)

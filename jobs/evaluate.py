@@ -160,7 +160,7 @@ def open_split(job: Job, model: ModelFiles) -> Shards:
 
 
 def open_object_words(config: RunConfig) -> ObjectWords | None:
-    """Read the word list of objects that a run's config names, or return None if the config names no word list.
+    """Read the word list of objects from `data.object_words`, or return None if the run's config has no word list.
 
     Raises:
         UserError: the word list cannot be used.

@@ -36,7 +36,7 @@ GENERATION_COMMANDS = (
     *("train", "evaluate", "compare", "promote", "caption", "pipeline", "demo", "ask", "serve"),
     *("config", "doctor", "import-weights"),
 )
-"""Commands that follow, store, check or print generation settings. All other commands caption nothing, and refuse these
+"""Commands that use, store, check or print generation settings. All other commands caption nothing, and refuse these
 settings.
 """
 

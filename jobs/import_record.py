@@ -1,4 +1,4 @@
-"""Record of an import of published weights, which tells a repeated `import-weights` that the work is done."""
+"""Record of an import of published weights. The record tells a repeated `import-weights` that the work is done."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def _check_parts(folders: dict[Part, Path]) -> None:
         raise UserError(
             "import-weights needs one folder with the whole model, or folders with its encoder and decoder",
             got="a folder with the whole model and a folder with a part" if folders else "no folder",
-            fix="name one folder with the whole model, or use --encoder, --decoder or both",
+            fix="give one folder with the whole model, or use --encoder, --decoder or both",
         )
     for part, path in folders.items():
         if not path.is_dir():

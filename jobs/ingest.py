@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SHOWN_FILES = 5
-"""Maximum number of names of unread files that the command prints for each reason."""
+"""Maximum number of unread files whose names the command prints for each reason."""
 
 
 def ingest(
@@ -117,7 +117,7 @@ def log_to_mlflow(job: Job, report: FullReport, *, good: bool) -> None:
 
 
 def _name_passed_over(report: FullReport) -> str:
-    """Return a text that names the first unread files for each reason."""
+    """Return a text that lists the first unread files for each reason."""
     parts = []
     for reason, count in report.passed_over_count.items():
         names = report.passed_over.get(reason, [])[:SHOWN_FILES]

@@ -1,4 +1,4 @@
-"""Output of a command: the command's report goes to stdout, all other output to stderr.
+"""Output of a command: stdout contains only what the command itself prints; all other output goes to stderr.
 
 Spark's JVM, torchrun and libraries write directly to file descriptor 1. While a command runs, both `sys.stdout` and
 file descriptor 1 are redirected to stderr, so that a JSON report on stdout stays valid.

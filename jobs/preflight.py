@@ -36,7 +36,7 @@ RUNTIME_MODULES = ("pyspark", "delta", "mlflow", "torch", "pandas")
 WHEEL_MODULES = ("deltalake", "pyarrow", "safetensors", "tokenizers")
 INDEX_TIMEOUT_SECONDS = 10
 ML_RUNTIME = "set cpu_runtime and gpu_runtime of the bundle to an ML runtime, such as 18.x-cpu-ml-scala2.13"
-ENVIRONMENT = 'set environment_version in the bundle variable cpu_compute to "4", and keep mlflow in its dependencies'
+ENVIRONMENT = 'set environment_version in the bundle variable cpu_compute to "4", and keep mlflow in the dependencies'
 LIBRARIES = "add the wheel of Lakesight to the libraries of the task, and let the cluster reach a package index"
 
 
@@ -123,7 +123,7 @@ def check_tables(platform: Platform) -> DoctorCheck:
         ensure_tables(spark, platform)
         read_versions(spark, platform, "preflight")
     except spark_errors() as error:
-        fix = "name an existing catalog, deploy the bundle, and grant USE CATALOG, USE SCHEMA and CREATE TABLE"
+        fix = "choose an existing catalog, deploy the bundle, and grant USE CATALOG, USE SCHEMA and CREATE TABLE"
         found = f"{platform.namespace}: {(str(error).splitlines() or [type(error).__name__])[0][:300]}"
         return DoctorCheck(name="tables", status="fail", found=found, fix=fix)
     return DoctorCheck(name="tables", status="ok", found=platform.namespace)

@@ -145,7 +145,7 @@ def _require_own_settings(job: Job, version: ModelVersion) -> None:
 
 
 def _record_champion(job: Job, champion: ModelVersion) -> None:
-    """Record the champion if table `decisions` names a different version.
+    """If table `decisions` has a different champion than the registry, record the champion of the registry.
 
     An earlier promotion or rollback may have been recorded but not carried out, because the command was killed or the
     registry did not answer. The view `champion_captions` would then show captions of a version that is not the

@@ -1,4 +1,4 @@
-"""Find the regions that a model's answer names, convert the regions to boxes in pixels, and draw the boxes."""
+"""Find the regions in a model's answer, convert the regions to boxes in pixels, and draw the boxes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
 
 
 class FoundRegion(Config):
-    """Box of a region that an answer names, in pixels of the upright picture.
+    """Box of a region in an answer, in pixels of the upright picture.
 
     Attributes:
         label: name of the region, as the model wrote it.
@@ -36,7 +36,7 @@ class FoundRegion(Config):
 
 
 def find_regions(caption: str, picture: Image, config: ImageConfig) -> tuple[FoundRegion, ...]:
-    """Find the regions that an answer names and convert the regions' positions to pixels of the picture.
+    """Find the regions in an answer, and convert their positions to pixels of the picture.
 
     Args:
         caption: the model's answer.
@@ -68,7 +68,7 @@ def check_drawing_path(path: Path) -> None:
             "the drawing cannot be written",
             where=str(path),
             got=f"{path.suffix!r} is not the suffix of a picture format",
-            fix="name a .png or .jpg file",
+            fix="choose a file name that ends in .png or .jpg",
         )
 
 

@@ -31,11 +31,12 @@ def serve(
 ) -> None:
     """Serve a model version over REST until Ctrl-C.
 
-    The command checks that the version's files equal the registered files, and then serves a local copy of the
-    version like `mlflow models serve`, without credentials. The server accepts connections from this machine only, and
+    The command checks that the version's files equal the registered files. Then a process without credentials serves a
+    local copy of the version, like `mlflow models serve`. The server accepts connections from this machine only, and
     refuses requests that pages of other websites send.
 
-    A request may set generation settings in its params. The options set the values for requests that do not.
+    A request may set generation settings in its params. Settings that a request does not set have the values of the
+    command's options.
 
     \b
     Examples:

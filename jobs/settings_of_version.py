@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 def decoding_settings(job: Job, fixed: ModelConfig, name: str) -> GenerationConfig:
     """Return the generation settings of a model, changed by the overrides `model.generation.*` of the command.
 
-    A warning names each override without effect.
+    If an override has no effect, a warning names the override.
 
     Args:
         job: the running command with its overrides.

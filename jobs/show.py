@@ -192,7 +192,7 @@ def write_rows(rows: pa.RecordBatchReader, path: Path) -> None:
     """Write rows to a Parquet or CSV file. An existing file is replaced after all rows have been written.
 
     Raises:
-        UserError: the suffix of the file is neither .parquet nor .csv, or CSV cannot hold a column.
+        UserError: the suffix of the file is neither .parquet nor .csv, or a column cannot be written as CSV.
     """
     import pyarrow as pa
     from pyarrow import csv, parquet
@@ -275,7 +275,7 @@ def write_gallery(job: Job, name: str, version: int, rows: pa.Table, place: Pict
         raise UserError(
             f"there are no pictures to show in {name!r}",
             got=f"columns {', '.join(rows.column_names)}" if found else "no rows",
-            fix="use --gallery on rows of generated_captions, or name the columns with --id-column and --image-column",
+            fix="use --gallery on rows of generated_captions, or set --id-column and --image-column",
         )
     if is_captions:
         by_key = read_pictures(job.platform, found)

@@ -41,7 +41,7 @@ COMMANDS = {
     VERDICTS.name: "review",
     DECISIONS.name: "promote",
 }
-"""For each table, the command that writes the first rows."""
+"""Dict from each table to the command that writes the table's first rows."""
 
 
 def open_table(job: Job, name: str, version: int | None) -> DeltaTable:
@@ -75,7 +75,7 @@ def open_table(job: Job, name: str, version: int | None) -> DeltaTable:
 
 
 def _folder(job: Job, name: str) -> Path:
-    """Return the folder that holds a table of the platform."""
+    """Return the folder that contains a table of the platform."""
     from pipelines.formats.delta_files import is_supported
 
     if job.platform.tables is None:
@@ -97,7 +97,7 @@ def _folder(job: Job, name: str) -> Path:
         if name in COMMANDS:
             fix = f"run `lakesight {COMMANDS[name]}` first, which writes the table"
         else:
-            fix = f"name a table, a view or the path of a folder{did_you_mean(name, [*names, *COMMANDS, VIEW])}"
+            fix = f"choose a table, a view or the path of a folder{did_you_mean(name, [*names, *COMMANDS, VIEW])}"
         raise UserError(
             f"there is no table {name!r}",
             where=str(job.platform.tables),
@@ -109,7 +109,7 @@ def _folder(job: Job, name: str) -> Path:
 
 @contextmanager
 def existing_files(name: str, version: int) -> Iterator[None]:
-    """Report an error if the block reads a data file of a table version that no longer exists.
+    """If the block reads a table version of which a data file no longer exists, report the error.
 
     Raises:
         UserError: VACUUM has removed files of the version.
@@ -173,7 +173,7 @@ class Relation:
             ) from None
 
     def count(self) -> int:
-        """Count all rows. For a table, the Delta log has this number, so no data file is read."""
+        """Count all rows. The Delta log has the number of rows of a table, so for a table, no data file is read."""
         from pipelines.formats.delta_files import query
 
         return int(query(self.tables, f"SELECT COUNT(*) AS num_rows FROM {self.sql}").read_all()["num_rows"][0].as_py())  # noqa: S608
@@ -207,7 +207,7 @@ def champion_captions(job: Job) -> Relation:
 
 
 def _promoted_elsewhere(job: Job, tables: Mapping[str, DeltaTable]) -> dict[str, str]:
-    """Look up the champions of captioned models that were never promoted in this home folder.
+    """Look up the champions of captioned models of which no version was ever promoted in this home folder.
 
     Table `decisions` records only the promotions in this home folder, so this function asks the model registry for the
     champions of all other models. The result is a dict from the name of a model to the version of its champion.

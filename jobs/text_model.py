@@ -1,4 +1,5 @@
-"""Stages of a run whose model is a text-only model (`model.text_only`): evaluation, pipeline, and refused stages."""
+"""Stages of a run whose model is a text-only model (`model.text_only`): evaluation, pipeline, and an error for stages
+that need pictures."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def prepare_run(job: Job) -> RunFolder:
     config = job.config
     check_config(config)
     train_shards = run_shard(job, "train", config.model.image)
-    same_split = config.data.validate_on == "train"  # run seemore, which memorises three pictures, validates on them
+    same_split = config.data.validate_on == "train"  # as in run `seemore`, which memorises three pictures
     validation_shards = train_shards if same_split else run_shard(job, config.data.validate_on, config.model.image)
     return prepare(config, job.platform, train_shards, validation_shards)
 

@@ -49,7 +49,7 @@ def ui(
             )
         follow_moved_home(job.platform)
         check_port_free(port)
-        # Without the URL parameter VIEW, MLflow opens its pages for agents for a user who is new to MLflow.
+        # Without the URL parameter VIEW, MLflow shows its pages for agents to a user who is new to MLflow.
         address = f"http://{HOST}:{port}/#/experiments?{VIEW}  (Ctrl-C stops it)"
         job.output.line("ui", "starting MLflow")
         command = [
@@ -77,7 +77,7 @@ def ui_environment(uri: str) -> dict[str, str]:
     """Return the environment of the MLflow UI: the variables of child processes, `MLFLOW_SERVER_*` and the database.
 
     By default, MLflow also accepts `Host` headers that begin like a private address, such as `10.evil.example`. The
-    owner of such a name could let the name resolve to this machine, and a page of this website could then use the UI.
+    owner of such a name could let the name resolve to this machine, and a web page of this owner could then use the UI.
     Therefore only loopback names are accepted, unless the user has set MLFLOW_SERVER_ALLOWED_HOSTS.
 
     The URI is passed as an environment variable, not as an argument, because every user of this machine can read the

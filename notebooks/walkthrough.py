@@ -20,9 +20,9 @@ SMALL = ["train.steps=40", "train.validate_every=20", "train.checkpoint_every=40
 
 # MAGIC %md
 # MAGIC ## Load the config of a run
-# MAGIC A run names four YAML files under `conf/`: model, data, train and platform. `load_run` resolves these files
-# MAGIC into one immutable object. Every setting can be overridden. A misspelled key raises an error that names the
-# MAGIC nearest valid key.
+# MAGIC The config of a run consists of four YAML files under `conf/`: model, data, train and platform. `load_run`
+# MAGIC resolves these files into one immutable object. Every setting can be overridden. A misspelled key raises an
+# MAGIC error that names the nearest valid key.
 
 # COMMAND ----------
 

@@ -60,7 +60,8 @@ def one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def no_closed_log_streams() -> None:
-    """Remove the log handlers that write to a stream that pytest has closed: each log line would print an error."""
+    """Remove log handlers whose stream pytest has closed, because with such a handler, each log line would print an
+    error."""
     root = logging.getLogger()
     root.handlers[:] = [each for each in root.handlers if not getattr(getattr(each, "stream", None), "closed", False)]
 

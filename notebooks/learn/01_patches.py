@@ -54,8 +54,9 @@ print("pixel (30, 20):", pixels[30, 20].tolist())
 # MAGIC patches in a row, as we read a page: from left to right, and from top to bottom. The picture has become a
 # MAGIC sequence of 64 patches.
 # MAGIC
-# MAGIC Cutting needs no loop. `reshape` splits the rows and the columns of pixels into (grid, inside the patch), and
-# MAGIC `transpose` brings the two grid axes to the front.
+# MAGIC Cutting needs no loop. `reshape` splits the axis of pixel rows into two axes: the place in the grid and the
+# MAGIC place inside the patch. It splits the axis of pixel columns in the same way. `transpose` then brings the two
+# MAGIC grid axes to the front.
 
 # COMMAND ----------
 
@@ -88,9 +89,9 @@ plt.title("64 patches and their places in the sequence", fontsize=9)
 # MAGIC ## From a patch to a vector
 # MAGIC
 # MAGIC From here on we use PyTorch (`torch`), in which an array is called a *tensor*. PyTorch works like NumPy, and
-# MAGIC can also train weights (see below). `@` multiplies matrices, as in NumPy. Some names differ from NumPy: `dim`
-# MAGIC is `axis`, `view` is `reshape`, and `permute` is `transpose`. In PyTorch, `transpose(1, 2)` swaps axes 1 and
-# MAGIC 2, and `flatten(2)` joins all axes from axis 2 on. `randn` draws random numbers around zero, and `item()`
+# MAGIC can also train weights (see below). `@` multiplies matrices, as in NumPy. Some names differ: `dim`, `view` and
+# MAGIC `permute` in PyTorch are `axis`, `reshape` and `transpose` in NumPy. In PyTorch, `transpose(1, 2)` swaps axes 1
+# MAGIC and 2, and `flatten(2)` joins all axes from axis 2 on. `randn` draws random numbers around zero, and `item()`
 # MAGIC turns a tensor with a single number into a Python number. A method whose name ends in `_`, such as `copy_`,
 # MAGIC changes the tensor itself.
 # MAGIC

@@ -201,8 +201,8 @@ assert difference < 1e-5
 # MAGIC nothing about the letter three places earlier. A network that cannot look back can only guess: with 8 letters,
 # MAGIC it is right in 1 of 8 cases.
 # MAGIC
-# MAGIC The network is as small as possible: a vector for each letter and for each position (`Embedding` is a table of
-# MAGIC vectors that are trained), one attention layer, and a linear layer that gives a score to each of the 8
+# MAGIC The network is as small as possible. It has a vector for each letter and for each position (`Embedding` is a
+# MAGIC table of vectors that are trained), one attention layer, and a linear layer that gives a score to each of the 8
 # MAGIC letters. A step takes a batch of B = 64 sequences at once.
 # MAGIC
 # MAGIC The loss is the *cross-entropy*: minus the logarithm of the share that the network gives to the right letter,

@@ -103,7 +103,7 @@ print(f"{len(TEXT)} characters, {len(lines)} lines")
 # MAGIC frequent pieces of words (notebook 4).
 # MAGIC
 # MAGIC We keep the last 15 % of the text away from training. On this *validation* text we measure whether the decoder
-# MAGIC has learned English, or has only learned the poems by heart.
+# MAGIC has learned English, or has merely learned the poems by heart.
 
 # COMMAND ----------
 
@@ -171,9 +171,9 @@ assert by_pairs < guess
 # MAGIC variant of the MLP. `dropout` sets a tenth of the numbers in the blocks to zero during training, at random, so
 # MAGIC that the decoder learns less by heart. The part `vision` is required, but not used here.
 # MAGIC
-# MAGIC `position: rotary` says how the decoder knows the order: it takes the numbers of queries and keys in pairs, as
-# MAGIC points in a plane, and rotates them by an angle that depends on the position. The dot product of a query and a
-# MAGIC key then depends on the distance between their positions.
+# MAGIC `position: rotary` says how the decoder knows the order. It takes the numbers of queries and keys in pairs, as
+# MAGIC points in a plane, and rotates each point by an angle that depends on the position. The dot product of a query
+# MAGIC and a key then depends on the distance between their positions.
 # MAGIC
 # MAGIC The capital letters at the end of a name, as in `tokens_BT`, are the axes of the tensor: B sequences of T
 # MAGIC tokens.

@@ -105,8 +105,8 @@ print(textwrap.fill(f"tokens: {pieces}", 38))
 # COMMAND ----------
 
 # MAGIC %md
-# MAGIC We follow one picture through the parts and print the shapes. A `Row` holds an id, the pixels of a picture,
-# MAGIC and its captions, each with a prompt, which is empty here. `Collator` builds the sequence: 16 slots, a start
+# MAGIC We follow one picture through the parts and print the shapes. A `Row` has an id, the pixels of a picture, and
+# MAGIC pairs of a prompt and a caption. Here the prompts are empty. `Collator` builds the sequence: 16 slots, a start
 # MAGIC token, and the caption. A slot has no token, so its id is -1. The *labels* are what the model must predict at
 # MAGIC each position: the next token of the caption, or -100 at positions where the model has nothing to predict. The
 # MAGIC model computes logits only for labels that are not -100: 7 tokens of the caption and an end token, each with a
@@ -149,9 +149,9 @@ assert torch.equal(sequence[0, :16], features[0])  # the slots hold the vectors 
 # MAGIC Imagine a writer who has read all captions but has never seen a picture. The writer knows the grammar
 # MAGIC perfectly, but has to guess which of the 90 captions is right. The best guess gives each caption the share
 # MAGIC 1/90, so the loss of a whole caption is log 90 = 4.5. This loss is divided among the tokens of the caption, so
-# MAGIC the loss for *each token* is low, although the writer sees nothing. We call it the *blind floor*: no writer
-# MAGIC without a picture can reach a lower loss. The sentences of such a writer are perfect, but have nothing to do
-# MAGIC with the picture.
+# MAGIC the loss for *each token* is low, although the writer sees nothing. We call this loss for each token the *blind
+# MAGIC floor*: no writer without a picture can reach a lower loss. The sentences of such a writer are perfect, but have
+# MAGIC nothing to do with the picture.
 
 # COMMAND ----------
 
@@ -231,8 +231,8 @@ blind = train(blind_captioner, 160, right_pictures=False)
 # MAGIC In both panels, the loss falls steeply in the first 60 steps, from 5.7, which is above the panels. In these
 # MAGIC steps, the models learn grammar. The steep fall ends at the dashed line, the best loss of a blind writer, and
 # MAGIC **up to here both models look the same**. Then the left model discovers that the picture helps. The two curves
-# MAGIC part, and the blue curve leaves the panel. The distance between the two curves is the blind gap. In the right
-# MAGIC panel, the orange curve hides the blue one.
+# MAGIC separate, and the blue curve leaves the panel. The distance between the two curves is the blind gap. In the
+# MAGIC right panel, the orange curve hides the blue one.
 
 # COMMAND ----------
 

@@ -7,8 +7,8 @@
 # MAGIC *experts*, and each token goes through only two of them. A small linear layer, the *router*, decides which
 # MAGIC two.
 # MAGIC
-# MAGIC This notebook routes tokens by hand, compares with the library, and then draws the *load* of the experts while a
-# MAGIC model trains. Without care, a few experts get all the work.
+# MAGIC This notebook routes tokens by hand, compares the result with the library, and then draws the *load* of the
+# MAGIC experts while a model trains. Without care, a few experts get all the work.
 
 # COMMAND ----------
 

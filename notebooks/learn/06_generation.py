@@ -211,15 +211,15 @@ assert first["a"] > first["one"] > 0.25
 # MAGIC %md
 # MAGIC ## Beam search
 # MAGIC
-# MAGIC *Greedy* writing takes the best token in each step. Here greedy writing takes `a`, and then three ways to go on
-# MAGIC divide the share among them. Greedy writing cannot go back. *Beam search* keeps several beginnings alive, here
-# MAGIC three, and extends all of them. The share of a whole text is the product of the shares of its tokens. With
-# MAGIC logarithms, the product becomes a sum.
+# MAGIC *Greedy* writing takes the best token in each step. Here greedy writing takes `a`. But three captions begin with
+# MAGIC `a` and divide its share among them, and greedy writing cannot go back. *Beam search* keeps several beginnings
+# MAGIC alive, here three, and extends all of them. The share of a whole text is the product of the shares of its
+# MAGIC tokens. With logarithms, the product becomes a sum.
 # MAGIC
-# MAGIC We search by hand, draw the tree, and compare with the library. The logarithm of a share is called
-# MAGIC *log-probability* in the code. Thick lines lead to the best caption. The
-# MAGIC number below a word is the product of the shares of all tokens up to this word. (The library divides the sum of
-# MAGIC the logarithms by the length of the text, unless `length_penalty` is 0.)
+# MAGIC We search by hand, draw the tree, and compare the result with the library. The logarithm of a share is called
+# MAGIC *log-probability* in the code. Thick lines lead to the best caption. The number below a word is the product of
+# MAGIC the shares of all tokens up to this word. (The library divides the sum of the logarithms by the length of the
+# MAGIC text, unless `length_penalty` is 0.)
 
 # COMMAND ----------
 

@@ -137,10 +137,10 @@ assert right[2] > 0.6
 # MAGIC learned to ignore the beginning of its sequence cannot be helped by any projector.
 # MAGIC
 # MAGIC So our decoder learns from notes that are followed by a caption. A note has 16 words in any order: the words of
-# MAGIC the caption, and "and" in all other places, which are at least half of the 16. These 16 words stand where
-# MAGIC the 16 picture vectors will stand, most of which show only background. For example, the note `and star and
-# MAGIC purple middle and ...` comes before the caption `a large purple star in the middle`. The output shows the
-# MAGIC notes without "and".
+# MAGIC the caption, and "and" in all other places, which are at least half of the 16. Later, the 16 picture vectors
+# MAGIC stand at the places of these 16 words, and most picture vectors show only background. For example, the note `and
+# MAGIC star and purple middle and ...` comes before the caption `a large purple star in the middle`. The output shows
+# MAGIC the notes without "and".
 
 # COMMAND ----------
 

@@ -79,11 +79,11 @@ assert all(np.bincount(parts).tolist() == [24 // ranks] * ranks for ranks, parts
 # MAGIC
 # MAGIC Our loss is not a mean over *rows* but over *tokens*. Suppose rank 0 has captions with 300 tokens together, and
 # MAGIC rank 1 has captions with only 100. If each rank takes its own mean and we average the two, a token of rank 1
-# MAGIC counts three times as much as a token of rank 0. No error appears. The model only learns something different
-# MAGIC with each number of ranks.
+# MAGIC counts three times as much as a token of rank 0. No error appears, but the model learns something different with
+# MAGIC each number of ranks.
 # MAGIC
-# MAGIC The library divides the *sum* of the losses by the number of tokens **of all ranks**. We compare both. The
-# MAGIC output shows the largest error of a gradient, as a share of the largest number of the right gradient.
+# MAGIC The library divides the *sum* of the losses by the number of tokens **of all ranks**. We compare both. For each
+# MAGIC way, the output shows the largest error in the gradient, divided by the largest number in the right gradient.
 
 # COMMAND ----------
 
@@ -289,7 +289,7 @@ assert reports[1][0]["tokens"] == reports[2][0]["tokens"] == reports[3][0]["toke
 # MAGIC </details>
 # MAGIC
 # MAGIC **2.** With 8 ranks, a global batch of 256 rows and 10,000 training rows: how many rows does a rank see in a
-# MAGIC step, and how many steps show every row once?
+# MAGIC step, and after how many steps have the ranks seen every row once?
 # MAGIC
 # MAGIC <details><summary>Solution</summary>
 # MAGIC
@@ -302,8 +302,8 @@ assert reports[1][0]["tokens"] == reports[2][0]["tokens"] == reports[3][0]["toke
 # MAGIC
 # MAGIC </details>
 # MAGIC
-# MAGIC **3.** What happens if the ranks start from *different* weights, and only exchange gradients? Try it with two
-# MAGIC linear layers and ten steps.
+# MAGIC **3.** What happens if the ranks start from *different* weights, and exchange nothing except gradients? Try it
+# MAGIC with two linear layers and ten steps.
 # MAGIC
 # MAGIC <details><summary>Solution</summary>
 # MAGIC
@@ -318,8 +318,8 @@ assert reports[1][0]["tokens"] == reports[2][0]["tokens"] == reports[3][0]["toke
 # MAGIC assert abs(first - last) < 1e-5
 # MAGIC ```
 # MAGIC
-# MAGIC Both layers make equal steps from different weights, so they stay different, and the mean gradient fits neither
-# MAGIC layer. DDP therefore copies the weights of rank 0 to all ranks at the start.
+# MAGIC Both layers make equal steps from different weights, so the weights stay different, and the mean gradient fits
+# MAGIC neither layer. DDP therefore copies the weights of rank 0 to all ranks at the start.
 # MAGIC
 # MAGIC </details>
 # MAGIC

@@ -32,7 +32,7 @@ def shown(page: Path) -> Iterator[list[str]]:
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     for line in [*lines, *spans]:
         if line.startswith("lakesight "):
-            # In a code block, the explanation of a command follows the command after two spaces or a hash.
+            # In a code block, two spaces or a hash separate a command from its explanation.
             yield shlex.split(re.split(r"\s{2,}|\s#", line)[0])
 
 
@@ -107,7 +107,7 @@ def test_the_changelog_has_the_version_of_the_project_and_no_later_version() -> 
 
 
 def test_every_test_that_a_page_names_exists() -> None:
-    """Pages name a test as `test_file.py`, `test_name` or `test_file.py::test_name`."""
+    """A page can mention a test as `test_file.py`, `test_name` or `test_file.py::test_name`."""
     files = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
     named = {
         found

@@ -30,8 +30,8 @@ LOADED = {
     "deltalake": (["pipelines/review/*.py"], {"deltalake"}),
 }
 
-# Dict from the id of each import contract in pyproject.toml to a file, and to an import statement that would break the
-# contract in this file.
+# Dict from the id of each import contract in pyproject.toml to an example that would break the contract: a file, and an
+# import statement in this file.
 BREACHES = {
     "layers": ("pipelines/formats/tables.py", "import pipelines.driver.delta.tables"),
     "stages": ("pipelines/driver/shard/run.py", "import pipelines.driver.ingest.run"),

@@ -118,5 +118,5 @@ def tree_paths(readme: str) -> Iterator[str]:
         yield from paths
         if head.endswith("/"):
             parents.append(head.split()[-1])
-            # Also yield the files that are named in the note next to a folder.
+            # Also yield the files that the explanation next to a folder lists.
             yield from ("".join(parents) + name for name in re.findall(r"(?<!\S)[a-z_]+\.(?:py|md|yml)(?!\S)", note))

@@ -1,4 +1,4 @@
-"""Tests that models and runs are defined in conf/, and that only conf/ and vlm/weights/ name models."""
+"""Tests that models and runs are defined in conf/, and that names of models occur only in conf/ and vlm/weights/."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Tests of `make versions`: the rows cover the allowed versions, and a failed row fails the command."""
+"""Tests of `make versions`: the environments have all allowed versions, and a failure in one environment fails the
+command."""
 
 from __future__ import annotations
 

@@ -2,11 +2,11 @@
 
     python tests/benchmarks/bench_scale.py [ROWS ...]
 
-For each table size, the benchmark fills the table with rows of one source, which all have the same picture of 24 x 16
-pixels. Then the benchmark ingests 200 new rows, and writes shards of the train split at 16 x 16 pixels. At the end,
-the benchmark runs the maintenance of the tables. In the output, figures before the slash are CPU seconds of all
-processes together, and figures after the slash are wall seconds. The table grows from size to size in the same Spark
-session, so Spark is warm from the second size on.
+For each table size, the benchmark fills the table with rows of one source. All rows have the same picture of 24 x 16
+pixels. Then the benchmark ingests 200 new rows, and writes shards of the train split at 16 x 16 pixels. At the end, the
+benchmark runs the maintenance of the tables. In the output, figures before the slash are CPU seconds of all processes
+together, and figures after the slash are wall seconds. The table grows from size to size in the same Spark session, so
+Spark is warm from the second size on.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/bench_serving.py
 
-The model is `nano` with random weights, which generates all of its 40 tokens. Each request contains one to
-four rows. One row in five is invalid. Each answer is compared with the answer to a separate request that contains only
-the same picture.
+The model is `nano` with random weights, so every answer has the full 40 tokens. Each request contains one to four rows.
+One row in five is invalid. Each answer is compared with the answer to a separate request that contains only the same
+picture.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Tests that the Databricks CLI deploys the bundle to a stand-in workspace.
 
-The CLI is the binary that the environment variable DATABRICKS_CLI names, or else the binary `databricks` on PATH. The
-deployed wheel is an almost empty archive, because a real build would download the build backend.
+The environment variable DATABRICKS_CLI contains the path of the CLI. Without this variable, the CLI is the binary
+`databricks` on PATH. The deployed wheel is an almost empty archive, because a real build would download the build
+backend.
 """
 
 from __future__ import annotations

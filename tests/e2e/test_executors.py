@@ -104,7 +104,7 @@ def test_no_rank_starts_if_a_host_has_no_gpu_and_the_error_names_the_host(
 
 
 WITHOUT = ("pyspark", "py4j", "delta", "mlflow", "databricks", "grpc")
-"""Name prefixes of packages that a node of AI Runtime may lack. The prefix `delta` excludes both delta-spark and
+"""Name prefixes of packages that a node of AI Runtime may lack. The prefix `delta` matches both delta-spark and
 deltalake.
 """
 

@@ -1,4 +1,4 @@
-"""Tests of several commands at the same time, of clocks that jump, and of little memory."""
+"""Tests of several commands at the same time, and of a machine whose clock jumps or that has little memory."""
 
 from __future__ import annotations
 

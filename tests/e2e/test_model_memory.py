@@ -51,8 +51,8 @@ class Measured(NamedTuple):
     """Memory of captioning processes in bytes, and what the processes have printed.
 
     Attributes:
-        model: memory without libraries, which other programs of the machine may share.
-        whole: memory with libraries.
+        model: memory without the memory of libraries, because other programs of the machine may share the libraries.
+        whole: memory including libraries.
         results: lines of the processes.
     """
 
@@ -70,7 +70,7 @@ def measure(model: Path, precision: str, count: int) -> Measured:
     output = model.parent / f"captions-{precision}"
     output.mkdir(exist_ok=True)
     cache = model.parent / f"lakesight-models-{os.getuid()}"
-    shutil.rmtree(cache, ignore_errors=True)  # without converted weights, the first process converts
+    shutil.rmtree(cache, ignore_errors=True)  # so the first process must convert the weights
     command = [sys.executable, str(script), str(model), str(output), precision]
     environment = os.environ | {"PYTHONPATH": TEST_PATH, "TMPDIR": str(model.parent)}
     processes, results = [], []
@@ -92,7 +92,8 @@ def measure(model: Path, precision: str, count: int) -> Measured:
 def memory_of(pid: int, folder: Path) -> tuple[int, int]:
     """Return two proportional set sizes of a process, in bytes.
 
-    The first size is of the memory without a file and of the mapped files in a folder; the second is of all memory.
+    The first size counts the memory that belongs to no file, and the mapped files in a folder. The second size counts
+    all memory.
     """
     rollup = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
     files, inside = 0, False

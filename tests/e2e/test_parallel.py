@@ -89,7 +89,8 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
 
 
 def without_random_numbers() -> dict[str, Any]:
-    """Return the tiny model's config without dropout and stochastic depth, which differ between ranks."""
+    """Return the tiny model's config without dropout and stochastic depth, because each rank would drop different
+    values."""
     model = tiny_run().model.model_dump()
     for part in (model["vision"], model["decoder"]):
         part["transformer"] |= {"dropout": 0.0, "stochastic_depth": 0.0}

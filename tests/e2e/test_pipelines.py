@@ -127,7 +127,7 @@ def user_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def demos(home: Path, user_folder: Path) -> Ran:
-    """Run a demo twice, and prepare a run with another seed whose ranks torchrun would start."""
+    """Run a demo twice, and prepare a run with another seed, for ranks that the user starts with torchrun."""
     quick = [word for value in QUICK for word in ("--set", value)]
     demo = ["demo", "--scenes", str(SCENES), "--json", *quick]
     prepare = ["train", "--run", "demo", "--json", *PICTURES, *quick, "--set", "train.seed=7", "--no-launch"]

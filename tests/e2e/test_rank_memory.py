@@ -21,13 +21,13 @@ pytestmark = [
 ]
 
 MARGIN = 60e6
-"""Memory for activations, threads and the allocator, in bytes, which does not depend on the number of weights.
+"""Memory for activations, threads and the allocator, in bytes. This memory does not depend on the number of weights.
 """
 VOCABULARY = 29
 
 
 def model_config() -> dict[str, Any]:
-    """Return the config of a model of 43 M weights in small blocks, whose training needs no random numbers."""
+    """Return the config of a model of 43 M weights in small blocks. Training this model needs no random numbers."""
     config = tiny_run().model.model_dump()
     for part in (config["vision"], config["decoder"]):
         part["transformer"] |= {

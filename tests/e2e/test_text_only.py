@@ -1,4 +1,5 @@
-"""A text-only model from its files to the registry, with real ranks, and the captioner that starts from its decoder."""
+"""Tests of a text-only model, from text files to the registry with real ranks, and of a captioner that starts from
+its decoder."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def model_config(vocab_size: int) -> ModelConfig:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A working folder with published weights, pictures, and tiny versions of the configs that the page names."""
+    """A working folder with published weights, pictures, and tiny versions of the configs that the page mentions."""
     backend = byte_fallback()
     settings = model_config(backend.get_vocab_size())
     assert settings.text.kind == "json"

@@ -1,8 +1,9 @@
 """Picture preprocessing gives the same pixels as each family's own processor, after mean and std are applied.
 
 Every pixel equals the pixel that transformers' Pillow processors and timm's evaluation transform compute. The
-torchvision processors of transformers run the two passes of a resize in another order, and clip values after the first
-bicubic pass. The tests of the torchvision processors therefore allow a tolerance and use pictures without noise.
+torchvision processors of transformers run the two passes of a resize in another order than Pillow, and clip values
+after the first bicubic pass. The tests of the torchvision processors therefore allow a tolerance and use pictures
+without noise.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class WithoutInitialization(TorchFunctionMode):
 
 
 def refused_axis(name: str) -> list[str]:
-    """Return the sentences that say which part an architecture has (according to its name) and our encoder lacks."""
+    """Return the sentences about parts that our encoder lacks, but that an architecture has according to its name."""
     sentences = family_of(name).mismatches(config(), {"architecture": name})
     return [sentence for sentence in sentences if "which has" in sentence]
 
@@ -116,8 +116,8 @@ def our_config(theirs: Any) -> ModelConfig:
 
 
 def pools(theirs: Any) -> bool:
-    """Return whether the test compares features that a timm model pools by attention. For a model with rotary
-    positions, the test compares the features of the patches.
+    """Return whether a test compares the pooled features of a timm model. This is so if the model pools by attention
+    and has no rotary positions. Otherwise, the test compares the features of the patches.
     """
     return getattr(theirs, "attn_pool", None) is not None and getattr(theirs, "rope", None) is None
 

@@ -1,4 +1,4 @@
-"""The Spark session of the tests in this folder, on the master that the shipped configuration names."""
+"""The Spark session of the tests in this folder, with the master of the shipped configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Tests of rows and files with times in the future, as a wrong clock writes them: later rows still count as newer."""
+"""Tests of rows and files with times in the future, as a wrong clock writes them: rows that are written later still
+count as newer."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """All stages on a Spark Connect session write the same rows, shards and captions as on a classic session.
 
-The Spark Connect session refuses all Spark settings, as serverless compute of Databricks refuses nearly all settings.
+The Spark Connect session refuses all Spark settings, because serverless compute of Databricks refuses nearly all
+settings.
 """
 
 from __future__ import annotations

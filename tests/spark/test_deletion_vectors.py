@@ -39,7 +39,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: Path) 
 
 
 def write(spark: SparkSession, home: Platform, table: Table, key: str, rows: list[dict[str, Any]]) -> DeltaTable:
-    """Write rows to one data file, and delete the row whose `key` is `gone`, which adds a deletion vector."""
+    """Write rows to one data file. Then delete the row whose `key` is `gone`; this adds a deletion vector."""
     assert home.tables
     folder = home.tables / table.name
     empty = {field.name: _example(field.type) for field in table.arrow_schema}

@@ -52,7 +52,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
 
 
 def dataset(spark: SparkSession, folder: Path, rows: int) -> Path:
-    """Write a Delta table, and a shard folder with the same pictures whose manifest names the table."""
+    """Write a Delta table, and a shard folder with the same pictures. The manifest of the folder contains the table's
+    name."""
     shards = write_shards(folder / "shards", rows=rows, texts=1)
     pictures = []
     for index in range(rows):

@@ -51,5 +51,5 @@ REACHED = {
 
 
 def number_in(payload: str) -> int:
-    """Return the row number from the payload of a row, which is a JSON record or a raw CSV line."""
+    """Return the row number from the payload of a row. The payload is a JSON record or a raw CSV line."""
     return int(json.loads(payload)["row"]) if payload.startswith("{") else int(payload.partition(",")[0])

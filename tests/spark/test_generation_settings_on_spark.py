@@ -1,4 +1,5 @@
-"""The captions of caption jobs and evaluations on Spark follow each generation setting, as the captions of `vlm` do."""
+"""On Spark, each generation setting changes the captions of caption jobs and evaluations as it changes those of
+`vlm`."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ def table(spark: SparkSession, world: CaptionedPictures) -> str:
 
 @pytest.fixture(scope="module")
 def shards(spark: SparkSession, world: CaptionedPictures) -> Path:
-    """Write a Delta table with the pictures of the shards, and name the table in the manifest of the shards."""
+    """Write a Delta table with the pictures of the shards, and put its name into the manifest of the shards."""
     folder = world.folder / "samples"
     ids = [world.shards.row(index).image_id for index in range(PICTURES)]
     rows = [(image_id, "photos", file.read_bytes()) for image_id, file in zip(ids, world.files, strict=True)]
@@ -55,7 +56,7 @@ def shards(spark: SparkSession, world: CaptionedPictures) -> Path:
 
 
 def settings_of(world: CaptionedPictures, name: str) -> tuple[GenerationConfig, list[str | None]]:
-    """Return settings in which one setting has the value of its case, and the captions that `vlm` generates."""
+    """Return settings with the case of one setting (see `CASES`), and the captions that `vlm` generates with them."""
     needed, value = CASES[name]
     changes: dict[str, Any] = needed | {name: value}
     expected, before = world.expected(changes), world.expected(needed)

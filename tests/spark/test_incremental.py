@@ -109,17 +109,15 @@ FEED = {"delta.enableChangeDataFeed": "true"}
 
 
 def rows_of(*numbers: int, text: str = "x", key: str = "id") -> pa.Table:
-    """Return table rows with two columns that no config names: one has a dot in its name, one holds years after
-    9999.
-    """
+    """Return table rows with two columns that are in no config: one has a dot in its name, one has years after 9999."""
     far = pa.scalar(400_000_000_000_000_000, pa.timestamp("us", "UTC"))
     rows = pa.Table.from_pylist([{key: n, "image": png(n), "text": f"{text}{n}"} for n in numbers])
     return rows.append_column("meta.url", [["u"] * len(rows)]).append_column("far", pa.array([far] * len(rows)))
 
 
 def opened_ids(spark: SparkSession, opened: Source) -> tuple[list[Any], list[str] | None]:
-    """Return the ids of the rows to read from a table, and the ids that these rows cover (None if they cover all
-    pictures).
+    """Return the ids of the rows to read from a table, and the ids of the pictures that the ingest may remove (None if
+    it may remove any picture).
     """
     assert opened.rows
     read = sorted(row["used_2"] for row in opened.rows.frame.select("used_2").collect())

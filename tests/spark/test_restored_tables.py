@@ -1,6 +1,7 @@
 """Tests that a version number alone never counts as "already done".
 
-A table that is written anew, or restored from a copy and then changed, has the same version numbers with other rows.
+A table that is written anew, or restored from a copy and then changed, has the same version numbers, but different
+rows.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def forget_snapshots(spark: SparkSession) -> None:
 
 
 def run_ingest(spark: SparkSession, platform: Platform, source: str, config: DataConfig) -> IngestReport:
-    """Run an ingest, and write an empty page, without which the check for a finished ingest starts Spark."""
+    """Run an ingest, and write an empty report page. If the page were missing, the check for a finished ingest would
+    start Spark."""
     report = ingest(spark, platform, source, config)
     page = page_path(platform, report)
     page.parent.mkdir(parents=True, exist_ok=True)

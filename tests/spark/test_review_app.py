@@ -1,4 +1,4 @@
-"""The review page of a workspace, as a Databricks App: the deployed command with the identity of the app.
+"""Tests of the review page of a workspace as a Databricks App: the deployed command runs with the identity of the app.
 
 A Spark session on real Delta tables runs the statements of the SQL warehouse.
 """

@@ -49,7 +49,7 @@ def filled(spark: SparkSession, platform: Platform, tmp_path_factory: pytest.Tem
 
 
 def reorder(spark: SparkSession, platform: Platform, source: str) -> None:
-    """Rewrite the rows of a source in a different order, in a commit whose note names a different source."""
+    """Rewrite the rows of a source in a different order, in a commit that contains the name of a different source."""
     table = platform.table(SAMPLES.name)
     rows = spark.table(table).where(f"source = '{source}'").repartition(3, "sha256").sortWithinPartitions("sha256")
     with commit_note(spark, source_note("test-another")):
@@ -221,7 +221,8 @@ def test_shards_contain_only_rows_that_meet_the_condition_and_a_mix_adds_rows_of
 def test_a_mix_never_trains_on_a_near_copy_of_a_validation_picture_of_another_source(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
-    """Each source has a training picture that copies (equal or re-encoded) a validation picture of the other source."""
+    """In each source, one training picture is a copy (equal or re-encoded) of a validation picture of the other
+    source."""
 
     def data(name: str, pictures: list[list[str]], **more: Any) -> DataConfig:
         rows = [[*row, split] for row, split in zip(pictures, SPLITS, strict=True)]

@@ -41,7 +41,7 @@ def job_tasks(job: str, values: dict[str, str], parameters: dict[str, str]) -> l
 
 
 def _is_run(need: dict[str, str], settings: dict[str, Any], fill: Callable[[str], str]) -> bool:
-    """Return whether an entry of `depends_on` lets a task run; the entry may name an outcome of a condition task."""
+    """Return whether an entry of `depends_on` lets a task run; the entry may require an outcome of a condition task."""
     if "outcome" not in need:
         return True
     (condition,) = (task["condition_task"] for task in settings["tasks"] if task["task_key"] == need["task_key"])

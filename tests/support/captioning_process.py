@@ -2,8 +2,8 @@
 
 python captioning_process.py MODEL OUTPUT PRECISION
 
-The process prints one line of JSON with the captions, the mean log-probabilities of the captions, and the seconds that
-the first and the second batch of pictures have taken. The process ends when its standard input ends.
+The process prints one line of JSON: the captions, their mean log-probabilities, and the seconds that the first and the
+second batch of pictures have taken. The process ends when its standard input ends.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROWS = 4
 
 
 def caption_job(model: Path, output: Path, precision: Precision, *, remote: bool = False) -> CaptionJob:
-    """Return a job with one torch thread, which generates at most three tokens for each picture."""
+    """Return a job that uses one torch thread, and generates at most three tokens for each picture."""
     constants = ("model_name", "model_version", "settings_hash", "prompt", "settings", "source_table", "run_id")
     return CaptionJob(
         model_folder=model,

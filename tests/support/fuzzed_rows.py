@@ -181,7 +181,7 @@ def with_line(change: Callable[[bytes], bytes], *allowed: str | None) -> Callabl
 
 
 def with_picture(draw: Callable[[random.Random], bytes], *allowed: str | None) -> Callable[[random.Random, int], Odd]:
-    """Return a function that makes rows with an unusual picture, which `draw` draws."""
+    """Return a function that makes rows with unusual pictures. The function `draw` draws these pictures."""
     return lambda rng, number: ((as_base64(draw(rng)), f"row {number}"), frozenset(allowed))
 
 

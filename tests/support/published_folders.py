@@ -89,7 +89,7 @@ def family_of(name: str) -> Family:
 def publish_folder(root: Path, name: str) -> tuple[Path, ModelConfig]:
     """Write a folder `root`/published in the format of a family, and return the folder and the config of the model.
 
-    The model has the config of MODELS with another tokenizer and another context.
+    The model has the config of MODELS, except that tokenizer and context are different.
 
     Args:
         root: folder for the checkpoint and the published files.

@@ -77,7 +77,8 @@ MAKE = {"byte_level": byte_level, "byte_fallback": byte_fallback, "word_ends": w
 
 
 def published(folder: Path, which: str, **changes: Any) -> JsonTextConfig:
-    """Write a tokenizer.json of one kind, and return a config that reads the file, with some fields changed."""
+    """Write a tokenizer.json of one kind. Return a text config for the file, in which the fields `changes` are
+    changed."""
     path = folder / f"{which}.json"
     MAKE[which]().save(str(path))
     return JsonTextConfig.model_validate(

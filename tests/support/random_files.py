@@ -79,7 +79,7 @@ class RandomFile(NamedTuple):
 
 
 class Draw:
-    """Generator of random choices for one source, which also records all texts that were drawn."""
+    """Object that makes the random choices for one source, and records all texts that it has drawn."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)

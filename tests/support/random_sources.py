@@ -51,14 +51,14 @@ SPELLINGS: tuple[Callable[[str], str], ...] = (
     lambda name: unicodedata.normalize("NFD", name),
     lambda name: unicodedata.normalize("NFC", name),
 )
-"""Spellings of a picture's path that other programs write, and that name the same file."""
+"""Functions that spell the path of a picture differently, as other programs do; every spelling finds the same file."""
 
 
 def folder_files(draw: Draw, folder: Path, count: int) -> list[RandomFile]:
-    """Draw a folder of pictures, and a captions file that names most pictures, some of them more than once.
+    """Draw a folder of pictures, and a captions file with rows for most pictures. Some pictures have several rows.
 
-    Some rows name no file, a missing file, a folder, or a file outside of the folder. Some pictures have no row, some
-    are links, and a file of another kind lies beside the pictures.
+    Some rows have an empty file name, or the name of a missing file, of a folder, or of a file outside of the folder.
+    Some pictures have no row, some are links, and a file of another kind lies beside the pictures.
     """
     rng = draw.rng
     rows: list[tuple[str, bool]] = []
@@ -72,7 +72,7 @@ def folder_files(draw: Draw, folder: Path, count: int) -> list[RandomFile]:
         name, good = str(path.relative_to(folder)), readable(path.read_bytes())
         named = [(rng.choice(SPELLINGS)(name), good) for _ in range(rng.choice((0, 1, 1, 1, 2)))]
         rows += named
-        is_read = bool(named) or path.is_symlink()  # a link leads to a picture that a row names
+        is_read = bool(named) or path.is_symlink()  # a link leads to a picture that has a row
         files.append(RandomFile(path, f"picture {name!r}", [] if is_read else None))
     (folder / "notes.md").write_text("no picture")
     rows += [(name, False) for name in ("", "missing.png", "../outside.png", "/etc/hostname", "sub", "a\0b.png")]
@@ -100,7 +100,7 @@ DELTA_COLUMNS: dict[str, Callable[[int], pa.Array]] = {
     "\u00fc": lambda n: pa.array([[("k", 1)]] * n, pa.map_(pa.string(), pa.int8())),
     "flag": lambda n: pa.array([None] * n, pa.bool_()),
 }
-"""Columns that no config names, with unusual types and names that Delta tables allow."""
+"""Columns that occur in no config, with unusual types and names that Delta tables allow."""
 
 
 def table_files(draw: Draw, folder: Path, count: int) -> list[RandomFile]:

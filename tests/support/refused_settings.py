@@ -17,7 +17,7 @@ def refuse_settings(patch: pytest.MonkeyPatch, settings: type) -> None:
     """Make a class of Spark settings refuse all changes, and refuse to return the setting REFUSED.
 
     Args:
-        patch: patch that undoes the change.
+        patch: pytest's monkeypatch, which undoes the change at the end of its context.
         settings: `pyspark.sql.conf.RuntimeConfig`, or `pyspark.sql.connect.conf.RuntimeConf`.
     """
     usual_get = settings.get  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Rows of an evaluation, for tests of metrics that run no model."""
+"""Rows of an evaluation, for tests that compute metrics without a model."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ COMPILER = shutil.which("gcc")
 
 
 class ShiftedClock(NamedTuple):
-    """Library that shifts the clock of processes with the variables `environment`."""
+    """Library that shifts the clock of each process that has the variables `environment`."""
 
     library: Path
 
@@ -44,7 +44,8 @@ class ShiftedClock(NamedTuple):
 
     @contextmanager
     def jumping(self, shifts: Sequence[int], every: float) -> Iterator[None]:
-        """While the block runs, set the next of the given differences every `every` seconds; after the block, set 0."""
+        """While the block runs, set a new difference every `every` seconds, in the given order; after the block, set
+        0."""
 
         def jump(ended: threading.Event) -> None:
             for seconds in cycle(shifts):

@@ -27,7 +27,7 @@ def open_session(platform: Platform) -> Iterator[SparkSession]:
         earlier.stop()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", TEST_PATH)  # executors import modules of tests/support
-        for name in (*CREDENTIALS, *CREDENTIALS_OF_STORES):  # `test_worker_environment.py` looks for them in workers
+        for name in (*CREDENTIALS, *CREDENTIALS_OF_STORES):  # `test_worker_environment.py` looks for these in workers
             patch.setenv(name, "c4nary")
         session = platform.open_spark()
     # Tests query few rows: code generation and adaptive planning would take longer than the queries. The test of

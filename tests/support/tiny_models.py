@@ -1,4 +1,4 @@
-"""Tiny models and batches. Together, the models cover every `kind` that a part of the model config can have."""
+"""Tiny models and batches. Together, the models contain every `kind` that a part of the model config can have."""
 
 from __future__ import annotations
 

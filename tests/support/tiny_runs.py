@@ -106,7 +106,8 @@ def write_shards(
     seed: int = 0,
     text_weights: TextWeights = "frequency",
 ) -> Shards:
-    """Write shards with the executors' functions. Each picture has one of four colours, which its text names.
+    """Write shards with the executors' functions. Each picture has one of four colours, and its text contains the name
+    of the colour.
 
     Every second picture repeats its first text `repeats` more times.
     """

@@ -1,4 +1,4 @@
-"""Run `lakesight` commands in one process, and record the large libraries and the Java programs that each one needs.
+"""Run `lakesight` commands in one process, and record which large libraries and Java programs each command needs.
 
 python traced_commands.py COMMANDS, where COMMANDS is a JSON list of command lines. The script prints a JSON list.
 """

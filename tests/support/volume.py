@@ -11,7 +11,7 @@ COMPILER = shutil.which("gcc")
 
 
 class Volume(NamedTuple):
-    """A folder that acts as a Volume for processes with the variables `environment`, and a file that lists refused
+    """A folder that acts as a Volume for each process that has the variables `environment`, and a list of refused
     calls.
     """
 

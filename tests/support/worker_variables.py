@@ -10,6 +10,6 @@ import pyarrow as pa
 
 
 def names_of_variables(_: Iterable[object]) -> Iterator[pa.RecordBatch]:
-    """Return the names of the variables of this process, now and in the memory that the process got at its start."""
+    """Return the names of this process's environment variables, now and at the start of the process."""
     at_start = (entry.partition("=")[0] for entry in Path("/proc/self/environ").read_text().split("\0"))
     yield pa.RecordBatch.from_pydict({"name": sorted({*os.environ, *at_start})})

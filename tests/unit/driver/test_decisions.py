@@ -1,4 +1,4 @@
-"""Tests of table `decisions` in a folder, which is written and read without Spark."""
+"""Tests of table `decisions` on a disk: the table is written and read without Spark."""
 
 from __future__ import annotations
 

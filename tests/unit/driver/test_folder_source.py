@@ -1,4 +1,4 @@
-"""Tests of folder sources on the driver: every entry of the folder is read or named with a reason."""
+"""Tests of folder sources on the driver: every entry of the folder is read, or reported with a reason."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def test_a_model_version_that_is_no_better_than_a_baseline_in_the_gate_config_is
 
 
 def test_the_constant_caption_is_chosen_by_the_metric_of_the_gate(tmp_path: Path) -> None:
-    """The model always generates the constant caption with the best CIDEr, whose word F1 is not the best."""
+    """The model always generates the constant caption that has the best CIDEr, but not the best word F1."""
     truth = ["a cat", "a cat", "a dog on a mat", "a big red dog on a mat", "a dog"] * 8
     rows = [replace(row, references=(truth[row.row],)) for row in scored(["a dog"] * 40)]
     by_f1, by_cider = (best_constants(rows)[name] for name in ("word_f1", "cider"))

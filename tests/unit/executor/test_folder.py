@@ -1,4 +1,4 @@
-"""Tests of folder sources: named pictures are read, and a missing picture is a problem of its row only."""
+"""Tests of folder sources: the picture of each row is read, and a missing picture is a problem of its row only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipelines.executor.ingest.records.record import Problem, Record
 
 
 def read_picture(folder: Path, name: object, problem: Problem | None = None) -> Record:
-    """Return the record of a captions row that names a file."""
+    """Return the record of a row of the captions file, with the given file name."""
 
     def read(_: Iterator[pa.RecordBatch]) -> Iterator[Record]:
         yield Record("captions.csv", {"file_name": name, "text": "x"}, problem=problem)

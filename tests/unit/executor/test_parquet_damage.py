@@ -1,5 +1,5 @@
-"""Tests of damaged Parquet files and decompression bombs: only damaged rows are lost, and file size limits the
-memory.
+"""Tests of damaged Parquet files and decompression bombs: only damaged rows are lost, and the memory is limited by the
+size of the file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tests of pictures that rows name by path: any spelling of a name is found, and no path leads out of the folder.
+"""Tests of rows with paths of pictures: any spelling of a path finds the picture, and no path leads out of the folder.
 
 Public bug reports (GitHub issues) that these tests and those of folder sources repeat: the metadata.csv of Hugging
 Face's imagefolder in a subfolder, or with another name (huggingface/datasets#4069, #6442 and #7663), captions without
@@ -50,7 +50,7 @@ def read(folder: Path, name: object) -> bytes | str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Return a picture folder, beside which lie a file and a folder that picture names must not reach."""
+    """Return a picture folder. Beside it lie a file and a folder that no picture name may reach."""
     (tmp_path / "secret.png").write_bytes(SECRET)
     (tmp_path / "offered-private").mkdir()
     (tmp_path / "offered-private" / "a.png").write_bytes(SECRET)

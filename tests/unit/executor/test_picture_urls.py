@@ -1,4 +1,4 @@
-"""Tests of pictures that rows name by URL: reads are limited in bytes and in time, and never leave the root."""
+"""Tests of rows with URLs of pictures: reads are limited in bytes and in time, and never leave the root."""
 
 from __future__ import annotations
 

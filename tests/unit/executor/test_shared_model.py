@@ -1,4 +1,5 @@
-"""Tests of the weights files that the tasks of a host share: one conversion for all tasks, intact after damage."""
+"""Tests of the weights files that the tasks of a host share: one task converts for all, and damaged files are
+replaced."""
 
 from __future__ import annotations
 

@@ -24,7 +24,8 @@ PICTURES = st.lists(st.lists(st.none() | st.binary(max_size=20), max_size=6), ma
 
 
 def outcomes(images: Batches) -> Iterator[pa.RecordBatch]:
-    """Yield outcomes that are named by batch and row number. An outcome without a picture is a refusal."""
+    """Yield outcomes whose `source_row` is made of the batch number and the row number. An outcome without a picture is
+    a refusal."""
     for number, batch in enumerate(images):
         names = [f"{number}.{row}" for row in range(len(batch))]
         rows = zip(names, batch, strict=True)

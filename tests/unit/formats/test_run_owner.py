@@ -1,4 +1,4 @@
-"""Tests of the ownership of a run folder: a second process is refused, and an ended process blocks no process."""
+"""Tests of the ownership of a run folder: a second process is refused, and an ended process blocks no other process."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def test_lakesight_ask_reports_no_boxes_for_an_answer_about_several_pictures(
 def test_lakesight_ask_with_draw_prints_the_answer_and_fails_if_the_answer_has_no_boxes(
     random_model: tuple[Path, VisionLanguageModel, Tokenizer], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(StageFailed, match=r"the answer names no region .*, so --draw drew nothing") as caught:
+    with pytest.raises(StageFailed, match=r"the answer contains no region .*, so --draw drew nothing") as caught:
         ask([Path("red.png")], checkpoint=random_model[0], draw=Path("boxes.png"), as_json=True)
     assert json.loads(capsys.readouterr().out)["caption"] == caught.value.got
     assert caught.value.exit_code == 1

@@ -257,7 +257,7 @@ def test_a_command_writes_only_its_report_to_stdout_even_if_child_processes_prin
         (["ingest", "--platform", "cloud"], ["no platform is called 'cloud'", "databricks, local"]),
         (["show", "samples"], ["no table 'samples'", "no tables at all", "run `lakesight ingest` first"]),
         (["lineage", "x", "--run", "emoji"], ["no table 'generated_captions'", "run `lakesight caption --run emoji`"]),
-        (["show", "generated"], ["no table 'generated'", "name a table, a view or the path of a folder"]),
+        (["show", "generated"], ["no table 'generated'", "choose a table, a view or the path of a folder"]),
         (["shard", "--run", "emoji"], ["the train split has no rows", "run `lakesight ingest --run emoji` first"]),
         (["show", "samples", "--platform", "databricks"], ["platform.catalog: missing"]),
         (["ask"], ["there is nothing to ask", "neither a picture nor a prompt"]),

@@ -1,4 +1,4 @@
-"""Each command either follows the generation settings of `--set`, or refuses these settings by name."""
+"""Each command either uses the generation settings of `--set`, or refuses them with an error that lists them."""
 
 from __future__ import annotations
 

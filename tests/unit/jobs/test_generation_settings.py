@@ -112,7 +112,7 @@ def by_evaluate(world: World, settings: Settings, _: object) -> list[str]:
 
 
 def by_changed_defaults(world: World, settings: Settings, _: object) -> list[str]:
-    """Send a request without settings to a copy of the version whose defaults were changed, as `serve` changes them."""
+    """Change the defaults of a copy of the version, as `serve` does, and send the copy a request without settings."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "version"
         shutil.copytree(world.folder / "version", copy)

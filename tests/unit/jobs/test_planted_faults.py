@@ -84,7 +84,8 @@ NO_GRANT = "[INSUFFICIENT_PERMISSIONS] User does not have CREATE TABLE on Schema
 
 
 class Fault(NamedTuple):
-    """A fault of a workspace: a function that plants the fault, the check that must fail, and a part of its message."""
+    """A fault of a workspace: a function that plants the fault, the check that must fail, and a part of the check's
+    message."""
 
     plant: Callable[[Place], object]
     check: str

@@ -1,4 +1,5 @@
-"""Tests that the MLflow UI gets no credentials, none on its command line, and accepts only loopback names as host."""
+"""Tests that the MLflow UI gets no credentials, that its command line does not contain the address of its database, and
+that it accepts only loopback names as host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Tests that the archive of Spark's classes is private, complete and up to date, and that no archive breaks the JVM."""
+"""Tests that the archive of Spark's classes is private, complete and up to date, and that the JVM ignores damaged
+archives."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ def test_the_archives_that_were_not_used_for_the_longest_time_are_removed(tmp_pa
         assert each.claim()
         path = each.save(built(tmp_path))
         os.utime(path, (number, number))
-    assert archives[0].find()  # this use makes it newer than the other archives
+    assert archives[0].find()  # now this archive is the most recently used
     archives[-1].save(built(tmp_path))
     assert [each.find() is not None for each in archives] == [True, *[False] * (KEPT - 1), True]
     assert archives[1].claim(), "a removed archive is built again"

@@ -1,4 +1,4 @@
-"""Tests that one process downloads Delta Lake's jars, and later Spark sessions load jars from the recorded paths."""
+"""Tests that only one process downloads Delta Lake's jars, and that later Spark sessions load the recorded jars."""
 
 from __future__ import annotations
 

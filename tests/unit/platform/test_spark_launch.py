@@ -28,7 +28,7 @@ stat -c '%a' "$2" "$(dirname "$2")" > {folder}/modes
 echo 'Picked up JAVA_TOOL_OPTIONS: -Dx.password=c4nary'
 exit 1
 """
-"""Script in place of `spark-submit`, which records its arguments and its properties file, and fails."""
+"""Script that replaces `spark-submit`: it records its arguments and its properties file, and fails."""
 
 WAIT = """class Wait {
     public static void main(String[] arguments) throws Exception {
@@ -62,7 +62,7 @@ def read_properties(file: Path) -> dict[str, str]:
 
 
 def file_of_arguments() -> Path:
-    """Return the properties file that PYSPARK_SUBMIT_ARGS names."""
+    """Return the properties file whose path is in PYSPARK_SUBMIT_ARGS."""
     return Path(shlex.split(os.environ["PYSPARK_SUBMIT_ARGS"])[1])
 
 

@@ -1,4 +1,4 @@
-"""Tests that MLflow sends the credentials of the tracking server to no other server that an artifact location names."""
+"""Tests of artifacts that are not on the tracking server: MLflow sends the server's credentials to no other host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests that models, runs and artifacts are found in a home folder with any name that was moved, copied or renamed."""
+"""Tests that models, runs and artifacts are found after a home folder was moved, copied or renamed to any name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests that one bad row never fails a request to the registered model, whatever its cells hold."""
+"""Tests that one bad row never fails a request to the registered model, whatever its cells contain."""
 
 from __future__ import annotations
 

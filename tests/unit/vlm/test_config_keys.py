@@ -215,7 +215,7 @@ def test_a_published_config_key_without_any_effect_is_accepted_with_any_value(na
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Return a folder in which all files name the same start and end tokens as the tokenizer."""
+    """Return a folder in which all files have the same start and end tokens as the tokenizer."""
     write(tmp_path, "config.json", {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0})
     write(tmp_path, "generation_config.json", {"bos_token_id": 2, "eos_token_id": [1]})
     write(tmp_path, "tokenizer_config.json", {"bos_token": {"content": "<bos>"}, "eos_token": "<eos>"})

@@ -1,4 +1,4 @@
-"""Tests that `vlm.load` follows, or refuses by name, each generation setting in the files of a published folder."""
+"""Tests that `vlm.load` applies each generation setting of a published folder, or names the setting in an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Tests that `vlm.load`, `vlm.build` and `Captioner.save` refuse wrong arguments by the names of the arguments."""
+"""Tests that `vlm.load`, `vlm.build` and `Captioner.save` refuse wrong arguments, with errors that name the
+argument."""
 
 from __future__ import annotations
 

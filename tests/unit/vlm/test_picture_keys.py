@@ -1,5 +1,5 @@
-"""Tests that an import follows, or refuses by name, each key that describes how a published model preprocesses
-pictures.
+"""Tests of the keys that describe how a published model preprocesses pictures: an import applies each key, or names the
+key in an error.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ def test_a_thread_that_does_not_stop_delays_the_end_of_a_failed_rank_by_only_a_f
         (RuntimeError("Application timeout caused pair closure"), True),
         (KeyboardInterrupt(), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
-        (ConnectionResetError("Connection reset by peer"), False),  # may come from a file system
+        (ConnectionResetError("Connection reset by peer"), False),  # this error may come from a file system
         (ValueError("timed out waiting"), False),
     ],
 )
