@@ -129,7 +129,7 @@ def test_an_adapter_pattern_that_matches_no_layer_is_an_error_that_lists_similar
     message = str(caught.value)
     assert "matches no linear layer" in message
     assert "nearest: decoder.blocks.N.attention.qkv" in message
-    assert "a whole name of: encoder.blocks.N.attention.qkv" in message
+    assert "the whole of one of these names: encoder.blocks.N.attention.qkv" in message
     with pytest.raises(ConfigError, match="matches no linear layer"):
         add_adapter(model, AdapterConfig(pattern="qkv"))  # the pattern must match the whole name of a layer
     assert all(p.requires_grad for p in model.parameters())
