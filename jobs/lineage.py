@@ -32,6 +32,7 @@ class CaptionLineage(Config):
             does not have the model version.
         model_digest: digest of the model's files; null in rows of Lakesight 0.1.0.
         source_table: table that contains the picture.
+        image_column: column of `source_table` that contains the picture; null in rows of Lakesight 0.1.0.
         source_version: version of `source_table` when the picture was captioned.
         trained_on: version of table `samples` that the model was trained on.
         manifest_hash: hash of the training shards; equal hashes mean equal training data.
@@ -50,6 +51,7 @@ class CaptionLineage(Config):
     model_digest: str | None
     run_id: str
     source_table: str
+    image_column: str | None
     source_version: int
     trained_on: str
     manifest_hash: str
@@ -117,7 +119,8 @@ def run_lineage(job: Job, image_id: str) -> list[CaptionLineage]:
 def _lineage(row: Mapping[str, Any], version: ModelVersion | None) -> CaptionLineage:
     tags = version.tags if version else {}
     return CaptionLineage(
-        **{"model_digest": None} | {name: row[name] for name in CaptionLineage.model_fields if name in row},
+        **{"model_digest": None, "image_column": None}
+        | {name: row[name] for name in CaptionLineage.model_fields if name in row},
         aliases=sorted(version.aliases) if version else [],
         trained_on=tags.get("table_version", UNKNOWN),
         manifest_hash=tags.get("manifest_hash", UNKNOWN),

@@ -81,7 +81,7 @@ def _describe(job: Job, report: CaptionReport, request: CaptionRequest) -> str:
     from pipelines.tracking.describe.notes import code_block, version_link
 
     beyond = [name for name, each in report.drift.items() if each.beyond]
-    drift = "The captions were not compared with an evaluation."
+    drift = "Drift was not computed, because the job has too few rows or the model version was not evaluated."
     if report.drift:
         drift = f"Drift beyond its limit: {', '.join(beyond)}." if beyond else "No drift beyond its limits."
     command = job.command("caption")

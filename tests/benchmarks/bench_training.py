@@ -77,7 +77,7 @@ def original(folder: Path, rows: pd.DataFrame) -> dict[str, Callable[[], int]]:
 
 
 def ours(config: ModelConfig, settings: OptimizerConfig, shards: Shards, *, bf16: bool) -> Callable[[], int]:
-    """Return our training step, including the reading of shards and the optimizer."""
+    """Return a function that trains our model for STEPS steps, with reading from the shards and with the optimizer."""
     tokenizer = text.learn(config.text, shards.texts())
     model = build_model(config, tokenizer.vocab_size)
     optimizer = build_adamw(model, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)

@@ -33,8 +33,8 @@ class ConvStemConfig(Config):
 
     Attributes:
         channels: number of output channels of each stride-2 convolution.
-        blocks: number of residual blocks (He et al., 2015) after each stride-2 convolution, or an empty list for no
-            blocks.
+        blocks: list with the number of residual blocks (He et al., 2015) after each stride-2 convolution, or an empty
+            list for no blocks.
     """
 
     kind: Literal["conv"]

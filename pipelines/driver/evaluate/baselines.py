@@ -32,9 +32,9 @@ SHORTLIST = 4
 def baseline_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
     """Return the caption metrics of the baselines.
 
-    The metric `constant_cider` gives all pictures the same caption: the caption for which CIDEr is highest. Each other
-    metric `constant_*` gives all pictures the caption that is best by this metric. The metrics `neighbour_*` give each
-    picture the human caption of the most similar training picture.
+    The metric `constant_cider` is the CIDEr that is reached if all pictures have the same caption: the candidate with
+    the highest CIDEr. Each other metric `constant_*` is computed in the same way, with the caption that is best by this
+    metric. The metrics `neighbour_*` are computed with the human caption of the most similar training picture.
     """
     constants = best_constants(scored)
     metrics_of = {text: caption_metrics(_with_caption(scored, text)) for text in set(constants.values())}

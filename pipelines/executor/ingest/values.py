@@ -81,7 +81,7 @@ def to_text(value: object, what: str) -> str:
 
 
 def _require_finite(value: object, what: str) -> None:
-    """Refuse an infinite number. JSON writers store a missing number or an overflow as `Infinity` or `1e400`."""
+    """Refuse an infinite number. Some JSON writers write `Infinity` or `1e400` if a number is missing or too large."""
     if isinstance(value, float | np.floating | Decimal) and abs(value) == float("inf"):
         raise Refused("decode", "malformed_record", f"{what} is an infinite number")
 

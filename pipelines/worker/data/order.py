@@ -47,10 +47,11 @@ class RowPicks(NamedTuple):
 
 
 def pick_rows(step: int, *, rank: int, world_size: int, batch_size: int, num_rows: int, seed: int) -> RowPicks:
-    """Pick the rank's contiguous part of the global batch, which is [step * batch_size, (step + 1) * batch_size).
+    """Pick the rank's contiguous part of the global batch.
 
-    A batch continues across the end of an epoch, so every batch is full, even if the batch is larger than the data. The
-    global batches do not depend on the number of ranks.
+    The global batch of a step has the positions from step * batch_size up to, but not including,
+    (step + 1) * batch_size in the infinite sequence of rows. A batch continues across the end of an epoch, so every
+    batch is full, even if the batch is larger than the data. The global batches do not depend on the number of ranks.
 
     Args:
         step: number of the step, counted from 0.
