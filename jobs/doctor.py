@@ -8,6 +8,7 @@ import shutil
 import sys
 import urllib.error
 import urllib.request
+import uuid
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from jobs.common import MIN_FREE_BYTES, JsonOption, PlatformOption, RunOption, S
 from jobs.preflight import check_workspace
 from pipelines.config import DatabricksPlatformConfig, LocalPlatformConfig, RunConfig, load_run
 from pipelines.errors import StageFailed, UserError
-from pipelines.platform import check_java, open_platform
+from pipelines.platform import Platform, check_java, open_platform
 from pipelines.platform.jars import delta_artifact
 
 RECOMMENDED_FREE_BYTES = 5 * 2**30
@@ -39,9 +40,10 @@ def doctor(
     """Check this machine or workspace and print fixes.
 
     On a laptop, the command checks Java, Python packages, Delta's jars, Spark's task slots, GPU, memory, disk space and
-    the home folder. In a workspace, the command checks the runtime, packages, Volume, tables, experiment, model
-    registry and package index. The command creates the tables, the experiment and the registered model if they do not
-    exist.
+    the home folder. Then the command starts Spark, and merges a row into a temporary Delta table.
+
+    In a workspace, the command checks the runtime, packages, Volume, tables, experiment, model registry and package
+    index. The command creates the tables, the experiment and the registered model if they do not exist.
 
     \b
     Examples:
@@ -70,7 +72,41 @@ def run_checks(config: RunConfig) -> list[DoctorCheck]:
     if not config.platform.spark.is_connect:  # a Spark Connect server has its own Java and its own jars
         checks += [check_java_version(), check_delta_jar()]
     checks.append(check_task_slots(config.platform))
-    return [*checks, check_gpu(), check_memory(), check_home(config)]
+    checks += [check_gpu(), check_memory(), check_home(config)]
+    failed = [check.name for check in checks if check.status == "fail"]
+    if failed:
+        return [
+            *checks,
+            DoctorCheck(name="spark", status="warn", found=f"not started: correct {', '.join(failed)} first"),
+        ]
+    return [*checks, check_spark(open_platform(config.platform))]
+
+
+def check_spark(platform: Platform) -> DoctorCheck:
+    """Start Spark, and merge a row into a Delta table in a temporary folder of the home folder.
+
+    The check finds versions of Spark and Delta Lake that do not fit each other, and settings of Spark that break Delta.
+    """
+    from pipelines.driver.delta.spark_errors import translate_spark_errors
+
+    folder = platform.folder("staged").absolute() / f"doctor-{uuid.uuid4().hex}"
+    table = "delta.`{}`".format(str(folder).replace("`", "``"))
+    try:
+        spark = platform.open_spark()
+        with translate_spark_errors("Spark cannot write to a Delta table", where=str(folder)):
+            spark.sql(f"CREATE TABLE {table} (id INT) USING delta")
+            spark.sql(
+                f"MERGE INTO {table} old USING (SELECT 1 AS id) new ON old.id = new.id "
+                "WHEN MATCHED THEN UPDATE SET * WHEN NOT MATCHED THEN INSERT *"
+            )
+        return DoctorCheck(name="spark", status="ok", found=f"{spark.version}, a MERGE into a Delta table has worked")
+    except UserError as error:
+        return DoctorCheck(name="spark", status="fail", found=f"{error.what}: {error.got}", fix=error.fix)
+    except StageFailed as error:
+        fix = f"remove settings from platform.spark.conf, or install versions that fit each other: {INSTALL}"
+        return DoctorCheck(name="spark", status="fail", found=f"{error.what}: {error.got}", fix=fix)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_python() -> DoctorCheck:
@@ -118,6 +154,13 @@ def check_delta_jar() -> DoctorCheck:
                 status="ok",
                 found=f"{artifact} {delta} is not cached; the first start downloads 90 MB",
             )
+    except urllib.error.HTTPError as error:
+        return DoctorCheck(
+            name="delta jar",
+            status="fail",
+            found=f"Delta's jar is not cached, and {url} answers with status {error.code}",
+            fix=f"install versions of pyspark and delta-spark that fit each other: {INSTALL}",
+        )
     except (urllib.error.URLError, TimeoutError) as error:
         return DoctorCheck(
             name="delta jar",
