@@ -31,6 +31,15 @@ FILE_ERRORS = (OSError, *DAMAGE)
 `require_damage` decides whether an exception of these classes means a damaged file or a fault of the machine.
 """
 
+WEB = re.compile(r"(?:^|::)https?://", re.IGNORECASE)
+"""Start of a URL of a web server. `::` separates the URLs of a chain such as zip://a.csv::https://host/b.zip."""
+WEB_USER = re.compile(r"(?:^|::)(https?://)[^/?#]*@", re.IGNORECASE)
+"""URL of a web server with text before `@`."""
+PASSWORD = re.compile(r"(?:^|::)([\w+.-]+://)(?!arn:)[^/?#@:\[]*:(?!\d*(?:[/?#,]|$)|:[\w+.-]+://).*@")
+"""URL with a colon before `@`. The colon starts a password, unless it belongs to a port number, an IPv6 address, an ARN
+or the `::` of a chain. A password may contain slashes.
+"""
+
 
 def is_url(path: str) -> bool:
     """Return whether a path is a URL such as s3://bucket/folder, which `fsspec` opens."""
@@ -38,24 +47,26 @@ def is_url(path: str) -> bool:
 
 
 def refuse_secrets(location: str, setting: str) -> None:
-    """Check that a location that is stored in tables is not a URL with a password, a query or a fragment.
+    """Check that a location that is stored in tables is not a URL with a secret.
 
-    The query of a signed URL is a secret. In a URL of an object store, `?` and `#` may also be part of a name, so
-    such a URL is refused only if the part after `?` or `#` contains `=`.
+    A web server's user name is a secret too, because a token may be given as the user name. In URLs of other kinds, the
+    text before `@` is the name of a user or a container. The query of a signed URL is a secret. In a URL of an object
+    store, `?` and `#` may also be part of a name, so such a URL is refused only if the part after `?` or `#` contains
+    `=`. If several URLs are chained with `::`, each URL is checked.
 
     Raises:
-        UserError: the URL has a password, a query or a fragment. The message does not contain these parts.
+        UserError: a URL has a password, a query or a fragment, or a URL of a web server has a user name. The message
+            does not contain these parts.
     """
-    if found := re.match(r"([\w+.-]+://)[^/?#@]*:[^/?#]*@", location):
+    if found := PASSWORD.search(location) or WEB_USER.search(location):
         raise UserError(
-            "a URL contains a password, which would be stored in tables",
+            f"a URL contains a {'password' if found.re is PASSWORD else 'user name'}, which would be stored in tables",
             where=setting,
             got=f"{found[1]}***@{location[found.end() :].partition('?')[0]}",
             fix="remove user and password from the URL, and give credentials of an object store in environment "
             "variables",
         )
-    is_web = location.lower().startswith(("http://", "https://"))
-    if is_url(location) and re.search("[?#]" if is_web else "[?#].*=", location):
+    if is_url(location) and re.search("[?#]" if WEB.search(location) else "[?#].*=", location):
         raise UserError(
             "a URL has a query or a fragment, which may be a secret and would be stored in tables",
             where=setting,

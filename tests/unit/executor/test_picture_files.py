@@ -313,7 +313,6 @@ def test_a_batch_of_picture_paths_is_split_into_smaller_batches_when_the_picture
         ("/no/such/folder", "no folder /no/such/folder"),
         ("ftp://host/pictures", "ftp://host/pictures"),
         ("https://", "https://"),
-        ("https://user:word@host/pictures", "user"),
         ("zip://a.zip::s3://bucket/x", "zip://"),
         ("s3://bucket/zip://a::b", "s3://"),
         ("abfs://c@account/pictures", "adlfs"),
@@ -337,9 +336,15 @@ def test_an_image_root_that_cannot_be_read_is_refused_before_the_ingest(location
         ("s3://AK:SECRET@bucket/photos", "contains a password"),
         ("s3a://AK:SEC@RET@bucket/photos", "contains a password"),
         ("hdfs://bob:SECRET@node:8020/photos?sig=SECRET", "contains a password"),
+        ("s3://AK:SEC/RET@bucket/photos", "contains a password"),
+        ("zip://a.csv::https://bob:SECRET@host/photos.zip", "contains a password"),
+        ("https://SECRET@host/photos", "contains a user name"),
+        ("HTTPS://SECRET@[::1]:80/photos@2", "contains a user name"),
+        ("zip://a.csv::https://SECRET@host/photos.zip", "contains a user name"),
+        ("zip://photos.csv::https://host/b.zip?SECRET", "a query or a fragment"),
     ],
 )
-def test_a_url_with_a_query_or_a_password_is_refused_and_the_error_does_not_contain_the_secret(
+def test_a_url_with_a_query_a_password_or_a_token_as_user_name_is_refused_and_the_error_does_not_contain_the_secret(
     location: str, message: str, check: Callable[[str], object]
 ) -> None:
     with pytest.raises(UserError, match=message) as raised:
@@ -349,7 +354,14 @@ def test_a_url_with_a_query_or_a_password_is_refused_and_the_error_does_not_cont
 
 
 def test_a_url_may_name_a_user_or_a_container_without_a_password() -> None:
-    for location in ("hdfs://bob@node:8020/photos", "abfss://c@account.dfs.core.windows.net/photos"):
+    for location in (
+        "hdfs://bob@node:8020/photos",
+        "hdfs://node:8020,other:8020/photos@2",
+        "abfss://c@account.dfs.core.windows.net/photos",
+        "https://host:8080/photos@2",
+        "https://[::1]:8080/photos@2",
+        "s3://arn:aws:s3:eu-west-1:123456789012:accesspoint/photos/a@2",
+    ):
         assert absolute_location(location) == location
 
 

@@ -47,18 +47,17 @@ def require_readable(root: str) -> None:
     """Check that pictures below a URL can be read.
 
     Raises:
-        UserError: the URL has a password or a query, the scheme is unknown, or the package for the object store is
-            missing.
+        UserError: the URL has a password or a query, a URL of a web server has a user name, the scheme is unknown, or
+            the package for the object store is missing.
     """
     refuse_secrets(root, "image_root")
     scheme, server = scheme_of(root), urlsplit(root).netloc
-    if scheme not in (*WEB, *STORES) or not server or "::" in root or (scheme in WEB and "@" in server):
+    if scheme not in (*WEB, *STORES) or not server or "::" in root:
         raise UserError(
             "pictures cannot be read from this folder or URL",
             where="image_root",
             got=root,
-            fix=f"give a folder, or a URL with one of the schemes {', '.join((*WEB, *STORES))}, with a host and "
-            "without a user name",
+            fix=f"give a folder, or a URL with one of the schemes {', '.join((*WEB, *STORES))}, with a host",
         )
     if scheme in STORES:
         _store(root)
