@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -346,20 +347,24 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that replaces `folder` when the `with` block ends without an error.
 
     Before the rename, this function adds files.json to the folder and flushes every file to disk. If the host crashes,
-    the folder is therefore either complete or absent.
+    the folder is therefore either complete or absent. Each call uses another temporary name, so that two processes
+    never write into the same folder. Only a process that is killed leaves its temporary folder, `.NAME.*.tmp`.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir(parents=True)
-    yield temporary
-    written = sorted(temporary.iterdir())
-    manifest = {path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in written}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    for path in (*written, temporary / MANIFEST):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
+    try:
+        yield temporary
+        written = sorted(temporary.iterdir())
+        manifest = {path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in written}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        for path in (*written, temporary / MANIFEST):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def verify_folder(folder: Path) -> None:

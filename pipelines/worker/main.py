@@ -9,6 +9,7 @@ The rank's monitor starts before torch is imported, so that a broken torch insta
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,7 +27,7 @@ RANK_VARIABLES = (
     "(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)",
     "ROLE_NAME",
     "MASTER_(ADDR|PORT)",
-    "LAKESIGHT_STORE",
+    "LAKESIGHT_(STORE|LAUNCHER)",
     "(FI|UCX|IBV|MLX5|RDMAV)_.+",
 )
 """Patterns of the environment variables that describe a rank, its store and its network (libfabric, UCX, verbs)."""
@@ -62,11 +63,18 @@ def replay_rank(run_folder: str) -> None:
 
 @contextmanager
 def _monitored(run_folder: str) -> Iterator[tuple[RunFolder, RankEnv, RankMonitor]]:
-    """Prepare the process of a rank, and record an error that the block raises."""
+    """Prepare the process of a rank, and record an error that the block raises.
+
+    Raises:
+        SystemExit: the driver has died while this process was starting. No file of the run was changed, because another
+            driver may own the run already.
+    """
     run, env = RunFolder(Path(run_folder)), RankEnv.from_environment()
+    if env.launcher and os.getppid() != env.launcher:
+        sys.exit(f"rank {env.rank} ends, because the driver (process {env.launcher}) has died")
     drop_other_variables(*RANK_VARIABLES)
     open_log(run, env.rank)
-    with RankMonitor(run, env.rank) as monitor:
+    with RankMonitor(run, env.rank, env.launcher) as monitor:
         yield run, env, monitor
 
 

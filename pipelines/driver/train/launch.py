@@ -120,7 +120,7 @@ def run_ranks(
         log.debug("the launcher failed", exc_info=True)
         return error
     finally:
-        _kill_leftover_ranks(run)
+        end_leftover_ranks(run)
     return None
 
 
@@ -139,8 +139,8 @@ def _stderr_to_file(run: RunFolder) -> Iterator[None]:
         yield
 
 
-def _kill_leftover_ranks(run: RunFolder) -> None:
-    """End the ranks that the launcher has left running on this host, first with SIGTERM and then with SIGKILL."""
+def end_leftover_ranks(run: RunFolder) -> None:
+    """End the ranks that a launcher has left running on this host, first with SIGTERM and then with SIGKILL."""
     here = [rank for rank in run.read_ranks() if rank.host == socket.gethostname() and not rank.ended]
     # The start times are compared, because the process id of a rank that has ended may belong to another process now.
     pids = [rank.pid for rank in here if start_ticks(rank.pid) == rank.start_ticks]

@@ -7,6 +7,7 @@ which is a file in a folder that only this user can open. gloo and NCCL are boun
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -59,7 +60,9 @@ def run_local_ranks(run: RunFolder, ranks: int, entry: RankEntry) -> Exception |
 
 
 def _rank_environment(rank: int, ranks: int, store: Path) -> dict[str, str]:
-    """Return the environment variables of a rank: those that torchrun sets, the file store and the loopback device."""
+    """Return the environment variables of a rank: those that torchrun sets, the file store, the driver's process id and
+    the loopback device.
+    """
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "lo")
     environment = child_environment(
         RANK=str(rank),
@@ -67,6 +70,7 @@ def _rank_environment(rank: int, ranks: int, store: Path) -> dict[str, str]:
         WORLD_SIZE=str(ranks),
         LOCAL_WORLD_SIZE=str(ranks),
         LAKESIGHT_STORE=str(store),
+        LAKESIGHT_LAUNCHER=str(os.getpid()),
         GLOO_SOCKET_IFNAME=loopback,
         NCCL_SOCKET_IFNAME=loopback,
     )

@@ -12,7 +12,7 @@ from pipelines.config import RunConfig
 from pipelines.driver.train.code import read_code
 from pipelines.driver.train.failure import diagnose_failure, root_failure, wait_for_failure_records
 from pipelines.driver.train.hosts import check_hosts
-from pipelines.driver.train.launch import check_slots, run_rank, run_ranks
+from pipelines.driver.train.launch import check_slots, end_leftover_ranks, run_rank, run_ranks
 from pipelines.driver.train.local_ranks import RankEntry
 from pipelines.driver.train.run_folders import (
     earlier_code,
@@ -205,6 +205,7 @@ def _run_attempt(run: RunFolder, settings: Launch, open_spark: Callable[[], Spar
         TrainingFailed: the ranks wrote no result. The message names the cause.
         StageFailed: the ranks have formed more than one process group, so each group has trained a model of its own.
     """
+    end_leftover_ranks(run)  # a rank of an earlier driver that was killed may need a second to notice this
     run.archive_attempt()
     try:
         check_hosts(run, open_spark, settings)

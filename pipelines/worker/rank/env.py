@@ -18,10 +18,13 @@ class RankEnv:
     local_world_size: int
     store: str = ""
     """Path of the file store through which the ranks connect; empty if the ranks use the TCP store of torchrun."""
+    launcher: int = 0
+    """Process id of the driver that started this rank on its own host; 0 if torchrun started the rank."""
 
     @classmethod
     def from_environment(cls) -> RankEnv:
-        """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, and LAKESIGHT_STORE if the driver started the rank.
+        """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, and the variables LAKESIGHT_STORE and LAKESIGHT_LAUNCHER
+        if the driver started the rank.
 
         Raises:
             UserError: a variable is missing because the process was not started by torchrun.
@@ -37,4 +40,5 @@ class RankEnv:
                 "`PYTHONSAFEPATH=1 torchrun --nproc-per-node N -m pipelines.worker.main --run-dir DIR`",
             )
         rank, world_size, local_rank, local_world_size = (int(os.environ[name]) for name in names)
-        return cls(rank, world_size, local_rank, local_world_size, os.environ.get("LAKESIGHT_STORE", ""))
+        store, launcher = os.environ.get("LAKESIGHT_STORE", ""), int(os.environ.get("LAKESIGHT_LAUNCHER", "0"))
+        return cls(rank, world_size, local_rank, local_world_size, store, launcher)

@@ -10,7 +10,8 @@ SIGINT arrives, Python's C-level handler writes the signal's number to a pipe. T
 the failure record and exits the process.
 
 Without a signal, the monitor thread ends the rank for two reasons. If the launcher has died, the rank exits, so that no
-rank continues without its launcher. If the rank reports no progress for `train.timeout_seconds`, the rank writes the
+rank continues without its launcher. The driver passes its process id to its ranks, so that a rank also notices a driver
+that died while the rank was starting. If the rank reports no progress for `train.timeout_seconds`, the rank writes the
 stacks of all threads and exits. When one rank hangs, all other ranks wait for this rank and time out at the same
 moment. A rank that is inside a collective is therefore recorded as waiting, not as the cause. If the interpreter itself
 is stuck, faulthandler's C thread ends the rank.
@@ -92,7 +93,15 @@ class RankMonitor:
     has EXIT_SECONDS to exit. A thread or communicator that does not stop therefore cannot block the launcher.
     """
 
-    def __init__(self, run: RunFolder, rank: int) -> None:
+    def __init__(self, run: RunFolder, rank: int, launcher: int = 0) -> None:
+        """Prepare the monitor.
+
+        Args:
+            run: run folder.
+            rank: number of the rank.
+            launcher: process id of the launcher, which must be the parent of this process; 0 if the process id is not
+                known, then the present parent counts as the launcher.
+        """
         self.step = 0
         """Number of steps that the run has taken, which is written into the failure record."""
         self._run, self._rank = run, rank
@@ -103,7 +112,7 @@ class RankMonitor:
         self._timeout, self._progress_at = START_SECONDS, time.monotonic()
         self._lock = threading.Lock()
         self._recorded = False
-        self._launcher = os.getppid()
+        self._launcher = launcher or os.getppid()
         self._read_end, self._write_end = os.pipe()
 
     def report_step(self, step: int) -> None:

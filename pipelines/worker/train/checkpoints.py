@@ -26,7 +26,7 @@ from pipelines.config.train import BestBy
 from pipelines.errors import UserError
 from pipelines.formats.run_folder import Metrics, RunFile, RunFolder, read_json, step_of, write_json
 from pipelines.worker.rank.metrics import FileWriter
-from pipelines.worker.train.slices import remove_stale_slices
+from pipelines.worker.train.slices import remove_unfinished_checkpoints
 from vlm.checkpoint import atomic_folder, verify_folder
 from vlm.config import config_differences
 from vlm.errors import CheckpointError
@@ -157,7 +157,7 @@ def find_common_checkpoint(run: RunFolder, rank: int, device: torch.device) -> P
     """Return the newest intact checkpoint, from which all ranks resume, or None if the run has no checkpoint yet.
 
     This function is a collective: every rank must call it. Rank 0 verifies the SHA-256 of every file, renames damaged
-    checkpoints, and removes slices that were never joined to a checkpoint.
+    checkpoints, and removes the files of checkpoints that were never finished.
 
     Raises:
         CheckpointError: all checkpoints of the run are damaged.
@@ -165,7 +165,7 @@ def find_common_checkpoint(run: RunFolder, rank: int, device: torch.device) -> P
     """
     step = torch.tensor(NO_CHECKPOINT, device=device)
     if rank == 0:
-        remove_stale_slices(run)
+        remove_unfinished_checkpoints(run)
         if found := _newest_intact(run):
             step.fill_(step_of(found))
     distributed.broadcast(step, src=0)

@@ -83,7 +83,11 @@ def slices_of(run: RunFolder, step: int) -> Path:
     return run.checkpoints / f".slices_{step:06d}"
 
 
-def remove_stale_slices(run: RunFolder) -> None:
-    """Remove the slices of an earlier attempt of the run, so that this attempt joins only its own slices."""
-    for folder in run.checkpoints.glob(".slices_*"):
-        shutil.rmtree(folder)
+def remove_unfinished_checkpoints(run: RunFolder) -> None:
+    """Remove the unfinished checkpoints that an earlier attempt of the run has left.
+
+    This attempt then joins only its own slices. The temporary folder of a checkpoint may contain gigabytes.
+    """
+    for pattern in (".slices_*", ".step_*.tmp"):
+        for folder in run.checkpoints.glob(pattern):
+            shutil.rmtree(folder)

@@ -19,6 +19,7 @@ from pipelines.formats.run_folder import Metrics, RunFile, RunFolder, write_json
 from pipelines.worker.rank.metrics import FileWriter
 from pipelines.worker.train.checkpoints import CheckpointWriter, best_checkpoint, check_settings, find_common_checkpoint
 from pipelines.worker.train.slices import CheckpointSlices, slices_of
+from vlm.checkpoint import atomic_folder, verify_folder
 from vlm.errors import CheckpointError
 from vlm.files import read_training_step
 from vlm.training.state import TrainingSnapshot
@@ -120,10 +121,40 @@ def test_checkpoint_slices_of_all_ranks_are_joined_and_the_error_for_a_missing_s
 
 
 @pytest.mark.usefixtures("group_of_one")
-def test_checkpoint_slices_of_an_earlier_attempt_are_removed_before_ranks_write_new_slices(run: RunFolder) -> None:
+def test_unfinished_checkpoints_of_an_earlier_attempt_are_removed_before_ranks_write_new_checkpoints(
+    run: RunFolder,
+) -> None:
     CheckpointSlices(slices_of(run, 4), world_size=2, timeout_seconds=0).write(1, snapshot(1))
+    unfinished = atomic_folder(run.checkpoint(4))
+    unfinished.__enter__()  # the block is never left, as in a process that is killed
+    assert len(list(run.checkpoints.iterdir())) == 2
     assert find_common_checkpoint(run, 0, CPU) is None
-    assert not slices_of(run, 4).exists()
+    assert not list(run.checkpoints.iterdir())
+
+
+def test_two_writers_of_the_same_checkpoint_never_mix_their_files(run: RunFolder) -> None:
+    folder = run.checkpoint(4)
+    with atomic_folder(folder) as first:
+        (first / "a").write_bytes(b"first")
+        with atomic_folder(folder) as second:
+            (second / "a").write_bytes(b"second")
+        verify_folder(folder)
+        assert (folder / "a").read_bytes() == b"second"
+        (first / "b").write_bytes(b"first")
+    verify_folder(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "files.json"} == {
+        "a": b"first",
+        "b": b"first",
+    }
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_no_files(run: RunFolder) -> None:
+    def disk_full() -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"), atomic_folder(run.checkpoint(4)):
+        disk_full()
+    assert not list(run.checkpoints.iterdir())
 
 
 @pytest.mark.usefixtures("group_of_one")
