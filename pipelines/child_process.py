@@ -1,4 +1,4 @@
-"""Functions that select the environment of a child process, end a process group, and read a process's start time."""
+"""Functions that select the environment of a child process, end a process group, and look up a process by its id."""
 
 from __future__ import annotations
 
@@ -67,11 +67,47 @@ def start_ticks(pid: int) -> int:
 
     The system may reuse a process id after the process has ended, but not with the same start time.
     """
+    fields = _read_stat(pid)
+    return int(fields[19]) if fields else 0
+
+
+def is_running(pid: int, ticks: int) -> bool:
+    """Return whether a process is running, given its process id and its start time.
+
+    A process that has ended does not count as running, even if its parent has not waited for it yet.
+
+    Args:
+        pid: id of a process in the pid namespace of this process.
+        ticks: start time of the process (`start_ticks`), or 0 if the start time is not known.
+    """
     try:
-        # The second field of /proc/PID/stat is the name of the program in parentheses, which may contain blanks and
-        # parentheses.
-        return int(
-            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
-        )
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # the process belongs to another user
+    fields = _read_stat(pid)
+    if not fields:  # not on Linux, or another user's process is hidden
+        return True
+    return fields[0] not in ("Z", "X") and (not ticks or int(fields[19]) == ticks)
+
+
+def pid_namespace() -> str:
+    """Return the name of this process's pid namespace, or an empty string if it is not known (not on Linux).
+
+    Each container usually has its own pid namespace. A process id identifies a process only within its pid namespace.
+    """
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
     except OSError:
-        return 0
+        return ""
+
+
+def _read_stat(pid: int) -> list[str]:
+    """Return the fields of /proc/PID/stat that follow the program name, or an empty list if the file cannot be read."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    # The second field is the program name in parentheses, and the name may contain blanks and parentheses.
+    return stat.rpartition(")")[2].split()

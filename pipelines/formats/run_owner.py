@@ -9,8 +9,13 @@ Across hosts, the owner renews a lease: `launcher.json` contains a counter, whic
 A network file system may have no locks (a Databricks Volume has none), and the clocks of two hosts may differ. Another
 host therefore watches whether the counter changes, and does not compare times.
 
+Two containers of one host may each have mounted the file system themselves. With some file systems, a lock is then
+visible only in one of the containers. A lease of this host is therefore also watched, unless its process can be looked
+up and has ended.
+
 An owner may be suspended for so long that another host takes over the run. When the suspended owner continues and
-renews its lease, the owner finds the lease of the other host, and stops.
+renews its lease, the owner finds the lease of the other host, or no lease if the other host has finished the run. In
+both cases, the suspended owner stops.
 """
 
 from __future__ import annotations
@@ -28,9 +33,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError
 
 from pipelines.background_thread import in_background
+from pipelines.child_process import is_running, pid_namespace, start_ticks
 from pipelines.errors import StageFailed, UserError
 from pipelines.formats.run_folder import RunFolder, write_json
 from vlm.config import Config
@@ -50,8 +56,11 @@ WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, err
 class Lease(Config):
     """launcher.json: lease of the process that owns the run.
 
-    Older versions of Lakesight wrote only `host` and `pid` into launcher.json.
+    Older versions of Lakesight wrote only `host` and `pid` into launcher.json. Keys that a newer version may add are
+    ignored, so that the lease of a newer version is respected.
     """
+
+    model_config = ConfigDict(extra="ignore")
 
     host: str
     pid: int
@@ -60,13 +69,22 @@ class Lease(Config):
 
     The boot id is empty in a file that an older version of Lakesight wrote.
     """
+    pid_namespace: str = ""
+    """Pid namespace in which `pid` identifies the process; empty if it is not known (not on Linux)."""
+    start_ticks: int = 0
+    """Start time of the process, in clock ticks since the boot of the host; 0 if it is not known (not on Linux)."""
     owner: str = ""
     """Random id of the owner; empty in a file from an older version of Lakesight, which did not renew leases."""
     renewals: int = 0
 
+    @property
+    def process(self) -> tuple[str, str, str, int, int]:
+        """Values that together identify the process that wrote the lease."""
+        return self.host, self.boot, self.pid_namespace, self.pid, self.start_ticks
 
-class _LeaseLost(KeyboardInterrupt):
-    """Interrupt of the main thread, because another host has taken over the run.
+
+class LeaseLost(KeyboardInterrupt):
+    """Interrupt of the main thread, because another process has taken over the run. The message gives the reason.
 
     The class is a KeyboardInterrupt, so that the block stops its ranks and its Spark job as it does for Ctrl-C.
     """
@@ -90,31 +108,46 @@ def own_run(run: RunFolder) -> Iterator[None]:
         StageFailed: another host has taken over the run while the block was executing.
     """
     run.path.mkdir(parents=True, exist_ok=True)
-    with _host_lock(run) as locked:
-        lease = _take_lease(run, locked=locked)
+    with _host_lock(run):
+        lease, reasons = _take_lease(run), list[str]()
         try:
-            with _interruptible(), in_background(lambda ended: _renew(run, lease, ended), "lease"):
+            with _interruptible(reasons), in_background(lambda ended: _renew(run, lease, ended, reasons), "lease"):
                 yield
-        except _LeaseLost:
+            if reason := _find_loss(run, lease):
+                raise LeaseLost(reason)
+        except LeaseLost as error:
             raise StageFailed(
                 "another process has taken over this run",
                 where=str(run.path),
-                got=f"no renewal of the lease for more than {WATCH_SECONDS:.0f} s: this process was suspended, or "
-                "the run folder could not be written",
+                got=str(error),
                 fix="let the other process finish the run",
             ) from None
         finally:
-            found = _read_lease(run)
-            if found and found.owner == lease.owner:
-                run.launcher.unlink(missing_ok=True)
+            _remove_lease(run, lease)
+
+
+def is_owned_elsewhere(run: RunFolder) -> bool:
+    """Return whether a process other than this one has the lease of a run. If the lease cannot be read, log a warning
+    and return False.
+    """
+    try:
+        found = _read_lease(run)
+    except OSError as error:
+        log.warning("the lease of run %s cannot be read: %s", run.path.name, error)
+        return False
+    return found is not None and bool(found.owner) and found.process != _own_lease().process
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """Raise _LeaseLost in the main thread if the process receives the signal LOST while the block executes."""
+def _interruptible(reasons: list[str]) -> Iterator[None]:
+    """Raise LeaseLost in the main thread if the process receives the signal LOST while the block executes.
+
+    Args:
+        reasons: list that contains the reason of the loss when the signal arrives.
+    """
 
     def interrupt(*_: object) -> None:
-        raise _LeaseLost
+        raise LeaseLost(*reasons)
 
     before = signal.signal(LOST, interrupt)
     try:
@@ -124,8 +157,8 @@ def _interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def _host_lock(run: RunFolder) -> Iterator[bool]:
-    """Hold the kernel's lock on the file `owner.lock` of a run. Yield False if the file system has no locks."""
+def _host_lock(run: RunFolder) -> Iterator[None]:
+    """Hold the kernel's lock on the file `owner.lock` of a run, if the file system has locks."""
     with os.fdopen(os.open(run.owner_lock, os.O_RDWR | os.O_CREAT, 0o666), "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -134,25 +167,42 @@ def _host_lock(run: RunFolder) -> Iterator[bool]:
         except OSError as error:
             if error.errno not in WITHOUT_LOCKS:
                 raise
-            yield False
-        else:
-            yield True
+        yield
 
 
-def _take_lease(run: RunFolder, *, locked: bool) -> Lease:
+def _take_lease(run: RunFolder) -> Lease:
     """Check that no other process still renews a lease of the run, and then write the lease of this process."""
-    found, boot = _read_lease(run), _boot_id()
-    # If this process holds the lock, the process that wrote a lease on this host has ended.
-    abandoned = found is None or not found.owner or (locked and boot and found.boot == boot)
-    if found and not abandoned and _is_renewed(run, found):
+    found, lease = _read_lease(run), _own_lease()
+    if found and not _is_abandoned(found, lease) and _is_renewed(run, found):
         raise _already_owned(run, found)
-    lease = Lease(host=socket.gethostname(), pid=os.getpid(), boot=boot, owner=uuid.uuid4().hex)
     write_json(run.launcher, lease)
     return lease
 
 
+def _own_lease() -> Lease:
+    """Return a new lease of this process, with a random owner id."""
+    pid = os.getpid()
+    return Lease(
+        host=socket.gethostname(),
+        pid=pid,
+        boot=_boot_id(),
+        pid_namespace=pid_namespace(),
+        start_ticks=start_ticks(pid),
+        owner=uuid.uuid4().hex,
+    )
+
+
+def _is_abandoned(found: Lease, own: Lease) -> bool:
+    """Return whether a lease can be taken over at once, because its process has ended or never renewed leases.
+
+    The process can be looked up only if it belongs to the same kernel and the same pid namespace as this process.
+    """
+    here = (found.boot, found.pid_namespace) == (own.boot, own.pid_namespace)
+    return not found.owner or (here and not is_running(found.pid, found.start_ticks))
+
+
 def _is_renewed(run: RunFolder, found: Lease) -> bool:
-    """Watch a lease of another host, and return whether its owner still renews the lease."""
+    """Watch the lease of another process, and return whether its owner still renews the lease."""
     log.info(
         "watching for up to %.0f s whether process %d on host %s still trains run %s",
         WATCH_SECONDS,
@@ -171,19 +221,54 @@ def _is_renewed(run: RunFolder, found: Lease) -> bool:
     return False
 
 
-def _renew(run: RunFolder, lease: Lease, ended: threading.Event) -> None:
-    """Renew the lease until the block ends. If another process has taken the lease, interrupt the main thread."""
+def _renew(run: RunFolder, lease: Lease, ended: threading.Event, reasons: list[str]) -> None:
+    """Renew the lease until the block ends. If another process has taken the lease, add the reason to `reasons`, and
+    interrupt the main thread.
+    """
     renewals = 0
     while not ended.wait(RENEW_SECONDS):
         try:
-            found = _read_lease(run)
-            if found and found.owner != lease.owner:
+            if reason := _find_loss(run, lease):
+                reasons.append(reason)
                 signal.pthread_kill(threading.main_thread().ident or 0, LOST)
                 return
             renewals += 1
             write_json(run.launcher, lease.model_copy(update={"renewals": renewals}))
         except OSError as error:
             log.warning("the lease of run %s cannot be renewed (%s); trying again", run.path.name, error)
+
+
+def _find_loss(run: RunFolder, lease: Lease) -> str:
+    """Return why this process no longer owns the run, or an empty string if the lease of this process is still valid.
+
+    Raises:
+        OSError: the lease cannot be read.
+    """
+    found = _read_lease(run)
+    if found is None:
+        time.sleep(POLL_SECONDS)  # a network file system may show a renamed file a moment later
+        found = _read_lease(run)
+    if found is None:
+        return (
+            f"the lease {run.launcher.name} of this process is gone: this process was suspended while another process "
+            "trained the run and ended, or somebody has removed the file"
+        )
+    if found.owner == lease.owner:
+        return ""
+    return (
+        f"process {found.pid} on host {found.host} owns the run, because this process was suspended, or could not "
+        f"write into the run folder, for more than {WATCH_SECONDS:.0f} s"
+    )
+
+
+def _remove_lease(run: RunFolder, lease: Lease) -> None:
+    """Remove launcher.json if the file contains the lease of this process. If the removal fails, log a warning."""
+    try:
+        found = _read_lease(run)
+        if found and found.owner == lease.owner:
+            run.launcher.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("the lease of run %s cannot be removed: %s", run.path.name, error)
 
 
 def _read_lease(run: RunFolder) -> Lease | None:

@@ -26,6 +26,7 @@ from pipelines.config import RunConfig
 from pipelines.errors import StageFailed, UserError
 from pipelines.formats.run_files.new_files import new_metrics, new_samples, sample_metrics
 from pipelines.formats.run_folder import CaptionSamples, Metrics, RunFolder, read_json, write_json
+from pipelines.formats.run_owner import LeaseLost, is_owned_elsewhere
 from pipelines.formats.shards import Shards
 from pipelines.platform import Platform
 from pipelines.tracking.describe.figures import LEARNING_CURVE, training_figures
@@ -66,7 +67,8 @@ def follow(run: RunFolder, config: RunConfig, platform: Platform, *, may_be_down
     This function starts an MLflow run, or continues the MLflow run that the folder's tracking.json names. After the
     block, the remaining metric files are logged and the status of the MLflow run becomes FINISHED, KILLED
     (KeyboardInterrupt) or FAILED (any other exception). The message of the exception is logged as a tag, and failure
-    records are logged as artifacts.
+    records are logged as artifacts. If another process has taken over the run folder, the MLflow run belongs to that
+    process, and its status and tags stay as they are.
 
     Args:
         run: run folder.
@@ -93,7 +95,8 @@ def follow(run: RunFolder, config: RunConfig, platform: Platform, *, may_be_down
         yield follower
     except BaseException as error:
         follower.stop()
-        follower.mark_failed(error)
+        if not (isinstance(error, LeaseLost) or is_owned_elsewhere(run)):
+            follower.mark_failed(error)
         raise
     follower.stop()
     try:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 from run_owners import owned_by_another_process
 
+from pipelines.child_process import pid_namespace, start_ticks
 from pipelines.errors import StageFailed, UserError
 from pipelines.formats import run_owner
 from pipelines.formats.run_folder import RunFolder, read_json, write_json
@@ -49,10 +52,39 @@ def test_a_stale_lease_of_this_host_does_not_block_a_run_even_if_its_process_id_
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_owner, "WATCH_SECONDS", 600)
-    write_json(run.launcher, elsewhere(boot=run_owner._boot_id(), pid=1))
+    here = {"boot": run_owner._boot_id(), "pid_namespace": pid_namespace()}
+    write_json(run.launcher, elsewhere(**here, start_ticks=start_ticks(os.getpid()) + 1))
     started = time.monotonic()
     with own_run(run):
         assert time.monotonic() - started < 60, "the process watched the lease, instead of taking it at once"
+
+
+CONTAINER = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+"""Command that starts a process in a pid namespace of its own, as in a container."""
+
+
+@pytest.mark.parametrize("container", [(), CONTAINER], ids=["same-container", "other-container"])
+def test_a_process_of_this_host_keeps_its_run_if_a_lock_is_visible_only_in_one_mount_of_the_file_system(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, container: tuple[str, ...]
+) -> None:
+    if container and (not shutil.which("unshare") or subprocess.run([*container, "true"], check=False).returncode):
+        pytest.skip("pid namespaces need root and the program unshare")
+    monkeypatch.setattr(run_owner, "WATCH_SECONDS", 60)
+    with owned_by_another_process(run, *container):
+        # In another mount of a FUSE file system without locks, the kernel grants the lock a second time.
+        monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+        with pytest.raises(UserError, match="this run is already being trained"), own_run(run):
+            pass
+
+
+def test_the_lease_of_a_newer_version_with_further_keys_is_respected(run: RunFolder) -> None:
+    def write(renewals: int) -> None:
+        write_json(run.launcher, elsewhere(renewals=renewals).model_dump() | {"added_later": 1})
+
+    write(3)
+    threading.Timer(0.2, write, [4]).start()
+    with pytest.raises(UserError, match="on host elsewhere owns the run"), own_run(run):
+        pass
 
 
 @pytest.mark.parametrize("content", ['{"host": "elsewhere", "pid": 1}', "", "[]", "\x00\x00"])
@@ -110,3 +142,24 @@ def test_an_owner_renews_its_lease_and_stops_if_another_host_has_taken_over(
     with pytest.raises(StageFailed, match="another process has taken over this run"), own_run(run):
         train()
     assert read_json(run.launcher, Lease) == elsewhere()  # the lease of the new owner is not deleted
+
+
+def test_a_suspended_owner_stops_if_another_host_has_finished_the_run_and_removed_its_lease(run: RunFolder) -> None:
+    def train() -> None:
+        limit = time.monotonic() + 60
+        while time.monotonic() < limit:  # repeat, because a running renewal may write the lease again
+            run.launcher.unlink(missing_ok=True)
+            time.sleep(0.02)
+
+    with pytest.raises(StageFailed, match=r"the lease .* of this process is gone"), own_run(run):
+        train()
+    assert not run.launcher.exists()
+
+
+def test_an_owner_that_ends_before_its_next_renewal_notices_that_another_host_has_taken_over(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_owner, "RENEW_SECONDS", 600)
+    with pytest.raises(StageFailed, match=r"process .* on host elsewhere owns the run"), own_run(run):
+        write_json(run.launcher, elsewhere())
+    assert read_json(run.launcher, Lease) == elsewhere()
