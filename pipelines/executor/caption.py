@@ -169,7 +169,8 @@ def _caption_pictures(
     changed = [picture for _, known, picture in pictures if known is None or known != picture.sha256]
     results = iter(captioner.caption_decoded(changed, [job.prompt] * len(changed), job.settings))
     for own, known, picture in pictures:
-        row = job.constants | own | {"captioned_at": job.started_at, "sha256": picture.sha256}
+        row = job.constants | own | {"captioned_at": job.started_at, "read_at": job.started_at}
+        row |= {"sha256": picture.sha256}
         if known is not None and known == picture.sha256:
             yield row | {"num_tokens": 0, "unchanged": True}, CaptionStats()
             continue
@@ -181,7 +182,7 @@ def _caption_pictures(
             "mean_logprob": result.mean_logprob,
             "unchanged": False,
         }
-        yield row | caption, _count(result, picture, changed=known is not None)
+        yield row | caption, _count(result, picture, changed=known is not None and picture.sha256 is not None)
 
 
 def _count(result: CaptionResult, picture: DecodedPicture, *, changed: bool) -> CaptionStats:

@@ -31,24 +31,38 @@ COLUMNS = {
 }
 """Comment of each column of the view, by column name.
 
-The view has one row for each combination of source table, id column, picture column, id, model and prompt. Captions
-that Lakesight 0.1.0 wrote name no columns, and count as captions of the columns image_id and image.
+The view has one row for each combination of source table, id column, picture column, id, model and prompt.
 """
 TABLES = (GENERATED_CAPTIONS.name, DECISIONS.name, VERDICTS.name)
 """Tables from which the view `champion_captions` reads."""
 
 _SELECT = """
+WITH named AS (
+  SELECT *,
+    COALESCE(id_column, MAX(id_column) OVER (PARTITION BY source_table, image_id, sha256)) AS from_ids,
+    COALESCE(image_column, MAX(image_column) OVER (PARTITION BY source_table, image_id, sha256)) AS from_column,
+    MAX(image_column) OVER (PARTITION BY source_table, image_id) AS any_column
+  FROM {generated_captions}
+),
+seen AS (
+  SELECT *,
+    FIRST_VALUE(sha256) OVER (
+      PARTITION BY source_table, from_ids, from_column, image_id
+      ORDER BY CASE WHEN sha256 IS NULL THEN 1 ELSE 0 END, COALESCE(read_at, captioned_at) DESC, sha256
+    ) AS newest_sha256
+  FROM named WHERE from_column IS NOT NULL OR any_column IS NULL
+)
 SELECT {columns} FROM (
   SELECT
     captions.source_table, captions.image_id, COALESCE(verdicts.text, captions.caption) AS caption, captions.prompt,
     captions.model_name, captions.model_version, captions.mean_logprob, verdicts.verdict, captions.sha256,
-    captions.captioned_at, captions.id_column, captions.image_column, captions.image_root,
+    captions.captioned_at, captions.from_ids AS id_column, captions.from_column AS image_column, captions.image_root,
     ROW_NUMBER() OVER (
-      PARTITION BY captions.source_table, COALESCE(captions.id_column, 'image_id'),
-        COALESCE(captions.image_column, 'image'), captions.image_id, captions.model_name, captions.prompt
+      PARTITION BY captions.source_table, captions.from_ids, captions.from_column, captions.image_id,
+        captions.model_name, captions.prompt
       ORDER BY captions.captioned_at DESC, captions.settings_hash
     ) AS age
-  FROM {generated_captions} AS captions
+  FROM seen AS captions
   JOIN (
     SELECT model_name, model_version, model_digest,
       ROW_NUMBER() OVER (PARTITION BY model_name ORDER BY decided_at DESC, decision_id) AS age
@@ -63,8 +77,16 @@ SELECT {columns} FROM (
     AND verdicts.model_name = captions.model_name AND verdicts.model_version = captions.model_version
     AND verdicts.settings_hash = captions.settings_hash
     AND COALESCE(verdicts.model_digest, '') = COALESCE(captions.model_digest, '')
-  WHERE captions.caption IS NOT NULL AND COALESCE(verdicts.verdict, 'good') <> 'bad'
+  WHERE captions.caption IS NOT NULL AND captions.sha256 = captions.newest_sha256
+    AND COALESCE(verdicts.verdict, 'good') <> 'bad'
 ) AS good WHERE age = 1
+"""
+"""SELECT statement of the view.
+
+- `named`: rows of Lakesight 0.1.0 name no columns. They take the columns of a row with the same picture.
+- `seen`: `newest_sha256` is the SHA-256 of the picture that a job of any model has read last. Captions of earlier
+  pictures are left out, because the caption of an earlier picture is wrong for the present picture. So are rows of
+  Lakesight 0.1.0 if only rows with other pictures name columns.
 """
 
 

@@ -240,6 +240,13 @@ GENERATED_CAPTIONS = Table(
         MODEL_DIGEST,
         *PICTURE_COLUMNS,
         Column(
+            "read_at",
+            TIME_TYPE,
+            "Time of the last captioning job that read the picture, whether or not it was captioned again; null if an "
+            "earlier release wrote the row",
+            nullable=True,
+        ),
+        Column(
             "source_file",
             pa.string(),
             "Data file and columns of source_table from which the picture was read: name, size and time of the file, "

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import os
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
+from caption_requests import MAPPED, VECTORS, create, numbers, picture, request, stored, write
 from crashing_decoder import CrashingLimits, crashing_picture, hanging_picture
 from deltalake import DeltaTable
-from PIL import Image
 from pyspark.sql import SparkSession
 from tiny_runs import save_random_model
 
 from pipelines.config import LimitsConfig
 from pipelines.driver.caption.finished import find_finished
-from pipelines.driver.caption.run import CaptionReport, CaptionRequest, TooManyErrors, caption
+from pipelines.driver.caption.run import TooManyErrors, caption
 from pipelines.driver.evaluate.decisions import record_decision
 from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import StageFailed, UserError
@@ -42,36 +40,9 @@ def model(tmp_path: Path) -> ModelFiles:
     return ModelFiles(folder=tmp_path / "model", name=f"m-{tmp_path.name}", version="1", run_id="r")
 
 
-def picture(number: int) -> bytes:
-    buffer = io.BytesIO()
-    image = Image.effect_mandelbrot((24, 24), (-2, -1.5, 1, 1.5), 10 + number).convert("RGB")
-    Image.blend(image, Image.new("RGB", (24, 24), (number * 53 % 256, 80, number * 91 % 256)), 0.7).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write(spark: SparkSession, folder: Path, rows: list[tuple[Any, ...]], schema: str = "id INT, photo BINARY") -> str:
-    spark.createDataFrame(rows, schema).write.format("delta").mode("append").save(str(folder))
-    return f"delta.`{folder}`"
-
-
-def request(table: str, **more: object) -> CaptionRequest:
-    return CaptionRequest.model_validate({"source_table": table, "id_column": "id", "image_column": "photo"} | more)
-
-
-def stored(spark: SparkSession, platform: Platform, model: ModelFiles) -> dict[str, Any]:
-    table = spark.table(platform.table(GENERATED_CAPTIONS.name))
-    rows = table.where(table.model_name == model.name).collect()
-    assert len(rows) == len({tuple(row[name] for name in GENERATED_CAPTIONS.key) for row in rows})
-    return {row["image_id"]: row for row in rows}
-
-
 def commits(spark: SparkSession, platform: Platform) -> int:
     history = spark.sql(f"DESCRIBE HISTORY {platform.table(GENERATED_CAPTIONS.name)}")
     return history.where(history.operation == "MERGE").count()
-
-
-def numbers(report: CaptionReport) -> tuple[int, int, int, int]:
-    return report.considered, report.already, report.captioned, report.errors
 
 
 def test_each_row_gets_a_caption_with_its_lineage_or_the_error_of_its_picture(
@@ -231,16 +202,6 @@ def test_a_picture_is_captioned_again_after_a_change_but_not_after_a_move_to_ano
     before = commits(spark, platform)
     assert numbers(caption(spark, platform, model, request(table))) == (5, 5, 0, 0)
     assert commits(spark, platform) == before
-
-
-MAPPED = "TBLPROPERTIES ('delta.columnMapping.mode' = 'name')"
-VECTORS = "TBLPROPERTIES ('delta.enableDeletionVectors' = 'true')"
-
-
-def create(spark: SparkSession, folder: Path, schema: str, properties: str) -> str:
-    table = f"delta.`{folder}`"
-    spark.sql(f"CREATE TABLE {table} ({schema}) USING delta {properties}")
-    return table
 
 
 @pytest.mark.matrix

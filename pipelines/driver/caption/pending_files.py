@@ -34,6 +34,8 @@ COLUMNS = ("id_column", "image_column")
 """Columns of `generated_captions` that name the columns of the captioned table. They identify a caption, too."""
 READ_FROM = ("source_version", "source_commit", "source_file", *(column.name for column in PICTURE_COLUMNS))
 """Columns of `generated_captions` that say from where a picture was read."""
+UNREADABLE = "unreadable_file:%"
+"""SQL pattern of the error of a picture file that exists but cannot be read now, for example if a server is slow."""
 STALE = timedelta(days=1)
 """Age from which a temporary caption file is removed, because the task that wrote the file was probably killed."""
 
@@ -136,15 +138,19 @@ def _newest_rows(rows: DataFrame) -> DataFrame:
 def _merge(spark: SparkSession, name: str, new: DataFrame, key: dict[str, str], columns: tuple[str, str]) -> None:
     """Insert new captions, and update rows that had an error or whose picture has changed.
 
-    If the picture of a captioned row was read again and has not changed, the row keeps its caption. Only the columns in
-    READ_FROM are updated, such as the table version and the data file from which the picture was read again.
+    If the picture of a captioned row was read again and has not changed, the row keeps its caption. Only `read_at` and
+    the columns in READ_FROM are updated, such as the table version and the data file from which the picture was read
+    again. If the picture of a captioned row cannot be read now, the row stays as it is, and the next job reads the
+    picture again.
     """
     of_key = " AND ".join(f"old.{column} = {{{column}}}" for column in key)
     of_columns = " AND ".join(f"COALESCE(old.{column}, {{{column}}}) = new.{column}" for column in COLUMNS)
     is_newer = "new.captioned_at > old.captioned_at"
-    replaces = f"NOT new.unchanged AND {is_newer} AND (old.error IS NOT NULL OR NOT (old.sha256 <=> new.sha256))"
+    is_readable = f"COALESCE(new.error NOT LIKE '{UNREADABLE}', TRUE)"
+    replaces = f"old.error IS NOT NULL OR NOT (old.sha256 <=> new.sha256) AND {is_readable}"
+    replaces = f"NOT new.unchanged AND {is_newer} AND ({replaces})"
     moved = " OR ".join(f"NOT (new.{column} <=> old.{column})" for column in READ_FROM)
-    read_from = ", ".join(f"{column} = new.{column}" for column in READ_FROM)
+    read_from = ", ".join(f"{column} = new.{column}" for column in (*READ_FROM, "read_at"))
     merge = (
         f"MERGE INTO {name} old USING {{new}} new "
         f"ON {of_key} AND {of_columns} AND old.image_id = new.image_id AND {SAME_MODEL} "

@@ -46,6 +46,7 @@ class SourceTable:
         rows: rows that meet the SQL condition of the request, with the columns image_id (string), image (binary,
             base64 text, or a path) and source_file (identity of the data file and of the columns that are read).
         ids: DataFrame with the column image_id of all rows of the table.
+        is_filtered: whether `rows` has only the rows that meet a condition.
     """
 
     name: str
@@ -53,6 +54,7 @@ class SourceTable:
     commit: str | None
     rows: DataFrame
     ids: DataFrame
+    is_filtered: bool
 
 
 def open_source_table(
@@ -113,7 +115,7 @@ def open_source_table(
     file = _source_file(spark, name, pinned, (*columns, image_root)).alias("source_file")
     rows = filter_rows(frame, where, where=f"table {name}").select(identity, frame[image].alias("image"), file)
     commit = read_commit_ids(spark, name, platform.table_location(name), [pinned]).get(pinned)
-    return SourceTable(name, pinned, commit, rows, frame.select(identity))
+    return SourceTable(name, pinned, commit, rows, frame.select(identity), bool(where))
 
 
 def _id_text(frame: DataFrame, name: str) -> Column:

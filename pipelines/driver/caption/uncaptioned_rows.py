@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 from pyspark.sql import DataFrame, SparkSession
@@ -15,9 +16,16 @@ from pipelines.errors import UserError
 from pipelines.formats.tables import GENERATED_CAPTIONS
 from pipelines.platform import Platform
 
+logger = logging.getLogger(__name__)
+
 
 class RowCounts(NamedTuple):
-    """Number of all rows (`rows`), and of rows whose caption is missing or may be out of date (`todo`)."""
+    """Number of rows.
+
+    Attributes:
+        rows: all rows.
+        todo: rows whose caption is missing or may be out of date.
+    """
 
     rows: int
     todo: int
@@ -37,19 +45,27 @@ def find_uncaptioned_rows(
     """Return rows that may need a caption, and row counts.
 
     A row may need a caption if it has none, or if its caption was made from another data file or from other columns.
-    Column `known` has the SHA-256 of the picture from which the row's caption was made.
+    If a condition selects the rows, the table may have further rows with the same id, and the caption may be the
+    caption of such a row, even if both rows are in one data file. Then the row may need a caption, too. Column `known`
+    has the SHA-256 of the picture from which the row's caption was made.
     """
     old = captions.where("error IS NULL") if retry_errors else captions
     captioned_from = F.col("source_file").alias("captioned_from")
     done = old.select("image_id", "sha256", captioned_from, F.lit(True).alias("is_done"))
-    may_differ = F.col("is_done") & ~F.col("captioned_from").eqNullSafe(F.col("source_file"))
     marked = source.rows.join(done, "image_id", "left")
-    marked = marked.withColumn("may_differ", F.coalesce(may_differ, F.lit(False)))
+    is_repeated = F.lit(False)
+    if source.is_filtered:
+        repeated = source.ids.groupBy("image_id").count().where("count > 1")
+        marked = marked.join(repeated.select("image_id", F.lit(True).alias("is_repeated")), "image_id", "left")
+        is_repeated = F.coalesce("is_repeated", F.lit(False))
+    may_differ = is_repeated | ~F.col("captioned_from").eqNullSafe(F.col("source_file"))
+    marked = marked.withColumn("may_differ", F.coalesce(F.col("is_done") & may_differ, F.lit(False)))
     counts = marked.agg(
         F.count("*").alias("rows"),
         F.count("image_id").alias("ids"),
         F.countDistinct("image_id").alias("distinct"),
         F.count_if(F.expr("is_done IS NULL OR may_differ")).alias("todo"),
+        F.count_if(is_repeated).alias("repeated"),
     ).head()
     assert counts is not None
     if not counts["rows"] == counts["ids"] == counts["distinct"]:
@@ -58,6 +74,13 @@ def find_uncaptioned_rows(
             where=f"column {id_column} of table {source.name}",
             got=f"{counts['rows']} rows, {counts['ids']} non-null ids, {counts['distinct']} distinct ids",
             fix="choose a column with unique values (--id-column), or leave out rows with --where",
+        )
+    if counts["repeated"]:
+        logger.warning(
+            "%d of the rows to caption have ids that further rows of %s also have: there is one caption per id, so the "
+            "captions of such rows replace each other; use an id column with unique values",
+            counts["repeated"],
+            source.name,
         )
     todo = marked.where("is_done IS NULL OR may_differ").withColumnRenamed("sha256", "known")
     todo = todo.select("image_id", "image", "known", "source_file")

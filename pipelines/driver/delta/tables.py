@@ -14,6 +14,7 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 from pyspark.sql import SparkSession
 
+from pipelines.config import short_hash
 from pipelines.driver.delta.on_disk import open_on_disk
 from pipelines.errors import UserError
 from pipelines.formats import champion_captions
@@ -21,12 +22,15 @@ from pipelines.formats.delta_files import check_table_format, is_supported, open
 from pipelines.formats.format_version import FORMAT, PROPERTY, check_format, write_home_format
 from pipelines.formats.table_schema import Table
 from pipelines.formats.tables import TABLES
-from pipelines.platform import Platform, is_connect
+from pipelines.platform import Platform, is_connect, spark_errors
 
 logger = logging.getLogger(__name__)
 
 CONSTRAINT_PREFIX = "delta.constraints."
 """Prefix of the table properties in which Delta stores CHECK constraints."""
+
+VIEW_PROPERTY = "lakesight.select"
+"""Property of the view `champion_captions` with the hash of its SELECT statement."""
 
 CREATION_TIMEOUT_S = 10
 """Age in seconds from which a Delta log without a commit counts as a leftover of a killed process."""
@@ -113,15 +117,29 @@ def open_tables(platform: Platform, *tables: Table) -> dict[str, DeltaTable] | N
 
 
 def ensure_champion_captions(spark: SparkSession, platform: Platform) -> None:
-    """Create the view `champion_captions` if it does not exist.
+    """Create the view `champion_captions`, or change the SELECT statement of a view that another release has created.
 
-    On a laptop, the view lasts as long as the Spark session.
+    On a laptop, the view lasts as long as the Spark session. In a catalog, the view lasts, and ALTER VIEW keeps the
+    grants of the view. If this user may not change the view, log a warning.
     """
     name = platform.table(champion_captions.NAME)
+    select = champion_captions.select(f"{platform.namespace}.")
+    stamp = f"'{VIEW_PROPERTY}' = '{short_hash(select)}'"
     if not spark.catalog.tableExists(name):
         columns = ", ".join(f"{column} COMMENT '{text}'" for column, text in champion_captions.COLUMNS.items())
-        select = champion_captions.select(f"{platform.namespace}.")
-        spark.sql(f"CREATE VIEW IF NOT EXISTS {name} ({columns}) COMMENT '{champion_captions.COMMENT}' AS {select}")
+        comment = f"COMMENT '{champion_captions.COMMENT}'"
+        spark.sql(f"CREATE VIEW IF NOT EXISTS {name} ({columns}) {comment} TBLPROPERTIES ({stamp}) AS {select}")
+    elif table_properties(spark, name).get(VIEW_PROPERTY) != short_hash(select):
+        try:
+            spark.sql(f"ALTER VIEW {name} AS {select}")
+            spark.sql(f"ALTER VIEW {name} SET TBLPROPERTIES ({stamp})")
+        except spark_errors() as error:
+            logger.warning(
+                "the view %s has the SELECT statement of another release, and cannot be changed: %s. Run this command "
+                "once as the owner of the view",
+                name,
+                str(error).strip().splitlines()[0],
+            )
 
 
 def add_checks(spark: SparkSession, name: str, checks: Mapping[str, str]) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from pipelines.formats.table_schema import Table
 from pipelines.formats.tables import DECISIONS, GENERATED_CAPTIONS, VERDICTS
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
+LATER = START + timedelta(days=1)
 CAPTION: dict[str, Any] = {
     **dict.fromkeys(GENERATED_CAPTIONS.names, ""),
     "image_id": "a",
@@ -31,7 +32,9 @@ CAPTION: dict[str, Any] = {
     "mean_logprob": -1.0,
     "source_version": 0,
     "captioned_at": START,
+    "read_at": None,
     "model_digest": "x",
+    "sha256": "red",
 }
 
 
@@ -42,7 +45,11 @@ def decision(action: str, version: str, day: int, digest: str | None = "x") -> d
 
 def verdict(judged: str, text: str | None, **key: str) -> dict[str, Any]:
     row = dict.fromkeys(VERDICTS.names, "") | {"image_id": "a", "model_name": "m", "model_version": "1"}
-    return row | {"model_digest": "x", "verdict": judged, "text": text, "image": b"", "judged_at": START} | key
+    return (
+        row
+        | {"model_digest": "x", "verdict": judged, "text": text, "image": b"", "judged_at": START, "sha256": "red"}
+        | key
+    )
 
 
 def view(
@@ -100,19 +107,55 @@ def test_the_view_champion_captions_omits_errors_and_captions_judged_bad_and_sho
 
 def test_a_verdict_on_an_earlier_picture_with_the_same_id_does_not_change_the_view(tmp_path: Path) -> None:
     champion, given = [decision("promote", "1", 0)], verdict("corrected", "grey", sha256="earlier")
-    rows = view(tmp_path, [CAPTION | {"sha256": "later"}], champion, [given])
+    rows = view(tmp_path, [CAPTION], champion, [given])
     assert [(row["caption"], row["verdict"]) for row in rows] == [("red", None)]
 
 
 def test_the_view_champion_captions_has_a_row_for_each_picture_column_of_a_table(tmp_path: Path) -> None:
     front, back = ({"id_column": "sku", "image_column": name, "sha256": name} for name in ("front", "back"))
-    captions = [CAPTION | front, CAPTION | back | {"caption": "blue", "captioned_at": START + timedelta(days=1)}]
+    captions = [CAPTION | front, CAPTION | back | {"caption": "blue", "captioned_at": LATER}]
     rows = view(tmp_path, captions, [decision("promote", "1", 0)], [verdict("corrected", "grey", sha256="back")])
     assert sorted((row["image_column"], row["caption"]) for row in rows) == [("back", "grey"), ("front", "red")]
-    unnamed = {"id_column": None, "image_column": None}
-    named = {"id_column": "image_id", "image_column": "image", "captioned_at": START + timedelta(days=1)}
-    captions = [CAPTION | unnamed, CAPTION | named | {"settings_hash": "new", "caption": "blue"}]
-    assert [row["caption"] for row in view(tmp_path, captions, [decision("promote", "1", 0)])] == ["blue"]
+
+
+UNNAMED = {"id_column": None, "image_column": None}
+NAMED = {"id_column": "sku", "image_column": "photo", "captioned_at": LATER, "settings_hash": "new", "caption": "blue"}
+
+
+@pytest.mark.parametrize(
+    ("later", "expected"),
+    [({}, [("blue", "photo")]), ({"sha256": "other picture"}, [("blue", "photo")]), (None, [("red", None)])],
+)
+def test_a_caption_of_the_first_release_which_names_no_columns_yields_to_a_caption_that_names_columns(
+    tmp_path: Path, later: dict[str, str] | None, expected: list[tuple[str, str | None]]
+) -> None:
+    captions = [CAPTION | UNNAMED, *([] if later is None else [CAPTION | NAMED | later])]
+    rows = view(tmp_path, captions, [decision("promote", "1", 0)])
+    assert [(row["caption"], row["image_column"]) for row in rows] == expected
+
+
+REPLACED = CAPTION | {"captioned_at": LATER, "sha256": "blue", "settings_hash": "new", "caption": "blue"}
+"""Caption of a later picture with the same id."""
+
+
+@pytest.mark.parametrize(
+    ("later", "verdicts", "expected"),
+    [
+        ({}, [], ["blue"]),
+        ({"model_version": "2"}, [], []),
+        ({"model_name": "another model"}, [], []),
+        ({"prompt": "where?"}, [], ["blue"]),
+        ({"caption": None, "error": "too_large"}, [], []),
+        ({}, [verdict("bad", None, sha256="blue", settings_hash="new")], []),
+        ({"caption": None, "error": "missing_field", "sha256": None}, [], ["red"]),
+        ({"captioned_at": START - timedelta(days=1), "read_at": LATER}, [], ["blue"]),
+    ],
+)
+def test_the_view_champion_captions_never_shows_the_caption_of_an_earlier_picture_with_the_same_id(
+    tmp_path: Path, later: dict[str, Any], verdicts: list[dict[str, Any]], expected: list[str]
+) -> None:
+    rows = view(tmp_path, [CAPTION, REPLACED | later], [decision("promote", "1", 0)], verdicts)
+    assert [row["caption"] for row in rows] == expected
 
 
 def test_the_view_champion_captions_omits_captions_that_belong_to_another_registry(tmp_path: Path) -> None:

@@ -1,0 +1,114 @@
+"""Tests that a caption belongs to the present picture of its row: repeated ids, failing servers, and the view."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from caption_requests import numbers, picture, request, stored, write
+from pyspark.sql import SparkSession
+from tiny_runs import save_random_model
+
+from pipelines.driver.caption.run import caption
+from pipelines.driver.delta.tables import VIEW_PROPERTY, ensure_champion_captions, table_properties
+from pipelines.driver.model_files import ModelFiles
+from pipelines.formats.champion_captions import COLUMNS
+from pipelines.platform import Platform
+
+pytestmark = pytest.mark.matrix
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> ModelFiles:
+    """Create a model with random weights and with a name that no other test uses."""
+    save_random_model(tmp_path / "model")
+    return ModelFiles(folder=tmp_path / "model", name=f"m-{tmp_path.name}", version="1", run_id="r")
+
+
+def digest(number: int) -> str:
+    return hashlib.sha256(picture(number)).hexdigest()
+
+
+def test_rows_with_the_same_id_that_a_condition_selects_in_turn_get_the_caption_of_their_own_picture(
+    spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The condition selects unique ids, but the table has a second row with one of the ids in the same data file."""
+    schema = "id STRING, side STRING, photo BINARY"
+    rows = [("A", "front", picture(1)), ("A", "back", picture(2)), ("B", "front", picture(3))]
+    table = f"delta.`{tmp_path}/photos`"
+    spark.createDataFrame(rows, schema).coalesce(1).write.format("delta").save(str(tmp_path / "photos"))
+    assert numbers(caption(spark, platform, model, request(table, where="side = 'front'"))) == (2, 0, 2, 0)
+    caplog.set_level(logging.WARNING)
+    back = caption(spark, platform, model, request(table, where="side = 'back'"))
+    assert (numbers(back), back.changed) == ((1, 0, 1, 0), 1)
+    assert "1 of the rows to caption have ids that further rows" in caplog.text
+    assert {name: row["sha256"] for name, row in stored(spark, platform, model).items()} == {
+        "A": digest(2),
+        "B": digest(3),
+    }
+    again = caption(spark, platform, model, request(table, where="side = 'back'"))
+    assert (numbers(again), again.changed) == ((1, 1, 0, 0), 0), "the picture is read, but not captioned again"
+
+
+@contextmanager
+def picture_server(pictures: dict[str, bytes]) -> Iterator[str]:
+    """Serve pictures on loopback. A path without a picture has the status 500."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            content = pictures.get(self.path, b"")
+            self.send_response(200 if content else 500)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            """Print nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_picture_that_a_server_cannot_send_now_keeps_its_caption_and_is_read_again_by_the_next_job(
+    spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
+) -> None:
+    pictures = {"/a.png": picture(1), "/b.png": picture(2)}
+    schema, rows = "id INT, photo STRING", [(1, "a.png"), (2, "b.png"), (3, "never.png")]
+    with picture_server(pictures) as root:
+        table = write(spark, tmp_path / "photos", rows, schema)
+        assert numbers(caption(spark, platform, model, request(table, image_root=root))) == (3, 0, 2, 1)
+        before = stored(spark, platform, model)
+        # A nightly job writes the table again, so that the job reads all pictures again.
+        spark.createDataFrame(rows, schema).write.format("delta").mode("overwrite").save(str(tmp_path / "photos"))
+        kept = pictures.pop("/b.png")
+        failed = caption(spark, platform, model, request(table, image_root=root))
+        assert (numbers(failed), failed.changed) == ((3, 1, 0, 2), 0)
+        after = stored(spark, platform, model)
+        assert [after[name]["caption"] for name in "123"] == [before[name]["caption"] for name in "123"]
+        assert after["2"]["read_at"] == before["2"]["read_at"] < after["1"]["read_at"]
+        assert after["3"]["error"].startswith("unreadable_file")
+        pictures["/b.png"] = kept
+        done = caption(spark, platform, model, request(table, image_root=root))
+        assert (done.captioned, done.changed) == (0, 0)
+        assert stored(spark, platform, model)["2"]["read_at"] > after["2"]["read_at"]
+
+
+def test_the_select_statement_of_a_view_that_another_release_created_is_replaced(
+    spark: SparkSession, platform: Platform
+) -> None:
+    name = platform.table("champion_captions")
+    ensure_champion_captions(spark, platform)
+    stamp = table_properties(spark, name)[VIEW_PROPERTY]
+    spark.sql(f"ALTER VIEW {name} AS SELECT 'an older release' AS caption")
+    spark.sql(f"ALTER VIEW {name} SET TBLPROPERTIES ('{VIEW_PROPERTY}' = 'older')")
+    ensure_champion_captions(spark, platform)
+    assert spark.table(name).columns == list(COLUMNS)
+    assert table_properties(spark, name)[VIEW_PROPERTY] == stamp
