@@ -78,7 +78,7 @@ def ids(spark: SparkSession, namespace: str, source: str) -> list[str]:
         | {"error": None, "num_tokens": 3, "mean_logprob": n - 3.0, "source_table": f"{namespace}.samples"}
         | {"source_version": 1, "captioned_at": datetime.now(UTC), "model_digest": None}
         | {"id_column": "image_id", "image_column": "image", "image_root": None}
-        | {"sha256": hashes[n]}
+        | {"sha256": hashes[n], "read_at": None}
         for n, row in enumerate(rows)
     ]
     captions = [tuple(row[name] for name in GENERATED_CAPTIONS.names) for row in values]

@@ -42,6 +42,7 @@ def stored_caption(sample: tuple[Any, ...], model: str, table: str) -> tuple[Any
         "source_table": table,
         "source_version": 1,
         "captioned_at": datetime.now(UTC),
+        "read_at": None,
         "model_digest": None,
     }
     return tuple(row[column] for column in GENERATED_CAPTIONS.names)

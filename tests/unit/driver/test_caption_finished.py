@@ -67,7 +67,7 @@ class Shop(NamedTuple):
 
     def caption(self, ids: list[int], version: int, **changes: object) -> None:
         *_, key = caption_key(self.model, self.request(), self.request().source_table)
-        row: dict[str, Any] = dict.fromkeys(GENERATED_CAPTIONS.names, "")
+        row: dict[str, Any] = dict.fromkeys(GENERATED_CAPTIONS.names, "") | {"read_at": None}
         row |= {"caption": "red", "error": None, "num_tokens": 1} | key
         row |= {"mean_logprob": -1.0, "source_version": version, "captioned_at": NOW, "run_id": "r"}
         row |= {"id_column": "id", "image_column": "photo", "image_root": None}

@@ -82,6 +82,7 @@ def shop(home: Path, tmp_path: Path) -> None:
     place = {"id_column": "Sku", "image_column": "photo", "image_root": None, "model_digest": None}
     rows = [
         dict.fromkeys(GENERATED_CAPTIONS.names, "")
+        | {"read_at": None}
         | {"image_id": image_id, "caption": caption, "error": None if caption else "not_an_image", "num_tokens": 1}
         | {"source_table": f"delta.`{tmp_path}/shop/products`", "source_version": 0, "captioned_at": NOW}
         | {"model_name": "demo", "model_version": "1", "mean_logprob": -1.0, **place}
