@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 ENTITY = "champion"
 """Name of the served version inside the endpoint. The name stays the same when the champion changes."""
+DIGEST_VARIABLE = "LAKESIGHT_MODEL_DIGEST"
+"""Environment variable in which the endpoint stores the digest of the served files.
+
+If a registered model is deleted and trained again, its first version has the same name and number but other files.
+"""
 
 
 class EndpointReport(Config):
@@ -63,6 +68,7 @@ def run_endpoint(job: Job, name: str | None) -> EndpointReport:
     Raises:
         UserError: the platform has no endpoints, there is no champion, or the workspace refuses the request.
     """
+    from pipelines.tracking.home_store.copied_version import DIGEST_TAG
     from pipelines.tracking.registry import find_champion
 
     if job.platform.kind != "databricks":
@@ -84,7 +90,9 @@ def run_endpoint(job: Job, name: str | None) -> EndpointReport:
     from databricks.sdk.errors.base import DatabricksError
 
     try:
-        changed = serve_version(WorkspaceClient(), chosen, champion.name, champion.version)
+        changed = serve_version(
+            WorkspaceClient(), chosen, champion.name, champion.version, champion.tags.get(DIGEST_TAG)
+        )
     except DatabricksError as error:
         raise UserError(
             "the Databricks workspace cannot create or update the serving endpoint",
@@ -96,8 +104,15 @@ def run_endpoint(job: Job, name: str | None) -> EndpointReport:
     return EndpointReport(endpoint=chosen, model_name=champion.name, model_version=champion.version, changed=changed)
 
 
-def serve_version(client: WorkspaceClient, name: str, model: str, version: str) -> bool:
+def serve_version(client: WorkspaceClient, name: str, model: str, version: str, digest: str | None) -> bool:
     """Create or update an endpoint, and return whether a change was needed. Do not wait until the endpoint is ready.
+
+    Args:
+        client: client of the workspace.
+        name: name of the endpoint.
+        model: full name of the registered model.
+        version: number of the version to serve.
+        digest: digest of the files of this version, or None for a version that Lakesight 0.1.0 registered.
 
     Raises:
         DatabricksError: the workspace refuses the request.
@@ -105,8 +120,14 @@ def serve_version(client: WorkspaceClient, name: str, model: str, version: str) 
     from databricks.sdk.errors import NotFound
     from databricks.sdk.service.serving import EndpointCoreConfigInput, ServedEntityInput
 
+    variables = {DIGEST_VARIABLE: digest} if digest else {}
     served = ServedEntityInput(
-        name=ENTITY, entity_name=model, entity_version=version, workload_size="Small", scale_to_zero_enabled=True
+        name=ENTITY,
+        entity_name=model,
+        entity_version=version,
+        environment_vars=variables,
+        workload_size="Small",
+        scale_to_zero_enabled=True,
     )
     try:
         found = client.serving_endpoints.get(name)
@@ -114,8 +135,11 @@ def serve_version(client: WorkspaceClient, name: str, model: str, version: str) 
         client.serving_endpoints.create(name, config=EndpointCoreConfigInput(name=name, served_entities=[served]))
         return True
     config = found.pending_config or found.config
-    current = [(entity.entity_name, entity.entity_version) for entity in (config and config.served_entities) or []]
-    if current == [(model, version)]:
+    current = [
+        (entity.entity_name, entity.entity_version, entity.environment_vars or {})
+        for entity in (config and config.served_entities) or []
+    ]
+    if current == [(model, version, variables)]:
         return False
     client.serving_endpoints.update_config(name, served_entities=[served])
     return True

@@ -206,11 +206,12 @@ def champion_captions(job: Job) -> Relation:
     return Relation(tables, f"({select(champions=_promoted_elsewhere(job, tables))}) AS shown")
 
 
-def _promoted_elsewhere(job: Job, tables: Mapping[str, DeltaTable]) -> dict[str, str]:
+def _promoted_elsewhere(job: Job, tables: Mapping[str, DeltaTable]) -> dict[str, tuple[str, str | None]]:
     """Look up the champions of captioned models of which no version was ever promoted in this home folder.
 
     Table `decisions` records only the promotions in this home folder, so this function asks the model registry for the
-    champions of all other models. The result is a dict from the name of a model to the version of its champion.
+    champions of all other models. The result is a dict from the name of a model to number and digest of its champion.
+    The digest is None for a version that Lakesight 0.1.0 registered.
     """
     from pipelines.formats.delta_files import query
 
@@ -220,10 +221,12 @@ def _promoted_elsewhere(job: Job, tables: Mapping[str, DeltaTable]) -> dict[str,
     )
     found = {}
     for name in query(tables, sql).read_all()["model_name"].to_pylist():
+        from pipelines.tracking.home_store.copied_version import DIGEST_TAG
         from pipelines.tracking.registry import CHAMPION, resolve
 
         try:
-            found[name] = resolve(job.platform, name, CHAMPION).version
+            champion = resolve(job.platform, name, CHAMPION)
+            found[name] = (champion.version, champion.tags.get(DIGEST_TAG))
         except UserError as error:
             logger.warning("the captions of model %s are not shown: %s", name, error)
     return found

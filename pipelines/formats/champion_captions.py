@@ -90,17 +90,18 @@ SELECT {columns} FROM (
 """
 
 
-def select(prefix: str = "", champions: Mapping[str, str] | None = None) -> str:
+def select(prefix: str = "", champions: Mapping[str, tuple[str, str | None]] | None = None) -> str:
     """Return the SELECT statement of the view.
 
     Args:
         prefix: text before the names of the tables, such as `schema.`.
-        champions: version of each champion, by name of the model, for models without a champion in the table
-            `decisions`.
+        champions: version and digest of each champion, by name of the model, for models without a champion in the
+            table `decisions`. The digest is None if it is unknown; the version then counts whatever its digest is.
     """
     others = "".join(
-        f"\n    UNION ALL SELECT {quoted_text(name)}, {quoted_text(version)}, CAST(NULL AS VARCHAR), 1"
-        for name, version in (champions or {}).items()
+        f"\n    UNION ALL SELECT {quoted_text(name)}, {quoted_text(version)}, "
+        f"{quoted_text(digest) if digest else 'CAST(NULL AS VARCHAR)'}, 1"
+        for name, (version, digest) in (champions or {}).items()
     )
     names = {name: f"{prefix}{name}" for name in TABLES}
     return _SELECT.format(columns=", ".join(COLUMNS), others=others, **names).strip()

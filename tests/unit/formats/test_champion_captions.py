@@ -57,7 +57,7 @@ def view(
     captions: Sequence[Mapping[str, Any]],
     decisions: Sequence[Mapping[str, Any]],
     verdicts: Sequence[Mapping[str, Any]] = (),
-    champions: Mapping[str, str] | None = None,
+    champions: Mapping[str, tuple[str, str | None]] | None = None,
 ) -> list[dict[str, Any]]:
     def table(kind: Table, rows: Sequence[Mapping[str, Any]]) -> DeltaTable:
         write_deltalake(folder / kind.name, pa.Table.from_pylist(list(rows), kind.arrow_schema), mode="overwrite")
@@ -86,8 +86,16 @@ def test_the_view_champion_captions_changes_after_a_promotion_or_rollback_but_no
 def test_the_view_champion_captions_shows_captions_of_a_champion_without_a_recorded_decision(tmp_path: Path) -> None:
     captions = [CAPTION, CAPTION | {"model_version": "2", "caption": "blue"}]
     captions += [caption | {"model_name": "it's"} for caption in captions]
-    rows = view(tmp_path, captions, [decision("promote", "1", 0)], champions={"it's": "2"})
+    rows = view(tmp_path, captions, [decision("promote", "1", 0)], champions={"it's": ("2", None)})
     assert sorted((row["model_name"], row["caption"]) for row in rows) == [("it's", "blue"), ("m", "red")]
+
+
+def test_the_view_omits_captions_of_another_registrys_version_that_has_the_number_of_the_champion(
+    tmp_path: Path,
+) -> None:
+    captions = [CAPTION | {"image_id": key, "model_digest": digest} for key, digest in (("a", "x"), ("b", "y"))]
+    assert [row["image_id"] for row in view(tmp_path, captions, [], champions={"m": ("1", "x")})] == ["a"]
+    assert [row["image_id"] for row in view(tmp_path, captions, [], champions={"m": ("1", None)})] == ["a", "b"]
 
 
 def test_the_view_champion_captions_omits_errors_and_captions_judged_bad_and_shows_corrected_captions(
