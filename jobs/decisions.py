@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
 from jobs.evaluate import open_model
 from jobs.table_files import open_table, table_relation
+
+if TYPE_CHECKING:
+    from pipelines.tracking.registry import ModelVersion
 
 
 def decisions(
@@ -60,16 +63,17 @@ def record(
     version: str,
     action: Literal["promote", "refuse", "rollback"],
     *,
-    champion: str | None,
+    champion: ModelVersion | None,
     reasons: Sequence[str] = (),
     figures: str = "{}",
 ) -> None:
-    """In table `decisions`, record a decision about a version of the run's model, with the digest of the version's
-    files.
+    """In table `decisions`, record a decision about a version of the run's model, with the digests of this version and
+    of the current champion.
 
     `record_decision` explains the arguments.
     """
     from pipelines.driver.evaluate.decisions import record_decision
+    from pipelines.tracking.home_store.copied_version import DIGEST_TAG
 
     record_decision(
         lambda: job.spark,
@@ -78,7 +82,8 @@ def record(
         version=version,
         digest=open_model(job, version).digest,
         action=action,
-        champion=champion,
+        champion=champion.version if champion else None,
+        champion_digest=champion.tags.get(DIGEST_TAG) if champion else None,
         reasons=reasons,
         figures=figures,
     )

@@ -9,6 +9,7 @@ import typer
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
 from jobs.generation_options import with_generation_options
+from jobs.job_run import JobRunOption, read_trained_version
 from jobs.progress import show_elapsed
 from jobs.settings_of_version import with_overrides
 from jobs.shard import run_shard
@@ -57,6 +58,7 @@ def evaluate(
     *,
     version: VersionOption = "latest",
     checkpoint: CheckpointOption = None,
+    job_run: JobRunOption = None,
     by: ByOption = None,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
@@ -90,7 +92,7 @@ def evaluate(
     from pipelines.driver.evaluate.run import COLUMNS
 
     with open_job(run, platform, overrides, as_json) as job:
-        which = choose_version(job, version, checkpoint)
+        which = choose_version(job, version, checkpoint, job_run)
         if job.config.model.text_only:
             _refuse_columns(by)
             job.finish(run_text_evaluate(job, open_model(job, which)), "ask")
@@ -109,8 +111,15 @@ def _refuse_columns(by: list[str] | None) -> None:
         )
 
 
-def choose_version(job: Job, version: str, checkpoint: int | None) -> str:
-    """Return `version`, or a version made from the checkpoint at step `checkpoint` of the same training run."""
+def choose_version(job: Job, version: str, checkpoint: int | None, job_run: str | None) -> str:
+    """Return the version that the options of a command choose: `version`, or the version that `train` has recorded for
+    a job run, or a version made from the checkpoint at step `checkpoint` of the same training run.
+
+    Raises:
+        UserError: the options choose two versions, or a chosen version or checkpoint does not exist.
+    """
+    if job_run is not None:
+        version = read_trained_version(job, job_run, version)
     return version if checkpoint is None else register_checkpoint(job, version, checkpoint)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
 from jobs.decisions import record
 from jobs.evaluate import CheckpointOption, VersionOption, choose_version, evaluate_version, open_model, open_split
+from jobs.job_run import JobRunOption
 from jobs.progress import show_elapsed
 from jobs.settings_of_version import changes_model, require_settings_of_version
 from jobs.text_model import require_captioner
@@ -26,6 +27,7 @@ class PromotionReport(Config):
 
     Attributes:
         already: whether the version was already the champion; no check of the gate runs for the current champion.
+        rolled_back: whether the version was not promoted because a rollback has replaced it. No check of the gate ran.
         found: dict from the name of each check of the promotion gate to the result of the check.
         tokenisation: rules that split texts into words for the gate's metric. The value is None if the metric uses no
             words or if no check ran.
@@ -34,6 +36,7 @@ class PromotionReport(Config):
     model_name: str
     model_version: str
     already: bool
+    rolled_back: bool = False
     found: dict[str, str]
     tokenisation: str | None = None
 
@@ -42,6 +45,7 @@ def promote(
     *,
     version: VersionOption = "latest",
     checkpoint: CheckpointOption = None,
+    job_run: JobRunOption = None,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
     overrides: SetOption = None,
@@ -55,13 +59,19 @@ def promote(
     The run's gate section sets the limits. With --checkpoint, the command registers and checks any checkpoint that the
     training has kept.
 
+    If a rollback has replaced the version, the command promotes the version only if --version gives its number or if
+    --checkpoint gives its training step. Otherwise the command says so and ends without an error, so that a scheduled
+    job does not undo the rollback.
+
     \b
     Examples:
       lakesight promote --run demo --version 3
       lakesight promote --run demo --set gate.min_blind_gap=0.3
     """
     with open_job(run, platform, overrides, as_json) as job:
-        job.finish(run_promote(job, choose_version(job, version, checkpoint)), "caption")
+        which = choose_version(job, version, checkpoint, job_run)
+        report = run_promote(job, which, by_number=version.isdecimal() or checkpoint is not None)
+        job.finish(report, "caption")
 
 
 def advice(config: RunConfig, pictures: int) -> str:
@@ -81,8 +91,14 @@ def advice(config: RunConfig, pictures: int) -> str:
     return text
 
 
-def run_promote(job: Job, which: str) -> PromotionReport:
+def run_promote(job: Job, which: str, *, by_number: bool = False) -> PromotionReport:
     """Run the promote stage: check the gate, record the decision, then move the aliases.
+
+    Args:
+        job: running command.
+        which: version to promote (a version number, an alias, or `latest`).
+        by_number: whether a person has chosen this version. Otherwise a version that a rollback has replaced is not
+            promoted.
 
     Raises:
         UserError: the model is a text-only model.
@@ -100,6 +116,17 @@ def run_promote(job: Job, which: str) -> PromotionReport:
         _record_champion(job, version)
         job.output.line("promote", f"{label} is already the champion")
         return PromotionReport(model_name=version.name, model_version=version.version, already=True, found={})
+    if not by_number and (rollback := _find_rollback(job, version)):
+        job.output.line(
+            "promote",
+            f"{label} is not promoted, because {rollback['decided_by']} rolled back from this version on "
+            f"{rollback['decided_at']:%Y-%m-%d %H:%M} UTC"
+            + (f"; version {champion.version} stays the champion" if champion else ""),
+        )
+        job.output.line("", f"to promote the version again, run `{job.command('promote')} --version {version.version}`")
+        return PromotionReport(
+            model_name=version.name, model_version=version.version, already=False, rolled_back=True, found={}
+        )
     version = set_alias(job.platform, version, CHALLENGER)
     verdict = check_gate(job, version, champion)
     tags = {f"gate_{name}": f"{'ok' if c.passed else 'refused'}: {c.found}" for name, c in verdict.checks.items()}
@@ -108,7 +135,7 @@ def run_promote(job: Job, which: str) -> PromotionReport:
         job,
         version.version,
         "refuse" if verdict.reasons else "promote",
-        champion=champion.version if champion else None,
+        champion=champion,
         reasons=verdict.reasons,
         figures=json.dumps(verdict.model_dump()["figures"] | {"tokenisation": verdict.tokenisation}),
     )
@@ -148,14 +175,33 @@ def _record_champion(job: Job, champion: ModelVersion) -> None:
     """If table `decisions` has a different champion than the registry, record the champion of the registry.
 
     An earlier promotion or rollback may have been recorded but not carried out, because the command was killed or the
-    registry did not answer. The view `champion_captions` would then show captions of a version that is not the
-    champion.
+    registry did not answer. The home folder may also use another registry than before, whose champion has the same
+    number but other files. The view `champion_captions` would then show captions of a version that is not the champion.
     """
     from pipelines.driver.evaluate.decisions import recorded_champion
 
-    if recorded_champion(lambda: job.spark, job.platform, champion.name) != champion.version:
-        reason = "this version is the champion in the registry, and the last recorded decision was not carried out"
-        record(job, champion.version, "promote", champion=champion.version, reasons=[reason])
+    recorded = recorded_champion(lambda: job.spark, job.platform, champion.name)
+    if recorded != (champion.version, _digest(job, champion)):
+        reason = "this version is the champion in the registry, but the last recorded decision names another version"
+        if recorded and recorded[0] == champion.version:
+            reason = f"{reason} with this number" if recorded[1] else "the last recorded decision has no digest"
+        record(job, champion.version, "promote", champion=champion, reasons=[reason])
+
+
+def _find_rollback(job: Job, version: ModelVersion) -> dict[str, Any] | None:
+    """Return the row of the rollback that has replaced a version, or None if the version may be promoted."""
+    from pipelines.driver.evaluate.decisions import find_rollback
+
+    return find_rollback(
+        lambda: job.spark, job.platform, model=version.name, version=version.version, digest=_digest(job, version)
+    )
+
+
+def _digest(job: Job, version: ModelVersion) -> str:
+    """Return the digest of a version's files. The files of a version that Lakesight 0.1.0 registered are downloaded."""
+    from pipelines.tracking.home_store.copied_version import DIGEST_TAG
+
+    return version.tags.get(DIGEST_TAG) or open_model(job, version.version).digest
 
 
 def check_gate(job: Job, version: ModelVersion, champion: ModelVersion | None) -> GateResult:

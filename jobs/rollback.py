@@ -33,10 +33,10 @@ def run_rollback(job: Job) -> str:
     Raises:
         UserError: the model has no previous champion.
     """
-    from pipelines.tracking.registry import CHAMPION, move_aliases, plan_rollback, resolve
+    from pipelines.tracking.registry import CHAMPION, find_champion, move_aliases, plan_rollback, resolve
 
     move = plan_rollback(job.platform, job.model_name)
     if move is not None:
-        record(job, move.champion, "rollback", champion=move.previous)
+        record(job, move.champion, "rollback", champion=find_champion(job.platform, job.model_name))
         move_aliases(job.platform, job.model_name, move)
     return resolve(job.platform, job.model_name, CHAMPION).version

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
+from jobs.job_run import check_job_run, record_trained_version
 from jobs.progress import poll_training, show_elapsed, show_progress
 from jobs.replay import run_replay
 from jobs.shard import run_shard
@@ -72,6 +73,14 @@ def train(
             metavar="STEP",
         ),
     ] = None,
+    job_run: Annotated[
+        str | None,
+        typer.Option(
+            "--job-run",
+            help="Record the version under this id, for evaluate and promote with the same --job-run.",
+            metavar="ID",
+        ),
+    ] = None,
 ) -> None:
     """Train on distributed ranks and register the model.
 
@@ -88,12 +97,17 @@ def train(
       lakesight train --run demo --set train.steps=2000 --set train.seed=1
     """
     with open_job(run, platform, overrides, as_json) as job:
+        if job_run is not None:
+            check_job_run(job_run, registers=launch and replay_step is None)
         if replay_step is not None:
             _require_pictures(job)
             job.output.report(run_replay(job, prepare_run(job), replay_step))
             return
         if launch:
-            job.finish(run_train(job), "evaluate")
+            report = run_train(job)
+            if job_run is not None:
+                record_trained_version(job, job_run, report.model_version)
+            job.finish(report, "evaluate")
             return
         folder, ranks = prepare_run(job).path, job.config.platform.ranks
         with atomic_write(job.platform.folder("runs") / f"{job.config.name}{PREPARED}") as temporary:

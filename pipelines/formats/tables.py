@@ -351,6 +351,12 @@ DECISIONS = Table(
         Column("decided_by", pa.string(), "Name of the user who ran the command that made the decision"),
         Column("decided_at", TIME_TYPE, "Time of the decision"),
         MODEL_DIGEST,
+        Column(
+            "champion_digest",
+            pa.string(),
+            "Digest of the files of the version in column champion; null if unknown or if there was no champion",
+            nullable=True,
+        ),
     ),
 )
 

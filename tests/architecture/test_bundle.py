@@ -193,6 +193,7 @@ def defaults(job: dict[str, Any]) -> dict[str, str]:
 def fill(text: str, parameters: dict[str, str]) -> str:
     """Replace each reference in a task parameter by an example value or by the value of a job parameter."""
     text = re.sub(r"\$\{(?:var\.)?([^}]+)\}", lambda match: EXAMPLE[match[1]], text)
+    text = text.replace("{{job.run_id}}", "1001")
     return re.sub(r"\{\{job\.parameters\.(\w+)\}\}", lambda match: parameters[match[1]], text)
 
 
@@ -242,6 +243,20 @@ def test_the_review_app_calls_the_real_command_from_the_wheel_of_this_version_wi
 def test_the_rollback_task_is_never_retried_because_a_second_rollback_would_undo_the_first() -> None:
     (rollback,) = [task for _, name, task in tasks() if name == "rollback"]
     assert rollback.get("max_retries", 0) == 0
+
+
+@pytest.mark.parametrize("key", ["pipeline", "finetune"])
+def test_train_evaluate_and_promote_share_the_id_of_the_job_run_and_choose_no_version_themselves(key: str) -> None:
+    stages = {
+        name: task["python_wheel_task"]["parameters"]
+        for job, name, task in tasks()
+        if job == key and name in ("train", "evaluate", "promote")
+    }
+    assert len(stages) == 3
+    for parameters in stages.values():
+        assert [text for text in parameters if text.startswith(("--job-run", "--version", "--checkpoint"))] == [
+            "--job-run={{job.run_id}}"
+        ]
 
 
 def test_every_schedule_is_a_valid_quartz_expression() -> None:

@@ -142,7 +142,9 @@ def test_staging_and_prod_can_be_deployed_to_one_workspace_and_the_jobs_of_both_
 def check_command(parameters: list[str], values: dict[str, str]) -> None:
     """Parse a deployed task's parameters with the real command line, and resolve the run config."""
     filled = [re.sub(r"\{\{job\.parameters\.(\w+)\}\}", lambda match: values[match[1]], text) for text in parameters]
+    filled = [text.replace("{{job.run_id}}", "1001") for text in filled]
     assert "${" not in "".join(filled)
+    assert "{{" not in "".join(filled)
     command, *arguments = filled
     group = typer.main.get_command(app)
     parsed = group.commands[command].make_context(command, arguments).params  # type: ignore[attr-defined]

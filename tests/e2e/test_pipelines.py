@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from bundle import job_tasks
 from open_sockets import Listener, descendants, listeners
 
 from pipelines.background_thread import in_background
@@ -199,6 +200,45 @@ def test_a_training_that_stops_early_registers_its_checkpoint_with_the_best_cide
     assert (last["steps"], last["trained"], best["steps"], best["trained"]) == (30, True, 30, False)
     assert "val/cider" in last["metrics"]
     assert int(best["model_version"]) == int(last["model_version"]) + 1, "step 10 is the best, as no caption changes"
+
+
+@pytest.mark.matrix
+@pytest.mark.usefixtures("demos")
+def test_a_job_run_promotes_the_version_that_it_has_trained_and_undoes_no_rollback(home: Path) -> None:
+    """The tasks have the parameters of the deployed job, except for the settings of a workspace."""
+    values = {"var.catalog": "c"} | {
+        f"resources.{kind}": "x" for kind in ("schemas.lakesight.name", "volumes.files.name", "experiments.runs.name")
+    }
+    seven = ["--set", "train.seed=7", "--set", "train.steps=60"]
+    quick = [word for value in (*QUICK, "gate.min_blind_gap=-10") for word in ("--set", value)]
+    given = ["--json", *PICTURES, *quick]
+
+    def job(*settings: str) -> list[list[str]]:
+        found = job_tasks("pipeline", values, {"run": "demo"})
+        wanted = [task for task in found if task[0] in ("train", "evaluate", "promote")]
+        local = [[text for text in task if not text.startswith(("--platform", "--set=platform."))] for task in wanted]
+        return [[*task, *given, *settings] for task in local]
+
+    scheduled, longer = job(), job(*seven)
+    trial = ["train", "--run", "demo", *given, "--set", "train.seed=8", "--set", "train.steps=20"]
+    trained, _, evaluated, promoted = run(home, scheduled[0], trial, *scheduled[1:]).reports
+    assert not trained["trained"]
+    assert [report["model_version"] for report in (evaluated, promoted)] == [trained["model_version"]] * 2
+    assert promoted["already"], "the job run ignores the newer version of another command"
+
+    rollback = ["rollback", "--run", "demo", "--json"]
+    *_, first, back, _, _, repeated = run(home, *longer, rollback, *job(*seven)).reports
+    new, old = first["model_version"], trained["model_version"]
+    assert (first["rolled_back"], back["model_version"]) == (False, old)
+    assert (repeated["model_version"], repeated["rolled_back"]) == (new, True)
+    explicit = ["promote", "--run", "demo", *given, *seven, "--version", new]
+    history, chosen = run(home, ["decisions", "--run", "demo", "--json"], explicit).reports
+    assert [(row["action"], row["model_version"]) for row in history["decisions"]] == [
+        ("promote", old),
+        ("promote", new),
+        ("rollback", old),
+    ]
+    assert (chosen["model_version"], chosen["rolled_back"], chosen["already"]) == (new, False, False)
 
 
 @pytest.mark.matrix

@@ -86,9 +86,9 @@ def test_decisions_are_read_and_written_in_a_table_with_deletion_vectors(spark: 
     def no_spark() -> SparkSession:
         raise AssertionError("Spark would read the table")
 
-    assert recorded_champion(no_spark, home, "m") == "1"
+    assert recorded_champion(no_spark, home, "m") == ("1", None)
     record_decision(no_spark, home, model="m", version="3", digest="d", action="promote", champion="1")
-    assert recorded_champion(no_spark, home, "m") == "3"
+    assert recorded_champion(no_spark, home, "m") == ("3", "d")
     assert spark.read.format("delta").load(str(home.tables / "decisions")).count() == 2  # type: ignore[operator]
 
 

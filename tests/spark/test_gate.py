@@ -128,6 +128,7 @@ def test_model_versions_that_ignore_pictures_or_are_worse_are_refused_and_a_roll
     condition = f"source = '{NAME}' AND image_id < '{NAME}/test2'"
     assert run_caption(job, "champion", where=condition).model_version == BETTER
     assert run_rollback(job) == GOOD
+    assert run_promote(job, BETTER).rolled_back, "a repeated promotion does not undo a rollback"
     assert (alias(job, "champion"), alias(job, "previous")) == (GOOD, BETTER)
     captioned = run_caption(job, "champion", where=condition)
     assert (captioned.model_version, captioned.captioned) == (GOOD, captioned.considered)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,12 @@ import yaml
 ROOT = Path(__file__).parents[2]
 BUNDLE: dict[str, Any] = yaml.safe_load((ROOT / "databricks.yml").read_text())
 
+RUN_IDS = itertools.count(1001)
+"""Ids of the job runs. A workspace gives each job run another id."""
+
 
 def job_tasks(job: str, values: dict[str, str], parameters: dict[str, str]) -> list[list[str]]:
-    """Return the parameters of each wheel task of a job run, in the order of the tasks.
+    """Return the parameters of each wheel task of a new job run, in the order of the tasks.
 
     Args:
         job: key of the job.
@@ -28,10 +32,16 @@ def job_tasks(job: str, values: dict[str, str], parameters: dict[str, str]) -> l
     def resolve(text: str) -> str:
         return re.sub(r"\$\{([^}]+)\}", lambda found: known[found[1]], text)
 
-    given = {entry["name"]: resolve(entry["default"]) for entry in settings["parameters"]} | parameters
+    given = {
+        f"parameters.{name}": value
+        for name, value in (
+            {entry["name"]: resolve(entry["default"]) for entry in settings["parameters"]} | parameters
+        ).items()
+    }
+    given["run_id"] = str(next(RUN_IDS))
 
     def fill(text: str) -> str:
-        return re.sub(r"\{\{job\.parameters\.(\w+)\}\}", lambda found: given[found[1]], resolve(text))
+        return re.sub(r"\{\{job\.([\w.]+)\}\}", lambda found: given[found[1]], resolve(text))
 
     tasks = (
         task for task in settings["tasks"] if all(_is_run(need, settings, fill) for need in task.get("depends_on", []))

@@ -31,6 +31,7 @@ def record_decision(
     digest: str,
     action: Literal["promote", "refuse", "rollback"],
     champion: str | None,
+    champion_digest: str | None = None,
     reasons: Sequence[str] = (),
     figures: str = "{}",
 ) -> None:
@@ -45,6 +46,8 @@ def record_decision(
         digest: digest of the files of this model version.
         action: decision about the model version, which is 'promote', 'refuse' or 'rollback'.
         champion: version of the current champion, or None if there is no champion.
+        champion_digest: digest of the files of the current champion, or None if there is no champion or if the registry
+            has no digest of its files.
         reasons: reasons why the model version was refused.
         figures: metrics that the decision is based on, as a JSON object.
     """
@@ -58,6 +61,7 @@ def record_decision(
         "figures": figures,
         "decided_by": user_name(),
         "model_digest": digest,
+        "champion_digest": champion_digest,
     }
     if not is_supported(platform.tables):
         _append_to_catalog(open_spark(), platform, row)
@@ -71,12 +75,48 @@ def record_decision(
     write_deltalake(table, pa.Table.from_pylist([row], DECISIONS.arrow_schema), mode="append")
 
 
-def recorded_champion(open_spark: Callable[[], SparkSession], platform: Platform, model: str) -> str | None:
-    """Return the version that the last promotion or rollback in table `decisions` has made the champion, else None.
+def recorded_champion(
+    open_spark: Callable[[], SparkSession], platform: Platform, model: str
+) -> tuple[str, str | None] | None:
+    """Return number and digest of the version that the last promotion or rollback in table `decisions` has made the
+    champion, or None if no version was promoted. The digest is None if Lakesight 0.1.0 wrote the row.
 
     If a command was killed after it had recorded a decision and before it changed the registry, the registry has
     another champion than table `decisions`.
     """
+    changes = _champion_changes(open_spark, platform, model)
+    return (changes[-1]["model_version"], changes[-1]["model_digest"]) if changes else None
+
+
+def find_rollback(
+    open_spark: Callable[[], SparkSession], platform: Platform, *, model: str, version: str, digest: str
+) -> dict[str, Any] | None:
+    """Return the row of the rollback that has replaced a version of a model, or None if no rollback has replaced the
+    version, or if the version has become the champion again since that rollback.
+
+    A row without the digest of a version names the version by its number only.
+
+    Args:
+        open_spark: function that returns the Spark session. The function is called only if a catalog manages the table.
+        platform: platform that stores the table.
+        model: name of the registered model.
+        version: number of the version.
+        digest: digest of the files of this version.
+    """
+
+    def is_version(number: str | None, of_files: str | None) -> bool:
+        return number == version if of_files is None else of_files == digest
+
+    for change in reversed(_champion_changes(open_spark, platform, model)):
+        if is_version(change["model_version"], change["model_digest"]):
+            return None
+        if change["action"] == "rollback" and is_version(change["champion"], change["champion_digest"]):
+            return change
+    return None
+
+
+def _champion_changes(open_spark: Callable[[], SparkSession], platform: Platform, model: str) -> list[dict[str, Any]]:
+    """Return the rows of table `decisions` that have made a version of a model the champion, newest last."""
     if not is_supported(platform.tables):
         from pyspark.sql import functions as F
 
@@ -84,13 +124,12 @@ def recorded_champion(open_spark: Callable[[], SparkSession], platform: Platform
 
         ensure_tables(open_spark(), platform)
         made = (F.col("model_name") == model) & F.col("action").isin(*CHAMPION_ACTIONS)
-        last = open_spark().table(platform.table(DECISIONS.name)).where(made).orderBy(F.desc("decided_at")).head(1)
-        return str(last[0]["model_version"]) if last else None
+        rows = open_spark().table(platform.table(DECISIONS.name)).where(made).orderBy("decided_at").collect()
+        return [row.asDict() for row in rows]
     table = open_or_create(platform.tables / DECISIONS.name, DECISIONS)
     actions = ", ".join(map(quoted_text, CHAMPION_ACTIONS))
     is_made = f"model_name = {quoted_text(model)} AND action IN ({actions})"
-    found = query_rows(table, "model_version", is_made, "ORDER BY decided_at DESC LIMIT 1")
-    return str(found[0]["model_version"]) if found else None
+    return query_rows(table, ", ".join(DECISIONS.names), is_made, "ORDER BY decided_at")
 
 
 def _append_to_catalog(spark: SparkSession, platform: Platform, row: dict[str, Any]) -> None:

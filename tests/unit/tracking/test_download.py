@@ -140,7 +140,8 @@ def test_a_decision_for_a_promotion_that_was_not_carried_out_is_corrected_in_the
     )
     for _ in range(2):
         assert run_promote(job, "champion").already
-    assert recorded_champion(no_spark, opened, registered.name) == registered.version
+    digest = registered.tags["digest"]
+    assert recorded_champion(no_spark, opened, registered.name) == (registered.version, digest)
     assert opened.tables
     assert DeltaTable(opened.tables / "decisions").to_pyarrow_table().num_rows == 2
 
