@@ -9,7 +9,15 @@ from typing import NamedTuple
 
 from pipelines.config import short_hash
 from pipelines.formats.run_folder import read_json
-from pipelines.formats.shards import MANIFEST, Manifest, MixPart, ShardRequest, Shards, write_manifest
+from pipelines.formats.shards import (
+    MANIFEST,
+    Manifest,
+    MixPart,
+    ShardRequest,
+    Shards,
+    read_manifest,
+    write_manifest,
+)
 from vlm.config import Config
 
 logger = logging.getLogger(__name__)
@@ -38,8 +46,15 @@ class MixCopies(Config):
 
 
 def copies_file(shards: Path, requests: Sequence[ShardRequest]) -> Path:
-    """Return the path of the file that stores the copies (MixCopies) among the sources of a mix."""
-    compared = [(request.table_id, request.source, request.table_version) for request in requests]
+    """Return the path of the file that stores the copies (MixCopies) among the sources of a mix.
+
+    The name contains the ids of the commits that made the versions of the table, because a table that was restored from
+    a copy may have another version with the same number. If the id of a commit is not known, only the number is used.
+    """
+    compared = [
+        (request.table_id, request.source, request.table_version, *filter(None, [request.table_commit]))
+        for request in requests
+    ]
     return shards / f"{requests[0].source}-copies-{short_hash(compared)}.json"
 
 
@@ -57,6 +72,8 @@ def known_copies(shards: Path, requests: Sequence[ShardRequest], shares: Sequenc
     file = copies_file(shards, requests)
     if file.exists():
         return read_json(file, MixCopies)
+    if stored := _copies_without_commits(shards, requests):
+        return stored
     parts = find_parts(shards, requests)
     if not parts or not (shards / (name := mix_name(parts, _draws(parts, shares))) / MANIFEST).exists():
         return None
@@ -64,6 +81,34 @@ def known_copies(shards: Path, requests: Sequence[ShardRequest], shares: Sequenc
         "mix %s is kept, although it was written by a release that did not search for copies among the sources", name
     )
     return MixCopies(left_out={})
+
+
+def _copies_without_commits(shards: Path, requests: Sequence[ShardRequest]) -> MixCopies | None:
+    """Read the copies that an earlier release stored under the version numbers alone, without the ids of the commits.
+
+    These copies are used only if they belong to the commits of the requests: all shards of these commits were written
+    with these copies, and no shards were written of another commit with the same version number.
+    """
+    file = copies_file(shards, [request.model_copy(update={"table_commit": None}) for request in requests])
+    if not file.exists():
+        return None
+    copies = read_json(file, MixCopies)
+    if find_parts(shards, copies.leave_out(requests)) is None:
+        return None
+    return None if any(_has_other_commit(shards, request) for request in requests) else copies
+
+
+def _has_other_commit(shards: Path, request: ShardRequest) -> bool:
+    """Return whether a shard folder has rows of the request's table version, but of another commit with its number."""
+
+    def version_of(other: ShardRequest) -> tuple[str, str, int]:
+        return other.table_id, other.source, other.table_version
+
+    written = (read_manifest(path.parent).request for path in shards.glob(f"{request.source}-*/{MANIFEST}"))
+    return any(
+        version_of(other) == version_of(request) and other.table_commit not in {None, request.table_commit}
+        for other in written
+    )
 
 
 def find_parts(shards: Path, requests: Sequence[ShardRequest]) -> list[ShardFolder] | None:

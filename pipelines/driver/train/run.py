@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipelines.config import RunConfig
 from pipelines.driver.train.code import read_code
@@ -80,15 +80,23 @@ def prepare(
     settings, start = config.train.science(), None
     if config.train.start_from:
         start = open_start_folder(Path(config.train.start_from), config.model, config.train)
-        settings["start_from"] = start.digest  # the outcome depends on the weights, not on their path
+        settings["start_from"] = start.digest  # the outcome depends on the files of the folder, not on its path
         if config.train.start_state == "training":
             settings["start_state"] = check_training_state(start, config.train)
         resolved = config.train.model_copy(update={"start_from": str(start.folder)})
         config = config.model_copy(update={"train": resolved})
 
     def path_of(config: RunConfig) -> Path:
-        identity = hash_run(config.model, settings, train.content_hash, validate.content_hash)
-        return platform.folder("runs") / f"{config.name}-{identity}"
+        def path_with(settings: Mapping[str, Any]) -> Path:
+            identity = hash_run(config.model, settings, train.content_hash, validate.content_hash)
+            return platform.folder("runs") / f"{config.name}-{identity}"
+
+        if start is not None:
+            # Earlier releases left the tokenizer out of the name. Their runs are found if the tokenizer is the same.
+            earlier = path_with(settings | {"start_from": start.weights})
+            if start.has_tokenizer_of(RunFolder(earlier)):
+                return earlier
+        return path_with(settings)
 
     config = keep_generation(config, code, path_of)
     run = find_folder(path_of(config), config, code)

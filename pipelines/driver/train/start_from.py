@@ -6,10 +6,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from pipelines.config import TrainConfig
+from pipelines.config import TrainConfig, short_hash
 from pipelines.config.train import EXECUTION_SETTINGS
 from pipelines.errors import UserError
-from pipelines.formats.run_folder import RunFile, read_json
+from pipelines.formats.run_folder import RunFile, RunFolder, read_json
+from vlm import text
 from vlm.config import Config, ModelConfig, config_differences, read_error_message
 from vlm.files import TRAINING_STEP, file_digest, read_training_step
 
@@ -27,22 +28,38 @@ class StartFolder(Config):
 
     Attributes:
         folder: absolute path of the folder, because ranks may have another working directory.
-        digest: SHA-256 of the weights file.
+        weights: SHA-256 of the weights file.
+        tokenizer_digest: SHA-256 of the tokenizer file.
     """
 
     folder: Path
-    digest: str
+    weights: str
+    tokenizer_digest: str
 
     @property
     def tokenizer(self) -> Path:
         """Path of the tokenizer with which the weights were trained."""
         return self.folder / "tokenizer.json"
 
+    @property
+    def digest(self) -> str:
+        """Digest of the weights and the tokenizer. The outcome of a run depends on both."""
+        return short_hash(self.weights, self.tokenizer_digest)
+
+    def has_tokenizer_of(self, run: RunFolder) -> bool:
+        """Return whether a run folder has the tokenizer of this folder. The files may differ in their layout."""
+        if not run.tokenizer.exists():
+            return False
+        if file_digest(run.tokenizer) == self.tokenizer_digest:
+            return True
+        return text.load(run.tokenizer).to_json() == text.load(self.tokenizer).to_json()
+
 
 def open_start_folder(folder: Path, config: ModelConfig, settings: TrainConfig) -> StartFolder:
-    """Check a folder as `check_start_folder` does, and read the digest of the weights."""
+    """Check a folder as `check_start_folder` does, and read the digests of the weights and of the tokenizer."""
     folder = check_start_folder(folder, config, settings)
-    return StartFolder(folder=folder, digest=file_digest(folder / FILES[0]))
+    weights, _, tokenizer = (file_digest(folder / name) for name in FILES)
+    return StartFolder(folder=folder, weights=weights, tokenizer_digest=tokenizer)
 
 
 def check_start_folder(folder: Path, config: ModelConfig, settings: TrainConfig) -> Path:

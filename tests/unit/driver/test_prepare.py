@@ -1,4 +1,4 @@
-"""Tests of the preparation of a run folder: the name of the folder, `train.start_from`, and refused inputs."""
+"""Tests of the preparation of a run folder: the name of the folder, and refused inputs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pipelines.formats.shards import Shards
 from pipelines.formats.training_code import TrainingCode
 from pipelines.platform import Platform, local
 from vlm import text
-from vlm.config import CharsConfig, ModelConfig, WordsConfig
+from vlm.config import WordsConfig
 from vlm.text.cider import END, Cider
 
 
@@ -108,99 +108,6 @@ def test_the_run_folder_contains_the_run_file_and_the_tokenizer(laptop: Platform
     assert file.config == tiny_run()
     assert (file.train_shards, file.dataset_version, file.world_size) == (report.folder, 3, 2)
     assert text.load(run.tokenizer).decode(text.load(run.tokenizer).encode("red")) == "red"
-
-
-# ------------------------------------------------------------------------------------------------ start_from
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    """Write a checkpoint folder of the tiny model, with a different tokenizer and a weights file of a few bytes."""
-    config = tiny_run().model
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "model.safetensors").write_bytes(b"weights")
-    (tmp_path / "base" / "config.json").write_text(config.model_dump_json())
-    text.save(text.learn(CharsConfig(kind="chars", alphabet="zyx"), ()), tmp_path / "base" / "tokenizer.json")
-    return tmp_path / "base"
-
-
-def test_the_name_of_the_run_folder_depends_on_the_content_of_the_start_folder(
-    laptop: Platform, report: ShardReport, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fresh = prepare(tiny_run(), laptop, report, report)
-    run = prepare(tiny_run(start_from=str(base)), laptop, report, report)
-    shutil.copytree(base, tmp_path / "copy")
-    assert prepare(tiny_run(start_from=str(tmp_path / "copy")), laptop, report, report) == run
-    adapted = prepare(tiny_run(start_from=str(base), adapter={"pattern": "decoder.*"}), laptop, report, report)
-    ranked = prepare(
-        tiny_run(start_from=str(base), adapter={"pattern": "decoder.*", "rank": 2}), laptop, report, report
-    )
-    (base / "model.safetensors").write_bytes(b"trained further")
-    further = prepare(tiny_run(start_from=str(base)), laptop, report, report)
-    assert len({fresh, run, adapted, ranked, further}) == 5
-
-    monkeypatch.chdir(tmp_path)
-    relative = prepare(tiny_run(start_from="base"), laptop, report, report)
-    assert relative.read_run().config.train.start_from == str(base)  # ranks may run in another working folder
-    assert relative.tokenizer.read_bytes() == (base / "tokenizer.json").read_bytes()
-
-
-def test_starting_from_weights_of_a_different_model_is_refused_and_the_error_lists_all_differences(
-    laptop: Platform, report: ShardReport, base: Path
-) -> None:
-    other = tiny_run().model.model_dump()
-    other["decoder"]["transformer"]["depth"] = 3
-    other["vision"]["stem"] = {"kind": "conv", "channels": [8, 8, 8]}
-    (base / "config.json").write_text(ModelConfig.model_validate(other).model_dump_json())
-    with pytest.raises(UserError) as caught:
-        prepare(tiny_run(start_from=str(base)), laptop, report, report)
-    message = str(caught.value)
-    assert "model.decoder.transformer.depth is 3 in the saved config, 1 in the run" in message
-    assert "model.vision.stem.kind is 'conv' in the saved config, 'patch' in the run" in message
-    (base / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"the model in train\.start_from cannot be read"):
-        prepare(tiny_run(start_from=str(base)), laptop, report, report)
-    (base / "model.safetensors").unlink()
-    with pytest.raises(
-        UserError, match=r"the folder in train\.start_from has no complete model.*has no model\.safetensors"
-    ):
-        prepare(tiny_run(start_from=str(base)), laptop, report, report)
-
-
-def test_a_run_may_start_from_weights_whose_generation_settings_differ_from_its_own(
-    laptop: Platform, report: ShardReport, base: Path
-) -> None:
-    other = tiny_run().model.model_dump() | {"generation": {"max_new_tokens": 3}}
-    (base / "config.json").write_text(ModelConfig.model_validate(other).model_dump_json())
-    assert prepare(tiny_run(start_from=str(base)), laptop, report, report).tokenizer.exists()
-
-
-def test_a_run_can_continue_only_an_earlier_run_with_the_same_settings_and_fewer_steps(
-    laptop: Platform, report: ShardReport, base: Path
-) -> None:
-    def longer(**settings: Any) -> RunFolder:
-        return prepare(tiny_run(start_from=str(base), start_state="training", **settings), laptop, report, report)
-
-    with pytest.raises(
-        UserError,
-        match=r"the folder in train\.start_from has no training state.*has no training\.safetensors, no training\.json",
-    ):
-        longer(steps=20)
-    (base / "training.safetensors").write_bytes(b"state")
-    (base / "training.json").write_text('{"step": 12}')
-    shutil.copy(prepare(tiny_run(), laptop, report, report).run_file, base / "run.json")
-    first = longer(steps=20, validate_every=3, log_every=1, stop=2)
-    assert first.tokenizer.read_bytes() == (base / "tokenizer.json").read_bytes()
-    (base / "training.safetensors").write_bytes(b"other state")
-    assert longer(steps=20, validate_every=3, log_every=1, stop=2) != first
-    with pytest.raises(UserError, match=r"already taken all steps.*train\.steps is 12, and checkpoint .* has 12 steps"):
-        longer()
-    with pytest.raises(
-        UserError, match=r"had other settings.*train\.batch_size is 4 in the saved config, 8 in the run"
-    ):
-        longer(steps=20, batch_size=8)
-    with pytest.raises(UserError, match=r"train\.optimizer\.ema_decay is None in the saved config, 0\.9 in the run"):
-        longer(steps=20, optimizer={"warmup_steps": 2, "ema_decay": 0.9})
 
 
 # ------------------------------------------------------------------------------------------------ refused inputs

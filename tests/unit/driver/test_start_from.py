@@ -1,0 +1,162 @@
+"""Tests of `train.start_from`: the name of the run folder, and start folders that are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import tiny_run, write_shards
+
+from pipelines.config import LocalPlatformConfig
+from pipelines.driver.shard.run import ShardReport
+from pipelines.driver.train.run import prepare
+from pipelines.driver.train.run_folders import hash_run
+from pipelines.errors import UserError
+from pipelines.formats.run_folder import RunFolder
+from pipelines.formats.shards import Shards
+from pipelines.platform import Platform, local
+from vlm import text
+from vlm.config import CharsConfig, ModelConfig
+from vlm.files import file_digest
+
+
+@pytest.fixture
+def laptop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Platform:
+    monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path / "home"))
+    return local(LocalPlatformConfig())
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> ShardReport:
+    return as_report(write_shards(tmp_path / "shards", rows=8))
+
+
+def as_report(shards: Shards) -> ShardReport:
+    return ShardReport(
+        folder=str(shards.folder),
+        source="tiny",
+        split="train",
+        num_rows=len(shards),
+        content_hash=shards.manifest.content_hash,
+        dataset_version=3,
+        reused=False,
+        seconds=0.0,
+    )
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """Write a checkpoint folder of the tiny model, with a different tokenizer and a weights file of a few bytes."""
+    config = tiny_run().model
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "base" / "config.json").write_text(config.model_dump_json())
+    text.save(text.learn(CharsConfig(kind="chars", alphabet="zyx"), ()), tmp_path / "base" / "tokenizer.json")
+    return tmp_path / "base"
+
+
+def test_the_name_of_the_run_folder_depends_on_the_content_of_the_start_folder(
+    laptop: Platform, report: ShardReport, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = prepare(tiny_run(), laptop, report, report)
+    run = prepare(tiny_run(start_from=str(base)), laptop, report, report)
+    shutil.copytree(base, tmp_path / "copy")
+    assert prepare(tiny_run(start_from=str(tmp_path / "copy")), laptop, report, report) == run
+    adapted = prepare(tiny_run(start_from=str(base), adapter={"pattern": "decoder.*"}), laptop, report, report)
+    ranked = prepare(
+        tiny_run(start_from=str(base), adapter={"pattern": "decoder.*", "rank": 2}), laptop, report, report
+    )
+    (base / "model.safetensors").write_bytes(b"trained further")
+    further = prepare(tiny_run(start_from=str(base)), laptop, report, report)
+    assert len({fresh, run, adapted, ranked, further}) == 5
+
+    monkeypatch.chdir(tmp_path)
+    relative = prepare(tiny_run(start_from="base"), laptop, report, report)
+    assert relative.read_run().config.train.start_from == str(base)  # ranks may run in another working folder
+    assert relative.tokenizer.read_bytes() == (base / "tokenizer.json").read_bytes()
+
+
+def test_a_start_folder_with_another_tokenizer_starts_another_run(
+    laptop: Platform, report: ShardReport, base: Path
+) -> None:
+    run = prepare(tiny_run(start_from=str(base)), laptop, report, report)
+    text.save(text.learn(CharsConfig(kind="chars", alphabet="xyz"), ()), base / "tokenizer.json")
+    corrected = prepare(tiny_run(start_from=str(base)), laptop, report, report)
+    assert corrected != run
+    assert corrected.tokenizer.read_bytes() == (base / "tokenizer.json").read_bytes() != run.tokenizer.read_bytes()
+
+
+def test_a_run_of_an_earlier_release_whose_name_lacks_the_tokenizer_is_found_if_the_tokenizer_is_the_same(
+    laptop: Platform, report: ShardReport, base: Path
+) -> None:
+    new = prepare(tiny_run(start_from=str(base)), laptop, report, report)
+    settings = tiny_run(start_from=str(base)).train.science() | {"start_from": file_digest(base / "model.safetensors")}
+    name = f"tiny-{hash_run(tiny_run().model, settings, report.content_hash, report.content_hash)}"
+    earlier = RunFolder(new.path.rename(new.path.with_name(name)))
+    assert prepare(tiny_run(start_from=str(base)), laptop, report, report) == earlier
+    content = json.loads((base / "tokenizer.json").read_text())
+    (base / "tokenizer.json").write_text(json.dumps(content, indent=4))
+    assert prepare(tiny_run(start_from=str(base)), laptop, report, report) == earlier, "only the layout differs"
+    text.save(text.learn(CharsConfig(kind="chars", alphabet="xyz"), ()), base / "tokenizer.json")
+    assert prepare(tiny_run(start_from=str(base)), laptop, report, report) != earlier
+
+
+def test_starting_from_weights_of_a_different_model_is_refused_and_the_error_lists_all_differences(
+    laptop: Platform, report: ShardReport, base: Path
+) -> None:
+    other = tiny_run().model.model_dump()
+    other["decoder"]["transformer"]["depth"] = 3
+    other["vision"]["stem"] = {"kind": "conv", "channels": [8, 8, 8]}
+    (base / "config.json").write_text(ModelConfig.model_validate(other).model_dump_json())
+    with pytest.raises(UserError) as caught:
+        prepare(tiny_run(start_from=str(base)), laptop, report, report)
+    message = str(caught.value)
+    assert "model.decoder.transformer.depth is 3 in the saved config, 1 in the run" in message
+    assert "model.vision.stem.kind is 'conv' in the saved config, 'patch' in the run" in message
+    (base / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"the model in train\.start_from cannot be read"):
+        prepare(tiny_run(start_from=str(base)), laptop, report, report)
+    (base / "model.safetensors").unlink()
+    with pytest.raises(
+        UserError, match=r"the folder in train\.start_from has no complete model.*has no model\.safetensors"
+    ):
+        prepare(tiny_run(start_from=str(base)), laptop, report, report)
+
+
+def test_a_run_may_start_from_weights_whose_generation_settings_differ_from_its_own(
+    laptop: Platform, report: ShardReport, base: Path
+) -> None:
+    other = tiny_run().model.model_dump() | {"generation": {"max_new_tokens": 3}}
+    (base / "config.json").write_text(ModelConfig.model_validate(other).model_dump_json())
+    assert prepare(tiny_run(start_from=str(base)), laptop, report, report).tokenizer.exists()
+
+
+def test_a_run_can_continue_only_an_earlier_run_with_the_same_settings_and_fewer_steps(
+    laptop: Platform, report: ShardReport, base: Path
+) -> None:
+    def longer(**settings: Any) -> RunFolder:
+        return prepare(tiny_run(start_from=str(base), start_state="training", **settings), laptop, report, report)
+
+    with pytest.raises(
+        UserError,
+        match=r"the folder in train\.start_from has no training state.*has no training\.safetensors, no training\.json",
+    ):
+        longer(steps=20)
+    (base / "training.safetensors").write_bytes(b"state")
+    (base / "training.json").write_text('{"step": 12}')
+    shutil.copy(prepare(tiny_run(), laptop, report, report).run_file, base / "run.json")
+    first = longer(steps=20, validate_every=3, log_every=1, stop=2)
+    assert first.tokenizer.read_bytes() == (base / "tokenizer.json").read_bytes()
+    (base / "training.safetensors").write_bytes(b"other state")
+    assert longer(steps=20, validate_every=3, log_every=1, stop=2) != first
+    with pytest.raises(UserError, match=r"already taken all steps.*train\.steps is 12, and checkpoint .* has 12 steps"):
+        longer()
+    with pytest.raises(
+        UserError, match=r"had other settings.*train\.batch_size is 4 in the saved config, 8 in the run"
+    ):
+        longer(steps=20, batch_size=8)
+    with pytest.raises(UserError, match=r"train\.optimizer\.ema_decay is None in the saved config, 0\.9 in the run"):
+        longer(steps=20, optimizer={"warmup_steps": 2, "ema_decay": 0.9})
