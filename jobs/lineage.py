@@ -32,7 +32,9 @@ class CaptionLineage(Config):
             does not have the model version.
         model_digest: digest of the model's files; null in rows of Lakesight 0.1.0.
         source_table: table that contains the picture.
+        id_column: column of `source_table` that contains the picture's id; null in rows of Lakesight 0.1.0.
         image_column: column of `source_table` that contains the picture; null in rows of Lakesight 0.1.0.
+        sha256: SHA-256 of the captioned picture; null if the row of `source_table` has no picture.
         source_version: version of `source_table` when the picture was captioned.
         trained_on: version of table `samples` that the model was trained on.
         manifest_hash: hash of the training shards; equal hashes mean equal training data.
@@ -51,7 +53,9 @@ class CaptionLineage(Config):
     model_digest: str | None
     run_id: str
     source_table: str
+    id_column: str | None
     image_column: str | None
+    sha256: str | None
     source_version: int
     trained_on: str
     manifest_hash: str
@@ -119,7 +123,7 @@ def run_lineage(job: Job, image_id: str) -> list[CaptionLineage]:
 def _lineage(row: Mapping[str, Any], version: ModelVersion | None) -> CaptionLineage:
     tags = version.tags if version else {}
     return CaptionLineage(
-        **{"model_digest": None, "image_column": None}
+        **dict.fromkeys(("model_digest", "id_column", "image_column"))
         | {name: row[name] for name in CaptionLineage.model_fields if name in row},
         aliases=sorted(version.aliases) if version else [],
         trained_on=tags.get("table_version", UNKNOWN),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 SHOWN_CAPTIONS = 24
 """Maximum number of captions on the gallery page of a job. The page shows the least certain captions."""
 NAMES = ("model_name", "model_version", "model_digest", "settings_hash", "source_table", "source_version")
+COLUMNS = ("id_column", "image_column")
 
 
 def log_captions(job: Job, report: CaptionReport, request: CaptionRequest, started: datetime, *, good: bool) -> None:
@@ -58,11 +60,12 @@ def _stage_log(job: Job, report: CaptionReport, request: CaptionRequest, started
         name=f"{captioned}: {report.captioned:,} captions",
         report=report.model_dump(),
         tags={name: getattr(report, name) for name in NAMES}
+        | {name: getattr(request, name) for name in COLUMNS}
         | {"drifted": ", ".join(name for name, each in report.drift.items() if each.beyond)},
         params=_params(report, request),
         tables={"drift": {name: [row[name] for row in drift] for name in drift[0]}} if drift else {},
         inputs=[captioned_input((report.source_table, report.source_version), columns, profile)],
-        pages=_write_gallery(job, report, started),
+        pages=_write_gallery(job, report, request, started),
         text=_describe(job, report, request),
     )
 
@@ -84,26 +87,46 @@ def _describe(job: Job, report: CaptionReport, request: CaptionRequest) -> str:
     drift = "Drift was not computed, because the job has too few rows or the model version was not evaluated."
     if report.drift:
         drift = f"Drift beyond its limit: {', '.join(beyond)}." if beyond else "No drift beyond its limits."
-    command = job.command("caption")
-    for option, value in (
-        ("--table", report.source_table.replace("`", "").removeprefix("delta.")),
-        ("--id-column", request.id_column),
-        ("--image-column", request.image_column),
-        ("--version", report.model_version),
-    ):
-        command += f" {option} {value}"
     return "\n\n".join(
         [
             f"{version_link(job.platform, report.model_name, report.model_version)} captioned {report.captioned:,} of "
             f"{report.considered:,} rows of `{report.source_table.replace('`', '')}` (version "
             f"{report.source_version}); {report.errors:,} rows have an error. {drift}",
-            code_block(command),
+            code_block(_command(job, report, request)),
         ]
     )
 
 
-def _write_gallery(job: Job, report: CaptionReport, started: datetime) -> list[Path]:
-    """Write a page of the job's least certain captions with their pictures, if the platform's tables are files."""
+def _command(job: Job, report: CaptionReport, request: CaptionRequest) -> str:
+    """Return the command line that captions the same rows with the same model version and the same settings.
+
+    Options with their default values are left out, except the table, its columns and the version.
+    """
+    from pipelines.platform.platform import TABLE_IN_FOLDER
+
+    in_folder = TABLE_IN_FOLDER.fullmatch(report.source_table)
+    options = {
+        "--table": in_folder["path"] if in_folder else report.source_table,
+        "--id-column": request.id_column,
+        "--image-column": request.image_column,
+        "--version": report.model_version,
+    }
+    defaults = {name: field.default for name, field in type(request).model_fields.items()}
+    for name in ("image_root", "where", "prompt", "precision", "max_error_share"):
+        if (value := getattr(request, name)) != defaults[name]:
+            options[f"--{name.replace('_', '-')}"] = str(value)
+    words = [word for pair in options.items() for word in pair]
+    words += [f"--{name.replace('_', '-')}" for name in ("retry_errors", "remove_deleted") if getattr(request, name)]
+    return f"{job.command('caption')} {shlex.join(words)}"
+
+
+def _write_gallery(job: Job, report: CaptionReport, request: CaptionRequest, started: datetime) -> list[Path]:
+    """Write a page of the job's least certain captions with their pictures, if the platform's tables are files.
+
+    The page shows the captions that were written since the start of the job, of the job's columns of the table and with
+    the job's model and settings. Another job that captions other rows of the same columns at the same time also writes
+    such captions.
+    """
     from pipelines.formats.delta_files import is_supported, quoted_text
 
     if not is_supported(job.platform.tables):
@@ -112,12 +135,12 @@ def _write_gallery(job: Job, report: CaptionReport, started: datetime) -> list[P
     from jobs.table_files import open_table, table_relation
     from pipelines.review.source_pictures import PictureColumns
 
-    key = {name: getattr(report, name) for name in ("source_table", "model_name", "model_version", "settings_hash")}
-    conditions = [f"{name} = {quoted_text(value)}" for name, value in key.items()]
+    names = ("source_table", "model_name", "model_version", "model_digest", "settings_hash")
+    key = {name: getattr(report, name) for name in names} | {name: getattr(request, name) for name in COLUMNS}
+    conditions = [f"COALESCE({name}, '') = {quoted_text(value)}" for name, value in key.items()]
     where = " AND ".join([*conditions, f"captioned_at >= '{started.isoformat()}'"])
     captions = open_table(job, "generated_captions", None)
     rows = table_relation(captions).select([], where, "mean_logprob", SHOWN_CAPTIONS).read_all()
     if not rows.num_rows:
         return []
-    page = write_gallery(job, "generated_captions", captions.version(), rows, PictureColumns())
-    return [page]
+    return [write_gallery(job, "generated_captions", captions.version(), rows, PictureColumns(), selection=(where,))]

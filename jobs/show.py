@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 from jobs.common import ImageRootOption, Job, JsonOption, PlatformOption, RunOption, SetOption, WhereOption, open_job
 from jobs.output import TEXT_WIDTH
 from jobs.table_files import Relation, champion_captions, existing_files, open_table, table_relation
+from pipelines.config import short_hash
 from pipelines.errors import UserError
 from pipelines.formats.champion_captions import NAME as VIEW
 from vlm.config import Config
@@ -161,7 +163,7 @@ def run_show(
         page = None
         if place:
             shown = relation.select([], where, order, count).read_all() if columns else first
-            page = write_gallery(job, table, number, shown, place)
+            page = write_gallery(job, table, number, shown, place, selection=(where, order, str(count)))
         if output:
             write_rows(relation.select(columns, where, order, None), output)
     return TableReport(
@@ -251,8 +253,13 @@ def _type_name(kind: Any) -> str:
 # ------------------------------------------------------------------------------------------------ the gallery
 
 
-def write_gallery(job: Job, name: str, version: int, rows: pa.Table, place: PictureColumns) -> Path:
+def write_gallery(
+    job: Job, name: str, version: int, rows: pa.Table, place: PictureColumns, *, selection: tuple[str, ...]
+) -> Path:
     """Write an HTML page with the rows' pictures and texts, and return the path of the page.
+
+    The name of the page contains a hash of the table's full name, of `place` and of `selection`. Pages of other rows
+    therefore have other names, also if the folders of two tables have the same name.
 
     Args:
         job: running command.
@@ -261,6 +268,7 @@ def write_gallery(job: Job, name: str, version: int, rows: pa.Table, place: Pict
         rows: rows with all columns of the table.
         place: columns and folder that say where the pictures are, if the rows have pictures. Captions are shown with
             the pictures of the table that was captioned.
+        selection: texts that identify the rows, such as the SQL condition and the order with which they were selected.
 
     Raises:
         UserError: there are no rows, or the table has neither captions nor the columns of `place`.
@@ -282,18 +290,36 @@ def write_gallery(job: Job, name: str, version: int, rows: pa.Table, place: Pict
         pictures = [by_key.get((row["image_id"], row["sha256"])) for row in found]
     else:
         pictures = [place.picture(row[place.image_column]) for row in found]
-    label = "image_id" if is_captions else place.id_column
+    labels = _caption_labels(found) if is_captions else [str(row[place.id_column]) for row in found]
     cards = [
-        Card(str(row[label]), thumbnail, [CardText(text) for text in _texts(row)])
-        for row, thumbnail in zip(found, make_thumbnails(pictures), strict=True)
+        Card(label, thumbnail, [CardText(text) for text in _texts(row)])
+        for label, row, thumbnail in zip(labels, found, make_thumbnails(pictures), strict=True)
     ]
-    path = job.platform.folder("reports") / f"{Path(name).name}-v{version}.html"
+    identity = short_hash(job.platform.resolve_table(name), astuple(place), selection)
+    path = job.platform.folder("reports") / f"{Path(name).name}-v{version}_{identity}.html"
     write_page(path, Page(f"{name}, version {version}", f"{len(found):,} rows", galleries=[Gallery("", cards)]))
     return path
 
 
+def _caption_labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the id of each caption's picture, with the column and the table if not all pictures are in one column."""
+    from pipelines.review.source_pictures import PictureColumns
+
+    columns = [(PictureColumns.of_caption(row), row["source_table"]) for row in rows]
+    if len(set(columns)) == 1:
+        return [row["image_id"] for row in rows]
+    return [
+        f"{row['image_id']}, column {place.image_column} of {table.replace('`', '').removeprefix('delta.')}"
+        for row, (place, table) in zip(rows, columns, strict=True)
+    ]
+
+
 def _texts(row: Mapping[str, Any]) -> list[str]:
-    """Return the human texts of a row or, if the row has no column `texts`, the caption or error of the row."""
+    """Return the human texts of a row or, if the row has no column `texts`, the caption or error of the row.
+
+    A text that answers a question begins with the question.
+    """
     if "texts" in row:
         return [f"{pair['prompt']} {pair['text']}".strip() for pair in row["texts"]]
-    return [str(row[name]) for name in ("caption", "error") if row.get(name)]
+    prompt = row.get("prompt") or ""
+    return [f"{prompt} {row[name]}".strip() for name in ("caption", "error") if row.get(name)]

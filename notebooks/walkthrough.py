@@ -141,5 +141,6 @@ print(captioned)
 # COMMAND ----------
 
 samples = spark.table(platform.table("samples"))
-captions = spark.table(platform.table("generated_captions"))
-captions.join(samples, "image_id").selectExpr("texts[0].text AS human", "caption AS generated").show(8, truncate=False)
+captions = spark.table(platform.table("generated_captions")).where(f"source_table = '{captioned.source_table}'")
+both = captions.join(samples, ["image_id", "sha256"])  # a replaced picture has the same id and another SHA-256
+both.selectExpr("texts[0].text AS human", "caption AS generated").show(8, truncate=False)

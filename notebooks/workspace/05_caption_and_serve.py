@@ -43,6 +43,10 @@ if SERVE:
 
 # COMMAND ----------
 
-captions = spark.table(job.platform.table("generated_captions")).where(f"model_name = '{job.model_name}'")
+captions = spark.table(job.platform.table("generated_captions")).where(
+    f"source_table = '{captioned.source_table}' AND model_name = '{captioned.model_name}' "
+    f"AND model_version = '{captioned.model_version}' AND settings_hash = '{captioned.settings_hash}'"
+)
 samples = spark.table(job.platform.table("samples"))
-captions.join(samples, "image_id").selectExpr("texts[0].text AS human", "caption AS generated").show(8, truncate=60)
+both = captions.join(samples, ["image_id", "sha256"])  # a replaced picture has the same id and another SHA-256
+both.selectExpr("texts[0].text AS human", "caption AS generated").show(8, truncate=60)

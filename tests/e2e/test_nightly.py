@@ -114,7 +114,7 @@ def test_the_commands_of_the_nightly_page_succeed_in_the_order_of_the_page(folde
         printed.setdefault(words[1], done.stdout)
     assert f"{ROWS} rows of delta.`{folder}/shop/products` = {ROWS} captioned" in printed["caption"]
     assert "birds version 1 is the champion again" in printed["rollback"]
-    page = (folder / ".lakesight" / "reports" / "generated_captions-v1.html").read_text()
+    [page] = [path.read_text() for path in (folder / ".lakesight" / "reports").glob("generated_captions-v1_*.html")]
     assert page.count("data:image/jpeg;base64,") == 5
     forgotten = DeltaTable(folder / ".lakesight" / "warehouse" / "generated_captions").to_pyarrow_table().num_rows
     (folder / "forget.py").write_text(files()["forget.py"].replace("'3'", "'1'"))
@@ -152,6 +152,15 @@ def test_a_job_with_an_empty_home_folder_captions_with_the_champion_of_the_track
     exported = [*next(words for words in commands() if "champion_captions" in words), "--json"]
     shown = run(folder, exported, LAKESIGHT_HOME=str(folder / "elsewhere"), MLFLOW_TRACKING_URI=server)
     assert json.loads(shown.stdout)["num_rows"] == ROWS, shown.stderr
+
+
+def test_a_replaced_picture_file_is_captioned_again_only_after_its_row_was_written_again(folder: Path) -> None:
+    caption = next(words for words in commands() if "shop/files" in words)
+    assert run(folder, caption).returncode == 0
+    (folder / "photos" / "A002.png").write_bytes(png(ROWS + 1))
+    assert "nothing new" in run(folder, caption).stdout
+    assert run(folder, [sys.executable, "read_again.py"]).returncode == 0
+    assert "1 changed pictures captioned again" in run(folder, caption).stdout
 
 
 def test_the_nightly_script_reports_a_failure_and_refuses_to_start_while_an_earlier_job_runs(folder: Path) -> None:

@@ -258,6 +258,10 @@ def test_the_lineage_and_the_decisions_of_a_model_are_shown_without_starting_a_j
     assert (found.trained_on, found.manifest_hash) == (version.tags["table_version"], version.tags["manifest_hash"])
     assert found.aliases == list(version.aliases)
     assert found.source_table == job.platform.table(SAMPLES.name)
+    assert (found.id_column, found.image_column) == ("image_id", "image")
+    picture = job.spark.table(job.platform.table(SAMPLES.name)).where(f"image_id = '{NAME}/test0'").first()
+    assert picture is not None
+    assert found.sha256 == picture["sha256"]
     assert "max_new_tokens" in found.settings
     with pytest.raises(UserError, match="has no caption"):
         run_lineage(shell, "nobody/0")

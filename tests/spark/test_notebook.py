@@ -7,7 +7,7 @@ import runpy
 from pathlib import Path
 
 import pytest
-from pyspark.sql import SparkSession
+from pyspark.sql import SparkSession, functions
 
 from pipelines.platform import Platform
 
@@ -47,9 +47,21 @@ def test_the_notebooks_for_a_workspace_run_in_order_and_show_a_table_with_rows(
     monkeypatch.setenv("LAKESIGHT_HOME", str(platform.root))
     monkeypatch.syspath_prepend(NOTEBOOKS / "workspace")
     ran = {}
-    for path in sorted((NOTEBOOKS / "workspace").glob("[0-9]*.py")):
+    notebooks = sorted((NOTEBOOKS / "workspace").glob("[0-9]*.py"))
+    for path in notebooks:
         ran = runpy.run_path(str(path))
         shown = capsys.readouterr().out
         assert path.stem == "00_setup" or SHOWN_TABLE.findall(shown), path.name
     assert ran["again"].nothing_new
     assert (ran["trained"].trained, ran["promoted"].already) == (False, True)
+
+    # A human text is shown only beside the captions of its own picture: not beside the caption of an earlier picture
+    # with the same id, nor beside a caption of another table.
+    captions = (
+        spark.table(platform.table("generated_captions")).where(f"model_name = '{ran['job'].model_name}'").limit(1)
+    )
+    earlier = captions.withColumns({"sha256": functions.lit("0" * 64), "image_column": functions.lit("earlier")})
+    elsewhere = captions.withColumn("source_table", functions.lit("shop.products"))
+    earlier.union(elsewhere).writeTo(platform.table("generated_captions")).append()
+    ran = runpy.run_path(str(notebooks[5]))
+    assert ran["both"].count() == ran["captioned"].considered > 0

@@ -27,49 +27,58 @@ def queries(schema: str, **values: str) -> list[str]:
     """Return the SQL queries of section "Look at tables", with the schema and values in place of the placeholders."""
     section = DOCS.read_text().replace("<catalog>.<schema>", schema).split("## Look at tables")[1].split("\n## ")[0]
     found = re.findall(r"```sql\n(.+?)```", section, re.DOTALL)
-    return [re.sub(r"\b(IMAGE_ID|RUN|VERSION)\b(?! AS OF)", lambda name: values[name[0]], query) for query in found]
+    return [re.sub(r"\b(IMAGE_ID|CAPTION_ID|RUN)\b", lambda name: values[name[0]], query) for query in found]
 
 
-def stored_caption(sample: tuple[Any, ...], model: str, table: str) -> tuple[Any, ...]:
-    """Return a row of `generated_captions` for a row of table `samples`."""
-    row: dict[str, Any] = dict.fromkeys(GENERATED_CAPTIONS.names, "x") | {
-        **{name: sample[SAMPLES.names.index(name)] for name in ("image_id", "sha256")},
-        "model_name": model,
-        "model_version": "1",
-        "error": None,
-        "num_tokens": 3,
-        "mean_logprob": -1.0,
-        "source_table": table,
-        "source_version": 1,
-        "captioned_at": datetime.now(UTC),
-        "read_at": None,
-        "model_digest": None,
-    }
-    return tuple(row[column] for column in GENERATED_CAPTIONS.names)
+def stored_caption(sample: tuple[Any, ...], model: str, table: str, **changed: Any) -> dict[str, Any]:
+    """Return a row of `generated_captions` for a row of table `samples`, with `changed` in place of some values."""
+    named = {name: sample[SAMPLES.names.index(name)] for name in ("image_id", "sha256")}
+    fixed = {"model_name": model, "model_version": "1", "error": None, "num_tokens": 3, "mean_logprob": -1.0}
+    times = {"source_version": 1, "captioned_at": datetime.now(UTC), "read_at": None}
+    columns = {"id_column": "image_id", "image_column": "image", "model_digest": None, "source_table": table}
+    return dict.fromkeys(GENERATED_CAPTIONS.names, "x") | named | fixed | times | columns | changed
 
 
 @pytest.mark.matrix
-def test_the_queries_of_the_docs_show_captions_and_decisions_and_write_a_verdict(
+def test_the_queries_of_the_docs_show_captions_and_decisions_and_write_a_verdict_on_one_caption(
     spark: SparkSession, platform: Platform, source: str
 ) -> None:
     rows = corner_rows(source, "train", 2)
     spark.createDataFrame(rows, SAMPLES.ddl()).writeTo(platform.table(SAMPLES.name)).append()
-    name = f"{platform.namespace}.{source}"
-    captions = [stored_caption(row, name, platform.table(SAMPLES.name)) for row in rows]
+    name, table = f"{platform.namespace}.{source}", platform.table(SAMPLES.name)
+    first = rows[0][0]
+    judged = stored_caption(rows[0], name, table, caption="judged")
+    others = [
+        stored_caption(rows[0], name, table, caption="by another model", model_digest="d"),
+        stored_caption(rows[0], name, table, caption="another prompt", settings_hash="h", prompt="how many circles?"),
+        stored_caption(rows[0], name, table, caption="another version", model_version="2"),
+        stored_caption(rows[1], name, table, caption="another picture"),
+    ]
+    unlisted = [
+        stored_caption(rows[0], name, "shop.products", caption="another table"),
+        stored_caption(rows[0], name, table, caption="a replaced picture", sha256="0" * 64, settings_hash="old"),
+    ]
+    captions = [tuple(row[column] for column in GENERATED_CAPTIONS.names) for row in [judged, *others, *unlisted]]
     spark.createDataFrame(captions, GENERATED_CAPTIONS.ddl()).writeTo(platform.table(GENERATED_CAPTIONS.name)).append()
-    first, second = rows[0][0], rows[1][0]
-    show, lineage, decisions, unjudged, judge = queries(platform.namespace, IMAGE_ID=first, RUN=source, VERSION="1")
+    show, lineage, decisions, unjudged, _ = queries(platform.namespace, IMAGE_ID=first, RUN=source, CAPTION_ID="")
 
     spark.sql(show).collect()
-    assert [row["model_name"] for row in spark.sql(lineage).collect()] == [name]
+    found = spark.sql(lineage).collect()
+    assert [row["model_name"] for row in found] == [name] * 6
+    assert {row["image_column"] for row in found} == {"image"}
+    assert {row["sha256"] for row in found} == {judged["sha256"], "0" * 64}
     assert spark.sql(decisions).collect() == []
-    assert {row["image_id"] for row in spark.sql(unjudged).collect()} == {first, second}
+    listed = {row["caption"]: row for row in spark.sql(unjudged).collect()}
+    assert {*listed} == {"judged", *(row["caption"] for row in others)}
+    assert listed["another prompt"]["prompt"] == "how many circles?"
+    chosen = listed["judged"]["caption_id"]
+    *_, judge = queries(platform.namespace, IMAGE_ID=first, RUN=source, CAPTION_ID=chosen)
     for _ in range(2):  # the second verdict replaces the first verdict
         spark.sql(judge)
     verdicts = spark.table(platform.table(VERDICTS.name)).where(f"model_name = '{name}'").collect()
-    assert [(row["image_id"], row["verdict"], row["caption"]) for row in verdicts] == [(first, "corrected", "x")]
+    assert [(row["image_id"], row["verdict"], row["caption"]) for row in verdicts] == [(first, "corrected", "judged")]
     assert bytes(verdicts[0]["image"]) == rows[0][2]
-    assert [row["image_id"] for row in spark.sql(unjudged).collect()] == [second]
+    assert {row["caption"] for row in spark.sql(unjudged).collect()} == {row["caption"] for row in others}
 
 
 def test_every_column_that_a_dashboard_chart_queries_exists(spark: SparkSession, platform: Platform) -> None:

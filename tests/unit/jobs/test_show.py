@@ -113,6 +113,33 @@ def test_show_reads_the_pictures_beside_captions_from_the_table_that_was_caption
     assert (page.count("data:image/jpeg;base64,"), page.count("no picture")) == (0, 2), "the pictures were replaced"
 
 
+def test_a_page_with_captions_of_two_picture_columns_names_the_column_and_the_question_of_each_caption(
+    shop: None, home: Path, tmp_path: Path
+) -> None:
+    captions = DeltaTable(home / "warehouse" / GENERATED_CAPTIONS.name)
+    row = next(row for row in captions.to_pyarrow_table().to_pylist() if row["caption"])
+    back = row | {"image_column": "back", "caption": "two", "prompt": "how many <squares>?", "settings_hash": "asked"}
+    write_deltalake(captions, pa.Table.from_pylist([back], GENERATED_CAPTIONS.arrow_schema), mode="append")
+    done = lakesight("show", "generated_captions", "--gallery", "--json")
+    page = Path(json.loads(done.stdout)["gallery"]).read_text()
+    for column in ("photo", "back"):
+        assert f"1, column {column} of {tmp_path}/shop/products" in page
+    assert "how many &lt;squares&gt;? two" in page
+
+
+def test_pages_of_two_tables_with_equal_folder_names_and_of_two_selections_do_not_replace_each_other(
+    shop: None, tmp_path: Path
+) -> None:
+    write_deltalake(tmp_path / "old" / "products", pa.table({"Sku": ["old"], "photo": [b"no picture"]}))
+    pages = []
+    for table, where in (("shop/products", ""), ("old/products", ""), ("shop/products", '"Sku" = 2')):
+        options = ("--id-column", "Sku", "--image-column", "photo", "--where", where)
+        done = lakesight("show", table, "--gallery", "--json", *options)
+        pages.append(Path(json.loads(done.stdout)["gallery"]))
+    assert [page.read_text().count("<figure") for page in pages] == [2, 1, 1]
+    assert "old/products, version 0" in pages[1].read_text()
+
+
 def test_command_show_can_filter_and_sort_and_export_the_rows_of_any_table(shop: None, tmp_path: Path) -> None:
     done = lakesight(
         "show", "shop/products", "--columns", "Sku", "--where", '"Sku" > 0', "--order", "Sku DESC", "--json"
