@@ -15,7 +15,7 @@ import pytest
 from pyspark.sql import SparkSession
 from trained_models import corner_rows
 
-from pipelines.formats.tables import GENERATED_CAPTIONS, SAMPLES, VERDICTS
+from pipelines.formats.tables import EVALUATIONS, GENERATED_CAPTIONS, SAMPLES, VERDICTS
 from pipelines.platform import Platform
 
 ROOT = Path(__file__).parents[2]
@@ -98,3 +98,44 @@ def test_every_column_that_a_dashboard_chart_queries_exists(spark: SparkSession,
             assert sorted(drawn) == sorted(rows.columns), chart["name"]
     finally:
         spark.catalog.setCurrentDatabase(database)
+
+
+@pytest.mark.matrix
+def test_the_dashboard_shows_the_newest_evaluation_of_each_model_and_its_own_captions(
+    spark: SparkSession, platform: Platform, source: str
+) -> None:
+    table, names = platform.table(SAMPLES.name), (f"a.b.{source}-one", f"a.b.{source}-two")
+    same = {"model_version": "1", "source": source, "split": "val", "metric": "cider", "low": 0.0, "high": 1.0, "n": 1}
+    evaluations = [
+        dict.fromkeys(EVALUATIONS.names)
+        | same
+        | {"run_id": "r", "model_name": name, "dataset_version": version, "value": value}
+        | {"evaluated_at": datetime(2026, 1, day, tzinfo=UTC)}
+        for name, version, value, day in ((names[0], 9, 0.9, 1), (names[0], 3, 0.5, 2), (names[1], 3, 0.1, 2))
+    ]
+    [sample] = corner_rows(source, "train", 1)
+    captions = [
+        stored_caption(sample, name, place, mean_logprob=certainty, image_id=str(number))
+        for number, (name, place, certainty) in enumerate(
+            [(names[0], table, -1.0), (names[0], table, -1.0), (names[0], "shop", -4.0), (names[1], table, -8.0)]
+        )
+    ]
+    for definition, rows in ((EVALUATIONS, evaluations), (GENERATED_CAPTIONS, captions)):
+        values = [tuple(row[column] for column in definition.names) for row in rows]
+        spark.createDataFrame(values, definition.ddl()).writeTo(platform.table(definition.name)).append()
+    texts = {each["name"]: "".join(each["queryLines"]) for each in json.loads(DASHBOARD.read_text())["datasets"]}
+    database = spark.catalog.currentDatabase()
+    spark.catalog.setCurrentDatabase(platform.namespace)
+    try:
+        metrics = spark.sql(texts["metrics"]).where(f"series LIKE '{source}-%'").collect()
+        certainty = spark.sql(texts["captions"]).where(f"model LIKE '{source}-%'").collect()
+    finally:
+        spark.catalog.setCurrentDatabase(database)
+    assert {row["series"]: row["value"] for row in metrics} == {
+        f"{source}-one, {source} val, cider": 0.5,
+        f"{source}-two, {source} val, cider": 0.1,
+    }
+    assert {row["model"]: (row["captioned"], row["mean_logprob"]) for row in certainty} == {
+        f"{source}-one 1": (3, -2.0),
+        f"{source}-two 1": (1, -8.0),
+    }
