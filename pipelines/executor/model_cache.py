@@ -5,7 +5,8 @@ another precision. The first process makes a copy while it holds a lock, and all
 copy gets its final name when the copy is complete, so a killed process never leaves a copy that looks complete. The
 name of a copy is a hash of the model folder's path, the model's digest, the conversion, and the state of the model's
 files (names, sizes and modification times). If the files of a copy differ from the record of the copy, the copy is made
-again. Only the most recently used copies are kept.
+again. Only the most recently used copies are kept. If the disk is full, the copies that were used least recently are
+removed, until there is room for the new copy.
 
 Processes map the weights of a copy into memory. A process whose copy is removed can still read the weights, because the
 system removes a mapped file only when no process maps the file any more. Files of a copy are never overwritten.
@@ -13,15 +14,19 @@ system removes a mapped file only when no process maps the file any more. Files 
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from pipelines.config import short_hash
 from pipelines.errors import StageFailed
 from pipelines.formats.model_copy import check_copy, model_files, record_copy
 from pipelines.host_cache import exclusive_lock, user_cache_folder
+
+log = logging.getLogger(__name__)
 
 KEPT = 4
 """Number of copies that the cache keeps. Four are enough for two models, each with a copy of its weights in bf16."""
@@ -38,7 +43,7 @@ def local_copy(folder: Path, digest: str = "", root: Path | None = None) -> Path
     Raises:
         StageFailed: the files in `folder` do not have the digest, or the cache folder belongs to another user, who
             could replace models.
-        OSError: the model's folder cannot be read, or the disk is full.
+        OSError: the model's folder cannot be read, or the disk is too small for the copy.
     """
     files = model_files(folder)
 
@@ -76,14 +81,14 @@ def converted_copy(
 
     Raises:
         StageFailed: the cache folder belongs to another user, who could replace models.
-        OSError: the model's folder cannot be read, or the disk is full.
+        OSError: the model's folder cannot be read, or the disk is too small for the copy.
     """
 
     def write(target: Path) -> None:
         convert(folder, target)
         record_copy(target)
 
-    return _find_or_make(_copy_name(folder, digest, *conversion), write, root)
+    return _find_or_make(_copy_name(folder, digest, *conversion), write, root, source=folder)
 
 
 def _copy_name(folder: Path, digest: str, *conversion: str) -> str:
@@ -91,28 +96,57 @@ def _copy_name(folder: Path, digest: str, *conversion: str) -> str:
     return short_hash(str(folder), digest, state, *conversion)
 
 
-def _find_or_make(name: str, make: Callable[[Path], None], root: Path | None) -> Path:
+def _find_or_make(name: str, make: Callable[[Path], None], root: Path | None, source: Path | None = None) -> Path:
     """Return the folder of the copy with the given name. If there is no intact copy, call `make`, which fills a new
-    folder."""
+    folder.
+
+    `source` is the folder that `make` reads, if this folder may be in the cache.
+    """
     root = user_cache_folder("models", root)
     target = root / name
     with exclusive_lock(root):
+        # No running process writes an incomplete copy, because this process holds the lock.
+        _remove(root.glob("*.part"))
         if check_copy(target) is None:
-            part = target.with_suffix(".part")
-            # no running process writes this copy, because this process holds the lock
-            for left in (part, target):
-                shutil.rmtree(left, ignore_errors=True)
-            part.mkdir()
-            make(part)
+            _remove([target])
+            _make(part := target.with_suffix(".part"), make, source)
             part.rename(target)
         os.utime(target)
-        _remove_others(root)
+        _remove(_complete_copies(root)[:-KEPT])
     return target
 
 
-def _remove_others(root: Path) -> None:
-    """Remove all incomplete copies. Of the complete copies, keep the KEPT copies that were used most recently."""
-    copies = sorted((path for path in root.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
-    complete = [path for path in copies if not path.suffix]
-    for path in {*copies} - {*complete[-KEPT:]}:
-        shutil.rmtree(path, ignore_errors=True)
+def _make(part: Path, make: Callable[[Path], None], source: Path | None) -> None:
+    """Let `make` fill a new folder. While the disk is full, remove the least recently used copy and try again."""
+    while True:
+        part.mkdir()
+        try:
+            make(part)
+        except Exception as error:
+            _remove([part])
+            others = [path for path in _complete_copies(part.parent) if path != source]
+            if not (_is_full(error) and others):
+                raise
+            log.warning("the disk of %s is full; the model copy %s is removed", part.parent, others[0].name)
+            _remove(others[:1])
+        else:
+            return
+
+
+def _is_full(error: Exception) -> bool:
+    """Return whether an error says that the disk or the quota is full. An error of safetensors has only a message."""
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in codes
+    return any(f"(os error {code})" in str(error) for code in codes)
+
+
+def _complete_copies(root: Path) -> list[Path]:
+    """List the complete copies, from the least to the most recently used."""
+    copies = [path for path in root.iterdir() if path.is_dir() and not path.suffix]
+    return sorted(copies, key=lambda path: path.stat().st_mtime)
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    for folder in list(folders):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from disk_faults import can_mount, run_on_small_disk
 from processes import TEST_PATH
 
 from pipelines.errors import StageFailed
@@ -29,6 +30,23 @@ shutil.copyfile = slowly
 print("asks", flush=True)
 print(local_copy(Path(sys.argv[1]), root=Path(sys.argv[2])), flush=True)
 """
+
+FILL = """
+import sys
+from pathlib import Path
+import numpy as np
+from safetensors.numpy import save_file
+from pipelines.executor.model_cache import converted_copy, local_copy
+root, *folders = map(Path, sys.argv[1:])
+def convert(source, target):
+    (source / "model.safetensors").read_bytes()
+    save_file({"weights": np.zeros(300 << 10, np.int8)}, target / "model.safetensors")
+copies = [local_copy(folder, root=root) for folder in folders]
+copies.append(converted_copy(copies[-1], "", ["int8"], convert, root))
+print([copy.exists() for copy in copies])
+local_copy(folders[0].with_name("large"), root=root)
+"""
+"""Program that copies models of 300 KiB and converts the last copy, and then copies the model `large`."""
 
 
 def model(folder: Path, said: str = "weights") -> Path:
@@ -85,6 +103,18 @@ def test_only_the_most_recently_used_models_are_kept(tmp_path: Path) -> None:
         os.utime(copies[-1], (number, number))
     assert local_copy(folders[-KEPT], root=tmp_path / "near") == copies[-KEPT]
     assert [copy.exists() for copy in copies] == [False, False] + [True] * KEPT
+
+
+@pytest.mark.skipif(not can_mount(), reason="this user may not mount a file system in a namespace")
+def test_the_least_recently_used_copies_are_removed_while_the_disk_is_too_full_for_a_new_copy(tmp_path: Path) -> None:
+    folders = [model(tmp_path / f"far-{number}", "w" * (300 << 10)) for number in range(3)]
+    model(tmp_path / "large", "w" * (900 << 10))
+    (root := tmp_path / "near").mkdir()
+    command = [sys.executable, "-c", FILL, str(root), *map(str, folders)]
+    done = run_on_small_disk(command, root, 700, os.environ | {"PYTHONPATH": TEST_PATH})
+    assert done.stdout.strip() == "[False, False, True, True]", done.stderr
+    assert "No space left on device" in done.stderr.splitlines()[-1], "a model that is larger than the disk is an error"
+    assert [path.name for path in root.iterdir()] == ["lock"]
 
 
 def test_two_processes_make_one_copy_of_a_model_and_a_killed_process_leaves_no_partial_copy(tmp_path: Path) -> None:
