@@ -149,6 +149,8 @@ def run_train(job: Job) -> TrainReport:
     """
     from pipelines.driver.train.run import check_config, launch
     from pipelines.driver.train.run_folders import finished_result
+    from pipelines.formats.run_files.unregistered import Unregistered
+    from pipelines.formats.run_folder import write_json
     from pipelines.formats.run_owner import own_run
     from pipelines.tracking.outage import TrackingDown
     from pipelines.tracking.registry import register
@@ -159,8 +161,9 @@ def run_train(job: Job) -> TrainReport:
     with suppress(TrackingDown):
         connect(job.platform)
     config, run = job.config, prepare_run(job)
+    wanted = Unregistered(checkpoint=config.train.register_, generation=config.model.generation)
     with own_run(run):
-        run.unregistered.touch()
+        write_json(run.unregistered, wanted)
         reused = finished_result(run)
         # A reused run may have other generation settings than this command. A reused run is logged to MLflow too,
         # because MLflow may not have received the run's last metrics.
@@ -175,9 +178,7 @@ def run_train(job: Job) -> TrainReport:
         job.output.line("train", f"{result.step:,} steps, {detail}")
         job.output.line("", figures)
         with show_elapsed("register"):
-            version: ModelVersion = register(
-                run, follower.run_id, job.platform, config.train.register_, config.model.generation
-            )
+            version: ModelVersion = register(run, follower.run_id, job.platform, wanted.checkpoint, wanted.generation)
         run.unregistered.unlink(missing_ok=True)
     job.output.line("register", f"{version.name} version {version.version}")
     return TrainReport(
@@ -231,7 +232,8 @@ def register_finished_runs(job: Job) -> None:
     """Log and register finished training runs that an earlier `train` command has left without a model version.
 
     A finished training run has no model version if the `train` command was killed, or if the tracking server was down.
-    If registering fails again, log a warning.
+    The registered checkpoint and generation settings are those of the interrupted command. If registering fails again,
+    log a warning.
 
     Raises:
         TrackingDown: the tracking server is still down.
@@ -240,6 +242,7 @@ def register_finished_runs(job: Job) -> None:
     if not markers:
         return  # most commands have nothing to register, and importing MLflow takes seconds
     from pipelines.driver.train.run_folders import finished_result
+    from pipelines.formats.run_files.unregistered import read_unregistered
     from pipelines.formats.run_folder import RunFolder
     from pipelines.formats.run_owner import own_run
     from pipelines.tracking.outage import TrackingDown
@@ -255,7 +258,8 @@ def register_finished_runs(job: Job) -> None:
             with own_run(run):
                 with follow(run, config, job.platform, may_be_down=False) as follower:
                     logger.info("the training run %s is finished, but its model was not registered", run.path)
-                register(run, follower.run_id, job.platform, config.train.register_)
+                wanted = read_unregistered(run)
+                register(run, follower.run_id, job.platform, wanted.checkpoint, wanted.generation)
                 marker.unlink(missing_ok=True)
         except TrackingDown:
             raise

@@ -89,6 +89,21 @@ def check_copy(folder: Path) -> ModelCopy | None:
     return record_copy(folder)
 
 
+def changed_files(folder: Path) -> list[str]:
+    """List the recorded files of a copy that are missing or have another SHA-256. The copy itself is not changed.
+
+    Raises:
+        OSError: the copy has no record, or a file cannot be read.
+        ValueError: the record is damaged.
+    """
+    recorded = ModelCopy.model_validate_json((folder / RECORD).read_text(encoding="utf-8"))
+    return [
+        name
+        for name, file in recorded.files.items()
+        if not (folder / name).is_file() or file_digest(folder / name) != file.sha256
+    ]
+
+
 def model_files(folder: Path) -> list[Path]:
     """List the files in a model's folder, except the file RECORD."""
     return sorted(path for path in folder.iterdir() if path.is_file() and path.name != RECORD)

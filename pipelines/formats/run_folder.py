@@ -213,7 +213,7 @@ class RunFolder:
 
     @property
     def unregistered(self) -> Path:
-        """Path of an empty file that exists from the start of training until the model is registered."""
+        """Path of the file `unregistered`, which exists from the start of training until the model is registered."""
         return self.path / "unregistered"
 
     @property

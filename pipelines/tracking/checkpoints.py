@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from pipelines.config import short_hash
 from pipelines.config.train import Register
-from pipelines.errors import UserError
+from pipelines.errors import StageFailed, UserError
 from pipelines.formats.run_folder import Metrics, Result, RunFolder, read_json, step_of
 from pipelines.tracking.logged_model import MODEL_FILES
 from vlm.config import GenerationConfig, ModelConfig
@@ -35,6 +35,27 @@ def find_checkpoint(run: RunFolder, result: Result, which: Register) -> Path:
             fix="choose one of these steps; train.keep_checkpoints says how many checkpoints a run keeps",
         )
     return run.checkpoint(which)
+
+
+def require_intact(checkpoint: Path) -> None:
+    """Compare the files of a checkpoint with the SHA-256 in its files.json, before the files are registered.
+
+    Raises:
+        StageFailed: a file is missing or was changed after the checkpoint was written.
+    """
+    from vlm.checkpoint import verify_folder  # imports torch, which takes seconds
+    from vlm.errors import CheckpointError
+
+    try:
+        verify_folder(checkpoint)
+    except CheckpointError as error:
+        raise StageFailed(
+            "a damaged checkpoint is not registered",
+            where=str(checkpoint),
+            got=error.got,
+            fix="restore the folder from a backup; or register another checkpoint of the run; or remove the folder and "
+            "run `lakesight train` again, which continues from an earlier checkpoint",
+        ) from None
 
 
 def metrics_of(run: RunFolder, checkpoint: Path) -> dict[str, float]:

@@ -28,7 +28,7 @@ from pipelines.config.train import Register
 from pipelines.errors import StageFailed, UserError
 from pipelines.formats.run_folder import Result, RunFolder, read_json, step_of
 from pipelines.platform import Platform
-from pipelines.tracking.checkpoints import files_to_register, find_checkpoint, metrics_of
+from pipelines.tracking.checkpoints import files_to_register, find_checkpoint, metrics_of, require_intact
 from pipelines.tracking.describe.notes import MODEL_DESCRIPTION, put_sections, version_link
 from pipelines.tracking.describe.training import add_sections, version_text
 from pipelines.tracking.home_store.copied_version import TAG_PREFIX, choose_number
@@ -93,7 +93,7 @@ def register(
 
     Raises:
         UserError: the run is not finished, or the checkpoint is missing or incomplete.
-        StageFailed: the registry rejects the request.
+        StageFailed: the registry rejects the request, or a file of the checkpoint was changed after it was written.
     """
     client = connect(platform)
     file, result = run.read_run(), read_json(run.result, Result)
@@ -106,6 +106,7 @@ def register(
             settings = version.tags.get(f"{TAG_PREFIX}{GENERATION_TAG}", "")
             if (version.run_id, registered, settings) == (run_id, checkpoint.name, files.generation):
                 return _read_version(client, name, version.version)
+        require_intact(checkpoint)
         model_id = log_model(client, files.folder, run_id)
         is_last = checkpoint.name == Path(result.checkpoint).name
         metrics = result.metrics if is_last else metrics_of(run, checkpoint)

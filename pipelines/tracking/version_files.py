@@ -35,14 +35,25 @@ def digest_tags(checkpoint: Path, model_id: str) -> dict[str, str]:
 
     The digest of the model files is computed from the checkpoint, so no weights are downloaded. The files that are not
     model files are downloaded from the artifact store, because MLflow created these files there.
+
+    Raises:
+        StageFailed: a model file of the checkpoint has been removed.
     """
+    if missing := [file for file in MODEL_FILES if not (checkpoint / file).is_file()]:
+        raise StageFailed(
+            "a checkpoint was removed while it was registered",
+            where=str(checkpoint),
+            got=f"no {', no '.join(missing)}",
+            fix="restore the files, then run the command again; or register another checkpoint of the run",
+        )
+    digest = model_digest(checkpoint)
     repository = get_artifact_repository(f"models:/{model_id}")
     with tempfile.TemporaryDirectory() as folder:
         for item in repository.list_artifacts(""):
             if item.path != ARTIFACTS:
                 repository.download_artifacts(item.path, folder)  # type: ignore[no-untyped-call]
         executed = _executed_digest(Path(folder))
-    return {DIGEST_TAG: model_digest(checkpoint), EXECUTED_DIGEST_TAG: executed}
+    return {DIGEST_TAG: digest, EXECUTED_DIGEST_TAG: executed}
 
 
 def model_digest(folder: Path) -> str:

@@ -21,14 +21,13 @@ import torch
 from open_sockets import free_port
 from PIL import Image
 from processes import TEST_PATH
-from tiny_runs import COLOURS, write_run, write_shards
+from tiny_runs import COLOURS, save_checkpoint, write_run, write_shards
 
 from pipelines.config import RunConfig
 from pipelines.formats.run_folder import Result, write_json
 from pipelines.platform import Platform
 from pipelines.tracking import registry, runs
 from vlm import text
-from vlm.checkpoint import save_model
 from vlm.factory import build_model
 
 Answer = dict[str, Any]
@@ -51,7 +50,7 @@ def register_random(platform: Platform, folder: Path, config: RunConfig) -> regi
     run = write_run(folder / "runs" / "tiny-0123", config, shards, shards)
     tokenizer = text.load(run.tokenizer)
     torch.manual_seed(0)
-    save_model(run.checkpoint(1), build_model(config.model, tokenizer.vocab_size), tokenizer)
+    save_checkpoint(run.checkpoint(1), build_model(config.model, tokenizer.vocab_size), tokenizer)
     result = Result(status="ok", step=1, world_size=1, checkpoint=str(run.checkpoint(1)), metrics={}, seconds=1.0)
     write_json(run.result, result)
     with runs.follow(run, config, platform) as follower:

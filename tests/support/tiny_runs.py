@@ -39,6 +39,8 @@ from vlm.text.base import Tokenizer
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
+    from vlm.model import VisionLanguageModel
+
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (240, 240, 240)}
 
 
@@ -215,16 +217,23 @@ def save_random_model(folder: Path) -> None:
     save_model(folder, build_model(config, tokenizer.vocab_size), tokenizer)
 
 
+def save_checkpoint(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer) -> None:
+    """Write a checkpoint folder of a run, with the file files.json."""
+    from vlm.checkpoint import atomic_folder, save_model
+
+    with atomic_folder(folder) as temporary:
+        save_model(temporary, model, tokenizer)
+
+
 def finish_run(run: RunFolder, *, blind_gap: float = 0.5) -> None:
     """Write the files of a successful training, with random weights."""
     import torch
 
-    from vlm.checkpoint import save_model
     from vlm.factory import build_model
 
     tokenizer = text.load(run.tokenizer)
     torch.manual_seed(0)
-    save_model(run.checkpoint(12), build_model(run.read_run().config.model, tokenizer.vocab_size), tokenizer)
+    save_checkpoint(run.checkpoint(12), build_model(run.read_run().config.model, tokenizer.vocab_size), tokenizer)
     metrics = {"validation_loss": 1.5, "blind_gap": blind_gap}
     write_json(
         run.result,

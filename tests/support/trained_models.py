@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tiny_runs import COLOURS, tiny_run, write_run
+from tiny_runs import COLOURS, save_checkpoint, tiny_run, write_run
 
 from pipelines.config import RunConfig
 from pipelines.formats.run_folder import Result, write_json
@@ -22,7 +22,6 @@ from pipelines.platform import Platform
 from pipelines.tracking import registry, runs
 from pipelines.worker.data.batches import Collator
 from vlm import text
-from vlm.checkpoint import save_model
 from vlm.factory import build_model
 from vlm.model import VisionLanguageModel
 from vlm.training.objective import num_targets, token_loss
@@ -103,7 +102,7 @@ def register(
 ) -> registry.ModelVersion:
     """Register a model as a new version, and create an MLflow run for this version."""
     run = write_run(folder, config, shards, shards)
-    save_model(run.checkpoint(1), model, text.load(run.tokenizer))
+    save_checkpoint(run.checkpoint(1), model, text.load(run.tokenizer))
     result = Result(status="ok", step=1, world_size=1, checkpoint=str(run.checkpoint(1)), metrics={}, seconds=1.0)
     write_json(run.result, result)
     with runs.follow(run, config, platform) as follower:

@@ -26,6 +26,7 @@ from pipelines.driver.train.start_from import (
     check_start_folder,
     check_training_state,
     open_start_folder,
+    require_intact,
 )
 from pipelines.driver.train.vocabulary import warn_of_unknown
 from pipelines.errors import StageFailed, TrainingFailed, UserError
@@ -72,7 +73,7 @@ def prepare(
 
     Raises:
         UserError: a split has no rows, the batch cannot be divided among the ranks, `train.start_from` does not contain
-            the run's model, or another process is training the run.
+            the run's model, its files are damaged, or another process is training the run.
     """
     check_config(config)
     _check_splits(train, validate)
@@ -102,6 +103,8 @@ def prepare(
     run = find_folder(path_of(config), config, code)
     if finished_result(run) is not None and run.tokenizer.exists():
         return run
+    if start:
+        require_intact(start.folder)
     file = RunFile(
         config=config,
         code_version=code.release,

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from pipelines.config import TrainConfig, short_hash
 from pipelines.config.train import EXECUTION_SETTINGS
 from pipelines.errors import UserError
+from pipelines.formats.model_copy import RECORD, changed_files
 from pipelines.formats.run_folder import RunFile, RunFolder, read_json
 from vlm import text
 from vlm.config import Config, ModelConfig, config_differences, read_error_message
@@ -113,6 +114,38 @@ def check_start_folder(folder: Path, config: ModelConfig, settings: TrainConfig)
             fix="choose a run with the same model config, or change these values of the run with --set",
         )
     return folder
+
+
+def require_intact(folder: Path) -> None:
+    """Compare the files of a start folder with the SHA-256 that were recorded when the files were written.
+
+    The record of a run's checkpoint is files.json, and the record of a downloaded model version is copy.json. A folder
+    without a record, for example with imported weights, is not checked.
+
+    Raises:
+        UserError: a file is missing or has changed, or the record cannot be read.
+    """
+    from vlm.checkpoint import MANIFEST, verify_folder  # imports torch, which takes seconds
+    from vlm.errors import CheckpointError
+
+    problems: object = []
+    try:
+        if (folder / MANIFEST).exists():
+            verify_folder(folder)
+        elif (folder / RECORD).exists():
+            problems = [f"{name} has changed since it was downloaded" for name in changed_files(folder)]
+    except CheckpointError as error:
+        problems = error.got
+    except (OSError, ValueError) as error:
+        problems = [f"{RECORD} cannot be read ({type(error).__name__}: {error})"]
+    if problems:
+        raise UserError(
+            "the model in train.start_from is damaged",
+            where=f"train.start_from: {folder}",
+            got=problems,
+            fix="restore the folder from a backup, remove a folder below models/ so that it is downloaded again, or "
+            "choose another checkpoint",
+        )
 
 
 def check_training_state(start: StartFolder, settings: TrainConfig) -> str:

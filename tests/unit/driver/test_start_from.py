@@ -15,10 +15,12 @@ from pipelines.driver.shard.run import ShardReport
 from pipelines.driver.train.run import prepare
 from pipelines.driver.train.run_folders import hash_run
 from pipelines.errors import UserError
+from pipelines.formats.model_copy import record_copy
 from pipelines.formats.run_folder import RunFolder
 from pipelines.formats.shards import Shards
 from pipelines.platform import Platform, local
 from vlm import text
+from vlm.checkpoint import atomic_folder
 from vlm.config import CharsConfig, ModelConfig
 from vlm.files import file_digest
 
@@ -160,3 +162,20 @@ def test_a_run_can_continue_only_an_earlier_run_with_the_same_settings_and_fewer
         longer(steps=20, batch_size=8)
     with pytest.raises(UserError, match=r"train\.optimizer\.ema_decay is None in the saved config, 0\.9 in the run"):
         longer(steps=20, optimizer={"warmup_steps": 2, "ema_decay": 0.9})
+
+
+def test_a_run_does_not_start_from_files_that_were_changed_after_they_were_written(
+    laptop: Platform, report: ShardReport, base: Path, tmp_path: Path
+) -> None:
+    downloaded = shutil.copytree(base, tmp_path / "downloaded")
+    record_copy(downloaded)
+    with atomic_folder(checkpoint := tmp_path / "step_000012") as folder:
+        shutil.copytree(base, folder, dirs_exist_ok=True)
+    for number, start in enumerate((downloaded, checkpoint)):
+        config = tiny_run(start_from=str(start), seed=number)
+        shutil.copytree(start, intact := tmp_path / f"intact-{number}")
+        (start / "model.safetensors").write_bytes(b"wrights")
+        with pytest.raises(UserError, match=r"train\.start_from is damaged.*model\.safetensors has changed"):
+            prepare(config, laptop, report, report)
+        shutil.copyfile(intact / "model.safetensors", start / "model.safetensors")
+        assert prepare(config, laptop, report, report).tokenizer.exists()

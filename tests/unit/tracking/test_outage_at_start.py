@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import threading
 import time
@@ -17,12 +18,15 @@ from tiny_runs import finish_run, log_step, tiny_run, write_run, write_shards
 
 from jobs.common import Job, open_output
 from jobs.lineage import run_lineage
-from jobs.train import register_finished_runs
+from jobs.train import register_finished_runs, run_train
 from pipelines.errors import StageFailed, UserError
+from pipelines.formats.run_folder import Result, read_json, write_json
 from pipelines.platform import Platform
 from pipelines.tracking import registry, runs
+from pipelines.tracking.download import download
 from pipelines.tracking.outage import TrackingDown
 from pipelines.tracking.server import connect
+from vlm.checkpoint import load_config
 
 CONFIG = tiny_run()
 
@@ -157,6 +161,37 @@ def test_training_starts_while_the_server_is_down_and_its_results_are_registered
     assert not trained.unregistered.exists()
     version = registry.resolve(platform, "tiny", "1")
     assert [point.step for point in connect(platform).get_metric_history(version.run_id, "loss")] == [2]
+
+
+def test_the_model_is_registered_later_with_the_settings_of_the_interrupted_command(
+    platform: Platform,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shards = write_shards(platform.root / "shards" / "tiny", rows=6)
+    trained = write_run(platform.root / "runs" / "tiny-0123", CONFIG, shards, shards)
+    finish_run(trained)
+    shutil.copytree(trained.checkpoint(12), trained.checkpoint(8))
+    result = read_json(trained.result, Result).model_copy(update={"best_checkpoint": str(trained.checkpoint(8))})
+    write_json(trained.result, result)
+    monkeypatch.setattr("jobs.train.prepare_run", lambda job: trained)  # the run is finished and needs no shards
+    generation = CONFIG.model.generation.changed({"num_beams": 3})
+    wanted = CONFIG.model_copy(
+        update={
+            "model": CONFIG.model.model_copy(update={"generation": generation}),
+            "train": CONFIG.train.model_copy(update={"register_": "best"}),
+        }
+    )
+    with open_output(as_json=True) as output:
+        with pytest.raises(StageFailed):
+            run_train(Job(wanted, at(platform, "http://127.0.0.1:9"), (), output))
+        register_finished_runs(Job(CONFIG, platform, (), output))
+        version = registry.resolve(platform, "tiny", "latest")
+        assert (version.version, version.tags["checkpoint"]) == ("1", "step_000008")
+        assert load_config(download(platform, version).folder).generation == generation
+        trained.unregistered.touch()  # as an earlier release did
+        register_finished_runs(Job(CONFIG, platform, (), output))
+    assert registry.resolve(platform, "tiny", "2").tags["checkpoint"] == "step_000012"
+    assert not trained.unregistered.exists()
 
 
 def test_an_unfinished_run_and_a_damaged_run_are_not_registered_and_do_not_stop_a_command(
