@@ -65,16 +65,20 @@ def maintain(
 
 
 def _clean_up(job: Job, keep: int, *, remove: bool) -> None:
-    """List old folders, and remove them if `remove` is True."""
+    """List old folders. If `remove` is True, remove the folders that no other command uses in the meantime."""
     from pipelines.driver.old_folders import find_old_folders, remove_folders
     from pipelines.tracking.download import needed_checkpoints
 
     old = find_old_folders(job.platform, keep, needed_checkpoints(job.platform))
     for folder in old:
         job.output.line(folder.kind, f"{folder.path}, {folder.bytes / 2**20:,.1f} MB")
-    total = sum(folder.bytes for folder in old)
     if remove:
-        remove_folders(old)
+        removed = remove_folders(job.platform, keep, old, lambda: needed_checkpoints(job.platform))
+        for folder in old:
+            if folder not in removed:
+                job.output.line("kept", f"{folder.path}, because another command uses or has removed it")
+        old = removed
+    total = sum(folder.bytes for folder in old)
     what = "removed" if remove else "that --remove would remove"
     job.output.line("maintain", f"{len(old):,} folders, {total / 2**20:,.1f} MB {what}")
     job.output.report({"folders": old, "bytes": total, "removed": remove})

@@ -6,28 +6,35 @@ The newest folders of each kind stay, and so does everything that a remaining fo
 - if a version was registered from a run, the files of the run, except checkpoints from which no version was registered;
 - the shards of every remaining run, and the shards that a remaining training mix refers to.
 
-Folders that Lakesight cannot read also stay. A folder is renamed before it is removed. Without the new name, a killed
+Folders that Lakesight cannot read also stay. Listing the folders and removing them may take minutes, in which other
+commands may begin to use a listed folder. Just before a folder is removed, this command therefore owns the folder's run
+and applies the rules again. All folders are renamed before the first folder is removed. Without the new names, a killed
 command could leave a half-removed folder that looks complete.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from pipelines.errors import UserError
 from pipelines.formats.run_folder import RunFile, RunFolder
+from pipelines.formats.run_owner import own_run
 from pipelines.formats.shards import MANIFEST, Manifest, read_manifest
 from pipelines.platform import Platform
 from vlm.config import Config
 from vlm.errors import LakesightError
+
+log = logging.getLogger(__name__)
 
 RUNNING = timedelta(days=2)
 """An unfinished run that changed a file within this time may still be training or waiting for a restart."""
@@ -83,8 +90,13 @@ def find_old_folders(platform: Platform, keep: int, needs: Needs) -> list[OldFol
             got=str(keep),
             fix="set --keep to 1 or more",
         )
+    return [OldFolder(kind=kind, path=path, bytes=_size(path)) for kind, path in _find(platform, keep, needs)]
+
+
+def _find(platform: Platform, keep: int, needs: Needs, owned: RunFolder | None = None) -> list[tuple[Kind, Path]]:
+    """Find the absolute paths of the old folders. `owned` is a run that this process owns, or None."""
     runs = _read_runs(platform.folder("runs"))
-    old, kept = _split_runs(runs, keep, needs)
+    old, kept = _split_runs(runs, keep, needs, owned)
     found: list[tuple[Kind, Path]] = [("run", path) for path in old]
     for run in kept:
         found += [("checkpoint", path) for path in _old_checkpoints(run, kept[run], needs)]
@@ -93,26 +105,89 @@ def find_old_folders(platform: Platform, keep: int, needs: Needs) -> list[OldFol
     found += [("report", path) for path in _old_reports(platform.folder("reports"), keep)]
     for kind, pattern in LEFTOVERS.items():
         found += [(kind, path) for path in platform.root.glob(f"{pattern}/{TRASH}*")]
-    return [OldFolder(kind=kind, path=path.absolute(), bytes=_size(path)) for kind, path in found]
+    return [(kind, path.absolute()) for kind, path in found]
 
 
-def remove_folders(folders: Iterable[OldFolder]) -> None:
-    """Remove the folders that `find_old_folders` has found and that no other command has removed in the meantime."""
+def remove_folders(
+    platform: Platform, keep: int, folders: Iterable[OldFolder], find_needs: Callable[[], Needs]
+) -> list[OldFolder]:
+    """Remove the folders that `find_old_folders` has found, except folders that another command uses in the meantime.
+
+    Args:
+        platform: platform whose home folder contains the folders.
+        keep: number of folders to keep in each group, as for `find_old_folders`.
+        folders: folders to remove.
+        find_needs: function that asks the model registry again, and returns a new function `needs`.
+
+    Returns:
+        The removed folders, without folders that another command has removed.
+    """
+    groups: dict[RunFolder | None, list[OldFolder]] = defaultdict(list)
     for folder in folders:
-        path = folder.path
+        groups[_run_of(folder)].append(folder)
+    others = groups.pop(None, [])
+    listed = cache(find_needs())
+
+    def find_now(run: RunFolder | None) -> set[Path]:
+        """Return the paths of the folders that are old now. What runs other than `run` need is not asked again."""
+        now = find_needs()
+        needs = now if run is None else lambda other: now(other) if other == run else listed(other)
+        return {path for _, path in _find(platform, keep, needs, run)}
+
+    renamed: list[tuple[OldFolder, Path]] = []
+    for run, group in groups.items():
+        if run is not None:
+            renamed += _rename_of_run(group, run, find_now)
+    renamed += _rename_old(others, find_now(None) if others else ())
+    for _, path in renamed:
         with suppress(FileNotFoundError):
-            if not path.name.startswith(TRASH):
-                path = path.rename(path.with_name(f"{TRASH}{path.name}"))
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink()
+    return [folder for folder, _ in renamed]
+
+
+def _run_of(folder: OldFolder) -> RunFolder | None:
+    """Return the run to which a folder belongs, or None for shards, reports and half-removed folders."""
+    if folder.kind not in ("run", "checkpoint") or folder.path.name.startswith(TRASH):
+        return None
+    return RunFolder(folder.path if folder.kind == "run" else folder.path.parent.parent)
+
+
+def _rename_of_run(
+    group: list[OldFolder], run: RunFolder, find_now: Callable[[RunFolder], Collection[Path]]
+) -> list[tuple[OldFolder, Path]]:
+    """Rename the old folders of one run while no other process can own the run."""
+    if not run.run_file.exists() or _may_be_training(run):
+        return []
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(own_run(run))
+        except UserError as error:
+            log.info("%s is kept: %s", run.path, error)
+            return []
+        return _rename_old(group, find_now(run))
+
+
+def _rename_old(group: list[OldFolder], old: Collection[Path]) -> list[tuple[OldFolder, Path]]:
+    """Rename those folders of a group that are still old, and return each folder with its new path."""
+    renamed = []
+    for folder in group:
+        path = folder.path
+        if path not in old:
+            continue
+        with suppress(FileNotFoundError):
+            if not path.name.startswith(TRASH):
+                path = path.rename(path.with_name(f"{TRASH}{path.name}"))
+            renamed.append((folder, path))
+    return renamed
 
 
 def _read_runs(folder: Path) -> dict[RunFolder, RunFile]:
     """Return the runs in a folder, each with the contents of its run.json. Leave out runs without a valid run.json."""
     found: dict[RunFolder, RunFile] = {}
-    for path in sorted(folder.glob("[!.]*/run.json")):
+    for path in sorted(folder.absolute().glob("[!.]*/run.json")):
         try:
             found[RunFolder(path.parent)] = RunFolder(path.parent).read_run()
         except LakesightError:
@@ -120,10 +195,12 @@ def _read_runs(folder: Path) -> dict[RunFolder, RunFile]:
     return found
 
 
-def _split_runs(runs: dict[RunFolder, RunFile], keep: int, needs: Needs) -> tuple[list[Path], dict[RunFolder, bool]]:
+def _split_runs(
+    runs: dict[RunFolder, RunFile], keep: int, needs: Needs, owned: RunFolder | None
+) -> tuple[list[Path], dict[RunFolder, bool]]:
     """Return the run folders to remove, and for each remaining run whether all of the run's checkpoints stay."""
     newest = set(_newest(runs, keep, lambda run: runs[run].config.name, lambda run: run.run_file))
-    whole = {run for run in runs if run in newest or _may_be_training(run) or needs(run) is None}
+    whole = {run for run in runs if run in newest or _may_be_training(run, owned) or needs(run) is None}
     while True:  # a run that starts from another run needs the other run's weights
         starts = [Path(start).parts for run in whole if (start := runs[run].config.train.start_from)]
         # Only the names of the folders are compared, because the home folder may have been moved after the training.
@@ -135,10 +212,12 @@ def _split_runs(runs: dict[RunFolder, RunFile], keep: int, needs: Needs) -> tupl
     return [run.path for run in runs if run not in kept], kept
 
 
-def _may_be_training(run: RunFolder) -> bool:
+def _may_be_training(run: RunFolder, owned: RunFolder | None = None) -> bool:
     if run.unregistered.exists():
         return True
-    files = [run.run_file, run.launcher, *run.path.glob("heartbeat/*")]
+    files = [run.run_file, *run.path.glob("heartbeat/*")]
+    if run != owned:  # the lease of the run `owned` was written by this process
+        files.append(run.launcher)
     changed = max(map(_modified, files))
     return not run.result.exists() and time.time() - changed < RUNNING.total_seconds()
 

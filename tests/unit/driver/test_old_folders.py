@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from local_platforms import open_local
+from run_owners import owned_by_another_process
 from tiny_runs import finish_run, tiny_run, write_run, write_shards
 
-from pipelines.driver.old_folders import find_old_folders, remove_folders
+from pipelines.driver.old_folders import Needs, OldFolder, find_old_folders, remove_folders
 from pipelines.errors import UserError
 from pipelines.formats.run_folder import RunFolder
 from pipelines.formats.shards import Manifest, Shards, write_manifest
@@ -60,6 +61,17 @@ def old_names(platform: Platform, keep: int = 1, needs=no_versions) -> set[str]:
     }
 
 
+def clean(
+    platform: Platform,
+    keep: int = 1,
+    folders: Sequence[OldFolder] | None = None,
+    needs: Needs = no_versions,
+) -> list[OldFolder]:
+    """Remove the given folders, by default all old folders, and return the removed folders."""
+    found = find_old_folders(platform, keep, needs) if folders is None else folders
+    return remove_folders(platform, keep, found, lambda: needs)
+
+
 def test_the_newest_runs_of_each_run_name_and_their_shards_are_kept(platform: Platform) -> None:
     for number in range(4):
         run_of(platform, number, shards_of(platform, number))
@@ -68,7 +80,7 @@ def test_the_newest_runs_of_each_run_name_and_their_shards_are_kept(platform: Pl
     folders = find_old_folders(platform, 2, no_versions)
     assert all(folder.bytes > 0 for folder in folders)
     assert sorted(platform.root.rglob("*")) == before, "finding changes nothing"
-    remove_folders(folders)
+    clean(platform, 2, folders)
     assert {path.name for path in platform.folder("runs").iterdir()} == {"tiny-2", "tiny-3"}
     assert {path.name for path in platform.folder("shards").iterdir()} == {"tiny-2", "tiny-3"}
     assert old_names(platform, keep=2) == set()
@@ -79,7 +91,7 @@ def test_the_number_of_kept_folders_does_not_grow_with_the_number_of_runs(platfo
     for count in (range(4), range(4, 16)):
         for number in count:
             run_of(platform, number, shards_of(platform, number))
-        remove_folders(find_old_folders(platform, 1, no_versions))
+        clean(platform)
         stay.append(len(list(platform.folder("runs").iterdir())) + len(list(platform.folder("shards").iterdir())))
     assert stay == [2, 2]
 
@@ -156,7 +168,7 @@ def test_a_folder_whose_removal_was_interrupted_is_removed_by_the_next_cleanup(p
     run = run_of(platform, 1, shards_of(platform, 1))
     run.path.rename(run.path.with_name(".removed-tiny-1"))
     assert old_names(platform) == {"runs/.removed-tiny-1"}
-    remove_folders(find_old_folders(platform, 1, no_versions))
+    clean(platform)
     assert list(platform.folder("runs").iterdir()) == []
 
 
@@ -176,6 +188,38 @@ def test_folders_that_another_command_has_just_removed_are_skipped(platform: Pla
     for number in range(4):
         run_of(platform, number, shards, finished=False)
     found = find_old_folders(platform, 1, no_versions)
-    remove_folders(found[:1])
-    remove_folders(found)
+    assert clean(platform, 1, found[:1]) == found[:1]
+    assert clean(platform, 1, found) == found[1:]
     assert {path.name for path in platform.folder("runs").iterdir()} == {"tiny-3"}
+
+
+def test_folders_that_another_command_has_begun_to_use_since_they_were_listed_are_kept(platform: Platform) -> None:
+    shards = [shards_of(platform, version) for version in range(4)]
+    resumed = run_of(platform, 0, shards[0], finished=False)
+    owned, registered, started, unused = (run_of(platform, number, shards[0]) for number in (1, 2, 3, 4))
+    run_of(platform, 9, shards[3])
+    listed = find_old_folders(platform, 1, no_versions)
+    assert len(listed) == 5 + 3, "five runs, and the shards of versions 0, 1 and 2"
+
+    resumed.heartbeat(0).parent.mkdir()
+    resumed.heartbeat(0).touch()
+    new = run_of(platform, 10, shards[1], start_from=str(started.checkpoint(12)))
+    with owned_by_another_process(owned):
+        removed = clean(platform, 1, listed, lambda run: ["step_000004"] if run == registered else ())
+    assert {folder.path.name for folder in removed} == {unused.path.name, shards[2].folder.name}
+    left = set(platform.folder("runs").iterdir())
+    assert left >= {run.path for run in (resumed, owned, registered, started, new)}
+    assert registered.checkpoint(8).is_dir()
+
+
+def test_a_checkpoint_is_kept_if_it_was_registered_or_its_run_waits_for_registration_since_it_was_listed(
+    platform: Platform,
+) -> None:
+    run, _ = (run_of(platform, number, shards_of(platform, number)) for number in range(2))
+    listed = find_old_folders(platform, 1, lambda _: ["step_000012"])
+    assert {folder.path.name for folder in listed} == {"step_000004", "step_000008"}
+    [removed] = clean(platform, 1, listed, lambda _: ["step_000008", "step_000012"])
+    assert removed.path == run.checkpoint(4).absolute()
+    run.unregistered.touch()
+    assert clean(platform, 1, listed, lambda _: ["step_000012"]) == []
+    assert run.checkpoint(8).is_dir()
