@@ -182,7 +182,7 @@ def test_the_model_is_registered_later_with_the_settings_of_the_interrupted_comm
         }
     )
     with open_output(as_json=True) as output:
-        with pytest.raises(StageFailed):
+        with pytest.raises(TrackingDown):
             run_train(Job(wanted, at(platform, "http://127.0.0.1:9"), (), output))
         register_finished_runs(Job(CONFIG, platform, (), output))
         version = registry.resolve(platform, "tiny", "latest")
