@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -128,7 +129,7 @@ def require_intact(folder: Path) -> None:
     from vlm.checkpoint import MANIFEST, verify_folder  # imports torch, which takes seconds
     from vlm.errors import CheckpointError
 
-    problems: object = []
+    problems: str | Sequence[str] = []
     try:
         if (folder / MANIFEST).exists():
             verify_folder(folder)
