@@ -18,7 +18,6 @@ from pipelines.driver.train.run import prepare
 from pipelines.driver.train.run_folders import finished_result
 from pipelines.driver.train.vocabulary import warn_of_unknown
 from pipelines.errors import UserError
-from pipelines.formats.model_copy import record_copy
 from pipelines.formats.run_folder import Result, RunFolder, write_json
 from pipelines.formats.shards import Shards
 from pipelines.formats.training_code import TrainingCode
