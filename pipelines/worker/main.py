@@ -3,7 +3,8 @@
     PYTHONSAFEPATH=1 torchrun --nproc-per-node 2 -m pipelines.worker.main --run-dir DIR
 
 A rank reads only the run folder, the files to which the run folder refers, and the environment variables of torchrun.
-The rank's monitor starts before torch is imported, so that a broken torch installation is recorded too.
+If the driver starts the rank, the rank's monitor starts before torch is imported, so that a broken torch installation
+is recorded too.
 """
 
 from __future__ import annotations
@@ -12,16 +13,15 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from pipelines.child_process import drop_other_variables
-from pipelines.errors import UserError
 from pipelines.formats.run_folder import RunFolder
-from pipelines.formats.run_owner import own_run
 from pipelines.worker.rank.env import RankEnv
 from pipelines.worker.rank.failure import RankMonitor
 from pipelines.worker.rank.metrics import open_log
+from pipelines.worker.rank.start import own_run_as_group
 
 RANK_VARIABLES = (
     "(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)",
@@ -79,16 +79,13 @@ def _monitored(run_folder: str) -> Iterator[tuple[RunFolder, RankEnv, RankMonito
 
 
 def main() -> None:
-    """Run `run_rank` with the folder given by --run-dir. Without a driver, rank 0 takes ownership of the run."""
+    """Run `run_rank` with the folder given by --run-dir, as soon as rank 0 owns the run."""
     parser = argparse.ArgumentParser(prog="pipelines.worker.main", description="Train as one rank of a run.")
     parser.add_argument("--run-dir", required=True, help="run folder that contains run.json and tokenizer.json")
     folder = parser.parse_args().run_dir
-    with ExitStack() as stack:
-        if RankEnv.from_environment().rank == 0:
-            try:
-                stack.enter_context(own_run(RunFolder(Path(folder))))
-            except UserError as error:
-                sys.exit(str(error))  # write no failure record into a folder that another process owns
+    env = RankEnv.from_environment()
+    drop_other_variables(*RANK_VARIABLES)  # before torch is imported
+    with own_run_as_group(RunFolder(Path(folder)), env):
         run_rank(folder)
 
 

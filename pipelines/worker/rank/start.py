@@ -1,0 +1,77 @@
+"""Start of ranks without a driver. No rank changes a file of the run before rank 0 owns the run.
+
+The ranks connect to the store of torchrun, and rank 0 writes into the store whether rank 0 owns the run.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from pipelines.errors import UserError
+from pipelines.formats.run_folder import RunFolder
+from pipelines.formats.run_owner import own_run
+from pipelines.worker.rank.env import RankEnv
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+START_SECONDS = 600.0
+"""Longest time that a rank waits for the store and for rank 0, in seconds."""
+OWNED, REFUSED = b"owned", b"refused"
+
+
+@contextmanager
+def own_run_as_group(run: RunFolder, env: RankEnv) -> Iterator[None]:
+    """Let rank 0 own a run folder while the block executes. All other ranks enter the block when rank 0 owns the run.
+
+    Every rank of the run must call this function.
+
+    Raises:
+        SystemExit: another process owns the run, or rank 0 has ended. This rank has changed no file of the run.
+        StageFailed: another host has taken over the run while the block was executing.
+        RuntimeError: the store of torchrun cannot be reached.
+    """
+    store = _open_store(env) if env.world_size > 1 else None
+    # torchrun may restart all ranks with the same store, so each attempt needs its own key.
+    key = f"lakesight/owner/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if env.rank and store:
+        if _wait_for_rank_0(store, key) != OWNED:
+            sys.exit(f"rank {env.rank} ends, because rank 0 does not own the run {run.path}")
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(own_run(run))
+        except UserError as error:
+            if store:
+                store.set(key, REFUSED)
+            sys.exit(str(error))
+        if store:
+            store.set(key, OWNED)
+        yield
+
+
+def _open_store(env: RankEnv) -> Store:
+    """Connect to the store of torchrun. With another launcher, rank 0 opens the store in its own process.
+
+    The process group uses the same store. If rank 0 has opened the store, the store must stay open until then.
+    """
+    from torch.distributed import rendezvous
+
+    store, _, _ = next(
+        rendezvous("env://", rank=env.rank, world_size=env.world_size, timeout=timedelta(seconds=START_SECONDS))
+    )
+    return store
+
+
+def _wait_for_rank_0(store: Store, key: str) -> bytes:
+    """Wait until rank 0 has written whether it owns the run. If rank 0 or the store has ended, return REFUSED."""
+    try:
+        return store.get(key)
+    except RuntimeError:
+        return REFUSED
