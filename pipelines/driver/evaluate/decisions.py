@@ -107,6 +107,7 @@ def find_rollback(
     def is_version(number: str | None, of_files: str | None) -> bool:
         return number == version if of_files is None else of_files == digest
 
+    change: dict[str, Any]
     for change in reversed(_champion_changes(open_spark, platform, model)):
         if is_version(change["model_version"], change["model_digest"]):
             return None

@@ -18,11 +18,11 @@ from pipelines.formats.run_owner import own_run
 from pipelines.worker.rank.env import RankEnv
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed.distributed_c10d import Store
 
 START_SECONDS = 600.0
 """Longest time that a rank waits for the store and for rank 0, in seconds."""
-OWNED, REFUSED = b"owned", b"refused"
+OWNED, REFUSED = "owned", "refused"
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def _open_store(env: RankEnv) -> Store:
 
     The process group uses the same store. If rank 0 has opened the store, the store must stay open until then.
     """
-    from torch.distributed import rendezvous
+    from torch.distributed.rendezvous import rendezvous
 
     store, _, _ = next(
         rendezvous("env://", rank=env.rank, world_size=env.world_size, timeout=timedelta(seconds=START_SECONDS))
@@ -69,9 +69,9 @@ def _open_store(env: RankEnv) -> Store:
     return store
 
 
-def _wait_for_rank_0(store: Store, key: str) -> bytes:
+def _wait_for_rank_0(store: Store, key: str) -> str:
     """Wait until rank 0 has written whether it owns the run. If rank 0 or the store has ended, return REFUSED."""
     try:
-        return store.get(key)
+        return store.get(key).decode()
     except RuntimeError:
         return REFUSED
