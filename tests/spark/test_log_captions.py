@@ -47,7 +47,7 @@ def test_a_captioning_job_logs_only_captions_of_its_own_column_and_all_options_o
         CaptionRequest.model_validate(common | {"image_column": "back"}),
         CaptionRequest.model_validate(
             common
-            | {"image_column": "file", "image_root": str(tmp_path), "prompt": "what's this?", "retry_errors": True}
+            | {"image_column": "file", "image_root": str(tmp_path), "prompt": "what's it?", "retry_errors": True}
             | {"remove_deleted": True, "max_error_share": 0.5, "precision": "bf16"}
         ),
     ]
