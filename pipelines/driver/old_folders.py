@@ -163,7 +163,7 @@ def _rename_of_run(
         return []
     with ExitStack() as stack:
         try:
-            stack.enter_context(own_run(run))
+            stack.enter_context(own_run(run, may_remove=True))
         except UserError as error:
             log.info("%s is kept: %s", run.path, error)
             return []

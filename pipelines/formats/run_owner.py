@@ -29,7 +29,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -98,10 +98,14 @@ SIGINT is not used, because a shell that starts a command in the background with
 
 
 @contextmanager
-def own_run(run: RunFolder) -> Iterator[None]:
+def own_run(run: RunFolder, *, may_remove: bool = False) -> Iterator[None]:
     """Own a run folder while the block executes.
 
     Callers enter this block before they change MLflow or any file of the run.
+
+    Args:
+        run: run folder.
+        may_remove: whether the block may rename or remove the run folder.
 
     Raises:
         UserError: another process owns the run. No file of the run was changed.
@@ -110,10 +114,17 @@ def own_run(run: RunFolder) -> Iterator[None]:
     run.path.mkdir(parents=True, exist_ok=True)
     with _host_lock(run):
         lease, reasons = _take_lease(run), list[str]()
+
+        def removed() -> bool:
+            return may_remove and not run.path.exists()
+
+        def renew(ended: threading.Event) -> None:
+            _renew(run, lease, ended, reasons, removed)
+
         try:
-            with _interruptible(reasons), in_background(lambda ended: _renew(run, lease, ended, reasons), "lease"):
+            with _interruptible(reasons), in_background(renew, "lease"):
                 yield
-            if reason := _find_loss(run, lease):
+            if not removed() and (reason := _find_loss(run, lease)):
                 raise LeaseLost(reason)
         except LeaseLost as error:
             raise StageFailed(
@@ -221,13 +232,17 @@ def _is_renewed(run: RunFolder, found: Lease) -> bool:
     return False
 
 
-def _renew(run: RunFolder, lease: Lease, ended: threading.Event, reasons: list[str]) -> None:
+def _renew(
+    run: RunFolder, lease: Lease, ended: threading.Event, reasons: list[str], removed: Callable[[], bool]
+) -> None:
     """Renew the lease until the block ends. If another process has taken the lease, add the reason to `reasons`, and
-    interrupt the main thread.
+    interrupt the main thread. If the block itself has removed the run folder, do not renew the lease.
     """
     renewals = 0
     while not ended.wait(RENEW_SECONDS):
         try:
+            if removed():
+                return
             if reason := _find_loss(run, lease):
                 reasons.append(reason)
                 signal.pthread_kill(threading.main_thread().ident or 0, LOST)
