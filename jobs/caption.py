@@ -169,6 +169,7 @@ def add_drift(job: Job, report: CaptionReport, prompt: str) -> CaptionReport:
         of_model=is_of_model(report.model_digest, report.run_id),
         source=job.source,
         split=job.config.data.evaluate_on,
+        where=job.config.data.shards.where,
     )
     drift = compare_figures(report.figures, rows, evaluation, job.config.drift, prompt=prompt)
     return report.model_copy(update={"drift": drift})

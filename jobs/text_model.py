@@ -48,10 +48,11 @@ def run_text_evaluate(job: Job, model: ModelFiles) -> TextEvaluationReport:
     shards = run_shard(job, job.config.data.evaluate_on, config.image)
     with show_elapsed("evaluate"):
         report = evaluate_texts(job.spark, job.platform, model, Path(shards.folder))
-    if not report.reused:
+    version = resolve(job.platform, job.model_name, model.version)
+    if version.tags.get("evaluation") != report.scores_hash:
         log_report(job.platform, model.run_id, "evaluate", report.values())
         tags = {name: f"{value:.6g}" for name, value in report.values().items()}
-        tag(job.platform, resolve(job.platform, job.model_name, model.version), tags)
+        tag(job.platform, version, tags | {"evaluation": report.scores_hash})
     reused = ", reused" if report.reused else ""
     job.output.line(
         "evaluate",

@@ -32,4 +32,4 @@ slices = spark.table(job.platform.table("evaluations")).where(
     f"model_name = '{evaluated.model_name}' AND model_version = '{evaluated.model_version}' "
     "AND metric = 'word_f1' AND slice IS NOT NULL"
 )
-slices.select("slice", "n", "value", "low", "high").orderBy("value").show(truncate=False)
+slices.select("dataset_version", "shards_where", "slice", "n", "value", "low", "high").orderBy("value").show(truncate=False)

@@ -56,4 +56,4 @@ promoted = run_promote(job, trained.model_version)
 evaluations = spark.table(job.platform.table("evaluations")).where(
     f"model_name = '{job.model_name}' AND slice IS NULL AND metric IN ('word_f1', 'cider', 'blind_gap')"
 )
-evaluations.groupBy("model_version").pivot("metric").avg("value").orderBy("model_version").show()
+evaluations.groupBy("model_version", "shards_where").pivot("metric").avg("value").orderBy("model_version").show()

@@ -260,8 +260,11 @@ GENERATED_CAPTIONS = Table(
 
 EVALUATIONS = Table(
     "evaluations",
-    ("model_name", "model_version", "source", "dataset_version", "split", "slice", "metric", MODEL_DIGEST.name),
-    "One row per model version, version of table samples, split, slice and metric",
+    (
+        *("model_name", "model_version", "source", "dataset_version", "split", "shards_where", "slice", "metric"),
+        MODEL_DIGEST.name,
+    ),
+    "One row per model version, version of table samples, split, condition on the pictures, slice and metric",
     (
         Column("model_name", pa.string(), "Name of the registered model"),
         Column("model_version", pa.string(), "Version of the registered model"),
@@ -280,8 +283,16 @@ EVALUATIONS = Table(
             "low", pa.float64(), "Lower bound of the 95% confidence interval, from bootstrap samples of the pictures"
         ),
         Column("high", pa.float64(), "Upper bound of the 95% confidence interval"),
-        Column("n", pa.int64(), "Number of pictures over which the metric was computed"),
-        Column("evaluated_at", TIME_TYPE, "Time of the evaluation"),
+        Column(
+            "n",
+            pa.int64(),
+            "Number of pictures of the split, or number of rows (picture and prompt) of the slice",
+        ),
+        Column(
+            "evaluated_at",
+            TIME_TYPE,
+            "Time of the evaluation; a repeated evaluation has a new time if another evaluation was newer",
+        ),
         Column("run_id", pa.string(), "MLflow run that trained the model version"),
         Column(
             "slice",
@@ -295,6 +306,13 @@ EVALUATIONS = Table(
             pa.string(),
             "Name of the rules that split texts into words; null if the metric uses no words, or if an "
             "earlier release wrote the row",
+            nullable=True,
+        ),
+        Column(
+            "shards_where",
+            pa.string(),
+            "SQL condition data.shards.where, which selected the pictures of the split; null if all pictures of the "
+            "split were evaluated, or if an earlier release wrote the row",
             nullable=True,
         ),
     ),

@@ -4,6 +4,7 @@ its decoder."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import pytest
 from deltalake import DeltaTable
 from lakesight_command import lakesight
 from local_platforms import open_local
+from mlflow import MlflowClient
 from processes import TEST_PATH
 from resumed_runs import require_exact_resume
 from text_runs import random_texts, text_run, write_texts
 
 from pipelines.driver.train.run import prepare
 from pipelines.formats.run_folder import RunFolder
-from pipelines.platform import Platform
+from pipelines.platform import Platform, sqlite_uri
 
 pytestmark = pytest.mark.matrix  # starting ranks and Spark takes minutes
 
@@ -73,7 +75,14 @@ def test_a_text_only_model_is_trained_and_registered_and_a_captioner_starts_from
     assert (first["rows_in"], first["texts"], first["trained"], first["model_version"]) == (60, 60, True, "1")
     table = DeltaTable(home / "warehouse" / "evaluations").to_pyarrow_table().to_pylist()
     assert {row["metric"]: row["value"] for row in table}["loss_per_char"] == first["loss_per_char"]
+    part = report("evaluate", *run, "--set", "data.shards.where=length(text) > 40")
+    assert part["metrics"]["loss_per_char"]["value"] != first["loss_per_char"]
+    shutil.rmtree(home / "warehouse" / "evaluations")
     again = report("pipeline", *run)
+    figures = DeltaTable(home / "warehouse" / "evaluations").to_pyarrow_table().to_pylist()
+    assert {row["metric"]: row["value"] for row in figures}["loss_per_char"] == first["loss_per_char"]
+    (version,) = MlflowClient(sqlite_uri(home / "mlflow.db")).search_model_versions()
+    assert float(version.tags["loss_per_char"]) == pytest.approx(first["loss_per_char"], rel=1e-5)
     assert (again["nothing_new"], again["trained"], again["loss_per_char"]) == (True, False, first["loss_per_char"])
     assert report("ask", *run, "--version", "1", "--prompt", "the")["num_tokens"] > 0
     for command in (("promote", *run), ("caption", *run, "--version", "1"), ("compare", "1", "1", *run)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from pyspark.sql import SparkSession
 from spark_session import executed_queries
 from tiny_runs import tiny_model_config, write_shards
 
-from pipelines.driver.caption.drift import read_evaluation_figures
+from pipelines.driver.caption.drift import EvaluationFigures, read_evaluation_figures
 from pipelines.driver.delta.model_rows import is_of_model
 from pipelines.driver.evaluate.run import REPORT, EvaluationReport, evaluate
 from pipelines.driver.evaluate.scores import ATTENTION, ATTENTION_ROWS, SCORES
@@ -136,6 +137,8 @@ def test_a_repeated_evaluation_neither_computes_nor_writes_the_metrics_again(
     assert {part.partition("=")[0] for part in report.slices} == {"format", "size"}
     assert set(report.slices) >= {"format=PNG", "format=GIF"}
     assert stored(spark, platform, report) == whole | parts
+    rows = spark.table(platform.table(EVALUATIONS.name)).where(f"model_name = '{model.name}' AND slice = 'format=GIF'")
+    assert {row["n"] for row in rows.collect()} == {24}, "every third of 70 pictures"
     seen = executed_queries(spark)
     again = evaluate(spark, platform, model, shards, shards)
     assert (again.metrics, again.slices, again.reused) == (report.metrics, report.slices, True)
@@ -167,6 +170,7 @@ def test_metrics_are_recomputed_from_stored_scores_if_the_rules_that_split_texts
             of_model=is_of_model(model.digest, model.run_id),
             source=report.source,
             split=report.split,
+            where="",
         )
         return set(found.figures)
 
@@ -257,3 +261,73 @@ def test_an_evaluation_with_other_generation_settings_has_a_separate_report_and_
     assert stored(spark, platform, report) == before
     assert evaluate(spark, platform, changed, shards, shards).reused
     assert evaluate(spark, platform, model, shards, shards).scores_hash == report.scores_hash
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+DASHBOARD = Path(__file__).parents[2] / "dashboards" / "quality.lvdash.json"
+WIDE = "width >= 512"
+
+
+def split_of(spark: SparkSession, folder: Path, rows: int, **changes: object) -> Path:
+    """Write shards of a split whose request has changed fields, such as another `where`."""
+    manifest = Shards.open(dataset(spark, folder / "set", rows)).manifest
+    request = manifest.request.model_copy(update={"source": "wide_and_small"} | changes)
+    write_manifest(folder / "set" / "shards", manifest.model_copy(update={"request": request}))
+    return folder / "set" / "shards"
+
+
+def figures_of(spark: SparkSession, platform: Platform, model: ModelFiles, where: str = "") -> EvaluationFigures:
+    of_model = is_of_model(model.digest, model.run_id)
+    found = {"model": model.name, "version": model.version, "source": "wide_and_small", "split": "test"}
+    return read_evaluation_figures(spark, platform, of_model=of_model, where=where, **found)
+
+
+def shown_pictures(spark: SparkSession, platform: Platform, model: ModelFiles) -> list[int]:
+    """Return the numbers of pictures of the evaluations that the dashboard shows for a model version."""
+    (query,) = [each for each in json.loads(DASHBOARD.read_text())["datasets"] if each["name"] == "metrics"]
+    sql = "".join(query["queryLines"]).replace("FROM evaluations", f"FROM {platform.table(EVALUATIONS.name)}")
+    rows = spark.sql(sql).where(f"model_name = '{model.name}' AND version = {model.version}").collect()
+    assert len({row["metric"] for row in rows}) == len(rows)
+    return sorted({row["pictures"] for row in rows})
+
+
+def test_an_evaluation_of_a_subset_does_not_replace_the_figures_of_the_split(
+    spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = model.model_copy(update={"version": "2"})
+    whole, part = split_of(spark, tmp_path / "whole", 9), split_of(spark, tmp_path / "part", 6, where=WIDE)
+    evaluate(spark, platform, model, whole, whole, columns=())
+    evaluate(spark, platform, model, part, whole, columns=())
+    assert (figures_of(spark, platform, model).rows, figures_of(spark, platform, model, WIDE).rows) == (9, 6)
+    assert shown_pictures(spark, platform, model) == [9]
+    assert not caplog.records
+    # An earlier release stored no condition.
+    name, of_part = platform.table(EVALUATIONS.name), "model_version = '2' AND n = 6"
+    spark.sql(f"UPDATE {name} SET shards_where = NULL, n = 7 WHERE {of_part}")
+    spark.sql(f"DELETE FROM {name} WHERE model_version = '2' AND n = 9")
+    assert figures_of(spark, platform, model, WIDE).rows == 7
+    assert "no data.shards.where is stored" in caplog.text
+
+
+def test_a_reused_evaluation_is_merged_into_the_table_and_becomes_the_newest_evaluation(
+    spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
+) -> None:
+    model = model.model_copy(update={"version": "3"})
+    name = platform.table(EVALUATIONS.name)
+    early = split_of(spark, tmp_path / "early", 9, table_version=41)
+    evaluate(spark, platform, model, early, early, columns=())
+    spark.sql(f"UPDATE {name} SET evaluated_at = evaluated_at + INTERVAL 1 YEAR WHERE model_version = '3'")
+    # A table `samples` that was dropped and ingested again has a smaller version.
+    late = split_of(spark, tmp_path / "late", 6, table_version=3)
+    evaluate(spark, platform, model, late, late, columns=())
+    assert figures_of(spark, platform, model).rows == 6
+    assert shown_pictures(spark, platform, model) == [6]
+    assert evaluate(spark, platform, model, early, early, columns=()).reused
+    assert figures_of(spark, platform, model).rows == 9
+    spark.sql(f"DELETE FROM {name} WHERE model_version = '3'")
+    assert evaluate(spark, platform, model, late, late, columns=()).reused
+    assert figures_of(spark, platform, model).rows == 6
+    versions = spark.sql(f"DESCRIBE HISTORY {name}").count()
+    assert evaluate(spark, platform, model, late, late, columns=()).reused
+    assert spark.sql(f"DESCRIBE HISTORY {name}").count() == versions, "nothing is written without a change"

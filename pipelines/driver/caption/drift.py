@@ -49,9 +49,24 @@ class EvaluationFigures(Config):
 
 
 def read_evaluation_figures(
-    spark: SparkSession, platform: Platform, *, model: str, version: str, of_model: Column, source: str, split: str
+    spark: SparkSession,
+    platform: Platform,
+    *,
+    model: str,
+    version: str,
+    of_model: Column,
+    source: str,
+    split: str,
+    where: str,
 ) -> EvaluationFigures:
     """Read the figures of a model version's last evaluation on a split, or no figures if there is no evaluation.
+
+    `where` is the run's condition `data.shards.where`. The figures are those of an evaluation with the same condition.
+    Earlier releases of Lakesight did not store the condition. If no evaluation has the run's condition, this function
+    therefore reads the evaluations without a condition, and logs a warning.
+
+    The last evaluation is the evaluation with the newest time. A table `samples` that was dropped or restored may have
+    given an earlier evaluation a larger `dataset_version`.
 
     `of_model` is the SQL condition that identifies the model by its content (`is_of_model`). The figures in RELATIVE
     count words. An earlier version of Lakesight used different rules to split texts into words. If the evaluation used
@@ -62,11 +77,20 @@ def read_evaluation_figures(
         .where((F.col("model_name") == model) & (F.col("model_version") == version) & F.col("slice").isNull())
         .where(of_model)
         .where((F.col("source") == source) & (F.col("split") == split) & F.col("metric").isin(*FIGURES))
-        .select("dataset_version", "metric", "value", "n", "tokenisation")
+        .where(F.col("shards_where").isNull() | (F.col("shards_where") == where))
+        .select("dataset_version", "metric", "value", "n", "tokenisation", "shards_where", "evaluated_at")
         .collect()
     )
-    newest = max((row["dataset_version"] for row in rows), default=None)
-    last = [row for row in rows if row["dataset_version"] == newest]
+    chosen = [row for row in rows if row["shards_where"] == (where or None)]
+    if rows and not chosen:
+        logger.warning(
+            "drift is compared with an evaluation for which no data.shards.where is stored: run `lakesight evaluate` "
+            "for model version %s with this release of Lakesight",
+            version,
+        )
+        chosen = rows
+    newest = max(chosen, key=lambda row: row["evaluated_at"], default=None)
+    last = [row for row in chosen if newest and row["dataset_version"] == newest["dataset_version"]]
     figures = {row["metric"]: row["value"] for row in last}
     outdated = [row["metric"] for row in last if row["metric"] in RELATIVE and row["tokenisation"] != TOKENISATION]
     if outdated:

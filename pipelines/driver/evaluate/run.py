@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from typing import NamedTuple
 from pydantic import Field
 from pyspark.sql import DataFrame, SparkSession
 
-from pipelines.driver.delta.tables import add_columns, ensure_tables
+from pipelines.driver.delta.tables import ensure_tables
 from pipelines.driver.delta.thumbnails import read_thumbnails
 from pipelines.driver.delta.versions import rows_of_source
 from pipelines.driver.evaluate.bootstrap import Interval, measure, slice_metrics, slices_of
@@ -35,7 +35,7 @@ from pipelines.driver.evaluate.gallery import (
     write_png,
 )
 from pipelines.driver.evaluate.hallucination import ObjectWords, hallucination_metrics
-from pipelines.driver.evaluate.metrics import Metric, ScoredRow, captioned, describe_words, tokenisation_of
+from pipelines.driver.evaluate.metrics import Metric, ScoredRow, captioned, describe_words
 from pipelines.driver.evaluate.scores import (
     ATTENTION_ROWS,
     SCORES,
@@ -45,13 +45,12 @@ from pipelines.driver.evaluate.scores import (
     score_split,
     scores_hash,
 )
-from pipelines.driver.evaluate.table import merge_rows
+from pipelines.driver.evaluate.table import merge_report
 from pipelines.driver.evaluate.verdict import verdict
 from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import StageFailed, UserError
 from pipelines.formats.run_folder import read_json, write_json
 from pipelines.formats.shards import ShardRequest, Shards
-from pipelines.formats.tables import EVALUATIONS, MODEL_DIGEST
 from pipelines.pages.page import Gallery, Page, WordPicture
 from pipelines.platform import Platform
 from vlm.config import Config, GenerationConfig
@@ -172,14 +171,13 @@ def evaluate(
     if (folder / REPORT).exists():
         found = read_json(folder / REPORT, EvaluationReport).model_copy(update=_report_paths(folder) | {"reused": True})
         if requested.included_in(found) and all(path.exists() for path in _report_paths(folder).values()):
+            merge_report(spark, platform, found, shards)
             return found
         requested = requested.merged_with(found)
     ensure_tables(spark, platform)
-    add_columns(spark, platform, EVALUATIONS)
     report, rows = _evaluate(spark, model, (shards, train), folder, requested)
     report = report.model_copy(update={"seconds": time.monotonic() - started})
-    if report.settings is None:
-        merge_rows(spark, platform, _rows(report))
+    merge_report(spark, platform, report, shards)
     _write_pages(report, rows)
     write_json(folder / REPORT, report)
     return report
@@ -287,20 +285,6 @@ def _evaluate(
     shown = select_rows(with_caption)
     worst = [item for item, groups in shown if "worst" in groups][:ATTENTION_ROWS]
     return report, _gallery_rows(samples, shown, names, draw_attention(spark, model, shards, worst, folder))
-
-
-# ------------------------------------------------------------------------------------------------ the table
-
-
-def _rows(report: EvaluationReport) -> Iterator[dict[str, object]]:
-    """Yield the report as rows of table `evaluations`."""
-    parts: list[tuple[str | None, Mapping[str, Interval]]] = [(None, report.metrics), *report.slices.items()]
-    fields = set(EVALUATIONS.names) & EvaluationReport.model_fields.keys() - {"tokenisation"}
-    shared = {name: getattr(report, name) for name in fields} | {MODEL_DIGEST.name: report.model_digest or None}
-    for part, metrics in parts:
-        for name, metric in metrics.items():
-            row = {"slice": part, "metric": name, "n": report.pictures, "tokenisation": tokenisation_of(name)}
-            yield shared | row | metric.model_dump()
 
 
 # ------------------------------------------------------------------------------------------------ samples

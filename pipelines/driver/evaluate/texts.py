@@ -47,6 +47,7 @@ class TextEvaluationReport(Config):
     Attributes:
         source: name of the data config.
         dataset_version: version of `texts` that last changed the source.
+        scores_hash: hash of the model files and the texts; empty in a report file of an earlier Lakesight version.
         texts: number of texts of the split.
         chars: number of characters of the texts.
         metrics: metrics of the split: `loss` in nats per token, `loss_per_char` in nats per character, `bits_per_char`,
@@ -62,6 +63,7 @@ class TextEvaluationReport(Config):
     source: str
     split: str
     dataset_version: int
+    scores_hash: str = ""
     texts: int
     chars: int
     metrics: dict[str, Interval]
@@ -87,7 +89,11 @@ def evaluate_texts(
     identity = short_hash(model.name, model.version, model.run_id, model.digest, shards.manifest.content_hash)
     folder = platform.folder("reports") / f"{model.name}-{model.version}-{request.source}-{request.split}-{identity}"
     if (folder / REPORT).exists():
-        return read_json(folder / REPORT, TextEvaluationReport).model_copy(update={"reused": True})
+        report = read_json(folder / REPORT, TextEvaluationReport).model_copy(
+            update={"reused": True, "scores_hash": identity}
+        )
+        merge_rows(spark, platform, _rows(report, request.where))
+        return report
     ensure_tables(spark, platform)
     summary = write_tokens(folder / TOKENS, shards.texts(), text.load(model.folder / "tokenizer.json"))
     report = TextEvaluationReport(
@@ -98,19 +104,24 @@ def evaluate_texts(
         source=request.source,
         split=request.split,
         dataset_version=request.table_version,
+        scores_hash=identity,
         texts=summary.texts,
         chars=summary.chars,
         metrics=_measure(spark, model, folder / TOKENS, summary, config.decoder.context),
         reused=False,
         seconds=round(time.monotonic() - started, 3),
     )
-    fields = set(EVALUATIONS.names) & TextEvaluationReport.model_fields.keys()
-    shared = {name: getattr(report, name) for name in fields} | {MODEL_DIGEST.name: report.model_digest or None}
-    shared |= {"slice": None, "n": report.texts, "tokenisation": None}
-    rows = [shared | {"metric": name} | metric.model_dump() for name, metric in report.metrics.items()]
-    merge_rows(spark, platform, rows)
+    merge_rows(spark, platform, _rows(report, request.where))
     write_json(folder / REPORT, report)
     return report
+
+
+def _rows(report: TextEvaluationReport, where: str) -> list[dict[str, object]]:
+    """Return the report as rows of table `evaluations`. `where` is the condition that selected the texts, or empty."""
+    fields = set(EVALUATIONS.names) & TextEvaluationReport.model_fields.keys()
+    shared = {name: getattr(report, name) for name in fields} | {MODEL_DIGEST.name: report.model_digest or None}
+    shared |= {"slice": None, "n": report.texts, "tokenisation": None, "shards_where": where or None}
+    return [shared | {"metric": name} | metric.model_dump() for name, metric in report.metrics.items()]
 
 
 def _measure(
