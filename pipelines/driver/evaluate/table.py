@@ -34,10 +34,10 @@ def merge_report(spark: SparkSession, platform: Platform, report: EvaluationRepo
     model version's own. `shards` are the shards of the evaluated split.
     """
     if report.settings is None:
-        merge_rows(spark, platform, list(_rows(report, shards.manifest.request.where)))
+        merge_rows(spark, platform, list(report_rows(report, shards.manifest.request.where)))
 
 
-def _rows(report: EvaluationReport, where: str) -> Iterator[dict[str, object]]:
+def report_rows(report: EvaluationReport, where: str) -> Iterator[dict[str, object]]:
     """Yield the report as rows of the table. `where` is the condition that selected the pictures, or empty."""
     parts: list[tuple[str | None, Mapping[str, Interval]]] = [(None, report.metrics), *report.slices.items()]
     fields = set(EVALUATIONS.names) & type(report).model_fields.keys() - {"tokenisation"}
@@ -83,7 +83,8 @@ def _read_rows(spark: SparkSession, platform: Platform, equal: Mapping[str, str]
     found = spark.table(platform.table(EVALUATIONS.name))
     for name, value in equal.items():
         found = found.where(found[name] == value)
-    return found.select(*EVALUATIONS.names).toArrow().to_pylist()
+    rows: list[dict[str, Any]] = found.select(*EVALUATIONS.names).toArrow().to_pylist()
+    return rows
 
 
 def _is_newest(rows: Sequence[Mapping[str, Any]], stored: Sequence[Mapping[str, Any]]) -> bool:
@@ -103,7 +104,7 @@ def _is_newest(rows: Sequence[Mapping[str, Any]], stored: Sequence[Mapping[str, 
 def _same_model(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """Return whether two rows belong to the same model, by the same rule as SAME_MODEL."""
     digests = old[MODEL_DIGEST.name], new[MODEL_DIGEST.name]
-    return digests[0] == digests[1] if all(digests) else old["run_id"] == new["run_id"]
+    return bool(digests[0] == digests[1] if all(digests) else old["run_id"] == new["run_id"])
 
 
 def _merge(spark: SparkSession, table: str, values: list[tuple[object, ...]]) -> None:

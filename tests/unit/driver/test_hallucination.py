@@ -18,7 +18,8 @@ from pipelines.driver.evaluate.bootstrap import measure
 from pipelines.driver.evaluate.gallery import GalleryRow, ModelCaption
 from pipelines.driver.evaluate.hallucination import ObjectWords, hallucination_metrics, read_object_words
 from pipelines.driver.evaluate.metrics import ScoredRow, tokenisation_of
-from pipelines.driver.evaluate.run import DEFINITIONS, EvaluationReport, RequestedMetrics, _rows, _write_pages
+from pipelines.driver.evaluate.run import DEFINITIONS, EvaluationReport, RequestedMetrics, _write_pages
+from pipelines.driver.evaluate.table import report_rows
 from pipelines.driver.ingest.ledger import hash_rules
 from pipelines.errors import UserError
 from vlm.text.words import TOKENISATION
@@ -205,6 +206,6 @@ def test_the_metrics_of_invented_objects_are_on_the_page_and_in_the_tables_and_i
     assert "CHAIRs" in page
     assert {"chair_i", "chair_s", "object_mentions"} <= set(figures_by_column(after)["metric"])
     assert {"chair_i", "chair_s"} <= set(LOGGED_METRICS)
-    rows = {row["metric"]: row for row in _rows(after)}
+    rows = {row["metric"]: row for row in report_rows(after, "")}
     assert rows["chair_i"]["value"] == pytest.approx(1 / 3)
     assert rows["chair_i"]["tokenisation"] == TOKENISATION
