@@ -102,7 +102,8 @@ def run_promote(job: Job, which: str, *, by_number: bool = False) -> PromotionRe
 
     Raises:
         UserError: the model is a text-only model.
-        StageFailed: the gate refused the version. The error lists every reason.
+        StageFailed: the gate refused the version, or another command has changed the champion while the gate ran. The
+            error lists every reason.
     """
     from pipelines.tracking.registry import CHALLENGER, find_champion, promote, resolve, set_alias, tag
 
@@ -129,6 +130,7 @@ def run_promote(job: Job, which: str, *, by_number: bool = False) -> PromotionRe
         )
     version = set_alias(job.platform, version, CHALLENGER)
     verdict = check_gate(job, version, champion)
+    _require_same_champion(job, champion)
     tags = {f"gate_{name}": f"{'ok' if c.passed else 'refused'}: {c.found}" for name, c in verdict.checks.items()}
     tag(job.platform, version, tags | {"gate": "refused" if verdict.reasons else "passed"})
     record(
@@ -186,6 +188,21 @@ def _record_champion(job: Job, champion: ModelVersion) -> None:
         if recorded and recorded[0] == champion.version:
             reason = f"{reason} with this number" if recorded[1] else "the last recorded decision has no digest"
         record(job, champion.version, "promote", champion=champion, reasons=[reason])
+
+
+def _require_same_champion(job: Job, compared: ModelVersion | None) -> None:
+    """Raise StageFailed if the champion is not the version with which the gate has compared. The gate takes minutes."""
+    from pipelines.tracking.registry import find_champion
+
+    champion = find_champion(job.platform, job.model_name)
+    if (champion and (champion.version, champion.run_id)) != (compared and (compared.version, compared.run_id)):
+        raise StageFailed(
+            "another command has changed the champion while the gate ran",
+            where=f"model {job.model_name}",
+            got=f"the gate compared with {f'version {compared.version}' if compared else 'no champion'}; now "
+            f"{f'version {champion.version}' if champion else 'no version'} is the champion",
+            fix=f"run `{job.command('promote')}` again: finished evaluations are kept",
+        )
 
 
 def _find_rollback(job: Job, version: ModelVersion) -> dict[str, Any] | None:

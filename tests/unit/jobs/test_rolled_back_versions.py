@@ -30,7 +30,7 @@ from jobs.job_run import record_trained_version
 from jobs.output import CommandOutput
 from jobs.promote import run_promote
 from jobs.rollback import run_rollback
-from pipelines.errors import UserError
+from pipelines.errors import StageFailed, UserError
 from pipelines.platform import Platform
 from pipelines.tracking import registry
 from pipelines.tracking.server import connect
@@ -120,6 +120,17 @@ def test_a_version_that_was_rolled_back_is_promoted_only_if_its_number_is_given(
     assert (aliases(job), decisions(job.platform)) == (before, recorded), "nothing was changed or recorded"
     with gate_starts():
         run_promote(job, "2", by_number=True)
+
+
+def test_a_version_is_not_promoted_if_another_command_changes_the_champion_while_the_gate_runs(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_champion(job, "1")
+    monkeypatch.setattr("jobs.promote.check_gate", lambda *_: make_champion(job, "3"))
+    with pytest.raises(StageFailed, match=r"compared with version 1; now version 3 is the champion"):
+        run_promote(job, "2")
+    assert aliases(job)["champion"] == "3"
+    assert decisions(job.platform)[-1] == ("promote", "3", "1")
 
 
 @pytest.mark.matrix
