@@ -163,12 +163,16 @@ def count_slots(spark: SparkSession) -> int:
 
 @contextlib.contextmanager
 def cancel_if_slots_are_lost(spark: SparkSession, tasks: int) -> Iterator[None]:
-    """Cancel the Spark jobs started inside the block if the cluster can no longer run `tasks` tasks at once.
+    """Cancel the Spark jobs started inside the block if the cluster can no longer run `tasks` tasks at once, or if the
+    block is interrupted.
 
     Spark counts its slots (the tasks that can run at once) only when a barrier stage starts. If a host is lost after
     the stage has started, Spark would wait forever for this host. The thread that waits for the stage receives a Spark
     error with the number of remaining slots. A Connect session cannot count slots while a barrier stage occupies them.
     With a Connect session, only a timeout of the job ends the wait for a lost host.
+
+    If a KeyboardInterrupt leaves the block, its tasks must not go on while the command cleans up. pyspark cancels jobs
+    only after Ctrl-C, but SIGTERM and a lost lease of a run raise a KeyboardInterrupt too.
     """
     if is_connect(spark):
         yield
@@ -187,6 +191,9 @@ def cancel_if_slots_are_lost(spark: SparkSession, tasks: int) -> Iterator[None]:
     try:
         with in_background(watch_slots, "slots"):
             yield
+    except KeyboardInterrupt:
+        context._jsc.sc().cancelJobsWithTag(tag, "the command was interrupted")
+        raise
     finally:
         context.removeJobTag(tag)
 

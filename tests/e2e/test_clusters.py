@@ -150,6 +150,46 @@ def test_a_job_that_waits_for_free_spark_task_slots_fails_when_a_host_is_lost(tm
     assert "executors were lost: 1 of 2 slots are left" in said
 
 
+INTERRUPTED = """
+import os, signal, threading, time
+from pipelines.config import LocalPlatformConfig, SparkConfig
+from pipelines.platform import cancel_if_slots_are_lost, local
+
+spark = local(LocalPlatformConfig(spark=SparkConfig(master="local[2]"))).open_spark()
+jobs = spark.sparkContext.statusTracker()
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGUSR1, interrupt)
+
+def interrupt_job():
+    while not jobs.getActiveJobsIds():
+        time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+threading.Thread(target=interrupt_job, daemon=True).start()
+try:
+    with cancel_if_slots_are_lost(spark, 2):
+        spark.sparkContext.parallelize(range(2), 2).barrier().mapPartitions(lambda _: time.sleep(600)).collect()
+except KeyboardInterrupt:
+    deadline = time.monotonic() + 60
+    while jobs.getActiveJobsIds() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    print("jobs", len(jobs.getActiveJobsIds()), flush=True)
+spark.stop()
+"""
+
+
+def test_the_spark_job_of_ranks_is_cancelled_if_another_signal_than_that_of_ctrl_c_interrupts_the_command(
+    tmp_path: Path,
+) -> None:
+    with started_processes() as start:
+        command = [sys.executable, "-c", INTERRUPTED]
+        process = start(command, driver_environment(tmp_path / "home"), subprocess.PIPE)
+        assert process.communicate()[0].decode().splitlines() == ["jobs 0"]
+
+
 SESSION = """
 from pipelines.config import LocalPlatformConfig
 from pipelines.platform import local
