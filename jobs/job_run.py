@@ -22,6 +22,14 @@ JobRunOption = Annotated[
         "--job-run", help="Use the version that `train` with the same --job-run has trained or found.", metavar="ID"
     ),
 ]
+RecordOption = Annotated[
+    str | None,
+    typer.Option(
+        "--job-run",
+        help="Record the version under this id, for evaluate and promote with the same --job-run.",
+        metavar="ID",
+    ),
+]
 VALID_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 """Pattern of an id, which is part of the name of a file."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
@@ -102,8 +103,7 @@ def run_promote(job: Job, which: str, *, by_number: bool = False) -> PromotionRe
 
     Raises:
         UserError: the model is a text-only model.
-        StageFailed: the gate refused the version, or another command has changed the champion while the gate ran. The
-            error lists every reason.
+        StageFailed: the gate refused the version (with every reason), or the champion has changed while the gate ran.
     """
     from pipelines.tracking.registry import CHALLENGER, find_champion, promote, resolve, set_alias, tag
 
@@ -118,16 +118,7 @@ def run_promote(job: Job, which: str, *, by_number: bool = False) -> PromotionRe
         job.output.line("promote", f"{label} is already the champion")
         return PromotionReport(model_name=version.name, model_version=version.version, already=True, found={})
     if not by_number and (rollback := _find_rollback(job, version)):
-        job.output.line(
-            "promote",
-            f"{label} is not promoted, because {rollback['decided_by']} rolled back from this version on "
-            f"{rollback['decided_at']:%Y-%m-%d %H:%M} UTC"
-            + (f"; version {champion.version} stays the champion" if champion else ""),
-        )
-        job.output.line("", f"to promote the version again, run `{job.command('promote')} --version {version.version}`")
-        return PromotionReport(
-            model_name=version.name, model_version=version.version, already=False, rolled_back=True, found={}
-        )
+        return _keep_rollback(job, version, champion, rollback)
     version = set_alias(job.platform, version, CHALLENGER)
     verdict = check_gate(job, version, champion)
     _require_same_champion(job, champion)
@@ -188,6 +179,22 @@ def _record_champion(job: Job, champion: ModelVersion) -> None:
         if recorded and recorded[0] == champion.version:
             reason = f"{reason} with this number" if recorded[1] else "the last recorded decision has no digest"
         record(job, champion.version, "promote", champion=champion, reasons=[reason])
+
+
+def _keep_rollback(
+    job: Job, version: ModelVersion, champion: ModelVersion | None, rollback: Mapping[str, Any]
+) -> PromotionReport:
+    """Print that a version is not promoted, because a rollback has replaced it. Return the report."""
+    job.output.line(
+        "promote",
+        f"{version.name} version {version.version} is not promoted, because {rollback['decided_by']} rolled back from "
+        f"this version on {rollback['decided_at']:%Y-%m-%d %H:%M} UTC"
+        + (f"; version {champion.version} stays the champion" if champion else ""),
+    )
+    job.output.line("", f"to promote the version again, run `{job.command('promote')} --version {version.version}`")
+    return PromotionReport(
+        model_name=version.name, model_version=version.version, already=False, rolled_back=True, found={}
+    )
 
 
 def _require_same_champion(job: Job, compared: ModelVersion | None) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
-from jobs.job_run import check_job_run, record_trained_version
+from jobs.job_run import RecordOption, check_job_run, record_trained_version
 from jobs.progress import poll_training, show_elapsed, show_progress
 from jobs.replay import run_replay
 from jobs.shard import run_shard
@@ -73,14 +73,7 @@ def train(
             metavar="STEP",
         ),
     ] = None,
-    job_run: Annotated[
-        str | None,
-        typer.Option(
-            "--job-run",
-            help="Record the version under this id, for evaluate and promote with the same --job-run.",
-            metavar="ID",
-        ),
-    ] = None,
+    job_run: RecordOption = None,
 ) -> None:
     """Train on distributed ranks and register the model.
 

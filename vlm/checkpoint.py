@@ -29,17 +29,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlm import text
-from vlm.config import Config, ModelConfig, Precision, read_error_message
+from vlm.config import ModelConfig, Precision, read_error_message
 from vlm.errors import CheckpointError
 from vlm.factory import construct_model
-from vlm.files import atomic_write, file_digest, open_regular, read_json, read_small
+from vlm.files import MANIFEST, atomic_write, file_digest, find_damage, open_regular, read_small
 from vlm.layers.meta import EmptyOnMeta, replace_parameters
 from vlm.model import VisionLanguageModel
 from vlm.precision import join_weight, set_compute_dtype, split_weight, weight_templates
 from vlm.text.base import Tokenizer
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
-MANIFEST = "files.json"
 MODEL_FILES = (WEIGHTS, CONFIG, TOKENIZER)
 FORMAT_KEY, FORMAT = "lakesight_format", 2
 """Version of the checkpoint format. A file without a version counts as version 0.
@@ -335,13 +334,6 @@ def _mismatch(path: Path, problems: list[str]) -> CheckpointError:
     )
 
 
-class ManifestEntry(Config):
-    """Entry of files.json: the size in bytes and the SHA-256 of a file."""
-
-    bytes: int
-    sha256: str
-
-
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that replaces `folder` when the `with` block ends without an error.
@@ -373,25 +365,10 @@ def verify_folder(folder: Path) -> None:
     Raises:
         CheckpointError: a file is missing, truncated or changed; the message lists all such files.
     """
-    try:
-        manifest = read_json(folder / MANIFEST)
-        entries = {folder / name: ManifestEntry(**entry) for name, entry in manifest.items()}
-        problems = [problem for path, entry in entries.items() if (problem := _describe_damage(path, entry))]
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # pydantic and json raise ValueError
-        problems = [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"]
-    if problems:
+    if problems := find_damage(folder):
         raise CheckpointError(
             "the checkpoint is damaged",
             where=str(folder),
             got=problems,
             fix="remove this folder to continue from an earlier checkpoint",
         )
-
-
-def _describe_damage(path: Path, entry: ManifestEntry) -> str:
-    """Return how a file differs from its manifest entry, or an empty string if the file matches the entry."""
-    if not path.is_file():
-        return f"{path.name} is missing"
-    if (size := path.stat().st_size) != entry.bytes:
-        return f"{path.name} has {size} bytes, expected {entry.bytes}"
-    return "" if file_digest(path) == entry.sha256 else f"{path.name} has changed since it was written"

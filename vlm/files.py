@@ -1,5 +1,5 @@
 """Functions that write a file atomically, read a JSON file, hash the content of a file, join safetensors files, and
-access the step number of a training checkpoint."""
+access the step number and the recorded hashes of a training checkpoint."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ MAX_JSON_BYTES = 1 << 28
 """Largest accepted size of a JSON file, in bytes. The tokenizers of the largest published vocabularies have 40 MB."""
 TRAINING_STEP = "training.json"
 """In a training checkpoint, name of the file with the number of the next training step."""
+
+MANIFEST = "files.json"
+"""In a checkpoint, name of the file with the size in bytes and the SHA-256 of each other file."""
 
 
 @contextmanager
@@ -174,3 +177,25 @@ def _copy_bytes(source: BinaryIO, target: BinaryIO, count: int) -> None:
             raise ValueError(f"{source.name} is truncated")
         target.write(data)
         count -= len(data)
+
+
+def find_damage(folder: Path) -> list[str]:
+    """Return how the files of a checkpoint differ from the sizes and hashes in its files.json.
+
+    The result is empty if all files are as they were written.
+    """
+    try:
+        entries = read_json(folder / MANIFEST).items()
+        found = [_describe_damage(folder / name, entry["bytes"], entry["sha256"]) for name, entry in entries]
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        return [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"]
+    return [problem for problem in found if problem]
+
+
+def _describe_damage(path: Path, size: int, sha256: str) -> str:
+    """Return how a file differs from its size and SHA-256 in files.json, or an empty text if the file is unchanged."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if (found := path.stat().st_size) != size:
+        return f"{path.name} has {found} bytes, expected {size}"
+    return "" if file_digest(path) == sha256 else f"{path.name} has changed since it was written"

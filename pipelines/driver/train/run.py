@@ -60,9 +60,8 @@ def prepare(
 ) -> RunFolder:
     """Find or create the run folder, and write run.json, the tokenizer and the document frequencies into the folder.
 
-    The tokenizer is trained on the texts of the training shards, or copied from `train.start_from`. The name of the run
-    folder depends on everything that determines the outcome of the run, so the same command finds the same run folder.
-    A command that changes only generation settings finds the same run folder (`keep_generation`).
+    The tokenizer is trained on the texts of the training shards, or copied from `train.start_from`. The same command
+    finds the same run folder, also if it changes only generation settings (`keep_generation`).
 
     Args:
         config: resolved run config.
@@ -72,8 +71,8 @@ def prepare(
         code: description of the training code, by default of the installed code.
 
     Raises:
-        UserError: a split has no rows, the batch cannot be divided among the ranks, `train.start_from` does not contain
-            the run's model, its files are damaged, or another process is training the run.
+        UserError: a split has no rows, the batch cannot be divided among the ranks, the folder in `train.start_from` has
+            another model or damaged files, or another process is training the run.
     """
     check_config(config)
     _check_splits(train, validate)
@@ -88,16 +87,7 @@ def prepare(
         config = config.model_copy(update={"train": resolved})
 
     def path_of(config: RunConfig) -> Path:
-        def path_with(settings: Mapping[str, Any]) -> Path:
-            identity = hash_run(config.model, settings, train.content_hash, validate.content_hash)
-            return platform.folder("runs") / f"{config.name}-{identity}"
-
-        if start is not None:
-            # Earlier releases left the tokenizer out of the name. Their runs are found if the tokenizer is the same.
-            earlier = path_with(settings | {"start_from": start.weights})
-            if start.has_tokenizer_of(RunFolder(earlier)):
-                return earlier
-        return path_with(settings)
+        return _run_path(platform, config, settings, start, (train.content_hash, validate.content_hash))
 
     config = keep_generation(config, code, path_of)
     run = find_folder(path_of(config), config, code)
@@ -120,6 +110,34 @@ def prepare(
         if finished_result(run) is None:
             write_json(run.run_file, file.model_copy(update={"earlier_code": earlier_code(run, code)}))
     return run
+
+
+def _run_path(
+    platform: Platform,
+    config: RunConfig,
+    settings: Mapping[str, Any],
+    start: StartFolder | None,
+    content: tuple[str, str],
+) -> Path:
+    """Return the path of the run folder. Its name contains a hash of everything that determines the outcome of the run.
+
+    Args:
+        platform: platform that stores the run folder.
+        config: resolved run config.
+        settings: training settings that determine the outcome.
+        start: opened folder in `train.start_from`, or None.
+        content: content hashes of the training shards and of the validation shards.
+    """
+
+    def path_with(settings: Mapping[str, Any]) -> Path:
+        return platform.folder("runs") / f"{config.name}-{hash_run(config.model, settings, *content)}"
+
+    if start is not None:
+        # Earlier releases left the tokenizer out of the name. Their runs are found if the tokenizer is the same.
+        earlier = path_with({**settings, "start_from": start.weights})
+        if start.has_tokenizer_of(RunFolder(earlier)):
+            return earlier
+    return path_with(settings)
 
 
 def _write_text_files(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -14,7 +13,7 @@ from pipelines.formats.model_copy import RECORD, changed_files
 from pipelines.formats.run_folder import RunFile, RunFolder, read_json
 from vlm import text
 from vlm.config import Config, ModelConfig, config_differences, read_error_message
-from vlm.files import TRAINING_STEP, file_digest, read_training_step
+from vlm.files import MANIFEST, TRAINING_STEP, file_digest, find_damage, read_training_step
 
 FILES = ("model.safetensors", "config.json", "tokenizer.json")
 STATE_FILES = ("training.safetensors", TRAINING_STEP, "run.json")
@@ -126,17 +125,12 @@ def require_intact(folder: Path) -> None:
     Raises:
         UserError: a file is missing or has changed, or the record cannot be read.
     """
-    from vlm.checkpoint import MANIFEST, verify_folder  # imports torch, which takes seconds
-    from vlm.errors import CheckpointError
-
-    problems: str | Sequence[str] = []
+    problems: list[str] = []
     try:
         if (folder / MANIFEST).exists():
-            verify_folder(folder)
+            problems = find_damage(folder)
         elif (folder / RECORD).exists():
             problems = [f"{name} has changed since it was downloaded" for name in changed_files(folder)]
-    except CheckpointError as error:
-        problems = error.got
     except (OSError, ValueError) as error:
         problems = [f"{RECORD} cannot be read ({type(error).__name__}: {error})"]
     if problems:
