@@ -71,8 +71,8 @@ def prepare(
         code: description of the training code, by default of the installed code.
 
     Raises:
-        UserError: a split has no rows, the batch cannot be divided among the ranks, the folder in `train.start_from` has
-            another model or damaged files, or another process is training the run.
+        UserError: a split has no rows, the batch cannot be divided among the ranks, the folder in `train.start_from`
+            has another model or damaged files, or another process is training the run.
     """
     check_config(config)
     _check_splits(train, validate)
