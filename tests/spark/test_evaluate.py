@@ -287,8 +287,8 @@ def shown_pictures(spark: SparkSession, platform: Platform, model: ModelFiles) -
     """Return the numbers of pictures of the evaluations that the dashboard shows for a model version."""
     (query,) = [each for each in json.loads(DASHBOARD.read_text())["datasets"] if each["name"] == "metrics"]
     sql = "".join(query["queryLines"]).replace("FROM evaluations", f"FROM {platform.table(EVALUATIONS.name)}")
-    rows = spark.sql(sql).where(f"model_name = '{model.name}' AND version = {model.version}").collect()
-    assert len({row["metric"] for row in rows}) == len(rows)
+    rows = spark.sql(sql).where(f"series LIKE '{model.name}, wide_and_small %' AND version = {model.version}").collect()
+    assert len({row["series"] for row in rows}) == len(rows)
     return sorted({row["pictures"] for row in rows})
 
 
