@@ -14,6 +14,7 @@ from pipelines.errors import StageFailed, UserError
 from pipelines.formats.run_folder import Metrics, Result, RunFolder, read_json, step_of
 from pipelines.tracking.logged_model import MODEL_FILES
 from vlm.config import GenerationConfig, ModelConfig
+from vlm.files import find_damage
 
 
 def find_checkpoint(run: RunFolder, result: Result, which: Register) -> Path:
@@ -43,19 +44,14 @@ def require_intact(checkpoint: Path) -> None:
     Raises:
         StageFailed: a file is missing or was changed after the checkpoint was written.
     """
-    from vlm.checkpoint import verify_folder  # imports torch, which takes seconds
-    from vlm.errors import CheckpointError
-
-    try:
-        verify_folder(checkpoint)
-    except CheckpointError as error:
+    if problems := find_damage(checkpoint):
         raise StageFailed(
             "a damaged checkpoint is not registered",
             where=str(checkpoint),
-            got=error.got,
+            got=problems,
             fix="restore the folder from a backup; or register another checkpoint of the run; or remove the folder and "
             "run `lakesight train` again, which continues from an earlier checkpoint",
-        ) from None
+        )
 
 
 def metrics_of(run: RunFolder, checkpoint: Path) -> dict[str, float]:
