@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from shard_reports import shard_report
 from tiny_runs import tiny_model_config, tiny_run
 
 from pipelines.config import RunConfig
@@ -57,13 +58,4 @@ def write_texts(folder: Path, texts: Sequence[str]) -> ShardReport:
     write_manifest(folder, Manifest(request=request, files=tuple(files)))
     shards = Shards.open(folder)
     assert list(shards.texts()) == list(texts)
-    return ShardReport(
-        folder=str(folder),
-        source="tiny",
-        split="train",
-        num_rows=len(shards),
-        content_hash=shards.manifest.content_hash,
-        dataset_version=1,
-        reused=False,
-        seconds=0,
-    )
+    return shard_report(shards, dataset_version=1)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from run_owners import owned_by_another_process
+from shard_reports import shard_report
 from tiny_runs import tiny_run, write_shards
 
 from pipelines.config import LocalPlatformConfig, short_hash
@@ -19,7 +20,6 @@ from pipelines.driver.train.run_folders import finished_result
 from pipelines.driver.train.vocabulary import warn_of_unknown
 from pipelines.errors import UserError
 from pipelines.formats.run_folder import Result, RunFolder, write_json
-from pipelines.formats.shards import Shards
 from pipelines.formats.training_code import TrainingCode
 from pipelines.platform import Platform, local
 from vlm import text
@@ -35,27 +35,14 @@ def laptop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Platform:
 
 @pytest.fixture
 def report(tmp_path: Path) -> ShardReport:
-    return as_report(write_shards(tmp_path / "shards", rows=8))
-
-
-def as_report(shards: Shards) -> ShardReport:
-    return ShardReport(
-        folder=str(shards.folder),
-        source="tiny",
-        split="train",
-        num_rows=len(shards),
-        content_hash=shards.manifest.content_hash,
-        dataset_version=3,
-        reused=False,
-        seconds=0.0,
-    )
+    return shard_report(write_shards(tmp_path / "shards", rows=8))
 
 
 def test_equal_runs_share_a_run_folder_and_different_runs_have_different_run_folders(
     laptop: Platform, report: ShardReport, tmp_path: Path
 ) -> None:
     run = prepare(tiny_run(), laptop, report, report)
-    other_data = as_report(write_shards(tmp_path / "other", rows=9))
+    other_data = shard_report(write_shards(tmp_path / "other", rows=9))
     assert prepare(tiny_run(), laptop, report, report) == run
     assert prepare(tiny_run(ranks=1), laptop, report, report) == run  # the number of ranks is not in the folder name
     others = [
@@ -94,7 +81,7 @@ def test_the_run_folder_contains_document_frequencies_only_if_a_training_stage_r
 ) -> None:
     stage = {"steps": 12, "groups": [{"pattern": ".*", "lr": 1e-3}], "objective": {"kind": "cider"}}
     assert not prepare(tiny_run(), laptop, report, report).cider.exists()
-    texts = as_report(write_shards(tmp_path / "texts", rows=8, texts=2))
+    texts = shard_report(write_shards(tmp_path / "texts", rows=8, texts=2))
     found = Cider.load(prepare(tiny_run(stages=[stage]), laptop, texts, texts).cider)
     assert found.documents == 8
     assert found.frequencies[("red",)] == 2
@@ -222,7 +209,7 @@ def test_an_unfinished_run_of_other_code_is_resumed_only_on_request_and_the_log_
 def test_a_finished_run_is_found_in_a_home_folder_that_was_moved(
     laptop: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shards = as_report(write_shards(laptop.folder("shards") / "tiny-train-0123", rows=8))
+    shards = shard_report(write_shards(laptop.folder("shards") / "tiny-train-0123", rows=8))
     run = prepare(tiny_run(), laptop, shards, shards)
     finish(run)
     assert run.read_run().train_shards == "../../shards/tiny-train-0123"

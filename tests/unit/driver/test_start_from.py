@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from shard_reports import shard_report
 from tiny_runs import tiny_run, write_shards
 
 from pipelines.config import LocalPlatformConfig
@@ -17,7 +18,6 @@ from pipelines.driver.train.run_folders import hash_run
 from pipelines.errors import UserError
 from pipelines.formats.model_copy import record_copy
 from pipelines.formats.run_folder import RunFolder
-from pipelines.formats.shards import Shards
 from pipelines.platform import Platform, local
 from vlm import text
 from vlm.checkpoint import atomic_folder
@@ -33,20 +33,7 @@ def laptop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Platform:
 
 @pytest.fixture
 def report(tmp_path: Path) -> ShardReport:
-    return as_report(write_shards(tmp_path / "shards", rows=8))
-
-
-def as_report(shards: Shards) -> ShardReport:
-    return ShardReport(
-        folder=str(shards.folder),
-        source="tiny",
-        split="train",
-        num_rows=len(shards),
-        content_hash=shards.manifest.content_hash,
-        dataset_version=3,
-        reused=False,
-        seconds=0.0,
-    )
+    return shard_report(write_shards(tmp_path / "shards", rows=8))
 
 
 @pytest.fixture
