@@ -4,6 +4,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
+# The tests start hundreds of Python processes. Some images set this variable to 1; each process would then compile all
+# modules again, which doubles the time of `import torch`. The empty value counts as not set.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test check audit api bench faults versions ui
 
@@ -48,7 +52,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "Lakesight needs Java 17 or later for Spark. Debian, Ubuntu: apt install openjdk-17-jre-headless; macOS: brew install openjdk@17; then set JAVA_HOME" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[local,dev]' || \
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[local,dev]' || \
 	  { echo "uv does not read pip's settings (index, proxy, certificates). Trying again with pip:" >&2; \
 	    $(BIN)/pip install --quiet -c constraints.txt -e '.[local,dev]'; }
 	@touch $@
