@@ -63,7 +63,7 @@ def end_group(leader: subprocess.Popen[bytes], seconds: float = 5.0) -> None:
 
 
 def start_ticks(pid: int) -> int:
-    """Return the start time of a process in clock ticks since the boot, or 0 if it is not known (not on Linux).
+    """Return the start time of a process in clock ticks since the boot. On systems other than Linux, return 0.
 
     The system may reuse a process id after the process has ended, but not with the same start time.
     """
@@ -93,7 +93,7 @@ def is_running(pid: int, ticks: int) -> bool:
 
 
 def pid_namespace() -> str:
-    """Return the name of this process's pid namespace, or an empty string if it is not known (not on Linux).
+    """Return the name of this process's pid namespace. On systems other than Linux, return an empty string.
 
     Each container usually has its own pid namespace. A process id identifies a process only within its pid namespace.
     """

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 MANY_ROWS = 100_000
-"""Number of rows that is large enough for Spark to split a query into the default number of tasks."""
+"""Number of rows in the query with which `default_parallelism` counts tasks. The number is so large that each of the
+default number of tasks gets rows."""
 SHORTAGE_SECONDS = 30.0
 """Time in seconds after which the jobs of a barrier stage are cancelled if not all its tasks can run at once."""
 POLL_SECONDS = 1.0

@@ -165,7 +165,10 @@ def follower(runs: Runs) -> None:
 
 
 def main() -> None:
-    """Measure the cost of a second rank, of checkpoints and of logging metrics, or act as a rank."""
+    """Measure the cost of a second rank, of checkpoints and of logging metrics.
+
+    If the first argument is ADD_UP, this process is one of the measured ranks, and only does the work of a rank.
+    """
     if sys.argv[1:2] == [ADD_UP]:
         add_up(int(sys.argv[2]))
         return

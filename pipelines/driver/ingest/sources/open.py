@@ -1,4 +1,4 @@
-"""Opening of a source with the module for the kind of source in a data config."""
+"""Open the source of a data config. The kind of the source decides which module opens it."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def _append(spark: SparkSession, platform: Platform, table: Table, rows: DataFra
 
 
 def _replace(spark: SparkSession, platform: Platform, table: Table, rows: DataFrame, *, stamp: Stamp) -> dict[str, int]:
-    """Replace all rows of the source in a table in one commit. Return the number of rows by reason."""
+    """In one commit, replace the rows that a table has from the source. Return the number of new rows by reason."""
     writer = _stamped(rows, table, stamp).writeTo(platform.table(table.name)).options(**note_options(stamp.source))
     writer.overwrite(F.col("source") == stamp.source)
     return _count(rows)

@@ -88,7 +88,10 @@ def page_sizes(file: IO[bytes], chunk: Any, *, in_lists: bool) -> PageSizes:
 
 
 def first_byte(chunk: Any) -> int:
-    """Return the position of a column chunk in its file. Some programs write position 0 for a missing dictionary."""
+    """Return the position of the first byte of a column chunk in its file.
+
+    A chunk may begin with a dictionary page. Some programs write position 0 if a chunk has no dictionary page.
+    """
     dictionary = chunk.dictionary_page_offset
     data = chunk.data_page_offset
     return int(dictionary if dictionary and 0 < dictionary < data else data)
