@@ -94,7 +94,7 @@ def train(
             check_job_run(job_run, registers=launch and replay_step is None)
         if replay_step is not None:
             _require_pictures(job)
-            job.output.report(run_replay(job, prepare_run(job), replay_step))
+            job.output.report(run_replay(job, prepare_run(job, keep_run_file=True), replay_step))
             return
         if launch:
             report = run_train(job)
@@ -123,8 +123,11 @@ def _require_pictures(job: Job) -> None:
         )
 
 
-def prepare_run(job: Job) -> RunFolder:
-    """Write the shards for training and validation, then write the run folder that ranks read when they start."""
+def prepare_run(job: Job, *, keep_run_file: bool = False) -> RunFolder:
+    """Write the shards for training and validation, then write the run folder that ranks read when they start.
+
+    With `keep_run_file`, a run.json of an earlier command stays as it is.
+    """
     from pipelines.driver.train.run import check_config, prepare
 
     config = job.config
@@ -132,7 +135,7 @@ def prepare_run(job: Job) -> RunFolder:
     train_shards = run_shard(job, "train", config.model.image)
     same_split = config.data.validate_on == "train"  # as in run `seemore`, which memorises three pictures
     validation_shards = train_shards if same_split else run_shard(job, config.data.validate_on, config.model.image)
-    return prepare(config, job.platform, train_shards, validation_shards)
+    return prepare(config, job.platform, train_shards, validation_shards, keep_run_file=keep_run_file)
 
 
 def run_train(job: Job) -> TrainReport:

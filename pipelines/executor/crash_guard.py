@@ -24,6 +24,9 @@ CHUNK_ITEMS = 32
 CHUNK_BYTES = 16 * 2**20
 OUT_OF_MEMORY = 77
 """Exit code of a child process that ran out of memory."""
+RESULT_SECONDS = 900.0
+"""Time in seconds after which a child without a result is killed. The limits of `time_limit` do not end a child that
+waits, for example for a lock that another thread held during the fork."""
 
 
 class Death(NamedTuple):
@@ -99,14 +102,19 @@ class _Child(Generic[T, R]):
     def __init__(self, items: Sequence[T], function: Callable[[T], R]) -> None:
         fork = multiprocessing.get_context("fork")  # a forked child already has the items, so no item is pickled
         self._count = len(items)
+        self._hangs = False
         self._reader, writer = fork.Pipe(duplex=False)
         self._process = fork.Process(target=_child_main, args=(items, function, writer))
         self._process.start()
         writer.close()
 
     def results(self) -> Iterator[R]:
-        """Yield results until the child process has sent the results of all items or has died."""
+        """Yield results until the child process has sent the results of all items, has died, or hangs."""
         for _ in range(self._count):
+            if not self._reader.poll(RESULT_SECONDS):
+                self._hangs = True
+                self._process.kill()
+                return
             try:
                 result, error = self._reader.recv()
             except (EOFError, OSError):  # the child died before it had sent the whole result
@@ -125,7 +133,7 @@ class _Child(Generic[T, R]):
         self._reader.close()
         self._process.join()
         code = self._process.exitcode or 0
-        return TOO_SLOW if code == -signal.SIGVTALRM else Death(_describe_exit(code))
+        return TOO_SLOW if self._hangs or code == -signal.SIGVTALRM else Death(_describe_exit(code))
 
 
 def _child_main(items: Sequence[T], function: Callable[[T], R], writer: Connection) -> None:

@@ -48,6 +48,7 @@ RENEW_SECONDS = 5.0
 WATCH_SECONDS = 30.0
 """A lease counts as abandoned if its counter has not changed for this time, in seconds."""
 POLL_SECONDS = 1.0
+READ_ATTEMPTS = 5
 
 WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
 """Error codes with which a file system reports that it does not support locks."""
@@ -70,9 +71,9 @@ class Lease(Config):
     The boot id is empty in a file that an older version of Lakesight wrote.
     """
     pid_namespace: str = ""
-    """Pid namespace in which `pid` identifies the process; empty if it is not known (not on Linux)."""
+    """Pid namespace in which `pid` identifies the process; empty on systems other than Linux."""
     start_ticks: int = 0
-    """Start time of the process, in clock ticks since the boot of the host; 0 if it is not known (not on Linux)."""
+    """Start time of the process, in clock ticks since the boot of the host; 0 on systems other than Linux."""
     owner: str = ""
     """Random id of the owner; empty in a file from an older version of Lakesight, which did not renew leases."""
     renewals: int = 0
@@ -287,11 +288,20 @@ def _remove_lease(run: RunFolder, lease: Lease) -> None:
 
 
 def _read_lease(run: RunFolder) -> Lease | None:
-    """Read the lease, or return None if the file is missing or does not contain a lease."""
-    try:
-        return Lease.model_validate_json(run.launcher.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValidationError, UnicodeDecodeError):
-        return None
+    """Read the lease, or return None if the file is missing or does not contain a lease.
+
+    On a network file system, a read fails with ESTALE if the owner replaces the file at that moment. The read is then
+    repeated.
+    """
+    for attempts_left in reversed(range(READ_ATTEMPTS)):
+        try:
+            return Lease.model_validate_json(run.launcher.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValidationError, UnicodeDecodeError):
+            return None
+        except OSError as error:
+            if error.errno != errno.ESTALE or not attempts_left:
+                raise
+    return None
 
 
 def _already_owned(run: RunFolder, lease: Lease | None) -> UserError:

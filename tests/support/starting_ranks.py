@@ -6,6 +6,7 @@ python starting_ranks.py RUN_DIR FUNCTION
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -31,6 +32,17 @@ def late_monitor(run_dir: str) -> None:
     env = RankEnv.from_environment()
     with RankMonitor(RunFolder(Path(run_dir)), env.rank, env.launcher):
         time.sleep(600)
+
+
+def stuck_rank(run_dir: str) -> None:
+    """Ignore SIGTERM as rank 1, or fail as rank 0 as soon as rank 1 ignores SIGTERM."""
+    ready = Path(f"{run_dir}.ready")
+    if os.environ["RANK"] == "0":
+        wait_for(ready.exists, seconds=60)
+        sys.exit(1)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ready.touch()
+    time.sleep(600)
 
 
 def finishing_rank(run_dir: str) -> None:

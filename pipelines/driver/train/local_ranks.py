@@ -7,6 +7,7 @@ which is a file in a folder that only this user can open. gloo and NCCL are boun
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import subprocess
@@ -19,17 +20,24 @@ from pathlib import Path
 from pipelines.child_process import child_environment
 from pipelines.formats.run_folder import RunFolder
 
+logger = logging.getLogger(__name__)
+
 RankEntry = Callable[[str], None]
 
 POLL_SECONDS = 0.1
 TERM_SECONDS = 15.0
 """Time in seconds between SIGTERM and SIGKILL, in which a rank can record how it ended."""
 
+KILL_SECONDS = 10.0
+"""Time in seconds that ranks may take to end after SIGKILL. The kernel does not end a process that waits for a dead
+network file system or device."""
+
 
 def run_local_ranks(run: RunFolder, ranks: int, entry: RankEntry) -> Exception | None:
     """Run all ranks on this host until they end. Return an exception with the first failure, or None.
 
-    If a rank fails, all other ranks are ended. When this function returns or raises, no rank is running.
+    If a rank fails, all other ranks are ended. When this function returns or raises, no rank is running, unless the
+    kernel could not end a rank within KILL_SECONDS; a warning then names its process.
 
     Args:
         run: run folder. Until a rank has opened its own log, the rank's output goes to launcher.log.
@@ -104,4 +112,12 @@ def _end(started: Sequence[subprocess.Popen[bytes]]) -> None:
         time.sleep(POLL_SECONDS / 2)
     for process in started:
         process.kill()
-        process.wait()
+    deadline = time.monotonic() + KILL_SECONDS
+    for process in started:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            logger.warning(
+                "process %d of a rank does not end, because it waits for a disk or a device; it ends when that answers",
+                process.pid,
+            )

@@ -57,6 +57,8 @@ def prepare(
     train: ShardReport,
     validate: ShardReport,
     code: TrainingCode | None = None,
+    *,
+    keep_run_file: bool = False,
 ) -> RunFolder:
     """Find or create the run folder, and write run.json, the tokenizer and the document frequencies into the folder.
 
@@ -69,6 +71,7 @@ def prepare(
         train: report on the training shards.
         validate: report on the validation shards.
         code: description of the training code, by default of the installed code.
+        keep_run_file: whether an existing run.json stays as it is, for a command that does not train the run.
 
     Raises:
         UserError: a split has no rows, the batch cannot be divided among the ranks, the folder in `train.start_from`
@@ -91,7 +94,8 @@ def prepare(
 
     config = keep_generation(config, code, path_of)
     run = find_folder(path_of(config), config, code)
-    if finished_result(run) is not None and run.tokenizer.exists():
+    is_finished = finished_result(run) is not None
+    if run.tokenizer.exists() and (is_finished or (keep_run_file and run.run_file.exists())):
         return run
     if start:
         require_intact(start.folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,8 @@ from rank_faults import wait_for
 from tiny_runs import no_spark, runs_in
 
 from pipelines.child_process import start_ticks
+from pipelines.driver.train import local_ranks
+from pipelines.driver.train.local_ranks import run_local_ranks
 from pipelines.driver.train.run import launch
 from pipelines.formats.run_folder import Failure, RankFile, RunFolder, read_json, write_json
 from pipelines.platform import Launch, Platform
@@ -69,3 +72,19 @@ def test_a_new_launch_first_ends_the_ranks_that_an_earlier_driver_has_left_runni
         rank.kill()
     assert result.step == 1
     assert ended
+
+
+def test_a_driver_names_a_rank_that_the_kernel_does_not_end_and_waits_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pids: list[int] = []
+    # SIGKILL has no effect on a process that waits for a dead disk or device.
+    monkeypatch.setattr(subprocess.Popen, "kill", lambda process: pids.append(process.pid))
+    monkeypatch.setattr(local_ranks, "TERM_SECONDS", 0.1)
+    monkeypatch.setattr(local_ranks, "KILL_SECONDS", 0.1)
+    error = run_local_ranks(RunFolder(tmp_path / "run"), 2, starting_ranks.stuck_rank)
+    assert "rank 0 ended with exit code 1" in str(error)
+    try:
+        assert f"process {pids[-1]} of a rank does not end" in caplog.text
+    finally:
+        os.kill(pids[-1], signal.SIGKILL)

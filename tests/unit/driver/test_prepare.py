@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,16 @@ def test_equal_runs_share_a_run_folder_and_different_runs_have_different_run_fol
     assert len({run, *others}) == 4
     assert run.path.parent == laptop.folder("runs")
     assert run.path.name.startswith("tiny-")
+
+
+def test_a_command_that_does_not_train_keeps_the_number_of_ranks_with_which_the_run_was_started(
+    laptop: Platform, report: ShardReport
+) -> None:
+    run = prepare(tiny_run(), replace(laptop, launch=replace(laptop.launch, ranks=4)), report, report)
+    before = run.run_file.read_bytes()
+    assert run.read_run().world_size == 4
+    assert prepare(tiny_run(), laptop, report, report, keep_run_file=True) == run
+    assert run.run_file.read_bytes() == before
 
 
 def test_generation_settings_change_the_run_folder_only_if_captions_are_scored_during_training(

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import pytest
 
 from pipelines.errors import UserError
+from pipelines.executor import crash_guard
 from pipelines.executor.crash_guard import Death, run_guarded
 from pipelines.executor.time_limit import TimeLimitExceeded, time_limit
 
@@ -111,3 +112,17 @@ def test_no_timer_keeps_running_after_the_guarded_code_has_ended() -> None:
     with time_limit(60):
         assert signal.getitimer(signal.ITIMER_VIRTUAL)[0] > 60
     assert signal.getitimer(signal.ITIMER_REAL) == signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+
+
+def sleep_for_ever(number: int) -> str:
+    """Use no processor time and ignore both timers of a time limit, as a child that waits for a lock does."""
+    with time_limit(SECONDS):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+        while number == 1:
+            time.sleep(600)
+    return str(number)
+
+
+def test_a_child_that_waits_for_ever_without_using_processor_time_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crash_guard, "RESULT_SECONDS", 1.0)
+    assert list(run_guarded(range(3), sleep_for_ever, describe)) == ["0", "1 took too long True", "2"]

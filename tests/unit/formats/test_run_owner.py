@@ -112,6 +112,25 @@ def test_a_lease_that_another_host_no_longer_renews_is_taken_over_even_if_the_cl
         assert read_json(run.launcher, Lease).owner != "other"
 
 
+def test_a_lease_is_read_again_if_its_file_was_replaced_during_the_read(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_json(run.launcher, elsewhere())
+    stale, read = [2], Path.read_text
+
+    def read_replaced(path: Path, *args: Any, **options: Any) -> str:
+        if path == run.launcher and stale[0]:
+            stale[0] -= 1
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", read_replaced)
+    threading.Timer(0.2, lambda: write_json(run.launcher, elsewhere(renewals=4))).start()
+    with pytest.raises(UserError, match="on host elsewhere owns the run"), own_run(run):
+        pass
+    assert stale == [0]
+
+
 def test_a_lease_protects_a_run_on_a_file_system_that_supports_no_locks(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
