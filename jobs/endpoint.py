@@ -68,8 +68,8 @@ def run_endpoint(job: Job, name: str | None) -> EndpointReport:
     Raises:
         UserError: the platform has no endpoints, there is no champion, or the workspace refuses the request.
     """
+    from pipelines.tracking.aliases import find_champion
     from pipelines.tracking.home_store.copied_version import DIGEST_TAG
-    from pipelines.tracking.registry import find_champion
 
     if job.platform.kind != "databricks":
         raise UserError(

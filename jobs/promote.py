@@ -105,7 +105,8 @@ def run_promote(job: Job, which: str, *, by_number: bool = False) -> PromotionRe
         UserError: the model is a text-only model.
         StageFailed: the gate refused the version (with every reason), or the champion has changed while the gate ran.
     """
-    from pipelines.tracking.registry import CHALLENGER, find_champion, promote, resolve, set_alias, tag
+    from pipelines.tracking.aliases import CHALLENGER, find_champion, promote
+    from pipelines.tracking.registry import resolve, set_alias, tag
 
     require_captioner(job.config.model, "a promotion")
     register_finished_runs(job)
@@ -199,7 +200,7 @@ def _keep_rollback(
 
 def _require_same_champion(job: Job, compared: ModelVersion | None) -> None:
     """Raise StageFailed if the champion is not the version with which the gate has compared. The gate takes minutes."""
-    from pipelines.tracking.registry import find_champion
+    from pipelines.tracking.aliases import find_champion
 
     champion = find_champion(job.platform, job.model_name)
     if (champion and (champion.version, champion.run_id)) != (compared and (compared.version, compared.run_id)):

@@ -33,7 +33,8 @@ def run_rollback(job: Job) -> str:
     Raises:
         UserError: the model has no previous champion.
     """
-    from pipelines.tracking.registry import CHAMPION, find_champion, move_aliases, plan_rollback, resolve
+    from pipelines.tracking.aliases import find_champion, move_aliases, plan_rollback
+    from pipelines.tracking.registry import CHAMPION, resolve
 
     move = plan_rollback(job.platform, job.model_name)
     if move is not None:

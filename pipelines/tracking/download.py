@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 from mlflow import MlflowClient
-from mlflow.entities.model_registry import ModelVersion as MlflowVersion
 from mlflow.exceptions import MlflowException
 
 from pipelines.formats.model_copy import ModelCopy, check_copy, record_copy
@@ -21,18 +22,28 @@ from pipelines.formats.run_folder import Result, RunFolder, read_json
 from pipelines.platform import Platform
 from pipelines.tracking.home_store.copied_version import (
     DIGEST_TAG,
-    TAG_PREFIX,
     StoredVersion,
     check_registered_copy,
     copy_folder,
 )
 from pipelines.tracking.logged_model import ARTIFACTS, MODEL_FILES
-from pipelines.tracking.registry import CHECKPOINT_TAG, ModelVersion, download_files, label, list_versions
+from pipelines.tracking.registry import (
+    CHECKPOINT_TAG,
+    ListedVersion,
+    ModelVersion,
+    download_files,
+    label,
+    list_versions,
+    read_version,
+)
 from pipelines.tracking.runs import logged_ids
 from pipelines.tracking.server import REQUEST_ERRORS, connect, unusable
 from pipelines.tracking.version_files import check_all_files, check_model_files
 
 logger = logging.getLogger(__name__)
+
+ABANDONED_SECONDS = 24 * 60 * 60
+"""Time in seconds after which an incomplete copy counts as the remains of a killed download."""
 
 
 class Download(NamedTuple):
@@ -82,17 +93,37 @@ def _fetch(platform: Platform, version: ModelVersion, target: Path) -> ModelCopy
                 shutil.copyfile(model / ARTIFACTS / file, partial / file)
         copy = record_copy(partial)
         check_model_files(copy.digest, version.tags, label(platform, version))
-        present = check_copy(target)
-        if present is not None and present.digest == copy.digest:
-            return present  # another process has just downloaded the same files
-        with suppress(FileNotFoundError):
-            target.rename(target.with_name(f".{uuid.uuid4().hex}.old"))
-        partial.rename(target)
+        return _replace_copy(target, partial, copy)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        for old in target.parent.glob(".*.old"):
-            shutil.rmtree(old, ignore_errors=True)
-    return copy
+        for folder in _leftovers(target.parent):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _replace_copy(target: Path, partial: Path, copy: ModelCopy) -> ModelCopy:
+    """Rename the folder `partial` to `target`, unless another process has just downloaded the same files."""
+    while True:
+        present = check_copy(target)
+        if present is not None and present.digest == copy.digest:
+            return present
+        with suppress(FileNotFoundError):
+            target.rename(target.with_name(f".{uuid.uuid4().hex}.old"))
+        try:
+            partial.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            continue  # another process has renamed its folder to `target` since the last line
+        return copy
+
+
+def _leftovers(folder: Path) -> Iterator[Path]:
+    """Yield replaced copies, and incomplete copies that a killed download has left more than a day ago."""
+    yield from folder.glob(".*.old")
+    for path in folder.glob(".*.tmp"):
+        with suppress(FileNotFoundError):  # the other process has just completed its download
+            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                yield path
 
 
 def needed_checkpoints(platform: Platform) -> Callable[[RunFolder], Collection[str] | None]:
@@ -108,7 +139,7 @@ def needed_checkpoints(platform: Platform) -> Callable[[RunFolder], Collection[s
     client = connect(platform)
 
     @cache
-    def versions(name: str) -> list[MlflowVersion]:
+    def versions(name: str) -> list[ListedVersion]:
         return list_versions(client, name)
 
     def needs(run: RunFolder) -> Collection[str] | None:
@@ -116,12 +147,13 @@ def needed_checkpoints(platform: Platform) -> Callable[[RunFolder], Collection[s
         try:
             if not all(_knows(client, run_id) for run_id in ids):
                 return None
-            registered = versions(platform.model_name(run.read_run().config.name))
+            name = platform.model_name(run.read_run().config.name)
+            numbers = [number for number, run_id in versions(name) if run_id in ids]
+            tags = [read_version(client, name, number).tags for number in numbers]
         except REQUEST_ERRORS as error:
             raise unusable(platform, error) from None
-        tags = [version.tags for version in registered if version.run_id in ids]
         last = Path(read_json(run.result, Result).checkpoint).name if run.result.exists() else ""
-        return {found.get(f"{TAG_PREFIX}{CHECKPOINT_TAG}", last) for found in tags}
+        return {found.get(CHECKPOINT_TAG, last) for found in tags}
 
     return needs
 

@@ -1,13 +1,6 @@
-"""Functions that register the model of a run folder in MLflow's model registry, look up versions, and move aliases.
+"""Functions that register the model of a run folder in MLflow's model registry, and look up versions.
 
 A version contains weights, config, tokenizer, the code of the model, and pip requirements with exact version numbers.
-The alias `champion` points to the version that generates captions. The alias `previous` points to the champion before
-the present champion. The alias `challenger` points to the version that was last submitted for promotion.
-
-A promotion moves two aliases, but a registry cannot move both aliases in one transaction. A tag of the registered model
-therefore records the move before the move starts, and the tag is deleted when both aliases are set. A process that
-finds the tag of an interrupted move completes the move if `champion` has moved already. If `champion` has not moved
-yet, the process cancels the move.
 """
 
 from __future__ import annotations
@@ -17,11 +10,10 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities.model_registry import ModelVersion as MlflowVersion
 from mlflow.exceptions import MlflowException
 
 from pipelines.config.train import Register
@@ -40,8 +32,7 @@ from vlm.errors.printable import hide_secrets
 
 logger = logging.getLogger(__name__)
 
-CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
-MOVE_TAG = "lakesight_move"
+CHAMPION = "champion"
 CHECKPOINT_TAG = "checkpoint"
 """Name of the tag in which a model version stores the name of its checkpoint. A version without this tag contains the
 last checkpoint."""
@@ -67,12 +58,11 @@ class ModelVersion(Config):
     aliases: tuple[str, ...]
 
 
-class AliasMove(Config):
-    """Target versions of the aliases `champion` and `previous`, stored as JSON in a tag while the aliases move."""
+class ListedVersion(NamedTuple):
+    """Number of a version in a list of versions, and the id of the MLflow run that has registered the version."""
 
-    kind: Literal["promote", "rollback"]
-    champion: str
-    previous: str | None
+    number: str
+    run_id: str
 
 
 def register(
@@ -99,17 +89,26 @@ def register(
     file, result = run.read_run(), read_json(run.result, Result)
     name = platform.model_name(file.config.name)
     checkpoint = find_checkpoint(run, result, which)
-    with _registry_errors(platform, f"model {name}"), files_to_register(checkpoint, generation) as files:
+    with registry_errors(platform, f"model {name}"), files_to_register(checkpoint, generation) as files:
         _create_model(client, name)
-        for version in list_versions(client, name):
-            registered = version.tags.get(f"{TAG_PREFIX}{CHECKPOINT_TAG}", Path(result.checkpoint).name)
-            settings = version.tags.get(f"{TAG_PREFIX}{GENERATION_TAG}", "")
-            if (version.run_id, registered, settings) == (run_id, checkpoint.name, files.generation):
-                return _read_version(client, name, version.version)
+        last = Path(result.checkpoint).name
+
+        def find() -> ModelVersion | None:
+            """Return the oldest version of this checkpoint with these generation settings."""
+            for version in versions_of_run(client, name, run_id):
+                tags = version.tags
+                if (tags.get(CHECKPOINT_TAG, last), tags.get(GENERATION_TAG, "")) == (
+                    checkpoint.name,
+                    files.generation,
+                ):
+                    return version
+            return None
+
+        if registered := find():
+            return registered
         require_intact(checkpoint)
         model_id = log_model(client, files.folder, run_id)
-        is_last = checkpoint.name == Path(result.checkpoint).name
-        metrics = result.metrics if is_last else metrics_of(run, checkpoint)
+        metrics = result.metrics if checkpoint.name == last else metrics_of(run, checkpoint)
         tags = {
             **digest_tags(files.folder, model_id),
             **({GENERATION_TAG: files.generation} if files.generation else {}),
@@ -127,15 +126,19 @@ def register(
             description=version_text(client, platform, run_id, step_of(checkpoint)),
             model_id=model_id,
         )
-        links = {f"Version {created.version}": version_link(platform, name, str(created.version))}
-        add_sections(client, run_id, links)
-    return _read_version(client, name, created.version)
+        number = str(created.version)
+        if (oldest := find()) and oldest.version != number:
+            # MLflow repeats a request if the answer is lost; a server that had executed the request has two versions.
+            client.delete_model_version(name, number)
+            number = oldest.version
+        add_sections(client, run_id, {f"Version {number}": version_link(platform, name, number)})
+    return read_version(client, name, number)
 
 
 def describe_version(platform: Platform, version: ModelVersion, sections: Mapping[str, str]) -> None:
     """Replace or append sections in the description of a version."""
     client = connect(platform)
-    with _registry_errors(platform, _label(version)):
+    with registry_errors(platform, version_label(version)):
         present = client.get_model_version(version.name, version.version).description or ""
         client.update_model_version(version.name, version.version, put_sections(present, sections))
 
@@ -165,9 +168,9 @@ def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
         UserError: the model, version or alias does not exist. The error lists the existing versions and aliases.
     """
     client = connect(platform)
-    with _registry_errors(platform, f"model {name}"):
-        aliases = _read_aliases(platform, client, name)
-        numbers = [str(version.version) for version in list_versions(client, name)]
+    with registry_errors(platform, f"model {name}"):
+        aliases = read_aliases(platform, client, name)
+        numbers = [version.number for version in list_versions(client, name)]
         number = choose_number(which, numbers, aliases)
         if number is None:
             listed = ", ".join(f"{alias} (= {version})" for alias, version in sorted(aliases.items())) or "none"
@@ -177,12 +180,12 @@ def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
                 got=f"versions: {', '.join(numbers) or 'none'}; aliases: {listed}",
                 fix="choose one of these" + ("; or run `lakesight promote` first" if which == CHAMPION else ""),
             )
-        return _read_version(client, name, number)
+        return read_version(client, name, number)
 
 
 def label(platform: Platform, version: ModelVersion) -> str:
     """Return a text that names a version and its registry, for error messages."""
-    return f"{_label(version)} in {hide_secrets(platform.registry_uri)}"
+    return f"{version_label(version)} in {hide_secrets(platform.registry_uri)}"
 
 
 def download_files(platform: Platform, version: ModelVersion, folder: Path) -> Path:
@@ -193,7 +196,7 @@ def download_files(platform: Platform, version: ModelVersion, folder: Path) -> P
             the files are not a model that Lakesight registered.
     """
     client = connect(platform)
-    with _registry_errors(platform, _label(version)):
+    with registry_errors(platform, version_label(version)):
         uri = f"models:/{version.name}/{version.version}"
         try:
             downloaded = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
@@ -218,111 +221,21 @@ def download_files(platform: Platform, version: ModelVersion, folder: Path) -> P
 def tag(platform: Platform, version: ModelVersion, tags: Mapping[str, str]) -> ModelVersion:
     """Add tags to a version and return the updated version."""
     client = connect(platform)
-    with _registry_errors(platform, _label(version)):
+    with registry_errors(platform, version_label(version)):
         for key, value in _prefixed(tags).items():
             client.set_model_version_tag(version.name, version.version, key, value)
-        return _read_version(client, version.name, version.version)
+        return read_version(client, version.name, version.version)
 
 
 def set_alias(platform: Platform, version: ModelVersion, alias: str) -> ModelVersion:
     """Point an alias to a version and return the updated version."""
     client = connect(platform)
-    with _registry_errors(platform, _label(version)):
+    with registry_errors(platform, version_label(version)):
         client.set_registered_model_alias(version.name, alias, version.version)
-        return _read_version(client, version.name, version.version)
+        return read_version(client, version.name, version.version)
 
 
-def find_champion(platform: Platform, name: str) -> ModelVersion | None:
-    """Complete an interrupted alias move, then return the champion, or None if there is no champion."""
-    client = connect(platform)
-    with _registry_errors(platform, f"model {name}"):
-        _finish_interrupted_move(client, platform, name)
-        number = _read_aliases(platform, client, name).get(CHAMPION)
-        return None if number is None else _read_version(client, name, number)
-
-
-def promote(platform: Platform, version: ModelVersion) -> ModelVersion:
-    """Point `champion` to a version and `previous` to the old champion.
-
-    If the version is already the champion, nothing changes. The caller must check the conditions of promotion before
-    this call (`jobs.promote.check_gate`).
-    """
-    client = connect(platform)
-    with _registry_errors(platform, _label(version)):
-        _finish_interrupted_move(client, platform, version.name)
-        old_champion = _read_aliases(platform, client, version.name).get(CHAMPION)
-        if old_champion != version.version:
-            _move(client, version.name, AliasMove(kind="promote", champion=version.version, previous=old_champion))
-        return _read_version(client, version.name, version.version)
-
-
-def plan_rollback(platform: Platform, name: str) -> AliasMove | None:
-    """Return the move that swaps `champion` and `previous`.
-
-    If an interrupted rollback has just been completed, return None, because another swap would undo the rollback.
-
-    Raises:
-        UserError: the model has no previous champion.
-    """
-    client = connect(platform)
-    with _registry_errors(platform, f"model {name}"):
-        completed = _finish_interrupted_move(client, platform, name)
-        if completed is not None and completed.kind == "rollback":
-            return None
-        aliases = _read_aliases(platform, client, name)
-    if not {CHAMPION, PREVIOUS} <= aliases.keys():
-        raise UserError(
-            f"model {name} has no previous champion to roll back to",
-            where=hide_secrets(platform.registry_uri),
-            got=", ".join(f"{alias} = {version}" for alias, version in sorted(aliases.items())) or "no aliases",
-            fix="promote a second version of the model before you roll back",
-        )
-    return AliasMove(kind="rollback", champion=aliases[PREVIOUS], previous=aliases[CHAMPION])
-
-
-def move_aliases(platform: Platform, name: str, move: AliasMove) -> None:
-    """Move the aliases `champion` and `previous` as `plan_rollback` has planned."""
-    client = connect(platform)
-    with _registry_errors(platform, f"model {name}"):
-        _move(client, name, move)
-
-
-def _move(client: MlflowClient, name: str, move: AliasMove) -> None:
-    """Record a move in a tag, then move the aliases and delete the tag."""
-    client.set_registered_model_tag(name, MOVE_TAG, move.model_dump_json())
-    client.set_registered_model_alias(name, CHAMPION, move.champion)
-    _finish_move(client, name, move)
-
-
-def _finish_move(client: MlflowClient, name: str, move: AliasMove) -> None:
-    """Complete a move whose alias `champion` has moved already. This function is idempotent."""
-    if move.previous is not None:
-        client.set_registered_model_alias(name, PREVIOUS, move.previous)
-    if str(client.get_registered_model(name).aliases.get(CHALLENGER)) == move.champion:
-        client.delete_registered_model_alias(name, CHALLENGER)
-    client.delete_registered_model_tag(name, MOVE_TAG)
-
-
-def _finish_interrupted_move(client: MlflowClient, platform: Platform, name: str) -> AliasMove | None:
-    """If the alias `champion` has moved already, complete the interrupted move and return it. If `champion` has not
-    moved yet, cancel the move.
-
-    Return None if no alias move was completed.
-    """
-    aliases = _read_aliases(platform, client, name)
-    recorded = client.get_registered_model(name).tags.get(MOVE_TAG)
-    if recorded is None:
-        return None
-    move = AliasMove.model_validate_json(recorded)
-    if aliases.get(CHAMPION) != move.champion:
-        client.delete_registered_model_tag(name, MOVE_TAG)
-        return None
-    logger.info("completing an interrupted %s of model %s", move.kind, name)
-    _finish_move(client, name, move)
-    return move
-
-
-def _read_aliases(platform: Platform, client: MlflowClient, name: str) -> dict[str, str]:
+def read_aliases(platform: Platform, client: MlflowClient, name: str) -> dict[str, str]:
     """Return the aliases of a registered model with their version numbers.
 
     Raises:
@@ -343,7 +256,8 @@ def _read_aliases(platform: Platform, client: MlflowClient, name: str) -> dict[s
     )
 
 
-def _label(version: ModelVersion) -> str:
+def version_label(version: ModelVersion) -> str:
+    """Return a text that names a version, for error messages."""
     return f"model {version.name} version {version.version}"
 
 
@@ -355,18 +269,24 @@ def _create_model(client: MlflowClient, name: str) -> None:
             raise
 
 
-def list_versions(client: MlflowClient, name: str) -> list[MlflowVersion]:
-    """List all versions of a model, oldest first, without aliases, because Unity Catalog's search omits aliases."""
-    found: list[MlflowVersion] = []
+def list_versions(client: MlflowClient, name: str) -> list[ListedVersion]:
+    """List all versions of a model, oldest first. Unity Catalog's search returns neither tags nor aliases."""
+    found: list[ListedVersion] = []
     token: str | None = None
     while token != "":
         page = client.search_model_versions(f"name = '{name}'", page_token=token)
-        found += page
+        found += [ListedVersion(str(version.version), version.run_id or "") for version in page]
         token = page.token or ""
-    return sorted(found, key=lambda version: int(version.version))
+    return sorted(found, key=lambda version: int(version.number))
 
 
-def _read_version(client: MlflowClient, name: str, number: str) -> ModelVersion:
+def versions_of_run(client: MlflowClient, name: str, run_id: str) -> list[ModelVersion]:
+    """Read the versions of a model that a run has registered, oldest first."""
+    return [read_version(client, name, number) for number, other in list_versions(client, name) if other == run_id]
+
+
+def read_version(client: MlflowClient, name: str, number: str) -> ModelVersion:
+    """Read a version of a model with its tags and aliases."""
     found = client.get_model_version(name, number)
     return ModelVersion(
         name=name,
@@ -384,7 +304,7 @@ def _prefixed(tags: Mapping[str, str]) -> dict[str, str]:
 
 
 @contextmanager
-def _registry_errors(platform: Platform, model: str) -> Iterator[None]:
+def registry_errors(platform: Platform, model: str) -> Iterator[None]:
     """Convert errors of requests to StageFailed."""
     try:
         yield

@@ -33,7 +33,7 @@ from pipelines.tracking.describe.figures import LEARNING_CURVE, training_figures
 from pipelines.tracking.describe.names import run_name
 from pipelines.tracking.describe.training import add_sections, describe_training, show_learning_curve
 from pipelines.tracking.outage import TrackingDown, first_line
-from pipelines.tracking.server import REQUEST_ERRORS, connect, experiment_id, unusable
+from pipelines.tracking.server import REQUEST_ERRORS, connect, experiment_id, short_requests, unusable
 from vlm.config import Config
 from vlm.errors.printable import hide_secrets
 
@@ -47,6 +47,8 @@ CAUSE_TAG = "lakesight.cause"
 POLL_SECONDS = 1.0
 MAX_PAUSE_SECONDS = 30.0
 DRAIN_SECONDS = 60.0
+STOP_SECONDS = 15.0
+"""Time in seconds that an interrupted command waits for the last request of the follower thread."""
 MAX_TAG_CHARS = 5000
 FOLLOWER_ERRORS = (*REQUEST_ERRORS, UserError)
 """Exceptions after which the follower sends a failed request again."""
@@ -94,9 +96,10 @@ def follow(run: RunFolder, config: RunConfig, platform: Platform, *, may_be_down
     try:
         yield follower
     except BaseException as error:
-        follower.stop()
-        if not (isinstance(error, LeaseLost) or is_owned_elsewhere(run)):
-            follower.mark_failed(error)
+        with short_requests():
+            follower.stop(STOP_SECONDS)
+            if not (isinstance(error, LeaseLost) or is_owned_elsewhere(run)):
+                follower.mark_failed(error)
         raise
     follower.stop()
     try:
@@ -206,10 +209,12 @@ class Follower(threading.Thread):
                 pause = min(2 * pause, MAX_PAUSE_SECONDS)
                 logger.warning("metrics cannot be logged to MLflow (%s); next try in %.0f s", _cause(error), pause)
 
-    def stop(self) -> None:
-        """Stop the thread. Files that are not logged yet stay in the run folder."""
+    def stop(self, seconds: float | None = None) -> None:
+        """Stop the thread, and wait for its last request, by default without a limit. Files that are not logged yet
+        stay in the run folder.
+        """
         self._stopping.set()
-        self.join()
+        self.join(seconds)
 
     def drain(self, seconds: float) -> None:
         """Log the remaining files, the figures, the profile and the hosts. After an error, retry for `seconds`.

@@ -38,8 +38,8 @@ DISK_FIX = (
 )
 HTTP_PORTS = {"http": 80, "https": 443}
 CHECK_TIMEOUT = ("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-"""Timeout of the first request to the tracking server, in seconds. MLflow's default timeout of two minutes would let
-users wait too long."""
+"""Timeout of a request for which users wait, in seconds: of the first request to the tracking server, and of requests
+at the end of an interrupted command. MLflow's default timeout of two minutes would let users wait too long."""
 
 
 def connect(platform: Platform) -> MlflowClient:
@@ -67,8 +67,7 @@ def connect(platform: Platform) -> MlflowClient:
         mlflow.set_registry_uri(platform.registry_uri)
     try:
         client = MlflowClient()
-        with unchanged_environment(CHECK_TIMEOUT[0]):
-            os.environ.setdefault(*CHECK_TIMEOUT)
+        with short_requests():
             client.search_experiments(max_results=1)
     except REQUEST_ERRORS as error:
         raise unusable(platform, error) from None
@@ -112,6 +111,14 @@ def unchanged_environment(*names: str) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+@contextmanager
+def short_requests() -> Iterator[None]:
+    """Limit the duration of requests in the block to CHECK_TIMEOUT, unless the user has set another limit."""
+    with unchanged_environment(CHECK_TIMEOUT[0]):
+        os.environ.setdefault(*CHECK_TIMEOUT)
+        yield
 
 
 def ensure_experiment(platform: Platform, name: str) -> None:

@@ -24,8 +24,8 @@ from tiny_runs import tiny_run, write_shards
 from trained_models import register
 
 from pipelines.driver.evaluate.decisions import record_decision
+from pipelines.tracking.aliases import promote
 from pipelines.tracking.download import download
-from pipelines.tracking.registry import promote
 from vlm import text
 from vlm.factory import build_model
 

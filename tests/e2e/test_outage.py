@@ -76,6 +76,36 @@ def test_every_step_is_logged_once_if_the_tracking_server_is_killed_and_restarte
     assert logged.info.status == "FINISHED"
 
 
+@pytest.mark.faults
+@pytest.mark.matrix
+def test_an_interrupted_training_ends_soon_although_the_tracking_server_no_longer_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "mlflow.db").write_bytes(empty_database.read_bytes())
+    port = free_port()
+    monkeypatch.setenv("LAKESIGHT_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT", raising=False)
+    run = runs_in(tmp_path, monkeypatch)(ranks=1, steps=STEPS, log_every=1, batch_size=4)
+    platform = replace(local(LocalPlatformConfig()), tracking_uri=f"http://127.0.0.1:{port}")
+    with tracking_server(tmp_path, port) as server:
+
+        def train() -> None:
+            with runs.follow(run, run.read_run().config, platform), rank_of(run):
+                wait_for_step(run, 50)
+                os.killpg(server.pid, signal.SIGSTOP)  # the server still accepts connections
+                wait_for_step(run, last_step(run) + 50)
+                interrupted.append(time.monotonic())
+                raise KeyboardInterrupt
+
+        interrupted: list[float] = []
+        with pytest.raises(KeyboardInterrupt):
+            train()
+        # MLflow alone waits two minutes for each of three tries of each request.
+        assert time.monotonic() - interrupted[0] < 110
+        assert "could not be logged to MLflow" in caplog.text
+        os.killpg(server.pid, signal.SIGCONT)
+
+
 def folders_of_runs(home: Path) -> list[Path]:
     return [path.parent for path in (home / "runs").glob("*/run.json")]
 

@@ -16,7 +16,7 @@ from traced_commands import run_traced
 
 from pipelines.driver.evaluate.decisions import record_decision
 from pipelines.platform import Platform
-from pipelines.tracking import registry
+from pipelines.tracking import aliases
 from pipelines.tracking.download import download
 
 TABLES = {"deltalake", "numpy", "pyarrow", "pydantic"}
@@ -32,7 +32,7 @@ def platform(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> 
     for seed in (1, 2):
         folder = tmp_path_factory.mktemp(f"run-{seed}")
         version = register_random(opened, folder, run.model_copy(update={"name": "demo"}))
-        registry.promote(opened, version)
+        aliases.promote(opened, version)
         download(opened, version)
     record_decision(
         lambda: pytest.fail("a JVM would start"),

@@ -32,7 +32,7 @@ from jobs.promote import run_promote
 from jobs.rollback import run_rollback
 from pipelines.errors import StageFailed, UserError
 from pipelines.platform import Platform
-from pipelines.tracking import registry
+from pipelines.tracking import aliases, registry
 from pipelines.tracking.server import connect
 from vlm import text
 from vlm.factory import build_model
@@ -63,11 +63,11 @@ def newest_digests(job: Job) -> list[str]:
 def make_champion(job: Job, *versions: str) -> None:
     """Promote versions one after the other without the checks of the gate."""
     for version in versions:
-        record(job, version, "promote", champion=registry.find_champion(job.platform, NAME))
-        registry.promote(job.platform, registry.resolve(job.platform, NAME, version))
+        record(job, version, "promote", champion=aliases.find_champion(job.platform, NAME))
+        aliases.promote(job.platform, registry.resolve(job.platform, NAME, version))
 
 
-def aliases(job: Job) -> dict[str, str]:
+def present_aliases(job: Job) -> dict[str, str]:
     found = connect(job.platform).get_registered_model(NAME).aliases
     return {alias: str(version) for alias, version in found.items()}
 
@@ -111,13 +111,13 @@ def job(three_versions: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
 def test_a_version_that_was_rolled_back_is_promoted_only_if_its_number_is_given(job: Job) -> None:
     make_champion(job, "1", "2")
     assert run_rollback(job) == "1"
-    before, recorded = aliases(job), decisions(job.platform)
+    before, recorded = present_aliases(job), decisions(job.platform)
     assert recorded[-1] == ("rollback", "1", "2")
     assert newest_digests(job) == [registry.resolve(job.platform, NAME, version).tags["digest"] for version in "12"]
     for which in ("2", "previous"):
         report = run_promote(job, which)
         assert (report.model_version, report.rolled_back, report.already) == ("2", True, False)
-    assert (aliases(job), decisions(job.platform)) == (before, recorded), "nothing was changed or recorded"
+    assert (present_aliases(job), decisions(job.platform)) == (before, recorded), "nothing was changed or recorded"
     with gate_starts():
         run_promote(job, "2", by_number=True)
 
@@ -129,7 +129,7 @@ def test_a_version_is_not_promoted_if_another_command_changes_the_champion_while
     monkeypatch.setattr("jobs.promote.check_gate", lambda *_: make_champion(job, "3"))
     with pytest.raises(StageFailed, match=r"compared with version 1; now version 3 is the champion"):
         run_promote(job, "2")
-    assert aliases(job)["champion"] == "3"
+    assert present_aliases(job)["champion"] == "3"
     assert decisions(job.platform)[-1] == ("promote", "3", "1")
 
 
@@ -147,7 +147,7 @@ def test_a_version_that_became_the_champion_again_after_a_rollback_is_promoted_w
 @pytest.mark.matrix
 def test_a_rollback_of_versions_that_no_gate_has_promoted_is_kept_too(job: Job) -> None:
     for version in ("1", "2"):  # as if somebody had moved the aliases in the registry
-        registry.promote(job.platform, registry.resolve(job.platform, NAME, version))
+        aliases.promote(job.platform, registry.resolve(job.platform, NAME, version))
     assert run_rollback(job) == "1"
     assert run_promote(job, "2").rolled_back
     with gate_starts():
@@ -213,7 +213,7 @@ def test_the_task_promote_judges_the_version_that_the_job_run_has_trained_and_ke
     assert "demo version 2 is not promoted, because" in done.output
     assert "version 1 stays the champion" in done.output
     assert "lakesight promote --run demo --version 2" in done.output
-    assert aliases(job)["champion"] == "1"
+    assert present_aliases(job)["champion"] == "1"
 
 
 def test_the_version_of_a_job_run_is_chosen_instead_of_a_newer_version(job: Job) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import sqlite3
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from mlflow import MlflowClient
 from pipelines.config import LocalPlatformConfig
 from pipelines.errors import UserError
 from pipelines.platform import Platform, local
-from pipelines.tracking import registry
+from pipelines.tracking import aliases, registry
 from pipelines.tracking.server import connect
 
 NAME = "m"
@@ -54,16 +55,16 @@ def reset(platform: Platform) -> None:
 
 def move(platform: Platform, kind: Kind) -> None:
     if kind == "promote":
-        registry.promote(platform, registry.resolve(platform, NAME, "3"))
-    elif (planned := registry.plan_rollback(platform, NAME)) is not None:
-        registry.move_aliases(platform, NAME, planned)
+        aliases.promote(platform, registry.resolve(platform, NAME, "3"))
+    elif (planned := aliases.plan_rollback(platform, NAME)) is not None:
+        aliases.move_aliases(platform, NAME, planned)
 
 
 def state(platform: Platform) -> tuple[dict[str, str], bool]:
     """Return the aliases `champion` and `previous` with their versions, and whether a move is recorded."""
     model = connect(platform).get_registered_model(NAME)
-    aliases = {alias: str(number) for alias, number in model.aliases.items()}
-    return {alias: aliases[alias] for alias in BEFORE}, registry.MOVE_TAG in model.tags
+    found = {alias: str(number) for alias, number in model.aliases.items()}
+    return {alias: found[alias] for alias in BEFORE}, aliases.MOVE_TAG in model.tags
 
 
 def check_and_complete(platform: Platform, kind: Kind) -> None:
@@ -97,7 +98,7 @@ def move_and_kill(platform: Platform, kind: Kind, last: int) -> bool:
     """Run a move that is killed before write number `last`. Return whether the move was killed before its end."""
     with pytest.MonkeyPatch.context() as patch:
         client = KilledClient(connect(platform), last)
-        patch.setattr(registry, "connect", lambda _: client)
+        patch.setattr(aliases, "connect", lambda _: client)
         try:
             move(platform, kind)
         except Killed:
@@ -125,11 +126,34 @@ def test_an_interrupted_promotion_can_be_rolled_back(laptop: Platform) -> None:
     assert state(laptop) == ({"champion": "2", "previous": "3"}, False)
 
 
+def test_a_repeated_rollback_is_not_undone_although_another_command_has_completed_the_killed_rollback(
+    laptop: Platform,
+) -> None:
+    reset(laptop)
+    assert move_and_kill(laptop, "rollback", 2)
+    champion = aliases.find_champion(laptop, NAME)  # as the scheduled `promote` does
+    assert champion is not None
+    assert champion.version == "1"
+    move(laptop, "rollback")
+    assert state(laptop) == (AFTER["rollback"], False)
+    move(laptop, "rollback")  # this rollback was typed on purpose
+    assert state(laptop) == ({"champion": "2", "previous": "1"}, False)
+
+
+def test_a_promotion_after_a_completed_rollback_can_be_rolled_back(laptop: Platform) -> None:
+    reset(laptop)
+    assert move_and_kill(laptop, "rollback", 2)
+    aliases.promote(laptop, registry.resolve(laptop, NAME, "3"))
+    aliases.promote(laptop, registry.resolve(laptop, NAME, "1"))
+    move(laptop, "rollback")
+    assert state(laptop) == ({"champion": "3", "previous": "1"}, False)
+
+
 def test_an_alias_move_that_was_recorded_but_not_started_is_discarded(laptop: Platform) -> None:
     reset(laptop)
     assert move_and_kill(laptop, "promote", 1)
     assert state(laptop) == (BEFORE, True)
-    champion = registry.find_champion(laptop, NAME)
+    champion = aliases.find_champion(laptop, NAME)
     assert champion is not None
     assert champion.version == "2"
     assert state(laptop) == (BEFORE, False)
@@ -149,7 +173,7 @@ def move_in_child(root: str, kind: Kind, ready: Event, go: Event) -> None:
 
 def kill_at_random_moments(platform: Platform, kind: Kind, kills: int) -> None:
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["pipelines.tracking.registry"])
+    processes.set_forkserver_preload(["pipelines.tracking.aliases"])
     rng = random.Random(kills)
     reset(platform)
     started = time.monotonic()
@@ -183,3 +207,20 @@ def test_digits_always_name_the_version_of_this_number_even_if_an_alias_has_the_
     assert registry.resolve(laptop, NAME, "2").version == "2"
     with pytest.raises(UserError, match="no version or alias '9'"):
         registry.resolve(laptop, NAME, "9")
+
+
+def test_a_champion_that_was_deleted_from_the_registry_blocks_no_promotion(laptop: Platform) -> None:
+    client = connect(laptop)
+    reset(laptop)
+    client.create_model_version(NAME, "file:///4")
+    client.delete_model_version(NAME, "2")
+    with closing(sqlite3.connect(laptop.root / "mlflow.db")) as store, store:
+        # The servers of some releases of MLflow keep the alias of a deleted version.
+        store.execute(
+            "INSERT OR REPLACE INTO registered_model_aliases (name, alias, version) VALUES ('m', 'champion', 2)"
+        )
+    assert aliases.find_champion(laptop, NAME) is None
+    aliases.promote(laptop, registry.resolve(laptop, NAME, "4"))
+    champion = aliases.find_champion(laptop, NAME)
+    assert champion is not None
+    assert champion.version == "4"

@@ -14,7 +14,7 @@ from tiny_runs import tiny_run
 
 from pipelines.errors import UserError
 from pipelines.platform import Platform, sqlite_uri
-from pipelines.tracking import registry
+from pipelines.tracking import aliases, registry
 from pipelines.tracking.download import download
 from pipelines.tracking.home_store.copied_version import CopiedVersion, find_copied_version
 from pipelines.tracking.server import connect
@@ -29,8 +29,8 @@ def registered(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -
         platform = open_local(patch, tmp_path_factory.mktemp("home"), database=empty_database)
     run = tiny_run().model_copy(update={"name": NAME})
     versions = [register_random(platform, tmp_path_factory.mktemp("run"), run) for _ in range(3)]
-    registry.promote(platform, versions[0])
-    registry.promote(platform, versions[1])
+    aliases.promote(platform, versions[0])
+    aliases.promote(platform, versions[1])
     for version in versions[:2]:
         download(platform, version)
     return platform

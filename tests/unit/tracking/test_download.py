@@ -8,6 +8,7 @@ import dataclasses
 import io
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from pipelines.errors import StageFailed, UserError
 from pipelines.formats.model_copy import RECORD
 from pipelines.formats.run_folder import RunFolder
 from pipelines.platform import Platform, local
-from pipelines.tracking import registry, runs
+from pipelines.tracking import aliases, registry, runs
 from pipelines.tracking.download import download
 from pipelines.tracking.logged_model import MODEL_FILES
 
@@ -134,7 +135,7 @@ def test_a_decision_for_a_promotion_that_was_not_carried_out_is_corrected_in_the
 
     opened = dataclasses.replace(platform, open_spark=no_spark)
     job = Job(tiny_run(), opened, (), CommandOutput(io.StringIO(), as_json=False))
-    registry.promote(platform, registered)
+    aliases.promote(platform, registered)
     record_decision(
         no_spark, opened, model=registered.name, version="9", digest="d", action="promote", champion=registered.version
     )
@@ -149,7 +150,7 @@ def test_a_decision_for_a_promotion_that_was_not_carried_out_is_corrected_in_the
 def test_a_changed_generation_setting_is_refused_for_the_champion_too_because_the_gate_would_ignore_the_setting(
     platform: Platform, registered: registry.ModelVersion
 ) -> None:
-    registry.promote(platform, registered)
+    aliases.promote(platform, registered)
     own = tiny_run()
     model = own.model.model_copy(update={"generation": own.model.generation.changed({"max_new_tokens": 2})})
     changed = own.model_copy(update={"model": model})
@@ -172,3 +173,39 @@ def test_a_version_without_the_files_of_a_lakesight_model_is_refused_and_the_err
     finally:
         for path, content in good.items():
             path.write_bytes(content)
+
+
+def test_two_processes_that_end_the_same_download_at_the_same_moment_both_get_the_copy(
+    platform: Platform, registered: registry.ModelVersion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, digest = download(platform, registered)
+    shutil.rmtree(folder)
+    others: list[Path] = []
+    rename = Path.rename
+
+    def rename_after_the_other_process(path: Path, target: Path) -> Path:
+        if path.suffix == ".tmp" and not others:
+            others.append(shutil.copytree(path, target))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_after_the_other_process)
+    assert download(platform, registered) == (folder, digest)
+    assert others == [folder]
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_download_removes_the_remains_of_a_killed_download_but_not_of_a_running_one(
+    platform: Platform, registered: registry.ModelVersion
+) -> None:
+    folder = download(platform, registered).folder
+    killed, running = (folder.with_name(f".{name}.tmp") for name in ("killed", "running"))
+    for partial in (killed, running):
+        partial.mkdir()
+        (partial / "model.safetensors").write_bytes(b"the first bytes")
+    two_days_ago = time.time() - 2 * 24 * 60 * 60
+    os.utime(killed, (two_days_ago, two_days_ago))
+    shutil.rmtree(folder)
+    assert download(platform, registered).folder == folder
+    assert not killed.exists()
+    assert running.exists()
+    shutil.rmtree(running)
