@@ -78,6 +78,7 @@ def test_a_driver_names_a_rank_that_the_kernel_does_not_end_and_waits_no_longer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pids: list[int] = []
+    monkeypatch.setenv("PYTHONPATH", TEST_PATH)
     # SIGKILL has no effect on a process that waits for a dead disk or device.
     monkeypatch.setattr(subprocess.Popen, "kill", lambda process: pids.append(process.pid))
     monkeypatch.setattr(local_ranks, "TERM_SECONDS", 0.1)
