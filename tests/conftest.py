@@ -7,10 +7,16 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from local_platforms import open_local
 
 from pipelines.config import LocalPlatformConfig, SparkConfig, short_hash
 from pipelines.platform import Platform
+
+# Each run of the suite draws the same values. Option --hypothesis-profile=random draws new values.
+settings.register_profile("suite", derandomize=True, deadline=None)
+settings.register_profile("random", deadline=None)
+settings.load_profile("suite")
 
 LONGEST_FIRST = (
     "spark in e2e",

@@ -29,19 +29,19 @@ A developer who adds a field to an existing config must put this mark into the t
 class Config(BaseModel):
     """Base class of all configs. Config objects cannot be changed, and an unknown key is an error.
 
-    A number may also be given as a text, because YAML reads 1e-3 as a text. True and False are not numbers.
+    A number may also be given as a text, because YAML reads 1e-3 as a text. True, False and bytes are not numbers.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @model_validator(mode="before")
     @classmethod
-    def _check_no_bool_as_number(cls, values: Any) -> Any:
-        """Refuse True and False for numbers, because pydantic would silently convert them to 1 and 0."""
+    def _check_numbers(cls, values: Any) -> Any:
+        """Refuse True, False and bytes for numbers, because pydantic would silently convert True and b"1" to 1."""
         found = [
             f"{name} must be a number, not {value!r}"
             for name, value in (values.items() if isinstance(values, Mapping) else ())
-            if _has_bool(value) and name in cls.model_fields and _is_number(cls.model_fields[name].annotation)
+            if _has_no_number(value) and name in cls.model_fields and _is_number(cls.model_fields[name].annotation)
         ]
         if found:
             raise ValueError("; ".join(found))
@@ -56,8 +56,8 @@ class Config(BaseModel):
         return self.model_dump(exclude=_unused_settings(self) | dict.fromkeys(exclude, True))
 
 
-def _has_bool(value: object) -> bool:
-    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(map(_has_bool, value)))
+def _has_no_number(value: object) -> bool:
+    return isinstance(value, bool | bytes) or (isinstance(value, list | tuple) and any(map(_has_no_number, value)))
 
 
 def _is_number(annotation: Any) -> bool:

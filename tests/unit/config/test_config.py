@@ -303,7 +303,7 @@ def test_a_run_with_a_dot_in_its_name_is_refused_on_databricks(tmp_path: Path, m
     assert "Unity Catalog allows no dot" in problems(*DEPLOYMENT, run="birds.v2", platform="databricks")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-16", "surrogatepass")))
 def test_reading_a_config_file_of_any_bytes_gives_a_mapping_or_a_yaml_problem(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:

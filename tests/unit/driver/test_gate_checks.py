@@ -194,7 +194,7 @@ def test_a_model_version_and_the_champion_are_compared_only_on_rows_that_both_ha
     )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.booleans(), min_size=4, max_size=30))
 def test_the_gate_never_finds_a_model_version_worse_than_itself(
     tmp_path_factory: pytest.TempPathFactory, right: list[bool]

@@ -93,7 +93,7 @@ def test_the_format_of_a_csv_file_is_detected_from_its_first_bytes(
     assert texts(read_csv(tmp_path, multiline=multiline)) == 2 * [f"{n}{delimiter} caf\u00e9" for n in range(20)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.randoms(use_true_random=False))
 def test_a_csv_file_of_random_rows_gives_the_same_rows_as_the_csv_module_of_python(rng: random.Random) -> None:
     delimiter, end, multiline = rng.choice(",;\t|"), rng.choice(["\n", "\r\n", "\r"]), rng.random() < 0.5

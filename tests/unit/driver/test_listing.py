@@ -106,7 +106,7 @@ def test_a_listed_file_is_named_with_its_folder_if_only_the_folder_name_contains
     assert [file.name for file in listing(tmp_path).files] == ["0.csv", "1.csv", "val.csv"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.text(st.sampled_from("a[]{},*?!#%:;+&= ~\\'\"\u00e9e\u0301\n-^$"), min_size=1, max_size=12))
 def test_wildcards_in_the_name_of_a_listed_file_are_taken_literally(name: str) -> None:
     with TemporaryDirectory() as folder:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pictures import IMAGE, TEXT, as_base64, encoded, picture, png
 
@@ -193,7 +193,6 @@ ROWS = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(ROWS, min_size=1, max_size=20))
 def test_every_input_row_is_returned_exactly_once_either_as_a_sample_or_as_a_refused_row(rows: list[Fields]) -> None:
     outcomes = decode(rows)

@@ -80,7 +80,7 @@ def test_a_column_value_in_the_row_takes_precedence_over_the_value_in_the_partit
     assert [record.fields for record in rows] == [record.fields for record in lines] == expected
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.lists(st.binary(max_size=9).map(lambda line: line.replace(b"\n", b"").replace(b"\r", b"")), max_size=9),
     st.lists(st.sampled_from([b"\n", b"\r\n", b"\r"]), min_size=9, max_size=9),

@@ -20,7 +20,7 @@ def flat(rows: Rows) -> list[Text]:
     return [text for row in rows for text in row]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(ROWS, ROWS)
 def test_the_larger_number_of_repeats_is_kept_if_two_ingests_repeat_a_text(first: Rows, second: Rows) -> None:
     known = merge_texts([], first, None).new_texts
@@ -30,7 +30,7 @@ def test_the_larger_number_of_repeats_is_kept_if_two_ingests_repeat_a_text(first
     assert merge_texts(both, first, None).new_texts == merge_texts(both, second, None).new_texts == []
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(ROWS, ROWS, st.integers(1, 4))
 def test_rows_of_a_picture_are_accepted_in_text_order_up_to_the_limit_of_different_texts(
     rows: Rows, earlier: Rows, max_texts: int

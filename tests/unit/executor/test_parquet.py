@@ -226,7 +226,7 @@ def test_parquet_files_from_other_writers_are_read(tmp_path: Path, compression: 
     page=st.sampled_from([100, 2**20]),
     dictionary=st.booleans(),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_every_row_of_a_parquet_file_belongs_to_exactly_one_range(
     tmp_path_factory: pytest.TempPathFactory, rows: int, group: int, step: int, page: int, dictionary: bool
 ) -> None:

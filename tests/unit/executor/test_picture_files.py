@@ -166,7 +166,7 @@ def test_a_picture_name_that_leads_to_no_regular_file_is_refused(folder: Path) -
     assert read(folder, "large.png") == "too_large: 101 bytes; at most 100 are allowed"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.text(max_size=30)
     | st.lists(st.sampled_from(["..", ".", "in", "up", "/", "\\", "%2e%2e", "secret.png"])).map("/".join)
@@ -182,7 +182,7 @@ def test_any_text_in_a_picture_cell_either_names_a_picture_in_the_folder_or_give
     assert isinstance(PictureRoot(str(top / "offered"), 100).read(name), Problem)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.text(st.characters(exclude_characters="/\\%\0", exclude_categories=["Cs", "Cc", "Zs"]), min_size=1, max_size=30)
 )

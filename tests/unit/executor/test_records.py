@@ -136,7 +136,7 @@ def test_one_csv_file_may_mix_line_ends_and_a_quoted_carriage_return_belongs_to_
     assert fields(parse(tmp_path, content, multiline=True, separator=b"\r")) == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.lists(st.text(st.sampled_from('ab",;\n\r')), min_size=2, max_size=2), max_size=6),
     st.sampled_from(["\n", "\r\n", "\r"]),

@@ -10,7 +10,7 @@ from random import Random
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.config import LocalPlatformConfig
@@ -38,7 +38,6 @@ def spill(images: Batches, folder: Path) -> pa.Table:
     return pa.Table.from_batches(decode_and_spill(outcomes(images), iter, str(folder)), NARROW)
 
 
-@settings(deadline=None)  # the first example takes longer because of library imports
 @given(PICTURES, st.randoms(use_true_random=False), st.integers(1, 4))
 def test_every_row_read_from_the_spill_folder_gets_its_own_picture_and_its_own_stored_text(
     tmp_path_factory: pytest.TempPathFactory, images: Batches, random: Random, size: int

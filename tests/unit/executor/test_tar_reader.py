@@ -35,7 +35,7 @@ def header(name: str, kind: bytes = tarfile.REGTYPE, content: bytes = b"", **att
     return info.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.dictionaries(NAMES, st.binary(max_size=1_200), max_size=4),
     st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
@@ -112,7 +112,7 @@ def test_a_sparse_member_is_reported_as_a_problem_and_the_next_member_is_read() 
     assert found == {"s": "a sparse file, not a plain file", "t": "a sparse file, not a plain file", "a": None}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.binary(max_size=40), st.integers(0, 4_000))
 def test_reading_damaged_tar_bytes_raises_no_error_other_than_a_tar_error(noise: bytes, at: int) -> None:
     content = bytearray(

@@ -202,7 +202,7 @@ ANY = st.one_of(
 VALUES = st.one_of(ANY, st.lists(st.one_of(ANY, st.lists(ANY, max_size=2)), max_size=3))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(key=VALUES, text=VALUES, asked=VALUES, of=VALUES)
 def test_a_row_with_arbitrary_values_gives_exactly_one_outcome_and_the_outcome_can_be_stored(
     key: Any, text: Any, asked: Any, of: Any
@@ -213,7 +213,7 @@ def test_a_row_with_arbitrary_values_gives_exactly_one_outcome_and_the_outcome_c
     assert "nan" not in [pair["text"] for pair in found["texts"] or ()]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(VALUES)
 def test_stored_ids_are_normalised_and_have_a_limited_length_and_no_control_character(value: Any) -> None:
     try:

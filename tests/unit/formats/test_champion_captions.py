@@ -173,7 +173,7 @@ def test_the_view_champion_captions_omits_captions_that_belong_to_another_regist
     assert len(view(tmp_path, captions, [decision("promote", "1", 0, digest=None)])) == 3
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("xyz"), st.integers(0, 3), st.booleans())))
 def test_the_view_champion_captions_has_one_row_per_picture_and_prompt_with_the_newest_caption(
     tmp_path_factory: pytest.TempPathFactory, drawn: list[tuple[str, str, int, bool]]

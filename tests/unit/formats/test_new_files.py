@@ -31,7 +31,7 @@ def read(run: RunFolder, after: int = -1) -> list[int]:
 
 
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 20), st.none() | st.integers(1, 20))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_expected_steps_are_the_steps_at_which_the_training_loop_writes_files(
     steps: int, log: int, validate: int, score: int | None
 ) -> None:

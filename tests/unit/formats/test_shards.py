@@ -81,7 +81,7 @@ def write(folder: Path, template: ShardRequest, total: int, size: int = 17) -> S
     return Shards.open(folder)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(total=st.integers(1, 400), rows=st.sampled_from([1, 63, BATCH_ROWS, 65, 150]), size=st.integers(1, 90))
 def test_every_row_of_the_shards_is_found_for_any_file_size_and_batch_size(
     tmp_path_factory: pytest.TempPathFactory, total: int, rows: int, size: int
@@ -97,7 +97,7 @@ def test_every_row_of_the_shards_is_found_for_any_file_size_and_batch_size(
         shards.row(total)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     encoding=st.sampled_from(["raw", "jpeg"]),
     total=st.integers(1, 300),

@@ -41,7 +41,7 @@ def test_a_printed_change_has_a_sign_unless_the_change_is_zero() -> None:
     assert [number(value, signed=True) for value in (0.3, -0.3, 1e-18)] == ["+0.3", "-0.3", "0"]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.floats(-1e12, 1e12))
 def test_a_number_is_printed_without_an_exponent_and_with_a_small_rounding_error(value: float) -> None:
     text = number(value)
@@ -49,7 +49,7 @@ def test_a_number_is_printed_without_an_exponent_and_with_a_small_rounding_error
     assert float(text.replace(",", "")) == pytest.approx(value, rel=0.006, abs=1e-9)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.text("abcdefgh ", min_size=1, max_size=40).map(str.strip).filter(bool), max_size=30))
 def test_lists_are_printed_completely_in_lines_of_at_most_80_columns(items: list[str]) -> None:
     out = io.StringIO()
@@ -118,7 +118,7 @@ def test_the_next_step_is_to_use_more_pictures_if_a_model_version_is_refused_aft
 WORDS = st.lists(st.text("abcdefgh.-", min_size=1, max_size=30), min_size=1, max_size=20).map(" ".join)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(WORDS, st.lists(WORDS, min_size=1, max_size=4), WORDS, st.integers(60, 120))
 def test_an_error_on_a_terminal_is_wrapped_between_words_and_has_one_line_for_each_problem(
     what: str, problems: list[str], fix: str, width: int

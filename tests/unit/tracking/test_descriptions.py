@@ -68,7 +68,7 @@ def run(tmp_path: Path) -> RunFolder:
 # ------------------------------------------------------------------------------------------------ names
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(st.lists(st.sampled_from(OVERRIDES), unique=True, min_size=2))
 @example(OVERRIDES)
 def test_the_command_in_the_description_of_a_run_resolves_to_the_config_of_the_run(overrides: Sequence[str]) -> None:

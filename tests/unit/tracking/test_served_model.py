@@ -108,7 +108,7 @@ def test_a_bad_cell_in_a_serving_request_gives_an_error_only_in_its_row(model: A
         assert "unexpected" not in error
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.tuples(st.sampled_from(GOOD + BAD), st.sampled_from(NO_PROMPT + BAD_PROMPTS)), max_size=6))
 def test_a_good_row_of_a_request_gets_the_same_caption_for_any_content_of_the_other_rows(
     model: Any, rows: list[tuple[Any, Any]]

@@ -111,7 +111,7 @@ def test_a_wrong_picture_is_refused_by_each_method_and_the_error_says_what_is_wr
 
 
 @pytest.mark.parametrize("mode", MODES)
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(width=st.integers(4, 20), height=st.integers(4, 20), seed=st.integers(0, 99))
 def test_a_pillow_image_of_each_mode_gets_the_caption_of_the_same_picture_in_a_file(
     mode: str, width: int, height: int, seed: int
@@ -217,7 +217,7 @@ VALUES = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(name=st.sampled_from(list(GenerationConfig.model_fields)), value=VALUES)
 def test_each_value_of_a_setting_is_used_exactly_or_refused_with_the_name_and_the_value(name: str, value: Any) -> None:
     message, used = "", None
@@ -240,6 +240,7 @@ WRONG_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"max_new_tokens": -1}, r"max_new_tokens: .*greater than 0 \(got -1\)"),
     ({"max_new_tokens": 1.5}, r"max_new_tokens: .*integer.* \(got 1.5\)"),
     ({"max_new_tokens": True}, "max_new_tokens must be a number, not True"),
+    ({"max_new_tokens": b"1"}, "max_new_tokens must be a number, not b'1'"),
     ({"temperature": False}, "temperature must be a number, not False"),
     ({"temperature": math.nan}, r"temperature: .*finite.* \(got nan\)"),
     ({"top_p": 2}, r"top_p: .*less than or equal to 1 \(got 2\)"),
@@ -355,7 +356,7 @@ ANY = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(first=ANY, second=ANY, third=ANY)
 def test_any_value_of_any_argument_is_used_or_refused_with_an_error_of_this_library(
     first: Any, second: Any, third: Any

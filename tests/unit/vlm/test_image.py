@@ -225,7 +225,7 @@ def test_shrinking_a_picture_averages_its_pixels() -> None:
     assert np.abs(pixels.astype(int) - 128).max() <= 8
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"]), st.data())
 def test_damaged_bytes_decode_to_an_rgb_picture_or_raise_an_image_error(kind: str, data: st.DataObject) -> None:
     damaged = bytearray(encoded(picture(5, (16, 16)), kind))

@@ -307,7 +307,7 @@ def test_bytes_after_the_end_of_a_picture_are_ignored_and_bytes_before_its_start
 TEXTS = st.binary(max_size=80)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_random_metadata_inserted_anywhere_into_a_picture_file_changes_no_pixel(data: st.DataObject) -> None:
     names = [b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf", b"acTL", b"gAMA", b"sBIT", b"bKGD", b"hIST", b"prVt"]

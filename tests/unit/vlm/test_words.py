@@ -63,14 +63,14 @@ def test_a_text_that_consists_only_of_symbols_is_split_into_single_symbols() -> 
     assert words(":)") == [":", ")"]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(st.sampled_from(string.ascii_letters + string.digits + string.punctuation + string.whitespace + "\x1c")))
 def test_an_ascii_text_is_split_into_the_same_words_as_in_earlier_versions_of_lakesight(text: str) -> None:
     lowered = text.lower()
     assert words(text) == (re.findall(r"\w+(?:'\w+)?", lowered) or re.findall(r"\S", lowered))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(st.characters(categories=["L", "M", "N", "P", "Zs", "Cf"]), max_size=20))
 def test_the_words_of_a_text_contain_all_its_letters_and_no_white_space(text: str) -> None:
     """Metrics join words by spaces and later split the joined text at white space, so no word may contain white

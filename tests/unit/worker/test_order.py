@@ -30,13 +30,13 @@ def epoch_of(num_rows: int, epoch: int, seed: int) -> list[int]:
 
 
 @given(num_rows=st.integers(1, 3000), epoch=st.integers(0, 2**40), seed=seeds)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_every_epoch_visits_every_row_once(num_rows: int, epoch: int, seed: int) -> None:
     assert sorted(epoch_of(num_rows, epoch, seed)) == list(range(num_rows))
 
 
 @given(num_rows=st.integers(2**40, 2**46), seed=seeds)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_computing_one_position_of_a_permutation_of_trillions_of_rows_takes_almost_no_memory(
     num_rows: int, seed: int
 ) -> None:
@@ -76,7 +76,7 @@ def test_rows_that_are_neighbours_in_the_shards_are_not_neighbours_in_the_traini
     num_rows=st.integers(1, 200),
     seed=st.integers(0, 9),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_slices_of_a_batch_on_all_ranks_together_equal_the_batch_on_a_single_rank(
     step: int, share: int, world_size: int, num_rows: int, seed: int
 ) -> None:
@@ -117,7 +117,7 @@ parts = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, 
 
 
 @given(parts=parts, seed=st.integers(0, 9))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_mix_draws_each_source_by_its_share_and_repeats_a_row_only_after_all_rows_of_its_source(
     parts: list[tuple[int, int]], seed: int
 ) -> None:

@@ -39,7 +39,7 @@ texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=9)
 
 
 @given(st.lists(st.tuples(texts, st.lists(texts, min_size=1, max_size=3)), min_size=2, max_size=6))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_cider_from_stored_document_frequencies_equals_the_cider_of_pycocoevalcap(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[list[str], list[list[str]]]]
 ) -> None:
