@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,38 +87,19 @@ def register(
         StageFailed: the registry rejects the request, or a file of the checkpoint was changed after it was written.
     """
     client = connect(platform)
-    file, result = run.read_run(), read_json(run.result, Result)
-    name = platform.model_name(file.config.name)
+    result = read_json(run.result, Result)
+    name = platform.model_name(run.read_run().config.name)
     checkpoint = find_checkpoint(run, result, which)
     with registry_errors(platform, f"model {name}"), files_to_register(checkpoint, generation) as files:
         _create_model(client, name)
         last = Path(result.checkpoint).name
-
-        def find() -> ModelVersion | None:
-            """Return the oldest version of this checkpoint with these generation settings."""
-            for version in versions_of_run(client, name, run_id):
-                tags = version.tags
-                if (tags.get(CHECKPOINT_TAG, last), tags.get(GENERATION_TAG, "")) == (
-                    checkpoint.name,
-                    files.generation,
-                ):
-                    return version
-            return None
-
+        find = partial(_find_version, client, name, run_id, (checkpoint.name, files.generation), last)
         if registered := find():
             return registered
         require_intact(checkpoint)
         model_id = log_model(client, files.folder, run_id)
         metrics = result.metrics if checkpoint.name == last else metrics_of(run, checkpoint)
-        tags = {
-            **digest_tags(files.folder, model_id),
-            **({GENERATION_TAG: files.generation} if files.generation else {}),
-            CHECKPOINT_TAG: checkpoint.name,
-            "run": run.path.name,
-            "table_version": str(file.dataset_version),
-            "manifest_hash": file.content_hash,
-            **file.code_tags(),
-        } | {f"training_{key}": f"{value:.6g}" for key, value in metrics.items()}
+        tags = digest_tags(files.folder, model_id) | _describe_checkpoint(run, checkpoint, files.generation, metrics)
         created = client.create_model_version(
             name,
             f"models:/{model_id}",
@@ -133,6 +115,36 @@ def register(
             number = oldest.version
         add_sections(client, run_id, {f"Version {number}": version_link(platform, name, number)})
     return read_version(client, name, number)
+
+
+def _find_version(
+    client: MlflowClient, name: str, run_id: str, wanted: tuple[str, str], last: str
+) -> ModelVersion | None:
+    """Return the oldest version of a checkpoint with certain generation settings, or None if there is none.
+
+    Args:
+        client: MLflow client.
+        name: full name of the registered model.
+        run_id: id of the MLflow run.
+        wanted: values of the tags CHECKPOINT_TAG and GENERATION_TAG.
+        last: name of the last checkpoint of the run, which a version without the tag CHECKPOINT_TAG contains.
+    """
+    for version in versions_of_run(client, name, run_id):
+        if (version.tags.get(CHECKPOINT_TAG, last), version.tags.get(GENERATION_TAG, "")) == wanted:
+            return version
+    return None
+
+
+def _describe_checkpoint(
+    run: RunFolder, checkpoint: Path, generation: str, metrics: Mapping[str, float]
+) -> dict[str, str]:
+    """Return the tags that describe a checkpoint, its run, its generation settings and its training metrics."""
+    file = run.read_run()
+    tags = {CHECKPOINT_TAG: checkpoint.name, "run": run.path.name}
+    tags |= {"table_version": str(file.dataset_version), "manifest_hash": file.content_hash, **file.code_tags()}
+    if generation:
+        tags[GENERATION_TAG] = generation
+    return tags | {f"training_{key}": f"{value:.6g}" for key, value in metrics.items()}
 
 
 def describe_version(platform: Platform, version: ModelVersion, sections: Mapping[str, str]) -> None:

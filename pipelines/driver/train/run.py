@@ -80,14 +80,8 @@ def prepare(
     check_config(config)
     _check_splits(train, validate)
     code = code or read_code()
-    settings, start = config.train.science(), None
-    if config.train.start_from:
-        start = open_start_folder(Path(config.train.start_from), config.model, config.train)
-        settings["start_from"] = start.digest  # the outcome depends on the files of the folder, not on its path
-        if config.train.start_state == "training":
-            settings["start_state"] = check_training_state(start, config.train)
-        resolved = config.train.model_copy(update={"start_from": str(start.folder)})
-        config = config.model_copy(update={"train": resolved})
+    settings = config.train.science()
+    config, start = _open_start(config, settings)
 
     def path_of(config: RunConfig) -> Path:
         return _run_path(platform, config, settings, start, (train.content_hash, validate.content_hash))
@@ -114,6 +108,21 @@ def prepare(
         if finished_result(run) is None:
             write_json(run.run_file, file.model_copy(update={"earlier_code": earlier_code(run, code)}))
     return run
+
+
+def _open_start(config: RunConfig, settings: dict[str, Any]) -> tuple[RunConfig, StartFolder | None]:
+    """Open the folder in `train.start_from`, if any. Return the config with its absolute path, and the opened folder.
+
+    The outcome of the run depends on the files of the folder, not on its path, so `settings` gets their digest.
+    """
+    if not config.train.start_from:
+        return config, None
+    start = open_start_folder(Path(config.train.start_from), config.model, config.train)
+    settings["start_from"] = start.digest
+    if config.train.start_state == "training":
+        settings["start_state"] = check_training_state(start, config.train)
+    resolved = config.train.model_copy(update={"start_from": str(start.folder)})
+    return config.model_copy(update={"train": resolved}), start
 
 
 def _run_path(
