@@ -144,12 +144,11 @@ def run_promote(job: Job, which: str, *, by_number: bool = False) -> PromotionRe
     job.output.line("promote", f"{label} is the champion now" + (f", after {champion.version}" if champion else ""))
     for check in verdict.checks.values():
         job.output.line("", check.found)
-    found = {name: check.found for name, check in verdict.checks.items()}
     return PromotionReport(
         model_name=version.name,
         model_version=version.version,
         already=False,
-        found=found,
+        found={name: check.found for name, check in verdict.checks.items()},
         tokenisation=verdict.tokenisation,
     )
 
