@@ -188,7 +188,8 @@ def champion_captions(job: Job) -> Relation:
     """Return a relation that selects from the view `champion_captions`, at the newest versions of the view's tables.
 
     Raises:
-        UserError: a table does not exist, or lacks a column because an earlier Lakesight version wrote the table.
+        UserError: a table does not exist, or lacks a column because an earlier Lakesight version wrote the table. The
+            error is also raised if only the registry knows the champion, and the registry cannot be asked.
     """
     from pipelines.formats.champion_captions import TABLES as VIEW_TABLES
     from pipelines.formats.champion_captions import select
@@ -211,7 +212,11 @@ def _promoted_elsewhere(job: Job, tables: Mapping[str, DeltaTable]) -> dict[str,
 
     Table `decisions` records only the promotions in this home folder, so this function asks the model registry for the
     champions of all other models. The result is a dict from the name of a model to number and digest of its champion.
-    The digest is None for a version that Lakesight 0.1.0 registered.
+    The digest is None for a version that Lakesight 0.1.0 registered. A model without a champion is left out.
+
+    Raises:
+        UserError: the registry does not answer or cannot be used. Without an answer, the captions of the champion would
+            look like captions of a model without a champion, and an export would leave them out.
     """
     from pipelines.formats.delta_files import query
 
@@ -222,11 +227,11 @@ def _promoted_elsewhere(job: Job, tables: Mapping[str, DeltaTable]) -> dict[str,
     found = {}
     for name in query(tables, sql).read_all()["model_name"].to_pylist():
         from pipelines.tracking.home_store.copied_version import DIGEST_TAG
-        from pipelines.tracking.registry import CHAMPION, resolve
+        from pipelines.tracking.registry import CHAMPION, VersionNotFound, resolve
 
         try:
             champion = resolve(job.platform, name, CHAMPION)
             found[name] = (champion.version, champion.tags.get(DIGEST_TAG))
-        except UserError as error:
+        except VersionNotFound as error:
             logger.warning("the captions of model %s are not shown: %s", name, error)
     return found

@@ -59,6 +59,10 @@ class ModelVersion(Config):
     aliases: tuple[str, ...]
 
 
+class VersionNotFound(UserError):
+    """Error for a model, a version or an alias that the registry does not have. The registry has answered."""
+
+
 class ListedVersion(NamedTuple):
     """Number of a version in a list of versions, and the id of the MLflow run that has registered the version."""
 
@@ -177,7 +181,9 @@ def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
         which: version to look up (a version number, an alias, or `latest`).
 
     Raises:
-        UserError: the model, version or alias does not exist. The error lists the existing versions and aliases.
+        VersionNotFound: the model, version or alias does not exist. The error lists the existing versions and aliases.
+        TrackingDown: the server does not answer.
+        UserError: the server cannot be used.
     """
     client = connect(platform)
     with registry_errors(platform, f"model {name}"):
@@ -186,7 +192,7 @@ def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
         number = choose_number(which, numbers, aliases)
         if number is None:
             listed = ", ".join(f"{alias} (= {version})" for alias, version in sorted(aliases.items())) or "none"
-            raise UserError(
+            raise VersionNotFound(
                 f"model {name} has no version or alias {which!r}",
                 where=hide_secrets(platform.registry_uri),
                 got=f"versions: {', '.join(numbers) or 'none'}; aliases: {listed}",
@@ -251,7 +257,7 @@ def read_aliases(platform: Platform, client: MlflowClient, name: str) -> dict[st
     """Return the aliases of a registered model with their version numbers.
 
     Raises:
-        UserError: the registry has no model of this name.
+        VersionNotFound: the registry has no model of this name.
     """
     try:
         return {alias: str(version) for alias, version in client.get_registered_model(name).aliases.items()}
@@ -259,7 +265,7 @@ def read_aliases(platform: Platform, client: MlflowClient, name: str) -> dict[st
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
     models = sorted(model.name for model in client.search_registered_models())
-    raise UserError(
+    raise VersionNotFound(
         "there is no such registered model",
         where=hide_secrets(platform.registry_uri),
         got=name,

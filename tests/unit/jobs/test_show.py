@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from command_server import assert_user_error, run_command
 from deltalake import DeltaTable, write_deltalake
+from open_sockets import free_port
 from PIL import Image
 
 from pipelines.formats.tables import DECISIONS, GENERATED_CAPTIONS, VERDICTS
@@ -153,6 +154,18 @@ def test_command_show_can_filter_and_sort_and_export_the_rows_of_any_table(shop:
     assert (tmp_path / "out.csv").read_text() == '"image_id","caption"\n"1","a blue square"\n'
     assert lakesight("show", "champion_captions", *chosen, "out.parquet").returncode == 0
     assert pq.read_table(tmp_path / "out.parquet").to_pylist() == [{"image_id": "1", "caption": "a blue square"}]
+
+
+def test_an_export_keeps_its_file_if_the_server_that_knows_the_champion_does_not_answer(
+    shop: None, home: Path, tmp_path: Path
+) -> None:
+    export = ("show", "champion_captions", "--rows", "0", "--output", "captions.parquet")
+    assert lakesight(*export).returncode == 0
+    # A home folder without promotions asks the registry for the champion.
+    write_deltalake(home / "warehouse" / DECISIONS.name, DECISIONS.arrow_schema.empty_table(), mode="overwrite")
+    server = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free_port()}", "JAVA_HOME": "/nonexistent"}
+    assert_user_error(run_command(*export, environment=os.environ | server), server["MLFLOW_TRACKING_URI"])
+    assert pq.read_table(tmp_path / "captions.parquet").num_rows == 1
 
 
 @pytest.mark.parametrize(
