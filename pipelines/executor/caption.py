@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 PENDING_SCHEMA = GENERATED_CAPTIONS.arrow_schema.append(pa.field("unchanged", pa.bool_(), nullable=False))
 """Columns of `generated_captions`, and the column `unchanged`, which is true if the picture already has a caption."""
+UNREADABLE = "unreadable_file:"
+"""Start of the error of a picture that exists but cannot be read now, for example if a server is slow."""
 FILE_STATS_SCHEMA = pa.schema([pa.field("stats", pa.string(), nullable=False)])
 """Schema of a row that describes one written caption file: the JSON text of the file's CaptionStats."""
 
@@ -82,9 +84,10 @@ def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Itera
 
     Args:
         job: settings of the caption job.
-        batches: batches with the columns image_id (string), image (binary, base64 text, or a path), known and
-            source_file. `known` is the SHA-256 that the picture had when it was last captioned, or null. `source_file`
-            identifies the data file of the row. A picture whose SHA-256 equals `known` is not captioned again.
+        batches: batches with the columns image_id (string), image (binary, base64 text, or a path), known, known_error
+            and source_file. `known` and `known_error` are the SHA-256 and the error that the picture had when it was
+            last captioned, or null. `source_file` identifies the data file of the row. An unchanged picture is not
+            captioned again (`_is_unchanged`).
     """
     from pipelines.worker.data.batches import map_ahead
     from vlm.captioner import BATCH_ROWS
@@ -109,21 +112,27 @@ def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Itera
         yield _write_file(job, rows, stats)
 
 
-Picture = tuple[dict[str, str], "str | None", "DecodedPicture"]
-"""Columns image_id and source_file of a picture, its SHA-256 when it was last captioned (or None), and the decoded
-picture."""
+class Known(NamedTuple):
+    """SHA-256 and error that a row had when its picture was last captioned, or None."""
+
+    sha256: str | None
+    error: str | None
+
+
+Picture = tuple[dict[str, str], Known, "DecodedPicture"]
+"""Columns image_id and source_file of a picture, its result when it was last captioned, and the decoded picture."""
 
 
 def _decode_batch(config: ImageConfig, job: CaptionJob, batch: pa.RecordBatch) -> list[Picture]:
     """Decode the pictures of a batch in a child process, so that a bad picture cannot crash or block the Spark task."""
     rows = batch.select(["image_id", "source_file"]).to_pylist()
-    images, known = (batch.column(name).to_pylist() for name in ("image", "known"))
+    images, *known = (batch.column(name).to_pylist() for name in ("image", "known", "known_error"))
     decode = partial(_decode_picture, config=config, limits=job.limits)
     pictures = run_guarded(images, decode, partial(_describe_death, limits=job.limits))
     problems = [None] * len(rows) if job.image_root is None else batch.column("problem").to_pylist()
     return [
-        (row, sha256, picture if problem is None else picture._replace(error=problem))
-        for row, sha256, picture, problem in zip(rows, known, pictures, problems, strict=True)
+        (row, Known(*before), picture if problem is None else picture._replace(error=problem))
+        for row, before, picture, problem in zip(rows, zip(*known, strict=True), pictures, problems, strict=True)
     ]
 
 
@@ -166,12 +175,12 @@ def _caption_pictures(
 
     The statistics of an unchanged picture are zero.
     """
-    changed = [picture for _, known, picture in pictures if known is None or known != picture.sha256]
+    changed = [picture for _, known, picture in pictures if not _is_unchanged(known, picture)]
     results = iter(captioner.caption_decoded(changed, [job.prompt] * len(changed), job.settings))
     for own, known, picture in pictures:
         row = job.constants | own | {"captioned_at": job.started_at, "read_at": job.started_at}
         row |= {"sha256": picture.sha256}
-        if known is not None and known == picture.sha256:
+        if _is_unchanged(known, picture):
             yield row | {"num_tokens": 0, "unchanged": True}, CaptionStats()
             continue
         result = next(results)
@@ -182,7 +191,18 @@ def _caption_pictures(
             "mean_logprob": result.mean_logprob,
             "unchanged": False,
         }
-        yield row | caption, _count(result, picture, changed=known is not None and picture.sha256 is not None)
+        yield row | caption, _count(result, picture, changed=known.sha256 is not None and picture.sha256 is not None)
+
+
+def _is_unchanged(known: Known, picture: DecodedPicture) -> bool:
+    """Return whether a picture is the same as when it was last captioned.
+
+    A row without a picture, for example with a null or with the path of a missing file, has no SHA-256. Such a row is
+    unchanged if it has the same error as before. An error that may end by itself is never unchanged.
+    """
+    if picture.sha256 is not None:
+        return picture.sha256 == known.sha256
+    return picture.error is not None and picture.error == known.error and not picture.error.startswith(UNREADABLE)
 
 
 def _count(result: CaptionResult, picture: DecodedPicture, *, changed: bool) -> CaptionStats:

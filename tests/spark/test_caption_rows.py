@@ -15,7 +15,8 @@ from caption_requests import numbers, picture, request, stored, write
 from pyspark.sql import SparkSession
 from tiny_runs import save_random_model
 
-from pipelines.driver.caption.run import caption
+from pipelines.driver.caption.finished import find_finished
+from pipelines.driver.caption.run import TooManyErrors, caption
 from pipelines.driver.delta.tables import VIEW_PROPERTY, ensure_champion_captions, table_properties
 from pipelines.driver.model_files import ModelFiles
 from pipelines.formats.champion_captions import COLUMNS
@@ -99,6 +100,29 @@ def test_a_picture_that_a_server_cannot_send_now_keeps_its_caption_and_is_read_a
         done = caption(spark, platform, model, request(table, image_root=root))
         assert (done.captioned, done.changed) == (0, 0)
         assert stored(spark, platform, model)["2"]["read_at"] > after["2"]["read_at"]
+
+
+def test_rows_that_had_no_picture_before_are_not_errors_of_a_job_whose_table_was_written_again(
+    spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
+) -> None:
+    def rewrite(rows: list[tuple[int, bytes | None]]) -> None:
+        new = spark.createDataFrame(rows, "id INT, photo BINARY")
+        new.write.format("delta").mode("overwrite").save(str(tmp_path / "photos"))
+
+    rows: list[tuple[int, bytes | None]] = [(n, picture(n)) for n in range(9)]
+    strict = request(f"delta.`{tmp_path}/photos`", max_error_share=0.1)
+    rewrite([*rows, (9, None)])
+    assert numbers(caption(spark, platform, model, strict)) == (10, 0, 9, 1)
+    rewrite([*rows, (9, None)])
+    assert numbers(caption(spark, platform, model, strict)) == (10, 10, 0, 0)
+    found = find_finished(platform, model, strict)
+    assert found is not None
+    assert found.already == 10, "the rows are known to be in the new data files"
+    rewrite([*rows, (9, picture(9))])
+    assert numbers(caption(spark, platform, model, strict)) == (10, 9, 1, 0)
+    rewrite([*rows[1:], (0, None), (9, picture(9))])
+    with pytest.raises(TooManyErrors, match="1 of 1 rows"):
+        caption(spark, platform, model, strict)
 
 
 def test_the_select_statement_of_a_view_that_another_release_created_is_replaced(

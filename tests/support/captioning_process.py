@@ -50,8 +50,8 @@ def caption_rows(job: CaptionJob) -> list[dict[str, Any]]:
     """Caption ROWS pictures, and return the captions and their mean log-probabilities."""
     names = [str(number) for number in range(ROWS)]
     pictures = [png(number) for number in range(ROWS)]
-    known = pa.nulls(ROWS, pa.string())
-    columns = {"image_id": names, "image": pictures, "known": known, "source_file": ["file"] * ROWS}
+    columns = {"image_id": names, "image": pictures, "source_file": ["file"] * ROWS}
+    columns |= dict.fromkeys(("known", "known_error"), pa.nulls(ROWS, pa.string()))
     batch = pa.RecordBatch.from_pydict(columns)
     earlier = {*job.output_folder.glob("*.parquet")}
     list(caption_batches(job, iter([batch])))

@@ -24,7 +24,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from pipelines.driver.delta.model_rows import SAME_MODEL
 from pipelines.driver.delta.retry import retry_on_conflict
 from pipelines.driver.delta.settings import escape_wildcards
-from pipelines.executor.caption import PENDING_SCHEMA
+from pipelines.executor.caption import PENDING_SCHEMA, UNREADABLE
 from pipelines.formats.tables import GENERATED_CAPTIONS, PICTURE_COLUMNS
 from pipelines.platform import Platform
 
@@ -34,8 +34,6 @@ COLUMNS = ("id_column", "image_column")
 """Columns of `generated_captions` that name the columns of the captioned table. They identify a caption, too."""
 READ_FROM = ("source_version", "source_commit", "source_file", *(column.name for column in PICTURE_COLUMNS))
 """Columns of `generated_captions` that say from where a picture was read."""
-UNREADABLE = "unreadable_file:%"
-"""SQL pattern of the error of a picture file that exists but cannot be read now, for example if a server is slow."""
 STALE = timedelta(days=1)
 """Age from which a temporary caption file is removed, because the task that wrote the file was probably killed."""
 
@@ -146,7 +144,7 @@ def _merge(spark: SparkSession, name: str, new: DataFrame, key: dict[str, str], 
     of_key = " AND ".join(f"old.{column} = {{{column}}}" for column in key)
     of_columns = " AND ".join(f"COALESCE(old.{column}, {{{column}}}) = new.{column}" for column in COLUMNS)
     is_newer = "new.captioned_at > old.captioned_at"
-    is_readable = f"COALESCE(new.error NOT LIKE '{UNREADABLE}', TRUE)"
+    is_readable = f"COALESCE(new.error NOT LIKE '{UNREADABLE}%', TRUE)"
     replaces = f"old.error IS NOT NULL OR NOT (old.sha256 <=> new.sha256) AND {is_readable}"
     replaces = f"NOT new.unchanged AND {is_newer} AND ({replaces})"
     moved = " OR ".join(f"NOT (new.{column} <=> old.{column})" for column in READ_FROM)

@@ -46,12 +46,13 @@ def find_uncaptioned_rows(
 
     A row may need a caption if it has none, or if its caption was made from another data file or from other columns.
     If a condition selects the rows, the table may have further rows with the same id, and the caption may be the
-    caption of such a row, even if both rows are in one data file. Then the row may need a caption, too. Column `known`
-    has the SHA-256 of the picture from which the row's caption was made.
+    caption of such a row, even if both rows are in one data file. Then the row may need a caption, too. The columns
+    `known` and `known_error` have the SHA-256 of the picture from which the row's caption was made, and the row's error.
     """
     old = captions.where("error IS NULL") if retry_errors else captions
     captioned_from = F.col("source_file").alias("captioned_from")
-    done = old.select("image_id", "sha256", captioned_from, F.lit(True).alias("is_done"))
+    result = F.col("sha256").alias("known"), F.col("error").alias("known_error")
+    done = old.select("image_id", *result, captioned_from, F.lit(True).alias("is_done"))
     marked = source.rows.join(done, "image_id", "left")
     is_repeated = F.lit(False)
     if source.is_filtered:
@@ -82,6 +83,6 @@ def find_uncaptioned_rows(
             counts["repeated"],
             source.name,
         )
-    todo = marked.where("is_done IS NULL OR may_differ").withColumnRenamed("sha256", "known")
-    todo = todo.select("image_id", "image", "known", "source_file")
+    todo = marked.where("is_done IS NULL OR may_differ")
+    todo = todo.select("image_id", "image", "known", "known_error", "source_file")
     return todo, RowCounts(counts["rows"], counts["todo"])

@@ -88,10 +88,9 @@ def by_caption(world: World, settings: Settings, _: object) -> list[str]:
         started_at=datetime.now(UTC),
     )
     columns = {"image_id": list("0123"), "image": [file.read_bytes() for file in world.files], "known": [None] * 4}
-    columns |= {"source_file": ["file"] * 4}
-    schema = pa.schema(
-        [("image_id", pa.string()), ("image", pa.binary()), ("known", pa.string()), ("source_file", pa.string())]
-    )
+    columns |= {"known_error": [None] * 4, "source_file": ["file"] * 4}
+    texts = ("known", "known_error", "source_file")
+    schema = pa.schema([("image_id", pa.string()), ("image", pa.binary()), *((name, pa.string()) for name in texts)])
     before = set(output.iterdir())
     list(caption_batches(job, iter([pa.RecordBatch.from_pydict(columns, schema)])))
     (written,) = set(output.iterdir()) - before
