@@ -52,7 +52,10 @@ class PictureColumns:
         read."""
         limit = LimitsConfig().max_bytes
         if self.image_root is not None:
-            read = PictureRoot(self.image_root, limit).read(value)
+            try:
+                read = PictureRoot(self.image_root, limit).read(value)
+            except OSError:  # this machine lacks the folder, or the server does not answer
+                return None
             return read if isinstance(read, bytes) else None
         try:
             return picture_bytes(value, limit)

@@ -47,7 +47,7 @@ def find_uncaptioned_rows(
     A row may need a caption if it has none, or if its caption was made from another data file or from other columns.
     If a condition selects the rows, the table may have further rows with the same id, and the caption may be the
     caption of such a row, even if both rows are in one data file. Then the row may need a caption, too. The columns
-    `known` and `known_error` have the SHA-256 of the picture from which the row's caption was made, and the row's error.
+    `known` and `known_error` have the SHA-256 of the picture from which the row's caption was made, and its error.
     """
     old = captions.where("error IS NULL") if retry_errors else captions
     captioned_from = F.col("source_file").alias("captioned_from")

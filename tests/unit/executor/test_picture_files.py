@@ -38,6 +38,7 @@ from pipelines.executor.ingest.records.pictures.root import (
     require_root,
 )
 from pipelines.executor.ingest.records.record import Problem, Record
+from pipelines.review.source_pictures import PictureColumns
 
 SECRET = b"secret"
 
@@ -281,9 +282,25 @@ def test_the_problem_names_the_type_of_the_value_if_a_picture_cell_holds_no_path
     assert f"{found.reason}: {found.detail}" == problem
 
 
-def test_the_problem_of_each_row_names_the_image_root_if_the_image_root_does_not_exist(folder: Path) -> None:
-    found = PictureRoot(f"{folder}/absent", 100).read("a.png")
-    assert found == Problem("missing_field", f"image_root: there is no folder '{folder}/absent'")
+def test_the_problem_of_each_row_names_the_image_root_if_a_relative_image_root_does_not_exist(folder: Path) -> None:
+    batch = pa.RecordBatch.from_pylist([{"path": f"{folder}/x.csv", "image": "a.png"}])
+    [record] = records([batch], "absent")
+    assert record.problem == Problem("missing_field", f"image_root: there is no folder '{folder}/absent'")
+
+
+@pytest.mark.parametrize("mount", ["absent", "empty"])
+def test_an_image_root_that_this_machine_lacks_is_a_fault_of_the_machine_and_of_no_row(
+    folder: Path, mount: str
+) -> None:
+    (folder / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="image_root is empty or missing on this machine"):
+        PictureRoot(f"{folder}/{mount}", 100).read("a.png")
+    assert PictureColumns("id", "image", f"{folder}/{mount}").picture("a.png") is None
+    with pytest.raises(UserError, match=rf"{mount}.*mount the drive"):
+        require_root(f"{folder}/{mount}")
+    (folder / "empty" / "b.png").write_bytes(b"picture")
+    found = PictureRoot(f"{folder}/empty", 100).read("a.png")
+    assert found == Problem("missing_field", "the folder has no file 'a.png'")
 
 
 def test_a_picture_struct_without_bytes_gives_the_picture_at_its_path(folder: Path) -> None:

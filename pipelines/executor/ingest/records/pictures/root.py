@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import posixpath
 from collections.abc import Iterator, Sequence
@@ -27,10 +28,19 @@ MAX_NAME = 8_192
 
 @dataclass(frozen=True)
 class PictureRoot:
-    """Root folder or root URL of pictures, and the largest size of a picture in bytes."""
+    """Root folder or root URL of pictures.
+
+    Attributes:
+        location: path of the folder, or URL.
+        max_bytes: largest size of a picture in bytes.
+        may_be_missing: whether a missing folder is a fault of the row that names it. Otherwise, a missing or empty
+            folder is a fault of the machine: the driver has checked that the folder has files, so the machine lacks the
+            drive.
+    """
 
     location: str
     max_bytes: int
+    may_be_missing: bool = False
 
     def read(self, name: object) -> bytes | Problem:
         """Read a picture, given its name in a row, or return a Problem that says why the picture cannot be read.
@@ -51,10 +61,30 @@ class PictureRoot:
             )
         if scheme_of(self.location):
             return read_url(self.location, name, self.max_bytes)
-        if not Path(self.location).is_dir():
+        return self._read_local(name)
+
+    def _read_local(self, name: str) -> bytes | Problem:
+        if self.may_be_missing and not Path(self.location).is_dir():
             return Problem("missing_field", f"image_root: there is no folder {self.location!r}")
         found = find_file(self.location, name)
-        return read_file(found, self.max_bytes) if isinstance(found, PictureFile) else found
+        if isinstance(found, PictureFile):
+            return read_file(found, self.max_bytes)
+        if not self.may_be_missing and not _has_entries(self.location):
+            raise FileNotFoundError(errno.ENOENT, "image_root is empty or missing on this machine", self.location)
+        return found
+
+
+def _has_entries(folder: str) -> bool:
+    """Return whether a folder has an entry. The folder of a drive that is not mounted is missing or has no entry.
+
+    Raises:
+        OSError: the drive does not answer.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return any(entries)
+    except FileNotFoundError:
+        return False
 
 
 def plain_location(location: str) -> str:
@@ -93,16 +123,20 @@ def require_root(location: str) -> None:
     """Check on the driver that pictures below an absolute location can be read.
 
     Raises:
-        UserError: there is no such folder, the scheme of a URL is unknown, or the package for a store is missing.
+        UserError: there is no such folder, the folder is empty, the scheme of a URL is unknown, or the package for a
+            store is missing.
     """
     if scheme_of(location):
         require_readable(location)
-    elif not Path(location).is_dir():
+        return
+    is_folder = Path(location).is_dir()
+    if not is_folder or not _has_entries(location):
         raise UserError(
             "the folder of the pictures cannot be read",
             where="image_root",
-            got=f"no folder {location}",
-            fix="give a folder that every executor sees, such as a Volume (/Volumes/...), or a URL",
+            got=f"{location} is empty" if is_folder else f"no folder {location}",
+            fix="mount the drive of the folder, or give a folder that every executor sees, such as a Volume "
+            "(/Volumes/...), or a URL",
         )
 
 
@@ -125,7 +159,7 @@ def picture_records(
         yield from add_pictures(read(batches), PictureRoot(location, max_bytes), column)
         return
     for folder, parts in groupby(_split_by_folder(batches), key=lambda part: part[0]):
-        root = PictureRoot(join_location(folder, location), max_bytes)
+        root = PictureRoot(join_location(folder, location), max_bytes, may_be_missing=True)
         yield from add_pictures(read(batch for _, batch in parts), root, column)
 
 
