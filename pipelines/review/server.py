@@ -11,6 +11,7 @@ address in a header. The server refuses requests without this header.
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ from starlette.routing import Route
 from pipelines.errors import UserError
 from pipelines.pages.page import render
 from pipelines.pages.thumbnail import make_thumbnail
-from pipelines.review.verdicts import CaptionVerdict, Review, Show, key_of
+from pipelines.review.verdicts import CaptionPage, CaptionVerdict, Position, Review, Show, key_of, position_of
 from vlm.config import read_error_message
 
 PAGE_SIZE = 24
@@ -41,6 +42,7 @@ ALL_HOSTS = ("*",)
 USER_HEADER = "x-forwarded-email"
 """Header in which the proxy of a Databricks App sends the email address of the user."""
 _SHOW: TypeAdapter[Show] = TypeAdapter(Show)
+_POSITION: TypeAdapter[Position] = TypeAdapter(Position)
 
 
 def forwarded_user(request: Request) -> str:
@@ -57,7 +59,8 @@ def forwarded_user(request: Request) -> str:
 def open_app(review: Review, title: str, reviewer: Callable[[Request], str], hosts: Sequence[str] = HOSTS) -> Starlette:
     """Create the server's application.
 
-    The routes are GET / (with the parameters show, words and page), GET /picture?id=&sha256= and POST /verdict.
+    The routes are GET / (with the parameters show, words, after and before), GET /picture?id=&sha256= and
+    POST /verdict.
 
     Args:
         review: captions and verdicts.
@@ -72,13 +75,20 @@ def open_app(review: Review, title: str, reviewer: Callable[[Request], str], hos
         query = request.query_params
         try:
             show = _SHOW.validate_python(query.get("show", "open"))
-            number = max(1, int(query.get("page", "1")))
+            after, before = (
+                _POSITION.validate_json(query[name]) if name in query else None for name in ("after", "before")
+            )
         except ValueError:
-            return PlainTextResponse("parameter show must be open, judged or all; parameter page must be a number", 400)
+            return PlainTextResponse(
+                "parameter show must be open, judged or all; parameters after and before must be positions of a link",
+                400,
+            )
 
         def make_page() -> Response:
             review.refresh_if_old()
-            return _page(review, show, query.get("words", ""), number, title=title, token=token)
+            words = query.get("words", "")
+            selected = review.select_page(show, words, PAGE_SIZE, after=after, before=before)
+            return _page(review, selected, show, words, title=title, token=token)
 
         try:
             return await asyncio.to_thread(make_page)
@@ -109,14 +119,13 @@ def open_app(review: Review, title: str, reviewer: Callable[[Request], str], hos
     return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)])
 
 
-def _page(review: Review, show: Show, words: str, number: int, *, title: str, token: str) -> HTMLResponse:
-    """Render one page of the captions that `show` and `words` select. `token` allows the page to save verdicts."""
-    found = review.find(show, words)
-    shown = found[PAGE_SIZE * (number - 1) : PAGE_SIZE * number]
+def _page(review: Review, selected: CaptionPage, show: Show, words: str, *, title: str, token: str) -> HTMLResponse:
+    """Render some of the captions that `show` and `words` select. `token` allows the page to save verdicts."""
     rows = [
         row | {"verdict": review.judged.get(key_of(row), ""), "texts": texts, "certainty": _certainty(row)}
-        for row, texts in zip(shown, review.texts(shown), strict=True)
+        for row, texts in zip(selected.rows, review.texts(selected.rows), strict=True)
     ]
+    end = selected.start + len(rows)
     nonce = secrets.token_urlsafe(12)
     rendered = render(
         "review.html.j2",
@@ -125,12 +134,14 @@ def _page(review: Review, show: Show, words: str, number: int, *, title: str, to
         nonce=nonce,
         show=show,
         words=words,
-        page=number,
-        pages=max(1, -(-len(found) // PAGE_SIZE)),
         rows=rows,
+        start=selected.start,
+        end=end,
+        before=json.dumps(position_of(rows[0])) if rows and selected.start else None,
+        after=json.dumps(position_of(rows[-1])) if rows and end < selected.found else None,
         judged=len(review.judged),
         total=len(review.captions),
-        found=len(found),
+        found=selected.found,
     )
     policy = (
         f"default-src 'none'; img-src 'self' data:; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "

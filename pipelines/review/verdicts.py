@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import threading
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, Protocol, Self
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self
 
 from pydantic import Field, model_validator
 
@@ -29,6 +30,8 @@ and verdicts.
 """
 Show = Literal["open", "judged", "all"]
 Key = tuple[str, str, str, str, str]
+Position = tuple[float | None, str, str, str, str, str]
+"""Place of a caption in the order of the review: the mean log-probability, then the key."""
 Texts = dict[str, list[dict[str, str]]]
 """Human texts of pictures: a dict from image_id to the texts, each a dict with the keys `prompt` and `text`."""
 
@@ -60,6 +63,20 @@ class CaptionVerdict(Config):
     def key(self) -> Key:
         """Values that identify the caption among all captions of its table and model."""
         return self.image_id, self.model_version, self.settings_hash, self.model_digest, self.sha256
+
+
+class CaptionPage(NamedTuple):
+    """Some of the captions that a filter selects.
+
+    Attributes:
+        rows: the captions, in the order of the review.
+        start: number of selected captions that come before `rows`.
+        found: number of all selected captions.
+    """
+
+    rows: list[dict[str, Any]]
+    start: int
+    found: int
 
 
 class CaptionStore(Protocol):
@@ -107,7 +124,8 @@ class CaptionStore(Protocol):
 class Review:
     """Captions of one model for the pictures of one table, with the verdicts of reviewers.
 
-    The captions are sorted by ascending likelihood, because unlikely captions need a review most.
+    The captions are sorted by ascending likelihood, because unlikely captions need a review most. Captions of the same
+    likelihood are sorted by their keys, so the order is the same after each reading of the tables.
 
     Attributes:
         captions: rows of `generated_captions` that have a caption.
@@ -127,7 +145,7 @@ class Review:
         """
         with self._lock:
             rows = self._store.read_captions()
-            self.captions = sorted(rows, key=_likelihood)
+            self.captions = sorted(rows, key=_order)
             self._by_key = {key_of(row): row for row in rows}
             self._by_picture = {(row["image_id"], row["sha256"]): row for row in rows}
             self.judged = {key_of(row): row["verdict"] for row in rows if row["verdict"]}
@@ -148,6 +166,24 @@ class Review:
         return [
             row for row in self.captions if (key_of(row) in self.judged) in judged and text in row["caption"].lower()
         ]
+
+    def select_page(
+        self, show: Show, words: str, size: int, *, after: Position | None = None, before: Position | None = None
+    ) -> CaptionPage:
+        """Return at most `size` captions that `find` returns: the first ones, or the ones next to a position.
+
+        The page begins after position `after`, or ends before position `before`. A position stays valid if captions
+        receive verdicts or are removed in the meantime. Page numbers would not, because verdicts shorten the list of
+        captions without a verdict.
+        """
+        found = self.find(show, words)
+        order = [_order(row) for row in found]
+        start = 0 if after is None else bisect_right(order, _order_of(after))
+        end = start + size
+        if before is not None:
+            end = bisect_left(order, _order_of(before))
+            start = max(0, end - size)
+        return CaptionPage(rows=found[start:end], start=start, found=len(found))
 
     def picture(self, image_id: str, sha256: str) -> bytes | None:
         """Return the bytes of a caption's picture file, or None if the table no longer contains the picture."""
@@ -195,10 +231,20 @@ class Review:
             )
 
 
-def _likelihood(row: Mapping[str, Any]) -> float:
-    """Return the mean log-probability of a caption's tokens. A caption without this value comes last."""
+def position_of(row: Mapping[str, Any]) -> Position:
+    """Return the place of a caption in the order of the review."""
     value = row["mean_logprob"]
-    return math.inf if value is None else float(value)
+    return (None if value is None else float(value), *key_of(row))
+
+
+def _order(row: Mapping[str, Any]) -> tuple[float, Key]:
+    return _order_of(position_of(row))
+
+
+def _order_of(position: Position) -> tuple[float, Key]:
+    """Return a value that sorts positions. A caption without a likelihood comes last."""
+    likelihood, *key = position
+    return math.inf if likelihood is None else likelihood, tuple(key)
 
 
 def key_of(row: Mapping[str, Any]) -> Key:

@@ -170,7 +170,7 @@ def test_the_review_server_refuses_requests_without_the_token_of_its_page(addres
     assert answer("/verdict", said | {"verdict": "corrected"}, **token)[0] == 422
     assert answer("/verdict", said | {"image_id": "demo/99"}, **token)[0] == 404
     assert answer("/picture?id=../../etc/passwd")[0] == 404
-    assert answer("/?page=x")[0] == 400
+    assert answer("/?after=x")[0] == 400
     assert verdicts(home) == {}
     assert answer("/verdict", said, **token) == (200, '{"judged":1}')
     assert verdicts(home) == {"demo/00": ("good", "a red square")}

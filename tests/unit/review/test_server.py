@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from hashlib import sha256
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,18 @@ from pipelines.review.delta_store import DeltaStore
 from pipelines.review.server import ALL_HOSTS, forwarded_user, open_app
 from pipelines.review.verdicts import Review
 
+USER = {"X-Forwarded-Email": "ana@example.com"}
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 SHA256 = sha256(png(0)).hexdigest()
 SAID = {"image_id": "0", "model_version": "1", "settings_hash": "h", "sha256": SHA256, "verdict": "good"}
 PICTURE = f"/picture?id=0&sha256={SHA256}"
 
 
-def write(folder: Path, table: Table, **values: object) -> None:
-    """Append a row to a table. Columns without a value are empty."""
+def write(folder: Path, table: Table, *rows: dict[str, object]) -> None:
+    """Append rows to a table. Columns without a value are empty."""
     row: dict[str, Any] = {field.name: None if field.nullable else empty(field.type) for field in table.arrow_schema}
-    write_deltalake(folder / table.name, pa.Table.from_pylist([row | values], table.arrow_schema), mode="append")
+    found = pa.Table.from_pylist([row | values for values in rows], table.arrow_schema)
+    write_deltalake(folder / table.name, found, mode="append")
 
 
 def empty(kind: pa.DataType) -> object:
@@ -39,15 +43,21 @@ def empty(kind: pa.DataType) -> object:
     return [] if pa.types.is_list(kind) else 0 if pa.types.is_primitive(kind) else "h"
 
 
-def write_caption(folder: Path, number: int) -> None:
-    given = {"image_id": str(number), "model_name": "m", "model_version": "1", "source_table": "samples"}
-    write(folder, GENERATED_CAPTIONS, **given, sha256=SHA256, caption=f"caption {number}", mean_logprob=float(number))
+def write_captions(folder: Path, *numbers: int, likelihood: Callable[[int], float | None] = float) -> None:
+    """Write the pictures and the captions with these numbers. A number is the id of the picture."""
+    same = {"model_name": "m", "model_version": "1", "source_table": "samples", "sha256": SHA256}
+    captions = [{"caption": f"caption {n}", "mean_logprob": likelihood(n), "image_id": str(n)} for n in numbers]
+    write(folder, SAMPLES, *({"image_id": str(number), "image": png(0)} for number in numbers))
+    write(folder, GENERATED_CAPTIONS, *(same | caption for caption in captions))
 
 
 @pytest.fixture
 def client(tmp_path: Path) -> TestClient:
-    write(tmp_path, SAMPLES, image_id="0", image=png(0))
-    write_caption(tmp_path, 0)
+    write_captions(tmp_path, 0)
+    return open_client(tmp_path)
+
+
+def open_client(tmp_path: Path) -> TestClient:
     captions, pictures = (DeltaTable(tmp_path / name) for name in ("generated_captions", "samples"))
     review = Review(
         DeltaStore(captions, pictures, tmp_path / "verdicts", table="samples", model="m", has_texts=True),
@@ -60,15 +70,14 @@ def client(tmp_path: Path) -> TestClient:
 def test_the_app_serves_only_requests_that_the_proxy_has_given_a_user_and_stores_this_user_as_reviewer(
     client: TestClient, tmp_path: Path
 ) -> None:
-    user = {"X-Forwarded-Email": "ana@example.com"}
-    page = client.get("/", headers=user)
+    page = client.get("/", headers=USER)
     assert page.status_code == 200
-    token = {"X-Lakesight-Token": re.findall(r'"X-Lakesight-Token": "([^"]+)"', page.text)[0]}
+    token = token_of(page.text)
     for answer in (client.get("/"), client.get(PICTURE), client.post("/verdict", json=SAID, headers=token)):
         assert answer.status_code == 403
-    assert client.get(PICTURE, headers=user).status_code == 200
-    assert client.post("/verdict", json=SAID, headers=user).status_code == 403
-    assert client.post("/verdict", json=SAID, headers=user | token).json() == {"judged": 1}
+    assert client.get(PICTURE, headers=USER).status_code == 200
+    assert client.post("/verdict", json=SAID, headers=USER).status_code == 403
+    assert client.post("/verdict", json=SAID, headers=USER | token).json() == {"judged": 1}
     (row,) = DeltaTable(tmp_path / "verdicts").to_pyarrow_table().to_pylist()
     assert row["reviewer"] == "ana@example.com"
 
@@ -76,8 +85,47 @@ def test_the_app_serves_only_requests_that_the_proxy_has_given_a_user_and_stores
 def test_the_page_shows_captions_that_were_written_after_the_start_of_the_server(
     client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    user = {"X-Forwarded-Email": "ana@example.com"}
-    write_caption(tmp_path, 1)
-    assert "caption 1" not in client.get("/", headers=user).text
+    write_captions(tmp_path, 1)
+    assert "caption 1" not in client.get("/", headers=USER).text
     monkeypatch.setattr(verdicts, "REFRESH_SECONDS", 0)
-    assert "caption 1" in client.get("/", headers=user).text
+    assert "caption 1" in client.get("/", headers=USER).text
+
+
+@pytest.mark.parametrize("judged_numbers", [(), (0,), range(24)])
+def test_next_and_previous_show_each_caption_that_was_not_judged_exactly_once(
+    judged_numbers: Collection[int], tmp_path: Path
+) -> None:
+    write_captions(tmp_path, *range(60), likelihood=lambda number: None if number > 57 else number // 2)
+    client, numbers = open_client(tmp_path), list(range(60))
+    page = client.get("/", headers=USER).text
+    assert shown(page) == numbers[:24]
+    for number in judged_numbers:
+        judged = client.post("/verdict", json=SAID | {"image_id": str(number)}, headers=USER | token_of(page))
+        assert judged.status_code == 200
+    left = [number for number in numbers if number not in judged_numbers]
+    second = client.get(links(page)["next"], headers=USER).text
+    assert shown(second) == numbers[24:48]
+    assert f"{left.index(24) + 1} to {left.index(47) + 1} of {len(left)}" in second
+    third = client.get(links(second)["next"], headers=USER).text
+    assert shown(third) == numbers[48:]
+    assert "next" not in links(third)
+    assert shown(client.get(links(third)["previous"], headers=USER).text) == left[-36:-12]
+    assert ("previous" in links(second)) == (len(judged_numbers) < 24)
+    if len(judged_numbers) < 24:
+        before = client.get(links(second)["previous"], headers=USER).text
+        assert shown(before) == left[: 24 - len(judged_numbers)]
+
+
+def links(page: str) -> dict[str, str]:
+    """Return the addresses of the links of a review page, by the text of the link."""
+    return {text: unescape(address) for address, text in re.findall(r'<a href="([^"]+)">(\w+)</a>', page)}
+
+
+def shown(page: str) -> list[int]:
+    """Return the numbers of the captions that a review page shows."""
+    return [int(number) for number in re.findall(r'data-image-id="(\d+)"', page)]
+
+
+def token_of(page: str) -> dict[str, str]:
+    """Return the header with which a verdict of a page is accepted."""
+    return {"X-Lakesight-Token": re.findall(r'"X-Lakesight-Token": "([^"]+)"', page)[0]}
