@@ -29,12 +29,15 @@ LOGGED_ROWS = 1000
 def log_evaluation(job: Job, report: EvaluationReport, shards: Shards) -> None:
     """Log an evaluation to the MLflow run of the training, and update the descriptions of the run and of the version.
 
-    The name of a metric begins with the name of the data split, as in `test_cider`.
+    The name of a metric begins with the name of the data split, as in `test_cider`. The step of a metric is the
+    training step of the version's checkpoint, so the run's metrics are those of the last evaluated checkpoint. A
+    version with other generation settings than the run sets no metrics of the run. Each version has its own folder of
+    files.
     """
     from pipelines.tracking.describe.datasets import shard_input
     from pipelines.tracking.describe.figures import draw_lengths
     from pipelines.tracking.describe.notes import picture
-    from pipelines.tracking.registry import describe_version, resolve
+    from pipelines.tracking.registry import GENERATION_TAG, describe_version, resolve, training_step
     from pipelines.tracking.runs import log_report
 
     values, scored = report.values(), captioned(report.scores())
@@ -45,12 +48,15 @@ def log_evaluation(job: Job, report: EvaluationReport, shards: Shards) -> None:
     }
     version = resolve(job.platform, job.model_name, report.model_version)
     text = describe(job, report)
-    shown = picture(job.platform, report.run_id, "evaluate/gallery.png")
+    folder = f"evaluate/version-{version.version}"
+    shown = picture(job.platform, report.run_id, f"{folder}/gallery.png")
+    is_of_run = GENERATION_TAG not in version.tags
+    metrics = {f"{report.split}_{name}": values[name] for name in LOGGED_METRICS if name in values and is_of_run}
     log_report(
         job.platform,
         report.run_id,
-        "evaluate",
-        {f"{report.split}_{name}": values[name] for name in LOGGED_METRICS if name in values},
+        folder,
+        metrics,
         [report.gallery, report.gallery_png, report.figures_png],
         tables={
             f"figures-{identity}.json": figures_by_column(report),
@@ -58,6 +64,7 @@ def log_evaluation(job: Job, report: EvaluationReport, shards: Shards) -> None:
         },
         figures={"lengths.png": draw_lengths(lengths)},
         inputs=[shard_input(shards.manifest, report.split)],
+        step=training_step(job.platform, version),
         sections={f"Evaluation of version {version.version}": "\n\n".join(part for part in (text, shown) if part)},
     )
     describe_version(job.platform, version, {"Evaluation": text})
@@ -77,7 +84,8 @@ def describe(job: Job, report: EvaluationReport) -> str:
             verdict(report.metrics, report.pictures),
             table(["figure", "model (95 % interval)", "best constant", "nearest neighbour"], rows),
             f"Version: {version_link(job.platform, report.model_name, report.model_version)}. "
-            "All figures, rows and pictures are in the folder `evaluate` of the run's artifacts.",
+            f"All figures, rows and pictures are in the folder `evaluate/version-{report.model_version}` of the run's "
+            "artifacts.",
             code_block(f"{job.command('evaluate')} --version {report.model_version}"),
         ]
     )

@@ -151,6 +151,16 @@ def _describe_checkpoint(
     return tags | {f"training_{key}": f"{value:.6g}" for key, value in metrics.items()}
 
 
+def training_step(platform: Platform, version: ModelVersion) -> int:
+    """Return the training step of a version's checkpoint."""
+    if CHECKPOINT_TAG in version.tags:
+        return step_of(Path(version.tags[CHECKPOINT_TAG]))
+    # Lakesight 0.1.0 registered only the last checkpoint, and did not store its step.
+    client = connect(platform)
+    with registry_errors(platform, version_label(version)):
+        return max((point.step for point in client.get_metric_history(version.run_id, "train/loss")), default=0)
+
+
 def describe_version(platform: Platform, version: ModelVersion, sections: Mapping[str, str]) -> None:
     """Replace or append sections in the description of a version."""
     client = connect(platform)

@@ -125,6 +125,7 @@ def log_report(
     tables: Mapping[str, dict[str, list[object]]] | None = None,
     figures: Mapping[str, Figure] | None = None,
     inputs: Sequence[DatasetInput] = (),
+    step: int = 0,
     sections: Mapping[str, str] | None = None,
 ) -> None:
     """Log a stage's report to an existing MLflow run.
@@ -135,12 +136,13 @@ def log_report(
     Args:
         platform: platform whose tracking server is used.
         run_id: id of the MLflow run.
-        name: name of the stage, such as 'evaluate'.
+        name: name of the stage, such as 'evaluate', or a folder of the stage, such as 'evaluate/version-2'.
         metrics: values of the metrics to log, by name.
         files: paths of the files to log.
         tables: columns (names and values) of the tables to log as MLflow artifacts, by file name.
         figures: figures to log, by file name.
         inputs: MLflow datasets that describe what the stage has read.
+        step: training step of the metrics. MLflow shows the value of the largest step as the value of a run's metric.
         sections: sections of the run's description to replace or append, by heading.
 
     Raises:
@@ -149,7 +151,7 @@ def log_report(
     client = connect(platform)
     now = int(time.time() * 1000)
     try:
-        client.log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in metrics.items()])
+        client.log_batch(run_id, metrics=[Metric(key, value, now, step) for key, value in metrics.items()])
         for file in files:
             client.log_artifact(run_id, str(file), name)
         existing = {artifact.path for artifact in client.list_artifacts(run_id, name)} if tables else set()

@@ -1,0 +1,86 @@
+"""Tests of the evaluations of several versions of one training run in MLflow."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+
+import pytest
+from local_platforms import open_local
+from scored_rows import scored_row
+from tiny_runs import finish_run, tiny_run, write_run, write_shards
+
+from jobs.common import Job
+from jobs.log_evaluation import log_evaluation
+from jobs.output import CommandOutput
+from pipelines.driver.evaluate.bootstrap import measure
+from pipelines.driver.evaluate.run import EvaluationReport
+from pipelines.driver.evaluate.scores import SCORES, write_scores
+from pipelines.tracking import registry, runs
+from pipelines.tracking.describe.notes import NOTE
+from pipelines.tracking.server import connect
+from vlm.text.words import TOKENISATION
+
+
+def evaluated(folder: Path, version: registry.ModelVersion, num_right: int) -> EvaluationReport:
+    """Write an evaluation of ten rows, of which the first `num_right` rows have the right caption."""
+    rows = [scored_row(row, ["a red thing"], "a red thing" if row < num_right else "nothing") for row in range(10)]
+    files = {"gallery": "gallery.html", "gallery_png": "gallery.png", "figures_png": "figures.png"}
+    write_scores(folder / SCORES, rows)
+    for name in files.values():
+        (folder / name).write_text(f"version {version.version}", encoding="utf-8")
+    return EvaluationReport(
+        model_name=version.name,
+        model_version=version.version,
+        run_id=version.run_id,
+        source="tiny",
+        split="test",
+        dataset_version=0,
+        scores_hash=version.version,
+        pictures=len(rows),
+        left_out=0,
+        tokenisation=TOKENISATION,
+        metrics=measure(rows),
+        columns=(),
+        slices={},
+        folder=folder,
+        reused=False,
+        seconds=1.0,
+        **{field: folder / name for field, name in files.items()},
+    )
+
+
+@pytest.mark.matrix  # registers three versions
+def test_a_run_keeps_the_figures_of_its_last_checkpoint_and_the_files_of_each_version(
+    tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    platform, config = open_local(monkeypatch, tmp_path / "home", database=empty_database), tiny_run()
+    shards = write_shards(tmp_path / "shards", rows=4)
+    run = write_run(platform.folder("runs") / "tiny-0123", config, shards, shards)
+    finish_run(run)
+    shutil.copytree(run.checkpoint(12), run.checkpoint(4))
+    with runs.follow(run, config, platform) as follower:
+        pass
+    beams = config.model.generation.changed({"num_beams": 3})
+    last = registry.register(run, follower.run_id, platform)
+    early = registry.register(run, follower.run_id, platform, 4)
+    other = registry.register(run, follower.run_id, platform, "last", beams)
+    job = Job(config, platform, (), CommandOutput(io.StringIO(), as_json=False))
+    client = connect(platform)
+    for version, num_right in ((early, 2), (last, 9), (early, 4), (other, 6)):
+        log_evaluation(job, evaluated(tmp_path / f"{version.version}-{num_right}", version, num_right), shards)
+        shown = client.get_run(follower.run_id).data.metrics["test_exact_match"]
+        assert shown == (0.2 if (version, num_right) == (early, 2) else 0.9)
+    note = client.get_run(follower.run_id).data.tags[NOTE]
+    for version in (last, early, other):
+        folder = f"evaluate/version-{version.version}"
+        page = Path(client.download_artifacts(follower.run_id, f"{folder}/gallery.html", str(tmp_path)))
+        assert page.read_text(encoding="utf-8") == f"version {version.version}"
+        assert f"path={folder.replace('/', '%2F')}%2Fgallery.png" in note
+        files = {Path(file.path).name for file in client.list_artifacts(follower.run_id, folder)}
+        assert {"lengths.png", f"figures-{version.version}.json", f"rows-{version.version}.json"} <= files
+    client.log_metric(follower.run_id, "train/loss", 1.5, step=8)
+    old = early.model_copy(update={"tags": {}})
+    assert registry.training_step(platform, early) == 4
+    assert registry.training_step(platform, old) == 8
