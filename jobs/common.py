@@ -177,8 +177,18 @@ def open_output(*, as_json: bool) -> Iterator[CommandOutput]:
 
 
 @contextmanager
-def open_job(run: str, platform: str, overrides: Sequence[str] | None, as_json: bool) -> Iterator[Job]:
+def open_job(
+    run: str, platform: str, overrides: Sequence[str] | None, as_json: bool, *, needs_space: bool = True
+) -> Iterator[Job]:
     """Resolve a run config and open its platform. If the block starts a Spark session, the session ends with the block.
+
+    Args:
+        run: name of the run.
+        platform: name of the platform.
+        overrides: overrides `key=value` of settings.
+        as_json: whether the command prints its report as JSON.
+        needs_space: whether the block writes more than a few kilobytes. Otherwise the block also runs on a full disk:
+            people then need the commands that remove files, show the state or roll back.
 
     Raises:
         UserError: the config is invalid, the platform cannot be opened, a newer release of Lakesight wrote the home
@@ -188,7 +198,8 @@ def open_job(run: str, platform: str, overrides: Sequence[str] | None, as_json: 
         config = load_run(run, platform=platform, overrides=tuple(overrides or ()))
         job = Job(config, open_platform(config.platform), tuple(overrides or ()), output)
         check_home(job.platform.root)
-        _check_free_space(job.platform)
+        if needs_space:
+            _check_free_space(job.platform)
         try:
             yield job
         except Exception as error:
@@ -231,5 +242,6 @@ def _check_free_space(platform: Platform) -> None:
             "there is too little free disk space",
             where=str(platform.root),
             got=f"{free / 2**20:.0f} MB free",
-            fix=f"free at least {MIN_FREE_BYTES / 2**20:.0f} MB, or set LAKESIGHT_HOME to a folder on another disk",
+            fix=f"free at least {MIN_FREE_BYTES / 2**20:.0f} MB, for example with `lakesight maintain --keep 3 "
+            "--remove`, or set LAKESIGHT_HOME to a folder on another disk",
         )

@@ -32,7 +32,7 @@ def decisions(
     Example:
       lakesight decisions --run demo
     """
-    with open_job(run, platform, overrides, as_json) as job:
+    with open_job(run, platform, overrides, as_json, needs_space=False) as job:
         found = run_decisions(job)
         for row in found:
             champion = f" (serving: {row['champion']})" if row["champion"] else ""

@@ -85,7 +85,7 @@ def lineage(
     Example:
       lakesight lineage demo/0123456789abcdef01234567
     """
-    with open_job(run, platform, overrides, as_json) as job:
+    with open_job(run, platform, overrides, as_json, needs_space=False) as job:
         found = run_lineage(job, image_id)
         for number, item in enumerate(found, 1):
             job.output.text(f"\ncaption {number}")

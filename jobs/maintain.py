@@ -46,7 +46,7 @@ def maintain(
     """
     if remove and keep is None:
         raise UserError("--remove needs --keep", fix="add --keep N, which keeps the N newest folders of each kind")
-    with open_job(run, platform, overrides, as_json) as job:
+    with open_job(run, platform, overrides, as_json, needs_space=keep is None) as job:
         if keep is not None:
             _clean_up(job, keep, remove=remove)
             return

@@ -58,7 +58,7 @@ def quarantine(
         --set data.limits.max_text_chars=5000
     """
     reasons = _check_reasons(reason or [])
-    with open_job(run, platform, overrides, as_json) as job:
+    with open_job(run, platform, overrides, as_json, needs_space=action is Action.REPLAY or gallery) as job:
         if action is Action.REPLAY:
             _replay(job, reasons)
         else:

@@ -21,7 +21,7 @@ def rollback(
     Example:
       lakesight rollback --run demo
     """
-    with open_job(run, platform, overrides, as_json) as job:
+    with open_job(run, platform, overrides, as_json, needs_space=False) as job:
         champion = run_rollback(job)
         job.output.line("rollback", f"{job.model_name} version {champion} is the champion again")
         job.finish({"model_name": job.model_name, "model_version": champion}, "caption")

@@ -115,7 +115,7 @@ def show(
         from pipelines.review.source_pictures import PictureColumns
 
         place = PictureColumns(id_column, image_column, None if image_root is None else absolute_location(image_root))
-    with open_job(run, platform, overrides, as_json) as job:
+    with open_job(run, platform, overrides, as_json, needs_space=gallery) as job:
         report = run_show(
             job,
             table,

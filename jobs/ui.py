@@ -38,7 +38,7 @@ def ui(
     from pipelines.tracking.describe.notes import VIEW
     from pipelines.tracking.home_store.moved_home import follow_moved_home
 
-    with open_job(run, platform, overrides, as_json=False) as job:
+    with open_job(run, platform, overrides, as_json=False, needs_space=False) as job:
         uri = job.platform.tracking_uri
         if not uri.startswith("sqlite"):
             raise UserError(
