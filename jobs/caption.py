@@ -22,6 +22,7 @@ from jobs.common import (
 )
 from jobs.evaluate import VersionOption, open_model
 from jobs.generation_options import with_generation_options
+from jobs.next_commands import show_captions
 from jobs.output import number
 from jobs.progress import show_progress
 from jobs.settings_of_version import decoding_settings
@@ -105,7 +106,7 @@ def caption(
             max_error_share=max_error_share,
         )
         job.output.report(report)
-        job.output.next("lakesight show generated_captions --order 'captioned_at DESC' --gallery")
+        job.output.next(*show_captions(job))
 
 
 def run_caption(job: Job, which: str, **request: object) -> CaptionReport:

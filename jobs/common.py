@@ -80,6 +80,11 @@ own errors about a full disk are unclear.
 """
 
 
+def is_hidden(override: str) -> bool:
+    """Return whether an override is never printed. A setting of Spark may be a secret."""
+    return override.strip().startswith("platform.spark.conf")
+
+
 @dataclass
 class Job:
     """Running command, with its resolved run config, its platform and its output."""
@@ -109,8 +114,8 @@ class Job:
     def command(self, name: str) -> str:
         """Return the command line that runs command `name` on the same run with the same overrides.
 
-        The command line leaves out two kinds of overrides: settings of Spark (`platform.spark.conf`), whose values may
-        be secrets, and generation settings that command `name` would refuse.
+        The command line leaves out two kinds of overrides: hidden settings (`is_hidden`), and generation settings that
+        command `name` would refuse.
         """
         return f"lakesight {name} {self._options(name)}"
 
@@ -122,7 +127,7 @@ class Job:
             words += ["--platform", self.config.chosen.platform]
         for override in self.overrides:
             is_refused = is_generation(override) and not follows_generation
-            if not is_refused and not override.strip().startswith("platform.spark.conf"):
+            if not is_refused and not is_hidden(override):
                 words += ["--set", override]
         return shlex.join(words)
 

@@ -8,6 +8,7 @@ import typer
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
 from jobs.evaluate import SHOWN_METRICS, evaluate_version, open_model, open_split
+from jobs.next_commands import after_comparison
 from jobs.settings_of_version import with_overrides
 
 if TYPE_CHECKING:
@@ -33,37 +34,25 @@ def compare(
 
     \b
     Example:
-      lakesight compare challenger champion --run demo
+      lakesight compare 2 1 --run demo
     """
+    from pipelines.tracking.registry import resolve
+
     with open_job(run, platform, overrides, as_json) as job:
         report = run_compare(job, one, other)
         job.output.report(report)
-        job.output.next(next_command(job, report))
-
-
-def next_command(job: Job, report: Comparison) -> str:
-    """Return the command to run next. The next command is `promote` if the first version is not worse than the other
-    version.
-
-    If the first version is worse, the next command trains a run with twice the number of steps. A run with training
-    stages defines its steps in the stages. For a run with stages, the next command therefore shows the curves.
-    """
-    difference = report.differences.get(job.config.gate.metric)
-    if difference is not None and difference.high < 0:
-        if job.config.train.stages:
-            return "lakesight ui"
-        return f"{job.command('train')} --set train.steps={2 * job.config.train.steps}"
-    return f"{job.command('promote')} --version {report.one}"
+        first, second = (resolve(job.platform, job.model_name, number) for number in (report.one, report.other))
+        job.output.next(*after_comparison(job, report, first, second))
 
 
 def run_compare(job: Job, one: str, other: str) -> Comparison:
     """Evaluate both versions if necessary, compare them and print the comparison."""
-    from pipelines.driver.evaluate.compare import compare
+    from pipelines.driver.evaluate.compare import compare, describe_outcome
 
     models = [with_overrides(job, open_model(job, which)) for which in (one, other)]
     splits = [open_split(job, model) for model in models]
     first, second = (evaluate_version(job, model, shards) for model, shards in zip(models, splits, strict=True))
-    report = compare(job.spark, job.platform, splits[0].manifest.request, first, second)
+    report = compare(job.spark, job.platform, splits[0].manifest.request, first, second, metric=job.config.gate.metric)
     job.output.line("compare", f"{report.model_name}, version {report.one}, version {report.other}, and the difference")
     for name in SHOWN_METRICS:
         if name in report.differences:
@@ -77,5 +66,6 @@ def run_compare(job: Job, one: str, other: str) -> Comparison:
         f"{report.rows:,} = {report.wins:,} better + {report.losses:,} worse + {report.ties:,} equal (word F1 of "
         f"version {report.one})",
     )
+    job.output.line("verdict", describe_outcome(report))
     job.output.line("page", str(report.page))
     return report

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from jobs.common import Job, JsonOption, PlatformOption, SetOption, open_job
+from jobs.next_commands import show_quarantine, show_runs
 from jobs.pipeline import held_out, run_pipeline
 from jobs.pipeline_report import PipelineReport
 from pipelines.scenes import broken_rows
@@ -47,8 +48,7 @@ def demo(
             f"{report.exact_match:.0%} of the unseen scenes have an exact caption; total {report.seconds:.0f} s",
         )
         job.output.line("gallery", report.gallery)
-        job.output.line("mlflow", "lakesight ui")
-        job.output.next("lakesight quarantine --gallery", "lakesight ui")
+        job.output.next(show_quarantine(job), *show_runs(job))
         job.output.report(report)
 
 

@@ -10,6 +10,7 @@ import typer
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
 from jobs.generation_options import with_generation_options
 from jobs.job_run import JobRunOption, read_trained_version
+from jobs.next_commands import after_evaluation, ask_text_model
 from jobs.progress import show_elapsed
 from jobs.settings_of_version import with_overrides
 from jobs.shard import run_shard
@@ -90,15 +91,20 @@ def evaluate(
       lakesight evaluate --run demo --by format --by source
     """
     from pipelines.driver.evaluate.run import COLUMNS
+    from pipelines.tracking.registry import resolve
 
     with open_job(run, platform, overrides, as_json) as job:
         which = choose_version(job, version, checkpoint, job_run)
         if job.config.model.text_only:
             _refuse_columns(by)
-            job.finish(run_text_evaluate(job, open_model(job, which)), "ask")
+            measured = run_text_evaluate(job, open_model(job, which))
+            job.output.report(measured)
+            job.output.next(ask_text_model(job, measured.model_version))
             return
         report = run_evaluate(job, which, columns=tuple(by or COLUMNS), with_java=True, follow=True)
-        job.finish(report, "caption" if report.settings else "promote")
+        job.output.report(report)
+        version = resolve(job.platform, job.model_name, report.model_version)
+        job.output.next(*after_evaluation(job, report, version))
 
 
 def _refuse_columns(by: list[str] | None) -> None:

@@ -123,8 +123,9 @@ class CommandOutput:
         return typer.style(text, **style) if text.strip() and has_colours(self._stream) else text
 
     def next(self, *commands: str) -> None:
-        """Print the commands that the user can run next, each on a line of its own."""
-        for label, command in zip(("next", *["or"] * (len(commands) - 1)), commands, strict=True):
+        """Print the commands that the user can run next, each on a line of its own. Without commands, print nothing."""
+        for number, command in enumerate(commands):
+            label = "or" if number else "next"
             self._print(self._styled(f"{label:<{LABEL_WIDTH}}", bold=True) + escape_controls(command))
 
     def items(self, label: str, items: Sequence[str]) -> None:

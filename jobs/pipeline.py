@@ -6,6 +6,7 @@ from jobs.caption import run_caption
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
 from jobs.evaluate import open_object_words, run_evaluate
 from jobs.ingest import run_ingest
+from jobs.next_commands import ask_text_model, show_captions, show_runs
 from jobs.pipeline_report import PipelineReport, describe_stages
 from jobs.promote import run_promote
 from jobs.text_model import run_text_pipeline
@@ -31,11 +32,12 @@ def pipeline(
     """
     with open_job(run, platform, overrides, as_json) as job:
         if job.config.model.text_only:
-            job.output.report(run_text_pipeline(job))
-            job.output.line("next", f"{job.command('ask')} --version latest --prompt TEXT")
+            texts = run_text_pipeline(job)
+            job.output.report(texts)
+            job.output.next(ask_text_model(job, texts.model_version))
             return
         job.output.report(run_pipeline(job))
-        job.output.next("lakesight show generated_captions --gallery", "lakesight ui")
+        job.output.next(*show_captions(job), *show_runs(job))
 
 
 def run_pipeline(job: Job) -> PipelineReport:

@@ -10,6 +10,7 @@ from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, o
 from jobs.decisions import record
 from jobs.evaluate import CheckpointOption, VersionOption, choose_version, evaluate_version, open_model, open_split
 from jobs.job_run import JobRunOption
+from jobs.next_commands import caption_source
 from jobs.progress import show_elapsed
 from jobs.settings_of_version import changes_model, require_settings_of_version
 from jobs.text_model import require_captioner
@@ -72,7 +73,8 @@ def promote(
     with open_job(run, platform, overrides, as_json) as job:
         which = choose_version(job, version, checkpoint, job_run)
         report = run_promote(job, which, by_number=version.isdecimal() or checkpoint is not None)
-        job.finish(report, "caption")
+        job.output.report(report)
+        job.output.next(caption_source(job))
 
 
 def advice(config: RunConfig, pictures: int) -> str:

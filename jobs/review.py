@@ -8,6 +8,7 @@ import typer
 
 from jobs.common import Job, PlatformOption, RunOption, SetOption, open_job
 from jobs.local_server import HOST, check_port_free
+from jobs.next_commands import after_review, caption_table
 from jobs.table_files import open_table
 from pipelines.errors import UserError
 from pipelines.platform import app_port, user_name
@@ -64,7 +65,7 @@ def review(
             raise UserError(
                 "there are no captions to judge",
                 where=f"generated_captions, source table {name}, model {job.model_name}",
-                fix=f"run `{job.command('caption')}{'' if table == 'samples' else f' --table {table}'}` first",
+                fix=f"run `{caption_table(job, table)}` first",
             )
         title = f"Captions of {job.model_name}"
         if in_app is None:
@@ -72,7 +73,7 @@ def review(
         else:
             _serve_app(reviewed, title, in_app)
         job.output.line("judged", f"{len(reviewed.judged):,} of {len(reviewed.captions):,} captions")
-        job.output.next("lakesight show verdicts", "lakesight ingest --run reviewed")
+        job.output.next(*after_review(job, reviewed.judged.values()))
 
 
 def _open_home(job: Job, table: str, warehouse: str | None) -> tuple[CaptionStore, str]:

@@ -12,6 +12,7 @@ import typer
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
 from jobs.job_run import RecordOption, check_job_run, record_trained_version
+from jobs.next_commands import evaluate_version
 from jobs.progress import poll_training, show_elapsed, show_progress
 from jobs.replay import run_replay
 from jobs.shard import run_shard
@@ -100,7 +101,8 @@ def train(
             report = run_train(job)
             if job_run is not None:
                 record_trained_version(job, job_run, report.model_version)
-            job.finish(report, "evaluate")
+            job.output.report(report)
+            job.output.next(evaluate_version(job, report.model_version))
             return
         folder, ranks = prepare_run(job).path, job.config.platform.ranks
         with atomic_write(job.platform.folder("runs") / f"{job.config.name}{PREPARED}") as temporary:

@@ -39,6 +39,7 @@ class Comparison(Config):
     Attributes:
         rows: number of rows that both versions captioned.
         tokenisation: name of the rules that split texts into words.
+        metric: name of the metric that decides which version is better.
         differences: a dict from the name of a metric to the difference (`one` minus `other`), with the interval of a
             paired bootstrap.
         one_metrics: a dict from the name of a metric to its value for version `one` on the rows that both versions
@@ -57,6 +58,7 @@ class Comparison(Config):
     split: str
     rows: int
     tokenisation: str
+    metric: str
     differences: dict[str, Interval]
     one_metrics: dict[str, Interval]
     other_metrics: dict[str, Interval]
@@ -67,9 +69,18 @@ class Comparison(Config):
 
 
 def compare(
-    spark: SparkSession, platform: Platform, request: ShardRequest, one: EvaluationReport, other: EvaluationReport
+    spark: SparkSession,
+    platform: Platform,
+    request: ShardRequest,
+    one: EvaluationReport,
+    other: EvaluationReport,
+    *,
+    metric: str,
 ) -> Comparison:
     """Compare two evaluations of the split in a shard request, and write the HTML page.
+
+    The metric of the promotion gate, `metric`, decides which version is better. If the captions do not have this
+    metric, the next metric of JUDGED decides.
 
     Raises:
         StageFailed: the two versions have no captioned row in common.
@@ -92,6 +103,7 @@ def compare(
         split=one.split,
         rows=len(pairs),
         tokenisation=TOKENISATION,
+        metric=next(name for name in (metric, *JUDGED) if name in metrics),
         differences={name: metric.difference for name, metric in metrics.items()},
         one_metrics={name: metric.one for name, metric in metrics.items()},
         other_metrics={name: metric.other for name, metric in metrics.items()},
@@ -120,17 +132,16 @@ def compare(
         title,
         about,
         galleries=[Gallery("", [row.card() for row in rows])],
-        verdict=_verdict(report),
+        verdict=describe_outcome(report),
         bars=[_bars(report, name) for name in HEADLINES if name in report.differences],
     )
     write_html(report.page, page, report.differences, signed=True)
     return report
 
 
-def _verdict(report: Comparison) -> str:
+def describe_outcome(report: Comparison) -> str:
     """Return one sentence that says which version has better captions."""
-    name = next(name for name in JUDGED if name in report.differences)
-    difference = report.differences[name]
+    name, difference = report.metric, report.differences[report.metric]
     outcome = "not clearly better or worse than"
     if difference.low > 0 or difference.high < 0:
         outcome = "better than" if difference.low > 0 else "worse than"

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from evaluation_reports import evaluation_report
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scored_rows import scored_row
@@ -18,7 +19,6 @@ from pipelines.driver.evaluate.gate import apply_gate
 from pipelines.driver.evaluate.metrics import ScoredRow
 from pipelines.driver.evaluate.run import EvaluationReport
 from pipelines.driver.evaluate.scores import SCORES, write_scores
-from vlm.text.words import TOKENISATION
 
 WELL = Trial(failure="", pictures=4, errors=())
 TRUTH = ("a red square", "a blue circle", "a green dot", "a white line")
@@ -49,27 +49,9 @@ def scored(captions: list[str | None], *, gap: float = 1.0) -> list[ScoredRow]:
 
 def evaluated(folder: Path, rows: list[ScoredRow], version: str = "2") -> EvaluationReport:
     write_scores(folder / version / SCORES, rows)
-    return EvaluationReport(
-        model_name="m",
-        model_version=version,
-        run_id="r",
-        source="s",
-        split="test",
-        dataset_version=0,
-        scores_hash=version,
-        pictures=len(rows),
-        left_out=sum(row.caption is None for row in rows),
-        tokenisation=TOKENISATION,
-        metrics=measure(rows),
-        columns=(),
-        slices={},
-        folder=folder / version,
-        gallery=folder,
-        gallery_png=folder,
-        figures_png=folder,
-        reused=False,
-        seconds=1.0,
-    )
+    left_out = sum(row.caption is None for row in rows)
+    named = {"model_version": version, "scores_hash": version}
+    return evaluation_report(folder / version, measure(rows), **named, pictures=len(rows), left_out=left_out)
 
 
 def good(count: int = 40, wrong: int = 4) -> list[str | None]:

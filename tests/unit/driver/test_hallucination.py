@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from evaluation_reports import evaluation_report
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scored_rows import scored_row
@@ -153,29 +154,9 @@ def test_a_word_list_of_objects_is_optional_and_does_not_change_the_hash_of_the_
 
 
 def report(folder: Path, requested: RequestedMetrics) -> EvaluationReport:
-    return EvaluationReport(
-        model_name="m",
-        model_version="1",
-        run_id="r",
-        source="s",
-        split="test",
-        dataset_version=1,
-        scores_hash="0123",
-        pictures=5,
-        left_out=2,
-        tokenisation=TOKENISATION,
-        definitions=DEFINITIONS,
-        object_words=requested.objects.digest() if requested.objects else "",
-        metrics=measure(ROWS, further=requested.functions(ROWS)),
-        columns=(),
-        slices={},
-        folder=folder,
-        gallery=folder / "gallery.html",
-        gallery_png=folder / "gallery.png",
-        figures_png=folder / "figures.png",
-        reused=False,
-        seconds=0.0,
-    )
+    objects = requested.objects.digest() if requested.objects else ""
+    metrics = measure(ROWS, further=requested.functions(ROWS))
+    return evaluation_report(folder, metrics, definitions=DEFINITIONS, object_words=objects)
 
 
 def test_a_stored_report_is_reused_unless_it_lacks_the_metrics_of_the_word_list(

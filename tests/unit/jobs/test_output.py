@@ -17,12 +17,9 @@ from hypothesis import strategies as st
 from local_platforms import open_local
 
 from jobs.common import Job, open_job
-from jobs.compare import next_command
 from jobs.output import CommandOutput, format_error, has_colours, number
 from jobs.promote import advice
 from pipelines.config import load_run
-from pipelines.driver.evaluate.bootstrap import Interval
-from pipelines.driver.evaluate.compare import Comparison
 from pipelines.errors import StageFailed, UserError
 
 
@@ -57,28 +54,6 @@ def test_lists_are_printed_completely_in_lines_of_at_most_80_columns(items: list
     lines = out.getvalue().splitlines()
     assert all(len(line) <= 80 for line in lines)
     assert " ".join(line[12:] for line in lines) == ", ".join(items)
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "command"),
-    [
-        (-0.3, -0.1, "lakesight train --run demo --set train.steps={}"),
-        (-0.1, 0.1, "lakesight promote --run demo --version 2"),
-        (0.1, 0.3, "lakesight promote --run demo --version 2"),
-    ],
-)
-def test_the_suggested_next_command_promotes_no_version_that_is_worse_in_the_comparison(
-    low: float, high: float, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = load_run("demo")
-    job = Job(config, open_local(monkeypatch, tmp_path), (), CommandOutput(io.StringIO(), as_json=False))
-    difference = {config.gate.metric: Interval(value=(low + high) / 2, low=low, high=high)}
-    sides = {"model_name": "demo", "one": "2", "other": "1", "source": "demo", "split": "test", "rows": 9}
-    counts = {"wins": 3, "losses": 3, "ties": 3, "page": tmp_path / "page.html", "tokenisation": "words"}
-    report = Comparison.model_validate(
-        sides | counts | dict.fromkeys(("differences", "one_metrics", "other_metrics"), difference)
-    )
-    assert next_command(job, report) == command.format(2 * config.train.steps)
 
 
 def test_the_suggested_next_command_names_the_platform_file_and_no_setting_of_spark(

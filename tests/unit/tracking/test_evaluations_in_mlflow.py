@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from evaluation_reports import evaluation_report
 from local_platforms import open_local
 from scored_rows import scored_row
 from tiny_runs import finish_run, tiny_run, write_run, write_shards
@@ -20,35 +21,16 @@ from pipelines.driver.evaluate.scores import SCORES, write_scores
 from pipelines.tracking import registry, runs
 from pipelines.tracking.describe.notes import NOTE
 from pipelines.tracking.server import connect
-from vlm.text.words import TOKENISATION
 
 
 def evaluated(folder: Path, version: registry.ModelVersion, num_right: int) -> EvaluationReport:
     """Write an evaluation of ten rows, of which the first `num_right` rows have the right caption."""
     rows = [scored_row(row, ["a red thing"], "a red thing" if row < num_right else "nothing") for row in range(10)]
-    files = {"gallery": "gallery.html", "gallery_png": "gallery.png", "figures_png": "figures.png"}
     write_scores(folder / SCORES, rows)
-    for name in files.values():
+    for name in ("gallery.html", "gallery.png", "figures.png"):
         (folder / name).write_text(f"version {version.version}", encoding="utf-8")
-    return EvaluationReport(
-        model_name=version.name,
-        model_version=version.version,
-        run_id=version.run_id,
-        source="tiny",
-        split="test",
-        dataset_version=0,
-        scores_hash=version.version,
-        pictures=len(rows),
-        left_out=0,
-        tokenisation=TOKENISATION,
-        metrics=measure(rows),
-        columns=(),
-        slices={},
-        folder=folder,
-        reused=False,
-        seconds=1.0,
-        **{field: folder / name for field, name in files.items()},
-    )
+    identity = {"model_name": version.name, "model_version": version.version, "run_id": version.run_id}
+    return evaluation_report(folder, measure(rows), **identity, scores_hash=version.version)
 
 
 @pytest.mark.matrix  # registers three versions

@@ -1,0 +1,157 @@
+"""Commands that a finished command suggests as the next step.
+
+A suggested command names the version and the pictures of the finished command, and works on the platform of the
+finished command. If no command fits, the functions return an empty list.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+from jobs.common import Job, is_hidden
+
+if TYPE_CHECKING:
+    from pipelines.config import GateConfig, RunConfig
+    from pipelines.driver.evaluate.bootstrap import Interval
+    from pipelines.driver.evaluate.compare import Comparison
+    from pipelines.driver.evaluate.run import EvaluationReport
+    from pipelines.tracking.registry import ModelVersion
+
+
+def evaluate_version(job: Job, version: str) -> str:
+    """Return the command that evaluates a version."""
+    return f"{job.command('evaluate')} --version {version}"
+
+
+def ask_text_model(job: Job, version: str) -> str:
+    """Return the command that lets a version of a text-only model continue a text. Such a model is never champion."""
+    return f"{job.command('ask')} --version {version} --prompt TEXT"
+
+
+def caption_source(job: Job, version: str | None = None) -> str:
+    """Return the command that captions the run's own pictures with a version, or with the champion.
+
+    Table `samples` also contains the pictures of other runs, for which the model was not trained.
+    """
+    words = [] if version is None else ["--version", version]
+    words += ["--where", f"source = '{job.source}'"]
+    return f"{job.command('caption')} {shlex.join(words)}"
+
+
+def show_captions(job: Job) -> list[str]:
+    """Return the command that shows the newest captions of the run's model. `show` cannot read the tables of a
+    catalog."""
+    if job.platform.tables is None:
+        return []
+    newest = ["--where", f"model_name = '{job.model_name}'", "--order", "captioned_at DESC", "--gallery"]
+    return [shlex.join(["lakesight", "show", "generated_captions", *newest, *_platform_options(job)])]
+
+
+def after_review(job: Job, verdicts: Collection[str]) -> list[str]:
+    """Return the commands for reviewed captions, given all verdicts.
+
+    `show` cannot read the tables of a catalog. Only captions that are good or corrected become training data.
+    """
+    options = _platform_options(job)
+    commands = []
+    if verdicts and job.platform.tables is not None:
+        commands.append(shlex.join(["lakesight", "show", "verdicts", *options]))
+    if {"good", "corrected"} & set(verdicts):
+        if job.platform.kind == "databricks":
+            options += ["--set", f"data.source.table={job.platform.table('verdicts')}"]
+        commands.append(shlex.join(["lakesight", "ingest", "--run", "reviewed", *options]))
+    return commands
+
+
+def show_quarantine(job: Job) -> str:
+    """Return the command that shows the refused rows with their pictures."""
+    return shlex.join(["lakesight", "quarantine", "--gallery", *_platform_options(job)])
+
+
+def caption_table(job: Job, table: str) -> str:
+    """Return the command that captions a table, given its name or path. People must add the names of the columns."""
+    if table == "samples":
+        return caption_source(job)
+    words = ["--table", table, "--id-column", "COLUMN", "--image-column", "COLUMN"]
+    return f"{job.command('caption')} {shlex.join(words)}"
+
+
+def show_runs(job: Job) -> list[str]:
+    """Return the command that serves MLflow. A tracking server serves its own pages."""
+    if not job.platform.tracking_uri.startswith("sqlite"):
+        return []
+    return [shlex.join(["lakesight", "ui", *_platform_options(job)])]
+
+
+def after_evaluation(job: Job, report: EvaluationReport, version: ModelVersion) -> list[str]:
+    """Return the commands for an evaluated version.
+
+    If the version was measured with other generation settings than its own, the next command captions with these
+    settings. If the gate would certainly refuse the version, the next command trains longer. The champion captions, and
+    any other version is promoted.
+    """
+    if report.settings is not None:
+        return [caption_source(job, report.model_version)]
+    if "champion" in version.aliases:
+        return [caption_source(job)]
+    if is_refused(job.config.gate, report.metrics):
+        return train_longer(job, version)
+    return [promote_version(job, report.model_version)]
+
+
+def promote_version(job: Job, version: str) -> str:
+    """Return the command that promotes a version."""
+    return f"{job.command('promote')} --version {version}"
+
+
+def is_refused(gate: GateConfig, metrics: Mapping[str, Interval]) -> bool:
+    """Return whether the captions are clearly worse than a baseline of the gate."""
+    metric = metrics.get(gate.metric)
+    baselines = [metrics[key] for name in gate.baselines if (key := f"{name}_{gate.metric}") in metrics]
+    return metric is not None and any(metric.high < baseline.value for baseline in baselines)
+
+
+def after_comparison(job: Job, report: Comparison, one: ModelVersion, other: ModelVersion) -> list[str]:
+    """Return the commands for two compared versions.
+
+    The version that is clearly better is promoted; if no version is clearly better, version `one` is promoted. If this
+    version is the champion already, the next command trains the settings of the other version longer.
+    """
+    difference = report.differences[report.metric]
+    winner, loser = (other, one) if difference.high < 0 else (one, other)
+    return train_longer(job, loser) if "champion" in winner.aliases else [promote_version(job, winner.version)]
+
+
+def train_longer(job: Job, version: ModelVersion) -> list[str]:
+    """Return the command that repeats the training of a version with twice the number of steps.
+
+    A run with training stages defines its steps in the stages. For such a run, the command shows the curves.
+    """
+    from pipelines.tracking.describe.names import repeat_command
+
+    config = trained_config(job, version)
+    if config.train.stages:
+        return show_runs(job)
+    longer = config.train.model_copy(update={"steps": 2 * config.train.steps})
+    return [repeat_command(config.model_copy(update={"train": longer}))]
+
+
+def trained_config(job: Job, version: ModelVersion) -> RunConfig:
+    """Return the config with which a version was trained, or the config of this command if the version was trained in
+    another home folder."""
+    from pipelines.formats.run_folder import RunFolder
+
+    run = RunFolder(job.platform.folder("runs") / version.tags.get("run", "unknown"))
+    return run.read_run().config if run.run_file.exists() else job.config
+
+
+def _platform_options(job: Job) -> list[str]:
+    """Return the options that select the platform, for commands that need no other setting of the run."""
+    chosen = job.config.chosen.platform
+    words = [] if chosen == "local" else ["--platform", chosen]
+    for override in job.overrides:
+        if override.strip().startswith("platform.") and not is_hidden(override):
+            words += ["--set", override]
+    return words

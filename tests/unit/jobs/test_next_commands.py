@@ -1,0 +1,197 @@
+"""Tests of the commands that a finished command suggests: which version and pictures they name, and where they work."""
+
+from __future__ import annotations
+
+import io
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from evaluation_reports import evaluation_report
+from local_platforms import open_local
+from tiny_runs import write_run, write_shards
+
+from jobs import next_commands
+from jobs.cli import app
+from jobs.common import Job
+from jobs.output import CommandOutput
+from pipelines.config import load_run
+from pipelines.driver.evaluate.bootstrap import Interval
+from pipelines.driver.evaluate.compare import Comparison, describe_outcome
+from pipelines.tracking.registry import ModelVersion
+from vlm.config import GenerationConfig
+
+CAPTION = """lakesight caption --run demo --where "source = 'demo'\""""
+PROMOTE = "lakesight promote --run demo --version"
+LONGER = "lakesight train --run demo --set train.steps=6400 --set train.seed=1"
+"""Command that repeats the training of the fixture `trained` with twice the number of steps."""
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    return make_job(open_local(monkeypatch, tmp_path / "home"))
+
+
+@pytest.fixture
+def trained(job: Job, tmp_path: Path) -> str:
+    """Name of the folder of a run that was trained with other settings than the command has."""
+    shards = write_shards(tmp_path / "shards", rows=4)
+    config = load_run("demo", overrides=["train.steps=3200", "train.seed=1"])
+    return write_run(job.platform.folder("runs") / "demo-0123", config, shards, shards).path.name
+
+
+def make_job(platform: Any, *overrides: str) -> Job:
+    return Job(load_run("demo", overrides=overrides), platform, overrides, CommandOutput(io.StringIO(), as_json=False))
+
+
+def version(number: str, run: str, *aliases: str) -> ModelVersion:
+    return ModelVersion(
+        name="demo", version=number, run_id="r", created_ms=0, tags={"run": run}, aliases=tuple(aliases)
+    )
+
+
+def interval(low: float, high: float) -> Interval:
+    return Interval(value=(low + high) / 2, low=low, high=high)
+
+
+def same(first: list[str], second: list[str]) -> bool:
+    """Return whether two lists of commands have the same words. Two shells may quote the same word differently."""
+    return [shlex.split(command) for command in first] == [shlex.split(command) for command in second]
+
+
+# ------------------------------------------------------------------------------------------------ compare
+
+
+def comparison(page: Path, **differences: Interval) -> Comparison:
+    sides = {"model_name": "demo", "one": "2", "other": "1", "source": "demo", "split": "test", "rows": 9}
+    counts = {"wins": 3, "losses": 3, "ties": 3, "page": page, "tokenisation": "words"}
+    metrics = dict.fromkeys(("differences", "one_metrics", "other_metrics"), differences)
+    return Comparison.model_validate(sides | counts | metrics | {"metric": "word_f1"})
+
+
+BETTER, EQUAL, WORSE = (0.1, 0.3), (-0.1, 0.1), (-0.3, -0.1)
+
+
+@pytest.mark.parametrize(
+    ("found", "champion", "command"),
+    [
+        *((BETTER, None, f"{PROMOTE} 2"), (BETTER, "1", f"{PROMOTE} 2"), (BETTER, "2", LONGER)),
+        *((EQUAL, None, f"{PROMOTE} 2"), (EQUAL, "1", f"{PROMOTE} 2"), (EQUAL, "2", LONGER)),
+        *((WORSE, None, f"{PROMOTE} 1"), (WORSE, "1", LONGER), (WORSE, "2", f"{PROMOTE} 1")),
+    ],
+)
+def test_after_a_comparison_the_better_version_is_promoted_unless_it_is_the_champion(
+    found: tuple[float, float], champion: str | None, command: str, job: Job, trained: str, tmp_path: Path
+) -> None:
+    one, other = (version(number, trained, *["champion"] * (champion == number)) for number in ("2", "1"))
+    report = comparison(tmp_path / "page.html", word_f1=interval(*found), cider=interval(-0.9, -0.8))
+    assert same(next_commands.after_comparison(job, report, one, other), [command])
+    outcome = {BETTER: "better than", EQUAL: "not clearly better or worse than", WORSE: "worse than"}[found]
+    assert f"of version 2 are {outcome} those of version 1: word F1" in describe_outcome(report)
+
+
+def test_the_settings_of_the_command_are_used_for_a_version_that_was_trained_in_another_home_folder(job: Job) -> None:
+    steps = 2 * job.config.train.steps
+    found = next_commands.train_longer(job, version("2", "demo-4567"))
+    assert found == [f"lakesight train --run demo --set train.steps={steps}"]
+
+
+# ------------------------------------------------------------------------------------------------ evaluate
+
+
+def measured(folder: Path, value: float, settings: GenerationConfig | None = None) -> Any:
+    metrics = {"word_f1": interval(value - 0.1, value + 0.1), "constant_word_f1": interval(0.5, 0.5)}
+    return evaluation_report(folder, metrics, model_version="2", settings=settings)
+
+
+@pytest.mark.parametrize(
+    ("value", "alias", "settings", "command"),
+    [
+        (0.8, "", None, f"{PROMOTE} 2"),
+        (0.45, "", None, f"{PROMOTE} 2"),
+        (0.3, "", None, LONGER),
+        (0.8, "champion", None, CAPTION),
+        (0.8, "", GenerationConfig(num_beams=4), CAPTION.replace("--where", "--version 2 --where")),
+    ],
+)
+def test_after_an_evaluation_the_next_command_uses_the_measured_version(
+    value: float,
+    alias: str,
+    settings: GenerationConfig | None,
+    command: str,
+    job: Job,
+    trained: str,
+    tmp_path: Path,
+) -> None:
+    found = next_commands.after_evaluation(job, measured(tmp_path, value, settings), version("2", trained, alias))
+    assert same(found, [command])
+
+
+def test_a_run_without_baselines_in_its_gate_is_promoted_although_a_baseline_is_better(
+    job: Job, trained: str, tmp_path: Path
+) -> None:
+    free = make_job(job.platform, "gate.baselines=[]")
+    found = next_commands.after_evaluation(free, measured(tmp_path, 0.3), version("2", trained))
+    assert same(found, ["lakesight promote --run demo --set gate.baselines=[] --version 2"])
+
+
+# ------------------------------------------------------------------------------------------------ platforms
+
+
+def suggested(job: Job) -> list[str]:
+    """Return all commands that do not depend on figures."""
+    return [
+        next_commands.evaluate_version(job, "3"),
+        next_commands.ask_text_model(job, "3"),
+        next_commands.caption_source(job),
+        next_commands.caption_source(job, "3"),
+        next_commands.caption_table(job, "shop/my products"),
+        next_commands.show_quarantine(job),
+        *next_commands.show_captions(job),
+        *next_commands.after_review(job, ["good"]),
+        *next_commands.show_runs(job),
+    ]
+
+
+PLATFORMS: dict[str, Callable[[Any], Any]] = {
+    "a laptop": lambda platform: platform,
+    "a tracking server": lambda platform: replace(platform, tracking_uri="http://mlflow.example"),
+    "a workspace": lambda platform: replace(platform, kind="databricks", tracking_uri="databricks", tables=None),
+}
+
+
+@pytest.mark.parametrize("place", PLATFORMS)
+def test_suggested_commands_are_valid_and_work_on_the_platform_of_the_finished_command(place: str, job: Job) -> None:
+    found = suggested(replace(job, platform=PLATFORMS[place](job.platform)))
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    chosen = []
+    for command in found:
+        program, name, *words = shlex.split(command)
+        parameters = commands[name].make_context(name, words).params
+        chosen.append((program, name, parameters.get("where") or parameters.get("table")))
+    names = [name for _, name, _ in chosen]
+    assert ("show" in names) == (place != "a workspace")
+    assert ("ui" in names) == (place == "a laptop")
+    assert chosen.count(("lakesight", "caption", "source = 'demo'")) == 2
+    assert ("lakesight", "caption", "shop/my products") in chosen
+    assert (("lakesight", "show", "model_name = 'demo'") in chosen) == ("show" in names)
+
+
+def test_a_suggested_command_selects_the_platform_and_names_no_setting_of_spark(job: Job) -> None:
+    settings = ("platform.cache_gib=1", "train.seed=1", "platform.spark.conf.spark.secret=s3cret")
+    own = make_job(job.platform, *settings)
+    assert next_commands.show_runs(own) == ["lakesight ui --set platform.cache_gib=1"]
+    assert "s3cret" not in " ".join(suggested(own))
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "names"), [([], []), (["bad"], ["show"]), (["bad", "corrected"], ["show", "ingest"])]
+)
+def test_only_good_and_corrected_captions_are_suggested_for_training(
+    verdicts: list[str], names: list[str], job: Job
+) -> None:
+    assert [command.split()[1] for command in next_commands.after_review(job, verdicts)] == names
