@@ -4,7 +4,8 @@ needs no Spark.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,13 +15,18 @@ import typer
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
 from jobs.table_files import open_table
 from jobs.train import register_finished_runs
-from pipelines.errors import UserError
+from pipelines.errors import LakesightError, UserError
 from vlm.config import Config
 
 if TYPE_CHECKING:
     from pipelines.tracking.registry import ModelVersion
 
-UNKNOWN = "unknown: the registry in use does not have the model version"
+logger = logging.getLogger(__name__)
+
+VersionName = tuple[str, str, str]
+"""Name of a registered model, number of the version, and id of the MLflow run that has registered the version."""
+ABSENT = "unknown: the registry in use does not have the model version"
+UNREAD = "unknown: the registry in use could not be read"
 
 
 class CaptionLineage(Config):
@@ -29,7 +35,8 @@ class CaptionLineage(Config):
     Attributes:
         caption: generated caption; null if the picture has an error instead.
         aliases: aliases that the model version has now, for example champion. The list is empty if the registry in use
-            does not have the model version.
+            does not have the model version or could not be read. The texts in `trained_on`, `manifest_hash` and
+            `code_version` then give the reason.
         model_digest: digest of the model's files; null in rows of Lakesight 0.1.0.
         source_table: table that contains the picture.
         id_column: column of `source_table` that contains the picture's id; null in rows of Lakesight 0.1.0.
@@ -116,34 +123,43 @@ def run_lineage(job: Job, image_id: str) -> list[CaptionLineage]:
             fix="list ids with `lakesight show generated_captions`, or caption new pictures with `lakesight caption`",
         )
     names = {(row["model_name"], row["model_version"], row["run_id"]) for row in rows}
-    versions = {name: _find_version(job, *name) for name in names}
+    versions = _find_versions(job, names)
     return [_lineage(row, versions[row["model_name"], row["model_version"], row["run_id"]]) for row in rows]
 
 
-def _lineage(row: Mapping[str, Any], version: ModelVersion | None) -> CaptionLineage:
-    tags = version.tags if version else {}
+def _lineage(row: Mapping[str, Any], version: ModelVersion | str) -> CaptionLineage:
+    """Return the lineage of a row of table `generated_captions`, given its version or the reason why it is unknown."""
+    unknown, tags, aliases = (version, {}, ()) if isinstance(version, str) else (ABSENT, version.tags, version.aliases)
     return CaptionLineage(
         **dict.fromkeys(("model_digest", "id_column", "image_column"))
         | {name: row[name] for name in CaptionLineage.model_fields if name in row},
-        aliases=sorted(version.aliases) if version else [],
-        trained_on=tags.get("table_version", UNKNOWN),
-        manifest_hash=tags.get("manifest_hash", UNKNOWN),
-        code_version=tags.get("code_version", UNKNOWN),
+        aliases=sorted(aliases),
+        trained_on=tags.get("table_version", unknown),
+        manifest_hash=tags.get("manifest_hash", unknown),
+        code_version=tags.get("code_version", unknown),
         code_digest=tags.get("code_digest"),
         code_commit=tags.get("code_commit"),
     )
 
 
-def _find_version(job: Job, name: str, number: str, run_id: str) -> ModelVersion | None:
-    """Return the model version that wrote a caption, or None if the registry in use does not have the version.
+def _find_versions(job: Job, names: Collection[VersionName]) -> dict[VersionName, ModelVersion | str]:
+    """Return for each version that wrote a caption the version in the registry, or the reason why it is unknown.
 
     The registry may have a different model under the same name and number. Only a version with the same MLflow run id
-    is the version that wrote the caption.
+    is the version that wrote the caption. After a failed request, this function logs a warning and asks no more,
+    because each request to a server that is down takes seconds.
     """
-    from pipelines.tracking.registry import resolve
+    from pipelines.tracking.registry import VersionNotFound, resolve
 
-    try:
-        version = resolve(job.platform, name, number)
-    except UserError:
-        return None
-    return version if version.run_id == run_id else None
+    found: dict[VersionName, ModelVersion | str] = dict.fromkeys(names, UNREAD)
+    for name in names:
+        model, number, run_id = name
+        try:
+            version = resolve(job.platform, model, number)
+            found[name] = version if version.run_id == run_id else ABSENT
+        except VersionNotFound:
+            found[name] = ABSENT
+        except LakesightError as error:
+            logger.warning("the model versions cannot be read from the registry: %s", error)
+            break
+    return found

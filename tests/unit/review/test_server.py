@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
-from datetime import UTC, datetime
 from hashlib import sha256
 from html import unescape
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
 import pytest
-from deltalake import DeltaTable, write_deltalake
+from deltalake import DeltaTable
 from pictures import png
 from starlette.testclient import TestClient
+from written_rows import write_rows
 
-from pipelines.formats.table_schema import Table
 from pipelines.formats.tables import GENERATED_CAPTIONS, SAMPLES
 from pipelines.review import verdicts
 from pipelines.review.delta_store import DeltaStore
@@ -24,31 +21,17 @@ from pipelines.review.server import ALL_HOSTS, forwarded_user, open_app
 from pipelines.review.verdicts import Review
 
 USER = {"X-Forwarded-Email": "ana@example.com"}
-NOW = datetime(2026, 1, 1, tzinfo=UTC)
 SHA256 = sha256(png(0)).hexdigest()
 SAID = {"image_id": "0", "model_version": "1", "settings_hash": "h", "sha256": SHA256, "verdict": "good"}
 PICTURE = f"/picture?id=0&sha256={SHA256}"
-
-
-def write(folder: Path, table: Table, *rows: dict[str, object]) -> None:
-    """Append rows to a table. Columns without a value are empty."""
-    row: dict[str, Any] = {field.name: None if field.nullable else empty(field.type) for field in table.arrow_schema}
-    found = pa.Table.from_pylist([row | values for values in rows], table.arrow_schema)
-    write_deltalake(folder / table.name, found, mode="append")
-
-
-def empty(kind: pa.DataType) -> object:
-    if pa.types.is_timestamp(kind):
-        return NOW
-    return [] if pa.types.is_list(kind) else 0 if pa.types.is_primitive(kind) else "h"
 
 
 def write_captions(folder: Path, *numbers: int, likelihood: Callable[[int], float | None] = float) -> None:
     """Write the pictures and the captions with these numbers. A number is the id of the picture."""
     same = {"model_name": "m", "model_version": "1", "source_table": "samples", "sha256": SHA256}
     captions = [{"caption": f"caption {n}", "mean_logprob": likelihood(n), "image_id": str(n)} for n in numbers]
-    write(folder, SAMPLES, *({"image_id": str(number), "image": png(0)} for number in numbers))
-    write(folder, GENERATED_CAPTIONS, *(same | caption for caption in captions))
+    write_rows(folder, SAMPLES, *({"image_id": str(number), "image": png(0)} for number in numbers))
+    write_rows(folder, GENERATED_CAPTIONS, *(same | caption for caption in captions))
 
 
 @pytest.fixture
