@@ -18,8 +18,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import vlm
-from jobs.common import Job, JsonOption, PlatformOption, PrecisionOption, PromptOption, RunOption, SetOption, open_job
-from jobs.evaluate import VersionOption, open_model
+from jobs.common import (
+    Job,
+    JsonOption,
+    PlatformOption,
+    PrecisionOption,
+    PromptOption,
+    RunOption,
+    SetOption,
+    open_job,
+    refuse_options,
+)
+from jobs.evaluate import open_model
 from jobs.generation_options import with_generation_options
 from jobs.regions import FoundRegion, check_drawing_path, draw_regions, find_regions
 from jobs.settings_of_version import decoding_settings
@@ -81,7 +91,12 @@ def ask(
         Path | None,
         typer.Option("--attention", help="Save a drawing of the attention for each word to this file.", metavar="FILE"),
     ] = None,
-    version: VersionOption = "champion",
+    version: Annotated[
+        str | None,
+        typer.Option(
+            "--version", help="Model version: a number, an alias, or latest. Default: champion.", metavar="VERSION"
+        ),
+    ] = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option("--checkpoint", help="Use this checkpoint folder, not a model version.", metavar="FOLDER"),
@@ -104,10 +119,12 @@ def ask(
       lakesight ask cat.png --attention words.png --num-beams 4
     """
     files = images or []
+    if checkpoint:
+        refuse_options({"--version": version}, "--checkpoint names the folder of the model")
     with open_job(run, platform, overrides, as_json) as job:
         _check_question(files, prompt, {"--draw": draw, "--attention": attention})
         pictures = [read_picture(job, file) for file in files]
-        folder, name = (checkpoint, str(checkpoint)) if checkpoint else _model_folder(job, version)
+        folder, name = (checkpoint, str(checkpoint)) if checkpoint else _model_folder(job, version or "champion")
         captioner = load_checkpoint(folder, precision)
         settings = decoding_settings(job, captioner.model.config, name)
         request = captioner.request(pictures, prompt)

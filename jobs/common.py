@@ -10,7 +10,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -78,6 +78,22 @@ MIN_FREE_BYTES = 256 * 2**20
 """Minimum free disk space for a command to start, in bytes. Commands check the disk space themselves, because Spark's
 own errors about a full disk are unclear.
 """
+
+
+def refuse_options(given: Mapping[str, object], reason: str) -> None:
+    """Refuse options that a command would ignore.
+
+    Args:
+        given: dict from the name of each option to its value; None, False and an empty value mean that the option was
+            not given.
+        reason: why the options have no effect.
+
+    Raises:
+        UserError: an option was given.
+    """
+    names = " and ".join(option for option, value in given.items() if value not in (None, False, [], ()))
+    if names:
+        raise UserError(f"{names} would have no effect", got=reason, fix=f"leave {names} out")
 
 
 def is_hidden(override: str) -> bool:

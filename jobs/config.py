@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from jobs.common import JsonOption, PlatformOption, RunOption, SetOption, open_output
+from jobs.common import JsonOption, PlatformOption, RunOption, SetOption, open_output, refuse_options
 from jobs.output import CommandOutput, number
 from pipelines.config import available, load_model, load_run
 from vlm.config import Config, ModelConfig
@@ -60,6 +60,8 @@ def config(
     """
     with open_output(as_json=as_json) as output:
         if what == "models":
+            given = {"--run": run != "demo", "--platform": platform != "local", "--set": overrides}
+            refuse_options(given, "the list has the models of conf/model/, which belong to no run")
             _print_models(output)
         else:
             _print_run(output, run, platform, overrides or [])

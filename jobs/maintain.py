@@ -6,17 +6,24 @@ from typing import Annotated
 
 import typer
 
-from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
+from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job, refuse_options
 from jobs.progress import show_elapsed
 from pipelines.errors import UserError
+
+RETAIN_HOURS = 168
+"""Default time for which the files of table versions are kept, in hours."""
 
 
 def maintain(
     *,
     retain_hours: Annotated[
-        int,
-        typer.Option("--retain-hours", help="Keep the files of all table versions of the last N hours.", metavar="N"),
-    ] = 168,
+        int | None,
+        typer.Option(
+            "--retain-hours",
+            help="Keep the files of all table versions of the last N hours. Default: 168.",
+            metavar="N",
+        ),
+    ] = None,
     keep: Annotated[
         int | None,
         typer.Option(
@@ -46,6 +53,8 @@ def maintain(
     """
     if remove and keep is None:
         raise UserError("--remove needs --keep", fix="add --keep N, which keeps the N newest folders of each kind")
+    if keep is not None:
+        refuse_options({"--retain-hours": retain_hours}, "--keep leaves the tables alone")
     with open_job(run, platform, overrides, as_json, needs_space=keep is None) as job:
         if keep is not None:
             _clean_up(job, keep, remove=remove)
@@ -53,7 +62,7 @@ def maintain(
         from pipelines.driver.delta.maintain import maintain as maintain_tables
 
         with show_elapsed("maintain"):
-            report = maintain_tables(job.spark, job.platform, retain_hours)
+            report = maintain_tables(job.spark, job.platform, RETAIN_HOURS if retain_hours is None else retain_hours)
         for table in report.tables:
             job.output.line("maintain", f"{table.table}: {table.files:,} files, {table.bytes / 2**20:,.0f} MB")
             if table.postponed:

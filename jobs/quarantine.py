@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
-from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
+from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job, refuse_options
 from jobs.progress import show_elapsed
 from pipelines.errors import UserError
 from pipelines.formats.tables import REASONS
 
+ROWS = 2
+"""Default number of rows to show for each source and reason."""
 WIDTH = 100
 """Number of characters after which the payload of a quarantined row is cut off in the output."""
 
@@ -37,8 +39,11 @@ def quarantine(
         typer.Option("--reason", help="Quarantine reason of the rows to select. Repeatable.", metavar="REASON"),
     ] = None,
     rows: Annotated[
-        int, typer.Option("--rows", min=0, help="Number of rows to show for each source and reason.", metavar="N")
-    ] = 2,
+        int | None,
+        typer.Option(
+            "--rows", min=0, help="Number of rows to show for each source and reason. Default: 2.", metavar="N"
+        ),
+    ] = None,
     gallery: Annotated[bool, typer.Option("--gallery", help="Write an HTML page with the rows' pictures.")] = False,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
@@ -58,11 +63,13 @@ def quarantine(
         --set data.limits.max_text_chars=5000
     """
     reasons = _check_reasons(reason or [])
+    if action is Action.REPLAY:
+        refuse_options({"--rows": rows, "--gallery": gallery}, "quarantine replay shows no rows")
     with open_job(run, platform, overrides, as_json, needs_space=action is Action.REPLAY or gallery) as job:
         if action is Action.REPLAY:
             _replay(job, reasons)
         else:
-            _show_rows(job, reasons, rows, pictures=gallery)
+            _show_rows(job, reasons, ROWS if rows is None else rows, pictures=gallery)
 
 
 def _check_reasons(reasons: list[str]) -> list[str]:

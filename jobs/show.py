@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.common import ImageRootOption, Job, JsonOption, PlatformOption, RunOption, SetOption, WhereOption, open_job
+from jobs.common import (
+    ImageRootOption,
+    Job,
+    JsonOption,
+    PlatformOption,
+    RunOption,
+    SetOption,
+    WhereOption,
+    open_job,
+    refuse_options,
+)
 from jobs.output import TEXT_WIDTH
 from jobs.table_files import Relation, champion_captions, existing_files, open_table, table_relation
 from pipelines.config import short_hash
@@ -62,10 +72,16 @@ OutputOption = Annotated[
     Path | None, typer.Option("--output", help="Write all selected rows to a .parquet or .csv file.", metavar="FILE")
 ]
 IdOption = Annotated[
-    str, typer.Option("--id-column", help="Column with the row ids that --gallery shows.", metavar="COLUMN")
+    str | None,
+    typer.Option(
+        "--id-column", help="Column with the row ids that --gallery shows. Default: image_id.", metavar="COLUMN"
+    ),
 ]
 ImageOption = Annotated[
-    str, typer.Option("--image-column", help="Column with the pictures that --gallery shows.", metavar="COLUMN")
+    str | None,
+    typer.Option(
+        "--image-column", help="Column with the pictures that --gallery shows. Default: image.", metavar="COLUMN"
+    ),
 ]
 
 
@@ -87,8 +103,8 @@ def show(
     order: OrderOption = "",
     output: OutputOption = None,
     gallery: Annotated[bool, typer.Option("--gallery", help="Write an HTML page with the rows' pictures.")] = False,
-    id_column: IdOption = "image_id",
-    image_column: ImageOption = "image",
+    id_column: IdOption = None,
+    image_column: ImageOption = None,
     image_root: ImageRootOption = None,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
@@ -110,11 +126,15 @@ def show(
       lakesight show shop/products --gallery --id-column sku --image-column photo
     """
     place = None
-    if gallery:  # only the page needs the libraries that read pictures
+    given = {"--id-column": id_column, "--image-column": image_column, "--image-root": image_root}
+    if not gallery:
+        refuse_options(given, "only --gallery needs the pictures")
+    else:  # only the page needs the libraries that read pictures
         from pipelines.executor.ingest.records.pictures.root import absolute_location
         from pipelines.review.source_pictures import PictureColumns
 
-        place = PictureColumns(id_column, image_column, None if image_root is None else absolute_location(image_root))
+        root = None if image_root is None else absolute_location(image_root)
+        place = PictureColumns(id_column or "image_id", image_column or "image", root)
     with open_job(run, platform, overrides, as_json, needs_space=gallery) as job:
         report = run_show(
             job,
@@ -286,6 +306,10 @@ def write_gallery(
             fix="use --gallery on rows of generated_captions, or set --id-column and --image-column",
         )
     if is_captions:
+        given = {"--id-column": place.id_column != "image_id", "--image-column": place.image_column != "image"}
+        refuse_options(
+            given | {"--image-root": place.image_root}, "the pictures of captions are in the table that was captioned"
+        )
         by_key = read_pictures(job.platform, found)
         pictures = [by_key.get((row["image_id"], row["sha256"])) for row in found]
     else:

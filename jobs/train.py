@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
+from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job, refuse_options
 from jobs.job_run import RecordOption, check_job_run, record_trained_version
 from jobs.next_commands import evaluate_version
 from jobs.progress import poll_training, show_elapsed, show_progress
@@ -90,6 +90,8 @@ def train(
     Example:
       lakesight train --run demo --set train.steps=2000 --set train.seed=1
     """
+    if not launch:
+        refuse_options({"--replay-step": replay_step}, "--no-launch starts no training")
     with open_job(run, platform, overrides, as_json) as job:
         if job_run is not None:
             check_job_run(job_run, registers=launch and replay_step is None)
