@@ -36,7 +36,7 @@ def log_evaluation(job: Job, report: EvaluationReport, shards: Shards) -> None:
     """
     from pipelines.tracking.describe.datasets import shard_input
     from pipelines.tracking.describe.figures import draw_lengths
-    from pipelines.tracking.describe.notes import picture
+    from pipelines.tracking.describe.notes import EVALUATION, picture
     from pipelines.tracking.registry import GENERATION_TAG, describe_version, resolve, training_step
     from pipelines.tracking.runs import log_report
 
@@ -65,7 +65,7 @@ def log_evaluation(job: Job, report: EvaluationReport, shards: Shards) -> None:
         figures={"lengths.png": draw_lengths(lengths)},
         inputs=[shard_input(shards.manifest, report.split)],
         step=training_step(job.platform, version),
-        sections={f"Evaluation of version {version.version}": "\n\n".join(part for part in (text, shown) if part)},
+        sections={f"{EVALUATION}{version.version}": "\n\n".join(part for part in (text, shown) if part)},
     )
     describe_version(job.platform, version, {"Evaluation": text})
 

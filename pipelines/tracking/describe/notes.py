@@ -5,6 +5,7 @@ Each stage replaces its own sections and keeps all other text.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from urllib.parse import quote, urlencode
@@ -13,6 +14,8 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
 from pipelines.platform import Platform
 
+logger = logging.getLogger(__name__)
+
 NOTE = MLFLOW_RUN_NOTE
 """Name of the tag whose text MLflow shows as the description of a run or an experiment."""
 KIND = "mlflow.experimentKind"
@@ -20,6 +23,8 @@ TRAINING_KIND = "custom_model_development"
 """Value of the tag KIND with which MLflow shows an experiment as model training, not as development of an agent."""
 VIEW = "workflowType=machine_learning"
 """Query parameter of a URL with which MLflow shows its pages for model training."""
+EVALUATION = "Evaluation of version "
+"""Beginning of the headings of evaluations in the description of a run. The number of the version follows."""
 MAX_NOTE_CHARS = 5000
 """Largest number of characters of a tag that all tracking servers accept."""
 
@@ -56,14 +61,25 @@ def describe_experiment(name: str) -> dict[str, str]:
 def put_sections(note: str, sections: Mapping[str, str]) -> str:
     """Replace sections of a description, append new sections, and keep all other text.
 
+    If the description becomes longer than MAX_NOTE_CHARS, remove the oldest evaluations that are not in `sections`. If
+    the description is still too long, cut its end.
+
     Args:
         note: present description, which may be empty.
         sections: Markdown texts of the sections to write, by heading.
     """
     start = re.split(r"(?m)^### ", note)[0]
     bodies = read_sections(note) | {heading: body.strip() for heading, body in sections.items()}
+    oldest = [heading for heading in bodies if heading.startswith(EVALUATION) and heading not in sections]
+    while len(text := _join(start, bodies)) > MAX_NOTE_CHARS and oldest:
+        del bodies[oldest[0]]
+        logger.info("the description of the run is too long; removed its section: %s", oldest.pop(0))
+    return text[:MAX_NOTE_CHARS]
+
+
+def _join(start: str, bodies: Mapping[str, str]) -> str:
     texts = [start.strip(), *(f"### {heading}\n\n{body}" for heading, body in bodies.items())]
-    return "\n\n".join(text for text in texts if text)[:MAX_NOTE_CHARS]
+    return "\n\n".join(text for text in texts if text)
 
 
 def read_sections(note: str) -> dict[str, str]:

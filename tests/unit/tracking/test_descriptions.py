@@ -34,7 +34,7 @@ from pipelines.tracking import registry, runs
 from pipelines.tracking.describe.datasets import captioned_input
 from pipelines.tracking.describe.figures import draw_lengths
 from pipelines.tracking.describe.names import MAX_NAME_CHARS, changed_settings, repeat_command, run_name
-from pipelines.tracking.describe.notes import KIND, MAX_NOTE_CHARS, NOTE, put_sections, read_sections
+from pipelines.tracking.describe.notes import EVALUATION, KIND, MAX_NOTE_CHARS, NOTE, put_sections, read_sections
 from pipelines.tracking.server import connect, experiment_id
 
 OVERRIDES = (
@@ -114,6 +114,16 @@ def test_a_stage_replaces_only_its_own_sections_of_an_mlflow_description(own: st
 
 def test_a_description_is_not_longer_than_the_limit_of_an_mlflow_tag() -> None:
     assert len(put_sections("", {"A": "x" * 9000})) == MAX_NOTE_CHARS
+
+
+def test_a_long_description_loses_its_oldest_evaluations_and_nothing_else() -> None:
+    note = put_sections("written by hand", {"Training": "t" * 900, "Version 1": "link"})
+    for number in (*range(1, 8), 2):
+        note = put_sections(note, {f"{EVALUATION}{number}": f"{number}" * 1100})
+    found = read_sections(note)
+    assert list(found) == ["Training", "Version 1", *(f"{EVALUATION}{number}" for number in (6, 7, 2))]
+    assert [len(body) for body in found.values()] == [900, 4, 1100, 1100, 1100]
+    assert note.startswith("written by hand")
 
 
 def test_mlflow_opens_an_experiment_in_the_training_view_even_if_an_earlier_lakesight_version_created_it(
