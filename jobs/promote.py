@@ -77,8 +77,12 @@ def promote(
         job.output.next(caption_source(job))
 
 
-def advice(config: RunConfig, pictures: int) -> str:
-    """Return advice on what to do after the gate has refused a version that was evaluated on `pictures` pictures."""
+def advice(config: RunConfig, version: str, pictures: int) -> str:
+    """Return advice on what to do after the gate has refused a version that was evaluated on `pictures` pictures.
+
+    The last sentence says how to use the version all the same, because `ask` uses the champion by default.
+    """
+    use = f"To use the version all the same, run `lakesight ask PICTURE --version {version}`"
     text = (
         "look at the captions in the gallery of `lakesight evaluate`. Train longer, use another seed, or give the "
         "decoder more picture features (vision.select: patches). The limits are in section gate of the run"
@@ -90,8 +94,8 @@ def advice(config: RunConfig, pictures: int) -> str:
             few += "raise data.split.val and data.split.test in the run's YAML file"
         else:
             few += "give it more rows"
-        return f"{few}, run `lakesight ingest --refresh`, and train again. Otherwise, {text}"
-    return text
+        text = f"{few}, run `lakesight ingest --refresh`, and train again. Otherwise, {text}"
+    return f"{text}. {use}"
 
 
 def run_promote(job: Job, which: str, *, by_number: bool = False) -> PromotionReport:
@@ -140,7 +144,7 @@ def run_promote(job: Job, which: str, *, by_number: bool = False) -> PromotionRe
             f"the model version is not promoted, for {len(verdict.reasons)} reason{'s' * (len(verdict.reasons) > 1)}",
             where=f"model {label}",
             got=verdict.reasons,
-            fix=advice(job.config, verdict.pictures),
+            fix=advice(job.config, version.version, verdict.pictures),
         )
     promote(job.platform, version)
     job.output.line("promote", f"{label} is the champion now" + (f", after {champion.version}" if champion else ""))

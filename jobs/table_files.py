@@ -94,6 +94,7 @@ def _folder(job: Job, name: str) -> Path:
         )
     names = sorted(path.parent.name for path in job.platform.tables.glob("*/_delta_log"))
     if name not in names:
+        job.platform.resolve_table(name)  # raises an error for a table in the working folder
         if name in COMMANDS:
             fix = f"run `lakesight {COMMANDS[name]}` first, which writes the table"
         else:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pipelines.errors import UserError
+
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
@@ -81,10 +83,23 @@ class Platform:
         """Return the full name of a table, which a user has given as `table`, `schema.table` or the path of a folder.
 
         A text with a slash is a path, such as `shop/products`, `/data/products` or `s3a://bucket/products`.
+
+        Raises:
+            UserError: the text names no table of this platform, but a Delta table in the working folder.
         """
         if "/" in text and not text.startswith("delta."):
             return f"delta.`{text if '://' in text else os.path.normpath(Path(text).expanduser().absolute())}`"
-        return text if "." in text else self.table(text)
+        name = text if "." in text else self.table(text)
+        location = self.table_location(name)
+        own = location is not None and Path(location, "_delta_log").is_dir()
+        if self.tables is not None and not own and Path(text, "_delta_log").is_dir():
+            raise UserError(
+                f"there is no table {text!r}",
+                where=str(self.tables),
+                got="a name without a slash, which is not the path of a folder",
+                fix=f"write ./{text} for the Delta table in the working folder",
+            )
+        return name
 
     def table_location(self, name: str) -> str | None:
         """Return the folder or URL of a Delta table, given its full name, or None if a catalog manages the table."""

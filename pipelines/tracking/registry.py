@@ -206,7 +206,8 @@ def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
                 f"model {name} has no version or alias {which!r}",
                 where=hide_secrets(platform.registry_uri),
                 got=f"versions: {', '.join(numbers) or 'none'}; aliases: {listed}",
-                fix="choose one of these" + ("; or run `lakesight promote` first" if which == CHAMPION else ""),
+                fix="choose one of these"
+                + (" with --version; or run `lakesight promote` first" if which == CHAMPION else ""),
             )
         return read_version(client, name, number)
 

@@ -82,7 +82,8 @@ def test_the_suggested_next_command_names_the_platform_file_and_no_setting_of_sp
 def test_the_next_step_is_to_use_more_pictures_if_a_model_version_is_refused_after_a_test_on_few_pictures(
     changes: list[str], expected: str | None
 ) -> None:
-    text = advice(load_run("demo", overrides=changes), pictures=4)
+    text = advice(load_run("demo", overrides=changes), "3", pictures=4)
+    assert "run `lakesight ask PICTURE --version 3`" in text
     assert (expected or "look at the captions in the gallery") in text
     assert ("too few pictures" in text) == bool(expected)
 

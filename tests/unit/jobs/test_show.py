@@ -71,6 +71,8 @@ def test_command_show_with_gallery_writes_one_html_page_with_escaped_texts(sampl
 
 def test_the_error_of_command_show_lists_existing_tables_and_versions(samples: Callable[..., Any]) -> None:
     assert_user_error(lakesight("show", "sample"), "no table 'sample'", "tables: samples")
+    write_deltalake("birds", pa.table({"id": [1]}))
+    assert_user_error(lakesight("show", "birds"), "no table 'birds'", "write ./birds")
     assert_user_error(lakesight("show", "samples", "--version", "9"), "no version 9", "the latest version is 1")
 
 

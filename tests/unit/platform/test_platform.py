@@ -247,3 +247,22 @@ def test_a_missing_java_is_reported_before_pyspark_prints_a_traceback(tmp_path: 
 )
 def test_a_uri_is_shown_without_its_password(uri: str, shown: str) -> None:
     assert hide_secrets(uri) == shown
+
+
+@pytest.mark.parametrize("name", ["products", "shop.products"])
+def test_the_error_for_a_table_in_the_working_folder_says_how_to_write_its_path(
+    name: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    platform = local(LocalPlatformConfig())
+    assert platform.tables
+    plain = platform.resolve_table(name)
+    Path(name, "_delta_log").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"there is no table '{name}'") as caught:
+        platform.resolve_table(name)
+    assert f"write ./{name} for" in caught.value.fix
+    assert platform.resolve_table(f"./{name}") == f"delta.`{tmp_path / name}`"
+    own = platform.tables / name / "_delta_log"
+    if plain == platform.table(name):
+        own.mkdir(parents=True)
+        assert platform.resolve_table(name) == plain
