@@ -36,13 +36,10 @@ def compare(
     Example:
       lakesight compare 2 1 --run demo
     """
-    from pipelines.tracking.registry import resolve
-
     with open_job(run, platform, overrides, as_json) as job:
         report = run_compare(job, one, other)
         job.output.report(report)
-        first, second = (resolve(job.platform, job.model_name, number) for number in (report.one, report.other))
-        job.output.next(*after_comparison(job, report, first, second))
+        job.output.next(*after_comparison(job, report))
 
 
 def run_compare(job: Job, one: str, other: str) -> Comparison:

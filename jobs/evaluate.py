@@ -91,7 +91,6 @@ def evaluate(
       lakesight evaluate --run demo --by format --by source
     """
     from pipelines.driver.evaluate.run import COLUMNS
-    from pipelines.tracking.registry import resolve
 
     with open_job(run, platform, overrides, as_json) as job:
         which = choose_version(job, version, checkpoint, job_run)
@@ -103,8 +102,7 @@ def evaluate(
             return
         report = run_evaluate(job, which, columns=tuple(by or COLUMNS), with_java=True, follow=True)
         job.output.report(report)
-        version = resolve(job.platform, job.model_name, report.model_version)
-        job.output.next(*after_evaluation(job, report, version))
+        job.output.next(*after_evaluation(job, report))
 
 
 def _refuse_columns(by: list[str] | None) -> None:

@@ -6,11 +6,13 @@ finished command. If no command fits, the functions return an empty list.
 
 from __future__ import annotations
 
+import logging
 import shlex
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from jobs.common import Job, is_hidden
+from pipelines.errors import LakesightError
 
 if TYPE_CHECKING:
     from pipelines.config import GateConfig, RunConfig
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from pipelines.driver.evaluate.compare import Comparison
     from pipelines.driver.evaluate.run import EvaluationReport
     from pipelines.tracking.registry import ModelVersion
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate_version(job: Job, version: str) -> str:
@@ -85,7 +89,7 @@ def show_runs(job: Job) -> list[str]:
     return [shlex.join(["lakesight", "ui", *_platform_options(job)])]
 
 
-def after_evaluation(job: Job, report: EvaluationReport, version: ModelVersion) -> list[str]:
+def after_evaluation(job: Job, report: EvaluationReport) -> list[str]:
     """Return the commands for an evaluated version.
 
     If the version was measured with other generation settings than its own, the next command captions with these
@@ -94,10 +98,13 @@ def after_evaluation(job: Job, report: EvaluationReport, version: ModelVersion) 
     """
     if report.settings is not None:
         return [caption_source(job, report.model_version)]
-    if "champion" in version.aliases:
+    found = _find_versions(job, report.model_version)
+    if not found:
+        return []
+    if "champion" in found[0].aliases:
         return [caption_source(job)]
     if is_refused(job.config.gate, report.metrics):
-        return train_longer(job, version)
+        return train_longer(job, found[0])
     return [promote_version(job, report.model_version)]
 
 
@@ -113,15 +120,32 @@ def is_refused(gate: GateConfig, metrics: Mapping[str, Interval]) -> bool:
     return metric is not None and any(metric.high < baseline.value for baseline in baselines)
 
 
-def after_comparison(job: Job, report: Comparison, one: ModelVersion, other: ModelVersion) -> list[str]:
+def after_comparison(job: Job, report: Comparison) -> list[str]:
     """Return the commands for two compared versions.
 
     The version that is clearly better is promoted; if no version is clearly better, version `one` is promoted. If this
     version is the champion already, the next command trains the settings of the other version longer.
     """
-    difference = report.differences[report.metric]
-    winner, loser = (other, one) if difference.high < 0 else (one, other)
+    names = (report.one, report.other)
+    found = _find_versions(job, *(names[::-1] if report.differences[report.metric].high < 0 else names))
+    if not found:
+        return []
+    winner, loser = found
     return train_longer(job, loser) if "champion" in winner.aliases else [promote_version(job, winner.version)]
+
+
+def _find_versions(job: Job, *numbers: str) -> list[ModelVersion]:
+    """Look up versions of the run's model. If the registry cannot be read, log a warning and return no version.
+
+    The finished command may not have needed the registry, so an outage must not make the command fail at its end.
+    """
+    from pipelines.tracking.registry import resolve
+
+    try:
+        return [resolve(job.platform, job.model_name, number) for number in numbers]
+    except LakesightError as error:
+        logger.warning("no next command is suggested, because the registry cannot be read: %s", error)
+        return []
 
 
 def train_longer(job: Job, version: ModelVersion) -> list[str]:

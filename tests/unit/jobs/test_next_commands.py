@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import logging
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,36 +23,41 @@ from jobs.output import CommandOutput
 from pipelines.config import load_run
 from pipelines.driver.evaluate.bootstrap import Interval
 from pipelines.driver.evaluate.compare import Comparison, describe_outcome
-from pipelines.tracking.registry import ModelVersion
+from pipelines.tracking.registry import CHAMPION, TAG_PREFIX, resolve
+from pipelines.tracking.server import connect
 from vlm.config import GenerationConfig
 
 CAPTION = """lakesight caption --run demo --where "source = 'demo'\""""
 PROMOTE = "lakesight promote --run demo --version"
 LONGER = "lakesight train --run demo --set train.steps=6400 --set train.seed=1"
-"""Command that repeats the training of the fixture `trained` with twice the number of steps."""
+"""Command that repeats the training of the registered versions with twice the number of steps."""
 
 
-@pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
-    return make_job(open_local(monkeypatch, tmp_path / "home"))
-
-
-@pytest.fixture
-def trained(job: Job, tmp_path: Path) -> str:
-    """Name of the folder of a run that was trained with other settings than the command has."""
-    shards = write_shards(tmp_path / "shards", rows=4)
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Job:
+    """A job whose registry has two versions of one run. The run was trained with other settings than the job has."""
+    with pytest.MonkeyPatch.context() as patch:
+        platform = open_local(patch, tmp_path_factory.mktemp("next") / "home", database=empty_database)
+    shards = write_shards(tmp_path_factory.mktemp("shards"), rows=4)
     config = load_run("demo", overrides=["train.steps=3200", "train.seed=1"])
-    return write_run(job.platform.folder("runs") / "demo-0123", config, shards, shards).path.name
+    run = write_run(platform.folder("runs") / "demo-0123", config, shards, shards)
+    client = connect(platform)
+    client.create_registered_model("demo")
+    for _ in range(2):
+        client.create_model_version("demo", str(run.path), tags={f"{TAG_PREFIX}run": run.path.name})
+    return make_job(platform)
+
+
+@pytest.fixture
+def set_champion(job: Job) -> Iterator[Callable[[str], None]]:
+    """Function that makes a version the champion for the duration of a test."""
+    client = connect(job.platform)
+    yield lambda number: client.set_registered_model_alias("demo", CHAMPION, number)
+    client.delete_registered_model_alias("demo", CHAMPION)
 
 
 def make_job(platform: Any, *overrides: str) -> Job:
     return Job(load_run("demo", overrides=overrides), platform, overrides, CommandOutput(io.StringIO(), as_json=False))
-
-
-def version(number: str, run: str, *aliases: str) -> ModelVersion:
-    return ModelVersion(
-        name="demo", version=number, run_id="r", created_ms=0, tags={"run": run}, aliases=tuple(aliases)
-    )
 
 
 def interval(low: float, high: float) -> Interval:
@@ -85,19 +91,35 @@ BETTER, EQUAL, WORSE = (0.1, 0.3), (-0.1, 0.1), (-0.3, -0.1)
     ],
 )
 def test_after_a_comparison_the_better_version_is_promoted_unless_it_is_the_champion(
-    found: tuple[float, float], champion: str | None, command: str, job: Job, trained: str, tmp_path: Path
+    found: tuple[float, float],
+    champion: str | None,
+    command: str,
+    job: Job,
+    set_champion: Callable[[str], None],
+    tmp_path: Path,
 ) -> None:
-    one, other = (version(number, trained, *["champion"] * (champion == number)) for number in ("2", "1"))
+    if champion:
+        set_champion(champion)
     report = comparison(tmp_path / "page.html", word_f1=interval(*found), cider=interval(-0.9, -0.8))
-    assert same(next_commands.after_comparison(job, report, one, other), [command])
+    assert same(next_commands.after_comparison(job, report), [command])
     outcome = {BETTER: "better than", EQUAL: "not clearly better or worse than", WORSE: "worse than"}[found]
     assert f"of version 2 are {outcome} those of version 1: word F1" in describe_outcome(report)
 
 
 def test_the_settings_of_the_command_are_used_for_a_version_that_was_trained_in_another_home_folder(job: Job) -> None:
     steps = 2 * job.config.train.steps
-    found = next_commands.train_longer(job, version("2", "demo-4567"))
-    assert found == [f"lakesight train --run demo --set train.steps={steps}"]
+    version = resolve(job.platform, "demo", "2").model_copy(update={"tags": {"run": "demo-4567"}})
+    assert next_commands.train_longer(job, version) == [f"lakesight train --run demo --set train.steps={steps}"]
+
+
+def test_no_command_is_suggested_if_the_registry_cannot_be_read(
+    job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    down = "http://127.0.0.1:9"
+    cut = replace(job, platform=replace(job.platform, tracking_uri=down, registry_uri=down))
+    with caplog.at_level(logging.WARNING):
+        assert next_commands.after_comparison(cut, comparison(tmp_path, word_f1=interval(*BETTER))) == []
+    assert "the registry cannot be read" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------ evaluate
@@ -109,33 +131,34 @@ def measured(folder: Path, value: float, settings: GenerationConfig | None = Non
 
 
 @pytest.mark.parametrize(
-    ("value", "alias", "settings", "command"),
+    ("value", "champion", "settings", "command"),
     [
-        (0.8, "", None, f"{PROMOTE} 2"),
-        (0.45, "", None, f"{PROMOTE} 2"),
-        (0.3, "", None, LONGER),
-        (0.8, "champion", None, CAPTION),
-        (0.8, "", GenerationConfig(num_beams=4), CAPTION.replace("--where", "--version 2 --where")),
+        (0.8, "1", None, f"{PROMOTE} 2"),
+        (0.45, "1", None, f"{PROMOTE} 2"),
+        (0.3, "1", None, LONGER),
+        (0.3, "2", None, CAPTION),
+        (0.8, "1", GenerationConfig(num_beams=4), CAPTION.replace("--where", "--version 2 --where")),
     ],
 )
 def test_after_an_evaluation_the_next_command_uses_the_measured_version(
     value: float,
-    alias: str,
+    champion: str,
     settings: GenerationConfig | None,
     command: str,
     job: Job,
-    trained: str,
+    set_champion: Callable[[str], None],
     tmp_path: Path,
 ) -> None:
-    found = next_commands.after_evaluation(job, measured(tmp_path, value, settings), version("2", trained, alias))
+    set_champion(champion)
+    found = next_commands.after_evaluation(job, measured(tmp_path, value, settings))
     assert same(found, [command])
 
 
 def test_a_run_without_baselines_in_its_gate_is_promoted_although_a_baseline_is_better(
-    job: Job, trained: str, tmp_path: Path
+    job: Job, tmp_path: Path
 ) -> None:
     free = make_job(job.platform, "gate.baselines=[]")
-    found = next_commands.after_evaluation(free, measured(tmp_path, 0.3), version("2", trained))
+    found = next_commands.after_evaluation(free, measured(tmp_path, 0.3))
     assert same(found, ["lakesight promote --run demo --set gate.baselines=[] --version 2"])
 
 
