@@ -23,7 +23,8 @@ from jobs.output import CommandOutput
 from pipelines.config import load_run
 from pipelines.driver.evaluate.bootstrap import Interval
 from pipelines.driver.evaluate.compare import Comparison, describe_outcome
-from pipelines.tracking.registry import CHAMPION, TAG_PREFIX, resolve
+from pipelines.tracking.home_store.copied_version import TAG_PREFIX
+from pipelines.tracking.registry import CHAMPION, resolve
 from pipelines.tracking.server import connect
 from vlm.config import GenerationConfig
 
@@ -154,9 +155,7 @@ def test_after_an_evaluation_the_next_command_uses_the_measured_version(
     assert same(found, [command])
 
 
-def test_a_run_without_baselines_in_its_gate_is_promoted_although_a_baseline_is_better(
-    job: Job, tmp_path: Path
-) -> None:
+def test_a_gate_without_baselines_does_not_keep_a_version_from_being_promoted(job: Job, tmp_path: Path) -> None:
     free = make_job(job.platform, "gate.baselines=[]")
     found = next_commands.after_evaluation(free, measured(tmp_path, 0.3))
     assert same(found, ["lakesight promote --run demo --set gate.baselines=[] --version 2"])
