@@ -30,7 +30,7 @@ from vlm.config import GenerationConfig
 
 CAPTION = """lakesight caption --run demo --where "source = 'demo'\""""
 PROMOTE = "lakesight promote --run demo --version"
-LONGER = "lakesight train --run demo --set train.steps=6400 --set train.seed=1"
+LONGER = "lakesight train --run demo --set train.seed=1 --set train.steps=6400"
 """Command that repeats the training of the registered versions with twice the number of steps."""
 
 
@@ -39,7 +39,7 @@ def job(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Job:
     """A job whose registry has two versions of one run. The run was trained with other settings than the job has."""
     with pytest.MonkeyPatch.context() as patch:
         platform = open_local(patch, tmp_path_factory.mktemp("next") / "home", database=empty_database)
-    shards = write_shards(tmp_path_factory.mktemp("shards"), rows=4)
+    shards = write_shards(tmp_path_factory.mktemp("trained") / "shards", rows=4)
     config = load_run("demo", overrides=["train.steps=3200", "train.seed=1"])
     run = write_run(platform.folder("runs") / "demo-0123", config, shards, shards)
     client = connect(platform)

@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from written_rows import write_rows
 
 from pipelines.formats.tables import GENERATED_CAPTIONS, SAMPLES
-from pipelines.review import verdicts
+from pipelines.review import server, verdicts
 from pipelines.review.delta_store import DeltaStore
 from pipelines.review.server import ALL_HOSTS, forwarded_user, open_app
 from pipelines.review.verdicts import Review
@@ -74,29 +74,30 @@ def test_the_page_shows_captions_that_were_written_after_the_start_of_the_server
     assert "caption 1" in client.get("/", headers=USER).text
 
 
-@pytest.mark.parametrize("judged_numbers", [(), (0,), range(24)])
+@pytest.mark.parametrize("judged_numbers", [(), (0,), range(4)])
 def test_next_and_previous_show_each_caption_that_was_not_judged_exactly_once(
-    judged_numbers: Collection[int], tmp_path: Path
+    judged_numbers: Collection[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_captions(tmp_path, *range(60), likelihood=lambda number: None if number > 57 else number // 2)
-    client, numbers = open_client(tmp_path), list(range(60))
+    monkeypatch.setattr(server, "PAGE_SIZE", 4)
+    write_captions(tmp_path, *range(10), likelihood=lambda number: None if number > 7 else number // 2)
+    client, numbers = open_client(tmp_path), list(range(10))
     page = client.get("/", headers=USER).text
-    assert shown(page) == numbers[:24]
+    assert shown(page) == numbers[:4]
     for number in judged_numbers:
         judged = client.post("/verdict", json=SAID | {"image_id": str(number)}, headers=USER | token_of(page))
         assert judged.status_code == 200
     left = [number for number in numbers if number not in judged_numbers]
     second = client.get(links(page)["next"], headers=USER).text
-    assert shown(second) == numbers[24:48]
-    assert f"{left.index(24) + 1} to {left.index(47) + 1} of {len(left)}" in second
+    assert shown(second) == numbers[4:8]
+    assert f"{left.index(4) + 1} to {left.index(7) + 1} of {len(left)}" in second
     third = client.get(links(second)["next"], headers=USER).text
-    assert shown(third) == numbers[48:]
+    assert shown(third) == numbers[8:]
     assert "next" not in links(third)
-    assert shown(client.get(links(third)["previous"], headers=USER).text) == left[-36:-12]
-    assert ("previous" in links(second)) == (len(judged_numbers) < 24)
-    if len(judged_numbers) < 24:
+    assert shown(client.get(links(third)["previous"], headers=USER).text) == numbers[4:8]
+    assert ("previous" in links(second)) == (len(judged_numbers) < 4)
+    if len(judged_numbers) < 4:
         before = client.get(links(second)["previous"], headers=USER).text
-        assert shown(before) == left[: 24 - len(judged_numbers)]
+        assert shown(before) == left[: 4 - len(judged_numbers)]
 
 
 def links(page: str) -> dict[str, str]:
