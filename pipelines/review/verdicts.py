@@ -243,8 +243,7 @@ def _order(row: Mapping[str, Any]) -> tuple[float, Key]:
 
 def _order_of(position: Position) -> tuple[float, Key]:
     """Return a value that sorts positions. A caption without a likelihood comes last."""
-    likelihood, *key = position
-    return math.inf if likelihood is None else likelihood, tuple(key)
+    return math.inf if position[0] is None else position[0], position[1:]
 
 
 def key_of(row: Mapping[str, Any]) -> Key:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from pipelines.formats.table_schema import Table
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def write_rows(folder: Path, table: Table, *rows: dict[str, object]) -> None:
+def write_rows(folder: Path, table: Table, *rows: Mapping[str, object]) -> None:
     """Append rows to a table in a folder. Nullable columns without a value are null. Other columns without a value are
     0, an empty list, NOW or the text `h`."""
     row: dict[str, Any] = {field.name: None if field.nullable else _filler(field.type) for field in table.arrow_schema}
-    found = pa.Table.from_pylist([row | values for values in rows], table.arrow_schema)
+    found = pa.Table.from_pylist([row | dict(values) for values in rows], table.arrow_schema)
     write_deltalake(folder / table.name, found, mode="append")
 
 

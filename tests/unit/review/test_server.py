@@ -28,7 +28,8 @@ PICTURE = f"/picture?id=0&sha256={SHA256}"
 
 def write_captions(folder: Path, *numbers: int, likelihood: Callable[[int], float | None] = float) -> None:
     """Write the pictures and the captions with these numbers. A number is the id of the picture."""
-    same = {"model_name": "m", "model_version": "1", "source_table": "samples", "sha256": SHA256}
+    same: dict[str, object] = {"model_name": "m", "model_version": "1", "source_table": "samples", "sha256": SHA256}
+    captions: list[dict[str, object]]
     captions = [{"caption": f"caption {n}", "mean_logprob": likelihood(n), "image_id": str(n)} for n in numbers]
     write_rows(folder, SAMPLES, *({"image_id": str(number), "image": png(0)} for number in numbers))
     write_rows(folder, GENERATED_CAPTIONS, *(same | caption for caption in captions))
