@@ -48,6 +48,14 @@ if TYPE_CHECKING:
     from vlm.generation.generate import Completion, Request
 
 
+OptionalVersion = Annotated[
+    str | None,
+    typer.Option(
+        "--version", help="Model version: a number, an alias, or latest. Default: champion.", metavar="VERSION"
+    ),
+]
+
+
 class AskReport(Config):
     """Report of `lakesight ask`.
 
@@ -91,12 +99,7 @@ def ask(
         Path | None,
         typer.Option("--attention", help="Save a drawing of the attention for each word to this file.", metavar="FILE"),
     ] = None,
-    version: Annotated[
-        str | None,
-        typer.Option(
-            "--version", help="Model version: a number, an alias, or latest. Default: champion.", metavar="VERSION"
-        ),
-    ] = None,
+    version: OptionalVersion = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option("--checkpoint", help="Use this checkpoint folder, not a model version.", metavar="FOLDER"),
@@ -119,8 +122,7 @@ def ask(
       lakesight ask cat.png --attention words.png --num-beams 4
     """
     files = images or []
-    if checkpoint:
-        refuse_options({"--version": version}, "--checkpoint names the folder of the model")
+    refuse_options({"--version": checkpoint and version}, "--checkpoint names the folder of the model")
     with open_job(run, platform, overrides, as_json) as job:
         _check_question(files, prompt, {"--draw": draw, "--attention": attention})
         pictures = [read_picture(job, file) for file in files]

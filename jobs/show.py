@@ -125,16 +125,7 @@ def show(
       lakesight show champion_captions --output captions.csv
       lakesight show shop/products --gallery --id-column sku --image-column photo
     """
-    place = None
-    given = {"--id-column": id_column, "--image-column": image_column, "--image-root": image_root}
-    if not gallery:
-        refuse_options(given, "only --gallery needs the pictures")
-    else:  # only the page needs the libraries that read pictures
-        from pipelines.executor.ingest.records.pictures.root import absolute_location
-        from pipelines.review.source_pictures import PictureColumns
-
-        root = None if image_root is None else absolute_location(image_root)
-        place = PictureColumns(id_column or "image_id", image_column or "image", root)
+    place = _choose_pictures(id_column, image_column, image_root, gallery=gallery)
     with open_job(run, platform, overrides, as_json, needs_space=gallery) as job:
         report = run_show(
             job,
@@ -147,6 +138,26 @@ def show(
         )
         _print(job, report)
         job.output.report(report)
+
+
+def _choose_pictures(
+    id_column: str | None, image_column: str | None, image_root: str | None, *, gallery: bool
+) -> PictureColumns | None:
+    """Return the columns and the folder of the pictures that --gallery shows, or None without --gallery.
+
+    Raises:
+        UserError: one of these options was given without --gallery.
+    """
+    if not gallery:
+        given = {"--id-column": id_column, "--image-column": image_column, "--image-root": image_root}
+        refuse_options(given, "only --gallery needs the pictures")
+        return None
+    # Only the page needs the libraries that read pictures.
+    from pipelines.executor.ingest.records.pictures.root import absolute_location
+    from pipelines.review.source_pictures import PictureColumns
+
+    root = None if image_root is None else absolute_location(image_root)
+    return PictureColumns(id_column or "image_id", image_column or "image", root)
 
 
 def run_show(

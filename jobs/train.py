@@ -90,8 +90,7 @@ def train(
     Example:
       lakesight train --run demo --set train.steps=2000 --set train.seed=1
     """
-    if not launch:
-        refuse_options({"--replay-step": replay_step}, "--no-launch starts no training")
+    refuse_options({"--replay-step": None if launch else replay_step}, "--no-launch starts no training")
     with open_job(run, platform, overrides, as_json) as job:
         if job_run is not None:
             check_job_run(job_run, registers=launch and replay_step is None)
@@ -106,15 +105,20 @@ def train(
             job.output.report(report)
             job.output.next(evaluate_version(job, report.model_version))
             return
-        folder, ranks = prepare_run(job).path, job.config.platform.ranks
-        with atomic_write(job.platform.folder("runs") / f"{job.config.name}{PREPARED}") as temporary:
-            temporary.write_text(f"{folder}\n", encoding="utf-8")
-        job.output.report(PreparedReport(run_folder=str(folder), ranks=ranks))
-        job.output.line("prepared", f"{folder}, for {ranks} ranks")
-        # Without PYTHONSAFEPATH, a folder `pipelines` in the working folder would be imported instead of this package.
-        torchrun = f"torchrun --nproc-per-node {ranks} -m pipelines.worker.main --run-dir {shlex.quote(str(folder))}"
-        job.output.line("next", f"PYTHONSAFEPATH=1 {torchrun}")
-        job.output.line("then", job.command("train"))
+        _print_prepared(job)
+
+
+def _print_prepared(job: Job) -> None:
+    """Write the run folder, and print the command that starts its ranks."""
+    folder, ranks = prepare_run(job).path, job.config.platform.ranks
+    with atomic_write(job.platform.folder("runs") / f"{job.config.name}{PREPARED}") as temporary:
+        temporary.write_text(f"{folder}\n", encoding="utf-8")
+    job.output.report(PreparedReport(run_folder=str(folder), ranks=ranks))
+    job.output.line("prepared", f"{folder}, for {ranks} ranks")
+    # Without PYTHONSAFEPATH, a folder `pipelines` in the working folder would be imported instead of this package.
+    torchrun = f"torchrun --nproc-per-node {ranks} -m pipelines.worker.main --run-dir {shlex.quote(str(folder))}"
+    job.output.line("next", f"PYTHONSAFEPATH=1 {torchrun}")
+    job.output.line("then", job.command("train"))
 
 
 def _require_pictures(job: Job) -> None:

@@ -72,12 +72,9 @@ def open_app(review: Review, title: str, reviewer: Callable[[Request], str], hos
 
     async def page(request: Request) -> Response:
         reviewer(request)
-        query = request.query_params
+        words = request.query_params.get("words", "")
         try:
-            show = _SHOW.validate_python(query.get("show", "open"))
-            after, before = (
-                _POSITION.validate_json(query[name]) if name in query else None for name in ("after", "before")
-            )
+            show, after, before = _read_query(request.query_params)
         except ValueError:
             return PlainTextResponse(
                 "parameter show must be open, judged or all; parameters after and before must be positions of a link",
@@ -86,7 +83,6 @@ def open_app(review: Review, title: str, reviewer: Callable[[Request], str], hos
 
         def make_page() -> Response:
             review.refresh_if_old()
-            words = query.get("words", "")
             selected = review.select_page(show, words, PAGE_SIZE, after=after, before=before)
             return _page(review, selected, show, words, title=title, token=token)
 
@@ -117,6 +113,16 @@ def open_app(review: Review, title: str, reviewer: Callable[[Request], str], hos
 
     routes = [Route("/", page), Route("/picture", picture), Route("/verdict", verdict, methods=["POST"])]
     return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)])
+
+
+def _read_query(query: Mapping[str, str]) -> tuple[Show, Position | None, Position | None]:
+    """Return the parameters show, after and before of a page.
+
+    Raises:
+        ValueError: a parameter has no valid value.
+    """
+    after, before = (_POSITION.validate_json(query[name]) if name in query else None for name in ("after", "before"))
+    return _SHOW.validate_python(query.get("show", "open")), after, before
 
 
 def _page(review: Review, selected: CaptionPage, show: Show, words: str, *, title: str, token: str) -> HTMLResponse:

@@ -112,8 +112,15 @@ def compare(
         ties=sum(a.f1 == b.f1 for a, b in pairs),
         page=platform.folder("reports") / f"compare-{one.scores_hash}-{other.scores_hash}.html",
     )
-    groups = _groups(pairs, names)
     ensure_tables(spark, platform)
+    _write_page(spark, request, report, pairs)
+    return report
+
+
+def _write_page(spark: SparkSession, request: ShardRequest, report: Comparison, pairs: Sequence[Pair]) -> None:
+    """Write the HTML page of a comparison, given the rows that both versions captioned."""
+    names = (report.one, report.other)
+    groups = _groups(pairs, names)
     samples = rows_of_source(spark, request.table, request.source)
     thumbnails = read_thumbnails(samples, [a.image_id for rows in groups.values() for a, _ in rows])
     title = f"{report.model_name}: version {names[0]} and version {names[1]} on {report.source} ({report.split})"
@@ -136,7 +143,6 @@ def compare(
         bars=[_bars(report, name) for name in HEADLINES if name in report.differences],
     )
     write_html(report.page, page, report.differences, signed=True)
-    return report
 
 
 def describe_outcome(report: Comparison) -> str:
