@@ -30,10 +30,25 @@ def set_trainable(model: nn.Module, rates: Mapping[str, float]) -> None:
             several patterns match a name, the first pattern decides.
 
     Raises:
+        ConfigError: a pattern has no effect, as in `match_patterns`.
+    """
+    matched = match_patterns([name for name, _ in model.named_parameters()], rates)
+    for name, parameter in model.named_parameters():
+        pattern = matched[name]
+        parameter.requires_grad_(pattern is not None and rates[pattern] > 0)
+
+
+def match_patterns(names: Iterable[str], rates: Mapping[str, float]) -> dict[str, str | None]:
+    """For each parameter name, find the first pattern of `rates` that matches the whole name.
+
+    Returns:
+        Dict from each parameter name to its pattern, or to None if no pattern matches the name.
+
+    Raises:
         ConfigError: a pattern has no effect, because it matches no parameter, or only parameters for which an earlier
         pattern decides.
     """
-    matched = {name: _first_match(name, rates) for name, _ in model.named_parameters()}
+    matched = {name: _first_match(name, rates) for name in names}
     if unused := [pattern for pattern in rates if pattern not in matched.values()]:
         raise ConfigError(
             "a pattern in train.stages has no effect, because it is not the first match of any parameter",
@@ -42,9 +57,7 @@ def set_trainable(model: nn.Module, rates: Mapping[str, float]) -> None:
             fix="put the pattern before wider patterns; the pattern must match the whole of one of these names: "
             + ", ".join(collapse_names(matched)),
         )
-    for name, parameter in model.named_parameters():
-        pattern = matched[name]
-        parameter.requires_grad_(pattern is not None and rates[pattern] > 0)
+    return matched
 
 
 def parameter_groups(

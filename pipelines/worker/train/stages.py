@@ -7,7 +7,7 @@ nor optimizer state, and a run that resumes at the first step of a stage needs o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from pipelines.config import TrainConfig
 from pipelines.config.train import ObjectiveConfig, TextsObjectiveConfig
 from vlm.model import VisionLanguageModel
-from vlm.training.optim import build_adamw, schedule, set_trainable
+from vlm.training.optim import build_adamw, match_patterns, schedule, set_trainable
 
 TEXTS = TextsObjectiveConfig()
 
@@ -68,6 +68,21 @@ def plan_stages(settings: TrainConfig) -> list[Stage]:
         Stage(first, end, max(stage.rates.values()), stage.rates, stage.objective, stage.warmup_steps)
         for first, end, stage in zip([0, *ends], ends, settings.stages, strict=False)
     ]
+
+
+def check_patterns(stages: Sequence[Stage], names: Sequence[str]) -> None:
+    """Check the patterns of all stages before the first step, so that a late stage cannot fail after hours of training.
+
+    Args:
+        stages: stages of the run.
+        names: names of all parameters of the model.
+
+    Raises:
+        ConfigError: a pattern of a stage matches no name, or only names that an earlier pattern of the stage matches.
+    """
+    for stage in stages:
+        if stage.rates is not None:
+            match_patterns(names, stage.rates)
 
 
 def stage_at(stages: list[Stage], step: int) -> Stage:

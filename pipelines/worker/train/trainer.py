@@ -43,7 +43,7 @@ from pipelines.worker.train.checkpoints import (
 from pipelines.worker.train.initial_weights import ModelBuilder
 from pipelines.worker.train.self_critical import CaptionSampler, sampled_rows
 from pipelines.worker.train.slices import CheckpointSlices, slices_of
-from pipelines.worker.train.stages import Stage, plan_stages, stage_at
+from pipelines.worker.train.stages import Stage, check_patterns, plan_stages, stage_at
 from pipelines.worker.train.validation import caption_samples, name_pictures, validate
 from vlm import text
 from vlm.batch import Batch
@@ -106,6 +106,8 @@ class Trainer:
         torch.manual_seed(settings.seed)
         model = builder.model(device)
         monitor.report_progress()
+        stages = plan_stages(settings)
+        check_patterns(stages, [name for name, _ in model.named_parameters()])
         state, resume_step = find_training_state(checkpoint, settings)
         if checkpoint:
             builder.load(checkpoint, model)
@@ -113,7 +115,7 @@ class Trainer:
             recompute_blocks(model)
         if settings.compile_blocks:
             compile_blocks(model)
-        stage = stage_at(plan_stages(settings), resume_step)
+        stage = stage_at(stages, resume_step)
         optimizer = stage.start(model, settings)
         if state and resume_step > stage.first:
             load_state(state, model, optimizer)

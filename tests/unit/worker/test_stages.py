@@ -97,6 +97,20 @@ def test_a_run_that_continues_a_shorter_run_equals_an_uninterrupted_run_if_the_s
     assert any(not torch.equal(tensor, last[name]) for name, tensor in weights(again, 14).items())
 
 
+@pytest.mark.parametrize("patterns", [["decoders.*"], [".*", "decoder.*"]])
+def test_a_pattern_without_effect_in_a_later_stage_is_refused_before_the_first_step(
+    tmp_path: Path, patterns: list[str]
+) -> None:
+    shards = [write_shards(tmp_path / name, rows=9) for name in ("train", "val")]
+    stages = [PROJECTOR, {"steps": 8, "groups": [{"pattern": pattern, "lr": 1e-3} for pattern in patterns]}]
+    run = write_run(tmp_path / "run", tiny_run(steps=14, stages=stages, checkpoint_every=3), *shards)
+    with pytest.raises(ConfigError, match="has no effect") as caught:
+        train(run)
+    assert caught.value.got == patterns[-1]
+    assert not run.finished_checkpoints()
+    assert not list(run.read_metrics())
+
+
 def test_each_training_stage_has_its_own_warmup_and_decay(make_run: Any) -> None:
     settings = make_run("run").read_run().config.train
     first, second = plan_stages(settings)
