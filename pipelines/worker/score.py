@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -100,7 +100,7 @@ def score_rows(
             )
 
 
-def validation_cider(captioner: Captioner, shards: Shards, num_rows: int, report_progress: Callable[[], None]) -> float:
+def validation_cider(captioner: Captioner, shards: Shards, num_rows: int) -> float:
     """Caption the first rows of the shards at temperature 0, and return the CIDEr-D of the captions.
 
     All generation settings except the temperature are taken from the model.
@@ -109,7 +109,6 @@ def validation_cider(captioner: Captioner, shards: Shards, num_rows: int, report
         captioner: captioner, whose model must be in evaluation mode.
         shards: validation shards.
         num_rows: largest number of rows to caption.
-        report_progress: function that is called after each batch, to restart the timeout of the rank.
     """
     from pycocoevalcap.cider.cider import Cider  # imported here, because only runs with train.score_every need it
 
@@ -123,7 +122,6 @@ def validation_cider(captioner: Captioner, shards: Shards, num_rows: int, report
             if answer is not None:
                 truth[len(truth)] = [" ".join(words(reference)) for reference in item.references]
                 found[len(found)] = [" ".join(words(answer.text))]
-        report_progress()
     return float(Cider().compute_score(truth, found)[0]) if found else 0.0
 
 

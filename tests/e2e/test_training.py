@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from processes import is_running, torchrun
-from rank_faults import Fault, faulty_rank
+from rank_faults import Fault, faulty_rank, slow_rank
 from tiny_runs import MakeRun, no_spark, runs_in
 
 from pipelines.driver.train.run import launch
@@ -145,6 +145,16 @@ def assert_equal(whole: RunFolder, other: RunFolder) -> None:
         assert (whole.checkpoint(60) / name).read_bytes() == (other.checkpoint(60) / name).read_bytes()
     assert without_rates(whole) == without_rates(other)
     assert list(whole.read_samples()) == list(other.read_samples())
+
+
+@pytest.mark.matrix
+def test_a_rank_does_not_time_out_while_rank_0_captions_longer_than_the_timeout(
+    make_run: MakeRun, two_ranks: Platform
+) -> None:
+    # Six captions take at least 12 s. A rank that waits for another rank ends itself after 6 + 3 s without progress.
+    run = make_run(steps=2, validate_every=2, checkpoint_every=2, caption_samples=6, timeout_seconds=6)
+    assert launch(run, two_ranks, no_spark, slow_rank).step == 2
+    assert [len(written.samples) for written in run.read_samples()] == [6]
 
 
 @pytest.mark.faults

@@ -83,6 +83,14 @@ def faulty_rank(run_dir: str) -> None:
     run_rank(run_dir)
 
 
+def slow_rank(run_dir: str) -> None:
+    """Call `run_rank`, and let the generation of each sample caption wait for two seconds first."""
+    import pipelines.worker.train.validation as validation
+
+    before(validation, "generate", lambda *args: time.sleep(2))
+    run_rank(run_dir)
+
+
 def before(module: ModuleType, name: str, act: Callable[..., object]) -> None:
     """Replace a function of a module by a wrapper that calls an action first."""
     original = getattr(module, name)

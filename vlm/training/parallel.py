@@ -84,6 +84,19 @@ def global_max(values: Tensor) -> Tensor:
     return largest
 
 
+def from_rank_0(number: int, device: torch.device) -> int:
+    """Return the number of rank 0 on every rank. All ranks call this function together.
+
+    Args:
+        number: number that rank 0 sends; the numbers of all other ranks are ignored.
+        device: device of the tensor that ranks exchange.
+    """
+    sent = torch.tensor(number, device=device)
+    if world_size() > 1:
+        distributed.broadcast(sent, src=0)
+    return int(sent)
+
+
 def to_host(values: Tensor) -> list[float]:
     """Copy a vector, which may be sharded, to the host. On a GPU, this call waits until earlier reductions are done."""
     return [float(value) for value in full_tensor(values).tolist()]

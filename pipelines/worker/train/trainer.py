@@ -30,6 +30,7 @@ from pipelines.worker.rank.failure import RankMonitor
 from pipelines.worker.rank.group import check_group, divide_cores
 from pipelines.worker.rank.metrics import FileWriter, MeanSinceLog, Stopwatch, write_metrics
 from pipelines.worker.rank.profile import profile_steps
+from pipelines.worker.rank.relay import ProgressRelay
 from pipelines.worker.rank.usage import measure_usage, throughput
 from pipelines.worker.score import validation_cider
 from pipelines.worker.train.checkpoints import (
@@ -360,14 +361,17 @@ class Trainer:
         """
         settings, model = self.file.config.train, self.model
         cider = torch.zeros((), dtype=torch.float64, device=self.device)
-        if self.env.rank == 0 or self.sharded:
-            with mixed_precision(self.device, bf16=settings.precision == "bf16"):
+        relay = ProgressRelay(self.monitor.report_progress, self.device, sharded=self.sharded)
+        if self.env.rank and not self.sharded:
+            relay.follow()
+        else:
+            precision = mixed_precision(self.device, bf16=settings.precision == "bf16")
+            with precision, relay.reporting(model.decoder):
                 samples = self.sample(model, settings.caption_samples)
                 if scores:
                     model.eval()
                     captioner = Captioner(model, self.tokenizer)
-                    report = self.monitor.report_progress
-                    cider += validation_cider(captioner, self.validate_shards, settings.validate_rows, report)
+                    cider += validation_cider(captioner, self.validate_shards, settings.validate_rows)
                     model.train()
         self._free_gathered_weights()
         if self.env.rank == 0:

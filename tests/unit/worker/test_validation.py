@@ -15,6 +15,7 @@ from pipelines.driver.evaluate.metrics import ScoredRow, model_metrics
 from pipelines.formats.shards import Row, Shards
 from pipelines.worker.data.batches import Collator
 from pipelines.worker.rank.metrics import MeanSinceLog
+from pipelines.worker.rank.relay import ProgressRelay
 from pipelines.worker.score import score_rows
 from pipelines.worker.train.validation import caption_samples, name_pictures, validate
 from vlm import text
@@ -154,3 +155,18 @@ def test_an_error_about_many_pictures_names_only_the_first_pictures() -> None:
     named = name_pictures([f"p{number}" for number in range(100)])
     assert named.startswith("p0, p1, ")
     assert named.endswith(" and 84 more")
+
+
+def test_each_generated_token_of_the_sample_captions_is_reported_as_progress(tmp_path: Path) -> None:
+    shards, config = write_shards(tmp_path / "shards", rows=ROWS), tiny_model_config()
+    tokenizer = text.learn(config.text, [])
+    torch.manual_seed(3)
+    model, reports = build_model(config, tokenizer.vocab_size), list[int]()
+    relay = ProgressRelay(lambda: reports.append(1), torch.device("cpu"), sharded=False)
+    with relay.reporting(model.decoder):
+        samples = caption_samples(model, tokenizer, shards, 3)
+    assert len(samples) == 3
+    tokens = [len(tokenizer.encode(sample.caption)) for sample in samples]
+    assert sum(tokens) <= len(reports) <= sum(tokens) + 3  # the end of a caption is a token too
+    caption_samples(model, tokenizer, shards, 1)
+    assert len(reports) <= sum(tokens) + 3, "nothing is reported after the captions"

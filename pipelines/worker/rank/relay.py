@@ -1,0 +1,64 @@
+"""Progress of rank 0 while the other ranks wait for rank 0.
+
+Rank 0 alone captions validation pictures. A rank that reports no progress for `train.timeout_seconds` ends itself, and
+captions may take longer. Therefore rank 0 regularly sends a signal to the waiting ranks, and each rank counts the
+signal as its own progress. If rank 0 hangs, the signals stop, and all ranks time out as in any other step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from vlm.training.parallel import from_rank_0
+
+SIGNAL_SECONDS = 1.0
+"""Shortest time between two signals, in seconds. A signal per token would slow down a small model."""
+WORKING, DONE = 1, 0
+
+
+class ProgressRelay:
+    """Relay that reports the progress of rank 0 on every rank. All ranks create the relay and use it together.
+
+    Rank 0 works inside `reporting`, and every other rank calls `follow`.
+    """
+
+    def __init__(self, report_progress: Callable[[], None], device: torch.device, *, sharded: bool) -> None:
+        """Prepare the relay.
+
+        Args:
+            report_progress: function that restarts the timeout of this rank.
+            device: device of the tensors that ranks exchange.
+            sharded: whether the model is sharded. All ranks of a sharded model work inside `reporting`, so each rank
+                reports its own progress and no signals are sent.
+        """
+        self._report_progress, self._device, self._sharded = report_progress, device, sharded
+        self._signal_at = time.monotonic() + SIGNAL_SECONDS
+
+    @contextmanager
+    def reporting(self, decoder: nn.Module) -> Iterator[None]:
+        """Report progress after each call of the decoder in the `with` block, so after each generated token."""
+        handle = decoder.register_forward_hook(lambda *_: self.report())
+        try:
+            yield
+        finally:
+            handle.remove()
+        if not self._sharded:
+            from_rank_0(DONE, self._device)
+
+    def report(self) -> None:
+        """Report progress of this rank, and signal the progress to waiting ranks."""
+        self._report_progress()
+        if not self._sharded and time.monotonic() >= self._signal_at:
+            from_rank_0(WORKING, self._device)
+            self._signal_at = time.monotonic() + SIGNAL_SECONDS
+
+    def follow(self) -> None:
+        """Wait until rank 0 has left `reporting`. Report progress at each signal of rank 0."""
+        while from_rank_0(WORKING, self._device) == WORKING:
+            self._report_progress()
+        self._report_progress()
