@@ -257,8 +257,11 @@ class TrainConfig(Config):
             for the metric `val/cider`, which needs `score_every`.
         stop: number of consecutive values of the metric `best_by` without a new best value, after which training ends
             early; null to take all steps.
-        checkpoint_every: number of steps between two checkpoints. A checkpoint is also written after the last step.
-        keep_checkpoints: number of newest checkpoints to keep. The best checkpoint is always kept in addition.
+        checkpoint_every: number of steps between two checkpoints. A checkpoint is also written after the last step, and
+            at the step in `register`. If `register` is `best` or `stop` is set, a checkpoint is also written at each
+            validation with a new best value of `best_by`, except in an adapter run.
+        keep_checkpoints: number of newest checkpoints to keep. The best checkpoint and the checkpoint of the step in
+            `register` are always kept in addition.
         caption_samples: number of validation pictures for which the model writes sample captions at each validation,
             for people to read.
         register_: checkpoint that is registered as a model version. The value is `last`, `best` (by the metric
@@ -313,6 +316,14 @@ class TrainConfig(Config):
     def rewards_cider(self) -> bool:
         """Whether a stage rewards the CIDEr of sampled captions."""
         return any(stage.objective.kind == "cider" for stage in self.stages)
+
+    @property
+    def saves_best(self) -> bool:
+        """Whether a checkpoint is written at each validated step that is better than all earlier validated steps.
+
+        An adapter run has no such checkpoints, because only its last checkpoint can be registered.
+        """
+        return not self.adapter and (self.stop is not None or self.register_ == "best")
 
     def next_validated_step(self, step: int) -> int:
         """Return the first step after `step` at which the model is validated. The last step is validated too."""

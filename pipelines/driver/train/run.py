@@ -15,6 +15,7 @@ from pipelines.driver.train.hosts import check_hosts
 from pipelines.driver.train.launch import check_slots, end_leftover_ranks, run_rank, run_ranks
 from pipelines.driver.train.local_ranks import RankEntry
 from pipelines.driver.train.run_folders import (
+    check_registered_step,
     earlier_code,
     find_folder,
     finished_result,
@@ -75,7 +76,8 @@ def prepare(
 
     Raises:
         UserError: a split has no rows, the batch cannot be divided among the ranks, the folder in `train.start_from`
-            has another model or damaged files, or another process is training the run.
+            has another model or damaged files, `train.register` is a step whose checkpoint the run will not have, or
+            another process is training the run.
     """
     check_config(config)
     _check_splits(train, validate)
@@ -93,6 +95,8 @@ def prepare(
         return run
     if start:
         require_intact(start.folder)
+    if not is_finished:
+        check_registered_step(run, config.train)
     file = RunFile(
         config=config,
         code_version=code.release,

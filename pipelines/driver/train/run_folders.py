@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import RunConfig, short_hash
+from pipelines.config import RunConfig, TrainConfig, short_hash
 from pipelines.driver.train.known_generations import read_generations
 from pipelines.errors import UserError
-from pipelines.formats.run_folder import Result, RunFile, RunFolder, read_json, write_json
+from pipelines.formats.run_folder import Result, RunFile, RunFolder, read_json, step_of, write_json
 from pipelines.formats.training_code import TrainingCode
 from vlm.config import ModelConfig, config_differences
 
@@ -167,3 +167,23 @@ def _changed_code(file: RunFile, code: TrainingCode) -> str:
     files = file.code.different_files(code) if file.code else []
     more = f" and {len(files) - SHOWN_FILES} more" if len(files) > SHOWN_FILES else ""
     return f"the training code has changed in {', '.join(files[:SHOWN_FILES])}{more}"
+
+
+def check_registered_step(run: RunFolder, settings: TrainConfig) -> None:
+    """Before an unfinished run is trained, check that it will have the checkpoint of the step in `train.register`.
+
+    Raises:
+        UserError: the step is after the end of the run, or an earlier command has already passed the step without a
+            checkpoint.
+    """
+    step, steps = settings.register_, settings.steps
+    if not isinstance(step, int):
+        return
+    saved = [step_of(folder) for folder in run.finished_checkpoints()]
+    if step > steps or (step not in saved and step <= max(saved, default=0)):
+        raise UserError(
+            "the run will have no checkpoint of the step in train.register",
+            where=f"train.register: {step}",
+            got=f"the run has {steps} steps, and checkpoints of the steps {', '.join(map(str, saved)) or 'none'}",
+            fix="choose a later step of the run, or the step of an existing checkpoint",
+        )

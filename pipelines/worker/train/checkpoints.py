@@ -4,8 +4,8 @@ The training loop waits only until its tensors are copied and until the previous
 most one copy of the tensors is in memory. An error in the thread is raised in the rank at its next step, because a run
 that cannot write checkpoints must fail.
 
-The newest `train.keep_checkpoints` checkpoints and the best checkpoint by `train.best_by` are kept. The metrics are
-read from the metric files, so a restarted run keeps the same checkpoints.
+The newest `train.keep_checkpoints` checkpoints, the best checkpoint by `train.best_by`, and the checkpoint of the step
+in `train.register` are kept. The metrics are read from the metric files, so a restarted run keeps the same checkpoints.
 """
 
 from __future__ import annotations
@@ -98,7 +98,10 @@ class CheckpointWriter:
             write(folder)
             write_json(folder / "run.json", self._file)
         finished = self._run.finished_checkpoints()
-        kept = {*finished[-self._keep :], best_checkpoint(self._run, self._file.config.train.best_by)}
+        settings = self._file.config.train
+        kept = {*finished[-self._keep :], best_checkpoint(self._run, settings.best_by)}
+        if isinstance(settings.register_, int):
+            kept.add(self._run.checkpoint(settings.register_))
         for folder in finished:
             if folder not in kept:
                 shutil.rmtree(folder)
@@ -124,29 +127,37 @@ def _metric_of(run: RunFolder, folder: Path, best_by: BestBy) -> float | None:
     return read_json(path, Metrics).values.get(f"val/{best_by}") if path.exists() else None
 
 
-class EarlyStop:
-    """Rule that ends training early when the metric `train.best_by` no longer improves.
+class MetricHistory:
+    """Values of the metric `train.best_by` so far, which decide when training ends early and which step is the best.
 
-    The decision depends only on the values of the metric in the metric files. All ranks therefore make the same
-    decision, and a resumed run makes the same decision as an uninterrupted run.
+    The values are read from the metric files. All ranks therefore make the same decisions, and a resumed run makes the
+    same decisions as an uninterrupted run. The files are not read if neither `train.stop` nor `train.register: best`
+    is set, because then no decision depends on the values.
     """
 
     def __init__(self, run: RunFolder, settings: TrainConfig, resume_step: int) -> None:
         self._patience, self._best_by = settings.stop, settings.best_by
+        self._saves_best = settings.saves_best
         self._costs: list[float] = []
         step = settings.next_validated_step(0)
-        while settings.stop and step <= resume_step:
+        while (settings.stop or settings.saves_best) and step <= resume_step:
             if run.metrics(step).exists():  # a run that continues another run has no files of the first steps
                 self.add(read_json(run.metrics(step), Metrics).values)
             step = settings.next_validated_step(step) if step < settings.steps else resume_step + 1
 
-    def add(self, values: Mapping[str, float]) -> None:
-        """Add the metrics of a step. A step without a value of the metric `train.best_by` is ignored."""
-        if (value := values.get(f"val/{self._best_by}")) is not None:
-            self._costs.append(cost(value, self._best_by))
+    def add(self, values: Mapping[str, float]) -> bool:
+        """Add the metrics of a step. A step without a value of the metric `train.best_by` is ignored.
+
+        Returns:
+            Whether a checkpoint of the step must be written, because its value is better than all earlier values.
+        """
+        if (value := values.get(f"val/{self._best_by}")) is None:
+            return False
+        self._costs.append(cost(value, self._best_by))
+        return self._saves_best and all(self._costs[-1] < earlier for earlier in self._costs[:-1])
 
     @property
-    def reached(self) -> bool:
+    def ends_training(self) -> bool:
         """True if none of the last `train.stop` values of the metric is better than the best value before them."""
         if self._patience is None or not self._costs:
             return False

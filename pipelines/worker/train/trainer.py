@@ -35,7 +35,7 @@ from pipelines.worker.rank.usage import measure_usage, throughput
 from pipelines.worker.score import validation_cider
 from pipelines.worker.train.checkpoints import (
     CheckpointWriter,
-    EarlyStop,
+    MetricHistory,
     best_checkpoint,
     check_settings,
     find_common_checkpoint,
@@ -85,7 +85,7 @@ class Trainer:
         self.collator = Collator(self.tokenizer, self.file.config.model)
         self.files = FileWriter()
         self.checkpoints = CheckpointWriter(self.run, self.file, self.files)
-        self.early_stop = EarlyStop(self.run, self.file.config.train, self.resume_step)
+        self.history = MetricHistory(self.run, self.file.config.train, self.resume_step)
         self.done = self.resume_step
         self.sharded = isinstance(self.model, FSDPModule)
         limit = self.file.config.platform.cache_gib * 2**30
@@ -153,7 +153,7 @@ class Trainer:
         steps = settings.profile_steps if self.env.rank == 0 else 0
         with profile_steps(self.run.profile, steps, self.device) as self.stepped:
             for stage in plan_stages(settings):
-                if self.early_stop.reached:
+                if self.history.ends_training:
                     break
                 if stage.first > self.resume_step:
                     swap_average(self.optimizer)  # the next stage starts from the averaged weights
@@ -171,7 +171,7 @@ class Trainer:
             fit(
                 wrap_ddp(self.model, self.device),
                 self.optimizer,
-                takewhile(lambda _: not self.early_stop.reached, batches),
+                takewhile(lambda _: not self.history.ends_training, batches),
                 start=steps.start,
                 lr_schedule=lambda step: stage.lr_of(step, settings),
                 grad_clip=settings.optimizer.grad_clip,
@@ -252,11 +252,16 @@ class Trainer:
         values, validation = dict[str, float](), dict[str, float]()
         load: dict[str, tuple[float, ...]] = {}
         scores = settings.score_every is not None and (last or done % settings.score_every == 0)
+        saves = done in (settings.steps, settings.register_) or done % settings.checkpoint_every == 0
         if last or scores or done % settings.validate_every == 0:
             with averaged_weights(self.optimizer):
-                validation = self._validate(report.step) | self._caption(done, scores=scores)
-            self.early_stop.add(validation)
-            last = last or self.early_stop.reached
+                validation = self._validate(report.step)
+                saves |= self.history.add(validation)
+                last = last or self.history.ends_training
+                captioned = self._caption(done, scores=scores or (last and settings.score_every is not None))
+            saves |= self.history.add(captioned)
+            last = last or self.history.ends_training
+            validation |= captioned
         if last or done % settings.log_every == 0:
             values |= self._mean_since_log(stage) | {"lr": report.lr, "grad_norm": report.grad_norm}
             values |= throughput(
@@ -272,8 +277,7 @@ class Trainer:
         if is_rank_0 and values:
             write_metrics(self.files, self.run.metrics(done), done, values, load)
             log.info("step %d of %d: %s", done, settings.steps, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
-        saves = last or done % settings.checkpoint_every == 0
-        if saves:
+        if saves := saves or last:
             self.loss.restart()
             self.reward.restart()
         if (is_rank_0 or self.sharded) and saves:

@@ -289,3 +289,17 @@ def test_words_that_the_vocabulary_lacks_are_logged_with_their_counts(caplog: py
     caplog.clear()
     warn_of_unknown(tokenizer, ["a red"], "validation texts")
     assert not caplog.messages
+
+
+def test_a_step_to_register_whose_checkpoint_the_run_will_not_have_is_refused_before_the_training(
+    laptop: Platform, report: ShardReport
+) -> None:
+    with pytest.raises(UserError, match=r"no checkpoint of the step in train\.register.*train\.register: 13.*12 steps"):
+        prepare(tiny_run(register=13), laptop, report, report)
+    run = prepare(tiny_run(), laptop, report, report)
+    run.checkpoint(8).mkdir(parents=True)
+    for step in (8, 9):
+        assert prepare(tiny_run(register=step), laptop, report, report) == run
+    with pytest.raises(UserError, match=r"train\.register: 7.*checkpoints of the steps 8"):
+        prepare(tiny_run(register=7), laptop, report, report)
+    assert run.read_run().config.train.register_ == 9

@@ -21,7 +21,7 @@ from pipelines.driver.train.run_folders import finished_result
 from pipelines.errors import ConfigError
 from pipelines.formats.run_folder import Metrics, RunFolder, write_json
 from pipelines.worker.caption import load_captioner
-from pipelines.worker.train.checkpoints import EarlyStop
+from pipelines.worker.train.checkpoints import MetricHistory
 from vlm.text.words import words
 
 
@@ -73,6 +73,7 @@ def test_early_stopping_ends_a_resumed_run_at_the_same_step_as_an_uninterrupted_
     result = finished_result(whole)
     assert result is not None
     assert (result.step, Path(result.checkpoint)) == (12, whole.checkpoint(12))
+    assert result.best_checkpoint == str(whole.checkpoint(4)), "step 4 is no multiple of checkpoint_every"
     assert list(scores_of(whole)) == [4, 8, 12]
     assert {"train/loss", "val/loss", "val/blind_gap", "val/cider"} <= result.metrics.keys()
     broken = make_run("broken", **STALLED)
@@ -87,7 +88,7 @@ def test_early_stopping_ends_a_resumed_run_at_the_same_step_as_an_uninterrupted_
     assert finished_result(broken) == result.model_copy(
         update={
             "checkpoint": str(broken.checkpoint(12)),
-            "best_checkpoint": str(broken.checkpoint(12)),
+            "best_checkpoint": str(broken.checkpoint(4)),
             "metrics": [*broken.read_metrics()][-1].values,
             "seconds": 0.0,
         }
@@ -96,16 +97,50 @@ def test_early_stopping_ends_a_resumed_run_at_the_same_step_as_an_uninterrupted_
 
 def test_training_does_not_stop_early_while_the_metric_improves_within_the_patience(make_run: Any) -> None:
     run = make_run("run", steps=40, score_every=4, best_by="cider", stop=2)
-    stop = EarlyStop(run, run.read_run().config.train, 0)
+    stop = MetricHistory(run, run.read_run().config.train, 0)
     for cider, reached in ((0.1, False), (0.0, False), (0.2, False), (0.2, False), (0.1, True)):
         stop.add({"val/loss": 1.0})  # a step without a score does not count
         stop.add({"val/cider": cider})
-        assert stop.reached == reached
+        assert stop.ends_training == reached
     losses = make_run("losses", steps=40, validate_every=4, stop=1)
     for step, loss in ((4, 3.0), (8, 2.0), (12, 2.5), (16, 2.6)):
         write_json(losses.metrics(step), Metrics(step=step, time=0.0, values={"val/loss": loss}))
-    ended = [EarlyStop(losses, losses.read_run().config.train, step).reached for step in (4, 8, 12)]
+    ended = [MetricHistory(losses, losses.read_run().config.train, step).ends_training for step in (4, 8, 12)]
     assert ended == [False, False, True]
+
+
+def test_the_step_with_the_best_metric_has_a_checkpoint_if_the_best_checkpoint_is_to_be_registered(
+    make_run: Any,
+) -> None:
+    # The learning rate is so large that the loss rises.
+    settings: dict[str, Any] = {"steps": 12, "validate_every": 3, "checkpoint_every": 5, "keep_checkpoints": 1}
+    settings |= {"optimizer": OptimizerConfig(lr=1.0, warmup_steps=2)}
+    best = make_run("best", **settings, register="best")
+    train(best).write_result()
+    losses = {m.step: m.values["val/loss"] for m in best.read_metrics() if "val/loss" in m.values}
+    assert list(losses) == [3, 6, 9, 12]
+    assert min(losses, key=lambda step: losses[step]) < 12
+    result = finished_result(best)
+    assert result is not None
+    assert result.best_checkpoint == str(best.checkpoint(min(losses, key=lambda step: losses[step])))
+    last = make_run("last", **settings)
+    train(last)
+    assert [folder.name for folder in last.finished_checkpoints()] == ["step_000012"]
+    assert not tiny_run(stop=1, adapter={"pattern": "x"}, start_from="x").train.saves_best
+
+
+def test_the_step_in_train_register_has_a_checkpoint_that_is_kept(make_run: Any) -> None:
+    run = make_run("run", steps=12, checkpoint_every=4, keep_checkpoints=1, register=7)
+    train(run)
+    assert [folder.name for folder in run.finished_checkpoints()] == ["step_000007", "step_000012"]
+
+
+def test_the_last_step_of_a_run_that_ends_early_by_its_loss_has_a_cider(make_run: Any) -> None:
+    optimizer = OptimizerConfig(lr=1e-9, warmup_steps=2, ema_decay=None)
+    run = make_run("run", steps=40, validate_every=4, score_every=20, stop=1, optimizer=optimizer, batch_size=4)
+    trainer = train(run)
+    assert trainer.done < 40
+    assert list(scores_of(run))[-1] == trainer.done
 
 
 def test_ending_or_resuming_a_run_of_many_steps_does_not_read_the_metrics_of_all_steps(make_run: Any) -> None:
@@ -114,7 +149,7 @@ def test_ending_or_resuming_a_run_of_many_steps_does_not_read_the_metrics_of_all
     assert len(list(run.read_metrics())) == 40
     with counted_calls(run.metrics(0).parent) as calls:
         trainer.write_result()
-        EarlyStop(run, run.read_run().config.train, 40)
+        MetricHistory(run, run.read_run().config.train, 40)
     assert {int(Path(path).stem) for path in calls.opened} <= {20, 39, 40}
 
 
