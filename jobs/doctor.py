@@ -72,7 +72,7 @@ def run_checks(config: RunConfig) -> list[DoctorCheck]:
     if not config.platform.spark.is_connect:  # a Spark Connect server has its own Java and its own jars
         checks += [check_java_version(), check_delta_jar()]
     checks.append(check_task_slots(config.platform))
-    checks += [check_gpu(), check_memory(), check_home(config)]
+    checks += [check_gpu(config.platform.ranks), check_memory(), check_home(config)]
     failed = [check.name for check in checks if check.status == "fail"]
     if failed:
         return [
@@ -190,14 +190,22 @@ def check_task_slots(platform: LocalPlatformConfig) -> DoctorCheck:
     return DoctorCheck(name="slots", status="ok", found=f"{cores} cores for {ranks} ranks")
 
 
-def check_gpu() -> DoctorCheck:
-    """List the GPUs that torch can use. The check passes without a GPU, because a laptop can train on its CPU."""
+def check_gpu(ranks: int) -> DoctorCheck:
+    """List the GPUs that torch can use. The check passes without a GPU, because a laptop can train on its CPU.
+
+    Args:
+        ranks: number of ranks of a training run. The ranks use GPUs only if there is a GPU for each rank.
+    """
     try:
         import torch
     except ImportError:
         return DoctorCheck(name="gpu", status="warn", found="torch is not installed", fix=INSTALL)
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return DoctorCheck(name="gpu", status="ok", found=", ".join(names) or "none; training uses the CPU")
+    found = ", ".join(names) or "none; training uses the CPU"
+    if 0 < len(names) < ranks:
+        fix = f"add --set platform.ranks={len(names)}, because {ranks} ranks would train on CPUs"
+        return DoctorCheck(name="gpu", status="warn", found=found, fix=fix)
+    return DoctorCheck(name="gpu", status="ok", found=found)
 
 
 def check_memory() -> DoctorCheck:

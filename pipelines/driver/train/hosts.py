@@ -8,6 +8,7 @@ and reports the host and the package in one sentence.
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import sys
 from collections import Counter
@@ -53,6 +54,8 @@ def check_hosts(run: RunFolder, open_spark: Callable[[], SparkSession], launch: 
     check_compatible(hosts, version("lakesight"))
     if launch.use_gpu:
         check_gpus(hosts)
+    elif launch.local_mode:
+        warn_of_idle_gpus(hosts[0], launch.ranks, os.environ.get("CUDA_VISIBLE_DEVICES"))
     check_code(hosts, run.read_run().code)
     write_json(run.hosts, HostsFile(hosts=tuple(hosts)))
     log.info("the ranks run on these hosts: %s", summarize(hosts))
@@ -129,6 +132,25 @@ def check_gpus(hosts: Sequence[Host]) -> None:
             got=found,
             fix="start the training cluster on GPU nodes with a GPU runtime (gpu_node and gpu_runtime of the bundle); "
             "or train on CPUs with --set platform.use_gpu=false",
+        )
+
+
+def warn_of_idle_gpus(host: Host, ranks: int, visible: str | None) -> None:
+    """Log a warning if the ranks on the driver's host use CPUs only because the host has fewer GPUs than ranks.
+
+    Args:
+        host: description of the driver's host.
+        ranks: number of ranks, which all run on this host.
+        visible: value of the environment variable CUDA_VISIBLE_DEVICES, or None if the variable is not set.
+    """
+    gpus = len(host.gpus) if host.cuda else 0
+    if visible is not None:
+        gpus = min(gpus, len([name for name in visible.split(",") if name.strip() not in {"", "-1"}]))
+    if 0 < gpus < ranks:
+        log.warning(
+            "the ranks use CPUs and no GPU, because %d ranks need a GPU each and host %s has %d. To use the GPUs, add "
+            "--set platform.ranks=%d",
+            *(ranks, host.name, gpus, gpus),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from pipelines.config import DatabricksPlatformConfig, PlatformConfig
 from pipelines.errors import UserError
 from pipelines.formats.run_folder import RunFolder
 from pipelines.worker.rank.env import RankEnv
+
+log = logging.getLogger(__name__)
 
 
 def pick_device(platform: PlatformConfig, env: RankEnv) -> torch.device:
@@ -34,6 +37,11 @@ def pick_device(platform: PlatformConfig, env: RankEnv) -> torch.device:
             where=f"host {socket.gethostname()}",
             got=f"{torch.cuda.device_count()} GPUs for {env.local_world_size} ranks",
             fix="run on a GPU cluster, or set platform.use_gpu=false",
+        )
+    if torch.cuda.device_count():
+        log.warning(
+            "this rank uses a CPU, because %d ranks need a GPU each and host %s has %d",
+            *(env.local_world_size, socket.gethostname(), torch.cuda.device_count()),
         )
     return torch.device("cpu")
 

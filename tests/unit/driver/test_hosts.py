@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pipelines.driver.train.code import read_code
-from pipelines.driver.train.hosts import check_code, check_compatible, check_gpus, summarize
+from pipelines.driver.train.hosts import check_code, check_compatible, check_gpus, summarize, warn_of_idle_gpus
 from pipelines.errors import UserError
 from pipelines.executor.host_info import describe_host
 from pipelines.formats.run_folder import Host
@@ -126,3 +126,30 @@ def test_a_host_with_different_training_code_but_the_same_version_is_refused_and
         UserError, match=rf"differs from the code that run.json records.*{code.digest} on the driver; 0123 on host b"
     ):
         check_code([host("a", code=code.digest), host("b", code="0123")], code)
+
+
+@pytest.mark.parametrize(
+    ("fields", "ranks", "visible", "advice"),
+    [
+        (
+            {"gpus": GPUS[:1]},
+            2,
+            None,
+            "2 ranks need a GPU each and host a has 1. To use the GPUs, add --set platform.ranks=1",
+        ),
+        ({"gpus": GPUS}, 2, "1", "--set platform.ranks=1"),
+        ({"gpus": GPUS}, 3, None, "--set platform.ranks=2"),
+        ({"gpus": GPUS}, 2, None, ""),
+        ({"gpus": GPUS[:1]}, 1, None, ""),
+        ({"gpus": GPUS[:1]}, 2, "", ""),  # the user has hidden the GPU
+        ({"gpus": GPUS[:1]}, 2, "-1", ""),
+        ({"gpus": GPUS[:1], "cuda": ""}, 2, None, ""),
+        ({"gpus": ()}, 2, None, ""),
+    ],
+)
+def test_a_warning_says_how_to_use_the_gpus_of_a_host_with_fewer_gpus_than_ranks(
+    caplog: pytest.LogCaptureFixture, fields: dict[str, Any], ranks: int, visible: str | None, advice: str
+) -> None:
+    warn_of_idle_gpus(host("a", **fields), ranks, visible)
+    assert len(caplog.messages) == bool(advice)
+    assert advice in " ".join(caplog.messages)
