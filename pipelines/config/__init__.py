@@ -4,6 +4,7 @@ Start reading in `run.py`, which resolves four names (model, data, train, platfo
 never imports torch, Spark or MLflow.
 """
 
+from pipelines.config.augment import AugmentConfig
 from pipelines.config.data import (
     PICTURE,
     ColumnNames,
@@ -36,7 +37,7 @@ from pipelines.config.run import (
     short_hash,
 )
 from pipelines.config.split import ColumnSplitConfig, FileSplitConfig, HashSplitConfig, Split, SplitConfig
-from pipelines.config.train import AugmentConfig, GroupConfig, OptimizerConfig, StageConfig, TrainConfig
+from pipelines.config.train import GroupConfig, OptimizerConfig, StageConfig, TrainConfig
 
 __all__ = [
     "PICTURE",

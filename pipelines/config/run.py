@@ -286,8 +286,10 @@ def load_run(name: str, *, platform: str = "local", overrides: Sequence[str] = (
     unread = {kind for kind in chosen if slices[kind] is None}
     slices |= {kind: {} for kind in unread}
     slices |= {section: run.get(section, {}) for section in RUN_SECTIONS}
+    given: dict[str, Any] = {kind: {} for kind in slices}
     for override in overrides:
         _apply(slices, override, problems)
+        _apply(given, override, [])
     try:
         config = RunConfig.model_validate({"name": name, "chosen": chosen, **slices})
     except ValidationError as error:
@@ -296,7 +298,7 @@ def load_run(name: str, *, platform: str = "local", overrides: Sequence[str] = (
         found = [(p, top) for p, top in describe(error, RunConfig) if top not in unread | {"name", "chosen"}]
         problems += [f"{files[top]}: {problem}" if files.get(top) else problem for problem, top in found]
         raise config_error(problems, f"run {name}") from None
-    if problems:
+    if problems := problems + config.train.find_unused(given["train"]):
         raise config_error(problems, f"run {name}")
     return config
 

@@ -48,6 +48,10 @@ class StepReport:
     contrastive: float | None = None
 
 
+SLOWER = "lower train.optimizer.lr or raise train.optimizer.warmup_steps (this creates a new run)"
+"""Advice in the error of a training that diverged."""
+
+
 class NotFiniteError(LakesightError):
     """Error for a loss or gradient that is NaN or infinite, or for a batch without target tokens.
 
@@ -198,7 +202,7 @@ def _divergence_error(step: int, loss: float, grad_norm: float, rank: int, rank_
         "training diverged",
         where=f"step {step}" + (f", the loss of rank {', '.join(map(str, bad))}" if bad else ""),
         got=f"loss {loss}, gradient norm {grad_norm}",
-        fix="lower train.optimizer.lr or raise train.optimizer.warmup_steps (this creates a new run)",
+        fix=SLOWER,
     )
     error.step = step
     error.on_other_rank = bool(bad) and rank not in bad

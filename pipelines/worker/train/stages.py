@@ -15,6 +15,7 @@ import torch
 from pipelines.config import TrainConfig
 from pipelines.config.train import ObjectiveConfig, TextsObjectiveConfig
 from vlm.model import VisionLanguageModel
+from vlm.training.loop import SLOWER
 from vlm.training.optim import build_adamw, match_patterns, schedule, set_trainable
 
 TEXTS = TextsObjectiveConfig()
@@ -88,3 +89,13 @@ def check_patterns(stages: Sequence[Stage], names: Sequence[str]) -> None:
 def stage_at(stages: list[Stage], step: int) -> Stage:
     """Return the stage that contains a step, or the last stage if the step is after the last stage."""
     return next((stage for stage in stages if step < stage.end), stages[-1])
+
+
+def advise_on_rates(fix: str, settings: TrainConfig) -> str:
+    """Return the advice of an error, which in a run with stages names the settings of the stages."""
+    if not settings.stages:
+        return fix
+    slower = (
+        "lower the lr of the groups in train.stages or raise the warmup_steps of the stage (this creates a new run)"
+    )
+    return fix.replace(SLOWER, slower)

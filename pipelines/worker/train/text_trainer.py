@@ -12,12 +12,13 @@ from pipelines.formats.run_files.token_file import TRAIN_TOKENS, VALIDATE_TOKENS
 from pipelines.formats.run_folder import CaptionSample
 from pipelines.formats.shards import Shards
 from pipelines.worker.data.windows import Windows, training_windows
+from pipelines.worker.train.stages import advise_on_rates
 from pipelines.worker.train.trainer import Trainer
 from vlm.batch import Batch
 from vlm.generation.generate import Request, generate
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
-from vlm.training.loop import NotFiniteError
+from vlm.training.loop import SLOWER, NotFiniteError
 from vlm.training.objective import row_losses
 from vlm.training.parallel import global_sum
 
@@ -68,10 +69,11 @@ class TextTrainer(Trainer):
         )
 
     def with_pictures(self, error: NotFiniteError) -> NotFiniteError:
-        """Return the error unchanged.
+        """Return the error without the names of windows, and without a command that replays the step.
 
-        The error gets no hints, because windows have no names and a step with windows cannot be replayed.
+        Windows have no names, and a step with windows cannot be replayed.
         """
+        error.fix = advise_on_rates(error.fix, self.file.config.train)
         return error
 
     def sample(self, model: VisionLanguageModel, count: int) -> tuple[CaptionSample, ...]:
@@ -131,7 +133,7 @@ def validate_text(
             "the validation loss is not finite",
             where=f"the validation after step {step}",
             got=str(loss),
-            fix="lower train.optimizer.lr or raise train.optimizer.warmup_steps (this creates a new run)",
+            fix=SLOWER,
         )
         error.step, error.in_validation = step, True
         raise error

@@ -44,7 +44,7 @@ from pipelines.worker.train.checkpoints import (
 from pipelines.worker.train.initial_weights import ModelBuilder
 from pipelines.worker.train.self_critical import CaptionSampler, sampled_rows
 from pipelines.worker.train.slices import CheckpointSlices, slices_of
-from pipelines.worker.train.stages import Stage, check_patterns, plan_stages, stage_at
+from pipelines.worker.train.stages import Stage, advise_on_rates, check_patterns, plan_stages, stage_at
 from pipelines.worker.train.validation import caption_samples, name_pictures, validate
 from vlm import text
 from vlm.batch import Batch
@@ -226,7 +226,8 @@ class Trainer:
         command = (
             f"`lakesight train --replay-step {error.step}` with the options of this run shows the loss of each picture"
         )
-        named = NotFiniteError(error.what, where=error.where, got=got, fix=f"{error.fix}; {command}")
+        fix = f"{advise_on_rates(error.fix, self.file.config.train)}; {command}"
+        named = NotFiniteError(error.what, where=error.where, got=got, fix=fix)
         named.step, named.on_other_rank, named.in_validation = error.step, error.on_other_rank, error.in_validation
         return named
 

@@ -17,7 +17,7 @@ from vlm.generation.generate import Request, generate
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
 from vlm.text.prompt import prefix_ids
-from vlm.training.loop import NotFiniteError
+from vlm.training.loop import SLOWER, NotFiniteError
 from vlm.training.objective import blind_losses
 from vlm.training.parallel import global_sum
 
@@ -98,7 +98,7 @@ def _not_finite(step: int, checked: Sequence[tuple[list[str], torch.Tensor]]) ->
         got=f"NaN or infinity for {name_pictures(pictures)}"
         if pictures
         else "no target tokens, or another rank's loss",
-        fix="lower train.optimizer.lr or raise train.optimizer.warmup_steps (this creates a new run)",
+        fix=SLOWER,
     )
     error.step, error.in_validation, error.on_other_rank = step, True, not pictures
     return error

@@ -17,6 +17,7 @@ from pipelines.errors import ConfigError
 from pipelines.formats.run_folder import RunFolder
 from pipelines.worker.train.stages import plan_stages
 from vlm.config import ConstantScheduleConfig
+from vlm.training.loop import SLOWER, NotFiniteError
 
 PROJECTOR = {"steps": 6, "groups": [{"pattern": "projector.*", "lr": 4e-3}]}
 ALL = {"steps": 8, "groups": [{"pattern": "encoder.*", "lr": 1e-3}, {"pattern": ".*", "lr": 2e-3}]}
@@ -148,3 +149,38 @@ def test_invalid_training_stages_are_refused(setting: str, problem: str) -> None
     with pytest.raises(ConfigError) as caught:
         load_run("staged", overrides=[setting])
     assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (["train.optimizer.lr=5e-4"], "train.optimizer.lr has no effect"),
+        (["train.optimizer={lr: 5e-4, warmup_steps: 10}"], "train.optimizer.lr has no effect"),
+        (
+            [
+                "train.stages=[{steps: 5, warmup_steps: 2, groups: [{pattern: '.*', lr: 1}]}]",
+                "train.optimizer.warmup_steps=9",
+            ],
+            "train.optimizer.warmup_steps has no effect",
+        ),
+    ],
+)
+def test_a_setting_of_the_optimizer_that_the_stages_replace_is_refused(settings: list[str], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        load_run("staged", overrides=settings)
+    used = load_run("staged", overrides=["train.optimizer.warmup_steps=9", "train.optimizer.weight_decay=0"])
+    assert used.train.optimizer.warmup_steps == 9
+    assert load_run("demo", overrides=["train.optimizer.lr=5e-4"]).train.optimizer.lr == 5e-4
+
+
+def test_the_error_of_a_training_with_stages_that_diverged_names_the_settings_of_the_stages(
+    make_run: Any, tmp_path: Path
+) -> None:
+    error = NotFiniteError("training diverged", where="step 1", got="loss nan", fix=SLOWER)
+    error.step = 1
+    staged = train(make_run("staged"))
+    assert "lower the lr of the groups in train.stages" in staged.with_pictures(error).fix
+    assert "train.optimizer" not in staged.with_pictures(error).fix
+    shards = [write_shards(tmp_path / f"plain-{name}", rows=9) for name in ("train", "val")]
+    plain = train(write_run(tmp_path / "plain", tiny_run(steps=2), *shards))
+    assert "lower train.optimizer.lr" in plain.with_pictures(error).fix
