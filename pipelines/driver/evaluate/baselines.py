@@ -48,10 +48,11 @@ def baselines(scored: Sequence[ScoredRow], metric: str) -> dict[str, list[Scored
     """For each baseline, return the rows with the baseline's captions instead of the model's. The constant caption is
     the best single caption by `metric`.
 
-    The baselines are `constant`, and `neighbour` if every row has a neighbour.
+    The baselines are `constant` if the metric is defined for the rows (CIDEr needs two rows), and `neighbour` if every
+    row has a neighbour.
     """
-    rows = {"constant": _with_caption(scored, best_constants(scored)[metric])}
-    neighbour = neighbour_rows(scored)
+    constants, neighbour = best_constants(scored), neighbour_rows(scored)
+    rows = {"constant": _with_caption(scored, constants[metric])} if metric in constants else {}
     return rows | ({"neighbour": neighbour} if neighbour else {})
 
 

@@ -78,10 +78,10 @@ def apply_gate(
     if "constant" in gate.baselines:
         checks["varied"] = _check_varied(gate, captioned(scored))
     for name in gate.baselines:
-        if name in rows_of:
-            gain = metric_differences(scored, rows_of[name], names=[gate.metric]).get(gate.metric)
-            checks[name] = _check_baseline(gate, gain, BASELINES[name], pictures=pictures)
-            figures |= {f"over_{name}": gain} if gain else {}
+        found = metric_differences(scored, rows_of[name], names=[gate.metric]) if name in rows_of else {}
+        gain = found.get(gate.metric)
+        checks[name] = _check_baseline(gate, gain, BASELINES[name], pictures=pictures)
+        figures |= {f"over_{name}": gain} if gain else {}
     if champion:
         difference = metric_differences(scored, champion.scores(), names=[gate.metric]).get(gate.metric)
         rows = len(pair_rows(scored, champion.scores())[0])
@@ -140,7 +140,8 @@ def _check_baseline(gate: GateConfig, gain: Interval | None, baseline: str, *, p
     """
     if gain is None:
         return GateCheck(
-            passed=False, found=f"no comparison with {baseline}, because the evaluation has no metric {gate.metric}"
+            passed=False,
+            found=f"no comparison with {baseline}, because {gate.metric} cannot be computed for so few pictures",
         )
     few = pictures < gate.min_pictures
     passed = (gain.value if few else gain.low) > 0

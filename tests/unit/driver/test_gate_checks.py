@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from evaluation_reports import evaluation_report
@@ -186,3 +187,24 @@ def test_the_gate_never_finds_a_model_version_worse_than_itself(
     result = apply_gate(GateConfig(), evaluated(folder, rows), evaluated(folder, rows, "1"), WELL)
     assert result.checks["champion"].passed
     assert result.figures["over_champion"].value == 0
+
+
+@pytest.mark.parametrize("metric", ["cider", "word_f1"])
+def test_the_gate_refuses_a_version_that_was_evaluated_on_one_picture_and_gives_the_reasons(
+    tmp_path: Path, metric: Any
+) -> None:
+    rows = [replace(row, blind_loss=None) for row in scored(good(1, 0))]
+    result = apply_gate(GateConfig(metric=metric), evaluated(tmp_path, rows), None, WELL)
+    assert "the split has only one picture" in result.reasons[0]
+    undefined = [reason for reason in result.reasons if "no comparison with" in reason]
+    assert len(undefined) == (2 if metric == "cider" else 0)
+
+
+def test_a_baseline_of_the_gate_that_cannot_be_computed_fails_its_check(tmp_path: Path) -> None:
+    rows = scored(good())
+    rows[3] = replace(rows[3], neighbour=None)
+    result = apply_gate(GateConfig(), evaluated(tmp_path, rows), None, WELL)
+    (reason,) = result.reasons
+    assert reason.startswith("no comparison with the nearest neighbour's caption")
+    without = apply_gate(GateConfig(baselines=("constant",)), evaluated(tmp_path / "other", rows), None, WELL)
+    assert without.reasons == ()
