@@ -308,7 +308,10 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _stages_fit(self) -> Self:
         if self.stages and self.steps != (total := sum(stage.steps for stage in self.stages)):
-            raise ValueError(f"steps is {self.steps}, but the stages together have {total} steps: remove the key steps")
+            raise ValueError(
+                f"steps is {self.steps}, but the stages together have {total} steps: remove the key steps, or "
+                "change the steps of a stage"
+            )
         if self.stages and self.adapter:
             raise ValueError(
                 "stages and adapter exclude each other, because only the adapter learns: remove one of the two"

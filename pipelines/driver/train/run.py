@@ -28,6 +28,7 @@ from pipelines.driver.train.start_from import (
     check_training_state,
     open_start_folder,
     require_intact,
+    require_same_data,
 )
 from pipelines.driver.train.vocabulary import warn_of_unknown
 from pipelines.errors import StageFailed, TrainingFailed, UserError
@@ -76,8 +77,8 @@ def prepare(
 
     Raises:
         UserError: a split has no rows, the batch cannot be divided among the ranks, the folder in `train.start_from`
-            has another model or damaged files, `train.register` is a step whose checkpoint the run will not have, or
-            another process is training the run.
+            has another model, damaged files or other training data, `train.register` is a step whose checkpoint the run
+            will not have, or another process is training the run.
     """
     check_config(config)
     _check_splits(train, validate)
@@ -95,6 +96,8 @@ def prepare(
         return run
     if start:
         require_intact(start.folder)
+        if config.train.start_state == "training" and not run.finished_checkpoints():
+            require_same_data(start, train.content_hash)
     if not is_finished:
         check_registered_step(run, config.train)
     file = RunFile(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -159,13 +160,14 @@ def check_training_state(start: StartFolder, settings: TrainConfig) -> str:
             fix="choose a run's checkpoint, or use only the weights of the folder with train.start_state: weights",
         )
     before = read_json(start.folder / "run.json", RunFile).config.train
-    saved, now = ({"train": train.hashed_settings(exclude=FREE_SETTINGS)} for train in (before, settings))
+    saved, now = ({"train": _fixed_settings(train)} for train in (before, settings))
     if differing := list(config_differences(saved, now)):
         raise UserError(
             "the training in train.start_from had other settings than this run",
             where=f"train.start_from: {start.folder}",
             got=differing,
-            fix="use the same settings with more train.steps, or use only the weights with train.start_state: weights",
+            fix="use the same settings with more train.steps (with stages: more steps of the last stage), or use only "
+            "the weights with train.start_state: weights",
         )
     done = read_training_step(start.folder)
     if done >= settings.steps:
@@ -176,3 +178,29 @@ def check_training_state(start: StartFolder, settings: TrainConfig) -> str:
             fix="set train.steps to the total number of steps of both runs",
         )
     return file_digest(start.folder / STATE_FILES[0])
+
+
+def _fixed_settings(train: TrainConfig) -> dict[str, Any]:
+    """Return the training settings that must stay equal. The last stage may have more steps than before."""
+    settings = train.hashed_settings(exclude=FREE_SETTINGS)
+    if stages := settings.get("stages"):
+        *earlier, last = stages
+        settings["stages"] = (*earlier, {key: value for key, value in last.items() if key != "steps"})
+    return settings
+
+
+def require_same_data(start: StartFolder, content_hash: str) -> None:
+    """Check that a run which continues the training of a checkpoint trains on the rows of this training.
+
+    Raises:
+        UserError: the training rows, or the settings that decide the order and the texts of the rows, have changed.
+    """
+    before = read_json(start.folder / "run.json", RunFile).content_hash
+    if before != content_hash:
+        raise UserError(
+            "the training in train.start_from had other training data than this run",
+            where=f"train.start_from: {start.folder}",
+            got=f"the content hash of the training shards was {before}, and is now {content_hash}",
+            fix="continue only on the same rows and data settings, or use only the weights with train.start_state: "
+            "weights",
+        )

@@ -151,6 +151,45 @@ def test_a_run_can_continue_only_an_earlier_run_with_the_same_settings_and_fewer
         longer(steps=20, optimizer={"warmup_steps": 2, "ema_decay": 0.9})
 
 
+def write_training_state(base: Path, run: RunFolder) -> None:
+    """Make the folder `base` a checkpoint of step 12 of a run."""
+    (base / "training.safetensors").write_bytes(b"state")
+    (base / "training.json").write_text('{"step": 12}')
+    shutil.copy(run.run_file, base / "run.json")
+
+
+def test_a_run_with_stages_can_be_continued_with_more_steps_of_its_last_stage(
+    laptop: Platform, report: ShardReport, base: Path
+) -> None:
+    def stages(*steps: int) -> dict[str, Any]:
+        listed = [{"steps": number, "groups": [{"pattern": ".*", "lr": 1e-3}]} for number in steps]
+        return {"steps": sum(steps), "stages": listed}
+
+    write_training_state(base, prepare(tiny_run(**stages(4, 8)), laptop, report, report))
+    longer = tiny_run(start_from=str(base), start_state="training", **stages(4, 20))
+    assert prepare(longer, laptop, report, report).read_run().config.train.steps == 24
+    for other in ((5, 20), (4, 4, 20)):
+        with pytest.raises(UserError, match=r"had other settings.*train\.stages.*more steps of the last stage"):
+            prepare(tiny_run(start_from=str(base), start_state="training", **stages(*other)), laptop, report, report)
+
+
+def test_a_run_does_not_continue_a_training_on_other_rows_unless_it_has_already_started(
+    laptop: Platform, report: ShardReport, base: Path, tmp_path: Path
+) -> None:
+    write_training_state(base, prepare(tiny_run(), laptop, report, report))
+    grown = shard_report(write_shards(tmp_path / "grown", rows=9))
+    config = tiny_run(steps=20, start_from=str(base), start_state="training")
+    with pytest.raises(UserError, match=r"other training data.*was \w+, and is now \w+.*start_state: weights"):
+        prepare(config, laptop, grown, report)
+    assert prepare(config, laptop, report, grown), "the validation rows may change"
+    assert prepare(tiny_run(steps=20, start_from=str(base)), laptop, grown, report)
+    (base / "run.json").write_text((base / "run.json").read_text().replace(report.content_hash, grown.content_hash))
+    started = prepare(config, laptop, grown, report)
+    started.checkpoint(16).mkdir(parents=True)
+    shutil.copy(prepare(tiny_run(), laptop, report, report).run_file, base / "run.json")
+    assert prepare(config, laptop, grown, report) == started
+
+
 def test_a_run_does_not_start_from_files_that_were_changed_after_they_were_written(
     laptop: Platform, report: ShardReport, base: Path, tmp_path: Path
 ) -> None:
