@@ -47,16 +47,19 @@ def decoding_settings(job: Job, fixed: ModelConfig, name: str) -> GenerationConf
 
 
 def with_overrides(job: Job, model: ModelFiles) -> ModelFiles:
-    """Return the version with the command's generation settings, which may override the version's own settings.
+    """Return the version with the generation settings of the command, which override those of the version.
+
+    Without overrides, a version is measured at temperature 0. An override of another setting keeps this temperature, so
+    that only the overridden settings differ from the measurement without overrides.
 
     Raises:
         UserError: an override changes a setting that training has fixed, or the settings exclude each other.
     """
     fixed = model.read_config()
-    settings = decoding_settings(job, fixed, f"{model.name}/{model.version}")
-    given = any(is_generation(key) for key in _keys(job))
     evaluated = fixed.generation.changed({"temperature": 0.0})
-    return model.model_copy(update={"settings": settings}) if given and settings != evaluated else model
+    measured = fixed.model_copy(update={"generation": evaluated})
+    settings = decoding_settings(job, measured, f"{model.name}/{model.version}")
+    return model.model_copy(update={"settings": settings}) if settings != evaluated else model
 
 
 def require_settings_of_version(job: Job, fixed: ModelConfig, name: str) -> None:

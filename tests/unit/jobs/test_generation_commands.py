@@ -12,6 +12,9 @@ from generation_cases import CASES
 from jobs.cli import COMMANDS, app
 from jobs.common import open_job
 from jobs.generation_options import GENERATION, GENERATION_COMMANDS
+from jobs.settings_of_version import with_overrides
+from pipelines.config import load_run
+from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import UserError
 
 COMMAND_LINES = {"show": ["samples"], "lineage": ["an-id"], "quarantine": ["show"]}
@@ -85,3 +88,26 @@ def test_commands_that_are_printed_keep_generation_settings_only_if_the_printed_
         assert job.add_run("run `lakesight ingest` first") == (
             "run `lakesight ingest --run demo --set train.steps=5` first"
         )
+
+
+@pytest.mark.parametrize(
+    ("settings", "changed"),
+    [
+        (["num_beams=4"], {"num_beams": 4}),
+        (["max_new_tokens=5"], {"max_new_tokens": 5}),
+        (["temperature=0.7", "max_new_tokens=5"], {"temperature": 0.7, "max_new_tokens": 5}),
+        (["temperature=0.7"], {"temperature": 0.7}),
+        (["temperature=0"], None),
+        ([], None),
+    ],
+)
+def test_an_option_of_an_evaluation_changes_the_settings_at_temperature_0_of_a_version_that_samples(
+    tmp_path: Path, settings: list[str], changed: dict[str, float] | None
+) -> None:
+    config = load_run("demo").model
+    own = config.generation.changed({"temperature": 0.7})
+    (tmp_path / "config.json").write_text(config.model_copy(update={"generation": own}).model_dump_json())
+    version = ModelFiles(folder=tmp_path, name="m", version="1", run_id="r")
+    with open_job("demo", "local", [f"{GENERATION}.{setting}" for setting in settings], as_json=False) as job:
+        found = with_overrides(job, version).settings
+    assert found == (None if changed is None else own.changed({"temperature": 0.0} | changed))
