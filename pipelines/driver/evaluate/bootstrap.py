@@ -127,7 +127,7 @@ def metric_differences(
 
 
 def slice_metrics(
-    scored: Sequence[ScoredRow], columns: Mapping[str, Mapping[str, object]], *, names: Sequence[str], seed: int = 0
+    scored: Sequence[ScoredRow], columns: Mapping[str, Sequence[object]], *, names: Sequence[str], seed: int = 0
 ) -> dict[str, dict[str, Interval]]:
     """Compute metrics of each slice of the split. The key of a slice is `column=value`.
 
@@ -135,14 +135,14 @@ def slice_metrics(
 
     Args:
         scored: rows of the split; at least one row has a caption.
-        columns: dict from the name of a column to a dict, which maps each image_id to the value that selects its slice.
+        columns: dict from the name of a column to the value that selects the slice of each row that has a caption.
         names: names of the metrics to compute.
         seed: seed of the resampling.
     """
     with_caption = captioned(scored)
     metrics = model_metrics(with_caption)
     found: dict[str, dict[str, Interval]] = {}
-    for name, inside in slices_of(with_caption, columns).items():
+    for name, inside in slices_of(columns).items():
         part = [item for item, is_inside in zip(with_caption, inside, strict=True) if is_inside]
         weights_SR = np.zeros((RESAMPLES + 1, len(with_caption)))
         weights_SR[:, inside] = draw_weights(part, seed=seed)
@@ -151,7 +151,7 @@ def slice_metrics(
 
 
 def slices_of(
-    with_caption: Sequence[ScoredRow], columns: Mapping[str, Mapping[str, object]]
+    columns: Mapping[str, Sequence[object]],
 ) -> dict[str, np.ndarray[tuple[int], np.dtype[np.bool_]]]:
     """For each slice (`column=value`) of at least MIN_SLICE_ROWS rows, return a Boolean array that selects its rows.
 
@@ -159,7 +159,7 @@ def slices_of(
     """
     found = {}
     for column, values in columns.items():
-        labels = _labels([values.get(item.image_id) for item in with_caption])
+        labels = _labels(values)
         for label in sorted(set(labels), key=natural_key):
             inside = np.array([each == label for each in labels])
             if not inside.all() and inside.sum() >= MIN_SLICE_ROWS:

@@ -255,7 +255,7 @@ def _evaluate(
         )
     samples = rows_of_source(spark, request.table, request.source)
     values = _column_values(samples, with_caption, requested.columns, table_columns)
-    slices = slices_of(with_caption, values)
+    slices = slices_of(values)
     report = EvaluationReport(
         model_name=model.name,
         model_version=model.version,
@@ -310,21 +310,27 @@ def _check_columns(samples: DataFrame, request: ShardRequest, columns: Sequence[
 
 def _column_values(
     samples: DataFrame, scored: Sequence[ScoredRow], columns: Sequence[str], table_columns: Sequence[str]
-) -> dict[str, dict[str, object]]:
-    """Return the values by which slices are made: a dict from column name to a dict from image_id to value."""
-    values: dict[str, dict[str, object]] = {name: {} for name in columns}
+) -> dict[str, list[object]]:
+    """Return the values by which slices are made: a dict from column name to the value of each row of `scored`."""
+    pictures: dict[str, dict[str, object]] = {}
     needed = [*table_columns, *(["width", "height"] if "size" in columns else [])]
     if needed:
         ids = samples.sparkSession.createDataFrame([(item.image_id,) for item in scored], "image_id STRING")
         for row in samples.join(ids.distinct(), "image_id", "left_semi").select("image_id", *set(needed)).collect():
-            for name in table_columns:
-                values[name][row["image_id"]] = row[name]
+            pictures[row["image_id"]] = {name: row[name] for name in needed}
             if "size" in columns:
-                values["size"][row["image_id"]] = max(row["width"], row["height"])
-    if "length" in columns:
-        for item in scored:
-            values["length"][item.image_id] = round(fmean(len(words(reference)) for reference in item.references))
-    return values
+                pictures[row["image_id"]]["size"] = max(row["width"], row["height"])
+    return {
+        name: reference_lengths(scored)
+        if name == "length"
+        else [pictures.get(item.image_id, {}).get(name) for item in scored]
+        for name in columns
+    }
+
+
+def reference_lengths(scored: Sequence[ScoredRow]) -> list[object]:
+    """Return the mean number of words of the references of each row. Rows of one picture may have different lengths."""
+    return [round(fmean(len(words(reference)) for reference in item.references)) for item in scored]
 
 
 def _gallery_rows(

@@ -16,9 +16,10 @@ from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 from scored_rows import scored_row
 
 from pipelines.driver.evaluate.baselines import best_constants, constant_cider
-from pipelines.driver.evaluate.bootstrap import measure, metric_differences, slice_metrics
+from pipelines.driver.evaluate.bootstrap import measure, metric_differences, slice_metrics, slices_of
 from pipelines.driver.evaluate.coco import has_java, java_metrics
 from pipelines.driver.evaluate.metrics import COCO_TOKENISATION, ScoredRow, ratio, tokenisation_of
+from pipelines.driver.evaluate.run import reference_lengths
 from vlm.text.words import words
 
 TRUTH = [
@@ -234,10 +235,8 @@ def test_two_models_are_compared_only_on_rows_that_both_captioned() -> None:
 
 def test_evaluation_slices_cover_all_rows_and_a_numeric_column_is_sliced_by_its_quartiles() -> None:
     rows = scored([["y"]] * 40, ["y" if n % 4 == 0 else "n" for n in range(40)])
-    formats = {f"x/{n}": "PNG" if n % 4 == 0 else "JPEG" for n in range(40)}
-    found = slice_metrics(
-        rows, {"format": formats, "size": {f"x/{n}": n for n in range(40)}}, names=["exact_match", "loss"]
-    )
+    formats = ["PNG" if n % 4 == 0 else "JPEG" for n in range(40)]
+    found = slice_metrics(rows, {"format": formats, "size": list(range(40))}, names=["exact_match", "loss"])
     assert {name: part["exact_match"].value for name, part in found.items() if "format" in name} == {
         "format=JPEG": 0,
         "format=PNG": 1,
@@ -246,4 +245,15 @@ def test_evaluation_slices_cover_all_rows_and_a_numeric_column_is_sliced_by_its_
     assert len(quarters) == 4
     assert np.mean(quarters) == pytest.approx(measure(rows)["exact_match"].value, abs=0.01)
     assert all(part["loss"].value == 0.5 for part in found.values())
-    assert slice_metrics(rows, {"source": dict.fromkeys(formats, "one")}, names=["loss"]) == {}
+    assert slice_metrics(rows, {"source": ["one"] * 40}, names=["loss"]) == {}
+
+
+def test_rows_of_one_picture_with_different_prompts_belong_to_the_slices_of_their_own_reference_lengths() -> None:
+    rows = [
+        replace(row, image_id=f"x/{row.row // 2}", prompt=prompt, references=(text,))
+        for row in scored([["y"]] * 40, ["y"] * 40)
+        for prompt, text in [("what colour", "red") if row.row % 2 else ("describe", "a red square on a table")]
+    ]
+    inside = slices_of({"length": reference_lengths(rows)})
+    assert {name: int(mask.sum()) for name, mask in inside.items()} == {"length=1": 20, "length=6": 20}
+    assert all(rows[n].prompt == "what colour" for n in np.flatnonzero(inside["length=1"]))
