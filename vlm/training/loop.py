@@ -177,7 +177,9 @@ def _backward(
             objectives.append(router_part * (world_size() / num_parts))
     if contrast:  # this forward pass overwrites the routing, so compute the router loss first
         with mixed_precision(part.tokens_BT.device, bf16=bf16):
-            objectives.append(contrast.loss(part) / num_parts)
+            contrastive_part = contrast.loss(part) / num_parts
+        if contrastive_part.requires_grad:  # `requires_grad` is False if no trained weight can change the loss
+            objectives.append(contrastive_part)
     torch.autograd.backward(objectives)
     return loss_sum.detach(), report
 

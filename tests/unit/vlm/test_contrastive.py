@@ -13,7 +13,7 @@ from vlm.factory import build_model
 from vlm.model import VisionLanguageModel
 from vlm.training.contrastive import SCALE, sigmoid_loss, text_vectors
 from vlm.training.loop import StepReport
-from vlm.training.optim import build_adamw
+from vlm.training.optim import build_adamw, set_trainable
 
 TEXTS = [("", "red"), ("", "green leaf"), ("", "blue sea"), ("", "white")]
 
@@ -84,3 +84,16 @@ def test_a_mixture_of_experts_has_the_same_router_losses_with_and_without_the_co
 
 def has_experts(variant: str) -> bool:
     return tiny_config(variant).decoder.transformer.mlp.kind == "moe"
+
+
+def test_a_stage_that_trains_only_weights_without_effect_on_the_contrastive_loss_trains_on_the_texts() -> None:
+    model, tokenizer = tiny_model("plain")
+    set_trainable(model, {"decoder.head.*": 1.0})
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    optimizer = build_adamw(model, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    batches = itertools.repeat([tiny_batch(model, tokenizer, TEXTS)], 3)
+    reports = fit_tiny(model, optimizer, batches, lr=3e-3, contrastive=0.5)
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed
+    assert all(name.startswith("decoder.head.") for name in changed)
+    assert reports[0].contrastive == pytest.approx(reports[-1].contrastive)
