@@ -57,8 +57,7 @@ def attention_panels(picture: Image, config: ImageConfig, maps: AttentionMaps, *
     seen = Image.fromarray(to_pixels(picture, config.model_copy(update={"size": side})))
     grey = np.asarray(seen.convert("L").convert("RGB"), np.float32)
     panels = [Panel("", seen)]
-    for word, patches in maps.words():
-        share = float(patches.sum())
+    for (word, patches), (_, share) in zip(maps.words(), maps.picture_shares(), strict=True):
         scaled = (patches - patches.min()) / (patches.max() - patches.min()).clamp(min=1e-12)
         heat = Image.fromarray(scaled.numpy().astype(np.float32))
         alpha = np.asarray(heat.resize((side, side), Image.Resampling.BILINEAR))[..., None] * MAX_ALPHA

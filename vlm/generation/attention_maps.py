@@ -78,11 +78,31 @@ class AttentionMaps:
             True
         """
         patches_TYX = self.patches()
-        found = []
-        for word in re.finditer(r"\S+", self.text):
-            inside = [start < word.end() and end > word.start() for start, end in self.spans]
-            found.append((word[0], patches_TYX[inside].mean(dim=0)))
-        return found
+        return [(word, patches_TYX[inside].mean(dim=0)) for word, inside in self._tokens_of_words()]
+
+    def picture_shares(self) -> list[tuple[str, float]]:
+        """Return each word of the answer with the share of its attention that goes to the picture, from 0 to 1.
+
+        The share is a mean over the tokens of the word, and over the layers and heads of the decoder. In a model with
+        cross-attention, each share is 1.
+
+        Example:
+            >>> import vlm
+            >>> from PIL import Image
+            >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square"])
+            >>> maps = captioner.attention(Image.new("RGB", (64, 64), "red"), max_new_tokens=6)
+            >>> all(0 < share < 1 for word, share in maps.picture_shares())
+            True
+        """
+        shares_T = self.decoder_TLHN.sum(dim=-1).mean(dim=(1, 2))
+        return [(word, float(shares_T[inside].mean())) for word, inside in self._tokens_of_words()]
+
+    def _tokens_of_words(self) -> list[tuple[str, list[bool]]]:
+        """Return each word of the answer, and for each token whether the token is a part of the word."""
+        return [
+            (word[0], [start < word.end() and end > word.start() for start, end in self.spans])
+            for word in re.finditer(r"\S+", self.text)
+        ]
 
 
 @torch.inference_mode()

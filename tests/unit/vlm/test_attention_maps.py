@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 from tiny_models import VARIANTS, tiny_batch, tiny_model, tiny_pixels
 
+from pipelines.pages.attention import attention_panels
 from vlm.generation.attention_maps import AttentionMaps, attention_maps, project_shares, rollout
 from vlm.generation.generate import Completion, Request
 from vlm.layers.attention import Attention, CrossAttention, record_weights
@@ -105,3 +107,20 @@ def test_a_patch_that_nothing_attends_to_is_dark_and_a_patch_that_everything_att
     assert (first, second) == ("a", "dog")
     assert a.tolist() == [[1, 0], [0, 0]]
     assert dog.tolist() == [[0.25, 0], [0.375, 0.375]]
+
+
+def test_the_share_of_the_picture_is_the_attention_weight_of_its_features_without_losses_of_the_rollout() -> None:
+    maps = AttentionMaps(
+        text="a dog",
+        spans=((0, 1), (1, 3), (3, 5)),
+        decoder_TLHN=torch.tensor([[0.5, 0.1], [0.2, 0.2], [0.4, 0.0]])[:, None, None],
+        rollout_NP=torch.full((2, 4), 0.1),  # a class token has the other 60 percent of each feature
+    )
+    assert maps.picture_shares() == [("a", pytest.approx(0.6)), ("dog", pytest.approx(0.4))]
+
+
+def test_the_panels_of_a_model_with_cross_attention_show_100_percent_for_each_word() -> None:
+    model, tokenizer = tiny_model("looking")  # with a register and a resampler
+    maps = attention_maps(model, tokenizer, *ask(model, tokenizer, "what is it"))
+    panels = attention_panels(Image.new("RGB", (16, 16), "red"), model.config.image, maps, side=16)
+    assert [panel.title for panel in panels[1:]] == ["a 100%", "dog 100%", "b 100%"]
