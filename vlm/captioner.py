@@ -221,7 +221,7 @@ class Captioner:
         """Compute the log-probabilities of given answers, for example to choose the most likely one of several labels.
 
         Args:
-            images: one picture for each answer, or one picture for all answers.
+            images: one picture for each answer, one picture for all answers, or [] for a text-only model.
             prompts: one prompt for each answer, or one prompt for all answers; an empty prompt asks for a plain
                 caption.
             answers: texts to score. The end token after each text is scored too.
@@ -240,8 +240,9 @@ class Captioner:
             >>> "".join(scored[0].tokens), scored[0].total < 0
             ('red', True)
         """
-        pictures, asked, texts = answer_lists(images, prompts, answers)
-        requests = [self.request([image], prompt) for image, prompt in zip(pictures, asked, strict=True)]
+        text_only = self.model.config.text_only
+        pictures, asked, texts = answer_lists(images, prompts, answers, text_only=text_only)
+        requests = [self.request(images, prompt) for images, prompt in zip(pictures, asked, strict=True)]
         return answer_logprobs(self.model, self.tokenizer, requests, texts)
 
     def attention(self, image: Picture, prompt: str = "", **settings: Any) -> AttentionMaps:

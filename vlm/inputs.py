@@ -252,8 +252,8 @@ def prompt_list(prompts: object, pictures: int) -> list[Any]:
     return texts
 
 
-def answer_lists(images: object, prompts: object, answers: object) -> tuple[list[Any], list[str], list[str]]:
-    """Return pictures, prompts and answers of equal number. One picture or one prompt counts for all answers.
+def answer_lists(images: object, prompts: object, answers: object, *, text_only: bool) -> tuple[list[Any], ...]:
+    """Return the pictures (none for a text-only model if `images` is empty), the prompt and the text of each answer.
 
     Raises:
         ArgumentError: an argument has a wrong type, or a text is not valid Unicode.
@@ -262,12 +262,13 @@ def answer_lists(images: object, prompts: object, answers: object) -> tuple[list
     if isinstance(answers, str):
         raise wrong_argument("answers", answers, "a list of texts")
     texts = list(check_texts(_as_list(answers, "answers", "texts"), "answers"))
-    pictures = picture_list(images) * (len(texts) if is_picture(images) else 1)
+    given = picture_list(images) * (len(texts) if is_picture(images) else 1)
     asked = list(check_texts(text_list(prompts, "prompts", len(texts)), "prompts"))
+    pictures = [[picture] for picture in given] if given or not text_only else [[] for _ in texts]
     if not len(pictures) == len(asked) == len(texts):
         raise UserError(
             "the lists of images, prompts and answers have different lengths",
-            got=f"{len(pictures)} pictures, {len(asked)} prompts and {len(texts)} answers",
+            got=f"{len(given)} pictures, {len(asked)} prompts and {len(texts)} answers",
             fix="give as many pictures and prompts as answers; a single picture or prompt counts for all answers",
         )
     return pictures, asked, texts
@@ -293,11 +294,10 @@ def check_pixels(pictures: Sequence[object], prompts: Sequence[object], side: in
         ArgumentError: the numbers differ, or a picture has another type or shape.
     """
     check_same_number(pictures, prompts)
+    shape = (side, side, 3)
     for index, picture in enumerate(pictures):
-        if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.shape != (side, side, 3):
-            raise wrong_argument(
-                f"pictures[{index}]", picture, f"a NumPy array of uint8 with the shape {(side, side, 3)}"
-            )
+        if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.shape != shape:
+            raise wrong_argument(f"pictures[{index}]", picture, f"a NumPy array of uint8 with the shape {shape}")
 
 
 def whole_number(value: object, argument: str, allowed: range) -> int:

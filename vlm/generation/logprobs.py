@@ -85,7 +85,8 @@ def _batch_logprobs(
     for index, (row, request, target) in enumerate(zip(rows, requests, targets, strict=True)):
         tokens_BT[index, : len(row)] = torch.tensor(row, dtype=torch.long, device="cpu")
         labels_BT[index, len(request.prefix) - 1 : len(row)] = torch.tensor(target, dtype=torch.long, device="cpu")
-    pixels = torch.stack([picture for request in requests for picture in request.pixels])
+    pictures = [picture for request in requests for picture in request.pixels]
+    pixels = torch.stack(pictures) if pictures else torch.empty(0, dtype=torch.uint8, device="cpu")
     prefix_lengths_B = torch.tensor([len(request.prefix) for request in requests], dtype=torch.long, device="cpu")
     batch = Batch(pixels, tokens_BT, labels_BT, prefix_lengths_B).to(model.mean.device)
     logits_NV = model(batch).float()

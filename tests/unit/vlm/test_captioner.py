@@ -7,12 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from tiny_models import tiny_model, tiny_pixels
+from tiny_models import tiny_config, tiny_model, tiny_pixels
 
 from vlm import captioner as captioner_module
+from vlm import text
 from vlm.captioner import Captioner
 from vlm.config import GenerationConfig
+from vlm.errors import UserError
+from vlm.factory import build_model
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 6}
 MIN_SIDE = 8
@@ -96,3 +100,20 @@ def test_size_limits_hold_for_pillow_images_as_for_files(limits: dict[str, Any])
     image, file = captioner.caption([picture, data], **limits, **SETTINGS)
     assert image.error == file.error
     assert str(image.error).startswith(("too_large: 16 x 16 pixels", "too_small: 16 x 16 pixels"))
+
+
+def test_the_log_probabilities_of_a_text_only_model_are_computed_without_pictures() -> None:
+    config = tiny_config("plain").model_copy(update={"text_only": True})
+    tokenizer = text.learn(config.text, [])
+    torch.manual_seed(1)
+    captioner = Captioner(build_model(config, tokenizer.vocab_size).eval(), tokenizer)
+    first, second = captioner.logprobs([], ["a cat", "a"], [" sat", " dog"])
+    (alone,) = captioner.logprobs([], "a cat", [" sat"])
+    assert first.total == pytest.approx(alone.total, rel=1e-4)
+    assert "".join(second.tokens) == " dog"
+    (other,) = captioner.logprobs([], "b", [" sat"])
+    assert other.total != pytest.approx(alone.total, rel=1e-4)
+    with pytest.raises(UserError, match="the model reads no pictures"):
+        captioner.logprobs(files(1), "a cat", [" sat"])
+    with pytest.raises(UserError, match="different lengths"):
+        Captioner(*tiny_model("plain")).logprobs([], "a cat", [" sat"])
