@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue, ValidationError
 
 from pipelines.errors import UserError
-from vlm.config import Config, ModelConfig
+from vlm.config import Config, JsonTextConfig, ModelConfig
 from vlm.files import atomic_write, file_digest
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ RECORD = "import.json"
 """Name of the file in a checkpoint folder that stores the import record."""
 SOURCES = ("*.json", "*.safetensors")
 """Name patterns of the files that an import reads."""
+TOKENIZER = "tokenizer"
+"""Key in `ImportRequest.sources` of a tokenizer file outside the imported folders."""
 
 
 class ImportRequest(Config):
@@ -27,13 +29,21 @@ class ImportRequest(Config):
     Attributes:
         model: config of the model.
         sources: for each imported part (such as `encoder`), a dict from the name of a file in the part's folder to the
-            file's SHA-256.
+            file's SHA-256. The key TOKENIZER has the file in `model.text.path`, if the file is in none of the folders.
         seed: random seed for initialising the weights that no folder contains.
     """
 
     model: ModelConfig
     sources: dict[str, dict[str, str]]
     seed: int
+
+    def is_recorded_as(self, recorded: ImportRequest) -> bool:
+        """Return whether a record describes this request. Records of earlier releases lack the digest of a tokenizer
+        outside the folders."""
+        if TOKENIZER in recorded.sources or TOKENIZER not in self.sources:
+            return recorded == self
+        sources = {part: digests for part, digests in self.sources.items() if part != TOKENIZER}
+        return recorded == self.model_copy(update={"sources": sources})
 
 
 class ImportRecord(Config):
@@ -52,28 +62,32 @@ class ImportRecord(Config):
 
 
 def describe_import(config: ModelConfig, folders: Mapping[Part, Path], seed: int) -> ImportRequest:
-    """Hash the files of all folders, and return the request for an import.
+    """Hash the files of all folders and the tokenizer file, and return the request for an import.
 
     Raises:
         UserError: a file cannot be read.
     """
-    sources = {part: _digests(folder) for part, folder in folders.items()}
+    sources: dict[str, dict[str, str]] = {part: _digests(folder) for part, folder in folders.items()}
+    path = Path(config.text.path) if isinstance(config.text, JsonTextConfig) and config.text.path else None
+    if path and path.is_file() and path.parent.resolve() not in {folder.resolve() for folder in folders.values()}:
+        sources[TOKENIZER] = {path.name: _digest(path)}
     return ImportRequest(model=config, sources=sources, seed=seed)
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    digests = {}
-    for path in sorted(path for pattern in SOURCES for path in folder.glob(pattern)):
-        try:
-            digests[path.name] = file_digest(path)
-        except OSError as error:
-            raise UserError(
-                "a file of the published weights cannot be read",
-                where=str(path),
-                got=str(error.strerror or error),
-                fix="copy the whole published folder again, with files instead of symbolic links",
-            ) from None
-    return digests
+    return {path.name: _digest(path) for path in sorted(path for pattern in SOURCES for path in folder.glob(pattern))}
+
+
+def _digest(path: Path) -> str:
+    try:
+        return file_digest(path)
+    except OSError as error:
+        raise UserError(
+            "a file of the published weights cannot be read",
+            where=str(path),
+            got=str(error.strerror or error),
+            fix="copy the whole published folder again, with files instead of symbolic links",
+        ) from None
 
 
 def read_record(out: Path) -> ImportRecord | None:

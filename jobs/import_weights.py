@@ -113,7 +113,7 @@ def _import_once(
     with show_elapsed("reading files"):
         request = describe_import(config, folders, seed)
     record = read_record(out)
-    if record is None or record.request != request:
+    if record is None or not request.is_recorded_as(record.request):
         check_output_folder(out)
     elif record.report is not None:
         from vlm.weights.load import ImportReport

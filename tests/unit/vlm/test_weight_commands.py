@@ -14,11 +14,13 @@ from tiny_models import ALPHABET, tiny_config
 from typer.testing import CliRunner, Result
 
 from jobs.cli import app
+from jobs.import_record import describe_import
 from vlm import text
 from vlm.checkpoint import load_model, save_model
 from vlm.config import ModelConfig
 from vlm.errors import UserError
 from vlm.factory import build_model
+from vlm.weights.family import Part
 
 ENCODER, DECODER = ("--part", "encoder", "--as", "vit"), ("--part", "decoder", "--as", "gpt2")
 
@@ -81,6 +83,25 @@ def test_a_repeated_import_prints_the_same_report_and_writes_nothing() -> None:
     config = Path("gpt2/config.json")
     config.write_text(config.read_text().replace("{", '{"name_or_path": "other",', 1))
     assert "is not empty" in refused(*command)
+
+
+def test_an_import_with_a_changed_tokenizer_file_outside_the_imported_folders_is_another_import(
+    trained: ModelConfig,
+) -> None:
+    Path("vit").mkdir()
+    Path("vit/config.json").write_text("{}")
+    published = {"kind": "json", "path": "tokenizer.json", "vocab_size": 290, "bos": "a", "eos": "b", "pad": "c"}
+    config = ModelConfig.model_validate(trained.model_dump() | {"text": published})
+    Path("tokenizer.json").write_text("first")
+    folders: dict[Part, Path] = {"encoder": Path("vit")}
+    first = describe_import(config, folders, seed=0)
+    assert describe_import(config, folders, seed=0).is_recorded_as(first)
+    Path("tokenizer.json").write_text("second")
+    second = describe_import(config, folders, seed=0)
+    assert not second.is_recorded_as(first)
+    earlier = first.model_copy(update={"sources": {"encoder": first.sources["encoder"]}})  # of an earlier release
+    assert second.is_recorded_as(earlier)
+    assert not describe_import(config, folders, seed=1).is_recorded_as(earlier)
 
 
 def test_a_symbolic_link_to_a_missing_file_is_an_error_that_names_the_link() -> None:
