@@ -21,7 +21,7 @@ def find_checkpoint(run: RunFolder, result: Result, which: Register) -> Path:
     """Return the folder of a checkpoint of a finished run.
 
     Raises:
-        UserError: the run has no checkpoint of the step.
+        UserError: the run has no checkpoint of the step, or the checkpoint contains only an adapter.
     """
     if which == "last":
         return run.checkpoints / Path(result.checkpoint).name
@@ -34,6 +34,13 @@ def find_checkpoint(run: RunFolder, result: Result, which: Register) -> Path:
             where=str(run.checkpoints),
             got=f"step {which}; the run has checkpoints of the steps {kept}",
             fix="choose one of these steps; train.keep_checkpoints says how many checkpoints a run keeps",
+        )
+    if run.read_run().config.train.adapter and which != step_of(Path(result.checkpoint)):
+        raise UserError(
+            "only the last checkpoint of an adapter run contains a whole model",
+            where=str(run.checkpoint(which)),
+            got=f"step {which}; the last checkpoint has step {step_of(Path(result.checkpoint))}",
+            fix="choose the last checkpoint; for a shorter training, train a run with fewer train.steps",
         )
     return run.checkpoint(which)
 
