@@ -114,6 +114,6 @@ def test_the_log_probabilities_of_a_text_only_model_are_computed_without_picture
     (other,) = captioner.logprobs([], "b", [" sat"])
     assert other.total != pytest.approx(alone.total, rel=1e-4)
     with pytest.raises(UserError, match="the model reads no pictures"):
-        captioner.logprobs(files(1), "a cat", [" sat"])
+        captioner.logprobs(tiny_pixels(1)[0].numpy(), "a cat", [" sat"])
     with pytest.raises(UserError, match="different lengths"):
         Captioner(*tiny_model("plain")).logprobs([], "a cat", [" sat"])
