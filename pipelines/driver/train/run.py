@@ -94,12 +94,7 @@ def prepare(
     is_finished = finished_result(run) is not None
     if run.tokenizer.exists() and (is_finished or (keep_run_file and run.run_file.exists())):
         return run
-    if start:
-        require_intact(start.folder)
-        if config.train.start_state == "training" and not run.finished_checkpoints():
-            require_same_data(start, train.content_hash)
-    if not is_finished:
-        check_registered_step(run, config.train)
+    _check_before_training(run, config, start, train.content_hash)
     file = RunFile(
         config=config,
         code_version=code.release,
@@ -130,6 +125,16 @@ def _open_start(config: RunConfig, settings: dict[str, Any]) -> tuple[RunConfig,
         settings["start_state"] = check_training_state(start, config.train)
     resolved = config.train.model_copy(update={"start_from": str(start.folder)})
     return config.model_copy(update={"train": resolved}), start
+
+
+def _check_before_training(run: RunFolder, config: RunConfig, start: StartFolder | None, content_hash: str) -> None:
+    """Check the start folder and the step to register, before the files of the run are written."""
+    if start:
+        require_intact(start.folder)
+        if config.train.start_state == "training" and not run.finished_checkpoints():
+            require_same_data(start, content_hash)
+    if finished_result(run) is None:
+        check_registered_step(run, config.train)
 
 
 def _run_path(
