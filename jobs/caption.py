@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,12 +28,13 @@ from jobs.output import number
 from jobs.progress import show_progress
 from jobs.settings_of_version import decoding_settings
 from jobs.text_model import require_captioner
-from pipelines.errors import StageFailed
+from pipelines.errors import FailedWithReport
 from vlm.config import Precision
 
 if TYPE_CHECKING:
     from pipelines.driver.caption.drift import Drift
-    from pipelines.driver.caption.run import CaptionReport
+    from pipelines.driver.caption.run import CaptionReport, CaptionRequest
+    from pipelines.driver.model_files import ModelFiles
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +92,7 @@ def caption(
     """
     from pipelines.executor.ingest.records.pictures.root import absolute_location
 
-    with open_job(run, platform, overrides, as_json) as job:
+    with open_job(run, platform, overrides, as_json) as job, job.output.report_of_failure():
         report = run_caption(
             job,
             version,
@@ -120,7 +122,7 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
     Raises:
         UserError: the model is a text-only model.
         TooManyErrors: more rows failed than allowed. Captions and errors are written before the exception is raised.
-        StageFailed: the drift exceeds its limits and the run sets `drift.fail`. The captions are written before the
+        TooMuchDrift: the drift exceeds its limits and the run sets `drift.fail`. The captions are written before the
             exception is raised.
     """
     from jobs.log_captions import log_captions
@@ -132,6 +134,7 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
     model = open_model(job, which)
     settings = decoding_settings(job, model.read_config(), f"{model.name}/{model.version}")
     caption_request = CaptionRequest.model_validate(request | {"limits": job.config.data.limits, "settings": settings})
+    failure: FailedWithReport | None = None
     try:
         done = find_finished(job.platform, model, caption_request) or caption(
             job.spark,
@@ -141,27 +144,59 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
             lambda count, total: show_progress("caption", lambda: (count(), ""), total),
         )
     except TooManyErrors as error:
-        report = add_drift(job, error.report, caption_request.prompt)
-        _print_report(job, report)
-        log_captions(job, report, caption_request, started, good=False)
-        raise
-    report = add_drift(job, done, caption_request.prompt)
+        done, failure = error.report, error
+    report = check_drift(job, done, model, caption_request)
     _print_report(job, report)
     drifted = {name: drift for name, drift in report.drift.items() if drift.beyond}
-    log_captions(job, report, caption_request, started, good=not (drifted and job.config.drift.fail))
-    if drifted:
-        _report_drift(job, report, drifted)
+    if drifted and not job.config.drift.fail:
+        logger.warning(
+            "captions or pictures differ too much from the version's evaluation (drift): %s", _format_drifts(drifted)
+        )
+    elif drifted and failure is None:
+        failure = TooMuchDrift(report, drifted)
+    log_captions(job, report, caption_request, started, good=failure is None)
+    if failure is not None:
+        failure.report = report
+        raise failure
     return report
 
 
-def add_drift(job: Job, report: CaptionReport, prompt: str) -> CaptionReport:
-    """If enough rows were captioned, add the drift (difference from the version's evaluation) to a report."""
+class TooMuchDrift(FailedWithReport):
+    """Drift exceeds its limits, and the run sets `drift.fail`. All captions are written before the error is raised."""
+
+    def __init__(self, report: CaptionReport, drifted: Mapping[str, Drift]) -> None:
+        self.report = report
+        super().__init__(
+            "captions or pictures differ too much from the version's evaluation (drift)",
+            where=f"{report.source_table} by model {report.model_name} version {report.model_version}",
+            got=_format_drifts(drifted)
+            + ("; captioned by an earlier job that failed" if report.drift_of_failed else ""),
+            fix="the captions are written: view them with `lakesight show generated_captions --gallery`, then train on "
+            "such pictures or raise the limits of the run's drift section; or accept the drift: run the command once "
+            "with --set drift.fail=false",
+        )
+
+
+def check_drift(job: Job, report: CaptionReport, model: ModelFiles, request: CaptionRequest) -> CaptionReport:
+    """Compare a job with the version's evaluation. Add the drift to the report, or the reason for no comparison.
+
+    If drift fails jobs, the rows of a job with drift are remembered until another job has captioned enough rows to be
+    compared. Until then, jobs with fewer rows fail because of the remembered rows.
+    """
     from pipelines.driver.caption.drift import compare_figures, read_evaluation_figures
+    from pipelines.driver.caption.failed_jobs import ComparedRows
+    from pipelines.driver.caption.run import failed_jobs
     from pipelines.driver.delta.model_rows import is_of_model
 
-    rows = report.captioned + report.errors
-    if rows < job.config.drift.min_rows:
-        return report
+    limits = job.config.drift
+    failed = failed_jobs(job.platform, model, request, report.source_table)
+    compared = ComparedRows(rows=report.captioned + report.errors, figures=report.figures)
+    few = compared.rows < limits.min_rows
+    if few and (drifted := failed.drifted_rows()):
+        compared = drifted
+    elif few:
+        reason = f"{compared.rows:,} rows, and drift.min_rows is {limits.min_rows:,}" if compared.rows else ""
+        return report.model_copy(update={"drift_unchecked": reason})
     evaluation = read_evaluation_figures(
         job.spark,
         job.platform,
@@ -172,22 +207,32 @@ def add_drift(job: Job, report: CaptionReport, prompt: str) -> CaptionReport:
         split=job.config.data.evaluate_on,
         where=job.config.data.shards.where,
     )
-    drift = compare_figures(report.figures, rows, evaluation, job.config.drift, prompt=prompt)
-    return report.model_copy(update={"drift": drift})
+    drift = compare_figures(compared.figures, compared.rows, evaluation, limits, prompt=request.prompt)
+    if limits.fail and any(figure.beyond for figure in drift.values()):
+        failed.keep_drift(compared)
+    else:
+        failed.forget_drift()
+    return report.model_copy(
+        update={
+            "drift": drift,
+            "drift_of_failed": few and bool(drift),
+            "drift_unchecked": "" if drift else _describe_few(job, report, evaluation.rows),
+        }
+    )
 
 
-def _report_drift(job: Job, report: CaptionReport, drifted: dict[str, Drift]) -> None:
-    """Log a warning about drift, or raise StageFailed if the run sets `drift.fail`."""
-    found = "; ".join(f"{name} {_format_drift(drift)}" for name, drift in drifted.items())
-    if job.config.drift.fail:
-        raise StageFailed(
-            "captions or pictures differ too much from the version's evaluation (drift)",
-            where=f"{report.source_table} by model {report.model_name} version {report.model_version}",
-            got=found,
-            fix="the captions are written: view them with `lakesight show generated_captions --gallery`, then train on "
-            "such pictures or raise the limits of the run's drift section",
-        )
-    logger.warning("captions or pictures differ too much from the version's evaluation (drift): %s", found)
+def _describe_few(job: Job, report: CaptionReport, evaluated: int) -> str:
+    """Say why a job with enough rows was not compared with the evaluation of its model version."""
+    if evaluated:
+        return f"the evaluation has {evaluated:,} rows, and drift.min_rows is {job.config.drift.min_rows:,}"
+    return (
+        f"table evaluations has no evaluation of version {report.model_version} on split {job.config.data.evaluate_on} "
+        f"of source {job.source}"
+    )
+
+
+def _format_drifts(drifts: Mapping[str, Drift]) -> str:
+    return "; ".join(f"{name} {_format_drift(drift)}" for name, drift in drifts.items())
 
 
 def _format_drift(drift: Drift) -> str:
@@ -208,7 +253,12 @@ def _print_report(job: Job, report: CaptionReport) -> None:
     ):
         if count:
             job.output.line("", f"{count:,} {description}")
+    if report.failed_rows:
+        failed = f"{report.failed_errors:,} errors in {report.failed_rows:,} rows of jobs that failed or were killed"
+        job.output.line("", f"{failed} count in --max-error-share")
     if report.considered == report.already:
         job.output.line("", "nothing new")
+    if report.drift_unchecked:
+        job.output.line("drift", f"not checked: {report.drift_unchecked}")
     for name, drift in report.drift.items():
         job.output.line("drift" if drift.beyond else "", f"{name:<15}{_format_drift(drift)}")

@@ -50,7 +50,7 @@ def ingest(
       lakesight ingest --run seemore --set data.source.path=inputs.csv
     """
     path = [f"data.source.path={source_path}"] if source_path else []
-    with open_job(run, platform, [*(overrides or ()), *path], as_json) as job:
+    with open_job(run, platform, [*(overrides or ()), *path], as_json) as job, job.output.report_of_failure():
         report = run_ingest(job, refresh=refresh)
         job.finish(report, "shard")
 
@@ -81,6 +81,7 @@ def run_ingest(job: Job, *, refresh: bool = False) -> FullReport:
             report = write(job.spark, job.platform, error.report)
             _print_report(job, report)
             log_to_mlflow(job, report, good=False)
+            error.report = report
             raise
         report = write(job.spark, job.platform, done)
     _print_report(job, report)

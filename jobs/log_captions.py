@@ -84,7 +84,7 @@ def _describe(job: Job, report: CaptionReport, request: CaptionRequest) -> str:
     from pipelines.tracking.describe.notes import code_block, version_link
 
     beyond = [name for name, each in report.drift.items() if each.beyond]
-    drift = "Drift was not computed, because the job has too few rows or the model version was not evaluated."
+    drift = f"Drift was not checked: {report.drift_unchecked}."
     if report.drift:
         drift = f"Drift beyond its limit: {', '.join(beyond)}." if beyond else "No drift beyond its limits."
     return "\n\n".join(

@@ -23,7 +23,7 @@ from typing import Any, TextIO
 import typer
 from pydantic_core import to_json
 
-from pipelines.errors import LakesightError
+from pipelines.errors import FailedWithReport, LakesightError
 from vlm.errors.printable import escape_controls, escape_controls_in_json, on_one_line, printable
 
 LABEL_WIDTH = 12
@@ -155,6 +155,15 @@ class CommandOutput:
         if self._as_json:
             text = to_json(report, by_alias=True, inf_nan_mode="null").decode()
             print(escape_controls_in_json(text), file=self._out, flush=True)
+
+    @contextmanager
+    def report_of_failure(self) -> Iterator[None]:
+        """Print the report of a stage that has done all its work in the block, and then fails because of the result."""
+        try:
+            yield
+        except FailedWithReport as error:
+            self.report(error.report)
+            raise
 
 
 @contextmanager

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from vlm.errors import ConfigError, LakesightError, UserError
 
-__all__ = ["ConfigError", "LakesightError", "StageFailed", "TrainingFailed", "UserError"]
+if TYPE_CHECKING:
+    from vlm.config import Config
+
+__all__ = ["ConfigError", "FailedWithReport", "LakesightError", "StageFailed", "TrainingFailed", "UserError"]
 
 
 class StageFailed(LakesightError):
     """Error for a stage whose failure was not caused by a mistake of the user."""
+
+
+class FailedWithReport(StageFailed):
+    """Error for a stage that has done all its work, and then fails because of the result.
+
+    A command prints `report`, the report of the stage, before the command fails.
+    """
+
+    report: Config
 
 
 class TrainingFailed(LakesightError):

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from deltalake import DeltaTable, write_deltalake
@@ -65,31 +66,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_text(content)
     (folder / "nightly.sh").chmod(0o755)
     (folder / "conf" / "run").mkdir(parents=True)
-    (folder / "conf" / "run" / "birds.yml").write_text("{model: nano, data: demo, train: demo}")
+    for name in ("birds", "coast"):
+        (folder / "conf" / "run" / f"{name}.yml").write_text("{model: nano, data: demo, train: demo}")
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / ".venv" / "bin" / "activate").write_text(f"PATH={folder}/.venv/bin:$PATH")
     command = folder / ".venv" / "bin" / "lakesight"
     command.write_text(f"#!/bin/sh\nexec {sys.executable} -P -c 'from jobs.cli import main; main()' \"$@\"\n")
     command.chmod(0o755)
-    promote_versions(folder, 2)
+    promote_versions(folder, "birds", 2)
     return folder
 
 
-def promote_versions(folder: Path, count: int) -> None:
-    """Register models with random weights as versions of run `birds`, and promote one version after the other."""
+def promote_versions(folder: Path, name: str, count: int) -> None:
+    """Register models with random weights as versions of a run, and promote one version after the other."""
     with pytest.MonkeyPatch.context() as patch:
         platform = open_local(patch, folder / ".lakesight")
-        config = tiny_run(ranks=1).model_copy(update={"name": "birds"})
-        shards = write_shards(folder / "shards", rows=8)
+        config = tiny_run(ranks=1).model_copy(update={"name": name})
+        shards = write_shards(folder / f"shards-{name}", rows=8)
         for seed in range(count):
             torch.manual_seed(seed)
             model = build_model(config.model, text.learn(config.model.text, []).vocab_size)
-            version = register(platform, folder / f"run-{seed}", config, shards, model)
+            version = register(platform, folder / f"run-{name}-{seed}", config, shards, model)
             digest = download(platform, version).digest
             record_decision(
                 platform.open_spark,
                 platform,
-                model="birds",
+                model=name,
                 version=version.version,
                 digest=digest,
                 action="promote",
@@ -173,6 +175,42 @@ def test_the_nightly_script_reports_a_failure_and_refuses_to_start_while_an_earl
     assert done.returncode == 2
     assert done.stdout.startswith("captioning failed with exit code 2:\n")
     assert "shop/gone" in done.stdout
+
+
+def test_a_night_with_too_many_errors_prints_its_report_and_fails_again_when_the_scheduler_repeats_it(
+    folder: Path,
+) -> None:
+    pictures = [png(0), *[b"no picture"] * 9]
+    write_deltalake(folder / "shop/broken", pa.table({"sku": [f"B{n}" for n in range(10)], "photo": pictures}))
+    [line] = [line for line in files()["captions_dag.py"].splitlines() if line.startswith("CAPTION = ")]
+    words = shlex.split(line.removeprefix("CAPTION = ").strip('"').replace("shop/products", "shop/broken"))
+    words += ["--max-error-share", "0.1", "--set", "drift.fail=true", "--json"]
+    reports = []
+    for _ in range(2):
+        done = run(folder, words)
+        assert (done.returncode, "9 of 10 rows" in done.stderr) == (1, True), done.stderr
+        reports.append(json.loads(done.stdout))
+    assert [(report["errors"], report["failed_errors"]) for report in reports] == [(9, 0), (0, 9)]
+
+
+def test_the_nightly_script_exports_one_row_for_each_picture_and_only_after_a_successful_job(folder: Path) -> None:
+    if not (folder / "shop" / "products").exists():
+        assert run(folder, [sys.executable, "to_delta.py"]).returncode == 0
+    caption = next(words for words in commands() if words[1] == "caption" and "shop/products" in words)
+    promote_versions(folder, "coast", 1)
+    assert run(folder, ["coast" if word == "birds" else word for word in caption]).returncode == 0
+    (folder / "nightly.sh").write_text(files()["nightly.sh"])
+    done = run(folder, ["./nightly.sh"])
+    assert done.returncode == 0, (folder / "caption.log").read_text()
+    exported = pq.read_table(folder / "captions.parquet")
+    assert exported.num_rows == len(set(exported["image_id"].to_pylist())) == ROWS
+    (folder / "captions.parquet").write_bytes(b"earlier captions")
+    command = folder / ".venv" / "bin" / "lakesight"
+    real = command.read_text()
+    command.write_text(real.replace("#!/bin/sh", "#!/bin/sh\n[ $1 = caption ] && exit 124"))
+    assert run(folder, ["./nightly.sh"]).returncode == 124
+    command.write_text(real)
+    assert (folder / "captions.parquet").read_bytes() == b"earlier captions"
 
 
 METASTORE = """

@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 from caption_requests import numbers, picture, request, stored, write
 from pyspark.sql import SparkSession
 from tiny_runs import save_random_model
 
+import pipelines.driver.caption.run as stage
 from pipelines.driver.caption.finished import find_finished
 from pipelines.driver.caption.run import TooManyErrors, caption
 from pipelines.driver.delta.tables import VIEW_PROPERTY, ensure_champion_captions, table_properties
@@ -123,6 +125,59 @@ def test_rows_that_had_no_picture_before_are_not_errors_of_a_job_whose_table_was
     rewrite([*rows[1:], (0, None), (9, picture(9))])
     with pytest.raises(TooManyErrors, match="1 of 1 rows"):
         caption(spark, platform, model, strict)
+
+
+def test_a_repeated_job_fails_again_until_the_pictures_are_repaired_or_the_errors_are_accepted(
+    spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
+) -> None:
+    table = write(spark, tmp_path / "photos", [(0, picture(0)), *((n, b"no picture") for n in (1, 2, 3))])
+    strict = request(table, max_error_share=0.5)
+    with pytest.raises(TooManyErrors, match=r"3 of 4 rows \(75.0%, --max-error-share is 50.0%\)"):
+        caption(spark, platform, model, strict)
+    assert find_finished(platform, model, strict) is None
+    write(spark, tmp_path / "photos", [(4, picture(4))])
+    with pytest.raises(TooManyErrors, match=r"3 of 5 rows .*; 3 of 4 in earlier jobs that failed") as repeated:
+        caption(spark, platform, model, strict)
+    assert numbers(repeated.value.report) == (5, 4, 1, 0)
+    assert numbers(caption(spark, platform, model, request(table, max_error_share=0.5, where="id > 3")))[1:] == (
+        1,
+        0,
+        0,
+    )
+    with pytest.raises(TooManyErrors, match="3 of 5 rows"):
+        caption(spark, platform, model, strict)
+
+    repaired = spark.createDataFrame([(1, picture(1)), (2, picture(2))], "id INT, photo BINARY")
+    merge = f"MERGE INTO {table} t USING {{new}} s ON t.id = s.id WHEN MATCHED THEN UPDATE SET photo = s.photo"
+    spark.sql(merge, new=repaired)
+    report = caption(spark, platform, model, strict)
+    assert (numbers(report), report.failed_rows, report.failed_errors) == ((5, 3, 2, 0), 3, 1)
+    write(spark, tmp_path / "photos", [(5, b"no picture"), (6, b"no picture")])
+    with pytest.raises(TooManyErrors, match="2 of 2 rows"):  # the rows of the jobs before do not count any more
+        caption(spark, platform, model, strict)
+    assert numbers(caption(spark, platform, model, request(table, max_error_share=1))) == (7, 7, 0, 0)
+    accepted = caption(spark, platform, model, strict)
+    assert (accepted.failed_rows, accepted.failed_errors) == (0, 0)
+    assert find_finished(platform, model, strict) is not None
+
+
+def test_the_errors_of_a_killed_job_count_in_the_job_that_recovers_its_captions(
+    spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = write(spark, tmp_path / "photos", [(0, picture(0)), *((n, b"no picture") for n in (1, 2, 3))])
+    run_executors = stage._run_executors
+
+    def die_after_captioning(*arguments: Any) -> None:
+        run_executors(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "_run_executors", die_after_captioning)
+    with pytest.raises(KeyboardInterrupt):
+        caption(spark, platform, model, request(table))
+    monkeypatch.undo()
+    with pytest.raises(TooManyErrors, match=r"3 of 4 rows .*; 3 of 4 in earlier jobs") as repeated:
+        caption(spark, platform, model, request(table, max_error_share=0.5))
+    assert repeated.value.report.recovered == 4
 
 
 def test_the_select_statement_of_a_view_that_another_release_created_is_replaced(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import cast
 
 import mlflow
 import pytest
@@ -16,7 +17,7 @@ from pyspark.sql import SparkSession
 from trained_models import corner_rows, corner_run, register, train
 
 import vlm
-from jobs.caption import run_caption
+from jobs.caption import TooMuchDrift, check_drift, run_caption
 from jobs.common import Job
 from jobs.compare import run_compare
 from jobs.decisions import run_decisions
@@ -27,6 +28,7 @@ from jobs.promote import run_promote
 from jobs.rollback import run_rollback
 from jobs.shard import run_shard
 from pipelines.config import DriftConfig
+from pipelines.driver.caption.run import CaptionReport, CaptionRequest, caption
 from pipelines.driver.delta.settings import spark_settings
 from pipelines.driver.delta.spark_errors import translate_spark_errors
 from pipelines.driver.delta.versions import commit_note, source_note
@@ -192,6 +194,33 @@ def test_a_caption_job_logs_drift_of_its_pictures_and_fails_if_the_config_asks_f
     failing.__dict__["spark"] = job.spark
     with pytest.raises(StageFailed, match=r"differ too much from the version's evaluation.*brightness .*evaluated"):
         run_caption(failing, GOOD, prompt="what", source_table=f"delta.`{tmp_path}/night`")
+    with pytest.raises(TooMuchDrift, match=r"brightness .*captioned by an earlier job that failed") as repeated:
+        run_caption(failing, GOOD, prompt="what", source_table=f"delta.`{tmp_path}/night`")
+    report = cast(CaptionReport, repeated.value.report)
+    assert (report.captioned, report.drift["brightness"].beyond) == (0, True)
+    assert run_caption(job, GOOD, prompt="what", source_table=f"delta.`{tmp_path}/night`").drift["brightness"].beyond
+    accepted = run_caption(failing, GOOD, prompt="what", source_table=f"delta.`{tmp_path}/night`")
+    assert (accepted.drift, accepted.drift_unchecked) == ({}, "")
+
+
+def test_a_caption_job_says_why_its_drift_was_not_checked(job: Job, tmp_path: Path) -> None:
+    rows = [(row[0], row[2]) for row in corner_rows(NAME, "test", 12)]
+    for name, count in (("few", 3), ("many", 12)):
+        source = job.spark.createDataFrame(rows[:count], "image_id STRING, image BINARY")
+        source.write.format("delta").save(str(tmp_path / name))
+    model, limit = open_model(job, GOOD), job.config.drift.min_rows
+    data = job.config.data.model_copy(update={"evaluate_on": "val"})
+    unevaluated = Job(job.config.model_copy(update={"data": data}), job.platform, (), job.output)
+    unevaluated.__dict__["spark"] = job.spark
+
+    def unchecked(name: str) -> str:
+        request = CaptionRequest(source_table=f"delta.`{tmp_path}/{name}`")
+        done = caption(job.spark, job.platform, model, request)
+        return check_drift(unevaluated, done, model, request).drift_unchecked
+
+    assert unchecked("few") == f"3 rows, and drift.min_rows is {limit}"
+    assert unchecked("many").startswith(f"table evaluations has no evaluation of version {GOOD} on split val")
+    assert unchecked("many") == "", "nothing was captioned"
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ The check reads only Delta logs and small columns of tables. If the check is not
 Spark starts and looks for rows without a caption. The check is not certain, for example, if the job has an SQL
 condition, or if a table is in a catalog or on an object store. The check is also not certain if data files of the
 table were replaced, or if the table may have deletion vectors or column mapping. Deletion vectors delete rows without
-replacing a data file.
+replacing a data file. If an earlier job failed or was killed, Spark counts the rows of that job.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ import pyarrow as pa
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
-from pipelines.driver.caption.run import CaptionReport, CaptionRequest, caption_key, check_request, pending_folder
+from pipelines.driver.caption.run import (
+    CaptionReport,
+    CaptionRequest,
+    caption_key,
+    check_request,
+    failed_jobs,
+    pending_folder,
+)
 from pipelines.driver.caption.source_table import hash_columns
 from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import UserError
@@ -44,7 +51,8 @@ def find_finished(platform: Platform, model: ModelFiles, request: CaptionRequest
         return None
     source, captions = tables
     *_, key = caption_key(model, request, request.source_table)
-    if any(pending_folder(platform, key).glob("*.parquet")):
+    failed = failed_jobs(platform, model, request, request.source_table)
+    if any(pending_folder(platform, key).glob("*.parquet")) or failed.since():
         return None
     if source.protocol().min_reader_version > 1:  # the table may have deletion vectors or column mapping
         return None

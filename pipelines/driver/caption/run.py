@@ -23,6 +23,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from pipelines.config import LimitsConfig, short_hash
 from pipelines.driver.caption.drift import Drift
+from pipelines.driver.caption.failed_jobs import FailedJobs, count_since
 from pipelines.driver.caption.pending_files import PendingFiles
 from pipelines.driver.caption.source_table import SourceTable, open_source_table
 from pipelines.driver.caption.uncaptioned_rows import captions_of_model, find_uncaptioned_rows
@@ -33,7 +34,7 @@ from pipelines.driver.delta.settings import bounded_batches
 from pipelines.driver.delta.spark_errors import translate_spark_errors
 from pipelines.driver.delta.tables import ensure_champion_captions, ensure_tables
 from pipelines.driver.model_files import ModelFiles
-from pipelines.errors import StageFailed, UserError
+from pipelines.errors import FailedWithReport, UserError
 from pipelines.executor.caption import FILE_STATS_SCHEMA, CaptionJob, caption_batches
 from pipelines.executor.ingest.records.pictures.root import require_root
 from pipelines.executor.ingest.storage import is_url
@@ -106,12 +107,18 @@ class CaptionReport(Config):
         changed: number of rows in `captioned` and `errors` whose picture has changed since an earlier job captioned the
             row.
         recovered: number of captions that were merged from files of an earlier job.
+        failed_rows: number of rows in `already` that jobs of the same request have written since the last job that
+            succeeded. These jobs failed or were killed, so their rows count in this job's share of errors.
+        failed_errors: number of rows in `failed_rows` that have an error.
         removed: number of captions removed because the table no longer has their rows.
         figures: dict from the name of a statistic, such as 'words', to its value for the rows that this job captioned
             (`CaptionStats.figures`).
         tokenisation: name of the rules by which the figures split captions into words.
         drift: dict from the name of a figure to its comparison with the evaluation of the model version; empty if
             nothing was compared.
+        drift_of_failed: whether `drift` compares the rows of an earlier job that failed because of drift, because this
+            job has too few rows.
+        drift_unchecked: reason for which nothing was compared although rows were captioned, or empty.
     """
 
     source_table: str
@@ -130,26 +137,32 @@ class CaptionReport(Config):
     removed: int
     figures: dict[str, float]
     tokenisation: str = TOKENISATION
+    failed_rows: int = 0
+    failed_errors: int = 0
     drift: dict[str, Drift] = Field(default_factory=dict)
+    drift_of_failed: bool = False
+    drift_unchecked: str = ""
     seconds: float
 
 
-class TooManyErrors(StageFailed):
+class TooManyErrors(FailedWithReport):
     """The share of errors exceeds `max_error_share`.
 
     The results of all rows are written before the error is raised. The attribute `report` has the row counts.
     """
 
     def __init__(self, report: CaptionReport, max_error_share: float) -> None:
-        self.report = report
-        processed = report.captioned + report.errors
+        self.report: CaptionReport = report
+        errors, rows = report.errors + report.failed_errors, report.captioned + report.errors + report.failed_rows
+        failed = f"; {report.failed_errors} of {report.failed_rows} in earlier jobs that failed or were killed"
         super().__init__(
             "too many pictures could not be captioned",
             where=f"{report.source_table} version {report.source_version}",
-            got=f"{report.errors} of {processed} rows ({report.errors / processed:.1%}, "
-            f"--max-error-share is {max_error_share:.1%})",
+            got=f"{errors} of {rows} rows ({errors / rows:.1%}, --max-error-share is {max_error_share:.1%})"
+            + (failed if report.failed_rows else ""),
             fix="all results are written: read column `error` of table generated_captions, correct the cause, and run "
-            "the command again with --retry-errors",
+            "the command again with --retry-errors; or accept the errors: run the command once with a larger "
+            "--max-error-share",
         )
 
 
@@ -170,17 +183,15 @@ def caption(
     """Caption the rows for which `generated_captions` has no caption by this model version with these settings.
 
     A row whose picture has changed is captioned again. A row whose picture cannot be decoded is written with its error,
-    and is captioned again only with `retry_errors`. If no row is left to caption, nothing is written. `progress` shows
-    progress while executors run.
+    and is captioned again only with `retry_errors`. `progress` shows progress while executors run.
 
     Raises:
         UserError: the table, the version, a column or the folder of the pictures does not exist. Other causes are a
             condition that is not valid SQL, ids that are not unique, a prompt that leaves no space for a caption, and a
             missing library for the precision.
-        StageFailed: Spark failed. The next caption job with the same request skips the rows that already have a
-            caption.
-        TooManyErrors: the share of errors is larger than `max_error_share`. The results of all rows are written before
-            the error is raised.
+        StageFailed: Spark failed. The next job with the same request skips the rows that already have a caption.
+        TooManyErrors: the share of errors is larger than `max_error_share`. The share also counts the rows of jobs of
+            the same request that failed or were killed since the last success. All results are written before.
     """
     started = time.monotonic()
     check_request(model, request)
@@ -190,17 +201,20 @@ def caption(
     *_, key = identity = caption_key(model, request, source.name)
     pending = PendingFiles(pending_folder(platform, key), key, request.columns)
     pending.open()
+    failed = failed_jobs(platform, model, request, source.name)
+    captions = partial(captions_of_model, spark, platform, key, request.columns, model)
     with translate_spark_errors("the table could not be captioned", where=source.name):
         recovered = pending.merge(spark, platform)
-        captions = captions_of_model(spark, platform, key, request.columns, model)
-        todo, counts = find_uncaptioned_rows(captions, source, request.id_column, retry_errors=request.retry_errors)
-        done = CaptionStats()
+        todo, counts = find_uncaptioned_rows(captions(), source, request.id_column, retry_errors=request.retry_errors)
+        done, started_at = CaptionStats(), None
         if counts.todo:
             job = _create_job(spark, platform, model, request, source, identity=identity)
+            failed.open(started_at := job.started_at)
             with progress(pending.num_rows, counts.todo):
                 done = _run_executors(spark, todo, counts.todo, job)
             pending.merge(spark, platform)
         removed = _remove_deleted(spark, platform, source, request.id_column) if request.remove_deleted else 0
+        failed_counts = count_since(captions(), source, failed.since(), started_at)
     report = CaptionReport(
         **key,
         model_digest=model.digest,
@@ -208,17 +222,27 @@ def caption(
         source_version=source.version,
         considered=counts.rows,
         already=counts.rows - done.captioned - done.errors,
-        captioned=done.captioned,
-        errors=done.errors,
-        changed=done.changed,
+        **done.model_dump(include={"captioned", "errors", "changed"}),
         recovered=recovered,
         removed=removed,
+        **failed_counts,
         figures=done.figures(),
         seconds=time.monotonic() - started,
     )
-    if report.errors > request.max_error_share * (report.captioned + report.errors):
-        raise TooManyErrors(report, request.max_error_share)
+    _check_errors(report, request.max_error_share)
+    failed.close()
     return report
+
+
+def _check_errors(report: CaptionReport, max_error_share: float) -> None:
+    """Check that few enough rows of this job and of the failed jobs before have an error.
+
+    Raises:
+        TooManyErrors: the share of rows with an error is larger than `max_error_share`.
+    """
+    rows = report.captioned + report.errors + report.failed_rows
+    if report.errors + report.failed_errors > max_error_share * rows:
+        raise TooManyErrors(report, max_error_share)
 
 
 def _open_source(spark: SparkSession, platform: Platform, request: CaptionRequest) -> SourceTable:
@@ -296,6 +320,13 @@ def caption_key(model: ModelFiles, request: CaptionRequest, table: str) -> Capti
 def pending_folder(platform: Platform, key: dict[str, str]) -> Path:
     """Return the folder of the caption files that belong to a key."""
     return (platform.folder("staged") / f"captions-{short_hash(key)}").absolute()
+
+
+def failed_jobs(platform: Platform, model: ModelFiles, request: CaptionRequest, table: str) -> FailedJobs:
+    """Return the memory of the failed jobs of a request for a table, whose full name is `table`."""
+    *_, key = caption_key(model, request, table)
+    selection = short_hash(request.columns, request.image_root, request.where, model.digest or model.run_id)
+    return FailedJobs(pending_folder(platform, key), selection)
 
 
 def _run_executors(spark: SparkSession, todo: DataFrame, rows: int, job: CaptionJob) -> CaptionStats:

@@ -14,7 +14,7 @@ from pipelines.config import DataConfig
 from pipelines.driver.ingest.near_duplicates import NearReport
 from pipelines.driver.ingest.plan import PlanTotals
 from pipelines.driver.ingest.sources.walk import PassedOver
-from pipelines.errors import StageFailed, UserError
+from pipelines.errors import FailedWithReport, StageFailed, UserError
 from pipelines.formats.table_schema import Table
 from pipelines.formats.tables import SAMPLES, TEXTS
 from vlm.config import Config
@@ -144,11 +144,11 @@ def require_usable_rows(totals: PlanTotals, config: DataConfig) -> None:
         )
 
 
-class TooManyRefused(StageFailed):
+class TooManyRefused(FailedWithReport):
     """More rows were refused than data.limits.max_bad_share allows, but `samples` and `quarantine` contain all rows."""
 
     def __init__(self, report: IngestReport, where: str, max_bad_share: float) -> None:
-        self.report = report
+        self.report: IngestReport = report
         super().__init__(
             "too many rows were refused",
             where=f"{where}, data {report.source}, ingest {report.ingest_id}",

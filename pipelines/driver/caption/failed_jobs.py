@@ -1,0 +1,101 @@
+"""Memory of caption jobs that failed or were killed, so that a repeated job does not succeed by having nothing to do.
+
+A job writes the captions and errors of all its rows before it fails because of too many errors or because of drift.
+When a scheduler repeats the job, no row is left to caption. Without a memory, the repeated job would find neither an
+error nor drift, and would succeed. Therefore two small files in the folder of the caption files remember what no
+successful job has counted yet. The files belong to one request: table, columns, condition, model and settings.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from pipelines.driver.caption.source_table import SourceTable
+from vlm.config import Config
+from vlm.files import atomic_write, read_json
+
+
+class ComparedRows(Config):
+    """Number of rows that a job captioned, and the figures of these rows that are compared with the evaluation."""
+
+    rows: int
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True)
+class FailedJobs:
+    """Jobs of a request that failed or were killed since the last job of the request that succeeded.
+
+    Attributes:
+        folder: folder of the caption files.
+        request: hash of the parts of the request that are not in the name of the folder.
+    """
+
+    folder: Path
+    request: str
+
+    @property
+    def _open(self) -> Path:
+        return self.folder / f"open-{self.request}.json"
+
+    @property
+    def _drift(self) -> Path:
+        return self.folder / f"drift-{self.request}.json"
+
+    def since(self) -> datetime | None:
+        """Return the time of the first job after the last successful job, or None if no job failed or was killed.
+
+        All rows that the failed jobs have written have this time or a later time in column captioned_at.
+        """
+        return datetime.fromisoformat(read_json(self._open)["since"]) if self._open.exists() else None
+
+    def open(self, started_at: datetime) -> None:
+        """Before a job captions rows, remember its time, unless an earlier job is remembered."""
+        if not self._open.exists():
+            with atomic_write(self._open) as temporary:
+                temporary.write_text(json.dumps({"since": started_at.isoformat()}), encoding="utf-8")
+
+    def close(self) -> None:
+        """Forget the failed jobs, because a job whose share of errors is small enough has counted their rows."""
+        self._open.unlink(missing_ok=True)
+
+    def drifted_rows(self) -> ComparedRows | None:
+        """Return the rows of the last job that failed because of drift, or None."""
+        return ComparedRows.model_validate(read_json(self._drift)) if self._drift.exists() else None
+
+    def keep_drift(self, compared: ComparedRows) -> None:
+        """Remember the rows of a job that fails because of drift."""
+        with atomic_write(self._drift) as temporary:
+            temporary.write_text(compared.model_dump_json(), encoding="utf-8")
+
+    def forget_drift(self) -> None:
+        """Forget the drift, because a job without drift has compared enough rows, or because drift is accepted."""
+        self._drift.unlink(missing_ok=True)
+
+
+def count_since(
+    captions: DataFrame, source: SourceTable, since: datetime | None, started_at: datetime | None
+) -> dict[str, int]:
+    """Count the rows of failed jobs that the source still has (failed_rows), and their errors (failed_errors).
+
+    Args:
+        captions: rows of `generated_captions` for the table and the model.
+        source: table to caption.
+        since: time of the first failed job, or None if there is no failed job.
+        started_at: time of this job, whose own rows are not counted, or None if this job has captioned no row.
+    """
+    if since is None or since == started_at:
+        return {}
+    rows = captions.where(F.col("captioned_at") >= since)
+    if started_at is not None:
+        rows = rows.where(F.col("captioned_at") != started_at)
+    counts = rows.join(source.rows.select("image_id"), "image_id", "left_semi")
+    found = counts.agg(F.count("*").alias("failed_rows"), F.count("error").alias("failed_errors")).head()
+    assert found is not None
+    return found.asDict()
