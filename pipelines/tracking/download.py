@@ -148,7 +148,7 @@ def needed_checkpoints(platform: Platform) -> Callable[[RunFolder], Collection[s
             if not all(_knows(client, run_id) for run_id in ids):
                 return None
             name = platform.model_name(run.read_run().config.name)
-            numbers = [number for number, run_id in versions(name) if run_id in ids]
+            numbers = [version.number for version in versions(name) if version.run_id in ids]
             tags = [read_version(client, name, number).tags for number in numbers]
         except REQUEST_ERRORS as error:
             raise unusable(platform, error) from None

@@ -41,6 +41,11 @@ GENERATION_TAG = "generation"
 """Name of the tag in which a model version stores a hash of its generation settings, if these differ from the settings
 of its checkpoint."""
 MAX_TAG_CHARS = 1000
+VALIDATION = "val/"
+"""Prefix of the training metrics that a version has as tags. The MLflow run has all metrics: a version in Unity Catalog
+may have only 50 tags, and users add their own."""
+ALREADY_EXISTS = ("RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS")
+"""Error codes with which registries refuse to create a model that exists. MLflow's own client accepts both."""
 
 
 class ModelVersion(Config):
@@ -64,10 +69,18 @@ class VersionNotFound(UserError):
 
 
 class ListedVersion(NamedTuple):
-    """Number of a version in a list of versions, and the id of the MLflow run that has registered the version."""
+    """One version in a list of versions.
+
+    Attributes:
+        number: number of the version.
+        run_id: id of the MLflow run that has registered the version.
+        complete: whether the registry has all files of the version. In Unity Catalog, a version is incomplete while its
+            files are uploaded, and stays incomplete if the upload is killed.
+    """
 
     number: str
     run_id: str
+    complete: bool
 
 
 def register(
@@ -95,7 +108,7 @@ def register(
     name = platform.model_name(run.read_run().config.name)
     checkpoint = find_checkpoint(run, result, which)
     with registry_errors(platform, f"model {name}"), files_to_register(checkpoint, generation) as files:
-        _create_model(client, name)
+        _find_or_create_model(client, name)
         last = Path(result.checkpoint).name
         find = partial(_find_version, client, name, run_id, (checkpoint.name, files.generation), last)
         if registered := find():
@@ -142,13 +155,13 @@ def _find_version(
 def _describe_checkpoint(
     run: RunFolder, checkpoint: Path, generation: str, metrics: Mapping[str, float]
 ) -> dict[str, str]:
-    """Return the tags that describe a checkpoint, its run, its generation settings and its training metrics."""
+    """Return the tags that describe a checkpoint, its run, its generation settings and its validation metrics."""
     file = run.read_run()
     tags = {CHECKPOINT_TAG: checkpoint.name, "run": run.path.name}
     tags |= {"table_version": str(file.dataset_version), "manifest_hash": file.content_hash, **file.code_tags()}
     if generation:
         tags[GENERATION_TAG] = generation
-    return tags | {f"training_{key}": f"{value:.6g}" for key, value in metrics.items()}
+    return tags | {f"training_{key}": f"{metrics[key]:.6g}" for key in metrics if key.startswith(VALIDATION)}
 
 
 def training_step(platform: Platform, version: ModelVersion) -> int:
@@ -177,7 +190,7 @@ def ensure_model(platform: Platform, name: str) -> None:
         TrackingDown: the server does not answer.
     """
     try:
-        _create_model(connect(platform), name)
+        _find_or_create_model(connect(platform), name)
     except REQUEST_ERRORS as error:
         raise unusable(platform, error) from None
 
@@ -198,7 +211,7 @@ def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
     client = connect(platform)
     with registry_errors(platform, f"model {name}"):
         aliases = read_aliases(platform, client, name)
-        numbers = [version.number for version in list_versions(client, name)]
+        numbers = [version.number for version in list_versions(client, name) if version.complete]
         number = choose_number(which, numbers, aliases)
         if number is None:
             listed = ", ".join(f"{alias} (= {version})" for alias, version in sorted(aliases.items())) or "none"
@@ -275,7 +288,9 @@ def read_aliases(platform: Platform, client: MlflowClient, name: str) -> dict[st
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-    models = sorted(model.name for model in client.search_registered_models())
+    models = sorted(
+        model.name for model in client.search_registered_models() if model.name.startswith(platform.model_prefix)
+    )
     raise VersionNotFound(
         "there is no such registered model",
         where=hide_secrets(platform.registry_uri),
@@ -290,11 +305,21 @@ def version_label(version: ModelVersion) -> str:
     return f"model {version.name} version {version.version}"
 
 
-def _create_model(client: MlflowClient, name: str) -> None:
+def _find_or_create_model(client: MlflowClient, name: str) -> None:
+    """Create a registered model if the registry does not have it.
+
+    The model is looked up first, because whoever may add versions to a model need not be allowed to create models.
+    """
+    try:
+        client.get_registered_model(name)
+        return
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
     try:
         client.create_registered_model(name, description=MODEL_DESCRIPTION)
     except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+        if error.error_code not in ALREADY_EXISTS:  # another process has created the model since the look-up
             raise
 
 
@@ -304,14 +329,21 @@ def list_versions(client: MlflowClient, name: str) -> list[ListedVersion]:
     token: str | None = None
     while token != "":
         page = client.search_model_versions(f"name = '{name}'", page_token=token)
-        found += [ListedVersion(str(version.version), version.run_id or "") for version in page]
+        found += [
+            ListedVersion(str(version.version), version.run_id or "", complete=version.status == "READY")
+            for version in page
+        ]
         token = page.token or ""
     return sorted(found, key=lambda version: int(version.number))
 
 
 def versions_of_run(client: MlflowClient, name: str, run_id: str) -> list[ModelVersion]:
-    """Read the versions of a model that a run has registered, oldest first."""
-    return [read_version(client, name, number) for number, other in list_versions(client, name) if other == run_id]
+    """Read the complete versions of a model that a run has registered, oldest first."""
+    found = [version for version in list_versions(client, name) if version.run_id == run_id]
+    for version in found:
+        if not version.complete:
+            logger.warning("version %s of model %s is ignored, because it lacks files", version.number, name)
+    return [read_version(client, name, version.number) for version in found if version.complete]
 
 
 def read_version(client: MlflowClient, name: str, number: str) -> ModelVersion:

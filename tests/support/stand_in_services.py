@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 Json = dict[str, Any]
+MAX_ENDPOINT_CHARS = 63
 
 
 class Refused(Exception):
@@ -69,6 +70,8 @@ class Services:
     # -------------------------------------------------------------------------------------------- serving
 
     def create_endpoint(self, given: Json) -> Json:
+        if len(given["name"]) > MAX_ENDPOINT_CHARS:
+            raise Refused(400, "INVALID_PARAMETER_VALUE", f"The name has more than {MAX_ENDPOINT_CHARS} characters.")
         if given["name"] in self.endpoints:
             raise exists(f"Endpoint with name '{given['name']}' already exists.")
         return self.configure_endpoint(given["name"], given["config"])
@@ -77,5 +80,7 @@ class Services:
         for served in given["served_entities"]:
             if (served["entity_name"], served["entity_version"]) not in self.versions:
                 raise missing(f"Version {served['entity_version']} of {served['entity_name']} does not exist.")
-        self.endpoints[name] = {"name": name, "config": {"served_entities": given["served_entities"]}}
+        number = self.endpoints[name]["id"] if name in self.endpoints else str(next(self._ids))
+        config = {"served_entities": given["served_entities"]}
+        self.endpoints[name] = {"name": name, "id": number, "config": config}
         return self.endpoints[name]

@@ -24,6 +24,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import stand_in_apps
 from stand_in_apps import Apps
 from stand_in_jobs import job_problem
+from stand_in_registry import StandInRegistry
 from stand_in_services import Json, Refused, exists, missing, node
 
 POLL_SECONDS = 0.02
@@ -37,6 +38,7 @@ LEVELS = {
     "dashboards": {"CAN_MANAGE", "CAN_EDIT", "CAN_RUN", "CAN_READ"},
     "directories": {"CAN_MANAGE", "CAN_EDIT", "CAN_RUN", "CAN_READ"},
     "apps": {"CAN_MANAGE", "CAN_USE"},
+    "serving-endpoints": {"CAN_MANAGE", "CAN_QUERY", "CAN_VIEW"},
 }
 PRINCIPAL_KEYS = ("user_name", "group_name", "service_principal_name")
 
@@ -62,12 +64,12 @@ class Workspace(Apps):
     runs: list[Json] = field(default_factory=list)
     grants: dict[str, dict[str, set[str]]] = field(default_factory=dict)
     permissions: dict[str, list[Json]] = field(default_factory=dict)
-    models: set[str] = field(default_factory=set)
     denied: set[str] = field(default_factory=set)
     """Calls that are refused with 403, such as `experiments/create`."""
 
     def __post_init__(self) -> None:
         self._node_ids: dict[str, int] = {}
+        self.registry = StandInRegistry(self.user, self.schemas)
         self.nodes |= {"/": None, "/Shared": None, "/Users": None, f"/Users/{self.user}": None}
 
     # -------------------------------------------------------------------------------------------- calls
@@ -87,6 +89,8 @@ class Workspace(Apps):
             # The stand-in knows no secrets. The token is the application id, so that later calls name the caller.
             name = base64.b64decode(self.caller.removeprefix("Basic ")).decode().partition(":")[0]
             return {"access_token": name, "token_type": "Bearer", "expires_in": 3600}
+        if (found_there := self.registry.answer(method, path, query, body)) is not None:
+            return found_there
         for pattern, call in (CALLS | stand_in_apps.CALLS).items():
             if found := re.fullmatch(pattern, f"{method} {path}"):
                 given = json.loads(body) if body else {}
@@ -190,6 +194,12 @@ class Workspace(Apps):
         self.permissions[f"{kind}/{number}"] = given["access_control_list"]
         return self.read_permissions(kind, number, {})
 
+    def add_permissions(self, kind: str, number: str, given: Json) -> Json:
+        kept = [
+            each for each in self.permissions.get(f"{kind}/{number}", []) if each not in given["access_control_list"]
+        ]
+        return self.set_permissions(kind, number, {"access_control_list": kept + given["access_control_list"]})
+
     def read_permissions(self, kind: str, number: str, _: Json) -> Json:
         entries = self.permissions.get(
             f"{kind}/{number}", [{"service_principal_name": self.user, "permission_level": "CAN_MANAGE"}]
@@ -219,17 +229,14 @@ class Workspace(Apps):
                 return {"experiment": experiment}
         raise missing("No experiment with this id or name exists")
 
+    def set_experiment_tag(self, given: Json) -> Json:
+        tags = self.experiments[given["experiment_id"]].setdefault("tags", [])
+        tags[:] = [tag for tag in tags if tag["key"] != given["key"]] + [{"key": given["key"], "value": given["value"]}]
+        return {}
+
     def delete_experiment(self, given: Json) -> Json:
         del self.nodes[self.experiments.pop(given["experiment_id"])["name"]]
         return {}
-
-    def create_model(self, given: Json) -> Json:
-        if given["name"].rpartition(".")[0] not in self.schemas:
-            raise missing(f"Schema of {given['name']} does not exist")
-        if given["name"] in self.models:
-            raise exists(f"Registered model {given['name']} already exists")
-        self.models.add(given["name"])
-        return {"registered_model": {"name": given["name"]}}
 
     # -------------------------------------------------------------------------------------------- jobs
 
@@ -301,13 +308,14 @@ CALLS: dict[str, Callable[..., Any]] = {
     r"DELETE /api/2\.1/unity-catalog/volumes/(.+)": lambda w, name, _: [w.volumes.pop(name), {}][1],
     r"PATCH /api/2\.1/unity-catalog/permissions/schema/(.+)": Workspace.change_grants,
     r"GET /api/2\.1/unity-catalog/permissions/schema/(.+)": Workspace.read_grants,
-    r"PUT /api/2\.0/permissions/(\w+)/([\w-]+)": Workspace.set_permissions,
-    r"GET /api/2\.0/permissions/(\w+)/([\w-]+)": Workspace.read_permissions,
+    r"PUT /api/2\.0/permissions/([\w-]+)/([\w-]+)": Workspace.set_permissions,
+    r"PATCH /api/2\.0/permissions/([\w-]+)/([\w-]+)": Workspace.add_permissions,
+    r"GET /api/2\.0/permissions/([\w-]+)/([\w-]+)": Workspace.read_permissions,
     r"POST /api/2\.0/mlflow/experiments/create": Workspace.create_experiment,
     r"POST /api/2\.0/mlflow/experiments/delete": Workspace.delete_experiment,
+    r"POST /api/2\.0/mlflow/experiments/set-experiment-tag": Workspace.set_experiment_tag,
     r"GET /api/2\.0/mlflow/experiments/get(?:-by-name)?": Workspace.read_experiment,
     r"POST /api/2\.0/mlflow/experiments/search": lambda w, _: {"experiments": list(w.experiments.values())},
-    r"POST /api/2\.0/mlflow/unity-catalog/registered-models/create": Workspace.create_model,
     r"GET /api/2\.0/serving-endpoints/([\w-]+)": _item("Endpoint", "endpoints"),
     r"POST /api/2\.0/serving-endpoints": Workspace.create_endpoint,
     r"PUT /api/2\.0/serving-endpoints/([\w-]+)/config": Workspace.configure_endpoint,
@@ -346,7 +354,8 @@ def serve(workspace: Workspace) -> Iterator[str]:
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content)
+            if self.command != "HEAD":
+                self.wfile.write(content)
 
         do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = answer
 

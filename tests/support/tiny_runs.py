@@ -234,7 +234,7 @@ def finish_run(run: RunFolder, *, blind_gap: float = 0.5) -> None:
     tokenizer = text.load(run.tokenizer)
     torch.manual_seed(0)
     save_checkpoint(run.checkpoint(12), build_model(run.read_run().config.model, tokenizer.vocab_size), tokenizer)
-    metrics = {"validation_loss": 1.5, "blind_gap": blind_gap}
+    metrics = {"train/loss": 1.4, "val/loss": 1.5, "val/blind_gap": blind_gap}
     write_json(
         run.result,
         Result(status="ok", step=12, world_size=2, checkpoint=str(run.checkpoint(12)), metrics=metrics, seconds=1.0),

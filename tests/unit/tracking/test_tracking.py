@@ -283,7 +283,7 @@ def test_registering_a_run_twice_gives_one_version_with_its_lineage(
     assert registered.tags["manifest_hash"] == run.read_run().content_hash
     assert registered.tags["table_version"] == "0"
     assert registered.tags["code_version"] == "test"
-    assert registered.tags["training_blind_gap"] == "0.5"
+    assert registered.tags["training_val_blind_gap"] == "0.5"
 
 
 def test_tags_of_a_version_are_valid_in_unity_catalog(platform: Platform, registered: registry.ModelVersion) -> None:
