@@ -11,10 +11,21 @@ import urllib.request
 import uuid
 from contextlib import suppress
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from jobs.check import DoctorCheck
-from jobs.common import MIN_FREE_BYTES, JsonOption, PlatformOption, RunOption, SetOption, open_output
-from jobs.preflight import check_workspace
+from jobs.common import (
+    MIN_FREE_BYTES,
+    JsonOption,
+    PlatformOption,
+    RunOption,
+    SetOption,
+    WhereOption,
+    open_output,
+)
+from jobs.preflight import NO_INPUTS, Inputs, check_workspace
 from pipelines.config import DatabricksPlatformConfig, LocalPlatformConfig, RunConfig, load_run
 from pipelines.errors import StageFailed, UserError
 from pipelines.platform import Platform, check_java, open_platform
@@ -32,6 +43,25 @@ COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 def doctor(
     *,
+    source_path: Annotated[
+        str | None,
+        typer.Option(
+            "--source-path",
+            help="In a workspace, check that ingest can read this path. If empty: the source of the run.",
+            metavar="PATH",
+        ),
+    ] = None,
+    table: Annotated[
+        str | None,
+        typer.Option("--table", help="In a workspace, check that caption can read this table.", metavar="TABLE"),
+    ] = None,
+    id_column: Annotated[
+        str, typer.Option("--id-column", help="Column of --table with a unique id for each row.", metavar="COLUMN")
+    ] = "image_id",
+    image_column: Annotated[
+        str, typer.Option("--image-column", help="Column of --table with the pictures.", metavar="COLUMN")
+    ] = "image",
+    where: WhereOption = "",
     run: RunOption = "demo",
     platform: PlatformOption = "local",
     overrides: SetOption = None,
@@ -43,7 +73,8 @@ def doctor(
     the home folder. Then the command starts Spark, and merges a row into a temporary Delta table.
 
     In a workspace, the command checks the runtime, packages, Volume, tables, experiment, model registry and package
-    index. The command creates the tables, the experiment and the registered model if they do not exist.
+    index. The command creates the tables, the experiment and the registered model if they do not exist. With
+    --source-path and --table, the command also opens the input of a later ingest or caption.
 
     \b
     Examples:
@@ -51,8 +82,9 @@ def doctor(
       lakesight doctor --platform databricks --set platform.catalog=main ...
     """
     with open_output(as_json=as_json) as output:
-        config = load_run(run, platform=platform, overrides=overrides or ())
-        checks = run_checks(config)
+        path = [f"data.source.path={source_path}"] if source_path else []
+        config = load_run(run, platform=platform, overrides=[*(overrides or ()), *path])
+        checks = run_checks(config, Inputs(source_path, table, id_column, image_column, where))
         for check in checks:
             output.line(check.name, check.found, mark=f"{check.status:<5} ", colour=COLOURS[check.status])
             if check.fix:
@@ -64,10 +96,22 @@ def doctor(
             raise StageFailed(f"this {place} is not ready", got=", ".join(failed), fix="apply the fixes printed above")
 
 
-def run_checks(config: RunConfig) -> list[DoctorCheck]:
-    """Run all checks, in the order in which a training run would meet the problems."""
+def run_checks(config: RunConfig, inputs: Inputs = NO_INPUTS) -> list[DoctorCheck]:
+    """Run all checks, in the order in which a training run would meet the problems.
+
+    Raises:
+        UserError: a laptop was asked to check the input of a job. On a laptop, `ingest` and `caption` say in seconds
+            whether they can read their input.
+    """
     if isinstance(config.platform, DatabricksPlatformConfig):
-        return [check_python(), *check_workspace(config, open_platform(config.platform))]
+        return [check_python(), *check_workspace(config, open_platform(config.platform), inputs)]
+    if inputs != NO_INPUTS:
+        raise UserError(
+            "doctor checks the input of a job only in a workspace",
+            where="--source-path, --table, --id-column, --image-column or --where",
+            got=config.platform.kind,
+            fix="leave the option out, or add --platform databricks",
+        )
     checks = [check_python(), *(check_package(name) for name in PACKAGES)]
     if not config.platform.spark.is_connect:  # a Spark Connect server has its own Java and its own jars
         checks += [check_java_version(), check_delta_jar()]

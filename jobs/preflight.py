@@ -1,7 +1,7 @@
 """Checks of `lakesight doctor --platform databricks`, which is the first task of each Databricks job.
 
 The checks run on a CPU cluster before a GPU cluster starts. The checks do what later tasks do: they write to the
-Volume, and find or create the tables, the experiment and the registered model.
+Volume and the tables, find or create the experiment and the registered model, and open the input of later tasks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from jobs.check import DoctorCheck
@@ -40,10 +40,37 @@ ENVIRONMENT = 'set environment_version in the bundle variable cpu_compute to "4"
 LIBRARIES = "add the wheel of Lakesight to the libraries of the task, and let the cluster reach a package index"
 
 
-def check_workspace(config: RunConfig, platform: Platform) -> Iterator[DoctorCheck]:
+class Inputs(NamedTuple):
+    """Data that the later tasks of a job will read, from the parameters of the job.
+
+    Attributes:
+        source_path: path that `ingest` will read, or an empty text for the source of the data config. None if no task
+            ingests.
+        table: table that `caption` will read. None if no task captions.
+        id_column: column of this table with a unique id for each row.
+        image_column: column of this table with the pictures.
+        where: SQL condition on the rows of this table; an empty condition selects all rows.
+    """
+
+    source_path: str | None = None
+    table: str | None = None
+    id_column: str = "image_id"
+    image_column: str = "image"
+    where: str = ""
+
+
+NO_INPUTS = Inputs()
+
+
+def check_workspace(config: RunConfig, platform: Platform, inputs: Inputs = NO_INPUTS) -> Iterator[DoctorCheck]:
     """Run all checks of a workspace.
 
     Serverless compute runs no task that needs torch, so torch may be missing there.
+
+    Args:
+        config: config of the run, whose source is the path in `inputs` if this path is not empty.
+        platform: the workspace.
+        inputs: data that later tasks will read.
     """
     version = os.environ.get("DATABRICKS_RUNTIME_VERSION", "")
     serverless = version.startswith(SERVERLESS)
@@ -57,6 +84,10 @@ def check_workspace(config: RunConfig, platform: Platform) -> Iterator[DoctorChe
         return  # the remaining checks need these modules
     yield check_tables(platform)
     yield from check_mlflow(config, platform)
+    if inputs.source_path is not None:
+        yield check_source(config, platform)
+    if inputs.table:
+        yield check_captioned_table(platform, inputs)
     yield check_package_index(os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple/"))
 
 
@@ -84,7 +115,7 @@ def check_module(name: str, fix: str) -> DoctorCheck:
 
 
 def check_volume(root: Path) -> DoctorCheck:
-    """Write, rename, read, map and remove a file below the folder `root` of the Volume."""
+    """Write, rename, read, map and remove a file in the folder `root` of the Volume, and rename a folder."""
     folder = root / f".preflight-{uuid.uuid4().hex}"
     content = b"lakesight"
     step = "create a folder"
@@ -100,6 +131,8 @@ def check_volume(root: Path) -> DoctorCheck:
         with renamed.open("rb") as file, mmap.mmap(file.fileno(), 0, **private) as view:
             if view[:] != content:
                 raise OSError(f"the file contains {view[:]!r}, expected {content!r}")
+        step = "rename a folder"
+        folder = folder.rename(folder.with_name(f"{folder.name}-renamed"))
         step = "remove a folder"
         shutil.rmtree(folder)
     except OSError as error:
@@ -114,19 +147,60 @@ def check_volume(root: Path) -> DoctorCheck:
 
 
 def check_tables(platform: Platform) -> DoctorCheck:
-    """Find or create the tables, and read the history of one table."""
+    """Find or create the tables, read the history of one table, and write to each table without changing it.
+
+    Whoever did not create a table needs MODIFY on it. A DELETE that matches no row needs MODIFY and makes no version.
+    """
     from pipelines.driver.delta.tables import ensure_tables
     from pipelines.driver.delta.versions import read_versions
+    from pipelines.formats.tables import TABLES
 
+    fix = "choose an existing catalog, deploy the bundle, and grant USE CATALOG, USE SCHEMA and CREATE TABLE"
     try:
         spark = platform.open_spark()
         ensure_tables(spark, platform)
         read_versions(spark, platform, "preflight")
+        fix = "grant SELECT and MODIFY on this table, or let the user of the jobs own the table"
+        for table in TABLES:
+            spark.sql(f"DELETE FROM {platform.table(table.name)} WHERE false")  # noqa: S608 names of our own tables
     except spark_errors() as error:
-        fix = "choose an existing catalog, deploy the bundle, and grant USE CATALOG, USE SCHEMA and CREATE TABLE"
         found = f"{platform.namespace}: {(str(error).splitlines() or [type(error).__name__])[0][:300]}"
         return DoctorCheck(name="tables", status="fail", found=found, fix=fix)
     return DoctorCheck(name="tables", status="ok", found=platform.namespace)
+
+
+def check_source(config: RunConfig, platform: Platform) -> DoctorCheck:
+    """Check that `ingest` can read the source of the run."""
+    from pipelines.driver.ingest.sources.open import check_access
+
+    where = config.data.source.where
+    try:
+        check_access(platform.open_spark(), config.data)
+    except UserError as error:
+        fix = f"{error.fix}; or grant READ VOLUME or SELECT on the source"
+        return DoctorCheck(name="source", status="fail", found=f"{where}: {error.what}: {error.got}", fix=fix)
+    except spark_errors() as error:
+        found = f"{where}: {str(error).partition(chr(10))[0][:300]}"
+        return DoctorCheck(name="source", status="fail", found=found, fix="grant SELECT on the table of the source")
+    return DoctorCheck(name="source", status="ok", found=where)
+
+
+def check_captioned_table(platform: Platform, inputs: Inputs) -> DoctorCheck:
+    """Check that `caption` can read the table and the columns that the job names."""
+    from pipelines.driver.caption.source_table import open_source_table
+
+    name = platform.resolve_table(inputs.table or "")
+    try:
+        columns = (inputs.id_column, inputs.image_column)
+        open_source_table(platform.open_spark(), platform, name, None, columns=columns, where=inputs.where)
+    except UserError as error:
+        found = f"{error.what}: {error.got}"
+        fix = f"{error.fix}; or grant SELECT on the table"
+        return DoctorCheck(name="captioned", status="fail", found=found, fix=fix)
+    except spark_errors() as error:
+        found = f"{name}: {str(error).partition(chr(10))[0][:300]}"
+        return DoctorCheck(name="captioned", status="fail", found=found, fix="grant SELECT on the table")
+    return DoctorCheck(name="captioned", status="ok", found=name)
 
 
 def check_mlflow(config: RunConfig, platform: Platform) -> Iterator[DoctorCheck]:
@@ -154,7 +228,10 @@ def check_mlflow(config: RunConfig, platform: Platform) -> Iterator[DoctorCheck]
 
 
 def check_package_index(url: str) -> DoctorCheck:
-    """Check that the package index answers. Clusters install the wheel's dependencies from this index.
+    """Ask the package index for an answer, and warn if there is none.
+
+    This cluster has already installed the wheel's dependencies, because the modules were found. A workspace may install
+    packages from an index that only its own settings name, so a missing answer is no fault.
 
     User and password of the URL are sent to the index only, and not to the target of a redirection, as in pip.
     """
@@ -168,5 +245,8 @@ def check_package_index(url: str) -> DoctorCheck:
         with urllib.request.urlopen(request, timeout=INDEX_TIMEOUT_SECONDS):  # noqa: S310 index of pip
             return DoctorCheck(name="index", status="ok", found=shown)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        fix = "allow egress to the package index, or set PIP_INDEX_URL of the clusters to an index in your network"
-        return DoctorCheck(name="index", status="fail", found=f"{shown}: {error}", fix=fix)
+        fix = (
+            "nothing, if the workspace installs packages from another index. Otherwise allow egress to the package "
+            "index, or set PIP_INDEX_URL of the clusters to an index in your network"
+        )
+        return DoctorCheck(name="index", status="warn", found=f"{shown}: {error}", fix=fix)

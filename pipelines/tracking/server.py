@@ -20,7 +20,7 @@ from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepositor
 from pipelines.errors import StageFailed, UserError
 from pipelines.platform import Platform
 from pipelines.tracking.database import check_database
-from pipelines.tracking.describe.notes import KIND, describe_experiment
+from pipelines.tracking.describe.notes import KIND, TRAINING_KIND, describe_experiment
 from pipelines.tracking.home_store.moved_home import artifact_root, follow_moved_home
 from pipelines.tracking.outage import TrackingDown, disk_problem, first_line, http_status, is_outage
 from vlm.errors.printable import PrintableFormatter, hide_secrets
@@ -122,14 +122,16 @@ def short_requests() -> Iterator[None]:
 
 
 def ensure_experiment(platform: Platform, name: str) -> None:
-    """Find or create an MLflow experiment.
+    """Find or create an MLflow experiment, and write one of its tags again, which needs the permission CAN EDIT.
 
     Raises:
         UserError: the server refuses the request, or the experiment was deleted.
         TrackingDown: the server does not answer.
     """
     try:
-        experiment_id(connect(platform), name, platform)
+        client = connect(platform)
+        number = experiment_id(client, name, platform)
+        client.set_experiment_tag(number, KIND, client.get_experiment(number).tags.get(KIND, TRAINING_KIND))
     except REQUEST_ERRORS as error:
         raise unusable(platform, error) from None
 

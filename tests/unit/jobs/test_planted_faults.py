@@ -79,6 +79,18 @@ def raise_from_spark(place: Place, message: str) -> None:
     place.session.catalog.tableExists.side_effect = AnalysisException(message)
 
 
+def refuse_to_write(place: Place, table: str) -> None:
+    """Refuse every change of the rows of a table."""
+    usual = place.session.sql.return_value
+
+    def answer(statement: str, *_: object) -> object:
+        if statement.startswith(f"DELETE FROM {table} "):
+            raise AnalysisException(f"[INSUFFICIENT_PERMISSIONS] User does not have MODIFY on Table '{table}'.")
+        return usual
+
+    place.session.sql.side_effect = answer
+
+
 NO_CATALOG = "[NO_SUCH_CATALOG_EXCEPTION] Catalog 'main' was not found."
 NO_GRANT = "[INSUFFICIENT_PERMISSIONS] User does not have CREATE TABLE on Schema 'main.vision'."
 
@@ -106,13 +118,26 @@ FAULTS = {
     "no grant": Fault(lambda p: raise_from_spark(p, NO_GRANT), "tables", "grant USE CATALOG, USE SCHEMA and CREATE"),
     "no experiment": Fault(lambda p: p.workspace.denied.add("experiments/create"), "experiment", "PERMISSION_DENIED"),
     "no model": Fault(lambda p: p.workspace.denied.add("registered-models/create"), "model", "PERMISSION_DENIED"),
-    "no schema of models": Fault(lambda p: p.workspace.schemas.clear(), "model", "Schema of main.vision.demo does not"),
-    "no egress": Fault(lambda p: p.workspace.denied.add("/simple/"), "index", "allow egress to the package index"),
+    "no schema of models": Fault(lambda p: p.workspace.schemas.clear(), "model", "Schema 'main.vision' does not exist"),
+    "no edit of the experiment": Fault(
+        lambda p: p.workspace.denied.add("experiments/set-experiment-tag"), "experiment", "PERMISSION_DENIED"
+    ),
+    "no write to a table": Fault(
+        lambda p: refuse_to_write(p, "main.vision.decisions"), "tables", "grant SELECT and MODIFY"
+    ),
 }
 
 
 def test_the_preflight_reports_no_fault_in_a_healthy_workspace(place: Place) -> None:
     assert place.failures() == {}
+
+
+def test_the_preflight_only_warns_about_a_package_index_that_this_cluster_did_not_need(place: Place) -> None:
+    place.workspace.denied.add("/simple/")
+    assert place.failures() == {}
+    (index,) = [check for check in check_workspace(place.config, place.platform) if check.name == "index"]
+    assert index.status == "warn"
+    assert "allow egress to the package index" in index.fix
 
 
 def test_the_preflight_reports_no_fault_on_serverless_compute_without_torch(place: Place) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from glob import has_magic
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -138,11 +140,36 @@ def list_plain_files(config: DataConfig, suffixes: tuple[str, ...]) -> Listing:
     return Listing(sorted(files, key=lambda file: file.path), passed_over)
 
 
+def require_readable(path: str) -> None:
+    """Check that a file or a folder can be read, without listing the whole folder. List a URL or a pattern.
+
+    Raises:
+        UserError: no path is set, the path does not exist, or this user may not read it.
+    """
+    if not path or is_url(path) or has_magic(path) or "{" in path:
+        _list_path(path)
+        return
+    with _readable(path):
+        if Path(absolute_path(path)).is_dir():
+            with os.scandir(absolute_path(path)) as entries:
+                next(entries, None)
+        else:
+            with Path(absolute_path(path)).open("rb") as file:
+                file.read(1)
+
+
 def _list_path(path: str) -> list[Found | PassedOver]:
     if not path:
         raise UserError("the run has no input", where="data.source.path", got="nothing", fix=SET_PATH)
-    try:
+    with _readable(path):
         return list_entries(absolute_path(path))
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """Convert errors of the file system to UserError."""
+    try:
+        yield
     except OSError as error:
         absent = isinstance(error, FileNotFoundError)
         got = "no such file or folder" if absent else error.strerror or str(error)

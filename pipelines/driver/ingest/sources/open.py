@@ -20,12 +20,19 @@ from pipelines.config import (
     WebDatasetSourceConfig,
 )
 from pipelines.driver.ingest.sources import csv, jsonl, parquet, text, webdataset
-from pipelines.driver.ingest.sources.files import Listing, SourceFile, list_files, list_plain_files, open_files
+from pipelines.driver.ingest.sources.files import (
+    Listing,
+    SourceFile,
+    list_files,
+    list_plain_files,
+    open_files,
+    require_readable,
+)
 from pipelines.driver.ingest.sources.folder import check_captions, open_folder, open_small_folder
 from pipelines.driver.ingest.sources.pictures import read_named_pictures, reads_urls
 from pipelines.driver.ingest.sources.scenes import SCHEME, follow_moved_file, generate_scenes
 from pipelines.driver.ingest.sources.source import Source, SourceRows
-from pipelines.driver.ingest.sources.table import open_ingested_table, open_table, require_local_table
+from pipelines.driver.ingest.sources.table import open_ingested_table, open_table, require_local_table, require_table
 from pipelines.executor.ingest.storage import is_url, refuse_secrets
 from pipelines.platform import Platform, allow_urls
 
@@ -85,6 +92,23 @@ def check_input(platform: Platform, config: DataConfig) -> None:
                 csv.csv_layouts(config, files, files[0].path if len(files) == 1 else source.where, source)
         case _:
             _list_source(config)
+
+
+def check_access(spark: SparkSession, config: DataConfig) -> None:
+    """Check that this user can read the source. Of a folder, only the first entry is looked up.
+
+    Raises:
+        UserError: the input does not exist or cannot be read, or the table of a source lacks a column.
+    """
+    path = config.source.path
+    refuse_secrets(path, "data.source.path")
+    match config.source:
+        case TableSourceConfig() as source:
+            require_table(spark, source, config)
+        case _ if path.startswith(SCHEME):
+            return
+        case _:
+            require_readable(path)
 
 
 def open_unchanged(platform: Platform, name: str, config: DataConfig, ingested: pa.Table) -> Source | None:

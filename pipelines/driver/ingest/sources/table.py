@@ -128,6 +128,15 @@ def require_local_table(source: TableSourceConfig) -> None:
         )
 
 
+def require_table(spark: SparkSession, source: TableSourceConfig, config: DataConfig) -> None:
+    """Check that the table of a source can be read and has the columns of the config.
+
+    Raises:
+        UserError: no table is configured, the table or version does not exist, or a column is missing.
+    """
+    require_columns(config, _read_version(spark, source).frame.columns, source.where)
+
+
 def open_ingested_table(name: str, source: TableSourceConfig, ingested: pa.Table) -> Source | None:
     """If the last ingest read the same version of a table on a local disk, open the table without Spark, else return
     None."""
