@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 from contextlib import suppress
 from glob import escape
 from typing import TYPE_CHECKING, Annotated
@@ -13,12 +12,19 @@ import typer
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job, refuse_options
 from jobs.job_run import RecordOption, check_job_run, record_trained_version
 from jobs.next_commands import evaluate_version
+from jobs.prepared import (
+    FinishOption,
+    LaunchOption,
+    PreparedAsOption,
+    announce_prepared,
+    check_options,
+    read_finished,
+)
 from jobs.progress import poll_training, show_elapsed, show_progress
 from jobs.replay import run_replay
 from jobs.shard import run_shard
 from pipelines.errors import LakesightError, UserError
 from vlm.config import Config
-from vlm.files import atomic_write
 
 if TYPE_CHECKING:
     from pipelines.formats.run_folder import RunFolder
@@ -26,8 +32,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PREPARED = ".prepared"
-"""Suffix of the file in which `train --no-launch` stores the path of the run folder that it has written last."""
 SHOWN_METRICS = ("train/loss", "train/cider", "val/loss", "val/blind_gap")
 
 
@@ -46,26 +50,15 @@ class TrainReport(Config):
     metrics: dict[str, float]
 
 
-class PreparedReport(Config):
-    """Report of `lakesight train --no-launch`: a run folder for ranks that the user starts."""
-
-    run_folder: str
-    ranks: int
-    """Number of ranks to start, from the setting platform.ranks."""
-
-
 def train(
     *,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
     overrides: SetOption = None,
     as_json: JsonOption = False,
-    launch: Annotated[
-        bool,
-        typer.Option(
-            "--launch/--no-launch", help="Train, or (with --no-launch) only write the run folder for torchrun."
-        ),
-    ] = True,
+    launch: LaunchOption = True,
+    finish: FinishOption = False,
+    prepared_as: PreparedAsOption = None,
     replay_step: Annotated[
         int | None,
         typer.Option(
@@ -80,7 +73,7 @@ def train(
 
     Run the same command again to resume an interrupted run from its last checkpoint; a finished run is reused. With
     --no-launch, the command only writes the run folder. Start the ranks of this folder with torchrun, then run the
-    command again without --no-launch to register the model.
+    command again with --finish to register the model.
 
     With --replay-step, the command trains again in a temporary folder: from the last checkpoint before the given step
     to this step. The command then shows which pictures have a loss that is not finite. The replay does not change the
@@ -92,33 +85,21 @@ def train(
     """
     refuse_options({"--replay-step": None if launch else replay_step}, "--no-launch starts no training")
     with open_job(run, platform, overrides, as_json) as job:
+        check_options(launch=launch, finish=finish, prepared_as=prepared_as, replay_step=replay_step)
         if job_run is not None:
             check_job_run(job_run, registers=launch and replay_step is None)
         if replay_step is not None:
             _require_pictures(job)
             job.output.report(run_replay(job, prepare_run(job, keep_run_file=True), replay_step))
             return
-        if launch:
-            report = run_train(job)
-            if job_run is not None:
-                record_trained_version(job, job_run, report.model_version)
-            job.output.report(report)
-            job.output.next(evaluate_version(job, report.model_version))
+        if not launch:
+            announce_prepared(job, prepare_run(job), prepared_as)
             return
-        _print_prepared(job)
-
-
-def _print_prepared(job: Job) -> None:
-    """Write the run folder, and print the command that starts its ranks."""
-    folder, ranks = prepare_run(job).path, job.config.platform.ranks
-    with atomic_write(job.platform.folder("runs") / f"{job.config.name}{PREPARED}") as temporary:
-        temporary.write_text(f"{folder}\n", encoding="utf-8")
-    job.output.report(PreparedReport(run_folder=str(folder), ranks=ranks))
-    job.output.line("prepared", f"{folder}, for {ranks} ranks")
-    # Without PYTHONSAFEPATH, a folder `pipelines` in the working folder would be imported instead of this package.
-    torchrun = f"torchrun --nproc-per-node {ranks} -m pipelines.worker.main --run-dir {shlex.quote(str(folder))}"
-    job.output.line("next", f"PYTHONSAFEPATH=1 {torchrun}")
-    job.output.line("then", job.command("train"))
+        report = run_train(job, read_finished(job, prepared_as) if finish else None)
+        if job_run is not None:
+            record_trained_version(job, job_run, report.model_version)
+        job.output.report(report)
+        job.output.next(evaluate_version(job, report.model_version))
 
 
 def _require_pictures(job: Job) -> None:
@@ -146,8 +127,10 @@ def prepare_run(job: Job, *, keep_run_file: bool = False) -> RunFolder:
     return prepare(config, job.platform, train_shards, validation_shards, keep_run_file=keep_run_file)
 
 
-def run_train(job: Job) -> TrainReport:
+def run_train(job: Job, finished: RunFolder | None = None) -> TrainReport:
     """Run the train stage: train the model or reuse a finished run, log the run to MLflow and register the model.
+
+    Without `finished`, the function prepares the run folder. With `finished`, it registers the model of this folder.
 
     Training starts even if the tracking server is down, but does not start if the tracking server refuses the user.
     """
@@ -164,7 +147,7 @@ def run_train(job: Job) -> TrainReport:
     check_config(job.config)
     with suppress(TrackingDown):
         connect(job.platform)
-    config, run = job.config, prepare_run(job)
+    config, run = job.config, finished or prepare_run(job)
     wanted = Unregistered(checkpoint=config.train.register_, generation=config.model.generation)
     with own_run(run):
         write_json(run.unregistered, wanted)

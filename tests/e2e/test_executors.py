@@ -117,7 +117,7 @@ def test_the_ai_runtime_script_gives_the_same_weights_as_torchdistributor_withou
     expected = launch(write_run(tmp_path / "runs" / "distributor", config, shards, shards), platform, lambda: spark)
 
     run = write_run(tmp_path / "runs" / "tiny", config, shards, shards)
-    (tmp_path / "runs" / "tiny.prepared").write_text(f"{run.path}\n")
+    (tmp_path / "runs" / "ai_runtime.prepared").write_text(f"{run.path}\n")
     python = make_python(tmp_path / "bare", *WITHOUT)
     commands = python.parent
     (commands / "torchrun").write_text(f'#!/bin/sh\nexec {python} -m torch.distributed.run "$@"\n')
@@ -125,7 +125,7 @@ def test_the_ai_runtime_script_gives_the_same_weights_as_torchdistributor_withou
     for tool in ("cat", "env", "bash"):
         (commands / tool).symlink_to(str(shutil.which(tool)))
     environment = {"PATH": str(commands), "PYTHONPATH": TEST_PATH, "PET_MASTER_PORT": str(free_port())}
-    environment |= {"LAKESIGHT_RUNS": str(tmp_path / "runs"), "LAKESIGHT_RUN": "tiny", "LAKESIGHT_RANKS": "2"}
+    environment |= {"LAKESIGHT_RUNS": str(tmp_path / "runs"), "LAKESIGHT_RANKS": "2"}
     probe = "import importlib.util as u, shutil; print([n for n in 'pyspark mlflow delta'.split() if u.find_spec(n)],"
     probe += "shutil.which('java'))"
     lacking = subprocess.run([python, "-c", probe], env=environment, capture_output=True, text=True, check=True)
