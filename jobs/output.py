@@ -26,6 +26,8 @@ from pydantic_core import to_json
 from pipelines.errors import FailedWithReport, LakesightError
 from vlm.errors.printable import escape_controls, escape_controls_in_json, on_one_line, printable
 
+STDOUT = 1
+"""File descriptor of stdout."""
 LABEL_WIDTH = 12
 TEXT_WIDTH = 80
 """Maximum width of printed lists, in characters."""
@@ -168,20 +170,31 @@ class CommandOutput:
 
 @contextmanager
 def reserved_stdout() -> Iterator[TextIO]:
-    """Yield the real stdout. During the block, all other output of this process and its children goes to stderr."""
+    """Yield the real stdout. During the block, all other output of this process and its children goes to stderr.
+
+    In a notebook and in a task of a Databricks job, `sys.stdout` sends texts to the page of the notebook or task. Such
+    a stream may have the file descriptor of a log file, which is not a place for the report. Then only the output of
+    Python is redirected.
+    """
     real = sys.stdout
     real.flush()
-    try:
-        real.fileno()
-    except OSError:  # in a notebook or a test, stdout has no file descriptor that children could inherit
+    if not _is_process_stdout(real):
         with redirect_stdout(sys.stderr):
             yield real
         return
-    saved = os.dup(real.fileno())
+    saved = os.dup(STDOUT)
     try:
-        os.dup2(sys.stderr.fileno(), real.fileno())
+        os.dup2(sys.stderr.fileno(), STDOUT)
         with os.fdopen(os.dup(saved), "w", encoding="utf-8") as out, redirect_stdout(sys.stderr):
             yield out
     finally:
-        os.dup2(saved, real.fileno())
+        os.dup2(saved, STDOUT)
         os.close(saved)
+
+
+def _is_process_stdout(stream: TextIO) -> bool:
+    """Return whether a stream writes to file descriptor 1, which children inherit."""
+    try:
+        return stream.fileno() == STDOUT
+    except (OSError, AttributeError):  # in a notebook or a test, stdout may have no file descriptor
+        return False

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from local_platforms import open_local
 
 from jobs.common import Job, open_job
-from jobs.output import CommandOutput, format_error, has_colours, number
+from jobs.output import CommandOutput, format_error, has_colours, number, reserved_stdout
 from jobs.promote import advice
 from pipelines.config import load_run
 from pipelines.errors import StageFailed, UserError
@@ -231,3 +231,27 @@ def test_a_json_report_contains_no_control_characters_and_the_unchanged_values()
     [line] = out.getvalue().splitlines()
     assert re.search("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", line) is None
     assert json.loads(line) == {"id": attack}
+
+
+class Page(io.StringIO):
+    """Stdout of a notebook: texts go to the page, although the stream has the file descriptor of a log."""
+
+    def __init__(self, log: int) -> None:
+        super().__init__()
+        self._log = log
+
+    def fileno(self) -> int:
+        return self._log
+
+
+def test_a_report_goes_to_the_page_of_a_notebook_and_not_to_the_log_whose_descriptor_stdout_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "driver.log").open("w") as log:
+        page = Page(log.fileno())
+        monkeypatch.setattr(sys, "stdout", page)
+        with reserved_stdout() as out:
+            CommandOutput(out, as_json=False).line("ingest", "nothing new")
+            print("noise of a library")
+    assert page.getvalue() == "ingest      nothing new\n"
+    assert (tmp_path / "driver.log").read_text() == ""
