@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
 from jobs.decisions import record
+from jobs.endpoint import print_served_version
 from jobs.evaluate import CheckpointOption, VersionOption, choose_version, evaluate_version, open_model, open_split
 from jobs.job_run import JobRunOption
 from jobs.next_commands import caption_source
@@ -73,6 +74,8 @@ def promote(
     with open_job(run, platform, overrides, as_json) as job:
         which = choose_version(job, version, checkpoint, job_run)
         report = run_promote(job, which, by_number=version.isdecimal() or checkpoint is not None)
+        if not report.rolled_back:
+            print_served_version(job, report.model_version)
         job.output.report(report)
         job.output.next(caption_source(job))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
 from jobs.decisions import record
+from jobs.endpoint import print_served_version
 from jobs.next_commands import caption_source
 
 
@@ -25,6 +26,7 @@ def rollback(
     with open_job(run, platform, overrides, as_json, needs_space=False) as job:
         champion = run_rollback(job)
         job.output.line("rollback", f"{job.model_name} version {champion} is the champion again")
+        print_served_version(job, champion)
         job.output.report({"model_name": job.model_name, "model_version": champion})
         job.output.next(caption_source(job))
 

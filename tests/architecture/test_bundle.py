@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 BUNDLE: dict[str, Any] = yaml.safe_load((ROOT / "databricks.yml").read_text())
 JOB_FILES = sorted((ROOT / "jobs").glob("*.job.yml"))
 EXAMPLE = {
+    "endpoint_group": "captioners",
     "catalog": "main",
     "ranks": "2",
     "run": "demo",
@@ -30,9 +31,9 @@ EXAMPLE = {
 }
 CPU_COMPUTE = "${var.cpu_compute.%s}"
 """Setting of a task that needs neither a GPU nor torch, and that runs on a cluster or on serverless compute."""
-REQUIRED = ("catalog", "service_principal", "readers", "captioners")
+REQUIRED = ("catalog", "service_principal", "readers", "captioners", "run")
 """Bundle variables without a default value. If a deployment sets no value for a variable, the deployment stops instead
-of using a wrong catalog.
+of using a wrong catalog, or of training on the pictures of the demo.
 """
 
 
@@ -136,7 +137,7 @@ def test_the_number_of_ranks_in_every_bundle_target_is_divisible_by_the_number_o
     values = {name: variable.get("default") for name, variable in BUNDLE["variables"].items()}
     values |= BUNDLE["targets"][target].get("variables", {})
     assert values["ranks"] % values["workers"] == 0
-    assert values["run"] in available("run")
+    assert BUNDLE["targets"][target]["mode"] == "production" or values["run"] in available("run")
     for kind in ("gpu", "cpu"):
         assert re.fullmatch(rf"\d+\.(\d+\.)?x-{kind}-ml-scala2\.13", values[f"{kind}_runtime"])
 
@@ -174,7 +175,7 @@ def test_every_task_calls_a_command_with_valid_options_and_settings(job: str, na
     assert task["libraries"] in ([{"whl": "../dist/*.whl"}], CPU_COMPUTE % "libraries")
     parameters = defaults(JOBS[job])
     command, *arguments = [fill(text, parameters) for text in task["python_wheel_task"]["parameters"]]
-    assert command == {"preflight": "doctor"}.get(name, name)
+    assert command == {"preflight": "doctor", "existing-endpoint": "endpoint"}.get(name, name)
     group = typer.main.get_command(app)
     parsed = group.commands[command].make_context(command, arguments).params  # type: ignore[attr-defined]
     if command in WITHOUT_RUN:
@@ -186,7 +187,9 @@ def test_every_task_calls_a_command_with_valid_options_and_settings(job: str, na
 
 def defaults(job: dict[str, Any]) -> dict[str, str]:
     """Return the default values of a job's parameters."""
-    variables = {f"${{var.{name}}}": str(variable.get("default")) for name, variable in BUNDLE["variables"].items()}
+    values = {name: variable.get("default") for name, variable in BUNDLE["variables"].items()}
+    values |= BUNDLE["targets"]["dev"]["variables"]
+    variables = {f"${{var.{name}}}": str(value) for name, value in values.items()}
     return {entry["name"]: variables.get(entry["default"], entry["default"]) for entry in job["parameters"]}
 
 
@@ -216,7 +219,7 @@ def test_every_training_rank_of_a_job_gets_a_whole_gpu(key: str) -> None:
 
 def test_the_tasks_that_need_neither_gpus_nor_torch_run_on_the_compute_that_a_variable_names() -> None:
     movable = {name for _, name, task in tasks() if "environment_key" in task}
-    assert movable == {"preflight", "ingest", "shard", "maintain", "rollback", "endpoint"}
+    assert movable == {"preflight", "ingest", "shard", "maintain", "rollback", "endpoint", "existing-endpoint"}
     for _, name, task in tasks():
         settings = [task.get(key) for key in ("job_cluster_key", "environment_key", "libraries")]
         expected = [CPU_COMPUTE % part for part in ("cluster", "environment", "libraries")]

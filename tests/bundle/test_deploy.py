@@ -31,7 +31,13 @@ CLI = os.environ.get("DATABRICKS_CLI") or shutil.which("databricks")
 LAYOUT = ROOT / "dashboards" / "quality.lvdash.json"
 TARGETS = ("dev", "staging", "prod")
 ME = "1d0f-deployer"
-VARIABLES = {"catalog": "main", "service_principal": ME, "readers": "analysts", "captioners": "operators"}
+VARIABLES = {
+    "catalog": "main",
+    "service_principal": ME,
+    "readers": "analysts",
+    "captioners": "operators",
+    "run": "demo",
+}
 WHEEL = """
 import os, zipfile
 os.mkdir("dist")

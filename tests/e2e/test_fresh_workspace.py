@@ -30,12 +30,13 @@ from volume import COMPILER, Volume
 from jobs.generation_options import GENERATION_COMMANDS
 from pipelines.scenes import write_scenes
 
-SCHEMA, EXPERIMENT = "fresh", "/Shared/lakesight/runs"
+SCHEMA, EXPERIMENT, GROUP = "fresh", "/Shared/lakesight/runs", "captioners"
 VALUES = {
     "var.catalog": "spark_catalog",
     "resources.schemas.lakesight.name": SCHEMA,
     "resources.volumes.files.name": "files",
     "resources.experiments.runs.name": EXPERIMENT,
+    "var.endpoint_group": GROUP,
 }
 SMALL = (
     *("platform.use_gpu=false", "train.steps=30", "train.batch_size=8", "train.validate_every=15"),
@@ -76,6 +77,7 @@ class FreshWorkspace:
     volume: Volume
     url: str
     home: Path
+    services: Workspace
 
     def run(self, *tasks: list[str]) -> str:
         """Run tasks on a cluster and return what the tasks print to stdout."""
@@ -113,14 +115,14 @@ def job(name: str, *settings: str, **parameters: str) -> list[list[str]]:
 def workspace(tmp_path: Path, empty_database: Path) -> Iterator[FreshWorkspace]:
     volume = Volume.build(tmp_path / "volume", tmp_path / "build")
     write_scenes(volume.folder / "pictures" / "scenes.csv", 120, seed=0)
-    found = TrackingWorkspace(user="1d0f-deployer")
+    found = TrackingWorkspace(user="1d0f-deployer", groups={GROUP})
     found.schemas[f"spark_catalog.{SCHEMA}"] = {}
     found.versions = {(f"spark_catalog.{SCHEMA}.demo", version) for version in "12"}
     (tmp_path / "mlflow.db").write_bytes(empty_database.read_bytes())
     port = free_port()
     found.server = f"http://127.0.0.1:{port}"
     with tracking_server(tmp_path, port), serve(found) as url:
-        yield FreshWorkspace(volume, url, tmp_path / "home")
+        yield FreshWorkspace(volume, url, tmp_path / "home", found)
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no gcc, which builds the stand-in for a Volume")
@@ -149,3 +151,7 @@ def test_all_jobs_of_the_bundle_run_twice_in_a_fresh_workspace_and_the_rollback_
     assert "version 1 is the champion again" in again
     assert "nothing new" in tasks[-1][2]
     assert workspace.volume.refused() == []
+    (endpoint,) = workspace.services.endpoints.values()
+    assert [served["entity_version"] for served in endpoint["config"]["served_entities"]] == ["1"]
+    (access,) = workspace.services.permissions[f"serving-endpoints/{endpoint['id']}"]
+    assert access == {"group_name": GROUP, "permission_level": "CAN_QUERY"}

@@ -27,7 +27,8 @@ def job_tasks(job: str, values: dict[str, str], parameters: dict[str, str]) -> l
         parameters: values of job parameters in the job run. Every other job parameter has its default value.
     """
     settings = yaml.safe_load((ROOT / "jobs" / f"{job}.job.yml").read_text())["resources"]["jobs"][job]
-    known = {f"var.{name}": str(variable.get("default", "")) for name, variable in BUNDLE["variables"].items()} | values
+    known = {f"var.{name}": str(variable.get("default", "")) for name, variable in BUNDLE["variables"].items()}
+    known |= {"var.run": BUNDLE["targets"]["dev"]["variables"]["run"]} | values
 
     def resolve(text: str) -> str:
         return re.sub(r"\$\{([^}]+)\}", lambda found: known[found[1]], text)
