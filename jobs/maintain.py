@@ -10,9 +10,6 @@ from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, o
 from jobs.progress import show_elapsed
 from pipelines.errors import UserError
 
-RETAIN_HOURS = 168
-"""Default time for which the files of table versions are kept, in hours."""
-
 
 def maintain(
     *,
@@ -20,7 +17,7 @@ def maintain(
         int | None,
         typer.Option(
             "--retain-hours",
-            help="Keep the files of all table versions of the last N hours. Default: 168.",
+            help="From now on, keep the files of all table versions of the last N hours. A new table keeps 168 hours.",
             metavar="N",
         ),
     ] = None,
@@ -62,7 +59,7 @@ def maintain(
         from pipelines.driver.delta.maintain import maintain as maintain_tables
 
         with show_elapsed("maintain"):
-            report = maintain_tables(job.spark, job.platform, RETAIN_HOURS if retain_hours is None else retain_hours)
+            report = maintain_tables(job.spark, job.platform, retain_hours)
         for table in report.tables:
             job.output.line("maintain", f"{table.table}: {table.files:,} files, {table.bytes / 2**20:,.0f} MB")
             if table.postponed:

@@ -15,7 +15,8 @@ from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
 from pipelines.config import DataConfig
-from pipelines.driver.delta.maintain import maintain
+from pipelines.driver.delta import maintain as maintenance
+from pipelines.driver.delta.maintain import FULL_GROUP_BYTES, GROUP_BYTES, maintain, maintain_table
 from pipelines.driver.delta.migrate import BACKUP, migrate, undo
 from pipelines.driver.delta.tables import ensure_table, ensure_tables
 from pipelines.driver.delta.versions import MAINTENANCE_OPERATIONS, read_versions
@@ -65,6 +66,28 @@ def test_maintenance_removes_old_files_without_changing_a_row_or_a_shard(
 def test_maintain_refuses_a_retention_time_below_one_week(spark: SparkSession, platform: Platform) -> None:
     with pytest.raises(UserError, match=r"--retain-hours.*167.*at least 168"):
         maintain(spark, platform, retain_hours=167)
+
+
+def test_optimize_of_a_clustered_table_leaves_full_groups_of_files_alone(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"delta.`{tmp_path}`"
+    spark.sql(f"CREATE TABLE {name} (id BIGINT, source STRING) USING DELTA CLUSTER BY (source)")
+
+    def append_files(count: int) -> None:
+        for number in range(count):
+            rows = spark.range(number, number + 1, 1, 1).selectExpr("id", "'a' AS source")
+            rows.write.format("delta").mode("append").save(str(tmp_path))
+
+    append_files(3)
+    assert maintain_table(spark, name, {}, None).rewritten == 3
+    append_files(2)
+    assert maintain_table(spark, name, {}, None).rewritten == 3, "the first group of files is not full"
+    monkeypatch.setattr(maintenance, "FULL_GROUP_BYTES", 1)
+    append_files(2)
+    done = maintain_table(spark, name, {}, None)
+    assert (done.rewritten, done.files) == (2, 2)
+    assert GROUP_BYTES >= FULL_GROUP_BYTES + 2**30, "a group of files of 1 GiB becomes full"
 
 
 def test_delta_constraints_refuse_rows_without_a_text_or_with_an_unknown_split(
@@ -167,6 +190,7 @@ def test_a_table_migration_changes_no_row_and_no_dataset_version_and_can_be_undo
     assert spark.table(samples).collect() == rows
     again = shard(spark, home, source, data, ImageConfig(size=8), "train")
     assert (again.reused, again.folder) == (True, shards.folder)
+    assert ingest(spark, home, source, data).rows_in == 0, "the undo of a migration loses no row"
     with pytest.raises(UserError, match="there is no migration to undo"):
         undo(spark, home)
 

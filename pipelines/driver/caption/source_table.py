@@ -14,11 +14,11 @@ from pyspark.sql.types import ArrayType, BinaryType, DataType, StringType, Struc
 
 from pipelines.config import short_hash
 from pipelines.driver.delta.commits import RESTORE, history_id, read_commit_ids, with_time
-from pipelines.driver.delta.spark_errors import filter_rows
+from pipelines.driver.delta.spark_errors import filter_rows, retention_fix
 from pipelines.driver.delta.versions import newest_version
 from pipelines.errors import UserError
 from pipelines.executor.ingest.values import CONTROL
-from pipelines.platform import Platform, analysed
+from pipelines.platform import Platform, analysed, spark_errors
 from vlm.errors import did_you_mean
 
 TABLE_NAME = re.compile(r"([A-Za-z_]\w*\.){0,2}[A-Za-z_]\w*|delta\.`[^`]+`")
@@ -204,12 +204,15 @@ def _read(spark: SparkSession, platform: Platform, name: str, version: int | Non
     pinned = newest if version is None else version
     try:
         return pinned, analysed(spark.read.option("versionAsOf", pinned).table(name))
-    except AnalysisException as error:
+    except spark_errors() as error:
+        fix = retention_fix(error)
+        if fix is None and not isinstance(error, AnalysisException):
+            raise
         raise UserError(
             f"table {name} cannot be read at version {pinned}",
             where=name,
             got=_first_line(error),
-            fix=f"choose a version that DESCRIBE HISTORY lists; the newest is {newest}",
+            fix=fix or f"choose a version that DESCRIBE HISTORY lists; the newest is {newest}",
         ) from None
 
 

@@ -20,6 +20,8 @@ from pipelines.formats.delta_files import commit_id, local_folder
 from pipelines.formats.table_schema import Table
 from pipelines.platform import Platform
 
+MIGRATION_NOTE = "lakesight migration"
+"""User metadata of migration commits, which change no content. `migrate --undo` also writes this note."""
 FIELDS = ("version", "operation", "operationMetrics")
 RESTORE = re.compile(r"RESTORE|CLONE|(CREATE OR )?REPLACE TABLE( AS SELECT)?")
 """Pattern of the Delta operations that replace all rows of a table, so that rows of earlier table versions may be
@@ -32,6 +34,7 @@ class TableHistory(NamedTuple):
     Attributes:
         newest: newest version of the table.
         replaced: last version in which all rows of the table were replaced, for example by RESTORE; 0 if there is none.
+            The undo of a migration is a RESTORE that changes no row, and does not count.
         commits: dict from a version to the id of its commit, without the versions that Delta no longer keeps.
     """
 
@@ -89,7 +92,7 @@ def read_history(spark: SparkSession, platform: Platform, table: Table, versions
     if (opened := open_on_disk(platform, table)) is not None:
         return read_history_of_files(opened, versions)
     name = platform.table(table.name)
-    history = with_time(spark.sql(f"DESCRIBE HISTORY {name}"), "operationParameters")
+    history = with_time(spark.sql(f"DESCRIBE HISTORY {name}"), "operationParameters", "userMetadata")
     commits = [row.asDict() for row in history.collect()]
     return _history(commits, {commit["version"]: history_id(commit) for commit in commits})
 
@@ -110,6 +113,8 @@ def _history(commits: list[dict[str, Any]], ids: Mapping[int, str]) -> TableHist
 
 
 def _replaces_all_rows(commit: Mapping[str, Any]) -> bool:
+    if commit.get("userMetadata") == MIGRATION_NOTE:
+        return False
     parameters = commit.get("operationParameters") or {}
     operation = commit.get("operation") or ""
     overwrites = operation == "WRITE" and parameters.get("mode") == "Overwrite"

@@ -8,6 +8,7 @@ After three conflicts, maintenance skips the table until the next maintenance ru
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Mapping
 
@@ -15,9 +16,9 @@ from pyspark.sql import Row, SparkSession
 from pyspark.sql import functions as F
 
 from pipelines.driver.delta.retry import CONFLICTS
-from pipelines.driver.delta.settings import uncompressed_parquet, vacuum_logging
-from pipelines.driver.delta.spark_errors import translate_spark_errors
-from pipelines.driver.delta.tables import add_checks, ensure_tables
+from pipelines.driver.delta.settings import spark_settings, uncompressed_parquet, vacuum_logging
+from pipelines.driver.delta.spark_errors import RETENTION, translate_spark_errors
+from pipelines.driver.delta.tables import add_checks, ensure_tables, table_properties
 from pipelines.errors import UserError
 from pipelines.formats.tables import TABLES
 from pipelines.platform import Platform
@@ -28,6 +29,24 @@ logger = logging.getLogger(__name__)
 MIN_RETAIN_HOURS = 168
 """Minimum retention time of old table versions. Delta also requires one week, because jobs may still read old files."""
 ATTEMPTS = 3
+
+LOG_RETENTION = "delta.logRetentionDuration"
+"""Table property with the time for which Delta keeps the table history. Delta's default is DEFAULT_LOG_HOURS."""
+DEFAULT_LOG_HOURS = 30 * 24
+HOURS = {"week": 168, "day": 24, "hour": 1, "minute": 1 / 60, "second": 1 / 3600}
+"""Length in hours of the units that Delta allows in the time of a table property."""
+
+CLUSTERING = "spark.databricks.delta.optimize.clustering.mergeStrategy.minCubeSize."
+FULL_GROUP_BYTES = 2**30
+"""Size in bytes from which OPTIMIZE leaves a group of clustered files alone.
+
+OPTIMIZE of a clustered table writes its files in groups. OPTIMIZE writes all groups below this size again, together
+with the new files. With Delta's default of 100 GiB, each OPTIMIZE would write a whole table of up to 100 GiB again.
+"""
+GROUP_BYTES = 5 * 2**29
+"""Largest size in bytes of a group that OPTIMIZE writes. OPTIMIZE ends a group before the file that would exceed this
+size. A file has at most about 1 GiB, so a group that is not the last one reaches FULL_GROUP_BYTES.
+"""
 
 
 class TableMaintenance(Config):
@@ -60,19 +79,20 @@ class MaintainReport(Config):
     seconds: float
 
 
-def maintain(spark: SparkSession, platform: Platform, retain_hours: int = MIN_RETAIN_HOURS) -> MaintainReport:
+def maintain(spark: SparkSession, platform: Platform, retain_hours: int | None = None) -> MaintainReport:
     """Upgrade, compact and vacuum every table.
 
     Args:
         spark: Spark session.
         platform: platform that stores the tables.
-        retain_hours: retention time in hours. VACUUM keeps the files of all table versions within the retention time.
+        retain_hours: new retention time of the tables in hours, or None to keep the retention time of each table.
+            VACUUM keeps the files of all table versions within the retention time.
 
     Raises:
         UserError: `retain_hours` is below MIN_RETAIN_HOURS.
         StageFailed: Spark failed.
     """
-    if retain_hours < MIN_RETAIN_HOURS:
+    if retain_hours is not None and retain_hours < MIN_RETAIN_HOURS:
         raise UserError(
             "the retention time of old table versions is too short",
             where="--retain-hours",
@@ -85,22 +105,35 @@ def maintain(spark: SparkSession, platform: Platform, retain_hours: int = MIN_RE
     for table in TABLES:
         name = platform.table(table.name)
         with translate_spark_errors("a table could not be maintained", where=name), uncompressed_parquet(spark):
-            maintained.append(_maintain_table(spark, name, table.checks, retain_hours))
+            maintained.append(maintain_table(spark, name, table.checks, retain_hours))
     return MaintainReport(tables=tuple(maintained), seconds=round(time.monotonic() - started, 3))
 
 
-def _maintain_table(spark: SparkSession, name: str, checks: Mapping[str, str], retain_hours: int) -> TableMaintenance:
+def maintain_table(
+    spark: SparkSession, name: str, checks: Mapping[str, str], retain_hours: int | None
+) -> TableMaintenance:
+    """Add missing constraints, set the retention time, and run OPTIMIZE and VACUUM on one table.
+
+    Args:
+        spark: Spark session.
+        name: name of the table in SQL.
+        checks: SQL conditions of the CHECK constraints, by name of the constraint.
+        retain_hours: new retention time in hours, or None to keep the retention time of the table.
+    """
     for attempt in range(1, ATTEMPTS + 1):
         try:
             added = add_checks(spark, name, checks)
-            optimized = spark.sql(f"OPTIMIZE {name}").collect()[0]["metrics"]
+            if retain_hours is not None:
+                _set_retention(spark, name, retain_hours)
+            optimized = _optimize(spark, name)
             break
         except CONFLICTS as error:
             logger.info("table %s: OPTIMIZE conflicted with another writer, attempt %d of %d", name, attempt, ATTEMPTS)
             if attempt == ATTEMPTS:
                 return TableMaintenance(table=name, postponed=str(error).partition("\n")[0][:300])
     with vacuum_logging(spark):
-        spark.sql(f"VACUUM {name} RETAIN {retain_hours} HOURS").collect()
+        # Delta 4.1 and later ignores the clause RETAIN, so the retention time is a property of the table.
+        spark.sql(f"VACUUM {name}").collect()
     detail: Row = spark.sql(f"DESCRIBE DETAIL {name}").collect()[0]
     return TableMaintenance(
         table=name,
@@ -111,6 +144,37 @@ def _maintain_table(spark: SparkSession, name: str, checks: Mapping[str, str], r
         files=detail["numFiles"],
         bytes=detail["sizeInBytes"],
     )
+
+
+def _set_retention(spark: SparkSession, name: str, hours: int) -> None:
+    """Set the retention time of a table's old files, unless the table has this retention time already.
+
+    Delta must keep the table history at least as long as the files, so a shorter retention time of the history is
+    extended.
+    """
+    existing = table_properties(spark, name)
+    wanted = {RETENTION: f"interval {hours} hours"}
+    log = existing.get(LOG_RETENTION)
+    if (DEFAULT_LOG_HOURS if log is None else _hours(log)) < hours:
+        wanted[LOG_RETENTION] = f"interval {hours} hours"
+    if not wanted.items() <= existing.items():
+        properties = ", ".join(f"'{key}' = '{value}'" for key, value in wanted.items())
+        spark.sql(f"ALTER TABLE {name} SET TBLPROPERTIES ({properties})")
+
+
+def _hours(interval: str) -> float:
+    """Return the length in hours of a time in a table property, such as `interval 30 days`."""
+    return sum(
+        int(number) * HOURS[unit] for number, unit in re.findall(rf"(\d+)\s*({'|'.join(HOURS)})", interval.lower())
+    )
+
+
+def _optimize(spark: SparkSession, name: str) -> Row:
+    """Compact the small files of a table. Return the metrics of OPTIMIZE."""
+    sizes = {f"{CLUSTERING}threshold": str(FULL_GROUP_BYTES), f"{CLUSTERING}targetCubeSize": str(GROUP_BYTES)}
+    with spark_settings(spark, sizes):
+        metrics: Row = spark.sql(f"OPTIMIZE {name}").collect()[0]["metrics"]
+    return metrics
 
 
 def _count_removed(spark: SparkSession, name: str) -> int:

@@ -4,7 +4,7 @@ Each step of a migration is a function. The function returns the SQL statements 
 so a dry run prints exactly the statements that a migration executes. Before the first change, the version of each table
 is written to the file BACKUP of the home folder. `undo` restores the versions in BACKUP.
 
-A migration changes no rows, and its commits have a note that says so (`versions.MIGRATION_NOTE`). Therefore shards,
+A migration changes no rows, and its commits have a note that says so (`commits.MIGRATION_NOTE`). Therefore shards,
 runs, evaluations and captions stay valid, and no stage repeats its work.
 """
 
@@ -16,10 +16,11 @@ from pathlib import Path
 
 from pyspark.sql import SparkSession
 
+from pipelines.driver.delta.commits import MIGRATION_NOTE
 from pipelines.driver.delta.retry import retry_on_conflict
 from pipelines.driver.delta.spark_errors import translate_spark_errors
 from pipelines.driver.delta.tables import missing_checks, missing_columns, table_properties
-from pipelines.driver.delta.versions import MAINTENANCE_OPERATIONS, MIGRATION_NOTE, commit_note, newest_version
+from pipelines.driver.delta.versions import MAINTENANCE_OPERATIONS, commit_note, newest_version
 from pipelines.errors import UserError
 from pipelines.formats.format_version import FILE, FORMAT, PROPERTY, check_format, read_home_format, write_home_format
 from pipelines.formats.run_folder import read_json, write_json

@@ -25,6 +25,14 @@ FILES_REMOVED = re.compile(
     r"FileNotFoundException|FILE_NOT_EXIST|DELTA_FILE_NOT_FOUND|DELTA_CHANGE_DATA_FILE_NOT_FOUND"
 )
 """Pattern of Spark's errors for a table version whose files VACUUM has removed."""
+RETENTION = "delta.deletedFileRetentionDuration"
+"""Table property with the time for which VACUUM keeps the files of old table versions. Delta's default is 7 days. Delta
+4.1 and later also refuses to read versions that are older than this time, except the newest version.
+"""
+TOO_OLD = re.compile(
+    r"DELTA_UNSUPPORTED_TIME_TRAVEL_BEYOND_DELETED_FILE_RETENTION_DURATION|beyond " + re.escape(RETENTION)
+)
+"""Pattern of Delta's errors for a table version that is older than the retention time of the table."""
 
 
 def filter_rows(frame: DataFrame, condition: str, *, where: str) -> DataFrame:
@@ -71,7 +79,22 @@ def translate_spark_errors(what: str, *, where: str) -> Iterator[None]:
                 "VACUUM has removed files of the table version: run the command again, without a version, to read the "
             )
             fix += "newest version; finished work is kept"
+        fix = retention_fix(error) or fix
         raise StageFailed(what, where=where, got=got[:500], fix=fix) from error
+
+
+def retention_fix(error: Exception) -> str | None:
+    """Return how to fix an error that Delta raises because a table version is older than the table's retention time.
+
+    For any other error, return None.
+    """
+    if not TOO_OLD.search(str(error)):
+        return None
+    return (
+        "Delta reads only the newest version and versions within the retention time of the table: choose one of these "
+        f"versions, or set the table property {RETENTION} to a longer time, such as 'interval 720 hours'. VACUUM may "
+        "already have removed the files of the version"
+    )
 
 
 def worker_died(error: Exception) -> bool:

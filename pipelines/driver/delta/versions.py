@@ -13,7 +13,7 @@ from deltalake.exceptions import DeltaError
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from pipelines.driver.delta.commits import history_id, log_folder, with_time
+from pipelines.driver.delta.commits import MIGRATION_NOTE, history_id, log_folder, with_time
 from pipelines.driver.delta.on_disk import open_on_disk
 from pipelines.driver.delta.settings import spark_settings
 from pipelines.formats.delta_files import commit_id, is_supported, local_folder
@@ -22,8 +22,6 @@ from pipelines.formats.tables import SAMPLES
 from pipelines.platform import Platform
 
 NOTE_PREFIX = "lakesight ingest "
-MIGRATION_NOTE = "lakesight migration"
-"""User metadata of migration commits, which change no content."""
 NOTE_CONF = "spark.databricks.delta.commitInfo.userMetadata"
 TXN_CONF = "spark.databricks.delta.write.txn"
 

@@ -26,7 +26,8 @@ from jobs.output import CommandOutput
 from jobs.pipeline import run_pipeline
 from jobs.train import run_train
 from pipelines.config import CsvSourceConfig, DataConfig, load_run
-from pipelines.driver.delta.versions import MIGRATION_NOTE, read_versions_of_files, source_note
+from pipelines.driver.delta.commits import MIGRATION_NOTE, read_history_of_files
+from pipelines.driver.delta.versions import read_versions_of_files, source_note
 from pipelines.driver.ingest.finished import find_finished
 from pipelines.driver.ingest.ledger import hash_rules, items_table
 from pipelines.driver.ingest.report import Figures
@@ -60,6 +61,7 @@ def write_tables(platform: Platform, config: DataConfig, name: str = NAME) -> No
         open_or_create(platform.tables / table.name, table)
     opened = open_files(name, list_files(config, csv.SUFFIXES), items_table([]), load=None)
     entry = {"source": name, "rules": hash_rules(config), "ingest_id": opened.ingest_id}
+    assert isinstance(opened.pending, pa.Table)
     rows = [item | entry | {"ingested_at": datetime.now(UTC)} for item in opened.pending.to_pylist()]
     ledger = pa.Table.from_pylist(rows, INGESTED.arrow_schema)
     write_deltalake(platform.tables / INGESTED.name, ledger, mode="append")
@@ -145,6 +147,16 @@ def test_the_dataset_version_of_a_source_is_the_last_table_version_that_may_have
         table.update_incremental()
         assert read_versions_of_files(table, "a")[:2] == (table.version(), last)
     assert read_versions_of_files(table, "c")[:2] == (5, 5)
+
+
+def test_the_undo_of_a_migration_does_not_count_as_a_loss_of_rows(platform: Platform) -> None:
+    assert platform.tables
+    table = open_or_create(platform.tables / SAMPLES.name, SAMPLES)
+    write_deltalake(table, pa.Table.from_pylist([], SAMPLES.arrow_schema), mode="append")
+    for note, last in ((MIGRATION_NOTE, 0), ("by hand", 3)):
+        table.update_incremental()
+        table.restore(0, commit_properties=CommitProperties(custom_metadata={"userMetadata": note}))
+        assert read_history_of_files(table, []).replaced == last
 
 
 def test_a_merge_without_a_note_counts_as_a_change_of_a_source_unless_its_condition_names_another_source() -> None:

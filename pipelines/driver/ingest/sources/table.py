@@ -22,7 +22,7 @@ from pyspark.sql import types as T
 
 from pipelines.config import DataConfig, TableSourceConfig, short_hash
 from pipelines.driver.delta.commits import read_commit_ids
-from pipelines.driver.delta.spark_errors import filter_rows
+from pipelines.driver.delta.spark_errors import filter_rows, retention_fix
 from pipelines.driver.delta.versions import MAINTENANCE_OPERATIONS, newest_version
 from pipelines.driver.ingest.ledger import VERSION, items_table
 from pipelines.driver.ingest.sources.files import absolute_path
@@ -193,15 +193,17 @@ def _read_version(spark: SparkSession, source: TableSourceConfig) -> _Table:
         table_id = spark.sql(f"DESCRIBE DETAIL {quoted}").collect()[0]["id"]
         version = newest if source.version is None else source.version
         frame = analysed(spark.sql(f"SELECT * FROM {quoted} VERSION AS OF {version}"))  # noqa: S608 (quoted)
-    except AnalysisException as error:
-        fix = "choose an existing Delta table, and one of the versions that `DESCRIBE HISTORY` lists"
-        if "VIEW" in (error.getCondition() or ""):
+    except spark_errors() as error:
+        fix = retention_fix(error)
+        if fix is None and not isinstance(error, AnalysisException):
+            raise
+        if isinstance(error, AnalysisException) and "VIEW" in (error.getCondition() or ""):
             fix = "a view has no versions: read its table and use data.source.filter, or write the view to a table"
         raise UserError(
             "the input cannot be read as a Delta table",
             where=source.where,
-            got=str(error).partition("\n")[0][:500],
-            fix=fix,
+            got=str(error).strip().partition("\n")[0][:500],
+            fix=fix or "choose an existing Delta table, and one of the versions that `DESCRIBE HISTORY` lists",
         ) from None
     return _Table(frame, table_id, version, _commit(spark, source, quoted, version), quoted)
 
@@ -277,7 +279,10 @@ def _read_changes(
         return _select_changed(table.frame, changes, name, source)
     except spark_errors() as error:
         logger.info(
-            "the change data feed of table %s after version %d cannot be read, so all rows are read", source.where, last
+            "the change data feed of table %s after version %d cannot be read, so all rows are read: %s",
+            source.where,
+            last,
+            retention_fix(error) or str(error).strip().partition("\n")[0][:500],
         )
         logger.debug("%s", error)
         return None
