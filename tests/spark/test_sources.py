@@ -23,10 +23,9 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from pipelines.config import DataConfig
-from pipelines.driver.delta.near_pairs import keys_of_new_pictures
 from pipelines.driver.ingest.decode import READ_ORDER, IngestRequest, decode_rows
 from pipelines.driver.ingest.ledger import items_table
-from pipelines.driver.ingest.plan import pictures_of_input, plan_ingest, plan_pictures
+from pipelines.driver.ingest.plan import plan_ingest, plan_pictures
 from pipelines.driver.ingest.quarantine_report import inspect_quarantine, open_quarantine, select_with_spark
 from pipelines.driver.ingest.replay import replay
 from pipelines.driver.ingest.report import write_report
@@ -332,32 +331,6 @@ def test_all_rows_that_name_the_same_picture_file_are_read_by_the_same_task(
     assert frame.select("task").distinct().count() > 1
     tasks = frame.groupBy("picture").agg(F.count_distinct("task").alias("tasks"), F.count("*").alias("rows")).collect()
     assert [(row["tasks"], row["rows"]) for row in tasks] == [(1, 50)] * 7
-
-
-def test_an_ingest_of_one_picture_sorts_the_same_number_of_rows_however_many_pictures_are_known(
-    spark: SparkSession,
-) -> None:
-    new = spark.createDataFrame(
-        [("new", "train", bytes([255] * 8), None)], "image_id string, split string, fingerprint binary, reason string"
-    )
-    sorted_rows = []
-    for known in (100, 400):
-        numbers = spark.range(known).selectExpr(
-            "CAST(id AS STRING) AS image_id", "'train' AS split", "unhex(lpad(hex(id), 16, '0')) AS fingerprint"
-        )
-        pictures = (
-            new.drop("reason")
-            .selectExpr("*", "false AS existing")
-            .unionAll(numbers.selectExpr("*", "true AS existing"))
-        )
-        keys = keys_of_new_pictures(pictures, 1)
-        of_input = pictures_of_input(numbers, new)
-        for joined in (keys, of_input):
-            plan = joined._jdf.queryExecution().executedPlan().toString()
-            assert "BroadcastHashJoin" in plan
-            assert "SortMergeJoin" not in plan
-        sorted_rows.append((keys.count(), of_input.count()))
-    assert sorted_rows == [(10, 0), (10, 0)]
 
 
 @pytest.mark.matrix

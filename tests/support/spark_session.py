@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -43,3 +43,20 @@ def open_session(platform: Platform) -> Iterator[SparkSession]:
 def executed_queries(spark: SparkSession) -> int:
     """Count the queries that a session has run."""
     return int(spark._jsparkSession.sharedState().statusStore().executionsCount())
+
+
+def count_shuffled_rows(spark: SparkSession, run: Callable[[], object]) -> int:
+    """Call a function that runs Spark jobs, and return how many rows the jobs sent between tasks (shuffle writes)."""
+    context, gateway = spark.sparkContext._jsc.sc(), spark.sparkContext._gateway
+    assert gateway is not None
+
+    def finished_stages() -> dict[int, int]:
+        context.listenerBus().waitUntilEmpty()
+        quantiles = gateway.new_array(gateway.jvm.double, 0)
+        stages = context.statusStore().stageList(None, False, False, quantiles, None)
+        found = [stages.apply(number) for number in range(stages.size())]
+        return {stage.stageId(): int(stage.shuffleWriteRecords()) for stage in found}
+
+    before = finished_stages()
+    run()
+    return sum(rows for stage, rows in finished_stages().items() if stage not in before)

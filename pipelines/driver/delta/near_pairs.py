@@ -23,6 +23,9 @@ BLOCKS = (13, 13, 13, 13, 12)
 MAX_PICTURES_OF_A_KEY = 500
 FEW_PICTURES = 50_000
 """If there are at most this many new pictures, all of their keys are sent to every task (about 50 MB per executor)."""
+FEW_CANDIDATES = 100_000
+"""If there are at most this many pairs to compare, the fingerprints of their pictures are sent to every task (about
+30 MB per executor)."""
 COMPARED = ("image_id", "split", "fingerprint", "existing")
 
 
@@ -73,15 +76,16 @@ def keys_of_new_pictures(pictures: DataFrame, num_new: int) -> DataFrame:
     return keyed.join(wanted, ["mask", "key"], "left_semi").select("image_id", "existing", "bits", "mask", "key")
 
 
-def find_pairs(shared: DataFrame, pictures: DataFrame) -> DataFrame:
-    """Return pairs of near duplicates. The first picture of each pair is new.
+def find_candidates(shared: DataFrame) -> DataFrame:
+    """Return the pairs of pictures whose difference hashes are nearly equal, in columns image_id and other_id.
 
-    If both pictures a and b of a pair are new, the result contains (a, b) and (b, a).
+    Args:
+        shared: result of `shared_keys`.
     """
     compared = shared.filter(F.col("pictures") <= MAX_PICTURES_OF_A_KEY)
     left, right = compared.filter("NOT existing").alias("left"), compared.alias("right")
     differing = F.col("left.bits").bitwiseXOR(F.col("right.bits"))
-    candidates = left.join(
+    return left.join(
         right,
         (F.col("left.mask") == F.col("right.mask"))
         & (F.col("left.key") == F.col("right.key"))
@@ -89,7 +93,23 @@ def find_pairs(shared: DataFrame, pictures: DataFrame) -> DataFrame:
         & (F.bit_count(differing) <= MAX_DIFFERING_BITS)
         & (_first_shared_mask(differing) == F.col("left.mask")),  # so each pair of pictures is compared only once
     ).select("left.image_id", F.col("right.image_id").alias("other_id"))
+
+
+def find_pairs(candidates: DataFrame, pictures: DataFrame, num_candidates: int | None = None) -> DataFrame:
+    """Return pairs of near duplicates. The first picture of each pair is new.
+
+    If both pictures a and b of a pair are new, the result contains (a, b) and (b, a).
+
+    Args:
+        candidates: pairs of pictures to compare, from `find_candidates`.
+        pictures: pictures with the columns in COMPARED.
+        num_candidates: number of `candidates`, or None if the number is not known. If the number is small, the known
+            pictures are not sorted.
+    """
     others = pictures.select(*(F.col(name).alias(f"other_{name.removeprefix('image_')}") for name in COMPARED))
+    if num_candidates is not None and num_candidates <= FEW_CANDIDATES:
+        ids = F.broadcast(candidates.select("other_id").distinct())
+        others = F.broadcast(others.join(ids, "other_id", "left_semi"))
     both = candidates.join(pictures.filter("NOT existing").drop("existing"), "image_id").join(others, "other_id")
     return both.mapInArrow(keep_near_duplicates, from_arrow_schema(PAIRS))
 
@@ -114,7 +134,8 @@ def copies_across_sources(samples: DataFrame) -> DataFrame:
         for key, unused in (("sha256", "fingerprint"), ("fingerprint", "sha256"))
     ]
     compared = pictures.filter("fingerprint IS NOT NULL")
-    pairs = find_pairs(shared_keys(compared, held_out.count()), compared).filter("other_existing")
+    candidates = find_candidates(shared_keys(compared, held_out.count()))
+    pairs = find_pairs(candidates, compared).filter("other_existing")
     pairs = pairs.select(F.col("image_id").alias("held_out_id"), F.col("other_id").alias("image_id"))
     owners = held_out.select(F.col("image_id").alias("held_out_id"), F.col("source").alias("other_source"))
     near = pairs.join(owners, "held_out_id").join(training.select("image_id", "source"), "image_id")

@@ -11,7 +11,13 @@ from typing import NamedTuple
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from pipelines.driver.delta.near_pairs import COMPARED, MAX_PICTURES_OF_A_KEY, find_pairs, shared_keys
+from pipelines.driver.delta.near_pairs import (
+    COMPARED,
+    MAX_PICTURES_OF_A_KEY,
+    find_candidates,
+    find_pairs,
+    shared_keys,
+)
 from pipelines.driver.ingest.plan import IngestPlan, held_out_rank
 from vlm.config import Config
 
@@ -72,7 +78,8 @@ def find_near_duplicates(plan: IngestPlan) -> NearDuplicates | None:
     shared = plan.spill.materialize(shared_keys(pictures, plan.totals.new), "shared")
     if shared.isEmpty():
         return None
-    pairs = plan.spill.materialize(find_pairs(shared, pictures), "pairs")
+    candidates = plan.spill.materialize(find_candidates(shared), "candidates")
+    pairs = plan.spill.materialize(find_pairs(candidates, pictures, candidates.count()), "pairs")
     move = plan.request.config.split.kind == "hash"
     neighbours = plan.spill.materialize(_resolve(pairs, move=move), "neighbours")
     return NearDuplicates(shared, pairs, neighbours)

@@ -22,7 +22,7 @@ from pyspark.sql.types import StructType
 from pipelines.driver.delta.versions import read_versions
 from pipelines.driver.ingest.decode import READ_ORDER, DecodedRows, IngestRequest
 from pipelines.driver.ingest.spill import SpillFolder
-from pipelines.driver.ingest.table_rows import Stamp, existing_rows
+from pipelines.driver.ingest.table_rows import Stamp, existing_rows, rows_with_keys_of
 from pipelines.executor.ingest.merge_texts import MERGED, merge_texts_of_pictures
 from pipelines.executor.ingest.spill import POSITION
 from pipelines.formats.tables import SAMPLES
@@ -32,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 TEXT = "struct<prompt:string,text:string>"
 TEXTS = f"array<{TEXT}>"
-FEW_ROWS = 200_000
-"""Largest number of input rows whose ids are sent to every task (about 50 MB per executor)."""
 FILE = "left(source_row, length(source_row) - length(substring_index(source_row, '#', -1)))"
 """SQL expression for the file part of `source_row`, up to and including the last `#`."""
 
@@ -99,20 +97,11 @@ def plan_ingest(spark: SparkSession, platform: Platform, decoded: DecodedRows) -
     existing = existing_rows(spark, platform, SAMPLES, request.source)
     existing = existing.limit(0) if request.replace else existing
     max_texts = request.config.limits.max_texts
-    known = pictures_of_input(existing, decoded.outcomes) if decoded.rows_in <= FEW_ROWS else existing
+    usable = decoded.outcomes.filter(F.col("reason").isNull())
+    known = rows_with_keys_of(existing, usable, "image_id", decoded.rows_in)
     pictures = decoded.spill.materialize(plan_pictures(decoded.outcomes, known, max_texts), "plan")
     totals = _count(decoded, pictures)
     return IngestPlan(request, decoded.spill, decoded.outcomes, existing, pictures, totals, stamp)
-
-
-def pictures_of_input(existing: DataFrame, outcomes: DataFrame) -> DataFrame:
-    """Return the rows of `samples` whose pictures occur in a small input.
-
-    The ids of the input are sent to all tasks. Without this broadcast, an ingest of one picture would sort all known
-    pictures by id.
-    """
-    ids = outcomes.filter(F.col("reason").isNull()).select("image_id").distinct()
-    return existing.join(F.broadcast(ids), "image_id", "left_semi")
 
 
 def plan_pictures(outcomes: DataFrame, existing: DataFrame, max_texts: int | None = None) -> DataFrame:

@@ -10,7 +10,7 @@ from pyspark.sql import functions as F
 from pipelines.driver.delta.settings import UNCOMPRESSED, uncompressed_parquet
 from pipelines.driver.delta.versions import guarded_options, note_options, read_versions
 from pipelines.driver.ingest.plan import IngestPlan, overfull_rows
-from pipelines.driver.ingest.table_rows import existing_rows, verify_append
+from pipelines.driver.ingest.table_rows import existing_rows, rows_to_add, verify_append
 from pipelines.executor.ingest.spill import POSITION
 from pipelines.formats.tables import QUARANTINE
 from pipelines.platform import Platform
@@ -66,7 +66,7 @@ def add_to_quarantine(platform: Platform, plan: IngestPlan) -> dict[str, int]:
     spark, source, table = plan.pictures.sparkSession, plan.stamp.source, platform.table(QUARANTINE.name)
     version = read_versions(spark, platform, source, QUARANTINE).last_change
     existing = existing_rows(spark, platform, QUARANTINE, source).select("source_row")
-    new = refused_rows(plan).join(existing, "source_row", "left_anti").dropDuplicates(["source_row"])
+    new = rows_to_add(refused_rows(plan), existing, "source_row", plan.totals.bad).dropDuplicates(["source_row"])
     reasons = _count_by_reason(new)
     if reasons:
         with uncompressed_parquet(spark):

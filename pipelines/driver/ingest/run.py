@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import logging
 import time
+from datetime import UTC, datetime
 from functools import partial
 
 import pyarrow as pa
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from pipelines.config import DataConfig
@@ -39,7 +40,7 @@ from pipelines.driver.ingest.ledger import (
 from pipelines.driver.ingest.pictures.write import write_pictures
 from pipelines.driver.ingest.sources.open import open_source
 from pipelines.driver.ingest.sources.source import Source
-from pipelines.driver.ingest.table_rows import count_rows, rows_of_source
+from pipelines.driver.ingest.table_rows import count_rows, rows_of_source, rows_with_keys_of
 from pipelines.driver.ingest.texts.write import write_texts
 from pipelines.driver.ingest.totals import IngestReport, Written, check_totals, describe_passed_over, table_of_source
 from pipelines.formats.table_schema import Table
@@ -67,7 +68,7 @@ def ingest(
         StageFailed: the row counts do not add up, because rows were lost or counted twice.
         TooManyRefused: more rows were refused than `data.limits.max_bad_share` allows. All rows have been written.
     """
-    started = time.monotonic()
+    started, begun = time.monotonic(), datetime.now(UTC)
     retry_on_conflict(partial(ensure_tables, spark, platform))
     rules, table = hash_rules(config), table_of_source(config)
     ingested = items_table([]) if refresh else _ingested_items(spark, platform, source_name, rules, table)
@@ -101,7 +102,7 @@ def ingest(
         unreadable_files=written.unreadable,
     )
     if report.new and table is SAMPLES and not refresh and has_other_rules(spark, platform, source_name, rules):
-        _warn_of_other_ids(spark, platform, source_name)
+        _warn_of_other_ids(spark, platform, source_name, begun, report.new)
     check_totals(report, config)
     if source.rows:  # if the check fails, this line is not reached, so the next ingest reads the items again
         refused = read_versions(spark, platform, source_name, QUARANTINE)[1:] if totals.bad else ()
@@ -127,15 +128,13 @@ def _start_refresh(spark: SparkSession, platform: Platform, table: Table, name: 
     return replaced
 
 
-def _warn_of_other_ids(spark: SparkSession, platform: Platform, name: str) -> None:
-    """Warn if pictures with equal bytes were stored under different ids by ingests with different settings.
+def _warn_of_other_ids(spark: SparkSession, platform: Platform, name: str, begun: datetime, num_new: int) -> None:
+    """Warn if new pictures were stored before under other ids, by ingests with other settings.
 
     One possible cause is an id column that was added to the config after the earlier ingest. The pictures of the
     earlier ingest stay in `samples`, and may be in another split than the new pictures.
     """
-    pictures = rows_of_source(spark, platform, SAMPLES.name, name).groupBy("sha256")
-    times = pictures.agg(F.min("ingested_at").alias("first"), F.max("ingested_at").alias("last"))
-    count = times.filter("first < last").count()
+    count = stored_again(rows_of_source(spark, platform, SAMPLES.name, name), begun, num_new).count()
     if count:
         logger.warning(
             "%d pictures of %s are in samples under several ids, because the settings of the source have changed since "
@@ -143,3 +142,17 @@ def _warn_of_other_ids(spark: SparkSession, platform: Platform, name: str) -> No
             count,
             name,
         )
+
+
+def stored_again(pictures: DataFrame, begun: datetime, num_new: int) -> DataFrame:
+    """Return the hashes (column sha256) of new pictures whose bytes an earlier ingest has stored too.
+
+    Args:
+        pictures: rows of one source in `samples`.
+        begun: time before the new pictures were stored, and after all other pictures were stored.
+        num_new: number of new pictures.
+    """
+    new = pictures.filter(F.col("ingested_at") >= F.lit(begun)).select("sha256")
+    hashes = rows_with_keys_of(pictures.select("sha256", "ingested_at"), new, "sha256", num_new)
+    times = hashes.groupBy("sha256").agg(F.min("ingested_at").alias("first"), F.max("ingested_at").alias("last"))
+    return times.filter((F.col("first") < F.lit(begun)) & (F.col("last") >= F.lit(begun))).select("sha256")

@@ -18,6 +18,8 @@ from pipelines.formats.table_schema import Table
 from pipelines.formats.tables import QUARANTINE, SAMPLES, TEXTS
 from pipelines.platform import Platform
 
+FEW_ROWS = 200_000
+"""Largest number of input rows whose ids are sent to every task (about 50 MB per executor)."""
 TIME_COLUMNS = {SAMPLES.name: "ingested_at", TEXTS.name: "ingested_at", QUARANTINE.name: "quarantined_at"}
 """For each table, the name of the column that stores the time of the row's ingest plan."""
 
@@ -115,3 +117,25 @@ def existing_rows(spark: SparkSession, platform: Platform, table: Table, source:
     rows = rows_of_source(spark, platform, table.name, source)
     opened = open_on_disk(platform, table)
     return rows if opened is None or has_rows(opened, {"source": source}) else rows.limit(0)
+
+
+def rows_with_keys_of(known: DataFrame, rows: DataFrame, key: str, num_rows: int) -> DataFrame:
+    """Return the known rows whose key occurs in an input. If the input is large, return all known rows.
+
+    The keys of a small input are sent to all tasks. Without this broadcast, an ingest of one row would sort all known
+    rows by key.
+
+    Args:
+        known: rows of a table.
+        rows: rows of the input.
+        key: name of the column to compare.
+        num_rows: number of rows of the input, or a larger number.
+    """
+    return known.join(F.broadcast(rows.select(key).distinct()), key, "left_semi") if num_rows <= FEW_ROWS else known
+
+
+def rows_to_add(rows: DataFrame, known: DataFrame, key: str, num_rows: int) -> DataFrame:
+    """Return the rows of an input whose key is not among the known rows. The arguments are those of
+    `rows_with_keys_of`."""
+    found = rows_with_keys_of(known, rows, key, num_rows)
+    return rows.join(F.broadcast(found) if num_rows <= FEW_ROWS else found, key, "left_anti")

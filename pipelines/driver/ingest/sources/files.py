@@ -76,6 +76,12 @@ def range_bytes(size: int) -> int:
     return min(max(size // MIN_TASKS, MIN_RANGE_BYTES), MAX_RANGE_BYTES)
 
 
+def count_tasks(files: Sequence[SourceFile]) -> int:
+    """Return the number of tasks that read files as wholes. Each task reads one large file or many small files."""
+    size = sum(file.size for file in files)
+    return min(len(files), max(MIN_TASKS, size // range_bytes(size)))
+
+
 def open_files(
     name: str, listing: Listing, ingested: pa.Table, load: Callable[[list[SourceFile]], SourceRows] | None
 ) -> Source:

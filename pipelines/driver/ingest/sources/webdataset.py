@@ -9,7 +9,7 @@ from functools import partial
 from pyspark.sql import SparkSession
 
 from pipelines.config import DataConfig, WebDatasetSourceConfig
-from pipelines.driver.ingest.sources.files import SourceFile
+from pipelines.driver.ingest.sources.files import SourceFile, count_tasks
 from pipelines.driver.ingest.sources.source import SourceRows, used_columns
 from pipelines.executor.ingest.records.webdataset import tar_records
 
@@ -24,8 +24,8 @@ the file."""
 def load_rows(
     spark: SparkSession, source: WebDatasetSourceConfig, config: DataConfig, files: Sequence[SourceFile]
 ) -> SourceRows:
-    """Return one raw row per tar file. Each raw row is read by a separate task."""
+    """Return one raw row per tar file. A task reads many small tar files or a few large tar files."""
     frame = spark.createDataFrame([(os.fsencode(f.path), f.name) for f in files], "path binary, file string")
     images, named = source.columns.image.split(";"), tuple(used_columns(config).values())
     read = partial(tar_records, images=images, named=named, max_bytes=config.limits.max_bytes)
-    return SourceRows(frame.coalesce(1).repartition(len(files)), read)
+    return SourceRows(frame.coalesce(1).repartition(count_tasks(files)), read)

@@ -22,7 +22,7 @@ from pipelines.driver.delta.versions import guarded_options, note_options, read_
 from pipelines.driver.ingest.plan import PlanTotals, held_out_rank
 from pipelines.driver.ingest.sources.source import Source
 from pipelines.driver.ingest.spill import spill_folder
-from pipelines.driver.ingest.table_rows import TIME_COLUMNS, Stamp, rows_of_source, verify_append
+from pipelines.driver.ingest.table_rows import TIME_COLUMNS, Stamp, rows_of_source, rows_to_add, verify_append
 from pipelines.driver.ingest.totals import Written, require_usable_rows
 from pipelines.executor.texts.decode import OUTCOME, TextRules, decode_texts
 from pipelines.formats.table_schema import Table
@@ -59,7 +59,8 @@ def write_texts(
         before = rows_of_source(spark, platform, TEXTS.name, name).select("text_id")
         updated = _accepted(outcomes).join(before, "text_id", "left_semi").count() if refresh else 0
         stamp = Stamp(name, source.ingest_id, datetime.now(UTC), 0)
-        write = partial(_replace if refresh else _append, spark, platform, stamp=stamp)
+        append = partial(_append, num_rows=totals.rows_in)
+        write = partial(_replace if refresh else append, spark, platform, stamp=stamp)
         reasons = retry_on_conflict(partial(write, QUARANTINE, _refused(outcomes)))
         new = retry_on_conflict(partial(write, TEXTS, _accepted(outcomes)))
     added = sum(new.values())
@@ -80,8 +81,18 @@ def _refused(outcomes: DataFrame) -> DataFrame:
     return refused.select("source_row", "payload", "stage", "reason", "detail")
 
 
-def _append(spark: SparkSession, platform: Platform, table: Table, rows: DataFrame, *, stamp: Stamp) -> dict[str, int]:
+def _append(
+    spark: SparkSession, platform: Platform, table: Table, rows: DataFrame, *, stamp: Stamp, num_rows: int
+) -> dict[str, int]:
     """In one commit, append the rows that a table lacks. Return the number of added rows by reason (empty for texts).
+
+    Args:
+        spark: Spark session.
+        platform: platform that stores the table.
+        table: `texts` or `quarantine`.
+        rows: accepted or refused rows of the input.
+        stamp: values that all written rows share.
+        num_rows: number of rows of the input.
 
     Raises:
         WriteConflict: another ingest of the source has committed since this function read the table.
@@ -90,7 +101,7 @@ def _append(spark: SparkSession, platform: Platform, table: Table, rows: DataFra
     version = read_versions(spark, platform, source, table).last_change
     key = TEXTS.key[0] if table is TEXTS else "source_row"
     known = rows_of_source(spark, platform, table.name, source).select(key)
-    new = rows.join(known, key, "left_anti")
+    new = rows_to_add(rows, known, key, num_rows)
     counts = _count(new)
     if counts:
         _stamped(new, table, stamp).writeTo(name).options(**guarded_options(source, version)).append()

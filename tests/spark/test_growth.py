@@ -1,0 +1,106 @@
+"""Tests that the work of an ingest of few rows does not grow with the number of known rows or of files.
+
+The tests count shuffled rows, partitions and rows on the driver, never seconds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from spark_session import count_shuffled_rows
+
+from pipelines.config import DataConfig
+from pipelines.driver.delta.near_pairs import find_candidates, find_pairs, shared_keys
+from pipelines.driver.delta.settings import spark_settings
+from pipelines.driver.ingest.ledger import items_table
+from pipelines.driver.ingest.run import stored_again
+from pipelines.driver.ingest.sources.files import MIN_TASKS
+from pipelines.driver.ingest.sources.open import open_source
+from pipelines.driver.ingest.table_rows import rows_to_add, rows_with_keys_of
+from pipelines.executor.ingest.fingerprint import FINGERPRINT_BYTES
+from pipelines.platform import Platform
+
+KNOWN = (200, 800)
+"""Two numbers of known rows. The work of an ingest must be the same for both numbers."""
+
+
+@pytest.fixture(autouse=True)
+def no_automatic_broadcast(spark: SparkSession) -> Iterator[None]:
+    """Let Spark treat small tables like large tables, which Spark does not broadcast on its own."""
+    with spark_settings(spark, {"spark.sql.autoBroadcastJoinThreshold": "-1"}, required=True):
+        yield
+
+
+def test_the_known_rows_of_a_table_are_not_shuffled_if_few_rows_are_ingested(spark: SparkSession) -> None:
+    rows = spark.createDataFrame([("7",), ("new",)], "source_row string")
+    shuffled = []
+    for count in KNOWN:
+        known = spark.range(count).select(F.col("id").cast("string").alias("source_row"))
+        added, found = rows_to_add(rows, known, "source_row", 2), rows_with_keys_of(known, rows, "source_row", 2)
+        assert [row["source_row"] for frame in (added, found) for row in frame.collect()] == ["new", "7"]
+        shuffled.append(count_shuffled_rows(spark, added.collect) + count_shuffled_rows(spark, found.collect))
+        many = rows_to_add(rows, known, "source_row", 10**9)
+        assert count_shuffled_rows(spark, many.collect) >= count, "a large input is compared by sorting all rows"
+    assert shuffled[0] == shuffled[1] < KNOWN[0]
+
+
+def test_the_known_pictures_are_not_shuffled_if_one_new_picture_resembles_a_known_picture(spark: SparkSession) -> None:
+    def pictures(frame: DataFrame, image_id: str, *, existing: bool) -> DataFrame:
+        shape = f"repeat(lpad(hex(xxhash64(id)), 16, '0'), {FINGERPRINT_BYTES // 8})"
+        return frame.selectExpr(
+            f"{image_id} AS image_id", "'train' AS split", f"unhex({shape}) AS fingerprint", f"{existing} AS existing"
+        )
+
+    shuffled = []
+    for count in KNOWN:
+        known = pictures(spark.range(count), "CAST(id AS STRING)", existing=True)
+        compared = pictures(spark.range(7, 8), "'new'", existing=False).unionAll(known)
+        candidates = find_candidates(shared_keys(compared, 1).localCheckpoint())
+        assert [row["other_id"] for row in candidates.collect()] == ["7"]
+        pairs = find_pairs(candidates.localCheckpoint(), compared, 1)
+        assert [(row["image_id"], row["other_id"]) for row in pairs.collect()] == [("new", "7")]
+        shuffled.append(count_shuffled_rows(spark, pairs.collect) + count_shuffled_rows(spark, candidates.collect))
+    assert shuffled[0] == shuffled[1] < KNOWN[0]
+
+
+def test_pictures_that_were_stored_before_are_looked_up_without_shuffling_all_known_pictures(
+    spark: SparkSession,
+) -> None:
+    begun = datetime(2026, 1, 2, tzinfo=UTC)
+    times = {"old": F.lit(begun - timedelta(days=1)), "new": F.lit(begun + timedelta(seconds=1))}
+    new = spark.range(5, 6).union(spark.range(-1, 0)).select("id", times["new"].alias("ingested_at"))
+    shuffled = []
+    for count in KNOWN:
+        known = spark.range(count).union(spark.range(3)).select("id", times["old"].alias("ingested_at"))
+        pictures = known.unionAll(new).withColumn("sha256", F.col("id").cast("string"))
+        found = stored_again(pictures, begun, 2)
+        assert [row["sha256"] for row in found.collect()] == ["5"]
+        shuffled.append(count_shuffled_rows(spark, found.collect))
+    assert shuffled[0] == shuffled[1] < KNOWN[0]
+
+
+@pytest.mark.parametrize("kind", ["text", "webdataset"])
+def test_many_small_files_are_read_by_a_fixed_number_of_tasks(
+    spark: SparkSession, platform: Platform, tmp_path: Path, kind: str
+) -> None:
+    for number in range(500):
+        (tmp_path / f"{number}.{'txt' if kind == 'text' else 'tar'}").write_bytes(b"some text")
+    config = DataConfig.model_validate({"source": {"kind": kind, "path": str(tmp_path)}})
+    opened = open_source(spark, platform, "growth", config, items_table([]))
+    assert opened.rows is not None
+    tasks = opened.rows.frame.groupBy(F.spark_partition_id().alias("task")).count().collect()
+    assert len(tasks) == MIN_TASKS
+    assert sum(task["count"] for task in tasks) == 500
+    for path in list(tmp_path.iterdir())[3:]:
+        path.unlink()
+    for path in tmp_path.iterdir():
+        os.truncate(path, 2**30)
+    opened = open_source(spark, platform, "growth", config, items_table([]))
+    assert opened.rows is not None
+    assert [row["count"] for row in opened.rows.frame.groupBy(F.spark_partition_id()).count().collect()] == [1] * 3
