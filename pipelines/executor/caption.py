@@ -38,8 +38,8 @@ PENDING_SCHEMA = GENERATED_CAPTIONS.arrow_schema.append(pa.field("unchanged", pa
 """Columns of `generated_captions`, and the column `unchanged`, which is true if the picture already has a caption."""
 UNREADABLE = "unreadable_file:"
 """Start of the error of a picture that exists but cannot be read now, for example if a server is slow."""
-FILE_STATS_SCHEMA = pa.schema([pa.field("stats", pa.string(), nullable=False)])
-"""Schema of a row that describes one written caption file: the JSON text of the file's CaptionStats."""
+STATS_SCHEMA = pa.schema([pa.field("stats", pa.string(), nullable=False)])
+"""Schema of the row that a task sends to the driver: the JSON text of the CaptionStats of the task's rows."""
 
 
 class CaptionJob(Config):
@@ -80,7 +80,7 @@ class CaptionJob(Config):
 
 
 def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Caption pictures and write the captions to files. Yield a row of the schema FILE_STATS_SCHEMA for each file.
+    """Caption pictures and write the captions to files. Yield one row of STATS_SCHEMA at the end.
 
     Args:
         job: settings of the caption job.
@@ -98,6 +98,7 @@ def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Itera
     )
     rows: list[dict[str, Any]] = []
     stats: list[CaptionStats] = []
+    total = CaptionStats()
     if job.image_root is not None:
         batches = read_picture_column(batches, PictureRoot(job.image_root, job.limits.max_bytes))
     decoded = map_ahead(partial(_decode_batch, captioner.model.config.image, job), batches, workers=1)
@@ -106,10 +107,13 @@ def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Itera
             rows.append(row)
             stats.append(row_stats)
         if len(rows) >= job.rows_per_file:
-            yield _write_file(job, rows, stats)
+            _write_file(job, rows)
+            total = sum_stats([total, *stats])
             rows, stats = [], []
     if rows:
-        yield _write_file(job, rows, stats)
+        _write_file(job, rows)
+    total = sum_stats([total, *stats])
+    yield pa.RecordBatch.from_pylist([{"stats": total.model_dump_json()}], STATS_SCHEMA)
 
 
 class Known(NamedTuple):
@@ -215,8 +219,7 @@ def _count(result: CaptionResult, picture: DecodedPicture, *, changed: bool) -> 
     return stats.model_copy(update={"changed": int(changed), **pixels})
 
 
-def _write_file(job: CaptionJob, rows: list[dict[str, Any]], stats: list[CaptionStats]) -> pa.RecordBatch:
-    """Write a caption file atomically, and return its statistics as a row of the schema FILE_STATS_SCHEMA."""
+def _write_file(job: CaptionJob, rows: list[dict[str, Any]]) -> None:
+    """Write a caption file atomically."""
     with atomic_write(job.output_folder / f"{uuid.uuid4().hex}.parquet") as temporary:
         pq.write_table(pa.Table.from_pylist(rows, PENDING_SCHEMA), temporary)
-    return pa.RecordBatch.from_pylist([{"stats": sum_stats(stats).model_dump_json()}], FILE_STATS_SCHEMA)

@@ -6,11 +6,14 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from caption_requests import numbers, picture, request, stored, write
 from pyspark.sql import SparkSession
@@ -18,9 +21,11 @@ from tiny_runs import save_random_model
 
 import pipelines.driver.caption.run as stage
 from pipelines.driver.caption.finished import find_finished
+from pipelines.driver.caption.pending_files import PendingFiles
 from pipelines.driver.caption.run import TooManyErrors, caption
 from pipelines.driver.delta.tables import VIEW_PROPERTY, ensure_champion_captions, table_properties
 from pipelines.driver.model_files import ModelFiles
+from pipelines.executor.caption import PENDING_SCHEMA
 from pipelines.formats.champion_captions import COLUMNS
 from pipelines.platform import Platform
 
@@ -57,6 +62,34 @@ def test_rows_with_the_same_id_that_a_condition_selects_in_turn_get_the_caption_
     }
     again = caption(spark, platform, model, request(table, where="side = 'back'"))
     assert (numbers(again), again.changed) == ((1, 1, 0, 0), 0), "the picture is read, but not captioned again"
+
+
+def test_pending_captions_of_one_model_from_several_runs_are_merged_into_one_row(
+    spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
+) -> None:
+    """A copied registry gives the files of a model another run, and captions of Lakesight 0.1.0 have no digest."""
+    key = {"source_table": "t", "model_name": model.name, "model_version": "1", "settings_hash": "s"}
+    pending = PendingFiles(tmp_path / "pending", key, ("id", "photo"))
+    pending.open()
+    begun = datetime(2026, 1, 1, tzinfo=UTC)
+
+    def write_pending(*rows: tuple[str, str | None]) -> None:
+        for hour, (run, model_digest) in enumerate(rows):
+            row: dict[str, object] = {
+                "image_id": "1",
+                "run_id": run,
+                "model_digest": model_digest,
+                "sha256": f"picture {hour}",
+            }
+            row |= {"caption": f"caption {hour}", "captioned_at": begun + timedelta(hours=hour), "unchanged": False}
+            row |= key | {"prompt": "", "settings": "{}", "num_tokens": 1, "source_version": hour}
+            pq.write_table(pa.Table.from_pylist([row], PENDING_SCHEMA), pending.folder / f"{hour}.parquet")
+
+    write_pending(("first", "a digest"))
+    assert pending.merge(spark, platform) == 1
+    write_pending(("first", "a digest"), ("second", "a digest"), ("first", None))
+    assert pending.merge(spark, platform) == 3
+    assert [row["caption"] for row in stored(spark, platform, model).values()] == ["caption 2"]
 
 
 @contextmanager

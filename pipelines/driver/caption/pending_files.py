@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from time import monotonic
 
 import pyarrow.parquet as pq
 from pyspark.sql import Column, DataFrame, SparkSession, Window
@@ -34,8 +35,18 @@ COLUMNS = ("id_column", "image_column")
 """Columns of `generated_captions` that name the columns of the captioned table. They identify a caption, too."""
 READ_FROM = ("source_version", "source_commit", "source_file", *(column.name for column in PICTURE_COLUMNS))
 """Columns of `generated_captions` that say from where a picture was read."""
+LISTING_SHARE = 0.05
+"""Largest share of the time that the progress bar spends on listing the folder of a job, which may hold many files."""
 STALE = timedelta(days=1)
 """Age from which a temporary caption file is removed, because the task that wrote the file was probably killed."""
+
+
+@dataclass
+class Listing:
+    """Number of rows in the files of a folder, and the monotonic time from which the folder is listed again."""
+
+    rows: int = 0
+    until: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -50,12 +61,14 @@ class PendingFiles:
             wrote name no columns, and count as captions of these columns. Other files of the folder may name other
             columns.
         counts: dict from the path of a file to its number of rows, so that each Parquet footer is read only once.
+        listing: result of the last call of `num_rows` that listed the folder.
     """
 
     folder: Path
     key: dict[str, str]
     columns: tuple[str, str]
     counts: dict[Path, int] = field(default_factory=dict)
+    listing: Listing = field(default_factory=Listing)
 
     def open(self) -> None:
         """Create the folder, and remove temporary files that killed tasks have left there."""
@@ -71,9 +84,15 @@ class PendingFiles:
     def num_rows(self) -> int:
         """Count the rows of all files from the Parquet footers. A progress bar calls this method twice a second.
 
-        A finished file never changes, so the method reads the footer of each file only once.
+        A finished file never changes, so the method reads the footer of each file only once. If listing the folder
+        takes long, the method returns the last result for some time (LISTING_SHARE).
         """
-        return sum(self._rows_of(path) for path in self.files())
+        started = monotonic()
+        if started >= self.listing.until:
+            self.listing.rows = sum(self._rows_of(path) for path in self.files())
+            ended = monotonic()
+            self.listing.until = ended + (ended - started) / LISTING_SHARE
+        return self.listing.rows
 
     def _rows_of(self, path: Path) -> int:
         if path not in self.counts:
@@ -125,12 +144,16 @@ def matches_key(key: dict[str, str], columns: tuple[str, str]) -> Column:
 def _newest_rows(rows: DataFrame) -> DataFrame:
     """Keep the newest row of each picture and model.
 
-    The files may have several rows of one picture, from a retried task or from a second job.
+    The files may have several rows of one picture, from a retried task or from a second job. Two rows belong to the
+    same model if SAME_MODEL is true for them: they have the same digest, or one of them has no digest and both have the
+    same run. If two rows of one model remained, Delta would refuse the merge.
     """
-    order = Window.partitionBy("image_id", "run_id", "model_digest", *COLUMNS).orderBy(
-        F.desc("captioned_at"), F.desc("source_version"), "sha256"
-    )
-    return rows.withColumn("rank", F.row_number().over(order)).filter("rank = 1").drop("rank")
+    of_run = Window.partitionBy("image_id", *COLUMNS, "run_id")
+    model = F.coalesce(F.max("model_digest").over(of_run), "run_id")
+    of_model = Window.partitionBy("image_id", *COLUMNS, "model")
+    order = of_model.orderBy(F.desc("captioned_at"), F.desc("source_version"), "sha256")
+    ranked = rows.repartition("image_id").withColumn("model", model).withColumn("rank", F.row_number().over(order))
+    return ranked.filter("rank = 1").drop("model", "rank")
 
 
 def _merge(spark: SparkSession, name: str, new: DataFrame, key: dict[str, str], columns: tuple[str, str]) -> None:

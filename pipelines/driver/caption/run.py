@@ -35,7 +35,7 @@ from pipelines.driver.delta.spark_errors import translate_spark_errors
 from pipelines.driver.delta.tables import ensure_champion_captions, ensure_tables
 from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import FailedWithReport, UserError
-from pipelines.executor.caption import FILE_STATS_SCHEMA, CaptionJob, caption_batches
+from pipelines.executor.caption import STATS_SCHEMA, CaptionJob, caption_batches
 from pipelines.executor.ingest.records.pictures.root import require_root
 from pipelines.executor.ingest.storage import is_url
 from pipelines.formats.caption_stats import CaptionStats, sum_stats
@@ -50,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 ROWS_PER_FILE = 512
 """Number of rows in a caption file, which is also the approximate number of rows in a Spark task."""
+MAX_TASKS = 4096
+"""Largest number of tasks, and so of rows with statistics (about 20 kB each) that a job sends to the driver."""
 
 
 class CaptionRequest(Config):
@@ -332,17 +334,26 @@ def failed_jobs(platform: Platform, model: ModelFiles, request: CaptionRequest, 
 def _run_executors(spark: SparkSession, todo: DataFrame, rows: int, job: CaptionJob) -> CaptionStats:
     """Caption rows on executors, which write the captions to files. Return the statistics of the captioned rows."""
     # The rows are repartitioned, because Spark would read a table with a single data file in a single task. The rows
-    # are repartitioned by id, so that a retried task gets the same rows. The number of tasks is a multiple of the
-    # number of cores, because three tasks on two cores take as long as four tasks.
-    cores = default_parallelism(spark)
-    tasks = cores * -(-rows // (job.rows_per_file * cores))
+    # are repartitioned by id, so that a retried task gets the same rows.
+    tasks = count_tasks(rows, job.rows_per_file, default_parallelism(spark))
     with bounded_batches(spark):
         written = (
-            todo.repartition(min(tasks, rows), "image_id")
-            .mapInArrow(partial(caption_batches, job), spark_schema(FILE_STATS_SCHEMA))
+            todo.repartition(tasks, "image_id")
+            .mapInArrow(partial(caption_batches, job), spark_schema(STATS_SCHEMA))
             .collect()
         )
     return sum_stats(CaptionStats.model_validate_json(row["stats"]) for row in written)
+
+
+def count_tasks(rows: int, rows_per_file: int, cores: int) -> int:
+    """Return the number of tasks that caption `rows` rows.
+
+    A task writes about one file, so that a retry repeats little work. The number of tasks is a multiple of the number
+    of cores, because three tasks on two cores take as long as four tasks. The driver receives the statistics of each
+    task, which include its words, so the number of tasks is limited.
+    """
+    tasks_per_core = min(-(-rows // (rows_per_file * cores)), max(1, MAX_TASKS // cores))
+    return min(rows, cores * tasks_per_core)
 
 
 def _remove_deleted(spark: SparkSession, platform: Platform, source: SourceTable, id_column: str) -> int:
