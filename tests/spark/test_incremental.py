@@ -22,9 +22,10 @@ from refused_settings import refuse_settings
 from pipelines.config import DataConfig
 from pipelines.driver.delta.retry import WriteConflict, retry_on_conflict
 from pipelines.driver.delta.versions import read_versions
-from pipelines.driver.ingest.commit import gone_pictures, write_samples
+from pipelines.driver.ingest.commit import write_samples
 from pipelines.driver.ingest.decode import DecodedRows, IngestRequest, decode_rows
 from pipelines.driver.ingest.ledger import items_table
+from pipelines.driver.ingest.pictures.gone import gone_pictures
 from pipelines.driver.ingest.plan import plan_ingest
 from pipelines.driver.ingest.run import ingest
 from pipelines.driver.ingest.sources.open import open_source

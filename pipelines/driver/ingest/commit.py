@@ -9,19 +9,13 @@ from pyspark.sql import functions as F
 
 from pipelines.driver.delta.settings import UNCOMPRESSED, uncompressed_parquet
 from pipelines.driver.delta.versions import guarded_options, skip_if_changed_since
-from pipelines.driver.ingest.decode import DecodedRows
 from pipelines.driver.ingest.near_duplicates import NearReport, find_near_duplicates
 from pipelines.driver.ingest.plan import IngestPlan
-from pipelines.driver.ingest.sources.source import Covered
-from pipelines.driver.ingest.table_rows import merge_into, rows_of_source, verify_append, verify_merge
-from pipelines.formats.tables import QUARANTINE, SAMPLES
+from pipelines.driver.ingest.table_rows import merge_into, verify_append, verify_merge
+from pipelines.formats.tables import SAMPLES
 from pipelines.platform import Platform
 
 logger = logging.getLogger(__name__)
-
-KEPT_REASONS = ("decode_timeout", "decoder_crash")
-"""Quarantine reasons that depend on the machine, so that an ingest may refuse a row that an earlier ingest has
-accepted."""
 
 
 def write_samples(platform: Platform, plan: IngestPlan) -> NearReport:
@@ -102,50 +96,3 @@ def _sample_rows(plan: IngestPlan, pictures: DataFrame) -> DataFrame:
     constants = {"source": plan.stamp.source, "ingest_id": plan.stamp.ingest_id, "ingested_at": plan.stamp.planned_at}
     stamped = {name: F.lit(value) for name, value in constants.items()}
     return plan.spill.restore(rows, "image").withColumns(stamped).select(SAMPLES.names)
-
-
-def remove_gone(platform: Platform, decoded: DecodedRows, covered: Covered) -> int:
-    """Delete the pictures in `covered` that the source no longer has, according to the decoded rows. Return the number
-    of deleted pictures.
-
-    If a text of a picture has changed, the picture is deleted too. The ingest plan then adds the picture again, with
-    the current texts.
-    """
-    source, table = decoded.request.source, platform.table(SAMPLES.name)
-    spark = decoded.outcomes.sparkSession
-    samples = covered.select(rows_of_source(spark, platform, SAMPLES.name, source))
-    quarantine = rows_of_source(spark, platform, QUARANTINE.name, source)
-    gone = gone_pictures(decoded.outcomes, samples, quarantine)
-    gone = decoded.spill.materialize(gone, "gone")
-    if gone.isEmpty():
-        return 0
-    # Another ingest may have replaced a picture after `gone_pictures` found it. The condition keeps the new picture.
-    unchanged = "target.sha256 = updates.sha256 AND array_contains(target.texts, updates.text)"
-    counts = merge_into(table, gone, "image_id", source, f"WHEN MATCHED AND {unchanged} THEN DELETE")
-    assert counts is not None
-    logger.info("removed %d pictures whose source rows were deleted or changed", counts["num_deleted_rows"])
-    return int(counts["num_deleted_rows"])
-
-
-def gone_pictures(outcomes: DataFrame, samples: DataFrame, quarantine: DataFrame) -> DataFrame:
-    """Find the pictures in `samples` that have a text which occurs in no usable row of the source.
-
-    For each picture found, return the image_id, the sha256 and one text that occurs in no usable row. Two kinds of
-    refused rows keep their pictures: rows whose reason depends on the machine (KEPT_REASONS), and rows that
-    `lakesight quarantine replay` has added to `samples`.
-
-    Args:
-        outcomes: decoded rows of the source, without pictures and payloads.
-        samples: rows of `samples` to compare with the decoded rows.
-        quarantine: rows of the table `quarantine` that belong to the source.
-    """
-    key = ["image_id", "sha256", "text"]
-    current = outcomes.filter(F.col("reason").isNull()).select(*key[:2], F.explode("texts").alias("text"))
-    missing = samples.select(*key[:2], F.explode("texts").alias("text")).join(current, key, "left_anti")
-    refused = outcomes.filter(F.col("claimed_id").isNotNull())
-    replayed = quarantine.filter("replayed_at IS NOT NULL").select("source_row")
-    kept = refused.filter(F.col("reason").isin(*KEPT_REASONS)).unionByName(
-        refused.join(replayed, "source_row", "left_semi")
-    )
-    kept_ids = kept.select(F.col("claimed_id").alias("image_id"))
-    return missing.groupBy(key[:2]).agg(F.min("text").alias("text")).join(kept_ids, "image_id", "left_anti")

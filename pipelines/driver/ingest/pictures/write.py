@@ -14,14 +14,14 @@ from pyspark.sql import SparkSession
 
 from pipelines.config import DataConfig
 from pipelines.driver.delta.retry import retry_on_conflict
-from pipelines.driver.ingest.commit import remove_gone, write_samples
+from pipelines.driver.ingest.commit import write_samples
 from pipelines.driver.ingest.decode import DecodedRows, IngestRequest, decode_rows
+from pipelines.driver.ingest.pictures.gone import has_no_usable_row, remove_gone, require_no_pictures
 from pipelines.driver.ingest.plan import count_pictures_across_splits, plan_ingest
 from pipelines.driver.ingest.quarantine import add_to_quarantine, name_unreadable_files, replace_quarantine
-from pipelines.driver.ingest.sources.source import Covered, Source
+from pipelines.driver.ingest.sources.source import Source
 from pipelines.driver.ingest.table_rows import rows_of_source
 from pipelines.driver.ingest.totals import NAMED_FILES, Written, require_usable_rows
-from pipelines.errors import UserError
 from pipelines.formats.tables import SAMPLES
 from pipelines.platform import Platform
 
@@ -42,13 +42,13 @@ def write_pictures(
     reasons: Counter[str] = Counter()
     with decode_rows(spark, platform, request) as decoded:
         covered = None if refresh else source.covered
-        unusable = covered and covered.image_ids is None and decoded.refused == decoded.rows_in > 0
+        unusable = covered and has_no_usable_row(spark, platform, decoded, covered)
         removed = 0
         if covered and not unusable:
             removed = retry_on_conflict(partial(remove_gone, platform, decoded, covered))
         written = retry_on_conflict(partial(_plan_and_write, spark, platform, decoded, reasons))
         if covered and unusable:
-            _require_no_pictures(spark, platform, decoded, covered)
+            require_no_pictures(spark, platform, decoded, covered)
         return replace(written, removed=removed)
 
 
@@ -74,15 +74,3 @@ def _plan_and_write(spark: SparkSession, platform: Platform, decoded: DecodedRow
     unreadable = name_unreadable_files(plan, NAMED_FILES) if plan.totals.refused else []
     written = Written(totals=plan.totals, reasons=dict(reasons), near=near, across=across, unreadable=unreadable)
     return replace(written, updated=updated)
-
-
-def _require_no_pictures(spark: SparkSession, platform: Platform, decoded: DecodedRows, covered: Covered) -> None:
-    """Raise an error if no row of a table was usable and `samples` still has pictures of the table."""
-    source, config = decoded.request.source, decoded.request.config
-    if not covered.select(rows_of_source(spark, platform, SAMPLES.name, source)).isEmpty():
-        raise UserError(
-            "not one row of the table could be used, so the pictures of earlier ingests were kept",
-            where=config.source.where,
-            got=f"all {decoded.rows_in} rows are bad",
-            fix="inspect the refused rows with `lakesight quarantine`, and check data.source.columns",
-        )

@@ -1,0 +1,173 @@
+"""Removal of pictures from `samples` whose rows a source table no longer has, or has changed.
+
+A picture is removed only if the rows show that its source row is gone or different. If a picture is only unreadable at
+the moment, or if hardly any row can be used, the picture stays.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from pyspark.sql import DataFrame, SparkSession, Window
+from pyspark.sql import functions as F
+
+from pipelines.driver.ingest.decode import DecodedRows
+from pipelines.driver.ingest.plan import held_out_rank
+from pipelines.driver.ingest.sources.source import Covered
+from pipelines.driver.ingest.table_rows import merge_into, rows_of_source
+from pipelines.errors import UserError
+from pipelines.formats.tables import QUARANTINE, SAMPLES
+from pipelines.platform import Platform
+
+logger = logging.getLogger(__name__)
+
+UNREADABLE = "unreadable_file"
+KEPT_REASONS = ("decode_timeout", "decoder_crash", UNREADABLE)
+"""Quarantine reasons that depend on the machine or on a picture server, so that an ingest may refuse a row that an
+earlier ingest has accepted."""
+KEY = ("image_id", "sha256")
+
+
+def has_no_usable_row(spark: SparkSession, platform: Platform, decoded: DecodedRows, covered: Covered) -> bool:
+    """Return whether not one row of the source table can be used, so that no picture of the table would be left.
+
+    If only changes were read, this is the case if no changed row can be used and all pictures of the table are covered.
+    """
+    if decoded.refused < decoded.rows_in:
+        return False
+    if covered.image_ids is None:
+        return True
+    samples = rows_of_source(spark, platform, SAMPLES.name, decoded.request.source)
+    return Covered(covered.file).select(samples).join(covered.image_ids, "image_id", "left_anti").isEmpty()
+
+
+def require_no_pictures(spark: SparkSession, platform: Platform, decoded: DecodedRows, covered: Covered) -> None:
+    """Check that `samples` has no picture of a table of which no row is usable.
+
+    Raises:
+        UserError: `samples` has pictures of the table.
+    """
+    source, config = decoded.request.source, decoded.request.config
+    if covered.select(rows_of_source(spark, platform, SAMPLES.name, source)).isEmpty():
+        return
+    table = platform.table(SAMPLES.name)
+    if decoded.rows_in:
+        got = f"all {decoded.rows_in} rows are bad"
+        fix = "inspect the refused rows with `lakesight quarantine`, and check data.source.columns"
+    else:
+        got = "0 rows"
+        fix = (
+            "check the job that fills the table, and data.source.filter. If the table is empty on purpose, remove its "
+            f"pictures: delete the rows of table {table} whose source is '{source}'"
+        )
+    raise UserError(
+        "not one row of the table could be used, so the pictures of earlier ingests were kept",
+        where=config.source.where,
+        got=got,
+        fix=fix,
+    )
+
+
+def remove_gone(platform: Platform, decoded: DecodedRows, covered: Covered) -> int:
+    """Delete the pictures in `covered` that the source no longer has, according to the decoded rows. Return the number
+    of deleted pictures.
+
+    If a text or the split of a picture has changed, the picture is deleted too. The ingest plan then adds the picture
+    again, with the current texts and the current split. The same commit changes the column `near_of` of pictures that
+    resemble a deleted picture.
+    """
+    request, table = decoded.request, platform.table(SAMPLES.name)
+    config, spark = request.config, decoded.outcomes.sparkSession
+    unreadable = decoded.outcomes.filter(F.col("reason") == UNREADABLE)
+    if config.source.record_columns.id is None and not unreadable.isEmpty():
+        logger.warning(
+            "some pictures of %s cannot be read now, and without an id column ingest cannot tell which pictures of "
+            "table samples they are. This ingest therefore removes no picture",
+            request.source,
+        )
+        return 0
+    everything = rows_of_source(spark, platform, SAMPLES.name, request.source)
+    quarantine = rows_of_source(spark, platform, QUARANTINE.name, request.source)
+    too_many = decoded.refused > config.limits.max_bad_share * decoded.rows_in
+    if too_many:
+        logger.warning("more rows than data.limits.max_bad_share were refused, so pictures without a usable row stay")
+    gone = gone_pictures(
+        decoded.outcomes,
+        covered.select(everything),
+        quarantine,
+        follow_splits=config.split.kind == "column",
+        keep_absent=too_many,
+    )
+    gone = decoded.spill.materialize(gone, "gone")
+    if gone.isEmpty():
+        return 0
+    relinked = relinked_pictures(everything, gone)
+    updates = decoded.spill.materialize(gone.unionByName(relinked, allowMissingColumns=True), "removed")
+    counts = merge_into(
+        table,
+        updates,
+        "image_id",
+        request.source,
+        # Another ingest may have changed a picture after `gone_pictures` found it. The conditions keep such a picture.
+        "WHEN MATCHED AND target.sha256 = updates.sha256 AND array_contains(target.texts, updates.text) THEN DELETE",
+        "WHEN MATCHED AND target.near_of = updates.gone_id THEN UPDATE SET near_of = updates.near_of",
+    )
+    assert counts is not None
+    logger.info("removed %d pictures whose source rows were deleted or changed", counts["num_deleted_rows"])
+    return int(counts["num_deleted_rows"])
+
+
+def gone_pictures(
+    outcomes: DataFrame,
+    samples: DataFrame,
+    quarantine: DataFrame,
+    *,
+    follow_splits: bool = False,
+    keep_absent: bool = False,
+) -> DataFrame:
+    """Find the pictures in `samples` that have a text which occurs in no usable row of the source.
+
+    For each picture found, return the image_id, the sha256 and one of its texts (a text that occurs in no usable row,
+    if there is one). Two kinds of refused rows keep their pictures: rows whose reason depends on the machine or on a
+    server (KEPT_REASONS), and rows that `lakesight quarantine replay` has added to `samples`.
+
+    Args:
+        outcomes: decoded rows of the source, without pictures and payloads.
+        samples: rows of `samples` to compare with the decoded rows.
+        quarantine: rows of the table `quarantine` that belong to the source.
+        follow_splits: whether to find also the pictures whose usable rows have another split than the picture.
+        keep_absent: whether a refused row with any reason keeps its picture, and a picture with no usable row stays.
+    """
+    usable = outcomes.filter(F.col("reason").isNull())
+    current = usable.select(*KEY, F.explode("texts").alias("text"))
+    missing = samples.select(*KEY, F.explode("texts").alias("text")).join(current, [*KEY, "text"], "left_anti")
+    if follow_splits:
+        splits = usable.groupBy(*KEY).agg(F.min_by("split", held_out_rank("split")).alias("present_split"))
+        moved = samples.join(splits, list(KEY)).filter("split <> present_split")
+        missing = missing.unionAll(moved.select(*KEY, F.col("texts")[0].alias("text")))
+    if keep_absent:
+        missing = missing.join(usable.select("image_id").distinct(), "image_id", "left_semi")
+    refused = outcomes.filter(F.col("claimed_id").isNotNull())
+    replayed = quarantine.filter("replayed_at IS NOT NULL").select("source_row")
+    kept = refused if keep_absent else refused.filter(F.col("reason").isin(*KEPT_REASONS))
+    kept = kept.unionByName(refused.join(replayed, "source_row", "left_semi"))
+    kept_ids = kept.select(F.col("claimed_id").alias("image_id"))
+    return missing.groupBy(*KEY).agg(F.min("text").alias("text")).join(kept_ids, "image_id", "left_anti")
+
+
+def relinked_pictures(samples: DataFrame, gone: DataFrame) -> DataFrame:
+    """Find the pictures whose near duplicate (column `near_of`) is deleted, and choose another near duplicate.
+
+    Of the pictures that resemble the same deleted picture, the picture with the smallest id gets no near duplicate. It
+    becomes the near duplicate of the other pictures. A filter `near_of IS NULL` therefore still selects one of them.
+
+    Returns:
+        rows with the columns image_id, gone_id (the near duplicate that is deleted) and near_of (the new near
+        duplicate, or null).
+    """
+    ids = gone.select("image_id")
+    dangling = samples.filter("near_of IS NOT NULL").select("image_id", F.col("near_of").alias("gone_id"))
+    dangling = dangling.join(ids.withColumnRenamed("image_id", "gone_id"), "gone_id", "left_semi")
+    dangling = dangling.join(ids, "image_id", "left_anti")
+    first = F.min("image_id").over(Window.partitionBy("gone_id"))
+    return dangling.select("image_id", "gone_id", F.nullif(first, F.col("image_id")).alias("near_of"))

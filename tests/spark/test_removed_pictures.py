@@ -1,0 +1,144 @@
+"""Tests that ingest removes a picture only if its row is gone or different, and that no accepted row is lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable, write_deltalake
+from picture_server import picture_server
+from pictures import png
+from pyspark.sql import DataFrame, SparkSession
+
+from pipelines.config import DataConfig
+from pipelines.driver.ingest.pictures.gone import gone_pictures, relinked_pictures
+from pipelines.driver.ingest.run import ingest
+from pipelines.driver.ingest.totals import TooManyRefused
+from pipelines.errors import UserError
+from pipelines.platform import Platform
+
+PICTURES = "image_id string, sha256 string, split string, texts array<struct<prompt: string, text: string>>"
+REFUSED = "claimed_id string, reason string, source_row string"
+
+
+def table_config(path: Path, **further: Any) -> DataConfig:
+    """Return the data config of the Delta table at a path, whose rows have the columns id, image and text."""
+    source = {"kind": "table", "path": str(path), "columns": {"id": "id"}} | further.pop("source", {})
+    return DataConfig.model_validate({"source": source, "near_duplicates": False} | further)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]], **settings: Any) -> None:
+    """Replace all rows of the Delta table at a path, or create the table."""
+    write_deltalake(path, pa.Table.from_pylist(rows), mode="overwrite", schema_mode="overwrite", **settings)
+
+
+def row(number: int, **columns: Any) -> dict[str, Any]:
+    return {"id": number, "image": png(number), "text": f"picture {number}"} | columns
+
+
+def stored(spark: SparkSession, platform: Platform, source: str, column: str = "split") -> dict[str, Any]:
+    """Return a dict from the id of each picture of a source in `samples` to a column of the picture."""
+    rows = spark.table(platform.table("samples")).where(f"source = '{source}'").select("image_id", column).collect()
+    return {row["image_id"].partition("/")[2]: row[column] for row in rows}
+
+
+def test_pictures_that_cannot_be_read_now_or_that_hardly_any_row_describes_stay_and_other_splits_are_found(
+    spark: SparkSession,
+) -> None:
+    def samples(*rows: tuple[str, str, str]) -> DataFrame:
+        return spark.createDataFrame([(*each, [("", "x")]) for each in rows], PICTURES)
+
+    known = samples(("same", "a", "train"), ("moved", "a", "train"), ("busy", "a", "train"), ("bad", "a", "train"))
+    known = known.unionAll(samples(("absent", "a", "train"), ("changed", "a", "train")))
+    usable = samples(("same", "a", "train"), ("moved", "a", "train"), ("moved", "a", "test"), ("changed", "b", "train"))
+    refused = [("busy", "unreadable_file", "r1"), ("bad", "not_an_image", "r2")]
+    outcomes = usable.unionByName(spark.createDataFrame(refused, REFUSED), allowMissingColumns=True)
+    quarantine = spark.createDataFrame([], "source_row string, replayed_at timestamp")
+
+    def gone(**settings: bool) -> list[str]:
+        return sorted(row["image_id"] for row in gone_pictures(outcomes, known, quarantine, **settings).collect())
+
+    assert gone() == ["absent", "bad", "changed"]
+    assert gone(follow_splits=True) == ["absent", "bad", "changed", "moved"]
+    assert gone(keep_absent=True) == ["changed"]
+
+
+def test_pictures_whose_near_duplicate_is_removed_get_one_of_each_other_as_near_duplicate(spark: SparkSession) -> None:
+    near = [("a", None), ("b", "a"), ("c", "a"), ("d", "a"), ("e", "b"), ("f", "gone")]
+    samples = spark.createDataFrame(near, "image_id string, near_of string")
+    gone = spark.createDataFrame([("a",), ("b",)], "image_id string")
+    found = {row["image_id"]: (row["gone_id"], row["near_of"]) for row in relinked_pictures(samples, gone).collect()}
+    assert found == {"c": ("a", None), "d": ("a", "c"), "e": ("b", None)}
+
+
+@pytest.mark.matrix
+def test_a_picture_that_a_server_cannot_send_now_is_not_removed(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pictures = {"/1.png": png(1), "/2.png": png(2)}
+    rows = [row(n, image=f"{n}.png") for n in (1, 2)]
+    with picture_server(pictures) as root:
+        for ids in ({"columns": {"id": "id"}}, {"columns": {}}):
+            config = table_config(tmp_path, source=ids | {"image_root": root})
+            name = f"{source}-{len(ids['columns'])}"
+            pictures["/2.png"] = png(2)
+            write_rows(tmp_path, rows)
+            assert ingest(spark, platform, name, config).new == 2
+            del pictures["/2.png"]
+            write_rows(tmp_path, rows)
+            report = ingest(spark, platform, name, config)
+            assert (report.removed, report.reasons) == (0, {"unreadable_file": 1})
+            assert len(stored(spark, platform, name)) == 2
+    assert "without an id column ingest cannot tell" in caplog.text
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("feed", ["true", "false"])
+def test_a_table_that_is_empty_for_a_moment_keeps_its_pictures(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path, feed: str
+) -> None:
+    config = table_config(tmp_path)
+    write_rows(tmp_path, [row(1), row(2)], configuration={"delta.enableChangeDataFeed": feed})
+    ingest(spark, platform, source, config)
+    DeltaTable(tmp_path).delete()
+    with pytest.raises(UserError, match=r"not one row of the table could be used.*Got: 0 rows.*delete the rows of"):
+        ingest(spark, platform, source, config)
+    assert sorted(stored(spark, platform, source)) == ["1", "2"]
+    write_deltalake(tmp_path, pa.Table.from_pylist([row(2), row(3)]), mode="append")
+    report = ingest(spark, platform, source, config)
+    assert (report.removed, report.new, sorted(stored(spark, platform, source))) == (1, 1, ["2", "3"])
+
+
+@pytest.mark.matrix
+def test_an_ingest_that_fails_because_of_bad_rows_removes_only_pictures_that_it_adds_again(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    config = table_config(tmp_path, limits={"max_bad_share": 0.2})
+    write_rows(tmp_path, [row(n) for n in range(1, 5)])
+    ingest(spark, platform, source, config)
+    write_rows(tmp_path, [row(1), row(2, image=b"words"), row(4, text="corrected")])
+    with pytest.raises(TooManyRefused) as failed:
+        ingest(spark, platform, source, config)
+    assert (failed.value.report.removed, failed.value.report.new) == (1, 1)
+    found = stored(spark, platform, source, "texts")
+    assert {name: texts[0]["text"] for name, texts in found.items()} == {
+        **{str(n): f"picture {n}" for n in range(1, 4)},
+        "4": "corrected",
+    }
+    write_rows(tmp_path, [row(1), row(2), row(4, text="corrected")])
+    assert ingest(spark, platform, source, config).removed == 1
+    assert sorted(stored(spark, platform, source)) == ["1", "2", "4"]
+
+
+@pytest.mark.matrix
+def test_a_changed_split_in_a_table_moves_the_picture(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    config = table_config(tmp_path, split={"kind": "column", "column": "part"})
+    write_rows(tmp_path, [row(n, part="train") for n in (1, 2)])
+    ingest(spark, platform, source, config)
+    DeltaTable(tmp_path).update(updates={"part": "'test'"}, predicate="id = 2")
+    report = ingest(spark, platform, source, config)
+    assert (report.removed, report.new, stored(spark, platform, source)) == (1, 1, {"1": "train", "2": "test"})
