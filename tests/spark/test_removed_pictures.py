@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
 from picture_server import picture_server
-from pictures import png
+from pictures import as_base64, png
 from pyspark.sql import DataFrame, SparkSession
 
 from pipelines.config import DataConfig
 from pipelines.driver.ingest.pictures.gone import gone_pictures, relinked_pictures
+from pipelines.driver.ingest.replay import replay
 from pipelines.driver.ingest.run import ingest
 from pipelines.driver.ingest.totals import TooManyRefused
 from pipelines.errors import UserError
@@ -142,3 +144,44 @@ def test_a_changed_split_in_a_table_moves_the_picture(
     DeltaTable(tmp_path).update(updates={"part": "'test'"}, predicate="id = 2")
     report = ingest(spark, platform, source, config)
     assert (report.removed, report.new, stored(spark, platform, source)) == (1, 1, {"1": "train", "2": "test"})
+
+
+@pytest.mark.matrix
+def test_a_changed_split_in_a_file_is_reported_until_a_refresh_applies_it(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def write(*splits: str) -> None:
+        rows = [{"image": as_base64(png(n)), "text": "x", "part": split} for n, split in enumerate(splits)]
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    settings = {"source": {"kind": "jsonl", "path": str(tmp_path)}, "split": {"kind": "column", "column": "part"}}
+    config = DataConfig.model_validate(settings | {"near_duplicates": False})
+    write("train", "train")
+    assert ingest(spark, platform, source, config).pictures_of_other_splits == 0
+    write("train", "test", "val")
+    report = ingest(spark, platform, source, config)
+    assert (report.pictures_of_other_splits, report.splits) == (1, {"train": 2, "val": 1})
+    assert "1 pictures stay in the split of an earlier ingest" in caplog.text
+    report = ingest(spark, platform, source, config, refresh=True)
+    assert (report.pictures_of_other_splits, report.splits) == (0, {"test": 1, "train": 1, "val": 1})
+
+
+@pytest.mark.matrix
+def test_a_row_that_a_replay_has_accepted_can_be_replayed_again_after_its_picture_was_removed(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    strict = table_config(tmp_path, limits={"max_text_chars": 20})
+    tolerant = table_config(tmp_path, limits={"max_text_chars": 90})
+    long = row(2, text="x" * 50)
+    write_rows(tmp_path, [row(1), long, row(3, text="y" * 50)])
+    ingest(spark, platform, source, strict)
+    assert replay(spark, platform, source, tolerant, ["text_too_long"]).new == 2
+    DeltaTable(tmp_path).delete("id = 2")
+    assert ingest(spark, platform, source, strict).removed == 1
+    assert replay(spark, platform, source, tolerant, ["text_too_long"]).rows_in == 0, "the row is not in the table"
+    write_deltalake(tmp_path, pa.Table.from_pylist([long]), mode="append")
+    report = ingest(spark, platform, source, strict)
+    assert (report.new, report.duplicates, report.refused) == (0, 3, 2)
+    again = replay(spark, platform, source, tolerant, ["text_too_long"])
+    assert (again.rows_in, again.new) == (1, 1)
+    assert sorted(stored(spark, platform, source)) == ["1", "2", "3"]

@@ -199,8 +199,8 @@ def plan_texts(
     place = {"file": "f", "batch": 0, "row": 0, "format": "PNG", "width": 4, "height": 4, "source_row": "a.csv#1"}
     made = [narrow | place | {"texts": texts(said), READ_ORDER: number} for number, said in enumerate(rows)]
     outcomes = pa.Table.from_pylist(made, NARROW.append(pa.field(READ_ORDER, pa.int64())))
-    existing = [{"image_id": "p", "sha256": "s", "texts": texts(known)}]
-    schema = pa.schema([SAMPLES.arrow_schema.field(name) for name in ("image_id", "sha256", "texts")])
+    existing = [{"image_id": "p", "sha256": "s", "split": "train", "texts": texts(known)}]
+    schema = pa.schema([SAMPLES.arrow_schema.field(name) for name in ("image_id", "sha256", "split", "texts")])
     samples = spark.createDataFrame(pa.Table.from_pylist(existing, schema))
     [row] = plan_pictures(spark.createDataFrame(outcomes), samples, max_texts).collect()
     return [pair["text"] for pair in row["new_texts"]], row["contributing"]

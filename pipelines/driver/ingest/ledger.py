@@ -230,5 +230,9 @@ def _forget(spark: SparkSession, ledger: str, source: str, column: str, lost: Se
 
 
 def delete_from_ledger(spark: SparkSession, platform: Platform, source: str) -> None:
-    """Delete the ledger rows of a source, so that the next ingest reads all items of the source."""
+    """Delete the ledger rows of a source, so that the next ingest reads all items of the source.
+
+    A refresh calls this function as soon as it is sure to replace rows, and before its first write. If the refresh is
+    killed between two writes, the next ingest adds the missing rows.
+    """
     spark.sql(f"DELETE FROM {platform.table(INGESTED.name)} WHERE source = {{source}}", source=source)  # noqa: S608

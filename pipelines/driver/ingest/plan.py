@@ -112,6 +112,7 @@ def plan_pictures(outcomes: DataFrame, existing: DataFrame, max_texts: int | Non
     - rows: number of raw rows of the picture;
     - spilled: POSITION, and the format, width and height of the picture;
     - conflicting: whether another picture has the same id;
+    - known_split: split of the picture in `samples`, or null;
     - known_texts: texts of the picture in `samples`;
     - new_texts: texts to append to the texts in `samples`;
     - contributing: number of rows that add a text;
@@ -138,7 +139,7 @@ def plan_pictures(outcomes: DataFrame, existing: DataFrame, max_texts: int | Non
         )
         .withColumn("pictures_of_id", F.count("*").over(Window.partitionBy("image_id")))
     )
-    known = existing.select("image_id", F.col("sha256").alias("known_sha256"), F.col("texts").alias("known_texts"))
+    known = existing.select("image_id", *(F.col(name).alias(f"known_{name}") for name in ("sha256", "split", "texts")))
     joined = pictures.join(known, "image_id", "left").select(
         "image_id",
         "sha256",
@@ -149,6 +150,7 @@ def plan_pictures(outcomes: DataFrame, existing: DataFrame, max_texts: int | Non
         "fingerprint",
         F.col("known_sha256").isNull().alias("is_new"),
         F.coalesce(F.col("known_sha256") != F.col("sha256"), F.col("pictures_of_id") > 1).alias("conflicting"),
+        "known_split",
         F.coalesce("known_texts", F.array().cast(TEXTS)).alias("known_texts"),
         F.col("in_order.texts").cast(f"array<{TEXTS}>").alias("row_texts"),
     )
@@ -189,6 +191,23 @@ def overfull_rows(outcomes: DataFrame, pictures: DataFrame) -> DataFrame:
     full = pictures.filter("full IS NOT NULL AND NOT conflicting").select("image_id", "sha256", "full")
     rows = outcomes.filter(F.col("reason").isNull()).join(full, ["image_id", "sha256"])
     return rows.filter("exists(texts, text -> NOT array_contains(full, text))").select(outcomes.columns)
+
+
+def count_pictures_of_other_splits(pictures: DataFrame) -> int:
+    """Count the pictures that stay in the split of an earlier ingest, although the rows of this ingest have another
+    split.
+
+    Args:
+        pictures: pictures from `plan_pictures`.
+    """
+    count = pictures.filter("NOT conflicting AND known_split <> split").count()
+    if count:
+        logger.warning(
+            "%d pictures stay in the split of an earlier ingest, although their rows in this ingest have another "
+            "split. To apply the splits of the whole input, run `lakesight ingest --refresh`",
+            count,
+        )
+    return count
 
 
 def count_pictures_across_splits(outcomes: DataFrame) -> int:

@@ -10,9 +10,9 @@ from pyspark.sql import functions as F
 from pipelines.driver.delta.settings import UNCOMPRESSED, uncompressed_parquet
 from pipelines.driver.delta.versions import guarded_options, note_options, read_versions
 from pipelines.driver.ingest.plan import IngestPlan, overfull_rows
-from pipelines.driver.ingest.table_rows import existing_rows, rows_to_add, verify_append
+from pipelines.driver.ingest.table_rows import existing_rows, merge_into, rows_to_add, verify_append
 from pipelines.executor.ingest.spill import POSITION
-from pipelines.formats.tables import QUARANTINE
+from pipelines.formats.tables import QUARANTINE, SAMPLES
 from pipelines.platform import Platform
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,38 @@ def replace_quarantine(platform: Platform, plan: IngestPlan) -> dict[str, int]:
         rows = _quarantine_rows(new, plan).writeTo(table).options(**options)
         rows.overwrite(F.col("source") == plan.stamp.source)
     return _count_by_reason(new)
+
+
+def reopen_replayed(platform: Platform, plan: IngestPlan) -> int:
+    """Set `replayed_at` to null in the rows of `quarantine` whose pictures `samples` has lost, so that these rows can
+    be replayed again. Return the number of these rows.
+
+    A row has lost its picture if a replay has accepted the row, the ingest has refused the row again, and `samples`
+    does not have the picture. The picture may have been removed, or `samples` may have been restored. If the id of the
+    picture is not known, `source_row` identifies the picture.
+    """
+    spark, source = plan.pictures.sparkSession, plan.stamp.source
+    replayed = existing_rows(spark, platform, QUARANTINE, source).filter("replayed_at IS NOT NULL")
+    refused = plan.outcomes.filter(F.col("reason").isNotNull()).select("source_row", "claimed_id")
+    found = refused.join(replayed.select("source_row"), "source_row", "left_semi").dropDuplicates(["source_row"])
+    found = plan.spill.materialize(found, "replayed")
+    if found.isEmpty():
+        return 0
+    samples = existing_rows(spark, platform, SAMPLES, source).select("image_id", F.col("source_row").alias("known_row"))
+    by_id = found.filter("claimed_id IS NOT NULL").join(samples, F.col("claimed_id") == F.col("image_id"), "left_anti")
+    by_row = found.filter("claimed_id IS NULL").join(samples, F.col("source_row") == F.col("known_row"), "left_anti")
+    lost = plan.spill.materialize(by_id.unionAll(by_row).select("source_row"), "lost")
+    if lost.isEmpty():
+        return 0
+    update = "WHEN MATCHED THEN UPDATE SET replayed_at = NULL"
+    counts = merge_into(platform.table(QUARANTINE.name), lost, "source_row", source, update)
+    count = counts["num_updated_rows"] if counts else 0
+    logger.warning(
+        "%d refused rows can be replayed again: a replay has accepted them, but table samples no longer has their "
+        "pictures",
+        count,
+    )
+    return int(count)
 
 
 def _count_by_reason(refused: DataFrame) -> dict[str, int]:

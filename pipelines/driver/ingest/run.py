@@ -30,7 +30,6 @@ from pipelines.driver.delta.versions import read_versions
 from pipelines.driver.ingest.ledger import (
     LedgerEntry,
     append_to_ledger,
-    delete_from_ledger,
     forget_lost_items,
     has_other_rules,
     hash_rules,
@@ -42,7 +41,14 @@ from pipelines.driver.ingest.sources.open import open_source
 from pipelines.driver.ingest.sources.source import Source
 from pipelines.driver.ingest.table_rows import count_rows, rows_of_source, rows_with_keys_of
 from pipelines.driver.ingest.texts.write import write_texts
-from pipelines.driver.ingest.totals import IngestReport, Written, check_totals, describe_passed_over, table_of_source
+from pipelines.driver.ingest.totals import (
+    IngestReport,
+    Written,
+    check_totals,
+    describe_passed_over,
+    require_usable_rows,
+    table_of_source,
+)
 from pipelines.formats.table_schema import Table
 from pipelines.formats.tables import QUARANTINE, SAMPLES, TEXTS
 from pipelines.platform import Platform
@@ -73,7 +79,9 @@ def ingest(
     rules, table = hash_rules(config), table_of_source(config)
     ingested = items_table([]) if refresh else _ingested_items(spark, platform, source_name, rules, table)
     source = open_source(spark, platform, source_name, config, ingested)
-    replaced = _start_refresh(spark, platform, table, source_name, source) if refresh else {}
+    if refresh and not source.rows:
+        require_usable_rows(Written().totals, config)
+    replaced = _announce_refresh(spark, platform, table, source_name, source) if refresh else {}
     write = write_texts if table is TEXTS else write_pictures
     written = write(spark, platform, source_name, config, source, refresh=refresh) if source.rows else Written()
     totals, quarantined = written.totals, sum(written.reasons.values())
@@ -95,6 +103,7 @@ def ingest(
         replaced=replaced,
         splits=count_rows(spark, platform, table, {"source": source_name}, by="split"),
         equal_pictures_across_splits=written.across,
+        pictures_of_other_splits=written.other_splits,
         near_duplicates=written.near,
         dataset_version=versions.last_change,
         seconds=round(time.monotonic() - started, 3),
@@ -117,14 +126,15 @@ def _ingested_items(spark: SparkSession, platform: Platform, name: str, rules: s
     return read_ledger(spark, platform, name, rules)
 
 
-def _start_refresh(spark: SparkSession, platform: Platform, table: Table, name: str, source: Source) -> dict[str, int]:
-    """Delete the ledger rows of the source, and count the rows of each table that the refresh will replace."""
+def _announce_refresh(
+    spark: SparkSession, platform: Platform, table: Table, name: str, source: Source
+) -> dict[str, int]:
+    """Count the rows of each table that the refresh will replace, and log the counts."""
     replaced = {each: rows_of_source(spark, platform, each, name).count() for each in (table.name, QUARANTINE.name)}
     logger.info(
         "the refresh of %s reads %d files or rows of captions again. It replaces %d rows in %s and %d in quarantine",
         *(name, len(source.pending), replaced[table.name], table.name, replaced[QUARANTINE.name]),
     )
-    retry_on_conflict(partial(delete_from_ledger, spark, platform, name))
     return replaced
 
 

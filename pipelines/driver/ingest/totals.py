@@ -32,6 +32,7 @@ class Written:
         reasons: number of rows added to `quarantine`, by quarantine reason.
         near: counts of near duplicates among the new pictures.
         across: number of pictures whose bytes occur in two splits of the source.
+        other_splits: number of pictures that stay in another split than their rows in the input have.
         removed: number of pictures removed from `samples`.
         updated: in a refresh, number of pictures or texts that were in the source's table before the refresh. These
             pictures or texts also count in `totals.new`.
@@ -42,6 +43,7 @@ class Written:
     reasons: dict[str, int] = field(default_factory=dict)
     near: NearReport = field(default_factory=NearReport)
     across: int = 0
+    other_splits: int = 0
     removed: int = 0
     updated: int = 0
     unreadable: list[str] = field(default_factory=list)
@@ -73,6 +75,8 @@ class IngestReport(Config):
         replaced: number of rows that a full refresh has replaced, in `quarantine` and in the source's table.
         splits: number of pictures of this source in `samples`, or of its texts in `texts`, by split.
         equal_pictures_across_splits: number of input pictures whose bytes occur in two splits of the source.
+        pictures_of_other_splits: number of input pictures that stay in the split of an earlier ingest, although their
+            rows in the input have another split. Only a refresh changes the split.
         near_duplicates: counts of new pictures that resemble another picture of the source.
         dataset_version: version of the source's table that last changed this source.
         seconds: duration of the ingest, in seconds.
@@ -99,6 +103,7 @@ class IngestReport(Config):
     replaced: dict[str, int]
     splits: dict[str, int]
     equal_pictures_across_splits: int
+    pictures_of_other_splits: int = 0
     near_duplicates: NearReport
     dataset_version: int
     seconds: float

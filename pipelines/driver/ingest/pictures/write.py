@@ -16,9 +16,15 @@ from pipelines.config import DataConfig
 from pipelines.driver.delta.retry import retry_on_conflict
 from pipelines.driver.ingest.commit import write_samples
 from pipelines.driver.ingest.decode import DecodedRows, IngestRequest, decode_rows
+from pipelines.driver.ingest.ledger import delete_from_ledger
 from pipelines.driver.ingest.pictures.gone import has_no_usable_row, remove_gone, require_no_pictures
-from pipelines.driver.ingest.plan import count_pictures_across_splits, plan_ingest
-from pipelines.driver.ingest.quarantine import add_to_quarantine, name_unreadable_files, replace_quarantine
+from pipelines.driver.ingest.plan import count_pictures_across_splits, count_pictures_of_other_splits, plan_ingest
+from pipelines.driver.ingest.quarantine import (
+    add_to_quarantine,
+    name_unreadable_files,
+    reopen_replayed,
+    replace_quarantine,
+)
 from pipelines.driver.ingest.sources.source import Source
 from pipelines.driver.ingest.table_rows import rows_of_source
 from pipelines.driver.ingest.totals import NAMED_FILES, Written, require_usable_rows
@@ -62,6 +68,7 @@ def _plan_and_write(spark: SparkSession, platform: Platform, decoded: DecodedRow
     updated = 0
     if plan.request.replace:
         require_usable_rows(plan.totals, plan.request.config)
+        delete_from_ledger(spark, platform, plan.stamp.source)
         reasons.clear()
         reasons.update(replace_quarantine(platform, plan))
         before = rows_of_source(spark, platform, SAMPLES.name, plan.stamp.source).select("image_id")
@@ -69,8 +76,18 @@ def _plan_and_write(spark: SparkSession, platform: Platform, decoded: DecodedRow
     elif plan.totals.bad:
         reasons.update(add_to_quarantine(platform, plan))
     near = write_samples(platform, plan)
+    if plan.totals.refused and not plan.request.replace:
+        retry_on_conflict(partial(reopen_replayed, platform, plan))
     hashed = plan.request.config.split.kind == "hash"
     across = 0 if hashed else count_pictures_across_splits(plan.outcomes)
+    other_splits = 0 if hashed else count_pictures_of_other_splits(plan.pictures)
     unreadable = name_unreadable_files(plan, NAMED_FILES) if plan.totals.refused else []
-    written = Written(totals=plan.totals, reasons=dict(reasons), near=near, across=across, unreadable=unreadable)
+    written = Written(
+        totals=plan.totals,
+        reasons=dict(reasons),
+        near=near,
+        across=across,
+        other_splits=other_splits,
+        unreadable=unreadable,
+    )
     return replace(written, updated=updated)

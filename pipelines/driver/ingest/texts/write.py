@@ -19,6 +19,7 @@ from pipelines.driver.delta.retry import retry_on_conflict
 from pipelines.driver.delta.settings import bounded_batches
 from pipelines.driver.delta.spark_errors import translate_spark_errors
 from pipelines.driver.delta.versions import guarded_options, note_options, read_versions
+from pipelines.driver.ingest.ledger import delete_from_ledger
 from pipelines.driver.ingest.plan import PlanTotals, held_out_rank
 from pipelines.driver.ingest.sources.source import Source
 from pipelines.driver.ingest.spill import spill_folder
@@ -56,6 +57,7 @@ def write_texts(
         totals = PlanTotals(**counts, usable=counts["rows_in"] - counts["refused"])
         if refresh:
             require_usable_rows(totals, config)
+            retry_on_conflict(partial(delete_from_ledger, spark, platform, name))
         before = rows_of_source(spark, platform, TEXTS.name, name).select("text_id")
         updated = _accepted(outcomes).join(before, "text_id", "left_semi").count() if refresh else 0
         stamp = Stamp(name, source.ingest_id, datetime.now(UTC), 0)
