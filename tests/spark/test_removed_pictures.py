@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
 from picture_server import picture_server
-from pictures import as_base64, png
+from pictures import as_base64, png, write_csv
 from pyspark.sql import DataFrame, SparkSession
 
 from pipelines.config import DataConfig
@@ -185,3 +186,36 @@ def test_a_row_that_a_replay_has_accepted_can_be_replayed_again_after_its_pictur
     again = replay(spark, platform, source, tolerant, ["text_too_long"])
     assert (again.rows_in, again.new) == (1, 1)
     assert sorted(stored(spark, platform, source)) == ["1", "2", "3"]
+
+
+@pytest.mark.matrix
+def test_a_refresh_without_usable_rows_changes_nothing_and_the_next_ingest_reads_only_changed_files(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    files = [write_csv(tmp_path / name, [[as_base64(png(n)), "x"]]) for n, name in enumerate(("a.csv", "b.csv"))]
+    config = DataConfig.model_validate({"source": {"path": str(tmp_path)}, "near_duplicates": False})
+    ingest(spark, platform, source, config)
+    first, status = files[0].read_text(), files[0].stat()
+    for file in files:
+        write_csv(file, [["words", "x"]])
+    with pytest.raises(UserError, match="a refresh would remove all rows of the source"):
+        ingest(spark, platform, source, config, refresh=True)
+    write_csv(files[1], [[as_base64(png(2)), "x"]])
+    files[0].write_text(first)
+    os.utime(files[0], ns=(status.st_atime_ns, status.st_mtime_ns))
+    report = ingest(spark, platform, source, config)
+    assert (report.items, report.unchanged) == (1, 1)
+
+
+@pytest.mark.matrix
+def test_a_refresh_fails_if_the_captions_file_has_no_rows(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    (tmp_path / "1.png").write_bytes(png(1))
+    captions = write_csv(tmp_path / "captions.csv", [["1.png", "x"]], header=("file_name", "text"))
+    config = DataConfig.model_validate({"source": {"kind": "folder", "path": str(tmp_path), "captions": captions.name}})
+    ingest(spark, platform, source, config)
+    write_csv(captions, [], header=("file_name", "text"))
+    with pytest.raises(UserError, match="a refresh would remove all rows of the source"):
+        ingest(spark, platform, source, config, refresh=True)
+    assert len(stored(spark, platform, source)) == 1
