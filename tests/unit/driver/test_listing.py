@@ -5,9 +5,12 @@ patterns.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -15,7 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.config import DataConfig
-from pipelines.driver.ingest.sources.files import NO_ACCESS, Listing, list_files, list_plain_files, range_bytes
+from pipelines.driver.ingest.ledger import items_table
+from pipelines.driver.ingest.sources.files import (
+    NO_ACCESS,
+    Listing,
+    list_files,
+    list_plain_files,
+    open_files,
+    range_bytes,
+)
 from pipelines.driver.ingest.sources.walk import PASSED_OVER, expand_braces
 from pipelines.driver.ingest.totals import describe_passed_over
 from pipelines.errors import UserError
@@ -189,6 +200,60 @@ def test_files_are_listed_from_a_url_of_a_local_folder_or_of_an_object_store(tmp
     assert reasons(found) == {".cache/": "hidden", "_SUCCESS": "marker", "none.csv": "empty"}
     assert [file.name for file in listing("memory://lake/a.csv").files] == ["a.csv"]
     assert [file.name for file in listing("memory://lake/*.csv").files] == ["_x.csv", "a.csv"]
+
+
+@contextmanager
+def web_server(headers: dict[str, str], content: bytes = b"file_name,text") -> Iterator[str]:
+    """Serve one file with the given headers on loopback, and yield its URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            self.do_HEAD()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            """Print nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/a.csv"
+        server.shutdown()
+
+
+def test_a_file_of_a_web_server_has_another_state_after_each_change_that_the_server_reports() -> None:
+    pytest.importorskip("aiohttp")
+    headers = {"Content-Length": "14"}
+    with web_server(headers) as url:
+
+        def state(**changed: str) -> tuple[str, str]:
+            headers.update({name.replace("_", "-"): value for name, value in changed.items()})
+            [file] = (found := listing(url)).files
+            assert not found.passed_over
+            return file.state, open_files("shop", found, items_table([]), load=None).ingest_id
+
+        assert state() != state(), "without a time or a checksum, each ingest reads the file"
+        first = state(ETag='"1"', Last_Modified="Mon, 14 Jan 2030 22:13:20 GMT")
+        assert first == state()
+        assert first[0].endswith('Mon, 14 Jan 2030 22:13:20 GMT, "1"')
+        for changed in ({"ETag": '"2"'}, {"Last_Modified": "Mon, 14 Jan 2030 22:13:21 GMT"}):
+            before = state()
+            after = state(**changed)
+            assert (before[0] != after[0], before[1] != after[1]) == (True, True)
+
+
+def test_a_file_of_a_web_server_that_does_not_send_the_size_is_an_error_and_not_an_empty_file() -> None:
+    pytest.importorskip("aiohttp")
+    with (
+        web_server({"ETag": '"1"'}) as url,
+        pytest.raises(UserError, match="the server does not send the size of a file"),
+    ):
+        listing(url)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ class SourceFile(NamedTuple):
         accessible: whether this process may read the file.
         partition: values of the partition columns, from folders such as `year=2024` between the source's path and the
             file. A null value of a partition column is stored as None.
+        version: text that changes whenever the file changes, if the modification time is not enough (`walk.Found`).
     """
 
     path: str
@@ -57,11 +58,15 @@ class SourceFile(NamedTuple):
     item: str
     accessible: bool
     partition: Mapping[str, str | None]
+    version: str = ""
 
     @property
     def state(self) -> str:
-        """Change token of the file, made from the size and the modification time."""
-        return change_token(self.size, self.modified) if self.accessible else NO_ACCESS
+        """Change token of the file, made from the size, the modification time and the version."""
+        if not self.accessible:
+            return NO_ACCESS
+        token = change_token(self.size, self.modified)
+        return f"{token}, {self.version}" if self.version else token
 
 
 class Listing(NamedTuple):
@@ -104,8 +109,9 @@ def open_files(
 
 
 def _hash_files(name: str, files: Sequence[SourceFile]) -> str:
-    """Return the ingest_id: a hash of a data config's name and of its files' names, sizes and modification times."""
-    return short_hash(name, sorted((file.name, file.size, file.modified) for file in files))
+    """Return the ingest_id: a hash of a data config's name and of its files' names, sizes, modification times and
+    versions."""
+    return short_hash(name, sorted((f.name, f.size, f.modified, *filter(None, [f.version])) for f in files))
 
 
 def list_files(config: DataConfig, suffixes: tuple[str, ...]) -> Listing:
@@ -202,7 +208,7 @@ def _source_file(found: Found, config: DataConfig) -> SourceFile:
     pairs = [folder.split("=", 1) for folder in folders if "=" in folder]
     partition = {unquote(key): None if value == NULL_PARTITION else unquote(value) for key, value in pairs}
     path = printable(found.path)
-    return SourceFile(found.path, name, found.size, found.modified, path, found.accessible, partition)
+    return SourceFile(found.path, name, found.size, found.modified, path, found.accessible, partition, found.version)
 
 
 def _refuse_delta_tables(path: str, passed_over: Sequence[PassedOver]) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from fnmatch import fnmatchcase
 from glob import has_magic
+from time import time_ns
 from typing import Any, NamedTuple
 
 from pipelines.errors import UserError
@@ -25,6 +26,15 @@ logger = logging.getLogger(__name__)
 LOGGED_MATCHES = 20
 """Largest number of matching paths in the log message about a pattern."""
 
+TIMES = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
+"""Names under which the file systems of `fsspec` store the modification time of a file. The file system of web servers
+has none of these names."""
+VERSIONS = (
+    *("Last-Modified", "ETag", "etag", "Content-MD5", "content_md5", "Digest"),
+    *("checksum", "sha", "blob_id", "CRC"),
+)
+"""Names of values that change if the content of a file changes: headers of a web server, and names under which further
+file systems of `fsspec` store checksums."""
 SYSTEM_FOLDERS = ("_delta_log", "_temporary", "_spark_metadata", "__MACOSX", "__pycache__")
 MARKERS = ("_SUCCESS", "_committed_*", "_started_*", "_metadata", "_common_metadata", "*.crc", "*._COPYING_")
 PASSED_OVER = {
@@ -58,6 +68,9 @@ class Found(NamedTuple):
         modified: modification time of the file, in microseconds since the epoch.
         accessible: whether this process may read the file.
         named: whether the path of the source is the path of this file, and not of a folder.
+        version: text that changes whenever the file changes; empty if `modified` is known. For a web server, this text
+            has the time and the checksums that the server sends. If the server sends neither a time nor a checksum, the
+            text is different in each listing, so that each ingest reads the file.
     """
 
     path: str
@@ -66,6 +79,7 @@ class Found(NamedTuple):
     modified: int
     accessible: bool = True
     named: bool = False
+    version: str = ""
 
 
 def list_entries(path: str) -> list[Found | PassedOver]:
@@ -181,11 +195,28 @@ def _list_below(system: Any, root: str, base: str) -> list[Found | PassedOver]:
 
 
 def _url_file(system: Any, path: str, relative: str, info: dict[str, Any]) -> Found:
-    times = (info.get(key) for key in ("mtime", "LastModified", "last_modified", "updated", "modified", "created"))
-    time = next((time for time in times if time is not None), 0)
+    """Describe a file of an `fsspec` file system, given the information that the file system has about the file.
+
+    Raises:
+        UserError: the size of the file is not known.
+    """
+    if info.get("size") is None:
+        info = system.info(path)  # the listing of a web page has no sizes and no times
+    if info.get("size") is None:
+        raise UserError(
+            "the server does not send the size of a file",
+            where=path,
+            got="an answer without Content-Length, or with Content-Encoding",
+            fix="download the file, or read it from a server that sends Content-Length",
+        )
+    time = next((info[key] for key in TIMES if info.get(key) is not None), None)
+    version = ""
+    if time is None:  # for example a file of a web server
+        version = ", ".join(str(info[key]) for key in VERSIONS if info.get(key)) or f"read at {time_ns()}"
     time = datetime.fromisoformat(time) if isinstance(time, str) else time
-    seconds = time.timestamp() if isinstance(time, datetime) else float(time)
-    return Found(system.unstrip_protocol(path), relative, int(info.get("size") or 0), int(seconds * 1_000_000))
+    seconds = time.timestamp() if isinstance(time, datetime) else float(time or 0)
+    path = system.unstrip_protocol(path)
+    return Found(path, relative, int(info["size"]), int(seconds * 1_000_000), version=version)
 
 
 def folder_reason(name: str) -> str | None:
