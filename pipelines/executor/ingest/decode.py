@@ -36,6 +36,10 @@ from vlm.image import ImageInfo, decode_base64, load_decoders, open_image
 
 BASE64_AS_BYTES = re.compile(rb"\s*(data:image/|[A-Za-z0-9+/_-]{60})")
 """Pattern of base64 text in a value of type bytes. No picture file begins with bytes that match this pattern."""
+BASE64_HEAD = 160
+"""Number of characters that are decoded to recognise base64 of base64; a multiple of 4."""
+MAX_PREFIX = 2**10
+"""Largest number of characters of a data-URL prefix."""
 FLUSH_BYTES = 16 * 2**20
 FLUSH_ROWS = 256
 
@@ -232,6 +236,9 @@ def _decode_picture(
 def _image_bytes(value: object, column: str, max_bytes: int) -> bytes:
     """Return the bytes of a picture file, given a value that contains bytes or base64.
 
+    The payload of a refused row stores bytes as base64. If these bytes were base64 text already, the value is decoded
+    twice.
+
     Raises:
         Refused: with reason bad_base64 or too_large, or malformed_record if the value is neither bytes nor a string.
     """
@@ -239,7 +246,7 @@ def _image_bytes(value: object, column: str, max_bytes: int) -> bytes:
         value = value.decode("ascii", "replace")
     if isinstance(value, str):
         try:
-            return decode_base64(value, max_bytes)
+            return _decode_text(value, max_bytes)
         except ImageError as error:
             raise Refused("decode", error.reason, error.detail) from None
     if not isinstance(value, bytes):
@@ -248,6 +255,21 @@ def _image_bytes(value: object, column: str, max_bytes: int) -> bytes:
     if len(value) > max_bytes:
         raise Refused("decode", "too_large", f"{len(value)} bytes; at most {max_bytes} are allowed")
     return value
+
+
+def _decode_text(value: str, max_bytes: int) -> bytes:
+    """Decode base64, or base64 of base64.
+
+    Raises:
+        ImageError: the value is not base64, or the result has more than `max_bytes` bytes.
+    """
+    try:
+        begin = base64.b64decode(value[:BASE64_HEAD], validate=True)
+    except ValueError:  # base64 of another form, such as a data URL, which is never the base64 in a payload
+        begin = b""
+    if BASE64_AS_BYTES.match(begin):
+        value = decode_base64(value, 2 * max_bytes + MAX_PREFIX).decode("ascii", "replace")
+    return decode_base64(value, max_bytes)
 
 
 def _open_image(data: bytes, limits: LimitsConfig) -> tuple[Image.Image, ImageInfo]:

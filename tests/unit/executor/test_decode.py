@@ -6,6 +6,7 @@ import hashlib
 import json
 import signal
 from collections import Counter
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, cast
 
@@ -224,6 +225,20 @@ def test_base64_text_may_be_stored_in_a_column_of_bytes(prefix: str) -> None:
         [{IMAGE: prefix + GOOD, TEXT: "a bird"}, {IMAGE: (prefix + GOOD).encode(), TEXT: "a bird"}], RULES
     )
     assert outcomes[0]["sha256"] == outcomes[1]["sha256"] is not None
+
+
+def test_base64_text_in_a_column_of_bytes_is_accepted_by_a_replay_of_its_row() -> None:
+    stored = as_base64(png(3)).encode()
+    refused = one({IMAGE: stored, TEXT: " "})
+    assert refused["reason"] == "empty_text"
+    fields = json.loads(refused["payload"]) | {TEXT: "a cat"}
+    accepted = one(fields)
+    assert accepted["image"] == png(3)
+    assert accepted["sha256"] == one({IMAGE: stored, TEXT: "a cat"})["sha256"]
+    size = len(png(3))
+    limits = [LimitsConfig(max_bytes=limit) for limit in (size, size - 1)]
+    found = [one(fields, replace(RULES, limits=each))["reason"] for each in limits]
+    assert found == [None, "too_large"]
 
 
 def test_the_split_of_a_row_may_come_from_the_file_name() -> None:
