@@ -7,6 +7,7 @@ never imports torch, Spark or MLflow.
 from pipelines.config.augment import AugmentConfig
 from pipelines.config.data import (
     PICTURE,
+    PICTURE_FOLDER,
     ColumnNames,
     CsvSourceConfig,
     DataConfig,
@@ -41,6 +42,7 @@ from pipelines.config.train import GroupConfig, OptimizerConfig, StageConfig, Tr
 
 __all__ = [
     "PICTURE",
+    "PICTURE_FOLDER",
     "AugmentConfig",
     "Chosen",
     "ColumnNames",

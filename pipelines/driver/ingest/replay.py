@@ -22,7 +22,7 @@ from pipelines.driver.delta.tables import ensure_tables
 from pipelines.driver.ingest.commit import write_samples
 from pipelines.driver.ingest.decode import DecodedRows, IngestRequest, decode_rows
 from pipelines.driver.ingest.plan import IngestPlan, PlanTotals, overfull_rows, plan_ingest
-from pipelines.driver.ingest.sources.pictures import read_named_pictures, reads_urls
+from pipelines.driver.ingest.sources.pictures import read_replayed_pictures, reads_urls
 from pipelines.driver.ingest.sources.source import SourceRows
 from pipelines.driver.ingest.table_rows import merge_into, rows_of_source, verify_merge
 from pipelines.errors import UserError
@@ -87,7 +87,7 @@ def replay(
     pending = rows_of_source(spark, platform, QUARANTINE.name, source_name).filter("replayed_at IS NULL")
     rows = pending.filter(F.col("reason").isin(list(reasons))).select("source_row", "payload")
     ingest_id = short_hash(source_name, "replay", sorted(reasons), time.time_ns())
-    read = read_named_pictures(config, payload_records, knows_files=False)
+    read = read_replayed_pictures(config, payload_records)
     request = IngestRequest(source_name, config, SourceRows(rows, read), ingest_id)
     with decode_rows(spark, platform, request) as decoded:
         totals, refused = retry_on_conflict(partial(_plan_and_write, spark, platform, decoded))

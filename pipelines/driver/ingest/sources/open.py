@@ -63,7 +63,7 @@ def open_source(spark: SparkSession, platform: Platform, name: str, config: Data
     opened = _open_rows(spark, name, config, ingested)
     if opened.rows is None or config.source.kind == "text":
         return opened
-    read = read_named_pictures(config, opened.rows.read, knows_files=config.source.kind != "table")
+    read = read_named_pictures(config, opened.rows.read)
     return replace(opened, rows=opened.rows._replace(read=read))
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 import pyarrow as pa
 
-from pipelines.config import PICTURE
+from pipelines.config import PICTURE, PICTURE_FOLDER
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.pictures.files import LOCAL_URI, PictureFile, find_file, read_file
 from pipelines.executor.ingest.records.pictures.urls import read_url, require_readable, scheme_of
@@ -108,7 +108,10 @@ def absolute_location(location: str) -> str:
 
 
 def join_location(folder: str, location: str) -> str:
-    """Join a folder or URL with a location that is relative to this folder or URL."""
+    """Join a folder or URL with a location that is relative to this folder or URL. Return an absolute location
+    unchanged."""
+    if is_absolute(location):
+        return location
     start, _, path = folder.rpartition("://")
     joined = posixpath.normpath(posixpath.join(path, location))
     return f"{start}://{joined}" if start else joined
@@ -141,12 +144,12 @@ def require_root(location: str) -> None:
 
 
 def picture_records(
-    batches: Iterator[pa.RecordBatch], read: Read, location: str, column: str, max_bytes: int
+    batches: Iterator[pa.RecordBatch], read: Read, location: str, column: str, max_bytes: int, *, base: str = "/"
 ) -> Iterator[Record]:
     """Add the field PICTURE to the records of a source, with the bytes of the picture to which a column points.
 
     A relative `location` is relative to the folder of the row's file, whose path is in the column `path` of the
-    batches.
+    batches. If the picture of such a row cannot be read, the field PICTURE_FOLDER says where this folder is.
 
     Args:
         batches: batches that `read` parses.
@@ -154,17 +157,45 @@ def picture_records(
         location: folder or URL of the pictures.
         column: name of the column with the path or URL of a row's picture.
         max_bytes: largest size of a picture to read, in bytes.
+        base: folder of the source, to which PICTURE_FOLDER is relative.
     """
     if is_absolute(location):
         yield from add_pictures(read(batches), PictureRoot(location, max_bytes), column)
         return
     for folder, parts in groupby(_split_by_folder(batches), key=lambda part: part[0]):
         root = PictureRoot(join_location(folder, location), max_bytes, may_be_missing=True)
-        yield from add_pictures(read(batch for _, batch in parts), root, column)
+        below = _below(base, folder)
+        failed = {PICTURE_FOLDER: below} if below else {}
+        yield from add_pictures(read(batch for _, batch in parts), root, column, failed)
 
 
-def add_pictures(records: Iterator[Record], root: PictureRoot, column: str) -> Iterator[Record]:
-    """Add the field PICTURE to each record whose column contains the path or URL of a picture."""
+def replayed_picture_records(
+    batches: Iterator[pa.RecordBatch], read: Read, location: str, column: str, max_bytes: int, *, base: str
+) -> Iterator[Record]:
+    """Add the field PICTURE to the records of replayed rows, like `picture_records` for a relative `location`.
+
+    The folder of a row's file is in the field PICTURE_FOLDER of the row. A row without this field comes from a file in
+    the folder `base`.
+    """
+    for record in read(batches):
+        folder = join_location(base, str(record.fields.get(PICTURE_FOLDER) or ""))
+        root = PictureRoot(join_location(folder, location), max_bytes, may_be_missing=True)
+        yield from add_pictures(iter([record]), root, column)
+
+
+def _below(base: str, folder: str) -> str:
+    """Return the path of a folder relative to the folder `base`, or the folder itself if it is not below `base`."""
+    above = base.rstrip("/") + "/"
+    return f"{folder}/".removeprefix(above).rstrip("/") if f"{folder}/".startswith(above) else folder
+
+
+def add_pictures(
+    records: Iterator[Record], root: PictureRoot, column: str, failed: Mapping[str, str] | None = None
+) -> Iterator[Record]:
+    """Add the field PICTURE to each record whose column contains the path or URL of a picture.
+
+    If the picture cannot be read, add the fields in `failed` too.
+    """
     for record in records:
         if record.problem or record.fields.get(PICTURE) is not None:
             yield record
@@ -175,8 +206,10 @@ def add_pictures(records: Iterator[Record], root: PictureRoot, column: str) -> I
             yield record._replace(fields=record.fields | {PICTURE: name})
             continue
         found = root.read(name if path is None else path)
-        picture, problem = (None, found) if isinstance(found, Problem) else (found, None)
-        yield record._replace(fields=record.fields | {PICTURE: picture}, problem=problem)
+        if isinstance(found, Problem):
+            yield record._replace(fields={**record.fields, PICTURE: None, **(failed or {})}, problem=found)
+        else:
+            yield record._replace(fields=record.fields | {PICTURE: found})
 
 
 def _split_by_folder(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[str, pa.RecordBatch]]:
