@@ -195,13 +195,13 @@ def test_a_refresh_without_usable_rows_changes_nothing_and_the_next_ingest_reads
     files = [write_csv(tmp_path / name, [[as_base64(png(n)), "x"]]) for n, name in enumerate(("a.csv", "b.csv"))]
     config = DataConfig.model_validate({"source": {"path": str(tmp_path)}, "near_duplicates": False})
     ingest(spark, platform, source, config)
-    first, status = files[0].read_text(), files[0].stat()
+    first, status = files[0].read_bytes(), files[0].stat()
     for file in files:
         write_csv(file, [["words", "x"]])
     with pytest.raises(UserError, match="a refresh would remove all rows of the source"):
         ingest(spark, platform, source, config, refresh=True)
     write_csv(files[1], [[as_base64(png(2)), "x"]])
-    files[0].write_text(first)
+    files[0].write_bytes(first)
     os.utime(files[0], ns=(status.st_atime_ns, status.st_mtime_ns))
     report = ingest(spark, platform, source, config)
     assert (report.items, report.unchanged) == (1, 1)
