@@ -69,8 +69,7 @@ def ingest(
         refresh: whether to read all items again and replace all rows that the source has added before.
 
     Raises:
-        UserError: the input does not exist, lacks a column, has no rows, or has no usable row. Unusable rows are
-            written to `quarantine`.
+        UserError: the input does not exist, lacks a column, or has no usable row. `quarantine` has the unusable rows.
         StageFailed: the row counts do not add up, because rows were lost or counted twice.
         TooManyRefused: more rows were refused than `data.limits.max_bad_share` allows. All rows have been written.
     """
@@ -79,9 +78,7 @@ def ingest(
     rules, table = hash_rules(config), table_of_source(config)
     ingested = items_table([]) if refresh else _ingested_items(spark, platform, source_name, rules, table)
     source = open_source(spark, platform, source_name, config, ingested)
-    if refresh and not source.rows:
-        require_usable_rows(Written().totals, config)
-    replaced = _announce_refresh(spark, platform, table, source_name, source) if refresh else {}
+    replaced = _announce_refresh(spark, platform, source_name, config, source) if refresh else {}
     write = write_texts if table is TEXTS else write_pictures
     written = write(spark, platform, source_name, config, source, refresh=refresh) if source.rows else Written()
     totals, quarantined = written.totals, sum(written.reasons.values())
@@ -127,9 +124,16 @@ def _ingested_items(spark: SparkSession, platform: Platform, name: str, rules: s
 
 
 def _announce_refresh(
-    spark: SparkSession, platform: Platform, table: Table, name: str, source: Source
+    spark: SparkSession, platform: Platform, name: str, config: DataConfig, source: Source
 ) -> dict[str, int]:
-    """Count the rows of each table that the refresh will replace, and log the counts."""
+    """Count the rows of each table that the refresh will replace, and log the counts.
+
+    Raises:
+        UserError: the input has no row.
+    """
+    if not source.rows:
+        require_usable_rows(Written().totals, config)
+    table = table_of_source(config)
     replaced = {each: rows_of_source(spark, platform, each, name).count() for each in (table.name, QUARANTINE.name)}
     logger.info(
         "the refresh of %s reads %d files or rows of captions again. It replaces %d rows in %s and %d in quarantine",
