@@ -68,6 +68,29 @@ def test_pictures_that_cannot_be_read_now_or_that_hardly_any_row_describes_stay_
     assert gone(keep_absent=True) == ["changed"]
 
 
+def test_a_picture_whose_id_belongs_to_several_pictures_and_a_picture_with_unreadable_rows_stay(
+    spark: SparkSession,
+) -> None:
+    def samples(*rows: tuple[str, str, str, list[str]]) -> DataFrame:
+        return spark.createDataFrame([(*each[:3], [("", text) for text in each[3]]) for each in rows], PICTURES)
+
+    known = samples(("clash", "a", "train", ["x"]), ("two", "a", "train", ["x", "y"]), ("new", "a", "train", ["x"]))
+    usable = samples(
+        ("clash", "a", "test", ["z"]),
+        ("clash", "b", "test", ["x"]),
+        ("two", "a", "train", ["x"]),
+        ("new", "a", "train", ["corrected"]),
+    )
+    outcomes = usable.unionByName(spark.createDataFrame([], REFUSED), allowMissingColumns=True)
+    quarantine = spark.createDataFrame([], "source_row string, replayed_at timestamp")
+
+    def gone(**settings: bool) -> list[str]:
+        return sorted(row["image_id"] for row in gone_pictures(outcomes, known, quarantine, **settings).collect())
+
+    assert gone(follow_splits=True) == ["new", "two"]
+    assert gone(keep_absent=True, keep_subsets=True) == ["new"]
+
+
 def test_pictures_whose_near_duplicate_is_removed_get_one_of_each_other_as_near_duplicate(spark: SparkSession) -> None:
     near = [("a", None), ("b", "a"), ("c", "a"), ("d", "a"), ("e", "b"), ("f", "gone")]
     samples = spark.createDataFrame(near, "image_id string, near_of string")
@@ -133,6 +156,19 @@ def test_an_ingest_that_fails_because_of_bad_rows_removes_only_pictures_that_it_
     write_rows(tmp_path, [row(1), row(2), row(4, text="corrected")])
     assert ingest(spark, platform, source, config).removed == 1
     assert sorted(stored(spark, platform, source)) == ["1", "2", "4"]
+
+
+@pytest.mark.matrix
+def test_a_table_whose_rows_all_have_the_same_id_for_a_moment_keeps_its_pictures(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    config = table_config(tmp_path)
+    write_rows(tmp_path, [row(n) for n in (1, 2, 3)])
+    ingest(spark, platform, source, config)
+    write_rows(tmp_path, [row(n, id=7) for n in (1, 2, 3)])
+    with pytest.raises(UserError, match="the pictures of earlier ingests were kept"):
+        ingest(spark, platform, source, config)
+    assert sorted(stored(spark, platform, source)) == ["1", "2", "3"]
 
 
 @pytest.mark.matrix

@@ -112,8 +112,8 @@ def reopen_replayed(platform: Platform, plan: IngestPlan) -> int:
     counts = merge_into(platform.table(QUARANTINE.name), lost, "source_row", source, update)
     count = counts["num_updated_rows"] if counts else 0
     logger.warning(
-        "%d refused rows can be replayed again: a replay has accepted them, but table samples no longer has their "
-        "pictures",
+        "%d refused rows can be replayed again: a replay has accepted them, but table samples may no longer have "
+        "their pictures",
         count,
     )
     return int(count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,19 @@ def test_a_replay_reads_the_picture_that_lies_beside_the_file_of_its_row(
     accepted = decode(config, read_replayed_pictures(config, payload_records)(iter([quarantined])))
     assert [row["image"] for row in accepted] == [png(number) for number in range(len(years))]
     assert [row["source_row"] for row in accepted] == columns["source_row"]
+
+
+def test_a_row_that_an_earlier_release_has_refused_is_not_replayed_with_a_picture_of_another_folder(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "1.png").write_bytes(png(9))
+    source = {"kind": "jsonl", "path": str(tmp_path), "image_root": "."}
+    config = DataConfig.model_validate({"source": source})
+    payload = json.dumps({"image": "1.png", "text": "a cat", "__picture__": None})
+    quarantined = pa.RecordBatch.from_pydict({"source_row": ["r1"], "payload": [payload]})
+    (row,) = decode(config, read_replayed_pictures(config, payload_records)(iter([quarantined])))
+    assert row["reason"] == "missing_field"
+    assert "`lakesight ingest --refresh` reads the row again" in row["detail"]
 
 
 def as_text(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -28,12 +28,32 @@ earlier ingest has accepted."""
 KEY = ("image_id", "sha256")
 
 
-def has_no_usable_row(spark: SparkSession, platform: Platform, decoded: DecodedRows, covered: Covered) -> bool:
+def count_unusable(decoded: DecodedRows) -> int:
+    """Count the rows that cannot be used, or that the ingest plan may refuse because of their id.
+
+    The plan refuses rows with equal ids and different pictures, unless `samples` has one of these pictures.
+    """
+    usable = decoded.outcomes.filter(F.col("reason").isNull())
+    ids = usable.groupBy("image_id").agg(F.count_distinct("sha256").alias("pictures"), F.count("*").alias("rows"))
+    conflicting = ids.filter("pictures > 1").agg(F.sum("rows")).head()
+    return decoded.refused + int((conflicting and conflicting[0]) or 0)
+
+
+def has_no_usable_row(
+    spark: SparkSession, platform: Platform, decoded: DecodedRows, covered: Covered, unusable: int
+) -> bool:
     """Return whether not one row of the source table can be used, so that no picture of the table would be left.
 
     If only changes were read, this is the case if no changed row can be used and all pictures of the table are covered.
+
+    Args:
+        spark: Spark session.
+        platform: platform with the table `samples`.
+        decoded: decoded rows of the source.
+        covered: pictures whose rows the source has read.
+        unusable: number of rows that cannot be used (`count_unusable`).
     """
-    if decoded.refused < decoded.rows_in:
+    if unusable < decoded.rows_in:
         return False
     if covered.image_ids is None:
         return True
@@ -52,7 +72,7 @@ def require_no_pictures(spark: SparkSession, platform: Platform, decoded: Decode
         return
     table = platform.table(SAMPLES.name)
     if decoded.rows_in:
-        got = f"all {decoded.rows_in} rows are bad"
+        got = f"all {decoded.rows_in} rows are bad, or have ids that belong to several pictures"
         fix = "inspect the refused rows with `lakesight quarantine`, and check data.source.columns"
     else:
         got = "0 rows"
@@ -68,27 +88,33 @@ def require_no_pictures(spark: SparkSession, platform: Platform, decoded: Decode
     )
 
 
-def remove_gone(platform: Platform, decoded: DecodedRows, covered: Covered) -> int:
+def remove_gone(platform: Platform, decoded: DecodedRows, covered: Covered, unusable: int) -> int:
     """Delete the pictures in `covered` that the source no longer has, according to the decoded rows. Return the number
     of deleted pictures.
 
     If a text or the split of a picture has changed, the picture is deleted too. The ingest plan then adds the picture
     again, with the current texts and the current split. The same commit changes the column `near_of` of pictures that
     resemble a deleted picture.
+
+    Args:
+        platform: platform with the table `samples`.
+        decoded: decoded rows of the source.
+        covered: pictures whose rows the source has read.
+        unusable: number of rows that cannot be used (`count_unusable`).
     """
     request, table = decoded.request, platform.table(SAMPLES.name)
     config, spark = request.config, decoded.outcomes.sparkSession
     unreadable = decoded.outcomes.filter(F.col("reason") == UNREADABLE)
-    if config.source.record_columns.id is None and not unreadable.isEmpty():
+    unknown_ids = config.source.record_columns.id is None and not unreadable.isEmpty()
+    if unknown_ids:
         logger.warning(
             "some pictures of %s cannot be read now, and without an id column ingest cannot tell which pictures of "
-            "table samples they are. This ingest therefore removes no picture",
+            "table samples they are. This ingest therefore removes no picture without a usable row",
             request.source,
         )
-        return 0
     everything = rows_of_source(spark, platform, SAMPLES.name, request.source)
     quarantine = rows_of_source(spark, platform, QUARANTINE.name, request.source)
-    too_many = decoded.refused > config.limits.max_bad_share * decoded.rows_in
+    too_many = unusable > config.limits.max_bad_share * decoded.rows_in
     if too_many:
         logger.warning("more rows than data.limits.max_bad_share were refused, so pictures without a usable row stay")
     gone = gone_pictures(
@@ -96,7 +122,8 @@ def remove_gone(platform: Platform, decoded: DecodedRows, covered: Covered) -> i
         covered.select(everything),
         quarantine,
         follow_splits=config.split.kind == "column",
-        keep_absent=too_many,
+        keep_absent=too_many or unknown_ids,
+        keep_subsets=unknown_ids,
     )
     gone = decoded.spill.materialize(gone, "gone")
     if gone.isEmpty():
@@ -124,12 +151,14 @@ def gone_pictures(
     *,
     follow_splits: bool = False,
     keep_absent: bool = False,
+    keep_subsets: bool = False,
 ) -> DataFrame:
     """Find the pictures in `samples` that have a text which occurs in no usable row of the source.
 
     For each picture found, return the image_id, the sha256 and one of its texts (a text that occurs in no usable row,
     if there is one). Two kinds of refused rows keep their pictures: rows whose reason depends on the machine or on a
-    server (KEPT_REASONS), and rows that `lakesight quarantine replay` has added to `samples`.
+    server (KEPT_REASONS), and rows that `lakesight quarantine replay` has added to `samples`. A picture also stays if a
+    usable row has the picture, but its id belongs to several pictures, because the plan would refuse all of them.
 
     Args:
         outcomes: decoded rows of the source, without pictures and payloads.
@@ -137,10 +166,16 @@ def gone_pictures(
         quarantine: rows of the table `quarantine` that belong to the source.
         follow_splits: whether to find also the pictures whose usable rows have another split than the picture.
         keep_absent: whether a refused row with any reason keeps its picture, and a picture with no usable row stays.
+        keep_subsets: whether a picture stays if its usable rows have no text that the picture lacks. Its other texts
+            may then be those of rows whose pictures cannot be read now.
     """
     usable = outcomes.filter(F.col("reason").isNull())
     current = usable.select(*KEY, F.explode("texts").alias("text"))
-    missing = samples.select(*KEY, F.explode("texts").alias("text")).join(current, [*KEY, "text"], "left_anti")
+    known = samples.select(*KEY, F.explode("texts").alias("text"))
+    missing = known.join(current, [*KEY, "text"], "left_anti")
+    if keep_subsets:
+        changed = current.join(known, [*KEY, "text"], "left_anti").select(*KEY).distinct()
+        missing = missing.join(changed, list(KEY), "left_semi")
     if follow_splits:
         splits = usable.groupBy(*KEY).agg(F.min_by("split", held_out_rank("split")).alias("present_split"))
         moved = samples.join(splits, list(KEY)).filter("split <> present_split")
@@ -152,7 +187,10 @@ def gone_pictures(
     kept = refused if keep_absent else refused.filter(F.col("reason").isin(*KEPT_REASONS))
     kept = kept.unionByName(refused.join(replayed, "source_row", "left_semi"))
     kept_ids = kept.select(F.col("claimed_id").alias("image_id"))
-    return missing.groupBy(*KEY).agg(F.min("text").alias("text")).join(kept_ids, "image_id", "left_anti")
+    gone = missing.groupBy(*KEY).agg(F.min("text").alias("text")).join(kept_ids, "image_id", "left_anti")
+    several = usable.groupBy("image_id").agg(F.count_distinct("sha256").alias("n")).filter("n > 1")
+    conflicting = usable.select(*KEY).distinct().join(several, "image_id", "left_semi")
+    return gone.join(conflicting, list(KEY), "left_anti")
 
 
 def relinked_pictures(samples: DataFrame, gone: DataFrame) -> DataFrame:

@@ -17,7 +17,7 @@ from pipelines.driver.delta.retry import retry_on_conflict
 from pipelines.driver.ingest.commit import write_samples
 from pipelines.driver.ingest.decode import DecodedRows, IngestRequest, decode_rows
 from pipelines.driver.ingest.ledger import delete_from_ledger
-from pipelines.driver.ingest.pictures.gone import has_no_usable_row, remove_gone, require_no_pictures
+from pipelines.driver.ingest.pictures.gone import count_unusable, has_no_usable_row, remove_gone, require_no_pictures
 from pipelines.driver.ingest.plan import count_pictures_across_splits, count_pictures_of_other_splits, plan_ingest
 from pipelines.driver.ingest.quarantine import (
     add_to_quarantine,
@@ -48,12 +48,14 @@ def write_pictures(
     reasons: Counter[str] = Counter()
     with decode_rows(spark, platform, request) as decoded:
         covered = None if refresh else source.covered
-        unusable = covered and has_no_usable_row(spark, platform, decoded, covered)
-        removed = 0
-        if covered and not unusable:
-            removed = retry_on_conflict(partial(remove_gone, platform, decoded, covered))
+        removed, keeps_all = 0, False
+        if covered:
+            unusable = count_unusable(decoded)
+            keeps_all = has_no_usable_row(spark, platform, decoded, covered, unusable)
+            if not keeps_all:
+                removed = retry_on_conflict(partial(remove_gone, platform, decoded, covered, unusable))
         written = retry_on_conflict(partial(_plan_and_write, spark, platform, decoded, reasons))
-        if covered and unusable:
+        if covered and keeps_all:
             require_no_pictures(spark, platform, decoded, covered)
         return replace(written, removed=removed)
 

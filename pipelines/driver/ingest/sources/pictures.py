@@ -33,7 +33,8 @@ def read_named_pictures(config: DataConfig, read: Read) -> Read:
     location = _location(config)
     if location is None:
         return read
-    return partial(_reader(picture_records, config, location), read=read, base=_folder_of(config))
+    base = None if _is_single_file(config) else _folder_of(config)
+    return partial(_reader(picture_records, config, location), read=read, base=base)
 
 
 def read_replayed_pictures(config: DataConfig, read: Read) -> Read:
@@ -46,8 +47,9 @@ def read_replayed_pictures(config: DataConfig, read: Read) -> Read:
     if location is None:
         return read
     if is_absolute(location):
-        return partial(_reader(picture_records, config, location), read=read)
-    return partial(_reader(replayed_picture_records, config, location), read=read, base=_folder_of(config))
+        return partial(_reader(picture_records, config, location), read=read, base=None)
+    replayed = _reader(replayed_picture_records, config, location)
+    return partial(replayed, read=read, base=_folder_of(config), single_file=_is_single_file(config))
 
 
 def _location(config: DataConfig) -> str | None:
@@ -77,6 +79,11 @@ def reads_urls(config: DataConfig) -> bool:
     source = config.source
     root = source.image_root if isinstance(source, RowSourceBase) else None
     return is_url(source.path) or is_url(root or "")
+
+
+def _is_single_file(config: DataConfig) -> bool:
+    """Return whether the path of the source names one local file, so that all rows come from one folder."""
+    return Path(absolute_path(config.source.path)).is_file()
 
 
 def _folder_of(config: DataConfig) -> str:

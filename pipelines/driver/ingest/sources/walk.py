@@ -19,7 +19,7 @@ from time import time_ns
 from typing import Any, NamedTuple
 
 from pipelines.errors import UserError
-from pipelines.executor.ingest.storage import is_url, printable, url_system
+from pipelines.executor.ingest.storage import WEB, is_url, printable, url_system
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ TIMES = ("mtime", "LastModified", "last_modified", "updated", "modified", "creat
 has none of these names."""
 VERSIONS = (
     *("Last-Modified", "ETag", "etag", "Content-MD5", "content_md5", "Digest"),
-    *("checksum", "sha", "blob_id", "CRC"),
+    *("checksum", "sha", "blob_id", "CRC", "modificationTime", "modify", "last_write_time", "timeModified"),
 )
 """Names of values that change if the content of a file changes: headers of a web server, and names under which further
 file systems of `fsspec` store checksums."""
@@ -212,7 +212,9 @@ def _url_file(system: Any, path: str, relative: str, info: dict[str, Any]) -> Fo
     time = next((info[key] for key in TIMES if info.get(key) is not None), None)
     version = ""
     if time is None:  # for example a file of a web server
-        version = ", ".join(str(info[key]) for key in VERSIONS if info.get(key)) or f"read at {time_ns()}"
+        version = ", ".join(str(info[key]) for key in VERSIONS if info.get(key))
+        if not version and WEB.search(system.unstrip_protocol(path)):
+            version = f"read at {time_ns()}"
     time = datetime.fromisoformat(time) if isinstance(time, str) else time
     seconds = time.timestamp() if isinstance(time, datetime) else float(time or 0)
     path = system.unstrip_protocol(path)

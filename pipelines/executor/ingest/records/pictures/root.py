@@ -22,6 +22,11 @@ from pipelines.executor.ingest.values import is_missing
 
 CHUNK_ROWS = 64
 CHUNK_BYTES = 16 * 2**20
+UNKNOWN_FOLDER = Problem(
+    "missing_field",
+    "image_root: the folder of the row's file is not known, because an earlier release refused the row; "
+    "`lakesight ingest --refresh` reads the row again",
+)
 MAX_NAME = 8_192
 """Largest number of characters of a picture's path or URL."""
 
@@ -144,7 +149,13 @@ def require_root(location: str) -> None:
 
 
 def picture_records(
-    batches: Iterator[pa.RecordBatch], read: Read, location: str, column: str, max_bytes: int, *, base: str = "/"
+    batches: Iterator[pa.RecordBatch],
+    read: Read,
+    location: str,
+    column: str,
+    max_bytes: int,
+    *,
+    base: str | None = None,
 ) -> Iterator[Record]:
     """Add the field PICTURE to the records of a source, with the bytes of the picture to which a column points.
 
@@ -157,28 +168,40 @@ def picture_records(
         location: folder or URL of the pictures.
         column: name of the column with the path or URL of a row's picture.
         max_bytes: largest size of a picture to read, in bytes.
-        base: folder of the source, to which PICTURE_FOLDER is relative.
+        base: folder of the source, to which PICTURE_FOLDER is relative, or None if the source is a single file. The
+            records of a single file have no field PICTURE_FOLDER.
     """
     if is_absolute(location):
         yield from add_pictures(read(batches), PictureRoot(location, max_bytes), column)
         return
     for folder, parts in groupby(_split_by_folder(batches), key=lambda part: part[0]):
         root = PictureRoot(join_location(folder, location), max_bytes, may_be_missing=True)
-        below = _below(base, folder)
-        failed = {PICTURE_FOLDER: below} if below else {}
+        failed = {PICTURE_FOLDER: _below(base, folder) or "."} if base is not None else {}
         yield from add_pictures(read(batch for _, batch in parts), root, column, failed)
 
 
 def replayed_picture_records(
-    batches: Iterator[pa.RecordBatch], read: Read, location: str, column: str, max_bytes: int, *, base: str
+    batches: Iterator[pa.RecordBatch],
+    read: Read,
+    location: str,
+    column: str,
+    max_bytes: int,
+    *,
+    base: str,
+    single_file: bool,
 ) -> Iterator[Record]:
     """Add the field PICTURE to the records of replayed rows, like `picture_records` for a relative `location`.
 
-    The folder of a row's file is in the field PICTURE_FOLDER of the row. A row without this field comes from a file in
-    the folder `base`.
+    The folder of a row's file is in the field PICTURE_FOLDER of the row, relative to `base`. A row without this field
+    comes from the folder `base` if the source is a single file. Otherwise, an earlier release has refused the row, and
+    the folder is not known: a picture of the same name in another folder may be another picture.
     """
     for record in read(batches):
-        folder = join_location(base, str(record.fields.get(PICTURE_FOLDER) or ""))
+        below = record.fields.get(PICTURE_FOLDER)
+        if below is None and not single_file:
+            yield record._replace(fields=record.fields | {PICTURE: None}, problem=UNKNOWN_FOLDER)
+            continue
+        folder = base if below in (None, ".") else join_location(base, str(below))
         root = PictureRoot(join_location(folder, location), max_bytes, may_be_missing=True)
         yield from add_pictures(iter([record]), root, column)
 
