@@ -8,6 +8,7 @@ After three conflicts, maintenance skips the table until the next maintenance ru
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
 from collections.abc import Mapping
@@ -163,10 +164,12 @@ def _set_retention(spark: SparkSession, name: str, hours: int) -> None:
 
 
 def _hours(interval: str) -> float:
-    """Return the length in hours of a time in a table property, such as `interval 30 days`."""
-    return sum(
-        int(number) * HOURS[unit] for number, unit in re.findall(rf"(\d+)\s*({'|'.join(HOURS)})", interval.lower())
-    )
+    """Return the length in hours of a time in a table property, such as `interval 30 days` or `interval '90' day`.
+
+    A time in another form counts as endless, so that no longer time is replaced by a shorter time.
+    """
+    parts = re.findall(rf"'?(\d+)'?\s*({'|'.join(HOURS)})", interval.lower())
+    return sum(int(number) * HOURS[unit] for number, unit in parts) if parts else math.inf
 
 
 def _optimize(spark: SparkSession, name: str) -> Row:

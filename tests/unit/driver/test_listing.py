@@ -22,6 +22,8 @@ from pipelines.driver.ingest.ledger import items_table
 from pipelines.driver.ingest.sources.files import (
     NO_ACCESS,
     Listing,
+    SourceFile,
+    count_tasks,
     list_files,
     list_plain_files,
     open_files,
@@ -295,3 +297,8 @@ def test_an_input_is_read_by_32_tasks_unless_a_task_would_read_less_than_4_or_mo
     per_task = range_bytes(size)
     assert 4 * 2**20 <= per_task <= 32 * 2**20
     assert 32 <= size / per_task < 33 or per_task in (4 * 2**20, 32 * 2**20)
+
+
+def test_each_core_of_a_cluster_gets_two_tasks_of_small_files_that_are_read_as_wholes() -> None:
+    files = [SourceFile(f"/{n}.tar", f"{n}.tar", 5 * 2**20, 0, f"{n}.tar", True, {}) for n in range(500)]
+    assert [count_tasks(files, cores) for cores in (2, 100, 400)] == [78, 200, 500]

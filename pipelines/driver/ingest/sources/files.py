@@ -81,10 +81,13 @@ def range_bytes(size: int) -> int:
     return min(max(size // MIN_TASKS, MIN_RANGE_BYTES), MAX_RANGE_BYTES)
 
 
-def count_tasks(files: Sequence[SourceFile]) -> int:
-    """Return the number of tasks that read files as wholes. Each task reads one large file or many small files."""
+def count_tasks(files: Sequence[SourceFile], cores: int) -> int:
+    """Return the number of tasks that read files as wholes. Each task reads one large file or many small files.
+
+    With at least two tasks per core, no core waits long for the last task.
+    """
     size = sum(file.size for file in files)
-    return min(len(files), max(MIN_TASKS, size // range_bytes(size)))
+    return min(len(files), max(MIN_TASKS, 2 * cores, size // range_bytes(size)))
 
 
 def open_files(

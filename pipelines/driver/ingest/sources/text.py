@@ -14,6 +14,7 @@ from pipelines.driver.ingest.sources.files import SourceFile, count_tasks
 from pipelines.driver.ingest.sources.lines import COMPRESSION_SUFFIXES
 from pipelines.driver.ingest.sources.source import SourceRows
 from pipelines.executor.texts.records import FILES, text_records
+from pipelines.platform.session import default_parallelism
 
 SUFFIXES = tuple(f"{name}{compression}" for name in (".txt", ".text", ".md") for compression in COMPRESSION_SUFFIXES)
 
@@ -23,7 +24,8 @@ def load_rows(
 ) -> SourceRows:
     """Return one raw row per file. A task reads many small files or a few large files."""
     rows = [(os.fsencode(file.path), file.name) for file in files]
-    frame = spark.createDataFrame(rows, from_arrow_schema(FILES)).coalesce(1).repartition(count_tasks(files))
+    tasks = count_tasks(files, default_parallelism(spark))
+    frame = spark.createDataFrame(rows, from_arrow_schema(FILES)).coalesce(1).repartition(tasks)
     # Unicode normalisation (NFC) may shorten a text, so a text that is a little too long is refused only after
     # normalisation.
     read = partial(text_records, rows=source.rows, max_chars=2 * config.limits.max_text_chars)

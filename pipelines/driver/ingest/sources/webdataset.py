@@ -12,6 +12,7 @@ from pipelines.config import DataConfig, WebDatasetSourceConfig
 from pipelines.driver.ingest.sources.files import SourceFile, count_tasks
 from pipelines.driver.ingest.sources.source import SourceRows, used_columns
 from pipelines.executor.ingest.records.webdataset import tar_records
+from pipelines.platform.session import default_parallelism
 
 SUFFIXES = (
     *(f".tar{compression}" for compression in ("", ".gz", ".bz2", ".xz", ".zst")),
@@ -28,4 +29,4 @@ def load_rows(
     frame = spark.createDataFrame([(os.fsencode(f.path), f.name) for f in files], "path binary, file string")
     images, named = source.columns.image.split(";"), tuple(used_columns(config).values())
     read = partial(tar_records, images=images, named=named, max_bytes=config.limits.max_bytes)
-    return SourceRows(frame.coalesce(1).repartition(count_tasks(files)), read)
+    return SourceRows(frame.coalesce(1).repartition(count_tasks(files, default_parallelism(spark))), read)
