@@ -66,7 +66,7 @@ def test_the_preflight_names_what_is_wrong_with_the_source_of_an_ingest(
 def test_the_preflight_checks_the_columns_of_a_table_that_is_ingested(spark: SparkSession, platform: Platform) -> None:
     assert platform.tables is not None
     for image, status in (("image", "ok"), ("photo", "fail")):
-        columns = {"image": image, "text": "text"}
+        columns = {"image": image, "text": "texts"}
         source = {"kind": "table", "path": str(platform.tables / "samples"), "columns": columns}
         data = DataConfig.model_validate({"source": source})
         check = check_source(config_of().model_copy(update={"data": data}), platform)
