@@ -134,7 +134,7 @@ def test_the_step_in_train_register_has_a_checkpoint_that_is_kept(make_run: Any)
 
 def test_the_last_step_of_a_run_that_ends_early_by_its_loss_has_a_cider(make_run: Any) -> None:
     optimizer = OptimizerConfig(lr=1e-9, warmup_steps=2, ema_decay=None)
-    run = make_run("run", steps=40, validate_every=4, score_every=20, stop=1, optimizer=optimizer, batch_size=4)
+    run = make_run("run", steps=40, validate_every=4, score_every=30, stop=1, optimizer=optimizer, batch_size=4)
     trainer = train(run)
     assert trainer.done < 40
     assert list(scores_of(run))[-1] == trainer.done
