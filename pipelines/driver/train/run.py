@@ -39,7 +39,7 @@ from pipelines.formats.shards import Shards
 from pipelines.formats.training_code import TrainingCode
 from pipelines.platform import Launch, Platform
 from vlm import text
-from vlm.files import atomic_write
+from vlm.files import atomic_write, read_training_step
 from vlm.text.cider import Cider, rewarded_words
 
 if TYPE_CHECKING:
@@ -129,12 +129,15 @@ def _open_start(config: RunConfig, settings: dict[str, Any]) -> tuple[RunConfig,
 
 def _check_before_training(run: RunFolder, config: RunConfig, start: StartFolder | None, content_hash: str) -> None:
     """Check the start folder and the step to register, before the files of the run are written."""
+    first_step = 0
     if start:
         require_intact(start.folder)
-        if config.train.start_state == "training" and not run.finished_checkpoints():
-            require_same_data(start, content_hash)
+        if config.train.start_state == "training":
+            first_step = read_training_step(start.folder)
+            if not run.finished_checkpoints():
+                require_same_data(start, content_hash)
     if finished_result(run) is None:
-        check_registered_step(run, config.train)
+        check_registered_step(run, config.train, first_step)
 
 
 def _run_path(

@@ -169,21 +169,27 @@ def _changed_code(file: RunFile, code: TrainingCode) -> str:
     return f"the training code has changed in {', '.join(files[:SHOWN_FILES])}{more}"
 
 
-def check_registered_step(run: RunFolder, settings: TrainConfig) -> None:
+def check_registered_step(run: RunFolder, settings: TrainConfig, first_step: int) -> None:
     """Before an unfinished run is trained, check that it will have the checkpoint of the step in `train.register`.
 
+    Args:
+        run: run folder.
+        settings: training settings of the run.
+        first_step: number of steps of the earlier training that a new run continues, or 0.
+
     Raises:
-        UserError: the step is after the end of the run, or an earlier command has already passed the step without a
-            checkpoint.
+        UserError: the step is after the end of the run, the step is not after `first_step`, or an earlier command has
+            already passed the step without a checkpoint.
     """
     step, steps = settings.register_, settings.steps
     if not isinstance(step, int):
         return
     saved = [step_of(folder) for folder in run.finished_checkpoints()]
-    if step > steps or (step not in saved and step <= max(saved, default=0)):
+    if step > steps or (step not in saved and step <= max(saved, default=first_step)):
         raise UserError(
             "the run will have no checkpoint of the step in train.register",
             where=f"train.register: {step}",
-            got=f"the run has {steps} steps, and checkpoints of the steps {', '.join(map(str, saved)) or 'none'}",
+            got=f"the run has {steps} steps, starts after step {first_step}, and has checkpoints of the steps "
+            f"{', '.join(map(str, saved)) or 'none'}",
             fix="choose a later step of the run, or the step of an existing checkpoint",
         )

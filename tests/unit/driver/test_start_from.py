@@ -158,6 +158,17 @@ def write_training_state(base: Path, run: RunFolder) -> None:
     shutil.copy(run.run_file, base / "run.json")
 
 
+def test_a_continued_run_registers_only_steps_after_those_of_the_earlier_run(
+    laptop: Platform, report: ShardReport, base: Path
+) -> None:
+    write_training_state(base, prepare(tiny_run(), laptop, report, report))
+    continued: dict[str, Any] = {"steps": 20, "start_from": str(base), "start_state": "training"}
+    for step in (7, 12):
+        with pytest.raises(UserError, match=rf"train\.register: {step}.*starts after step 12"):
+            prepare(tiny_run(**continued, register=step), laptop, report, report)
+    assert prepare(tiny_run(**continued, register=13), laptop, report, report).run_file.exists()
+
+
 def test_a_run_with_stages_can_be_continued_with_more_steps_of_its_last_stage(
     laptop: Platform, report: ShardReport, base: Path
 ) -> None:
