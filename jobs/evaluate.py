@@ -191,9 +191,8 @@ def evaluate_version(
     If the generation settings differ from the version's own settings, the metrics are written neither to MLflow nor to
     the version's tags.
     """
-    from jobs.log_evaluation import LOGGED_METRICS, log_evaluation
+    from jobs.log_evaluation import record_evaluation
     from pipelines.driver.evaluate.run import COLUMNS, evaluate
-    from pipelines.tracking.registry import resolve, tag
 
     objects = open_object_words(job.config)
     train = run_shard(job, "train", model.read_config().image)
@@ -210,14 +209,7 @@ def evaluate_version(
         )
     if report.settings:
         return report
-    version = resolve(job.platform, job.model_name, model.version)
-    labels = {"evaluation": report.scores_hash, "tokenisation": report.tokenisation}
-    if report.object_words:
-        labels["object_words"] = report.object_words
-    if not report.reused or any(version.tags.get(name) != value for name, value in labels.items()):
-        log_evaluation(job, report, shards)
-        tags = {name: f"{value:.6g}" for name, value in report.values().items() if name in LOGGED_METRICS}
-        tag(job.platform, version, tags | labels)
+    record_evaluation(job, report, shards)
     return report
 
 

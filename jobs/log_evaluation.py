@@ -26,6 +26,25 @@ LOGGED_ROWS = 1000
 """Maximum number of evaluated rows that are logged to MLflow as a table."""
 
 
+def record_evaluation(job: Job, report: EvaluationReport, shards: Shards) -> None:
+    """Log an evaluation to MLflow and write its main metrics into the tags of the version, unless this is done already.
+
+    An evaluation that the tags name without its training step was logged by an earlier release, at step 0. This
+    evaluation is logged again, because the run would otherwise show the metrics of an earlier checkpoint.
+    """
+    from pipelines.tracking.registry import EVALUATION_STEP_TAG, resolve, tag, training_step
+
+    version = resolve(job.platform, job.model_name, report.model_version)
+    labels = {"evaluation": report.scores_hash, "tokenisation": report.tokenisation}
+    labels[EVALUATION_STEP_TAG] = str(training_step(job.platform, version))
+    if report.object_words:
+        labels["object_words"] = report.object_words
+    if not report.reused or any(version.tags.get(name) != value for name, value in labels.items()):
+        log_evaluation(job, report, shards)
+        tags = {name: f"{value:.6g}" for name, value in report.values().items() if name in LOGGED_METRICS}
+        tag(job.platform, version, tags | labels)
+
+
 def log_evaluation(job: Job, report: EvaluationReport, shards: Shards) -> None:
     """Log an evaluation to the MLflow run of the training, and update the descriptions of the run and of the version.
 

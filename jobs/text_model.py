@@ -40,7 +40,7 @@ def require_captioner(config: ModelConfig, stage: str) -> None:
 def run_text_evaluate(job: Job, model: ModelFiles) -> TextEvaluationReport:
     """Measure a version of a text-only model on the run's evaluation split, and store the metrics in MLflow."""
     from pipelines.driver.evaluate.texts import evaluate_texts
-    from pipelines.tracking.registry import resolve, tag, training_step
+    from pipelines.tracking.registry import EVALUATION_STEP_TAG, resolve, tag, training_step
     from pipelines.tracking.runs import log_report
 
     config = model.read_config()
@@ -49,11 +49,12 @@ def run_text_evaluate(job: Job, model: ModelFiles) -> TextEvaluationReport:
     with show_elapsed("evaluate"):
         report = evaluate_texts(job.spark, job.platform, model, Path(shards.folder))
     version = resolve(job.platform, job.model_name, model.version)
-    if version.tags.get("evaluation") != report.scores_hash:
-        step = training_step(job.platform, version)
+    step = training_step(job.platform, version)
+    labels = {"evaluation": report.scores_hash, EVALUATION_STEP_TAG: str(step)}
+    if any(version.tags.get(name) != value for name, value in labels.items()):
         log_report(job.platform, model.run_id, "evaluate", report.values(), step=step)
         tags = {name: f"{value:.6g}" for name, value in report.values().items()}
-        tag(job.platform, version, tags | {"evaluation": report.scores_hash})
+        tag(job.platform, version, tags | labels)
     reused = ", reused" if report.reused else ""
     job.output.line(
         "evaluate",

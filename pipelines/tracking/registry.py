@@ -40,6 +40,8 @@ last checkpoint."""
 GENERATION_TAG = "generation"
 """Name of the tag in which a model version stores a hash of its generation settings, if these differ from the settings
 of its checkpoint."""
+EVALUATION_STEP_TAG = "evaluation_step"
+"""Name of the tag in which a model version stores the training step at which its evaluation was logged to MLflow."""
 MAX_TAG_CHARS = 1000
 VALIDATION = "val/"
 """Prefix of the training metrics that a version has as tags. The MLflow run has all metrics: a version in Unity Catalog

@@ -13,7 +13,7 @@ from scored_rows import scored_row
 from tiny_runs import finish_run, tiny_run, write_run, write_shards
 
 from jobs.common import Job
-from jobs.log_evaluation import log_evaluation
+from jobs.log_evaluation import log_evaluation, record_evaluation
 from jobs.output import CommandOutput
 from pipelines.driver.evaluate.bootstrap import measure
 from pipelines.driver.evaluate.run import EvaluationReport
@@ -66,3 +66,28 @@ def test_a_run_keeps_the_figures_of_its_last_checkpoint_and_the_files_of_each_ve
     old = early.model_copy(update={"tags": {}})
     assert registry.training_step(platform, early) == 4
     assert registry.training_step(platform, old) == 8
+
+
+@pytest.mark.matrix  # registers two versions
+def test_an_evaluation_that_an_earlier_release_logged_at_step_0_is_logged_again_at_its_training_step(
+    tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    platform, config = open_local(monkeypatch, tmp_path / "home", database=empty_database), tiny_run()
+    shards = write_shards(tmp_path / "shards", rows=4)
+    run = write_run(platform.folder("runs") / "tiny-0123", config, shards, shards)
+    finish_run(run)
+    shutil.copytree(run.checkpoint(12), run.checkpoint(4))
+    with runs.follow(run, config, platform) as follower:
+        pass
+    last, early = (registry.register(run, follower.run_id, platform, which) for which in ("last", 4))
+    job = Job(config, platform, (), CommandOutput(io.StringIO(), as_json=False))
+    client = connect(platform)
+    first = evaluated(tmp_path / "last", last, 9).model_copy(update={"reused": True})
+    client.log_metric(follower.run_id, "test_exact_match", 0.9, step=0)
+    registry.tag(platform, last, {"evaluation": first.scores_hash, "tokenisation": first.tokenisation})
+    record_evaluation(job, evaluated(tmp_path / "early", early, 2), shards)
+    for _ in range(2):
+        record_evaluation(job, first, shards)
+    points = client.get_metric_history(follower.run_id, "test_exact_match")
+    assert sorted((point.step, point.value) for point in points) == [(0, 0.9), (4, 0.2), (12, 0.9)]
+    assert client.get_run(follower.run_id).data.metrics["test_exact_match"] == 0.9
