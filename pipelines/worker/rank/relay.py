@@ -1,8 +1,9 @@
 """Progress of rank 0 while the other ranks wait for rank 0.
 
-Rank 0 alone captions validation pictures. A rank that reports no progress for `train.timeout_seconds` ends itself, and
-captions may take longer. Therefore rank 0 regularly sends a signal to the waiting ranks, and each rank counts the
-signal as its own progress. If rank 0 hangs, the signals stop, and all ranks time out as in any other step.
+Rank 0 alone captions validation pictures, and rank 0 alone completes checkpoints. A rank that reports no progress for
+`train.timeout_seconds` ends itself, and this work may take longer. Therefore rank 0 regularly sends a signal to the
+waiting ranks, and each rank counts the signal as its own progress. If rank 0 hangs, the signals stop, and all ranks
+time out as in any other step.
 """
 
 from __future__ import annotations
@@ -58,7 +59,27 @@ class ProgressRelay:
             self._signal_at = time.monotonic() + SIGNAL_SECONDS
 
     def follow(self) -> None:
-        """Wait until rank 0 has left `reporting`. Report progress at each signal of rank 0."""
+        """Wait until the work of rank 0 is done. Report progress at each signal of rank 0."""
         while from_rank_0(WORKING, self._device) == WORKING:
             self._report_progress()
         self._report_progress()
+
+
+def wait_together(
+    wait: Callable[[Callable[[], None]], None], report_progress: Callable[[], None], device: torch.device, rank: int
+) -> None:
+    """Wait on each rank for its own background work, and then for the background work of rank 0.
+
+    Args:
+        wait: function that waits for the work of this rank, and regularly calls its argument meanwhile.
+        report_progress: function that restarts the timeout of this rank.
+        device: device of the tensors that ranks exchange.
+        rank: number of this rank.
+    """
+    relay = ProgressRelay(report_progress, device, sharded=False)
+    if rank:
+        wait(report_progress)
+        relay.follow()
+    else:
+        wait(relay.report)
+        from_rank_0(DONE, device)

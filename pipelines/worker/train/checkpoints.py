@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,11 @@ log = logging.getLogger(__name__)
 
 NO_CHECKPOINT = -1
 """If there is no checkpoint, rank 0 broadcasts this number instead of the step of a checkpoint."""
+WRITE_SECONDS = 3600.0
+"""Longest time, in seconds, during which a write that has not ended counts as progress of the rank.
+
+A large checkpoint on slow storage takes longer than `train.timeout_seconds`, but a write may also hang."""
+POLL_SECONDS = 0.5
 
 
 class CheckpointWriter:
@@ -50,6 +57,7 @@ class CheckpointWriter:
         self._files = files
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._started = time.monotonic()
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
         """Wait until the previous checkpoint is written, then start to write the checkpoint of this step.
@@ -70,7 +78,7 @@ class CheckpointWriter:
             OSError, ...: the function of the previous call has raised this error.
         """
         self.wait()
-        self._pending = self._thread.submit(write)
+        self._pending, self._started = self._thread.submit(write), time.monotonic()
 
     def check(self) -> None:
         """Raise the error of a checkpoint or small file that could not be written. Do not wait for a write in progress.
@@ -82,14 +90,21 @@ class CheckpointWriter:
         if self._pending and self._pending.done():
             self._pending.result()
 
-    def wait(self) -> None:
+    def wait(self, report_progress: Callable[[], None] = lambda: None) -> None:
         """Wait until the last checkpoint and all small files are written.
+
+        Args:
+            report_progress: function that is called regularly while the checkpoint is written, but not after
+                WRITE_SECONDS since the start of the write.
 
         Raises:
             OSError, ...: a checkpoint or file could not be written.
         """
         self._files.wait()
         if self._pending:
+            while not wait_for([self._pending], POLL_SECONDS).done:
+                if time.monotonic() - self._started < WRITE_SECONDS:
+                    report_progress()
             self._pending.result()
 
     def _write(self, step: int, write: Callable[[Path], None], metrics: Future[None]) -> None:

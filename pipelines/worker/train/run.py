@@ -40,7 +40,7 @@ def train(run: RunFolder, env: RankEnv, monitor: RankMonitor, kind: type[Trainer
     with process_group(env, device, settings.timeout_seconds):
         trainer = kind.build(run, file, env, monitor, device)
         trainer.train()
-        trainer.checkpoints.wait()
+        trainer.wait_for_checkpoint()
         distributed.barrier()
         if env.rank == 0:
             trainer.write_result()

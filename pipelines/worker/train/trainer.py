@@ -30,7 +30,7 @@ from pipelines.worker.rank.failure import RankMonitor
 from pipelines.worker.rank.group import check_group, divide_cores
 from pipelines.worker.rank.metrics import FileWriter, MeanSinceLog, Stopwatch, write_metrics
 from pipelines.worker.rank.profile import profile_steps
-from pipelines.worker.rank.relay import ProgressRelay
+from pipelines.worker.rank.relay import ProgressRelay, wait_together
 from pipelines.worker.rank.usage import measure_usage, throughput
 from pipelines.worker.score import validation_cider
 from pipelines.worker.train.checkpoints import (
@@ -281,10 +281,15 @@ class Trainer:
         if saves := saves or last:
             self.loss.restart()
             self.reward.restart()
-        if (is_rank_0 or self.sharded) and saves:
-            self._save(done, last=last)
+            self.wait_for_checkpoint()
+            if is_rank_0 or self.sharded:
+                self._save(done, last=last)
         self.stepped()
         self.stopwatch.start()
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until the last checkpoint is written. All ranks call this method."""
+        wait_together(self.checkpoints.wait, self.monitor.report_progress, self.device, self.env.rank)
 
     def _save(self, done: int, *, last: bool) -> None:
         """Copy the training state, and start to write the checkpoint, or this rank's slice of a sharded checkpoint."""

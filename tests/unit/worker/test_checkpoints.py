@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch._C._distributed_c10d import HashStore
 from pipelines.errors import UserError
 from pipelines.formats.run_folder import Metrics, RunFile, RunFolder, write_json
 from pipelines.worker.rank.metrics import FileWriter
+from pipelines.worker.train import checkpoints
 from pipelines.worker.train.checkpoints import CheckpointWriter, best_checkpoint, check_settings, find_common_checkpoint
 from pipelines.worker.train.slices import CheckpointSlices, slices_of
 from vlm.checkpoint import atomic_folder, verify_folder
@@ -86,6 +88,22 @@ def test_a_checkpoint_is_written_in_the_background_and_the_next_checkpoint_waits
     assert run.checkpoint(1) in run.finished_checkpoints()
     writer.wait()
     assert len(run.finished_checkpoints()) == 2
+
+
+def test_a_rank_that_waits_for_a_checkpoint_reports_progress_for_a_limited_time(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "POLL_SECONDS", 0.01)
+    may_continue, reports = threading.Event(), list[float]()
+    writer = CheckpointWriter(run, run.read_run(), FileWriter())
+    for step, limit in ((1, 60.0), (2, 0.0)):
+        monkeypatch.setattr(checkpoints, "WRITE_SECONDS", limit)
+        writer.save(step, checkpoint_writer(step, lambda: may_continue.wait(30)))
+        threading.Timer(0.5, may_continue.set).start()
+        reports.clear()
+        writer.wait(lambda: reports.append(time.monotonic()))
+        may_continue.clear()
+        assert (len(reports) > 4) if limit else not reports
 
 
 def test_an_error_while_writing_a_checkpoint_is_raised_at_the_next_step(run: RunFolder) -> None:
