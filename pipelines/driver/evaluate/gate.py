@@ -25,6 +25,11 @@ from vlm.text.words import words
 
 BASELINES = {"constant": "the best caption that ignores the picture", "neighbour": "the nearest neighbour's caption"}
 
+NO_NEIGHBOUR = (
+    "no comparison with the nearest neighbour's caption, because at least one picture has no other training picture with "
+    "its prompt; training longer does not change this: remove neighbour from gate.baselines"
+)
+
 
 class GateCheck(Config):
     """Result of one check of the gate, and a description of what the check found."""
@@ -81,6 +86,8 @@ def apply_gate(
         found = metric_differences(scored, rows_of[name], names=[gate.metric]) if name in rows_of else {}
         gain = found.get(gate.metric)
         checks[name] = _check_baseline(gate, gain, BASELINES[name], pictures=pictures)
+        if name == "neighbour" and name not in rows_of:
+            checks[name] = GateCheck(passed=False, found=NO_NEIGHBOUR)
         figures |= {f"over_{name}": gain} if gain else {}
     if champion:
         difference = metric_differences(scored, champion.scores(), names=[gate.metric]).get(gate.metric)

@@ -208,3 +208,12 @@ def test_a_baseline_of_the_gate_that_cannot_be_computed_fails_its_check(tmp_path
     assert reason.startswith("no comparison with the nearest neighbour's caption")
     without = apply_gate(GateConfig(baselines=("constant",)), evaluated(tmp_path / "other", rows), None, WELL)
     assert without.reasons == ()
+
+
+def test_a_picture_without_a_neighbour_is_the_reason_of_a_refusal_by_this_baseline(tmp_path: Path) -> None:
+    rows = scored(good())
+    rows[0] = replace(rows[0], neighbour=None)
+    checks = apply_gate(GateConfig(baselines=("neighbour",)), evaluated(tmp_path, rows), None, WELL).checks
+    assert not checks["neighbour"].passed
+    assert "no other training picture with its prompt" in checks["neighbour"].found
+    assert "so few pictures" not in checks["neighbour"].found
