@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from jobs.common import Job
+from jobs.next_commands import trained_config
 from jobs.output import number
 from pipelines.driver.evaluate.gallery import HEADLINES, NAMES
 from pipelines.driver.evaluate.metrics import captioned
@@ -14,6 +15,7 @@ from vlm.text.words import words
 if TYPE_CHECKING:
     from pipelines.driver.evaluate.run import EvaluationReport
     from pipelines.formats.shards import Shards
+    from pipelines.tracking.registry import ModelVersion
 
 LOGGED_METRICS = (
     *("exact_match", "word_f1", "cider", "bleu_4", "rouge_l", "chair_i", "chair_s"),
@@ -30,11 +32,15 @@ def record_evaluation(job: Job, report: EvaluationReport, shards: Shards) -> Non
     """Log an evaluation to MLflow and write its main metrics into the tags of the version, unless this is done already.
 
     An evaluation that the tags name without its training step was logged by an earlier release, at step 0. This
-    evaluation is logged again, because the run would otherwise show the metrics of an earlier checkpoint.
+    evaluation is logged again, because the run would otherwise show the metrics of an earlier checkpoint. The tags do
+    not change if the command evaluates other rows than those of the run (`data.shards.where`).
     """
     from pipelines.tracking.registry import EVALUATION_STEP_TAG, resolve, tag, training_step
 
     version = resolve(job.platform, job.model_name, report.model_version)
+    if _is_part(job, version):
+        log_evaluation(job, report, shards)
+        return
     labels = {"evaluation": report.scores_hash, "tokenisation": report.tokenisation}
     labels[EVALUATION_STEP_TAG] = str(training_step(job.platform, version))
     if report.object_words:
@@ -51,7 +57,8 @@ def log_evaluation(job: Job, report: EvaluationReport, shards: Shards) -> None:
     The name of a metric begins with the name of the data split, as in `test_cider`. The step of a metric is the
     training step of the version's checkpoint, so the run's metrics are those of the last evaluated checkpoint. A
     version with other generation settings than the run sets no metrics of the run. Each version has its own folder of
-    files.
+    files. If the command evaluates other rows than those of the run (`data.shards.where`), only the files are logged,
+    in a subfolder of the version's folder.
     """
     from pipelines.tracking.describe.datasets import shard_input
     from pipelines.tracking.describe.figures import draw_lengths
@@ -67,9 +74,10 @@ def log_evaluation(job: Job, report: EvaluationReport, shards: Shards) -> None:
     }
     version = resolve(job.platform, job.model_name, report.model_version)
     text = describe(job, report)
-    folder = f"evaluate/version-{version.version}"
+    part = _is_part(job, version)
+    folder = f"evaluate/version-{version.version}" + (f"/{report.scores_hash}" if part else "")
     shown = picture(job.platform, report.run_id, f"{folder}/gallery.png")
-    is_of_run = GENERATION_TAG not in version.tags
+    is_of_run = GENERATION_TAG not in version.tags and not part
     metrics = {f"{report.split}_{name}": values[name] for name in LOGGED_METRICS if name in values and is_of_run}
     log_report(
         job.platform,
@@ -84,9 +92,15 @@ def log_evaluation(job: Job, report: EvaluationReport, shards: Shards) -> None:
         figures={"lengths.png": draw_lengths(lengths)},
         inputs=[shard_input(shards.manifest, report.split)],
         step=training_step(job.platform, version),
-        sections={f"{EVALUATION}{version.version}": "\n\n".join(part for part in (text, shown) if part)},
+        sections={} if part else {f"{EVALUATION}{version.version}": "\n\n".join(filter(None, (text, shown)))},
     )
-    describe_version(job.platform, version, {"Evaluation": text})
+    if not part:
+        describe_version(job.platform, version, {"Evaluation": text})
+
+
+def _is_part(job: Job, version: ModelVersion) -> bool:
+    """Return whether the condition `data.shards.where` of the command differs from that of the version's training."""
+    return trained_config(job, version).data.shards.where != job.config.data.shards.where
 
 
 def describe(job: Job, report: EvaluationReport) -> str:

@@ -164,11 +164,15 @@ def train_longer(job: Job, version: ModelVersion) -> list[str]:
 
 def trained_config(job: Job, version: ModelVersion) -> RunConfig:
     """Return the config with which a version was trained, or the config of this command if the version was trained in
-    another home folder."""
+    another home folder, or if run.json cannot be read."""
     from pipelines.formats.run_folder import RunFolder
 
     run = RunFolder(job.platform.folder("runs") / version.tags.get("run", "unknown"))
-    return run.read_run().config if run.run_file.exists() else job.config
+    try:
+        return run.read_run().config if run.run_file.exists() else job.config
+    except (LakesightError, OSError) as error:
+        logger.warning("the settings of this command are used instead of those of the training: %s", error)
+        return job.config
 
 
 def _platform_options(job: Job) -> list[str]:

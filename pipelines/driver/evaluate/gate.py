@@ -26,8 +26,8 @@ from vlm.text.words import words
 BASELINES = {"constant": "the best caption that ignores the picture", "neighbour": "the nearest neighbour's caption"}
 
 NO_NEIGHBOUR = (
-    "no comparison with the nearest neighbour's caption, because at least one picture has no other training picture with "
-    "its prompt; training longer does not change this: remove neighbour from gate.baselines"
+    "no comparison with the nearest neighbour's caption, because at least one picture has no other training picture "
+    "with its prompt; training longer does not change this: remove neighbour from gate.baselines"
 )
 
 

@@ -69,7 +69,7 @@ def test_a_run_keeps_the_figures_of_its_last_checkpoint_and_the_files_of_each_ve
 
 
 @pytest.mark.matrix  # registers two versions
-def test_an_evaluation_that_an_earlier_release_logged_at_step_0_is_logged_again_at_its_training_step(
+def test_an_evaluation_of_step_0_is_logged_again_and_an_evaluation_of_other_rows_replaces_nothing(
     tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     platform, config = open_local(monkeypatch, tmp_path / "home", database=empty_database), tiny_run()
@@ -91,3 +91,15 @@ def test_an_evaluation_that_an_earlier_release_logged_at_step_0_is_logged_again_
     points = client.get_metric_history(follower.run_id, "test_exact_match")
     assert sorted((point.step, point.value) for point in points) == [(0, 0.9), (4, 0.2), (12, 0.9)]
     assert client.get_run(follower.run_id).data.metrics["test_exact_match"] == 0.9
+    shards_of_part = config.data.shards.model_copy(update={"where": "width > 9"})
+    data = config.data.model_copy(update={"shards": shards_of_part})
+    part = Job(config.model_copy(update={"data": data}), platform, (), CommandOutput(io.StringIO(), as_json=False))
+    report = evaluated(tmp_path / "part", last, 1).model_copy(update={"scores_hash": "89ab"})
+    report.gallery.write_text("a part of the rows", encoding="utf-8")
+    record_evaluation(part, report, shards)
+    assert client.get_run(follower.run_id).data.metrics["test_exact_match"] == 0.9
+    assert registry.resolve(platform, last.name, last.version).tags["evaluation"] == first.scores_hash
+    pages = [f"evaluate/version-{last.version}/{name}" for name in ("gallery.html", "89ab/gallery.html")]
+    for folder, page in zip((first.folder, tmp_path / "part"), pages, strict=True):
+        logged = Path(client.download_artifacts(follower.run_id, page, str(tmp_path)))
+        assert logged.read_text(encoding="utf-8") == (folder / "gallery.html").read_text(encoding="utf-8")
