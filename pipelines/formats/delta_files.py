@@ -105,7 +105,8 @@ def local_folder(table: DeltaTable) -> Path:
 def open_or_create(folder: Path, table: Table) -> DeltaTable:
     """Open a table in a folder, without Spark. Create the table if it does not exist, and add missing columns.
 
-    Only Spark can create a table with CHECK constraints, because `deltalake` refuses some of the conditions.
+    The function adds no CHECK constraints, because `deltalake` refuses some of their conditions. Tables with CHECK
+    constraints must be created with Spark.
     """
     from deltalake import DeltaTable
     from deltalake import Field as DeltaField

@@ -1,4 +1,5 @@
-"""Rotary position embeddings of queries and keys, and biases of attention scores by the distance of two patches.
+"""Rotary position embeddings of queries and keys, and biases of attention scores that depend on the distance
+between two patches.
 
 Learned positions are a plain embedding table and need no class in this module.
 

@@ -184,8 +184,9 @@ def _kind(found: Mapping[str, Any], family: Family) -> str:
 def _without_unset(found: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings without nulls that mean "not set".
 
-    In transformers, a null replaces the default of a class. A null for a key with a default is therefore kept, and the
-    rule of the key refuses the null. A null means False for `do_center_crop` and `default_to_square`.
+    If a class of transformers has a default for a key, a null in the file replaces this default, and does not mean "not
+    set". Such a null is therefore kept, and the rule of the key refuses it. The exceptions are `do_center_crop` and
+    `default_to_square`, for which a null means False.
     """
     off = {key: False for key in ("do_center_crop", "default_to_square") if key in found and found[key] is None}
     return {key: value for key, value in found.items() if value is not None or key in defaults} | off
