@@ -17,8 +17,8 @@ PICTURE = "__picture__"
 """Name of the record field with the bytes of a picture, if the source stores each picture as a separate file."""
 PICTURE_FOLDER = "__folder__"
 """Name of the record field with the folder of a row's file, relative to the folder of the source. The field exists only
-if the location of the pictures is relative to the row's file, the picture could not be read, and the row's file is in a
-subfolder."""
+if the location of the pictures is relative to the row's file, the picture could not be read, and the source may have
+several files."""
 
 
 # ------------------------------------------------------------------------------------------------ columns
