@@ -34,9 +34,14 @@ def count_unusable(decoded: DecodedRows) -> int:
     The plan refuses rows with equal ids and different pictures, unless `samples` has one of these pictures.
     """
     usable = decoded.outcomes.filter(F.col("reason").isNull())
-    ids = usable.groupBy("image_id").agg(F.count_distinct("sha256").alias("pictures"), F.count("*").alias("rows"))
-    conflicting = ids.filter("pictures > 1").agg(F.sum("rows")).head()
+    conflicting = _conflicting_ids(usable).agg(F.sum("rows")).head()
     return decoded.refused + int((conflicting and conflicting[0]) or 0)
+
+
+def _conflicting_ids(usable: DataFrame) -> DataFrame:
+    """Return the ids that belong to several pictures (image_id), and the number of their rows (rows)."""
+    ids = usable.groupBy("image_id").agg(F.count_distinct("sha256").alias("pictures"), F.count("*").alias("rows"))
+    return ids.filter("pictures > 1").select("image_id", "rows")
 
 
 def has_no_usable_row(
@@ -188,8 +193,7 @@ def gone_pictures(
     kept = kept.unionByName(refused.join(replayed, "source_row", "left_semi"))
     kept_ids = kept.select(F.col("claimed_id").alias("image_id"))
     gone = missing.groupBy(*KEY).agg(F.min("text").alias("text")).join(kept_ids, "image_id", "left_anti")
-    several = usable.groupBy("image_id").agg(F.count_distinct("sha256").alias("n")).filter("n > 1")
-    conflicting = usable.select(*KEY).distinct().join(several, "image_id", "left_semi")
+    conflicting = usable.select(*KEY).distinct().join(_conflicting_ids(usable), "image_id", "left_semi")
     return gone.join(conflicting, list(KEY), "left_anti")
 
 
