@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from caption_requests import numbers, picture, request, stored, write
+from picture_server import picture_server
 from pyspark.sql import SparkSession
 from tiny_runs import save_random_model
 
@@ -90,27 +87,6 @@ def test_pending_captions_of_one_model_from_several_runs_are_merged_into_one_row
     write_pending(("first", "a digest"), ("second", "a digest"), ("first", None))
     assert pending.merge(spark, platform) == 3
     assert [row["caption"] for row in stored(spark, platform, model).values()] == ["caption 2"]
-
-
-@contextmanager
-def picture_server(pictures: dict[str, bytes]) -> Iterator[str]:
-    """Serve pictures on loopback. A path without a picture has the status 500."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            content = pictures.get(self.path, b"")
-            self.send_response(200 if content else 500)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_: object) -> None:
-            """Print nothing."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
 
 
 def test_a_picture_that_a_server_cannot_send_now_keeps_its_caption_and_is_read_again_by_the_next_job(

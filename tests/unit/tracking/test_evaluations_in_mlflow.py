@@ -10,7 +10,7 @@ import pytest
 from evaluation_reports import evaluation_report
 from local_platforms import open_local
 from scored_rows import scored_row
-from tiny_runs import finish_run, tiny_run, write_run, write_shards
+from tiny_runs import finished_run, tiny_run
 
 from jobs.common import Job
 from jobs.log_evaluation import log_evaluation, record_evaluation
@@ -38,9 +38,7 @@ def test_a_run_keeps_the_figures_of_its_last_checkpoint_and_the_files_of_each_ve
     tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     platform, config = open_local(monkeypatch, tmp_path / "home", database=empty_database), tiny_run()
-    shards = write_shards(tmp_path / "shards", rows=4)
-    run = write_run(platform.folder("runs") / "tiny-0123", config, shards, shards)
-    finish_run(run)
+    run, shards = finished_run(platform, tmp_path)
     shutil.copytree(run.checkpoint(12), run.checkpoint(4))
     with runs.follow(run, config, platform) as follower:
         pass
@@ -73,9 +71,7 @@ def test_an_evaluation_of_step_0_is_logged_again_and_an_evaluation_of_other_rows
     tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     platform, config = open_local(monkeypatch, tmp_path / "home", database=empty_database), tiny_run()
-    shards = write_shards(tmp_path / "shards", rows=4)
-    run = write_run(platform.folder("runs") / "tiny-0123", config, shards, shards)
-    finish_run(run)
+    run, shards = finished_run(platform, tmp_path)
     shutil.copytree(run.checkpoint(12), run.checkpoint(4))
     with runs.follow(run, config, platform) as follower:
         pass

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from local_platforms import open_local
-from tiny_runs import finish_run, tiny_run, write_run, write_shards
+from tiny_runs import finished_run, tiny_run
 
 from pipelines.tracking import registry, runs
 from pipelines.tracking.download import download
@@ -19,9 +19,7 @@ def test_registering_other_generation_settings_makes_another_model_version_with_
     tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     platform, config = open_local(monkeypatch, tmp_path / "home", database=empty_database), tiny_run()
-    shards = write_shards(tmp_path / "shards", rows=4)
-    run = write_run(platform.folder("runs") / "tiny-0123", config, shards, shards)
-    finish_run(run)
+    run, _ = finished_run(platform, tmp_path)
     with runs.follow(run, config, platform) as follower:
         pass
     own, beams = config.model.generation, config.model.generation.changed({"num_beams": 3})
