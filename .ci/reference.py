@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
@@ -51,6 +52,11 @@ def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines) + "\n"
 
 
+def paragraph(text: str) -> str:
+    """Return a Markdown paragraph with lines of at most 120 characters."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False) + "\n"
+
+
 # ------------------------------------------------------------------------------------------------ commands
 
 
@@ -86,7 +92,7 @@ def config_keys() -> Iterator[str]:
         yield f"{first_sentence(model)}\n"
         if paths[1:]:
             has = "The section {} has" if len(paths) == 2 else "The sections {} have"
-            yield f"{has.format(listed(paths[1:], 'and'))} the same keys.\n"
+            yield paragraph(f"{has.format(listed(paths[1:], 'and'))} the same keys.")
         meanings = attributes(model)
         rows = [
             (
@@ -214,12 +220,14 @@ def tables() -> Iterator[str]:
         key = listed([f"`{name}`" for name in each.key], "and")
         identify = f"The {'columns' if each.key[1:] else 'column'} {key} {'identify' if each.key[1:] else 'identifies'}"
         writer = f"`lakesight {COMMANDS_OF_TABLES[each.name]}` writes the table."
-        yield f"### Table {each.name}\n\n{each.comment}. {identify} a row. {writer}\n"
+        yield f"### Table {each.name}\n"
+        yield paragraph(f"{each.comment}. {identify} a row. {writer}")
         yield table(
             ("column", "type", "null", "meaning"),
             [(f"`{c.name}`", sql_type(c.type), "yes" if c.nullable else "no", c.comment) for c in each.columns],
         )
-    yield f"### View {champion_captions.NAME}\n\n{champion_captions.COMMENT}.\n"
+    yield f"### View {champion_captions.NAME}\n"
+    yield paragraph(f"{champion_captions.COMMENT}.")
     yield table(("column", "meaning"), [(f"`{name}`", text) for name, text in champion_captions.COLUMNS.items()])
 
 

@@ -94,6 +94,13 @@ def test_every_run_and_data_config_on_a_page_is_valid(
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_no_line_of_running_text_is_longer_than_120_characters(page: Path) -> None:
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.M | re.S)
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith(("|", "<"))]
+    assert [line for line in lines if len(line) > 120] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_link_between_pages_exists(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
     missing = {link for link in links if "://" not in link and not (page.parent / link).exists()}
