@@ -155,7 +155,7 @@ assert torch.equal(sequence[0, :16], features[0])  # the slots hold the vectors 
 
 # COMMAND ----------
 
-tokens_of_caption = np.mean([len(tokenizer.encode(caption)) + 1 for caption in captions])  # and an end token
+tokens_of_caption = np.mean([len(tokenizer.encode(caption)) + 1 for caption in captions])  # + 1: the end token
 blind_floor = math.log(6 * 3 * 5) / tokens_of_caption
 print(f"{tokens_of_caption:.1f} tokens per caption")
 print(f"blind floor: {blind_floor:.2f} for each token")

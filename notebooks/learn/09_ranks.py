@@ -234,8 +234,8 @@ for step in (0, 10, 20, 29):
 # COMMAND ----------
 
 # MAGIC %md
-# MAGIC The three runs print the same losses. They are not equal bit for bit: computers add numbers with rounding, and
-# MAGIC two halves are added in another order than a whole. The right panel shows how small the differences are. A
+# MAGIC The three runs print the same losses. They are not equal bit for bit: each addition is rounded, and two or three
+# MAGIC ranks add the same numbers in another order than one rank. The right panel shows how small the differences are. A
 # MAGIC curve that touches the bottom shows no difference at all.
 
 # COMMAND ----------

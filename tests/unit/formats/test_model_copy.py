@@ -36,7 +36,7 @@ def test_a_file_that_changed_in_place_is_found_even_if_its_size_and_modification
 def test_a_copy_whose_files_were_written_again_with_the_same_content_stays_valid(copy: Path) -> None:
     digest = record_copy(copy).digest
     set_content(copy / "model.safetensors", b"weights 1")
-    for _ in range(2):  # the second call reads the new record
+    for _ in range(2):  # the first call writes a new record, and the second call reads this record
         found = check_copy(copy)
         assert found is not None
         assert found.digest == digest

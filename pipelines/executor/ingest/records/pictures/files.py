@@ -181,9 +181,9 @@ def _fold(name: str) -> str:
 
 @lru_cache(maxsize=8)
 def _names(folder: Path, _modified: int) -> dict[str, list[str]]:
-    """Return all names in a folder, grouped by their folded form (see `_fold`).
+    """Group the names in a folder by their folded form (see `_fold`).
 
-    A folder that has changed is listed again.
+    At most MAX_LISTED entries of the folder are read. A folder that has changed is listed again.
     """
     names: dict[str, list[str]] = {}
     with os.scandir(folder) as entries:
