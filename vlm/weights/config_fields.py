@@ -147,7 +147,7 @@ def scalar(value: Any) -> Any:
 def write_only(key: str, ours: Callable[[ModelConfig], Any]) -> ConfigField:
     """Return a config field that an export writes and an import does not compare.
 
-    Use this function for a setting that the shapes of the tensors already determine, or whose value in config.json may
+    Use this function for a setting that the names and shapes of the tensors already determine, or whose value in config.json may
     differ from the value in our config. The import still reads the key, so that the key is not refused as unknown.
     """
 

@@ -166,7 +166,8 @@ def _set_retention(spark: SparkSession, name: str, hours: int) -> None:
 def _hours(interval: str) -> float:
     """Return the length in hours of a time in a table property, such as `interval 30 days` or `interval '90' day`.
 
-    A time in another form counts as endless, so that no longer time is replaced by a shorter time.
+    If the text has no number with a known unit, return infinity. The caller then keeps the time of the table, which may
+    be longer than the wanted time.
     """
     parts = re.findall(rf"'?(\d+)'?\s*({'|'.join(HOURS)})", interval.lower())
     return sum(int(number) * HOURS[unit] for number, unit in parts) if parts else math.inf

@@ -1,4 +1,4 @@
-"""Writing of shard files, from which ranks read the rows of a source and split in shuffled order.
+"""Writing of shard files. A folder of shard files has the rows of one split of one source, in shuffled order.
 
 Spark shuffles each picture to the task that writes the picture's shard file. Executors decode and resize the pictures,
 and then write the shard files. `_decode_after_shuffle` decides whether the pictures are decoded before or after the

@@ -25,7 +25,11 @@ DETERMINED_BY_TENSORS = {
     "img_size", "mlp_ratio", "init_values", "no_embed_class", "final_norm", "fc_norm", "global_pool", "num_classes",
     "num_features", "qkv_bias", "proj_bias",
 }  # fmt: skip
-"""Keys that an import does not compare with our config: a different value is found by comparing tensor shapes."""
+"""Keys that an import does not compare with our config.
+
+Either a different value shows in the names or shapes of the tensors, which the import compares, or the value may differ
+from our config.
+"""
 IMPLIED = {"architecture": "vit_base_patch16_clip_224"}
 """A second valid value for each key whose value is a name."""
 
