@@ -147,8 +147,9 @@ def scalar(value: Any) -> Any:
 def write_only(key: str, ours: Callable[[ModelConfig], Any]) -> ConfigField:
     """Return a config field that an export writes and an import does not compare.
 
-    Use this function for a setting that the names and shapes of the tensors already determine, or whose value in config.json may
-    differ from the value in our config. The import still reads the key, so that the key is not refused as unknown.
+    Use this function for a setting that the names and shapes of the tensors already determine, or whose value in
+    config.json may differ from the value in our config. The import still reads the key, so that the key is not refused
+    as unknown.
     """
 
     def theirs(settings: Settings) -> Any:
