@@ -17,8 +17,9 @@ help:  ## List the targets
 demo: $(STAMP)  ## Run every stage on generated pictures
 	$(BIN)/lakesight demo
 
-test: check  ## Run all checks and tests
-	-$(BIN)/python -P -m pipelines.platform.build_class_archive
+test: $(STAMP)  ## Run all checks and tests
+	@# The checks use one core, so the archive of Spark's classes, which the tests use, is built at the same time.
+	$(BIN)/python -P -m pipelines.platform.build_class_archive & $(MAKE) check; checked=$$?; wait; exit $$checked
 	$(BIN)/pytest -n 2 --dist loadgroup --max-worker-restart 0
 
 check: $(STAMP)  ## Check lint, formatting, types and import contracts
