@@ -123,7 +123,7 @@ def ask(
     """
     files = images or []
     refuse_options({"--version": checkpoint and version}, "--checkpoint names the folder of the model")
-    with open_job(run, platform, overrides, as_json) as job:
+    with open_job(run, platform, overrides, as_json, uses_version=True) as job:
         _check_question(files, prompt, {"--draw": draw, "--attention": attention})
         pictures = [read_picture(job, file) for file in files]
         folder, name = (checkpoint, str(checkpoint)) if checkpoint else _model_folder(job, version or "champion")

@@ -92,7 +92,7 @@ def caption(
     """
     from pipelines.executor.ingest.records.pictures.root import absolute_location
 
-    with open_job(run, platform, overrides, as_json) as job, job.output.report_of_failure():
+    with open_job(run, platform, overrides, as_json, uses_version=True) as job, job.output.report_of_failure():
         report = run_caption(
             job,
             version,

@@ -109,6 +109,10 @@ class Job:
     platform: Platform
     overrides: tuple[str, ...]
     output: CommandOutput
+    uses_version: bool = False
+    """Whether the command decodes with a trained model. If so, the overrides `model.generation.*` do not change the
+    config of the run, because the run's model may have another context or other settings than the trained model.
+    """
     shown: set[str] = field(default_factory=set)
     """Shard folders whose paths were printed. A path is printed once, even if several stages use the folder."""
 
@@ -164,7 +168,7 @@ class Job:
     def override(self, setting: str) -> None:
         """Add one override `key=value` and resolve the run config again."""
         self.overrides = (*self.overrides, setting)
-        self.config = load_run(self.config.name, platform=self.config.chosen.platform, overrides=self.overrides)
+        self.config = _load(self.config.name, self.config.chosen.platform, self.overrides, self.uses_version)
 
     def finish(self, report: object, next_command: str) -> None:
         """Print the report if the user asked for JSON. Then print the command to run next."""
@@ -199,7 +203,13 @@ def open_output(*, as_json: bool) -> Iterator[CommandOutput]:
 
 @contextmanager
 def open_job(
-    run: str, platform: str, overrides: Sequence[str] | None, as_json: bool, *, needs_space: bool = True
+    run: str,
+    platform: str,
+    overrides: Sequence[str] | None,
+    as_json: bool,
+    *,
+    needs_space: bool = True,
+    uses_version: bool = False,
 ) -> Iterator[Job]:
     """Resolve a run config and open its platform. If the block starts a Spark session, the session ends with the block.
 
@@ -210,14 +220,16 @@ def open_job(
         as_json: whether the command prints its report as JSON.
         needs_space: whether the block writes more than a few kilobytes. Otherwise the block also runs on a full disk:
             people then need the commands that remove files, show the state or roll back.
+        uses_version: whether the command decodes with a trained model (`Job.uses_version`).
 
     Raises:
         UserError: the config is invalid, the platform cannot be opened, a newer release of Lakesight wrote the home
             folder, or the disk is almost full.
     """
     with open_output(as_json=as_json) as output:
-        config = load_run(run, platform=platform, overrides=tuple(overrides or ()))
-        job = Job(config, open_platform(config.platform), tuple(overrides or ()), output)
+        given = tuple(overrides or ())
+        config = _load(run, platform, given, uses_version)
+        job = Job(config, open_platform(config.platform), given, output, uses_version)
         check_home(job.platform.root)
         if needs_space:
             _check_free_space(job.platform)
@@ -231,6 +243,11 @@ def open_job(
             raise
         finally:
             job.stop()
+
+
+def _load(run: str, platform: str, overrides: Sequence[str], uses_version: bool) -> RunConfig:
+    applied = [each for each in overrides if not (uses_version and is_generation(each))]
+    return load_run(run, platform=platform, overrides=applied)
 
 
 def open_notebook(run: str, workspace: Sequence[str], overrides: Sequence[str]) -> Job:

@@ -36,7 +36,7 @@ def compare(
     Example:
       lakesight compare 2 1 --run demo
     """
-    with open_job(run, platform, overrides, as_json) as job:
+    with open_job(run, platform, overrides, as_json, uses_version=True) as job:
         report = run_compare(job, one, other)
         job.output.report(report)
         job.output.next(*after_comparison(job, report))

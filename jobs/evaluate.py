@@ -92,7 +92,7 @@ def evaluate(
     """
     from pipelines.driver.evaluate.run import COLUMNS
 
-    with open_job(run, platform, overrides, as_json) as job:
+    with open_job(run, platform, overrides, as_json, uses_version=True) as job:
         which = choose_version(job, version, checkpoint, job_run)
         if job.config.model.text_only:
             _refuse_columns(by)

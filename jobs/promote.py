@@ -71,7 +71,7 @@ def promote(
       lakesight promote --run demo --version 3
       lakesight promote --run demo --set gate.min_blind_gap=0.3
     """
-    with open_job(run, platform, overrides, as_json) as job:
+    with open_job(run, platform, overrides, as_json, uses_version=True) as job:
         which = choose_version(job, version, checkpoint, job_run)
         report = run_promote(job, which, by_number=version.isdecimal() or checkpoint is not None)
         if not report.rolled_back:

@@ -47,7 +47,10 @@ def serve(
     from pipelines.tracking.download import download_checked
     from pipelines.tracking.registry import resolve
 
-    with open_job(run, platform, overrides, as_json=False) as job, tempfile.TemporaryDirectory() as temporary:
+    with (
+        open_job(run, platform, overrides, as_json=False, uses_version=True) as job,
+        tempfile.TemporaryDirectory() as temporary,
+    ):
         check_port_free(port)
         chosen = resolve(job.platform, job.model_name, version)
         folder = download_checked(job.platform, chosen, Path(temporary))

@@ -12,6 +12,7 @@ from typing import Any
 
 from jobs.common import Job
 from jobs.generation_options import GENERATION, is_generation
+from pipelines.config import model_overrides
 from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import UserError
 from vlm.config import GenerationConfig, ModelConfig
@@ -31,16 +32,13 @@ def decoding_settings(job: Job, fixed: ModelConfig, name: str) -> GenerationConf
         name: name of the version or checkpoint, for the error message.
 
     Raises:
-        UserError: an override changes a setting that training has fixed, or the settings exclude each other.
+        UserError: an override changes a setting that training has fixed, a value is invalid or does not fit the model,
+            or the settings exclude each other.
     """
-    changes: dict[str, Any] = {}
-    chosen = job.config.model.generation.model_dump()
     for key in _different_keys(job, fixed):
-        if not is_generation(key):
-            raise _refused(job, key, name, "only training sets it")
-        field = key.removeprefix(GENERATION).removeprefix(".")
-        changes |= {field: chosen[field]} if field else chosen
-    settings = fixed.generation.changed(changes, where=name)
+        raise _refused(job, key, name, "only training sets it")
+    settings = fixed.generation.changed(_generation_changes(job), where=name)
+    fixed.with_generation(settings, where=name)
     for sentence in settings_without_effect(settings, fixed.generation):
         logger.warning("%s", sentence)
     return settings
@@ -70,11 +68,13 @@ def require_settings_of_version(job: Job, fixed: ModelConfig, name: str) -> None
         UserError: an override changes a setting of the model.
     """
     for key in _different_keys(job, fixed):
+        raise _refused(job, key, name, "only training sets it")
+    if fixed.generation.changed(_generation_changes(job), where=name) != fixed.generation:
         followed = (
             "only `lakesight evaluate`, `caption`, `ask` and `serve` use this setting; the gate uses the version's own "
             "settings"
         )
-        raise _refused(job, key, name, followed if is_generation(key) else "only training sets it")
+        raise _refused(job, next(filter(is_generation, _keys(job))), name, followed)
 
 
 def changes_model(job: Job) -> bool:
@@ -86,10 +86,23 @@ def _keys(job: Job) -> list[str]:
     return [override.partition("=")[0].strip() for override in job.overrides]
 
 
+def _generation_changes(job: Job) -> dict[str, Any]:
+    changes = model_overrides(job.overrides).get("generation", {})
+    if not isinstance(changes, dict):
+        raise UserError(
+            "the generation settings cannot be used",
+            got=f"--set {GENERATION}={changes}",
+            fix=f"set one setting, such as --set {GENERATION}.max_new_tokens=20",
+        )
+    return changes
+
+
 def _different_keys(job: Job, fixed: ModelConfig) -> list[str]:
-    """Return the keys of overrides `model.*` whose value differs from the version's own value."""
+    """Return the keys of overrides `model.*`, but for generation settings, whose value differs from the version's own
+    value.
+    """
     chosen, own = {"model": job.config.model.model_dump()}, {"model": fixed.model_dump()}
-    keys = [key for key in _keys(job) if key.partition(".")[0] == "model"]
+    keys = [key for key in _keys(job) if key.partition(".")[0] == "model" and not is_generation(key)]
     return [key for key in keys if _value_at(chosen, key) != _value_at(own, key)]
 
 

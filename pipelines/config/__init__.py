@@ -35,6 +35,7 @@ from pipelines.config.run import (
     conf_folders,
     load_model,
     load_run,
+    model_overrides,
     short_hash,
 )
 from pipelines.config.split import ColumnSplitConfig, FileSplitConfig, HashSplitConfig, Split, SplitConfig
@@ -80,5 +81,6 @@ __all__ = [
     "conf_folders",
     "load_model",
     "load_run",
+    "model_overrides",
     "short_hash",
 ]

@@ -303,6 +303,22 @@ def load_run(name: str, *, platform: str = "local", overrides: Sequence[str] = (
     return config
 
 
+def model_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the values of overrides `model.a.b=c` as a nested dict, without the key `model`.
+
+    Raises:
+        ConfigError: an override is not `KEY=VALUE`, or its value is not valid YAML.
+    """
+    problems: list[str] = []
+    slices: dict[str, Any] = {"model": {}}
+    for override in overrides:
+        if override.partition("=")[0].strip().split(".")[0] == "model":
+            _apply(slices, override, problems)
+    if problems:
+        raise config_error(problems, "--set")
+    return dict(slices["model"])
+
+
 def load_model(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
     """Load a model config from conf/model/ by name and apply `model.a.b=c` overrides.
 

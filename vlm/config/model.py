@@ -305,6 +305,22 @@ class ModelConfig(Config):
             )
         return self
 
+    def with_generation(self, settings: GenerationConfig, *, where: str) -> ModelConfig:
+        """Return a copy with other generation settings. `where` names the model in the error message.
+
+        Raises:
+            ConfigError: the decoder's context is too short for `max_new_tokens`.
+        """
+        try:
+            return ModelConfig.model_validate(self.model_dump(by_alias=True) | {"generation": settings.model_dump()})
+        except ValidationError as error:
+            raise ConfigError(
+                "the generation settings do not fit the model",
+                where=where,
+                got=read_error_message(error, ModelConfig),
+                fix="lower max_new_tokens",
+            ) from None
+
 
 def read_model_config(config: ModelConfig | Mapping[str, Any] | str | Path) -> ModelConfig:
     """Return a model config that is given as an object, as a mapping or as the path of a YAML file.

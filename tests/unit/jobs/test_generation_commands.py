@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from generation_cases import CASES
 from jobs.cli import COMMANDS, app
 from jobs.common import open_job
 from jobs.generation_options import GENERATION, GENERATION_COMMANDS
-from jobs.settings_of_version import with_overrides
+from jobs.settings_of_version import decoding_settings, with_overrides
 from pipelines.config import load_run
 from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import UserError
@@ -108,6 +109,33 @@ def test_an_option_of_an_evaluation_changes_the_settings_at_temperature_0_of_a_v
     own = config.generation.changed({"temperature": 0.7})
     (tmp_path / "config.json").write_text(config.model_copy(update={"generation": own}).model_dump_json())
     version = ModelFiles(folder=tmp_path, name="m", version="1", run_id="r")
-    with open_job("demo", "local", [f"{GENERATION}.{setting}" for setting in settings], as_json=False) as job:
+    given = [f"{GENERATION}.{setting}" for setting in settings]
+    with open_job("demo", "local", given, as_json=False, uses_version=True) as job:
         found = with_overrides(job, version).settings
     assert found == (None if changed is None else own.changed({"temperature": 0.0} | changed))
+
+
+@pytest.mark.parametrize("tokens", [64, 200])
+def test_generation_settings_are_checked_against_the_trained_model_and_not_against_the_model_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    small = load_run("demo").model
+    assert small.decoder.context - small.num_slots < 64
+    settings = small.model_dump(by_alias=True) | {"generation": {"temperature": 0.7, "max_new_tokens": 20}}
+    for path, text in {
+        "run/small.yml": "{model: sampling, data: demo, train: demo}",
+        "model/sampling.yml": json.dumps(settings, default=str),
+    }.items():
+        (tmp_path / "conf" / path).parent.mkdir(parents=True)
+        (tmp_path / "conf" / path).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    large = small.model_copy(update={"decoder": small.decoder.model_copy(update={"context": 128})})
+    given = [f"{GENERATION}.max_new_tokens={tokens}", f"{GENERATION}.num_beams=4"]
+    with open_job("small", "local", given, as_json=False, uses_version=True) as job:
+        if tokens == 64:
+            found = decoding_settings(job, large, "birds/3")
+            assert (found.max_new_tokens, found.num_beams, found.temperature) == (64, 4, 0.0)
+        else:
+            with pytest.raises(UserError, match="do not fit") as refused:
+                decoding_settings(job, large, "birds/3")
+            assert (refused.value.where, "decoder.context 128" in str(refused.value.got)) == ("birds/3", True)
