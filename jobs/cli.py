@@ -10,6 +10,7 @@ import errno
 import importlib.metadata
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -20,7 +21,7 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from jobs.generation_options import GENERATION_COMMANDS, without_generation_settings
@@ -63,6 +64,7 @@ COMMANDS = STAGE_COMMANDS | INTERACTIVE_COMMANDS | WEIGHT_COMMANDS
 used.
 """
 
+OPTIONS = "--options="
 DISK_FULL = re.compile("No space left on device")
 NOT_WRITABLE = re.compile(
     r"\(Permission denied\)|Permission denied \(os error|Read-only file system|DELTA_CANNOT_CREATE_LOG_PATH"
@@ -76,6 +78,35 @@ class Interrupted(LakesightError):
     Work that the command has committed is kept. If the user runs the same command again, the command continues from
     this work.
     """
+
+
+class JobCommand(TyperCommand):
+    """Command that also takes further options in one argument, `--options=TEXT`.
+
+    A job of Databricks passes each job parameter as one argument, so without this argument a started job could use only
+    the options that have a job parameter of their own.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments after each `--options=TEXT` was replaced by the options in its text.
+
+        Raises:
+            UserError: a quotation mark in the text is not closed.
+        """
+        return super().parse_args(ctx, [word for argument in args for word in _expand(argument)])
+
+
+def _expand(argument: str) -> list[str]:
+    if not argument.startswith(OPTIONS):
+        return [argument]
+    try:
+        return shlex.split(argument.removeprefix(OPTIONS))
+    except ValueError as error:
+        raise UserError(
+            "the options cannot be read",
+            got=f"{argument} ({error})",
+            fix="write the options as in a shell, for example --options='--retry-errors --max-error-share 0.1'",
+        ) from None
 
 
 class LazyCommands(Mapping[str, Any]):
@@ -93,7 +124,7 @@ class LazyCommands(Mapping[str, Any]):
         command = getattr(importlib.import_module(f"jobs.{function}"), function)
         if name not in GENERATION_COMMANDS:
             command = without_generation_settings(name, command)
-        single.command(name)(command)
+        single.command(name, cls=JobCommand)(command)
         return get_command(single)
 
     def __iter__(self) -> Iterator[str]:

@@ -145,16 +145,47 @@ def test_staging_and_prod_can_be_deployed_to_one_workspace_and_the_jobs_of_both_
                 check_command(task["python_wheel_task"]["parameters"], values)
 
 
+def test_every_option_of_a_command_that_a_job_runs_can_be_given_as_a_job_parameter(deployment: Deployment) -> None:
+    page = (ROOT / "docs" / "databricks.md").read_text()
+    lines = re.findall(r"^databricks bundle (run) -t dev (.*options=.*)$", page, re.MULTILINE)
+    (inline,) = re.findall(r"CSV file: `(--params [^`]*)`", page)
+    commands = [*lines, ("run", f"caption {inline}")]
+    deployment.expect("deploy", "dev", "created")
+    for verb, rest in commands:
+        deployment.expect(f"{verb} --no-wait {rest}", "dev", "")
+    parsed = [parse_tasks(deployment.workspace, run) for run in deployment.workspace.runs]
+    assert parsed[0]["caption"]["retry_errors"] is True
+    assert parsed[0]["caption"]["image_root"] == "/Volumes/main/shop/photos"
+    assert (parsed[1]["caption"]["version"], str(parsed[1]["caption"]["precision"])) == ("7", "bf16")
+    assert "drift.fail=false" in parsed[1]["caption"]["overrides"]
+    assert (parsed[2]["maintain"]["keep"], parsed[2]["maintain"]["remove"]) == (3, True)
+    assert parsed[3]["ingest"]["refresh"] is True
+    assert parsed[4]["caption"]["where"] == "source IN ('a', 'b')"
+
+
+def parse_tasks(workspace: Workspace, run: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the options of each task of a job run, as the real command line parses them."""
+    job = workspace.jobs[run["job_id"]]
+    values = {entry["name"]: entry["default"] for entry in job["parameters"]} | run["job_parameters"]
+    wheels = {task["task_key"]: task["python_wheel_task"] for task in job["tasks"] if "python_wheel_task" in task}
+    return {key: parse_command(wheel["parameters"], values) for key, wheel in wheels.items()}
+
+
 def check_command(parameters: list[str], values: dict[str, str]) -> None:
     """Parse a deployed task's parameters with the real command line, and resolve the run config."""
+    parsed = parse_command(parameters, values)
+    assert load_run(parsed["run"], platform=parsed["platform"], overrides=parsed["overrides"]).name == values["run"]
+
+
+def parse_command(parameters: list[str], values: dict[str, str]) -> dict[str, Any]:
+    """Fill in the values of the job parameters, and return the options that the real command line finds."""
     filled = [re.sub(r"\{\{job\.parameters\.(\w+)\}\}", lambda match: values[match[1]], text) for text in parameters]
     filled = [text.replace("{{job.run_id}}", "1001") for text in filled]
     assert "${" not in "".join(filled)
     assert "{{" not in "".join(filled)
     command, *arguments = filled
     group = typer.main.get_command(app)
-    parsed = group.commands[command].make_context(command, arguments).params  # type: ignore[attr-defined]
-    assert load_run(parsed["run"], platform=parsed["platform"], overrides=parsed["overrides"]).name == values["run"]
+    return dict(group.commands[command].make_context(command, arguments).params)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("target", TARGETS)
