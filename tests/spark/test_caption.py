@@ -96,8 +96,15 @@ def test_only_rows_without_a_caption_by_the_same_version_with_the_same_settings_
     write(spark, tmp_path / "photos", [(n, picture(n)) for n in range(4, 7)])
     assert numbers(caption(spark, platform, model, request(table, where="id < 6"))) == (6, 4, 2, 0)
     assert numbers(caption(spark, platform, model, request(table, source_version=0))) == (4, 4, 0, 0)
-    one = "id = 0"
-    assert numbers(caption(spark, platform, model, request(table, where=one, prompt="what"))) == (1, 0, 1, 0)
+    assert numbers(caption(spark, platform, model, request(table, where="id = 0", prompt="what"))) == (1, 0, 1, 0)
+
+
+@pytest.mark.matrix
+def test_a_row_gets_a_separate_caption_for_each_decoding_setting_precision_and_version(
+    spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
+) -> None:
+    table, one = write(spark, tmp_path / "photos", [(n, picture(n)) for n in range(2)]), "id = 0"
+    caption(spark, platform, model, request(table))
     shorter = request(table, where=one, settings=GenerationConfig(max_new_tokens=3))
     assert numbers(caption(spark, platform, model, shorter)) == (1, 0, 1, 0)
     half = caption(spark, platform, model, request(table, where=one, precision="bf16"))
@@ -221,6 +228,7 @@ def test_captions_are_made_again_if_a_column_name_stands_for_other_pictures_of_t
     assert numbers(caption(spark, platform, model, request(table))) == (2, 2, 0, 0)
 
 
+@pytest.mark.matrix
 def test_captions_of_several_id_columns_and_picture_columns_of_a_table_are_kept_side_by_side(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:

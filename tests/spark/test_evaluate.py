@@ -292,6 +292,7 @@ def shown_pictures(spark: SparkSession, platform: Platform, model: ModelFiles) -
     return sorted({row["pictures"] for row in rows})
 
 
+@pytest.mark.matrix
 def test_an_evaluation_of_a_subset_does_not_replace_the_figures_of_the_split(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -310,6 +311,7 @@ def test_an_evaluation_of_a_subset_does_not_replace_the_figures_of_the_split(
     assert "no data.shards.where is stored" in caplog.text
 
 
+@pytest.mark.matrix
 def test_a_reused_evaluation_is_merged_into_the_table_and_becomes_the_newest_evaluation(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:

@@ -89,6 +89,7 @@ def alias(job: Job, name: str) -> str:
     return registry.resolve(job.platform, NAME, name).version
 
 
+@pytest.mark.matrix
 def test_the_error_for_a_table_version_whose_files_a_vacuum_has_removed_names_the_vacuum(job: Job) -> None:
     request = open_split(job, open_model(job, GOOD)).manifest.request
     pinned = job.spark.read.option("versionAsOf", request.table_version).table(request.table)

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import mlflow
+import pytest
 import typer
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -25,6 +26,7 @@ from pipelines.platform import Platform
 from pipelines.tracking.describe.notes import NOTE
 
 
+@pytest.mark.matrix
 def test_a_captioning_job_logs_only_captions_of_its_own_column_and_all_options_of_its_command(
     spark: SparkSession, platform: Platform, tmp_path: Path
 ) -> None:

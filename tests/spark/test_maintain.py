@@ -68,6 +68,7 @@ def test_maintain_refuses_a_retention_time_below_one_week(spark: SparkSession, p
         maintain(spark, platform, retain_hours=167)
 
 
+@pytest.mark.matrix
 def test_optimize_of_a_clustered_table_leaves_full_groups_of_files_alone(
     spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

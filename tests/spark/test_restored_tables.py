@@ -112,6 +112,7 @@ def test_a_table_whose_version_number_returns_with_other_pictures_is_captioned_a
     assert found.already == captioned
 
 
+@pytest.mark.matrix
 def test_a_source_table_that_was_restored_and_changed_up_to_the_same_version_is_read_completely(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:

@@ -53,6 +53,7 @@ def write_versions(folder: Path, hours: tuple[float, ...], properties: dict[str,
     return files
 
 
+@pytest.mark.matrix
 def test_files_of_table_versions_within_the_retention_time_are_kept_and_their_versions_can_be_read(
     spark: SparkSession, tmp_path: Path
 ) -> None:

@@ -290,6 +290,7 @@ def test_an_ingest_with_too_many_refused_rows_fails_only_after_all_rows_are_writ
     assert [pair["text"] for pair in kept["texts"]] == ["a", "b", "b", "c", "y" * 30]
 
 
+@pytest.mark.matrix
 def test_a_picture_that_was_encoded_again_gets_the_split_of_the_original_picture(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path
 ) -> None:
