@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
 
@@ -153,7 +153,7 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
             "captions or pictures differ too much from the version's evaluation (drift): %s", _format_drifts(drifted)
         )
     elif drifted and failure is None:
-        failure = TooMuchDrift(report, drifted)
+        failure = TooMuchDrift(report, drifted, show_captions(job))
     log_captions(job, report, caption_request, started, good=failure is None)
     if failure is not None:
         failure.report = report
@@ -164,16 +164,17 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
 class TooMuchDrift(FailedWithReport):
     """Drift exceeds its limits, and the run sets `drift.fail`. All captions are written before the error is raised."""
 
-    def __init__(self, report: CaptionReport, drifted: Mapping[str, Drift]) -> None:
+    def __init__(self, report: CaptionReport, drifted: Mapping[str, Drift], commands: Sequence[str]) -> None:
+        """Describe the drift. `commands` has the command that shows the captions, or is empty in a workspace."""
         self.report = report
+        look = f"view them with `{commands[0]}`" if commands else "read the newest rows of table generated_captions"
         super().__init__(
             "captions or pictures differ too much from the version's evaluation (drift)",
             where=f"{report.source_table} by model {report.model_name} version {report.model_version}",
             got=_format_drifts(drifted)
             + ("; captioned by an earlier job that failed" if report.drift_of_failed else ""),
-            fix="the captions are written: view them with `lakesight show generated_captions --gallery`, then train on "
-            "such pictures or raise the limits of the run's drift section; or accept the drift: run the command once "
-            "with --set drift.fail=false",
+            fix=f"the captions are written: {look}, then train on such pictures or raise the limits of the run's drift "
+            "section; or accept the drift: run the command once with --set drift.fail=false",
         )
 
 
