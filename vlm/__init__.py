@@ -52,8 +52,7 @@ def load(
     - a checkpoint, or a model version in `models/` of the home folder;
     - a run folder, whose newest checkpoint is loaded;
     - the MLflow folder of a registered version;
-    - a whole model that transformers has published (PaliGemma 1 and 2), with config.json, safetensors and
-      tokenizer.json.
+    - a published PaliGemma 1 or 2 in the format of transformers: config.json, safetensors files and tokenizer.json.
 
     Nothing is downloaded: a published model must already be on this machine.
 
@@ -66,6 +65,7 @@ def load(
         ArgumentError: an argument has a wrong type, or this machine does not have the device.
         CheckpointError: the folder has no model, or its files are damaged or do not fit together.
         ConfigError: the precision is unknown, or the tokenizer of a published model does not fit the model.
+        UserError: the precision needs torchao, and torchao is not installed; or a weight is too large for fp16.
 
     Example:
         >>> import tempfile, vlm
@@ -100,7 +100,8 @@ def build(
 
     Raises:
         ArgumentError: an argument has a wrong type, or the seed is out of range.
-        ConfigError: the config is invalid, or its file cannot be read.
+        ConfigError: the config is invalid, its file cannot be read, or the tokenizer cannot be built from the config
+            and the texts.
 
     Example:
         >>> import vlm

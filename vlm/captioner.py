@@ -50,7 +50,7 @@ from vlm.vision import no_pictures
 BATCH_ROWS = 64
 BATCH_POSITIONS = 16_384
 """BATCH_ROWS is the largest number of rows in a batch. BATCH_POSITIONS is the largest number of positions in a batch,
-summed over all rows and beams.
+summed over all rows and beams. A batch of a single row may have more positions.
 
 BATCH_ROWS and BATCH_POSITIONS bound the memory of the key-value cache."""
 
@@ -61,9 +61,11 @@ class CaptionResult:
 
     Attributes:
         caption: generated caption, or None if there is an error.
-        error: error message of the form `<reason>: <detail>`, or None if there is a caption.
-        sha256: SHA-256 of the picture's bytes, in hex, or None if the row contains no readable bytes.
-        num_tokens: number of generated tokens, including the end token.
+        error: error message, or None if there is a caption. For a picture that cannot be used, the message has the form
+            `<reason>: <detail>`.
+        sha256: SHA-256 of the picture file's bytes, in hex. None for a Pillow image, an array or a file that cannot be
+            read.
+        num_tokens: number of generated tokens, including the end token; 0 if there is an error.
         mean_logprob: mean log-probability of the generated tokens, in nats, or None if there is an error.
     """
 
@@ -82,7 +84,7 @@ class Captioner:
     with the shape (height, width), (height, width, 3) or (height, width, 4). A text is never read as the path of a
     file. The methods `caption`, `stream` and `attention` take generation settings as keyword arguments
     (`vlm.GenerationConfig`). If a caller does not pass a setting, the method uses the value that is stored with the
-    model. A warning lists each passed setting that has no effect, for example `top_k` if `temperature` is 0.
+    model. A method warns of each changed setting that has no effect, for example `top_k` if `temperature` is 0.
 
     Example:
         >>> import vlm
@@ -155,7 +157,8 @@ class Captioner:
         Raises:
             ArgumentError: an argument has a wrong type, or a limit is not a positive whole number.
             ConfigError: a generation setting does not exist or has an invalid value.
-            UserError: the number of prompts is not the number of pictures.
+            UserError: the number of prompts is not the number of pictures, the model is a text-only model, or the model
+                computes NaN or infinite values.
 
         Example:
             >>> import vlm
@@ -179,8 +182,8 @@ class Captioner:
     def stream(self, images: Picture | Iterable[Picture], prompt: str = "", **settings: Any) -> Iterator[str]:
         """Answer one prompt about one or several pictures, and yield the answer piece by piece.
 
-        The concatenated pieces equal the answer that `caption` returns for the same picture and prompt. With beam
-        search, the whole answer is one piece.
+        The concatenated pieces equal the answer that `caption` returns for the same picture, prompt and settings. With
+        beam search, the whole answer is one piece.
 
         Args:
             images: one picture, or the pictures in the order in which the model reads them. With an empty list, the
@@ -189,10 +192,11 @@ class Captioner:
             **settings: generation settings, such as `temperature=0.7`.
 
         Raises:
-            ArgumentError: an argument has a wrong type.
+            ArgumentError: an argument has a wrong type, or the prompt is not valid Unicode.
             ConfigError: a generation setting does not exist or has an invalid value.
             ImageError: a picture cannot be decoded.
-            UserError: the prompt and the answer do not fit into the model's context.
+            UserError: the prompt and the answer do not fit into the model's context, pictures are given to a text-only
+                model, or the model computes NaN or infinite values.
 
         Example:
             >>> import vlm
@@ -229,7 +233,8 @@ class Captioner:
         Raises:
             ArgumentError: an argument has a wrong type, or a text is not valid Unicode.
             ImageError: a picture cannot be decoded.
-            UserError: a prompt and its answer do not fit into the model's context.
+            UserError: a prompt and its answer do not fit into the model's context, the numbers of pictures, prompts and
+                answers differ, pictures are given to a text-only model, or the model computes NaN or infinite values.
 
         Example:
             >>> import vlm
@@ -258,7 +263,8 @@ class Captioner:
             ArgumentError: an argument has a wrong type, or the prompt is not valid Unicode.
             ConfigError: a generation setting does not exist or has an invalid value.
             ImageError: the picture cannot be decoded.
-            UserError: the prompt and the answer do not fit into the model's context.
+            UserError: the prompt and the answer do not fit into the model's context, the model is a text-only model, or
+                the model computes NaN or infinite values.
 
         Example:
             >>> import vlm
@@ -307,6 +313,7 @@ class Captioner:
 
         Raises:
             ArgumentError: an argument has a wrong type, or the number of prompts is not the number of pictures.
+            UserError: the model is a text-only model, or computes NaN or infinite values.
 
         Example:
             >>> import vlm
@@ -332,12 +339,13 @@ class Captioner:
         """Generate one text for each picture. The pictures must already have model resolution.
 
         Returns:
-            For each picture, a completion, or an error if the prompt is not a text or does not fit the model's context.
+            For each picture, a completion, or an error if the prompt is not a valid text, or if the prompt and the
+            answer do not fit the model's context.
 
         Raises:
             ArgumentError: an argument has a wrong type, a picture does not have model resolution, or the number of
                 prompts is not the number of pictures.
-            UserError: the model is a text-only model.
+            UserError: the model is a text-only model, or computes NaN or infinite values.
 
         Example:
             >>> import vlm

@@ -74,7 +74,7 @@ def save_config(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None
 
 
 def model_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return a dict from name to parameter, without copying the parameters.
+    """Return a dict from name to parameter. Only a parameter that is not contiguous in memory is copied.
 
     Tied parameters appear once, as in `named_parameters`.
     """
@@ -90,7 +90,7 @@ def find_checkpoint(folder: Path) -> Path:
     """Return the checkpoint folder inside a run folder or a model version's MLflow folder. If the given folder is
     neither, for example a checkpoint folder, return the given folder.
 
-    If a run folder contains several checkpoints, choose the newest complete checkpoint.
+    If a run folder contains several checkpoints, choose the checkpoint with the highest step number.
     """
     steps = [path for path in folder.glob("checkpoints/step_*") if path.name.removeprefix("step_").isdigit()]
     if steps:
@@ -162,7 +162,8 @@ def _construct_on_meta(folder: Path) -> tuple[VisionLanguageModel, Tokenizer]:
 def stored_precision(folder: Path) -> Precision | None:
     """Return the precision in which a model can use the weights of a folder without converting them.
 
-    The result is None if each precision needs a conversion, for example if only some of the weights are bf16.
+    For the folder of `save_converted`, the result is the precision of the conversion. For any other folder, the result
+    is fp32 if all weights are fp32, and None otherwise.
 
     Raises:
         CheckpointError: the weights cannot be read.
@@ -339,8 +340,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that replaces `folder` when the `with` block ends without an error.
 
     Before the rename, this function adds files.json to the folder and flushes every file to disk. If the host crashes,
-    the folder is therefore either complete or absent. Each call uses another temporary name, so that two processes
-    never write into the same folder. Only a process that is killed leaves its temporary folder, `.NAME.*.tmp`.
+    the new folder is therefore either complete or absent. An older folder of the same name is deleted before the
+    rename, so a crash can leave a part of the older folder. Each call uses another temporary name, so that two
+    processes never write into the same folder. The temporary folder, `.NAME.*.tmp`, remains only if the process is
+    killed or the host crashes.
     """
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir(parents=True)
@@ -363,7 +366,8 @@ def verify_folder(folder: Path) -> None:
     """Check the size and the SHA-256 of every file that is listed in the files.json of a folder.
 
     Raises:
-        CheckpointError: a file is missing, truncated or changed; the message lists all such files.
+        CheckpointError: files.json cannot be read, or a file is missing, truncated or changed; the message lists all
+            such files.
     """
     if problems := find_damage(folder):
         raise CheckpointError(

@@ -75,9 +75,10 @@ class Decoder(nn.Module):
             x_BTW: embeddings of the new positions.
             mask: bool mask (B, 1, T, S), True where query t attends to key s, or None for a causal mask.
             positions_BT: position of each token, or None if the new positions of every row follow the cached positions.
-            media: picture features for cross-attention, or None to use the picture features of the cache.
+            media: picture features for cross-attention. None if the cache already has the keys and values of the
+                pictures, or if the model has no cross-attention.
             cache: keys and values of earlier positions; this call adds the keys and values of the new positions.
-            last_only: whether to compute only the hidden state of the last position, with shape (B, 1, W).
+            last_only: whether to return only the hidden state of the last position, with shape (B, 1, W).
         """
         T = x_BTW.shape[1]
         start = cache.length if cache is not None else 0

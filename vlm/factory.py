@@ -1,4 +1,4 @@
-"""Construction of a model from its config. No other module chooses classes by the field `kind` of a config."""
+"""Construction of a model from its config. No other module chooses model classes by the field `kind` of a config."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def build_model(config: ModelConfig, vocab_size: int) -> VisionLanguageModel:
 
 
 def construct_model(config: ModelConfig, vocab_size: int) -> VisionLanguageModel:
-    """Construct the modules of a model, whose weights the caller must initialize with `initialize_weights`.
+    """Construct the modules of a model, whose weights the caller must initialize with `initialize_weights` or load.
 
-    All numbers are fp32, whatever the default type of the process is. `torch.device` decides the device, as for the
-    layers of torch: with torch.device("meta"), the model takes no memory.
+    Weights and rotary tables are fp32, whatever the default type of the process is. `torch.device` decides the device,
+    as for the layers of torch: with torch.device("meta"), the model takes no memory.
     """
     with Fp32():
         return _construct_model(config, vocab_size)
@@ -81,11 +81,14 @@ def _construct_model(config: ModelConfig, vocab_size: int) -> VisionLanguageMode
 
 
 def initialize_weights(model: VisionLanguageModel) -> None:
-    """Initialize the weights of a model in place. The weights of linear layers get a variance of 1 / fan_in.
+    """Initialize the weights of a model in place. The weights of linear layers and convolutions get a variance of
+    1 / fan_in.
 
-    - The weights of layers that write into the residual stream are also divided by sqrt(2 * depth).
-    - The output head, the embedding table and learned tokens get a standard deviation of 0.02, so that the first loss
-      is log(vocabulary size). A larger standard deviation of the head makes the start of training unstable.
+    - In the blocks of encoder and decoder, the weights of layers that write into the residual stream are also divided
+      by sqrt(2 * depth).
+    - The output head, embedding tables, the encoder's position vectors and learned tokens other than the class token
+      get a standard deviation of 0.02, so that the first loss is about log(vocabulary size). A larger standard
+      deviation of the head makes the start of training unstable.
     - Routers also get a standard deviation of 0.02. If a router starts with large weights, it hardly changes its choice
       of experts during training.
     """

@@ -121,8 +121,8 @@ def join_rows(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) ->
     """Join safetensors files, each of which holds some rows (indices of the first dimension) of the same tensors.
 
     The rows of a tensor are concatenated in the order of the files. A tensor may be missing in any file except the
-    first file. The joined file is written from start to end, and no tensor is ever read as a whole. The memory
-    therefore does not grow with the size of the files.
+    first file. The joined file is written from start to end, and one read copies at most COPY_BYTES bytes. The memory
+    therefore does not grow with the size of the tensors.
 
     Args:
         parts: safetensors files; the first file must hold rows of every tensor.
@@ -130,7 +130,7 @@ def join_rows(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) ->
         metadata: metadata to write into the joined file.
 
     Raises:
-        OSError, ValueError: a file cannot be read, or the file cannot be written.
+        OSError, ValueError: a file of `parts` cannot be read, or the joined file cannot be written.
     """
     with ExitStack() as stack:
         files = [stack.enter_context(part.open("rb")) for part in parts]

@@ -100,8 +100,8 @@ def decode_base64(text: str, max_bytes: int = sys.maxsize) -> bytes:
     White space, a data-URL prefix, percent-encoding, a byte-order mark, and missing or excess padding are accepted.
 
     Raises:
-        ImageError: the reason is bad_base64, or too_large if the data has more than `max_bytes` bytes, which is checked
-            before decoding.
+        ImageError: the reason is bad_base64, or too_large if the data has more than `max_bytes` bytes. A text with too
+            many characters is not decoded.
     """
     body = text.strip().removeprefix("\ufeff")
     prefix = DATA_URL.match(body)

@@ -51,7 +51,7 @@ MAX_SHOWN = 80
 
 
 class DecodedPicture(NamedTuple):
-    """Result of decoding a picture: the file's SHA-256, and either an error or the pixels (H, W, C) at model size."""
+    """Result of decoding a picture: the file's SHA-256 or None, and an error or the pixels (H, W, C) at model size."""
 
     pixels: npt.NDArray[np.uint8] | None
     sha256: str | None
@@ -256,7 +256,8 @@ def prompt_list(prompts: object, pictures: int) -> list[Any]:
 
 
 def answer_lists(images: object, prompts: object, answers: object, *, text_only: bool) -> tuple[list[Any], ...]:
-    """Return the pictures (none for a text-only model if `images` is empty), the prompt and the text of each answer.
+    """Return three lists: the pictures, the prompt and the text of each answer. If the model is text-only and `images`
+    is empty, each answer has no picture.
 
     Raises:
         ArgumentError: an argument has a wrong type, or a text is not valid Unicode.
@@ -281,7 +282,7 @@ def check_same_number(pictures: Sequence[object], prompts: Sequence[object]) -> 
     """Check that there is one prompt for each picture.
 
     Raises:
-        ArgumentError: an argument is not a list, or the numbers differ.
+        ArgumentError: an argument is neither a list, a tuple nor an array, or the numbers differ.
     """
     for name, values in (("pictures", pictures), ("prompts", prompts)):
         if not isinstance(values, list | tuple | np.ndarray):

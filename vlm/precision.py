@@ -125,7 +125,7 @@ def weight_templates(model: VisionLanguageModel, precision: Precision) -> dict[s
 
     Args:
         model: model before any conversion, on the CPU or the meta device.
-        precision: number format on a CPU.
+        precision: precision of the weights. A quantized template has the number format that torchao uses on a CPU.
 
     Raises:
         UserError: the precision needs torchao, and torchao is not installed.

@@ -1,6 +1,7 @@
 """Vision encoder, which turns a picture into a sequence of features.
 
-Letters in tensor names: batch (B), channels (C), patches plus class token and registers (N), width (W).
+Letters in tensor names: batch (B), channels (C), tokens (N), width (W). The tokens of the encoder are the class token,
+the registers and the patches. The input of the attention pooling has only the patches.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ class VisionEncoder(nn.Module):
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Compute the features of normalised pixels.
 
-        The result has shape (B, N, W) with `select: patches` and shape (B, 1, W) otherwise.
+        The result has shape (B, number of patches, W) with `select: patches`, and shape (B, 1, W) otherwise.
         """
         x_BNW = self.pre_norm(self.dropout(self._embed(self.stem(pixels_BCHW).flatten(2).transpose(1, 2))))
         angles, biases = self._angles(x_BNW.dtype), self._biases(x_BNW.dtype)
@@ -139,13 +140,13 @@ class VisionEncoder(nn.Module):
         return patches_BNW.mean(dim=1, keepdim=True) if self.select == "mean" else patches_BNW
 
     def _angles(self, dtype: torch.dtype) -> list[Angles] | list[None]:
-        """Return the rotary angles of each block."""
+        """Return the rotary angles of each block, or None for each block without rotary positions."""
         if self.rotary is None:
             return [None] * len(self.blocks)
         return self.rotary(dtype) if isinstance(self.rotary, MixedRotary) else [self.rotary(dtype)] * len(self.blocks)
 
     def _biases(self, dtype: torch.dtype) -> list[Tensor] | list[None]:
-        """Return the biases (H, N, N) of the attention scores of each block."""
+        """Return the biases (H, N, N) of the attention scores of each block, or None for each block without biases."""
         if not self.relative:
             return [None] * len(self.blocks)
         return [bias(dtype) for bias in self.relative] * (len(self.blocks) // len(self.relative))

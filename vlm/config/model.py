@@ -106,10 +106,11 @@ MaskConfig = Annotated[CausalMaskConfig | PrefixMaskConfig, Field(discriminator=
 
 
 class GenerationConfig(Config):
-    """Generation settings, with the same meaning and the same order of application as in transformers' `generate`.
+    """Generation settings. All settings except `stop` and `seed` have the same meaning as in transformers' `generate`.
 
-    No setting may be infinite or NaN. The settings `top_k`, `top_p`, `min_p` and `seed` have an effect only if
-    `temperature` is above 0, and `length_penalty` only if `num_beams` is above 1.
+    The settings are applied in the same order as in `generate`. No setting may be infinite or NaN. The settings
+    `top_k`, `top_p`, `min_p` and `seed` have an effect only if `temperature` is above 0, and `length_penalty` only if
+    `num_beams` is above 1.
 
     Attributes:
         max_new_tokens: largest length of an answer in tokens, including the end token.
@@ -202,7 +203,7 @@ def check_setting_names(names: Iterable[object], arguments: Collection[str] = ()
         where: source of the names, for the error message.
 
     Raises:
-        ConfigError: there is no setting of this name. The error suggests a similar name.
+        ConfigError: there is no setting of this name. The error suggests a similar name, if there is one.
     """
     for name in names:
         if name not in GenerationConfig.model_fields:
@@ -216,8 +217,9 @@ def check_setting_names(names: Iterable[object], arguments: Collection[str] = ()
 
 
 def settings_without_effect(settings: GenerationConfig, before: GenerationConfig) -> list[str]:
-    """Return one sentence for each setting that has no effect with the other settings, although its value is neither
-    the value in `before` nor the default value.
+    """Return one sentence for each setting that has no effect because of the value of another setting.
+
+    A setting is left out if its value is the value in `before` or the default value.
     """
     needed: dict[str, str] = {}
     if settings.temperature == 0:
@@ -323,10 +325,10 @@ class ModelConfig(Config):
 
 
 def read_model_config(config: ModelConfig | Mapping[str, Any] | str | Path) -> ModelConfig:
-    """Return a model config that is given as an object, as a mapping or as the path of a YAML file.
+    """Return a model config that is given as a `ModelConfig`, as a mapping or as the path of a YAML file.
 
     Raises:
-        ArgumentError: the config is neither an object nor a mapping nor a path.
+        ArgumentError: the config is neither a `ModelConfig` nor a mapping nor a path.
         ConfigError: the file cannot be read, or the config is invalid.
     """
     if isinstance(config, ModelConfig):

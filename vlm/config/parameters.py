@@ -11,7 +11,7 @@ from vlm.config.vision import ProjectorConfig, ResamplerProjectorConfig, StemCon
 
 
 class ParameterCounts(NamedTuple):
-    """Numbers of parameters of the parts of a model. The embedding table and a tied output head count once."""
+    """Numbers of parameters of the parts of a model. An embedding table that is also the output head counts once."""
 
     encoder: int
     projector: int

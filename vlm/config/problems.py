@@ -1,6 +1,6 @@
 """Functions that turn pydantic's errors into sentences with the path, the problem and the value of a setting.
 
-A sentence about an unknown name also has a similar valid name.
+A sentence about an unknown name also suggests a similar valid name, if there is one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_SHOWN = 100
 
 
 def problem_text(problem: ErrorDetails) -> str:
-    """Return the message of one pydantic problem, with short numbers (1e-100) and without names of Python classes."""
+    """Return the message of one pydantic problem, with limits in short form (1e-100), and "list" instead of "tuple"."""
     text = problem["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
     for limit in (problem.get("ctx") or {}).values():
         if isinstance(limit, float):  # pydantic writes each digit of a limit such as 1e+300
@@ -75,7 +75,9 @@ def _field_path(root: type[BaseModel], loc: Sequence[int | str]) -> tuple[str, l
 
 
 def _tag(model: type[BaseModel]) -> str | None:
-    """Return the value of the field `kind`, by which pydantic selects a model of a union, or None."""
+    """Return the value of the field `kind`, by which pydantic selects a model of a union, or None if the model has no
+    field `kind`.
+    """
     kind = model.model_fields.get("kind")
     return get_args(kind.annotation)[0] if kind else None
 

@@ -42,11 +42,12 @@ class ConstantScheduleConfig(Config):
 class StableScheduleConfig(Config):
     """Constant learning rate, then linear decay from the peak to `floor` * peak (Hu et al., 2024).
 
-    The learning rate decays at the end of the training, during the fraction `decay` of all steps. A checkpoint that was
-    written before the decay can be trained for more steps, so the number of steps need not be known in advance.
+    The learning rate decays at the end of the training, during the fraction `decay` of the steps after the warm-up. A
+    checkpoint that was written before the decay can be trained for more steps, so the number of steps need not be known
+    in advance.
 
     Attributes:
-        decay: length of the decay at the end of the training, as a fraction of all steps.
+        decay: length of the decay at the end of the training, as a fraction of the steps after the warm-up.
         floor: learning rate at the last step, as a fraction of the peak.
     """
 

@@ -2,7 +2,7 @@
 
 The functions count the FLOPs of one forward pass over one sample, which is one picture and a text. One multiplication
 with one addition counts as two FLOPs. The functions count only matrix products, including the two matrix products of
-attention. A training step takes three times the FLOPs of a forward pass.
+attention. A training step takes about three times the FLOPs of a forward pass.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ The function `peak_flops` uses the first key that occurs in the GPU's name, so t
 
 
 def peak_flops(gpu: str) -> float | None:
-    """Return the peak dense bf16 FLOPs per second for a CUDA device name, or None if the GPU is not in `PEAK_FLOPS`."""
+    """Return the peak dense bf16 FLOPs per second for a CUDA device name, or None if no key of `PEAK_FLOPS` occurs in
+    the name.
+    """
     return next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), None)
 
 

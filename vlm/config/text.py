@@ -35,10 +35,10 @@ class WordsConfig(Config):
     """Config of a tokenizer that is learned from the training captions and has one token per word.
 
     Attributes:
-        vocab_size: largest number of tokens. If too many words occur `min_count` times, only the most frequent words
-            become tokens.
-        min_count: number of times that a word must occur in the training captions. Rarer words become the unknown
-            token.
+        vocab_size: largest number of tokens. If too many words occur at least `min_count` times, only the most frequent
+            words become tokens.
+        min_count: smallest number of times that a word must occur in the training captions to become a token. Rarer
+            words become the unknown token.
         lowercase: whether texts are converted to lower case, so that `A` and `a` are the same word.
     """
 

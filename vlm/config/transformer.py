@@ -46,7 +46,8 @@ class RotaryPositionConfig(Config):
     """Position encoding by rotation of queries and keys (Su et al., 2021).
 
     Attributes:
-        base: base of the rotation frequencies. With a larger base, the angles change more slowly along the sequence.
+        base: base of the rotation frequencies. With a larger base, the angles of all pairs of channels except the first
+            pair change more slowly along the sequence.
     """
 
     kind: Literal["rotary"]
@@ -67,7 +68,7 @@ class AxialPositionConfig(Config):
         offset: number that is added to the row number and the column number of each patch.
         grid: size of the grid to which row and column numbers are scaled, in patches per side, or null for no scaling.
             If the weights were trained at another resolution, set `grid` to the number of patches per side at that
-            resolution.
+            resolution. With `coordinates: centred`, `grid` has no effect.
         first: whether the first half of the rotated pairs of channels encodes the `row` or the `column` of a patch.
         learned: whether learned position vectors are also added to the input.
     """
@@ -136,8 +137,8 @@ class AttentionConfig(Config):
         bias: whether the projections of queries, keys and values have a bias.
         out_bias: whether the output projection has a bias, or null for the same value as `bias`.
         windows: window size of each layer, in positions. A window of n positions contains a position itself and n - 1
-            positions before it; null means all earlier positions. If `windows` has fewer entries than the transformer
-            has layers, `windows` is repeated.
+            positions before it; null means no limit. If `windows` has fewer entries than the transformer has layers,
+            `windows` is repeated.
         soft_cap: bound of the absolute attention scores, which become soft_cap * tanh(score / soft_cap) (Gemma Team,
             2024), or null for no bound.
         scale: factor by which attention scores are multiplied, or null for head_dim ** -0.5.

@@ -124,7 +124,7 @@ class PixelShuffleProjectorConfig(Config):
     """Projector that joins factor x factor patches into one vector and applies a linear layer (InternVL).
 
     Attributes:
-        factor: side length of the square of patches that becomes one image slot, in patches.
+        factor: side length, in patches, of the square of patches that becomes one feature vector.
     """
 
     kind: Literal["pixel_shuffle"]
@@ -135,7 +135,7 @@ class ResamplerProjectorConfig(Config):
     """Perceiver resampler (Alayrac et al., 2022), in which learned queries attend to patches and to each other.
 
     Attributes:
-        num_latents: number of learned queries, which is also the number of image slots.
+        num_latents: number of learned queries, which is also the number of feature vectors of a picture.
         depth: number of layers.
         num_heads: number of attention heads.
         head_dim: number of channels of an attention head.

@@ -1,4 +1,4 @@
-"""Reading of YAML files that people write. The error message for a defect says in which line the defect is.
+"""Reading of YAML files that people write. The error message for most defects says in which line the defect is.
 
 A key that occurs twice is an error, because the YAML library would silently use the last value.
 """
@@ -25,7 +25,7 @@ ENCODINGS = (
 
 
 class YamlProblem(ValueError):
-    """Error for a YAML text that cannot be used. The message says what is wrong, and in which line."""
+    """Error for a YAML text that cannot be used. The message says what is wrong, and in which line if this is known."""
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -34,7 +34,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
     A byte-order mark decides the encoding; a file without a byte-order mark is read as UTF-8.
 
     Raises:
-        YamlProblem: the file cannot be read, is not valid YAML, or does not contain a mapping.
+        YamlProblem: the file cannot be read, has more than MAX_BYTES bytes, is not valid YAML, or does not contain a
+            mapping whose keys are strings.
     """
     try:
         with path.open("rb") as file:

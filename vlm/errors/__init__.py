@@ -1,6 +1,6 @@
-"""Errors whose messages have four parts and tell the user how to continue.
+"""Errors whose messages have up to four parts and tell the user how to continue.
 
-The four parts say what failed, where it failed, what was found, and what was expected or how to fix the problem. The
+The parts say what failed, where it failed, what was found, and what was expected or how to fix the problem. The
 class of an error decides the exit code of the command that shows the error: 1 for a failure, 2 for a user error.
 """
 
@@ -37,7 +37,7 @@ class LakesightError(Exception):
         return "; ".join(self.problems)
 
     def __str__(self) -> str:
-        """Return the message as one paragraph, without secrets and control characters."""
+        """Return the message as one text, in which secrets are hidden and control characters are escaped."""
         parts = (("", self.what), ("Where: ", self.where), ("Got: ", self.got), ("Fix: ", self.fix))
         texts = [label + text for label, text in parts if text]
         return printable(" ".join(text if text.endswith("?") else f"{text.rstrip('.')}." for text in texts))
@@ -66,7 +66,7 @@ class ArgumentError(UserError, ValueError):
 
 
 class ConfigError(UserError):
-    """Error for a configuration that cannot be used. The message lists every problem."""
+    """Error for a configuration that cannot be used. The message may list several problems."""
 
 
 class ImageError(LakesightError):
@@ -89,18 +89,21 @@ IMAGE_REASONS = (
 
 
 class CheckpointError(LakesightError):
-    """Error for a checkpoint that is missing or incomplete, or that belongs to a different model."""
+    """Error for a checkpoint that cannot be used, for example because it is incomplete or belongs to another model."""
 
     permanent = True
 
 
 def nearest(name: str, valid: Iterable[str], count: int = 1) -> list[str]:
-    """Return up to `count` valid names that are similar to a misspelled name, starting with the most similar name."""
+    """Return up to `count` valid names that are similar to a misspelled name.
+
+    Anagrams come first, then names that difflib finds similar, then names that begin like the misspelled name.
+    """
     folded, by_folded = name.casefold(), {each.casefold(): each for each in valid}
-    # difflib finds no similarity between "di" and "id", so search for anagrams too
+    # difflib finds too little similarity between "di" and "id", so search for anagrams too
     anagrams = [each for each in by_folded if sorted(each) == sorted(folded)]
     similar = difflib.get_close_matches(folded, by_folded, n=count, cutoff=0.6)
-    # difflib finds no similarity between "temp" and "temperature", because the lengths differ too much
+    # difflib finds too little similarity between "temp" and "temperature", because the lengths differ too much
     long = [each for each in by_folded if min(len(each), len(folded)) > 2]
     shared = [each for each in long if each.startswith(folded) or folded.startswith(each)]
     return [by_folded[match] for match in dict.fromkeys([*anagrams, *similar, *shared])][:count]

@@ -48,8 +48,8 @@ _BACKSLASHES_OR_CHARACTER = re.compile(r"\\+|.", re.DOTALL)
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Pattern of all control characters except line feed and tab, and of other characters that a terminal must not receive.
 
-The other characters are the separators of lines and paragraphs, the characters that reverse the text direction, and
-the surrogates, which stand for bytes of a file name that are not UTF-8 and which no stream can encode.
+The other characters are the separators of lines and paragraphs, the characters that control the text direction, and
+the surrogates, which UTF-8 cannot encode. In Python, a surrogate stands for a byte of a file name that is not UTF-8.
 """
 
 
@@ -69,9 +69,9 @@ def on_one_line(text: str) -> str:
 
 
 def escape_controls_in_json(text: str) -> str:
-    """Replace the control characters in a JSON text by the escape sequences of JSON, such as \\u009b.
+    """Replace the control characters in a JSON text (except line feed and tab) by JSON's escape sequences (\\u009b).
 
-    JSON allows most control characters above U+007F in strings, but a terminal executes some of these characters.
+    JSON allows the control characters from U+007F to U+009F in strings, but a terminal executes some of them.
     """
     return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
@@ -79,10 +79,11 @@ def escape_controls_in_json(text: str) -> str:
 def hide_secrets(text: str) -> str:
     """Hide the secrets in a text that people will read.
 
-    Remove the user information and the query string of every URI. Write `***` in place of `user:password` before an
-    `@`, and of the credentials in an Authorization header. Also write `***` in place of the values of environment
-    variables that hold secrets (`SECRET_NAME`) or URIs with user information. These values are also found if a server
-    has encoded them for a URL, a form, HTML or JSON, or as base64 or hexadecimal text.
+    Remove the user information of every URI, and each query string that contains `=`. Without a URI scheme, write `***`
+    in place of `user:password` before an `@`. Also write `***` in place of the credentials in an Authorization header,
+    of the values of environment variables that hold secrets (`SECRET_NAME`), and of the user information of URIs in
+    environment variables. Secrets of environment variables are also found if a server has encoded them for a URL, a
+    form, HTML or JSON, or as base64 or hexadecimal text.
     """
     known = _pattern(tuple(os.environ.items()))
     if known is not None:
@@ -117,8 +118,8 @@ def _in_any_encoding(secret: str) -> str:
     """Return a pattern of a secret in each encoding of URLs, forms, HTML and JSON, and in Python's `repr`.
 
     Each character may have a different encoding, because the encodings differ in the characters that they leave as
-    they are. All encodings leave letters and digits of ASCII as they are. The pattern matches each text in one way
-    only. Otherwise a text that contains a part of the secret would be matched in an exponential number of ways.
+    they are. All encodings leave letters and digits of ASCII as they are. The pattern can match a text in one way only.
+    Otherwise, the search in a text with a part of the secret could try an exponential number of ways.
     """
     return "".join(
         each if each.isascii() and each.isalnum() else _backslashes(len(each)) if each[0] == "\\" else _encodings(each)
@@ -183,7 +184,9 @@ def _base64(text: str) -> str:
 
 
 def _is_secret(value: str) -> bool:
-    """Return whether a value is long enough to be a secret, and is neither a switch, a small number nor a file."""
+    """Return whether a value is long enough to be a secret, and is neither a switch, a small number nor the path of an
+    existing file or folder.
+    """
     if len(value) < 4 or value.lower() in ("true", "false", "none", "null", "auto"):
         return False
     return not (value.isdigit() and len(value) < 6) and not _exists(value)

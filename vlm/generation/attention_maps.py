@@ -1,9 +1,10 @@
 """Attention maps, which show where in a picture a model looks when the model generates each token of an answer.
 
-One forward pass reads the picture, the prompt and the whole answer. In this forward pass, all attention layers on the
-way from the patches to the answer keep their attention weights. The weights of the decoder show which features of the
-picture a token reads. The attention rollout of the encoder (Abnar and Zuidema, 2020) shows how much each patch of the
-picture contributes to each feature.
+One forward pass reads the picture, the prompt and the whole answer. In this forward pass, the attention layers of the
+encoder, the attention pooling, the resampler and the decoder keep their attention weights. If the decoder has
+cross-attention layers, only these layers of the decoder keep their attention weights. The weights of the decoder show
+which features of the picture a token reads. The attention rollout of the encoder (Abnar and Zuidema, 2020) shows how
+much each patch of the picture contributes to each feature.
 
 Letters in tensor names: tokens of the answer (T), layers (L), heads (H), features of the picture (N), patches (P),
 keys (S), positions of the encoder (X), latents of a resampler (Q).
@@ -41,10 +42,11 @@ class AttentionMaps:
         decoder_TLHN: attention weights of the decoder, by token, layer, head and picture feature. For each token, the
             weights are the attention weights of the position that predicts the token. In a model with image slots, the
             position that predicts a token also attends to the text, so the weights over the features sum to at most 1.
-            In a model with cross-attention, the weights over the features sum to exactly 1.
+            In a model with cross-attention, the layers are the cross-attention layers, and the weights over the
+            features sum to 1.
         rollout_NP: share of each feature that comes from each patch, from 0 to 1. The patches are ordered by the rows
-            of the picture, from top to bottom. If the encoder also has a class token or registers, the shares of all
-            patches in a feature sum to less than 1.
+            of the picture, from top to bottom. If the encoder also has a class token or registers, or if the projector
+            is a resampler, the shares of all patches in a feature sum to less than 1.
     """
 
     text: str

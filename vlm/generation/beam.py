@@ -8,7 +8,8 @@ return the same tokens:
 - The normalized score of a candidate is its log-probability divided by length ** length_penalty. The search compares
   logarithms of normalized scores, because length ** length_penalty can be too large for a floating-point number.
 - The search of a request ends when two conditions hold: the search has `num_beams` finished candidates, and none of
-  these candidates has a lower normalized score than the best unfinished beam.
+  these candidates has a lower normalized score than the best unfinished beam. The search also ends when no candidate is
+  unfinished, for example after `max_new_tokens` tokens.
 
 Letters in tensor names: active requests (B), beams (K), candidates (C), rows (R = B * K), vocabulary (V), continuations
 of a request (X = K * V).
@@ -161,7 +162,7 @@ def _rank_candidates(
 
 
 def _rank(score: float, length: int, length_penalty: float) -> tuple[float, float]:
-    """Return a value that is larger for a larger quotient score / length ** length_penalty, for scores up to 0.
+    """Return a value that is larger for a larger quotient score / length ** length_penalty. No score is above 0.
 
     The first number is -log(-quotient). The second number is the score. If a large penalty makes the first numbers of
     two beams of the same length equal by rounding, the scores of the beams still differ.

@@ -1,6 +1,6 @@
 """Check that a model computes no NaN and no infinite values.
 
-Captions, log-probabilities and losses are tested after they were copied from the device to Python, so that the test
+`require_finite` checks log-probabilities and losses that were already copied from the device to Python, so the check
 needs no further computation on the device.
 """
 
@@ -15,10 +15,11 @@ from vlm.errors import UserError
 
 
 def require_finite(model: nn.Module, values: Iterable[float]) -> None:
-    """Check log-probabilities or losses of a model.
+    """Check that no log-probability or loss of a model is NaN.
 
-    The log-probability of a token is NaN if one of the logits of its position is NaN or infinite. The only exception
-    is a logit of minus infinity, which means that the model never chooses a token.
+    If a logit is NaN, the log-probabilities of all tokens at its position are NaN. If a logit is plus infinity, at
+    least the log-probability of its own token is NaN. A logit of minus infinity is allowed, and means that the model
+    never chooses its token.
 
     Raises:
         UserError: a value is NaN.

@@ -60,6 +60,7 @@ def stream(
     Raises:
         UserError: the request and `max_new_tokens` do not fit the model's context, or the model computes NaN or
             infinite values.
+        ValueError: the number of slots of the request does not match the number of pictures of the request.
     """
     if settings.num_beams > 1:
         (completion,) = generate(model, tokenizer, [request], settings)

@@ -30,7 +30,8 @@ class Request:
         prefix: token ids of the prompt, with SLOT at the positions of pictures (`vlm.text.prompt`).
         pixels: uint8 pictures (H, W, 3) at model resolution, in the order of their slots; empty for a prompt without
             pictures.
-        seed: seed of the request; requests with equal pictures and prompts but different seeds give different samples.
+        seed: seed of the request; sampling uses different random numbers for requests with different seeds, even if
+            their pictures and prompts are equal.
     """
 
     prefix: Sequence[int]
@@ -44,8 +45,8 @@ class Completion:
 
     Attributes:
         tokens: generated token ids, without the end token.
-        logprobs: log-probability, in nats, of each generated token and of the end token under the model, before
-            repetition penalty, temperature and filters.
+        logprobs: log-probability, in nats, of each generated token under the model, before repetition penalty,
+            temperature and filters. If the end token was generated, its log-probability is the last number.
         text: text of the decoded tokens, cut before the first stop string.
     """
 

@@ -102,7 +102,7 @@ def sample_tokens(scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
     The caller passes the random numbers, so that every device chooses the same tokens. The cumulative sum has double
     precision, because single precision would lose the rare tokens of a large vocabulary. If a score is NaN, the result
-    is any valid token, whose log-probability is NaN.
+    is the last token of the vocabulary.
 
     Args:
         scores_BV: scores of the tokens.

@@ -24,7 +24,8 @@ class Attention(nn.Module):
     """Self-attention with grouped key-value heads, rotary positions, a sliding window, a soft cap and a cache.
 
     One weight matrix computes queries, keys and values, in this order. The attention scores are multiplied by `scale`,
-    which is 1 / sqrt(head_dim) by default. `qk_norms` normalise the queries and the keys of each head.
+    which is 1 / sqrt(head_dim) by default. `qk_norms` normalise the queries and the keys of each head. The layer only
+    stores `window`. The decoder reads `window`, and passes a mask that restricts the attention to the window.
 
     Attributes:
         recorded: list to which each forward pass appends its attention weights (B, H, T, S), or None to keep none.

@@ -110,14 +110,15 @@ def iterate_blocks(model: nn.Module) -> Iterator[Block]:
 def recompute_blocks(model: nn.Module) -> None:
     """Enable activation recomputation in all blocks (Chen et al., 2016).
 
-    With recomputation, a training step needs about a third more FLOPs, but stores the activations of only one block.
+    With recomputation, a training step needs about a third more FLOPs, but stores only the input of each block and the
+    activations of one block.
     """
     for block in iterate_blocks(model):
         block.recompute = True
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Enable torch.compile for all blocks in training. A new input shape is compiled on first use.
+    """Enable torch.compile for all blocks in training. The first use of a new input shape may start a compilation.
 
     Evaluation and generation run the blocks without torch.compile.
     """

@@ -20,7 +20,8 @@ class KVCache:
         length: number of stored positions, which is the same in all rows.
         padding_B: number of padding positions at the start of each row, or None if no row is padded.
         media: keys and values of the pictures for each cross-attention block; empty without cross-attention.
-        media_mask: bool mask, broadcastable to (B, H, 1, S), True for the picture features that later tokens attend to.
+        media_mask: bool mask, broadcastable to (B, H, 1, S), True for the picture features that later tokens attend to;
+            None without cross-attention.
     """
 
     def __init__(
@@ -70,8 +71,9 @@ class KVCache:
     def keep_rows(self, active: Sequence[bool]) -> list[int]:
         """Drop the rows that are not active, and return the old index of each remaining row.
 
-        The last active rows replace dropped rows. Dropping a row therefore copies the keys and values of at most one
-        row and allocates no new keys and values.
+        The last active rows replace dropped rows. In the preallocated tensors, dropping a row therefore copies the keys
+        and values of at most one row and allocates no memory. The keys and values of pictures are copied for all
+        remaining rows.
         """
         count = sum(active)
         movable = (row for row in range(count, len(active)) if active[row])

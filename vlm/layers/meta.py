@@ -51,10 +51,10 @@ FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
 
 
 class Fp32(TorchFunctionMode):
-    """Context in which tensors are created in fp32 if the caller does not state a type.
+    """Context in which the functions of FACTORIES create fp32 tensors if the caller does not state a type.
 
-    Layers of torch create their weights without a type. Outside this context, the default type of the process would
-    decide how the weights are stored.
+    Layers of torch create their weights with these functions and without a type. Outside this context, the default type
+    of the process would decide how the weights are stored.
     """
 
     def __torch_function__(
@@ -70,9 +70,9 @@ class Fp32(TorchFunctionMode):
 class EmptyOnMeta(TorchFunctionMode):
     """Context in which `torch.empty` returns meta tensors, which take no memory.
 
-    Layers create their weights with `torch.empty`, so the weights are meta tensors. Tensors that layers compute in
-    their constructors, such as rotary angles, are real tensors. Random initialisation of meta tensors is skipped,
-    because torch would first load its compiler, which takes 150 MB and several seconds.
+    Layers of torch create their weights with `torch.empty`, so these weights are meta tensors. Tensors that a
+    constructor creates in another way, such as zeros or rotary angles, are real tensors. Random initialisation of meta
+    tensors is skipped, because torch would first load its compiler, which takes 150 MB and several seconds.
 
     Args:
         draw: whether to draw and discard the random numbers of each skipped initialisation. If true, torch's random

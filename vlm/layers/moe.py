@@ -1,8 +1,8 @@
 """Sparse mixture of experts, in which a router sends each token to a few of many MLPs (Shazeer et al., 2017).
 
-Experts have no capacity limit, so no token is dropped. Tokens are sorted by expert, and one grouped matrix product
-computes all experts. Tests compare the result with the function `naive_experts`, a slow reference implementation with a
-loop over the experts.
+Experts have no capacity limit, so no token is dropped. Tokens are sorted by expert, and one grouped matrix product per
+linear layer computes all experts. Tests compare the result with the function `naive_experts`, a slow reference
+implementation with a loop over the experts.
 
 Letters in tensor names: tokens (N), chosen experts of a token (K), assignments (A = N * K), experts (X), width (W),
 inputs (I), outputs (O).
@@ -175,8 +175,8 @@ def dispatch(experts: PlainExperts | GatedExperts, x_NW: Tensor, routing: Routin
 def grouped_matmul(x_AI: Tensor, weight_XOI: Tensor, groups: Groups) -> Tensor:
     """Multiply each row by the matrix of its expert, and return rows (A, O). The rows are sorted by expert.
 
-    This function uses torch's grouped kernel (torch 2.10 or later) if the size of each row is a multiple of 16 bytes,
-    and `padded_matmul` otherwise.
+    This function uses torch's grouped kernel (torch 2.10 or later) if the numbers are fp32, bf16 or fp16, and the size
+    of each row, before and after the product, is a multiple of 16 bytes. Otherwise, it uses `padded_matmul`.
     """
     aligned = all(size * x_AI.element_size() % 16 == 0 for size in weight_XOI.shape[1:])
     if aligned and hasattr(F, "grouped_mm") and x_AI.dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 class OffsetRmsNorm(nn.Module):
     """RMS norm x / rms(x) * (1 + weight), which is computed in fp32 for any dtype of x (Gemma Team, 2024).
 
-    Because of the offset, weight decay pulls the scale towards one instead of zero.
+    Because of the offset, weight decay would pull the scale towards one instead of zero. The optimizer of
+    `vlm.training.optim` uses no weight decay for norms.
     """
 
     def __init__(self, width: int, eps: float) -> None:

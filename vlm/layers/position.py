@@ -1,7 +1,7 @@
 """Rotary position embeddings of queries and keys, and biases of attention scores that depend on the distance
 between two patches.
 
-Learned positions are a plain embedding table and need no class in this module.
+Learned positions are a plain table of vectors and need no class in this module.
 
 Letters in tensor names: batch (B), layers (L), heads (H), queries (T), width of a head (D), side of the patch grid (S),
 patches of a picture (N, which is S * S).
@@ -21,7 +21,7 @@ from vlm.layers.mlp import PlainMlp
 Angles = tuple[Tensor, Tensor]
 """Cosines (..., T, D/2) and sines (..., T, D/2) for each position and each pair of channels.
 
-All layers of a forward pass share the tensors of cosines and sines."""
+All layers of a forward pass share these tensors, except with `MixedRotary`, where each layer has its own tensors."""
 
 
 class Rotary(nn.Module):
@@ -98,8 +98,8 @@ class MixedRotary(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Initialise the frequencies: for each head of each layer, draw a random direction, and use this direction and
-        the direction perpendicular to it.
+        """Initialise the frequencies. Draw a random direction for each head of each layer: the frequencies of the first
+        half of the pairs have this direction, and the frequencies of the other pairs have the perpendicular direction.
         """
         _, depth, num_heads, pairs = self.frequency.shape
         size = self.INITIAL_BASE ** (-torch.arange(pairs // 2, dtype=torch.float32, device="cpu") / (pairs // 2))

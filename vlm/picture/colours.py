@@ -24,7 +24,7 @@ from vlm.errors import ImageError
 GREY_16_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 TIFF_PALETTE = 320
 BAND_PIXELS = 2**22
-"""Number of pixels that are converted at once."""
+"""Largest number of pixels that are converted at once, unless a single row has more pixels."""
 Box = tuple[int, int, int, int]
 
 
@@ -40,7 +40,8 @@ def to_rgb(image: Image.Image, data: bytes) -> Image.Image:
 
     Args:
         image: decoded picture.
-        data: bytes of the picture's file, which still contain the lower 8 bits of 16-bit colours.
+        data: bytes of the picture's file, which still contain the lower 8 bits of 16-bit colours; empty if the file is
+            not known.
 
     Raises:
         ImageError: the reason is unsupported_format if the samples have 32 bits.
@@ -95,6 +96,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _scale_colours(image: Image.Image, data: bytes) -> Image.Image:
     """Scale the colours of a PNG with 16 bits per sample, of which Pillow has kept only the upper 8 bits.
+
+    A picture with colours of more than 12 bits, or with a transparent colour, is returned unchanged.
 
     This function decodes the file a second time and swaps the two bytes of each sample, so that Pillow keeps the lower
     8 bits.

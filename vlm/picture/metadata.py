@@ -2,8 +2,8 @@
 
 Metadata (texts, colour profiles, EXIF, XMP and their checksums) is often broken or huge, and Pillow then refuses the
 whole picture. The function `split_metadata` therefore returns the file without metadata. The function also returns the
-orientation, because no other metadata value changes how the picture looks. If this module cannot parse a part of the
-file, the part is not changed, so that the decoder still detects damage in this part.
+orientation, which is the only metadata value that Lakesight uses. The data of the pixels are not changed, so that the
+decoder still detects damaged or missing pixels.
 
 | format | what stays |
 |---|---|
@@ -71,8 +71,8 @@ class PictureFile(NamedTuple):
 
 
 def split_metadata(data: bytes) -> PictureFile:
-    """Return a picture file without its metadata, and the picture's orientation. Return the data unchanged if their
-    format is unknown.
+    """Return a picture file without its metadata, and the picture's orientation. Data of a format that is not in the
+    table of this module are returned unchanged, with orientation 1.
     """
     if data.startswith(PNG_SIGNATURE):
         return _split_png(data)
@@ -128,7 +128,7 @@ def _choose(exif: bytes, xmp: bytes) -> int:
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     """Yield the kind, start and end of each chunk up to the end chunk. In a truncated file, the end of the last chunk
-    is beyond the end of the data.
+    can be beyond the end of the data.
     """
     start = len(PNG_SIGNATURE)
     while start + 8 <= len(data):

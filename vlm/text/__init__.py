@@ -30,6 +30,7 @@ def learn(config: TextConfig, texts: Iterable[str]) -> Tokenizer:
 
     Raises:
         ConfigError: the published file is missing or does not fit the config, or no word is frequent enough.
+        ValueError: the alphabet contains a character twice.
     """
     if isinstance(config, CharsConfig):
         return CharTokenizer(config.alphabet)

@@ -31,7 +31,8 @@ Gram = tuple[str, ...]
 
 
 class Cider:
-    """CIDEr-D for a fixed set of documents. For captions of the documents, pycocoevalcap computes equal scores.
+    """CIDEr-D for a fixed set of documents. If the scored pictures are the documents, pycocoevalcap computes the same
+    scores.
 
     Args:
         documents: number of documents in which the n-grams were counted.

@@ -28,11 +28,16 @@ PICTURE: Final = Picture()
 def prefix_ids(tokenizer: Tokenizer, num_slots: int, prompt: str, num_images: int = 1) -> list[int]:
     """Return the token ids before the answer: image slots of all pictures, start token, and prompt with a line break.
 
+    Without a prompt, the line break is also left out, unless `tokenizer.newline_after_empty_prompt` is True.
+
     Args:
         tokenizer: tokenizer of the model.
         num_slots: number of image slots per picture (`ModelConfig.num_slots`).
         prompt: question or instruction for the model; empty for a plain caption.
         num_images: number of pictures, whose slots come first.
+
+    Raises:
+        UserError: the prompt contains a surrogate, which no tokenizer can encode.
     """
     has_text = prompt or tokenizer.newline_after_empty_prompt
     return interleaved_ids(tokenizer, num_slots, [PICTURE] * num_images + ([prompt + "\n"] if has_text else []))

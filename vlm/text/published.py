@@ -31,11 +31,12 @@ class PublishedTokenizer:
 
     Args:
         content: the parsed tokenizer.json.
-        config: config section with the number of rows of the token embedding table and the text of each control token.
+        config: config section with the number of rows of the token embedding table, and the texts of the start token,
+            end token and padding token.
 
     Raises:
-        ValueError: the content is not a tokenizer, lacks a control token, or has more tokens than the token embedding
-            table has rows.
+        ValueError: the content is not a tokenizer, lacks the start, end or padding token, or has more tokens than the
+            token embedding table has rows.
     """
 
     def __init__(self, content: object, config: JsonTextConfig) -> None:
@@ -155,8 +156,12 @@ def _with_special_flags(backend: Backend, control: Sequence[str]) -> dict[str, A
 
     Some published files flag region tokens as special, and some files do not flag all control tokens as special.
 
+    Args:
+        backend: tokenizer of the published file.
+        control: texts of the start token, end token and padding token.
+
     Raises:
-        ValueError: the tokenizer lacks a control token.
+        ValueError: the tokenizer lacks a token of `control`.
     """
     missing = [token for token in dict.fromkeys(control) if backend.token_to_id(token) is None]
     if missing:
@@ -170,7 +175,7 @@ def _with_special_flags(backend: Backend, control: Sequence[str]) -> dict[str, A
 
 
 def _word_suffix(content: dict[str, Any]) -> str:
-    """Return the suffix that marks the last BPE token of a word (Sennrich et al., 2016), or an empty text if the
-    decoder removes the suffix. Only byte-level decoders keep the suffix."""
+    """Return the suffix that marks the last BPE token of a word (Sennrich et al., 2016). Return an empty text if the
+    tokenizer has no suffix, or if the decoder removes it. Only byte-level decoders keep the suffix."""
     suffix = content["model"].get("end_of_word_suffix") or ""
     return suffix if (content["decoder"] or {}).get("type") == "ByteLevel" else ""

@@ -27,7 +27,9 @@ _REGION = re.compile(rf"((?:{_LOC}\s*){{4}})((?:{_SEG}\s*)*)([^;<]*)", re.ASCII)
 
 
 class Region(NamedTuple):
-    """A labelled box in bins (0 to 1023) of the model's input square. `codes` is empty if the box has no outline."""
+    """A labelled box in bins (0 to 1023) of the model's input square. `codes` has the 16 codes of the outline, or is
+    empty if the text has no outline of 16 codes.
+    """
 
     y0: int
     x0: int

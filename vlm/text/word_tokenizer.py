@@ -42,10 +42,12 @@ class WordTokenizer:
 
     @classmethod
     def learn(cls, texts: Iterable[str], config: WordsConfig) -> WordTokenizer:
-        """Learn the vocabulary: pieces that occur at least `min_count` times, starting with the most frequent piece.
+        """Learn the vocabulary: the most frequent pieces that occur at least `min_count` times.
+
+        The tokenizer has at most `vocab_size` tokens. The piece JOIN is always in the vocabulary.
 
         Raises:
-            ConfigError: no word occurs at least `min_count` times.
+            ConfigError: there are texts, but no word occurs at least `min_count` times.
         """
         counts = Counter(piece for text in texts for piece in split_pieces(text.lower() if config.lowercase else text))
         frequent = [piece for piece, count in counts.items() if count >= config.min_count and piece != JOIN]

@@ -11,8 +11,8 @@ TOKENISATION = "UAX 29 (ASCII punctuation separates)"
 a text differently.
 """
 CHUNK = regex.compile(r"[[\w[^\x00-\x7f]]--\s]+(?:'[[\w[^\x00-\x7f]]--\s]+)?", regex.V1)
-"""Pattern of a run of characters that are neither white space nor ASCII punctuation, with at most one apostrophe
-inside."""
+"""Pattern of a run of characters that are neither white space nor ASCII punctuation other than `_`, with at most one
+apostrophe inside."""
 BOUNDARY = regex.compile(r"\b", regex.V1 | regex.WORD)
 GRAPHEME = regex.compile(r"\X")
 
@@ -21,9 +21,10 @@ def words(text: str) -> list[str]:
     """Return the words of a text in lower case, without punctuation. If a text such as `:-)` has no word, return its
     symbols.
 
-    White space and ASCII punctuation separate words, but one apostrophe inside a word does not. Text that is not ASCII
-    is split at Unicode's word boundaries (UAX 29), so a letter keeps its combining marks. In scripts without spaces
-    between words (Han, Hiragana, Thai, Lao, Khmer and Burmese), each character with its marks counts as one word.
+    White space and ASCII punctuation separate words, except `_` and one apostrophe inside a word. Text that is not
+    ASCII is split at Unicode's word boundaries (UAX 29), so a letter keeps its combining marks. In scripts without
+    spaces between words (Han, Hiragana, Thai, Lao, Khmer and Burmese), each character with its marks counts as one
+    word.
 
     Source: https://www.unicode.org/reports/tr29/
     """

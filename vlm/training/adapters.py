@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, Hu et al., 2021), which are small trained updates to the linear layers of a frozen model.
 
-An adapted layer computes x W' + (alpha / rank) x A' B'. The matrix A (`down`) starts at random values and the matrix B
-(`up`) starts at zero, so a fresh adapter leaves the output exactly unchanged. `merge_adapter` adds the update to W and
-restores a plain model.
+An adapted layer computes x W' + (alpha / rank) x A' B', where the prime marks a transposed matrix. The matrix A
+(`down`) starts at random values and the matrix B (`up`) starts at zero, so a fresh adapter leaves the output exactly
+unchanged. `merge_adapter` adds the update to W and restores a plain model.
 
 adapter.safetensors   the matrices A and B of each adapted layer
 adapter.json          the AdapterConfig, and the SHA-256 of the weights file that the adapter was trained on
@@ -75,7 +75,8 @@ class LoraLinear(nn.Linear):
 def add_adapter(model: nn.Module, config: AdapterConfig) -> None:
     """In place, freeze a model and add a fresh low-rank update to each linear layer whose name matches the pattern.
 
-    The values of the matrices A come from torch's global random generator, which the caller seeds first.
+    The routers of mixtures of experts never get an update. The values of the matrices A come from torch's global random
+    generator, which the caller seeds first.
 
     Raises:
         ConfigError: the pattern matches no linear layer, or matches a layer that shares its weight with another layer.
@@ -142,7 +143,9 @@ def load_adapter(folder: Path, model: nn.Module, base_sha256: str) -> None:
 
     Raises:
         CheckpointError: a file is missing or damaged, or the adapter was trained on different weights, or the adapter's
-            layers do not match the model.
+            tensors do not match the model.
+        ConfigError: the adapter's pattern matches no linear layer of the model, or matches a layer that shares its
+            weight with another layer.
     """
     with torch.random.fork_rng(devices=[]):  # building an adapter must not change the caller's random state
         add_adapter(model, _read(folder, base_sha256).adapter)
@@ -152,7 +155,7 @@ def load_adapter(folder: Path, model: nn.Module, base_sha256: str) -> None:
 def load_adapter_weights(folder: Path, model: nn.Module, base_sha256: str) -> None:
     """Load the weights of a saved adapter into a model that already has an adapter with the same config.
 
-    The arguments and the errors are the same as in `load_adapter`."""
+    The arguments, and the causes of a CheckpointError, are the same as in `load_adapter`."""
     _read(folder, base_sha256)
     fill_tensors(adapter_weights(model), folder / ADAPTER)
 

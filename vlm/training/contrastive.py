@@ -1,8 +1,8 @@
 """Contrastive loss between the pictures and the texts of a batch, added to the caption loss (Zhai et al., 2023).
 
 The vector of a picture is the mean of its features at the input of the decoder. The vector of a text is the mean of the
-decoder's hidden states when the decoder reads the text without the picture. The contrastive loss needs no further
-weights. The loss teaches the encoder which pictures a text can belong to.
+decoder's hidden states at the target positions when the decoder reads the prompt and the text without the picture. The
+contrastive loss needs no further weights. The loss teaches the encoder which pictures a text can belong to.
 
 Each pair of a picture and a text is a binary classification: does the text belong to the picture? A rank divides its
 batch into parts. The negatives of a picture are the other texts in the same part, except texts that equal the picture's
@@ -27,8 +27,8 @@ from vlm.model import VisionLanguageModel
 from vlm.text.base import SLOT
 
 SCALE = 10.0
-"""Factor by which the logit of a pair multiplies the cosine of the two vectors. In SigLIP, this factor is learned, and
-10 is only its initial value.
+"""Factor by which the cosine of two vectors is multiplied in the logit of the pair. In SigLIP, this factor is learned,
+and 10 is only its initial value.
 """
 
 
@@ -102,5 +102,5 @@ def sigmoid_loss(pictures_BW: Tensor, texts_BW: Tensor, same_BB: Tensor) -> Tens
 
 
 def _same_text(batch: Batch) -> Tensor:
-    """Return a mask (B, B) that is True where two rows have equal prompts and texts."""
+    """Return a mask (B, B) that is True where two rows have equal labels: equal texts after prompts of equal length."""
     return (batch.labels_BT[:, None] == batch.labels_BT[None]).all(dim=-1)

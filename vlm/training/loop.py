@@ -31,7 +31,8 @@ class StepReport:
 
     Attributes:
         step: number of the step; the first step has number 0.
-        loss: caption loss of the global batch before the step, in nats per target token, without router losses.
+        loss: caption loss of the global batch before the step, in nats per target token, without label smoothing,
+            router losses and contrastive loss.
         lr: learning rate of the step; the largest learning rate if parameter groups have different rates.
         grad_norm: norm of the global gradient before clipping.
         tokens: number of target tokens of the global batch.
@@ -85,7 +86,7 @@ def fit(
     """Take one optimizer step for each batch, starting with step number `start`.
 
     Args:
-        model: model that returns the logits of the target positions of a Batch; wrapped in DDP for several ranks.
+        model: model that returns the logits of a Batch's target positions; for several ranks, with DDP or FSDP.
         optimizer: optimizer from `vlm.training.optim.build_adamw`.
         batches: for each step, this rank's share of the global batch as a sequence of parts, whose gradients are
             accumulated. The number of parts is the same on all ranks. A larger number of smaller parts needs less
@@ -175,7 +176,7 @@ def _backward(
         router_part, report = router_loss(layers, part)
         if router_part.requires_grad:  # `requires_grad` is False if no trained weight can change a router's choice
             objectives.append(router_part * (world_size() / num_parts))
-    if contrast:  # this forward pass overwrites the routing, so compute the router loss first
+    if contrast:  # the text pass of `contrast.loss` overwrites the routing, so compute the router loss first
         with mixed_precision(part.tokens_BT.device, bf16=bf16):
             contrastive_part = contrast.loss(part) / num_parts
         if contrastive_part.requires_grad:  # `requires_grad` is False if no trained weight can change the loss

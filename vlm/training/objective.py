@@ -81,9 +81,9 @@ def routed_layers(model: nn.Module) -> dict[str, MoeMlp]:
 def router_loss(layers: Mapping[str, MoeMlp], batch: Batch) -> tuple[Tensor, RouterReport]:
     """Compute load-balance loss (Fedus et al., 2021) and router z loss (Zoph et al., 2022) of the last training pass.
 
-    The balance loss covers the global batch without padding. The loss is n * sum(f * p) for n experts, where f is the
-    fraction of the assignments that an expert gets, and p is the expert's mean probability. A balance loss per rank
-    would be stricter and would depend on the number of ranks.
+    The balance loss covers the batches of all ranks, without padding. The loss is n * sum(f * p) for n experts, where f
+    is the fraction of the assignments that an expert gets, and p is the expert's mean probability. A balance loss per
+    rank would be stricter and would depend on the number of ranks.
 
     Args:
         layers: result of `routed_layers`, which must be the same on every rank.

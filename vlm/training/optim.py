@@ -65,12 +65,13 @@ def parameter_groups(
 ) -> list[dict[str, object]]:
     """Group the trainable parameters by learning rate and weight decay.
 
-    Matrices have weight decay. Vectors (norms and biases), position embeddings, rotary frequencies and embedding
-    tables have no weight decay.
+    Matrices and other tensors with at least two dimensions have weight decay. The exceptions are biases, embedding
+    tables, position embeddings, rotary frequencies and the class token, which have no weight decay. Vectors, such as
+    the weights of norms, have no weight decay.
 
     Args:
         model: model whose trainable parameters are grouped.
-        weight_decay: weight decay of matrices.
+        weight_decay: weight decay of the parameters that have weight decay.
         rates: dict from a pattern to a learning rate, as in `set_trainable`, or None if all learning rates are equal.
 
     Returns:
@@ -149,8 +150,9 @@ def schedule(config: ScheduleConfig, step: int, *, steps: int, warmup_steps: int
     Args:
         config: config section that says which schedule to use, with the parameters of the schedule.
         step: number of the step, 0 <= step < steps.
-        steps: total number of steps; the rate of the last step is `floor`, except in a constant schedule.
-        warmup_steps: number of warm-up steps; step number `warmup_steps` has the peak rate.
+        steps: total number of steps; the rate of the last step is `floor`, except in a constant schedule, or if fewer
+            than two steps follow the warm-up.
+        warmup_steps: number of warm-up steps; the last warm-up step and the step after the warm-up have the peak rate.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps

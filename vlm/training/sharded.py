@@ -3,7 +3,7 @@
 A rank never holds the whole model. The model is constructed on the meta device, and each rank allocates only its rows
 (indices of the first dimension) of each parameter. Initial weights are drawn one parameter at a time, with the same
 random numbers as for a model that is not sharded. When weights and optimizer state are read or written, each rank reads
-or writes only its rows.
+or writes only its rows of the sharded tensors.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ layers.
 def build_sharded(config: ModelConfig, vocab_size: int, device: torch.device, *, draw: bool) -> VisionLanguageModel:
     """Build a model whose parameters are sharded over the ranks. All ranks must call this function together.
 
-    Afterwards, all ranks must call the model together, and may call only `forward`, `encode`, `prefill` and `step`. In
-    any other method, a parameter would consist of only the rows of this rank.
+    Afterwards, all ranks must call the model together. Of the methods that use parameters, they may call only
+    `forward`, `encode`, `prefill` and `step`. In any other method, a parameter would consist of only the rows of this
+    rank.
 
     Args:
         config: config of the model.

@@ -1,8 +1,8 @@
 """Check that an import knows every key of another library's config.json. An unknown key is an error.
 
 An import reads config.json through `TrackedSettings`, which records the path of every value that a config field or a
-family reads. A key that no config field and no family reads must be in the family's list of keys without effect. Any
-other key could change what the model computes, so an import refuses the key.
+family reads. A key that no config field and no family reads must be null, or must be in WITHOUT_EFFECT or in the
+family's list of keys without effect. Any other key could change what the model computes, so an import refuses the key.
 """
 
 from __future__ import annotations

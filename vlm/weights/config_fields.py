@@ -48,7 +48,9 @@ class Unknown:
 
 
 UNKNOWN = Unknown()
-"""Marker of a setting that is not in config.json and has no default in the other library."""
+"""Marker of a value that an import does not compare, usually because config.json does not contain the setting and the
+other library has no default for it.
+"""
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,11 @@ class ConfigField:
 
     Attributes:
         path: dotted path of the value in our config, for error messages. The path is empty if our config lacks the
-            value, because Lakesight supports only one value.
+            value, because Lakesight supports only one value, and for a field of `write_only`.
         keys: keys of the value in config.json, for error messages; empty if the family implies the value.
         ours: function that reads our value from the model's config.
         theirs: function that reads the same value from the settings of config.json, after defaults are filled in. The
-            function returns UNKNOWN if the settings do not contain the value.
+            function returns UNKNOWN if the settings do not contain the value, or if an import does not compare it.
         write: function that converts our value to the settings that an export writes to config.json.
     """
 
@@ -147,7 +149,7 @@ def scalar(value: Any) -> Any:
 def write_only(key: str, ours: Callable[[ModelConfig], Any]) -> ConfigField:
     """Return a config field that an export writes and an import does not compare.
 
-    Use this function for a setting that the names and shapes of the tensors already determine, or whose value in
+    Use this function for a setting that the names or shapes of the tensors already determine, or whose value in
     config.json may differ from the value in our config. The import still reads the key, so that the key is not refused
     as unknown.
     """

@@ -40,7 +40,7 @@ class ExportReport(Config):
         folder: folder of the written files.
         files: names of the written files.
         tensors: number of tensors in the written files.
-        left_out: number of parameters of the checkpoint that do not belong to the exported part.
+        left_out: number of parameter tensors of the checkpoint that do not belong to the exported part.
         without: dict from a reason to the name patterns of tensors that the export leaves out for this reason. Files of
             the other library contain the tensors in `without`, but the other library can compute or initialise these
             tensors itself.
@@ -65,12 +65,13 @@ def export_weights(
         part: part of the model to export (`model`, `encoder` or `decoder`).
         family_name: name of the weight family whose format is written, such as `gemma`.
         out: folder to create and write to.
-        max_bytes: maximum size of a weight file, in bytes. Weights with more than `max_bytes` bytes are split into
-            several files.
+        max_bytes: maximum size of the tensors in a weight file, in bytes. Weights with more than `max_bytes` bytes are
+            split into several files. The tensors of one rule stay in one file, even if they are larger.
 
     Raises:
-        CheckpointError: the family is unknown, the family cannot represent the model (the error lists all mismatches),
-            or `part` is not `decoder` although the model is a text-only model.
+        CheckpointError: the checkpoint cannot be read, the family is unknown, the family cannot represent the model
+            (the error lists all mismatches) or has no tensor for a parameter, or `part` is not `decoder` although the
+            model is a text-only model.
     """
     config = load_config(checkpoint)
     if config.text_only and part != "decoder":
@@ -158,7 +159,7 @@ def _add_token_settings(settings: dict[str, Any], family: Family, checkpoint: Pa
 def _write_tokenizer(checkpoint: Path, out: Path) -> list[str]:
     """Write the published tokenizer of a checkpoint, and return the names of the written files.
 
-    A character tokenizer or learned BPE tokenizer is not written, because its special tokens have no text form.
+    Any other kind of tokenizer is not written, because its special tokens have no text form.
     """
     published = _read_published_tokenizer(checkpoint)
     if not published:

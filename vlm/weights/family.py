@@ -53,7 +53,8 @@ class Family:
             class.
         defaults: values that the other library assumes for keys that are not in config.json.
         without_effect: dict from a shell pattern of config.json keys to the reason why these keys have no effect on the
-            imported part. An import refuses a key that no config field reads and no pattern matches.
+            imported part. An import refuses a key that is not null, that no config field reads, and that matches no
+            pattern of `without_effect` and of `accounting.WITHOUT_EFFECT`.
         sizes: sizes in config.json that an import compares with the shapes of the tensors.
         prefix: prefix of all tensor names. The files of a network without an output head may omit the prefix.
         legacy_prefixes: pairs of two name prefixes. The first prefix occurs in other versions of the files, and the
@@ -116,7 +117,8 @@ class Family:
     def mismatches(self, config: ModelConfig, settings: Settings) -> list[str]:
         """Return one sentence for each value that differs between a config.json and the model's config.
 
-        Also return one sentence for each key of config.json whose meaning Lakesight does not know.
+        Also return one sentence for each key of config.json whose meaning Lakesight does not know, and for each
+        compared key that has another value in a copied section.
         """
         differences = find_mismatches(self.fields, config, self._with_defaults(settings))
         account = self.account(settings)

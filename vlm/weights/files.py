@@ -38,11 +38,12 @@ class WeightFiles:
     """All tensors in the weight files of a folder. The constructor reads only the headers of the files.
 
     If a folder contains both model.safetensors and an index of shards, model.safetensors is read, as in transformers.
-    The index often stays in a folder whose shards were merged. The attribute `ignored` lists the shards that are not
-    read because of model.safetensors.
+    The index often stays in a folder whose shards were merged. In this case, the attribute `ignored` lists the index
+    and all other safetensors files of the folder.
 
     Raises:
-        CheckpointError: the folder has no weights, a shard is missing, a file is damaged, or the weights are pickled.
+        CheckpointError: the folder has no weights or several weight files without an index, a shard is missing, a file
+            is damaged, or the weights are pickled.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,7 +66,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """Read the config.json of a folder.
 
     Raises:
-        CheckpointError: the file is missing or is not a JSON object.
+        CheckpointError: the file is missing, cannot be read, or is not a JSON object.
     """
     fix = "choose a published folder, with config.json and model.safetensors"
     return _read_object(folder / CONFIG, "the config of the weights", fix)
@@ -76,7 +77,7 @@ def read_other_settings(path: Path) -> dict[str, Any]:
     if the file is missing.
 
     Raises:
-        CheckpointError: the file is not a JSON object.
+        CheckpointError: the file cannot be read, or is not a JSON object.
     """
     if not path.is_file():
         return {}

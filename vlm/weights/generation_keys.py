@@ -38,7 +38,7 @@ RULES: dict[str, KeyRule] = {
     "stop_strings": KeyRule("a text or a list of texts", lambda value: bool(_texts(value)) and all(_texts(value))),
     "cache_implementation": KeyRule("a cache that is not quantized", lambda value: value != "quantized"),
 }
-"""Rules of the keys whose values `vlm.load` uses."""
+"""Rules of the keys whose values `vlm.load` uses or checks."""
 ONLY_DEFAULT: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("bad_words_ids", "begin_suppress_tokens", "force_words_ids", "constraints"), ([],)),
     "suppress_tokens": ([],),
@@ -147,7 +147,7 @@ def account_generation(folder: Path) -> tuple[FileReport | None, list[str]]:
     """List the keys of generation_config.json for an import, which does not use the generation settings.
 
     Returns:
-        A report, or None if the file is missing or empty, and one sentence for each unknown key.
+        A report, or None if the file is missing or sets no key, and one sentence for each unknown key.
     """
     found = without_null(read_other_settings(folder / GENERATION))
     known = dict.fromkeys(
@@ -166,7 +166,7 @@ def _rules(*, beams: bool) -> dict[str, KeyRule]:
 
 
 def _reasons(effective: Mapping[str, Any]) -> dict[str, str]:
-    """Return the keys without effect, including keys that have no effect because of another value in the same file."""
+    """Return the keys without effect, including keys that have no effect because of another generation setting."""
     reasons = dict(WITHOUT_EFFECT)
     if effective["do_sample"] is False:
         reasons |= dict.fromkeys(_SAMPLING, "is used only if do_sample is true")

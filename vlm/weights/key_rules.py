@@ -1,7 +1,7 @@
 """Rules for the values of keys in the JSON files of a published folder.
 
-CONFIG_RULES has the rules of config.json, which say only which type and range a value must have. Every key of another
-file, such as preprocessor_config.json, has a rule or a reason why the key has no effect. A key without a rule and
+CONFIG_RULES has the rules of config.json, which say only which type and range a value must have. In any other file,
+such as preprocessor_config.json, a key must have a rule or a reason why the key has no effect. A key without a rule and
 without a reason is refused. A value that the rule of its key does not support is also refused.
 """
 
@@ -160,8 +160,8 @@ CONFIG_RULES: dict[str, KeyRule] = {
     "layer_types": or_null(LAYER_TYPES),
     **dict.fromkeys(("mean", "std"), or_null(THREE_NUMBERS)),
 }  # fmt: skip
-"""Rules of the keys of config.json that an import reads, in all sections. Whether a value fits the model is compared
-later."""
+"""Rules of the keys of config.json that an import reads, in all sections. A later step checks whether a value fits the
+model."""
 
 
 def without_null(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,11 +47,12 @@ class PartReport(Config):
         used: number of tensors that fill parameters.
         tied: names of tensors that are copies of other tensors in the folder.
         dropped: dict from a reason to the names of the tensors that were left out for this reason.
-        resampled: names of the position embedding tables that were interpolated to the model's resolution.
+        resampled: names of the position embedding tables that were interpolated to the model's resolution, each with
+            the number of rows in the file.
         unchecked: paths of the model's config that the folder's config.json does not determine.
         compared: keys of config.json whose values agree with the model.
         without_effect: dict from a reason to the keys of config.json that have no effect for this reason.
-        ignored: weight files of the folder that were not read, because model.safetensors contains all weights.
+        ignored: weight files of the folder that were not read, because the folder also has model.safetensors.
         files: reports on the keys for pictures and for generation in the other JSON files of the folder.
     """
 
@@ -75,7 +76,7 @@ class ImportReport(Config):
     Attributes:
         parameters: number of parameters of the model.
         parts: one report per folder.
-        fresh: names of the parameters that no folder contains, which were therefore initialised at random.
+        fresh: names of the parameters that no folder contains, which were therefore initialised as in a new model.
     """
 
     parameters: int
@@ -108,7 +109,9 @@ def import_weights(
         seed: random seed for initialising the parameters that no folder contains.
 
     Raises:
-        CheckpointError: a folder cannot be read, or does not fit the model. The error lists all mismatches.
+        CheckpointError: a folder cannot be read or does not fit the model, or its weights contain NaN or infinity. If
+            the config.json of a folder does not fit the model, the error lists all mismatches of this config.json. If
+            tensors do not fit the model, the error lists the mismatches of all folders.
     """
     model = _build_on_meta(config, vocab_size)
     sources = [_open_source(part, folder, config, model) for part, folder in folders.items()]
@@ -318,7 +321,7 @@ def _read(source: Source, rule: Rule, model: nn.Module) -> list[Tensor]:
     """Read the tensors of a rule and convert them to our parameters, which are fp32 for any type in the file.
 
     Raises:
-        CheckpointError: a tensor contains NaN or infinity, so that all outputs of the model would be NaN.
+        CheckpointError: a tensor contains NaN or infinity, so the outputs of the model could be NaN.
     """
     read = {name: source.files.read(source.names[name]) for name in rule.theirs}
     for name, tensor in read.items():
@@ -342,7 +345,7 @@ def _is_finite(tensor: Tensor) -> bool:
     """Return True if no value is NaN or infinite.
 
     This function checks only the minimum and the maximum, which are NaN if any value is NaN. `torch.isfinite` would
-    allocate another tensor of the same size. Torch would free that tensor immediately, but the process would keep a
+    allocate another tensor of the same shape. Torch would free that tensor immediately, but the process would keep a
     part of the memory.
     """
     return tensor.numel() == 0 or all(math.isfinite(value) for value in torch.aminmax(tensor))

@@ -83,7 +83,7 @@ class PublishedPictures:
     Attributes:
         file: name of the file that contains the settings; for a section, the name ends with the name of the section.
         values: dict from keys of our image config to their values.
-        sources: dict from keys of our image config to the keys of the file that determine them.
+        sources: dict from keys of our image config to the keys of the file that determine the values.
         reports: one report for each file, or for each section of a file.
     """
 
@@ -102,8 +102,8 @@ class PublishedPictures:
 
 
 def read_pictures(folder: Path, family: Family, settings: Mapping[str, Any]) -> PublishedPictures | None:
-    """Read how a published folder preprocesses pictures. Return None if no file of the folder describes the
-    preprocessing.
+    """Read how a published folder preprocesses pictures. Return None if both files are missing or empty, or if
+    `_OF_FAMILY` does not contain the family.
 
     Args:
         folder: folder with the files.
@@ -168,7 +168,7 @@ def _refused(folder: Path, problems: list[str]) -> CheckpointError:
 
 
 def _published_size(family: Family, settings: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the side of the published model's pictures in pixels, and the number of their patches."""
+    """Return the side of the published model's pictures in pixels, and the number of patches of one picture."""
     section = family.select_settings(settings) or {}
     vision = section.get("vision_config") or {} if family.part == "model" else section
     side = sides_of(vision.get("image_size", DEFAULT_SIDE))[0]

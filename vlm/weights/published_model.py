@@ -43,7 +43,11 @@ DEFAULT_CONTEXT = 8192
 
 
 def is_published(folder: Path) -> bool:
-    """Return True if the config.json of a folder comes from another library, and False for a Lakesight checkpoint."""
+    """Return True if the config.json of a folder comes from another library, and False for a Lakesight checkpoint.
+
+    Raises:
+        CheckpointError: config.json is missing, cannot be read, or is not a JSON object.
+    """
     return "vision" not in read_settings(folder)
 
 
@@ -80,7 +84,8 @@ def derive_config(folder: Path) -> ModelConfig:
     """Derive the config of our model from the JSON files of a folder with a whole published model.
 
     Raises:
-        CheckpointError: the folder has no whole model of a known family, or its values are not supported.
+        CheckpointError: the folder has no whole model of a known family, its files do not fit together, or its values
+            are not supported.
     """
     settings = read_settings(folder)
     family = find_family(settings, folder, "model")

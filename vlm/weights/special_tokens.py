@@ -1,8 +1,8 @@
 """Functions that compare the start and end tokens of a published model with the tokenizer of our model.
 
-Several files of a folder contain start and end tokens: config.json, generation_config.json, tokenizer_config.json and
-special_tokens_map.json. If a file disagrees with the model's tokenizer, an import refuses the folder, because answers
-would begin or end with a different token than in the other library.
+Several files of a folder can contain start and end tokens: config.json, generation_config.json, tokenizer_config.json
+and special_tokens_map.json. If a file disagrees with the model's tokenizer, an import refuses the folder, because
+answers would begin or end with a different token than in the other library.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ NAMES = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 def read_tokenizer(config: JsonTextConfig, folder: Path, part: Part) -> Tokenizer:
-    """Read the `tokenizer.json` of a published folder of the whole model or of the decoder.
+    """Read the tokenizer file at `config.path`, or by default the `tokenizer.json` of a published folder.
+
+    The part `part` of the model, which is the whole model or the decoder, gets its weights from this folder.
 
     Raises:
         CheckpointError: the folder's config.json cannot be read or belongs to no known family.

@@ -39,7 +39,7 @@ class TensorSize:
 
 
 def axis_size(key: str, tensor: str, axis: int, theirs: Callable[[Settings], Any] | None = None) -> TensorSize:
-    """Return the size that is the length of one axis of a tensor.
+    """Return the `TensorSize` of a size that is the length of one axis of a tensor.
 
     Args:
         key: key of the size in config.json.
@@ -58,7 +58,7 @@ def axis_size(key: str, tensor: str, axis: int, theirs: Callable[[Settings], Any
 
 
 def num_layers(key: str, tensor: str) -> TensorSize:
-    """Return the number of layers, which is the number of tensors whose names match `tensor`."""
+    """Return the `TensorSize` of the number of layers, which is the number of tensors whose names match `tensor`."""
 
     def measure(shapes: Shapes, name: str) -> tuple[Any, str] | None:
         pattern = re.escape(name).replace(re.escape("{i}"), r"\d+")
@@ -69,7 +69,7 @@ def num_layers(key: str, tensor: str) -> TensorSize:
 
 
 def has_tensor(key: str, tensor: str) -> TensorSize:
-    """Return the setting which says whether the weight files have a tensor, such as a bias."""
+    """Return the `TensorSize` of a setting which says whether the weight files have a tensor, such as a bias."""
 
     def measure(shapes: Shapes, name: str) -> tuple[Any, str] | None:
         return name in shapes, f"the weight files have {'a' if name in shapes else 'no'} tensor {name}"
@@ -78,12 +78,12 @@ def has_tensor(key: str, tensor: str) -> TensorSize:
 
 
 def patch_size(tensor: str) -> TensorSize:
-    """Return the size of a patch, which is the width of the kernel of the patch embedding."""
+    """Return the `TensorSize` of the patch size, which is the width of the kernel of the patch embedding."""
     return axis_size("patch_size", tensor, -1, lambda settings: _side(settings, "patch_size"))
 
 
 def num_positions(tensor: str, *, extra: int) -> TensorSize:
-    """Return the number of positions of a picture: one for each patch, and `extra` more positions.
+    """Return the `TensorSize` of the number of positions of a picture: one for each patch, and `extra` more positions.
 
     Args:
         tensor: name of the position embedding table, whose second last axis has the positions.
@@ -98,7 +98,9 @@ def num_positions(tensor: str, *, extra: int) -> TensorSize:
 
 
 def product(one: str, other: str, tensor: str) -> TensorSize:
-    """Return the product of the sizes with the keys `one` and `other`, which is the number of rows of a tensor."""
+    """Return the `TensorSize` of the product of two sizes with the keys `one` and `other`, which is the number of rows
+    of a tensor.
+    """
 
     def multiplied(settings: Settings) -> Any:
         values = [settings.get(key, UNKNOWN) for key in (one, other)]

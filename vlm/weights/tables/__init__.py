@@ -1,4 +1,4 @@
-"""Weight families: each module contains the config fields, weight tables and defaults of one or two families.
+"""Weight families: each module contains the config fields, weight tables and defaults of one or more families.
 
 Each module defines the tuple `FAMILIES`, which contains `Family` objects. The function `families` finds all modules in
 this folder.

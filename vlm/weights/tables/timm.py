@@ -4,7 +4,7 @@ The encoders may have a class token, registers, layer scale, attention pooling o
 
 timm's config.json contains the name of an architecture, and the sizes of the architecture are in timm's code. The
 shapes of the tensors determine most sizes. An import checks all other values against config.json or against the
-architecture's name. If neither config.json nor the name contains the value, the import reports the value as unchecked.
+architecture's name. If neither config.json nor the name contains a value, the import reports this value as unchecked.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def mlp_ratio(config: ModelConfig) -> float:
 
 
 def has_either_bias_or_norm(config: ModelConfig) -> bool:
-    """Return True if the stem either has a bias or is followed by a norm, as in every encoder of timm."""
+    """Return True if the stem has a bias or is followed by a norm, but not both, as in every encoder of timm."""
     return bool(value_at("vision.stem.bias")(config)) != config.vision.pre_norm
 
 

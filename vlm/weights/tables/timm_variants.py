@@ -4,10 +4,10 @@
   in `vit_relpos_*`, each block has its own positions. If the name contains `rpn`, the norms come after attention and
   MLP instead of before (Liu et al., 2022).
 - `timm_parallel`: attention and MLP in parallel (Dehghani et al., 2023). One matrix computes the inputs of both layers.
-- `timm_branches`: two attention layers and then two MLPs in parallel (`18x2` in the name, Touvron et al., 2022). Two
-  parallel attention layers equal one layer with twice as many heads, and two parallel MLPs equal one MLP of twice the
-  width. Each parallel layer has its own norm and layer scale, so an import multiplies the norm and the layer scale into
-  the weights of the layer.
+- `timm_branches`: two parallel attention layers, followed by two parallel MLPs (`18x2` in the name, Touvron et al.,
+  2022). Two parallel attention layers equal one layer with twice as many heads, and two parallel MLPs equal one MLP of
+  twice the width. Each parallel layer has its own norm and layer scale, so an import multiplies the norm and the layer
+  scale into the weights of the layer.
 """
 
 from __future__ import annotations
