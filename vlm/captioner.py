@@ -63,8 +63,8 @@ class CaptionResult:
         caption: generated caption, or None if there is an error.
         error: error message, or None if there is a caption. For a picture that cannot be used, the message has the form
             `<reason>: <detail>`.
-        sha256: SHA-256 of the picture file's bytes, in hex. None for a Pillow image, an array or a file that cannot be
-            read.
+        sha256: SHA-256 of the picture file's bytes, in hex. None for a Pillow image, an array, or a file that cannot be
+            read or is too large.
         num_tokens: number of generated tokens, including the end token; 0 if there is an error.
         mean_logprob: mean log-probability of the generated tokens, in nats, or None if there is an error.
     """

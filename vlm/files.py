@@ -20,7 +20,7 @@ TRAINING_STEP = "training.json"
 """In a training checkpoint, name of the file with the number of the next training step."""
 
 MANIFEST = "files.json"
-"""In a checkpoint, name of the file with the size in bytes and the SHA-256 of each other file."""
+"""In a training checkpoint, name of the file with the size in bytes and the SHA-256 of each other file."""
 
 
 @contextmanager

@@ -7,10 +7,9 @@ This module changes no global setting of Pillow, so Pillow also rejects pictures
 Decoders get the file without its metadata (`vlm.picture.metadata`), so a text, colour profile or EXIF entry that is
 damaged or huge cannot make a picture unusable. A file without an end marker is accepted if the file has all pixels.
 
-A decoded picture looks the same as in an image viewer. The picture is rotated according to its EXIF orientation,
-transparent pixels are composed over white, and an animation is represented by its first frame. Samples of 16 bits are
-scaled to 8 bits, and palette and CMYK colours are converted to RGB (`vlm.picture.colours`). Colour profiles are
-ignored.
+A decoded picture is rotated according to its EXIF orientation, transparent pixels are composed over white, and an
+animation is represented by its first frame. Samples of 16 bits are scaled to 8 bits, and palette and CMYK colours are
+converted to RGB (`vlm.picture.colours`). Colour profiles are ignored.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud
 """Pattern of all control characters except line feed and tab, and of other characters that a terminal must not receive.
 
 The other characters are the separators of lines and paragraphs, the characters that control the text direction, and
-the surrogates, which UTF-8 cannot encode. In Python, a surrogate stands for a byte of a file name that is not UTF-8.
+the surrogates, which UTF-8 cannot encode. Python uses surrogates for the bytes of a file name that are not UTF-8.
 """
 
 

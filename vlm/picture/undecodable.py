@@ -34,7 +34,8 @@ def describe_undecodable(format_name: str, data: bytes) -> str | None:
 
     Returns:
         The description, for example "JPEG with 12 bits per sample". None if the headers are damaged, if a TIFF file is
-        incomplete, or if the headers of a JPEG file describe an ordinary JPEG. Also None for any other format.
+        incomplete, or if the headers of a JPEG file describe pixels that Pillow can decode. Also None for any other
+        format.
     """
     describe = {"JPEG": _describe_jpeg, "TIFF": _describe_tiff}.get(format_name)
     return describe(data) if describe else None

@@ -1,7 +1,7 @@
 """Protocol of the tokenizers, the special token ids, and the id that marks an image slot.
 
-Special tokens have ids but no text form, so no caption can produce an end token. An image slot is not a token. The id
-of an image slot is SLOT (-1), and no vocabulary contains this id.
+No text is encoded to a start, end or padding token, so a caption cannot contain an end token. An image slot is not a
+token. The id of an image slot is SLOT (-1), and no vocabulary contains this id.
 """
 
 from __future__ import annotations

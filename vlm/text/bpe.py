@@ -29,7 +29,9 @@ class BpeTokenizer:
 
     @classmethod
     def learn(cls, texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
-        """Learn BPE merges from `texts` until the vocabulary has `vocab_size` ids, including special tokens."""
+        """Learn BPE merges from `texts` until the vocabulary has `vocab_size` ids (with special tokens) or no merge is
+        left.
+        """
         backend = Backend(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()

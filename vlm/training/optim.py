@@ -65,9 +65,9 @@ def parameter_groups(
 ) -> list[dict[str, object]]:
     """Group the trainable parameters by learning rate and weight decay.
 
-    Matrices and other tensors with at least two dimensions have weight decay. The exceptions are biases, embedding
-    tables, position embeddings, rotary frequencies and the class token, which have no weight decay. Vectors, such as
-    the weights of norms, have no weight decay.
+    Matrices and other tensors with at least two dimensions have weight decay. Vectors, such as the weights of norms,
+    have no weight decay. Also without weight decay are all biases, embedding tables, position embeddings, rotary
+    frequencies and the class token.
 
     Args:
         model: model whose trainable parameters are grouped.

@@ -13,6 +13,7 @@ files.py          functions that read and write safetensors files and shards, an
 key_rules.py      rules for the keys of the JSON files next to config.json
 picture_keys.py   preprocessing of pictures in processor_config.json and preprocessor_config.json
 generation_keys.py  generation settings in generation_config.json
+tensor_sizes.py   comparison of sizes in config.json with the shapes of the tensors
 special_tokens.py comparison of start and end tokens in the files of a folder with the tokenizer
 load.py           import of another library's folder into a model
 published_model.py  whole published models, whose config is derived from the files of the folder

@@ -253,7 +253,7 @@ def _check_pictures(
 
 
 def _check_generation(folder: Path) -> tuple[FileReport, ...]:
-    """Check that all keys of generation_config.json are known, and return a report if the folder has the file."""
+    """Check that all keys of generation_config.json are known, and return a report if the file sets a key."""
     report, problems = account_generation(folder)
     if problems:
         raise CheckpointError(

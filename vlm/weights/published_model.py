@@ -1,8 +1,8 @@
 """Loading of a whole published model, with a config that is derived from the files of the model's folder.
 
 `import_weights` compares a folder with a config that a person has written. This module uses the config fields of the
-family to derive a new config. The import then compares the folder with the derived config, so that a value that cannot
-be derived is an error.
+family to derive a new config. A value that cannot be derived gets our default value. The import then compares the
+folder with the derived config, and fails if a value differs.
 """
 
 from __future__ import annotations

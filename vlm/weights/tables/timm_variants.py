@@ -1,8 +1,8 @@
 """Vision transformers of timm whose blocks differ from the usual block.
 
-- `timm_relative`: relative positions instead of position vectors. In `vit_srelpos_*`, all blocks share the positions;
-  in `vit_relpos_*`, each block has its own positions. If the name contains `rpn`, the norms come after attention and
-  MLP instead of before (Liu et al., 2022).
+- `timm_relative`: relative positions instead of position vectors, if the name contains `relpos`. In `vit_srelpos_*`,
+  all blocks share the positions; in `vit_relpos_*`, each block has its own positions. If the name contains `rpn`, the
+  norms come after attention and MLP instead of before (Liu et al., 2022).
 - `timm_parallel`: attention and MLP in parallel (Dehghani et al., 2023). One matrix computes the inputs of both layers.
 - `timm_branches`: two parallel attention layers, followed by two parallel MLPs (`18x2` in the name, Touvron et al.,
   2022). Two parallel attention layers equal one layer with twice as many heads, and two parallel MLPs equal one MLP of
