@@ -1,4 +1,4 @@
-"""Decoding and resizing of pictures. Shard writing, training and captioning all use this module.
+"""Decoding and resizing of pictures. Ingest, shard writing and captioning all use this module.
 
 The bytes of a picture are untrusted. The header (format, number of pixels, sides) is checked before any pixel is
 decoded, and only the decoders of FORMATS run. Every defect becomes an ImageError whose reason is one of IMAGE_REASONS.

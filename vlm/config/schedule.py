@@ -1,4 +1,8 @@
-"""Learning rate schedules, selected by `kind`. A schedule defines the learning rate after the warm-up."""
+"""Learning rate schedules, selected by `kind`. A schedule defines the learning rate after the warm-up.
+
+In a run with stages, each stage has its own warm-up and schedule. In this module, "training" and "last step" then mean
+the training of one stage and the last step of the stage.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +51,8 @@ class StableScheduleConfig(Config):
     in advance.
 
     Attributes:
-        decay: length of the decay at the end of the training, as a fraction of the steps after the warm-up.
+        decay: length of the decay at the end of the training, as a fraction of the steps after the warm-up. In a run
+            with stages, each stage has its own decay.
         floor: learning rate at the last step, as a fraction of the peak.
     """
 

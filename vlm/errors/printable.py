@@ -80,10 +80,10 @@ def hide_secrets(text: str) -> str:
     """Hide the secrets in a text that people will read.
 
     Remove the user information of every URI, and each query string that contains `=`. Without a URI scheme, write `***`
-    in place of `user:password` before an `@`. Also write `***` in place of the credentials in an Authorization header,
-    of the values of environment variables that hold secrets (`SECRET_NAME`), and of the user information of URIs in
-    environment variables. Secrets of environment variables are also found if a server has encoded them for a URL, a
-    form, HTML or JSON, or as base64 or hexadecimal text.
+    in place of `user:password` before an `@`. Also write `***` in place of the credentials in an Authorization header
+    (Basic or Bearer, with at least 16 characters), of the values of environment variables that hold secrets
+    (`SECRET_NAME`), and of the user information of URIs in environment variables. Secrets of environment variables are
+    also found if a server has encoded them for a URL, a form, HTML or JSON, or as base64 or hexadecimal text.
     """
     known = _pattern(tuple(os.environ.items()))
     if known is not None:

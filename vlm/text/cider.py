@@ -1,8 +1,8 @@
 """CIDEr-D of single captions (Vedantam et al., 2015), with document frequencies that are counted once and stored.
 
-A document is a picture with its reference captions. An n-gram that occurs in fewer documents has a larger weight. In
-evaluation, the documents are the pictures of the evaluated split. In training with CIDEr-D as the reward, the documents
-are the pictures of the training split.
+A document is the set of reference captions of one picture for one prompt. An n-gram that occurs in fewer documents has
+a larger weight. In training with CIDEr-D as the reward, the documents are from the training split. In evaluation, the
+library pycocoevalcap computes CIDEr-D, and the documents are from the evaluated split.
 
 A list whose name ends with the letter N has one entry per order of n-grams.
 """
@@ -31,8 +31,8 @@ Gram = tuple[str, ...]
 
 
 class Cider:
-    """CIDEr-D for a fixed set of documents. If the scored pictures are the documents, pycocoevalcap computes the same
-    scores.
+    """CIDEr-D for a fixed set of documents. If the references of the scored captions are these documents, pycocoevalcap
+    computes the same scores.
 
     Args:
         documents: number of documents in which the n-grams were counted.

@@ -11,7 +11,7 @@ TOKENISATION = "UAX 29 (ASCII punctuation separates)"
 a text differently.
 """
 CHUNK = regex.compile(r"[[\w[^\x00-\x7f]]--\s]+(?:'[[\w[^\x00-\x7f]]--\s]+)?", regex.V1)
-"""Pattern of a run of characters that are neither white space nor ASCII punctuation other than `_`, with at most one
+"""Pattern of a run of letters, digits, `_` and characters that are not ASCII, without white space and with at most one
 apostrophe inside."""
 BOUNDARY = regex.compile(r"\b", regex.V1 | regex.WORD)
 GRAPHEME = regex.compile(r"\X")

@@ -149,9 +149,9 @@ def schedule(config: ScheduleConfig, step: int, *, steps: int, warmup_steps: int
 
     Args:
         config: config section that says which schedule to use, with the parameters of the schedule.
-        step: number of the step, 0 <= step < steps.
-        steps: total number of steps; the rate of the last step is `floor`, except in a constant schedule, or if fewer
-            than two steps follow the warm-up.
+        step: number of the step in its stage, 0 <= step < steps.
+        steps: number of steps of the stage, or of a run without stages. The rate of the last step is `floor`, except in
+            a constant schedule, or if fewer than two steps follow the warm-up.
         warmup_steps: number of warm-up steps; the last warm-up step and the step after the warm-up have the peak rate.
     """
     if step < warmup_steps:

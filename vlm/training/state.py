@@ -35,7 +35,7 @@ class TrainingSnapshot:
     Attributes:
         weights: weights of the whole model or of its adapter, as a dict from name to tensor.
         state: tensors of the optimizer state; each name has the form `<parameter>:<key>`, such as
-            `head.weight:exp_avg`.
+            `decoder.norm.weight:exp_avg`.
         step: number of completed steps, which is also the number of the next step.
     """
 
