@@ -64,7 +64,7 @@ class CaptionResult:
         error: error message, or None if there is a caption. For a picture that cannot be used, the message has the form
             `<reason>: <detail>`.
         sha256: SHA-256 of the picture file's bytes, in hex. None for a Pillow image, an array, or a file that cannot be
-            read or is too large.
+            read or has more than `max_bytes` bytes.
         num_tokens: number of generated tokens, including the end token; 0 if there is an error.
         mean_logprob: mean log-probability of the generated tokens, in nats, or None if there is an error.
     """

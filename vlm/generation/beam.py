@@ -8,8 +8,8 @@ return the same tokens:
 - The normalized score of a candidate is its log-probability divided by length ** length_penalty. The search compares
   logarithms of normalized scores, because length ** length_penalty can be too large for a floating-point number.
 - The search of a request ends when two conditions hold: the search has `num_beams` finished candidates, and none of
-  these candidates has a lower normalized score than the best unfinished beam. The search also ends when no candidate is
-  unfinished, for example after `max_new_tokens` tokens.
+  these candidates has a lower normalized score than the best unfinished beam. The search also ends when all candidates
+  are finished, for example because they have `max_new_tokens` tokens.
 
 Letters in tensor names: active requests (B), beams (K), candidates (C), rows (R = B * K), vocabulary (V), continuations
 of a request (X = K * V).

@@ -27,7 +27,7 @@ class Request:
     """Request for one completion.
 
     Attributes:
-        prefix: token ids of the prompt, with SLOT at the positions of pictures (`vlm.text.prompt`).
+        prefix: token ids before the answer, with SLOT at the positions of pictures (`vlm.text.prompt`).
         pixels: uint8 pictures (H, W, 3) at model resolution, in the order of their slots; empty for a prompt without
             pictures.
         seed: seed of the request; sampling uses different random numbers for requests with different seeds, even if

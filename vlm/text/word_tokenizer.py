@@ -42,9 +42,9 @@ class WordTokenizer:
 
     @classmethod
     def learn(cls, texts: Iterable[str], config: WordsConfig) -> WordTokenizer:
-        """Learn the vocabulary: the most frequent pieces that occur at least `min_count` times.
+        """Learn the vocabulary: the pieces that occur at least `min_count` times, and the piece JOIN.
 
-        The tokenizer has at most `vocab_size` tokens. The piece JOIN is always in the vocabulary.
+        If the tokenizer would have more than `vocab_size` tokens, the rarest of these pieces are left out.
 
         Raises:
             ConfigError: there are texts, but no word occurs at least `min_count` times.
