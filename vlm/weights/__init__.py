@@ -1,7 +1,7 @@
 """Import of weights published by other libraries, and export to their formats.
 
-Only this package contains names of model families and tensor names of other libraries. Start reading in
-`tables/gpt2.py`, which describes GPT-2; continue with `rules.py` and `load.py`.
+In `vlm`, only this package's code contains names of model families and tensor names of other libraries. Start reading
+in `tables/gpt2.py`, which describes GPT-2; continue with `rules.py` and `load.py`.
 
 rules.py          rules for conversions between another library's tensors and our parameters (rename, split, ...)
 accounting.py     list of keys without effect, and a record of the keys of config.json that were read
