@@ -1,5 +1,5 @@
-"""`lakesight ask`: caption pictures or answer a question, and print each token when it is generated. The command
-needs no Spark.
+"""`lakesight ask`: caption pictures or answer a question, and print the answer while the model generates it. With beam
+search, the answer is printed at the end. The command needs no Spark.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class AskReport(Config):
         precision: number format of the model's weights, for example bf16.
         caption: the model's answer.
         num_tokens: number of tokens in the answer.
-        regions: regions (boxes) in the answer; empty if the command got no picture or several pictures.
+        regions: regions (boxes) in the answer; always empty if the command got no picture or several pictures.
         drawn: path of the written picture file, which shows the regions; null if no file was written.
         attention: path of the written picture file, which shows the attention of each word; null if no file was
             written.
@@ -179,7 +179,7 @@ def _require_drawings(report: AskReport, *, draw: Path | None, attention: Path |
     """Check that each requested drawing was made.
 
     Raises:
-        StageFailed: option --draw is set but the answer has no box, or --attention is set but the answer has no word.
+        StageFailed: --draw was given but the answer has no box, or --attention was given but the answer has no word.
     """
     if draw and not report.drawn:
         raise StageFailed(
@@ -298,7 +298,8 @@ def load_checkpoint(folder: Path, precision: Precision) -> Captioner:
     """Load the model of a folder, on a GPU if there is one.
 
     Raises:
-        UserError: the folder contains no model, or the precision needs a library that is not installed.
+        UserError: the folder contains no model, the model's files are damaged, or the precision needs a library that is
+            not installed.
     """
     with garbage_collection_paused():
         importlib.import_module("vlm.captioner")
@@ -323,10 +324,11 @@ def garbage_collection_paused() -> Iterator[None]:
 
 
 def stream_answer(job: Job, captioner: Captioner, request: Request, settings: GenerationConfig) -> Completion:
-    """Generate an answer, print the answer token by token, and return the answer.
+    """Generate an answer, print each new part of its text, and return the answer.
 
     Raises:
-        UserError: the pictures, prompt and answer do not fit into the model's context.
+        UserError: the pictures, the prompt and `max_new_tokens` do not fit into the model's context, or the model
+            computes NaN or infinite values.
     """
     from vlm.generation.generate import Completion, stream
 

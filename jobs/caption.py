@@ -1,4 +1,4 @@
-"""`lakesight caption`: caption those rows of a Delta table that a model version has not captioned yet."""
+"""`lakesight caption`: caption the rows of a Delta table whose pictures a model version has not captioned yet."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def caption(
     """Caption new and changed pictures of a table.
 
     Pictures that the model version has already captioned are skipped, so a killed job can be run again. The command
-    compares statistics of the captions with the version's evaluation, and logs a warning if a difference (drift)
-    exceeds the limits in the run's drift section.
+    compares statistics of the captions and pictures with the version's evaluation. If a difference (drift) exceeds a
+    limit in the run's drift section, the command logs a warning, or fails if drift.fail is set.
 
     \b
     Examples:
@@ -179,7 +179,8 @@ class TooMuchDrift(FailedWithReport):
 
 
 def check_drift(job: Job, report: CaptionReport, model: ModelFiles, request: CaptionRequest) -> CaptionReport:
-    """Compare a job with the version's evaluation. Add the drift to the report, or the reason for no comparison.
+    """Compare a job with the version's evaluation, and add the drift to the report. If nothing can be compared, add the
+    reason instead.
 
     If drift fails jobs, the rows of a job with drift are remembered until another job has captioned enough rows to be
     compared. Until then, jobs with fewer rows fail because of the remembered rows.

@@ -84,8 +84,8 @@ def refuse_options(given: Mapping[str, object], reason: str) -> None:
     """Refuse options that a command would ignore.
 
     Args:
-        given: dict from the name of each option to its value; None, False and an empty value mean that the option was
-            not given.
+        given: dict from the name of each option to its value; None, False, an empty list and an empty tuple mean that
+            the option was not given.
         reason: why the options have no effect.
 
     Raises:
@@ -97,7 +97,7 @@ def refuse_options(given: Mapping[str, object], reason: str) -> None:
 
 
 def is_hidden(override: str) -> bool:
-    """Return whether an override is never printed. A setting of Spark may be a secret."""
+    """Return whether an override must not be printed, because it sets Spark settings, which may be secrets."""
     return override.strip().startswith("platform.spark.conf")
 
 
@@ -123,7 +123,7 @@ class Job:
 
     @property
     def source(self) -> str:
-        """Name of the data config. Rows of table `samples` have this name in column `source`."""
+        """Name of the data config. The rows that this run ingests have this name in column `source` of their table."""
         return self.config.chosen.data
 
     @property
@@ -152,10 +152,10 @@ class Job:
         return shlex.join(words)
 
     def add_run(self, text: str) -> str:
-        """Add the run to each command in an error message, such as "run `lakesight ingest` first".
+        """Add this run and its overrides to the commands in an error message, such as "run `lakesight ingest` first".
 
         People copy commands from error messages, but the functions that raise errors do not know the options of the
-        running command.
+        running command. A command in WITHOUT_RUN and a command that already has the option --run stay as they are.
         """
 
         def complete(found: re.Match[str]) -> str:
@@ -176,7 +176,7 @@ class Job:
         self.output.next(self.command(next_command))
 
     def stop(self) -> None:
-        """Stop the Spark session if this command started the session. A Databricks session keeps running."""
+        """Stop the Spark session if this command has opened one on a laptop. A Databricks session keeps running."""
         if self._has_local_spark():
             stop_session(self.spark)
 
@@ -211,16 +211,16 @@ def open_job(
     needs_space: bool = True,
     uses_version: bool = False,
 ) -> Iterator[Job]:
-    """Resolve a run config and open its platform. If the block starts a Spark session, the session ends with the block.
+    """Resolve a run config and open its platform. If the block opens a Spark session on a laptop, the session ends with
+    the block.
 
     Args:
         run: name of the run.
         platform: name of the platform.
         overrides: overrides `key=value` of settings.
         as_json: whether the command prints its report as JSON.
-        needs_space: whether the block writes more than a few kilobytes. Otherwise the block also runs on a full disk:
-            people then need the commands that remove files, show the state or roll back.
-        uses_version: whether the command decodes with a trained model (`Job.uses_version`).
+        needs_space: whether the block writes more than a few kilobytes. If False, the block also runs on a full disk:
+            with a full disk, people need the commands that remove files, show the state or roll back.
 
     Raises:
         UserError: the config is invalid, the platform cannot be opened, a newer release of Lakesight wrote the home

@@ -22,8 +22,9 @@ class ModelSize(Config):
         encoder: number of parameters of the encoder.
         decoder: number of parameters of the decoder.
         image_size: height and width of the input picture, in pixels.
-        image_slots: number of sequence positions for one picture.
-        flops: FLOPs of a forward pass with one picture and a text of maximum length (see `vlm.config.size`).
+        image_slots: number of sequence positions for one picture; 0 for a text-only model.
+        flops: FLOPs of a forward pass with one picture (none for a text-only model) and a text of
+            `generation.max_new_tokens` tokens (see `vlm.config.size`).
     """
 
     name: str
@@ -89,7 +90,7 @@ def _print_models(output: CommandOutput) -> None:
 
 
 def _short(count: int) -> str:
-    """Format a number of parameters with three significant digits, such as `1.02 M`."""
+    """Format a number of parameters with at most three significant digits, such as `1.02 M`."""
     size, unit = next(
         (size, unit) for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")) if count >= size or unit == "K"
     )

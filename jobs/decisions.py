@@ -1,6 +1,6 @@
 """`lakesight decisions`: list promotions, refusals and rollbacks of a model, with user, time and reasons.
 
-The commands `promote` and `rollback` record their decisions with `record`.
+The commands `promote` and `rollback` record decisions with the function `record`.
 """
 
 from __future__ import annotations

@@ -70,11 +70,12 @@ def doctor(
     """Check this machine or workspace and print fixes.
 
     On a laptop, the command checks Java, Python packages, Delta's jars, Spark's task slots, GPU, memory, disk space and
-    the home folder. Then the command starts Spark, and merges a row into a temporary Delta table.
+    the home folder. If no check fails, the command then starts Spark, and merges a row into a temporary Delta table.
 
     In a workspace, the command checks the runtime, packages, Volume, tables, experiment, model registry and package
     index. The command creates the tables, the experiment and the registered model if they do not exist. With
-    --source-path and --table, the command also opens the input of a later ingest or caption.
+    --source-path, the command also checks that a later ingest can read its input. With --table, the command checks this
+    for a later caption.
 
     \b
     Examples:
@@ -154,7 +155,7 @@ def check_spark(platform: Platform) -> DoctorCheck:
 
 
 def check_python() -> DoctorCheck:
-    """Report the Python version. The check always passes, because pip refuses older versions."""
+    """Report the Python version. The check always passes, because pip does not install Lakesight for older versions."""
     return DoctorCheck(name="python", status="ok", found=f"{sys.version.split()[0]} at {sys.executable}")
 
 
@@ -215,7 +216,9 @@ def check_delta_jar() -> DoctorCheck:
 
 
 def check_task_slots(platform: LocalPlatformConfig) -> DoctorCheck:
-    """Compare the number of training ranks with the machine's cores and the task slots of the Spark master."""
+    """Compare the number of training ranks with the machine's cores, and with the task slots of a master
+    `local-cluster[...]`.
+    """
     cores, ranks, master = os.cpu_count() or 1, platform.ranks, platform.spark.master
     if master.startswith("local-cluster"):
         executors, cores_each, _ = master.partition("[")[2].rstrip("]").split(",")

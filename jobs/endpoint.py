@@ -139,7 +139,7 @@ def run_endpoint(
 
 
 def print_served_version(job: Job, champion: str) -> None:
-    """If the endpoint of the model serves another version than the new champion, print how to change the endpoint.
+    """If the endpoint with the default name serves another version than the new champion, print how to change this.
 
     A failed request is only logged, because the champion has already changed.
     """
@@ -161,7 +161,9 @@ def print_served_version(job: Job, champion: str) -> None:
 
 
 def _choose_name(job: Job, name: str | None) -> str:
-    """Return the name of the endpoint of a model. A name that is too long for Databricks ends with a hash instead."""
+    """Return the name of an endpoint, which is `name`, or by default a name that is made from the model's name. If the
+    made name is too long for Databricks, a hash replaces its end.
+    """
     chosen = name or re.sub(r"[^A-Za-z0-9_-]", "-", job.model_name)
     if name is None and len(chosen) > MAX_NAME_CHARS:
         key = short_hash(chosen)

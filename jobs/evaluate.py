@@ -117,10 +117,11 @@ def _refuse_columns(by: list[str] | None) -> None:
 
 def choose_version(job: Job, version: str, checkpoint: int | None, job_run: str | None) -> str:
     """Return the version that the options of a command choose: `version`, or the version that `train` has recorded for
-    a job run, or a version made from the checkpoint at step `checkpoint` of the same training run.
+    a job run. If `checkpoint` is a step, return a version of the checkpoint at this step of the same training run.
 
     Raises:
-        UserError: the options choose two versions, or a chosen version or checkpoint does not exist.
+        UserError: the options choose two versions, no version was recorded for the job run, or the checkpoint or the
+            version of its training run does not exist.
     """
     if job_run is not None:
         version = read_trained_version(job, job_run, version)
@@ -129,6 +130,8 @@ def choose_version(job: Job, version: str, checkpoint: int | None, job_run: str 
 
 def open_model(job: Job, which: str) -> ModelFiles:
     """Find a version of the run's model in the registry, and download the version's files unless there is a copy.
+
+    Before this, register the finished training runs that have no model version yet (`register_finished_runs`).
 
     Raises:
         UserError: the model has no version `which`. The error lists the existing versions.
@@ -186,7 +189,7 @@ def open_object_words(config: RunConfig) -> ObjectWords | None:
 def evaluate_version(
     job: Job, model: ModelFiles, shards: Shards, columns: tuple[str, ...] | None = None, *, with_java: bool = False
 ) -> EvaluationReport:
-    """Evaluate a version and store the metrics in MLflow and in the version's tags, or reuse an evaluation.
+    """Evaluate a version or reuse an evaluation, and store the metrics in MLflow and in the version's tags.
 
     If the generation settings differ from the version's own settings, the metrics are written neither to MLflow nor to
     the version's tags.

@@ -1,7 +1,7 @@
 """Generation settings of a model (`model.generation`) on the command line.
 
-The commands that caption pictures have one option for each generation setting. The commands that caption nothing refuse
-these settings.
+The commands `ask`, `caption`, `evaluate` and `serve` have one option for each generation setting. Commands that are not
+in GENERATION_COMMANDS refuse overrides of these settings.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def is_generation(override: str) -> bool:
 
 
 def without_generation_settings(name: str, command: Callable[..., None]) -> Callable[..., None]:
-    """Make a command refuse generation settings with a UserError, because the command would ignore these settings."""
+    """Make a command refuse overrides of generation settings with a UserError, because it would ignore them."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:

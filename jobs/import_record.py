@@ -29,7 +29,8 @@ class ImportRequest(Config):
     Attributes:
         model: config of the model.
         sources: for each imported part (such as `encoder`), a dict from the name of a file in the part's folder to the
-            file's SHA-256. The key TOKENIZER has the file in `model.text.path`, if the file is in none of the folders.
+            file's SHA-256. The key TOKENIZER has such a dict for the file `model.text.path`, if the file is in none of
+            the folders.
         seed: random seed for initialising the weights that no folder contains.
     """
 
@@ -62,7 +63,7 @@ class ImportRecord(Config):
 
 
 def describe_import(config: ModelConfig, folders: Mapping[Part, Path], seed: int) -> ImportRequest:
-    """Hash the files of all folders and the tokenizer file, and return the request for an import.
+    """Hash the files of the folders that an import reads, and the tokenizer file, and return the request for an import.
 
     Raises:
         UserError: a file cannot be read.

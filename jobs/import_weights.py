@@ -162,11 +162,13 @@ def _write_checkpoint(
 
 
 def _build_tokenizer(config: ModelConfig, folders: dict[Part, Path]) -> Tokenizer:
-    """Build the model's tokenizer, by default from the `tokenizer.json` next to the decoder's weights.
+    """Build the model's tokenizer.
+
+    A tokenizer of kind `json` is read from `model.text.path`, by default from the `tokenizer.json` next to the weights
+    of the decoder or of the whole model.
 
     Raises:
-        UserError: the model's tokenizer would have to be learned from training texts, and an import has no training
-            texts.
+        UserError: the model's tokenizer must be learned from training texts, and an import has no training texts.
     """
     from vlm import text
     from vlm.weights.special_tokens import read_tokenizer

@@ -1,4 +1,4 @@
-"""`lakesight ingest`: add pictures and texts to table `samples` and bad rows to `quarantine`, and write a report."""
+"""`lakesight ingest`: add rows to table `samples` or `texts` and bad rows to `quarantine`, and write a report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SHOWN_FILES = 5
-"""Maximum number of unread files whose names the command prints for each reason."""
+"""Maximum number of file names that the command prints: of unread files for each reason, and of files that could not be
+read completely."""
 
 
 def ingest(
@@ -58,7 +59,10 @@ def ingest(
 def run_ingest(job: Job, *, refresh: bool = False) -> FullReport:
     """Run the ingest stage: read the run's source, write the tables and the report page, and print the counts.
 
+    If the source has nothing new, print the counts only.
+
     Raises:
+        UserError: the source does not exist or does not fit the data config.
         TooManyRefused: too many rows were refused. The tables and the report page are written before the exception is
             raised.
     """
@@ -90,7 +94,7 @@ def run_ingest(job: Job, *, refresh: bool = False) -> FullReport:
 
 
 def log_to_mlflow(job: Job, report: FullReport, *, good: bool) -> None:
-    """Log an ingest report to MLflow if the ingest changed a table; warn if the tracking server does not answer.
+    """Log an ingest report to MLflow if the ingest changed a table. If the tracking server fails, only log a warning.
 
     The tables are written before this call, so an outage of MLflow does not fail the ingest.
     """
@@ -118,7 +122,7 @@ def log_to_mlflow(job: Job, report: FullReport, *, good: bool) -> None:
 
 
 def _name_passed_over(report: FullReport) -> str:
-    """Return a text that lists the first unread files for each reason."""
+    """Return a text that lists, for each reason, the first files that were not read, and the number of the others."""
     parts = []
     for reason, count in report.passed_over_count.items():
         names = report.passed_over.get(reason, [])[:SHOWN_FILES]

@@ -25,9 +25,9 @@ COLUMNS = ("id_column", "image_column")
 
 
 def log_captions(job: Job, report: CaptionReport, request: CaptionRequest, started: datetime, *, good: bool) -> None:
-    """Log a caption report to MLflow if any row was captioned; warn if the tracking server does not answer.
+    """Log a caption report to MLflow if the job captioned a row or found an error in a row.
 
-    The captions have already been written, so the job does not fail if MLflow is down.
+    The captions have already been written, so a failure of the tracking server only causes a warning.
 
     Args:
         job: running command.
@@ -98,7 +98,7 @@ def _describe(job: Job, report: CaptionReport, request: CaptionRequest) -> str:
 
 
 def _command(job: Job, report: CaptionReport, request: CaptionRequest) -> str:
-    """Return the command line that captions the same rows with the same model version and the same settings.
+    """Return the command line that selects the same rows, and uses the same model version and the same settings.
 
     Options with their default values are left out, except the table, its columns and the version.
     """
@@ -123,9 +123,9 @@ def _command(job: Job, report: CaptionReport, request: CaptionRequest) -> str:
 def _write_gallery(job: Job, report: CaptionReport, request: CaptionRequest, started: datetime) -> list[Path]:
     """Write a page of the job's least certain captions with their pictures, if the platform's tables are files.
 
-    The page shows the captions that were written since the start of the job, of the job's columns of the table and with
-    the job's model and settings. Another job that captions other rows of the same columns at the same time also writes
-    such captions.
+    The page shows captions that were written since the start of the job for the same table and columns, by the same
+    model with the same settings. If another job captions other rows of these columns at the same time, its captions may
+    be on the page too. The result is the path of the page, or an empty list if there is no page.
     """
     from pipelines.formats.delta_files import is_supported, quoted_text
 

@@ -1,4 +1,4 @@
-"""Log an evaluation to MLflow: the main metrics, tables of all metrics and of rows, HTML pages, and descriptions."""
+"""Log an evaluation to MLflow: the main metrics, tables of all metrics and of rows, an HTML page, and descriptions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOGGED_METRICS = (
 )
 """Metrics that become MLflow metrics and tags of the model version. Unity Catalog limits the number of tags.
 
-The MLflow table `figures` contains all metrics."""
+All metrics are in the logged table `figures-HASH.json`."""
 LOGGED_ROWS = 1000
 """Maximum number of evaluated rows that are logged to MLflow as a table."""
 
@@ -31,9 +31,10 @@ LOGGED_ROWS = 1000
 def record_evaluation(job: Job, report: EvaluationReport, shards: Shards) -> None:
     """Log an evaluation to MLflow and write its main metrics into the tags of the version, unless this is done already.
 
-    An evaluation that the tags name without its training step was logged by an earlier release, at step 0. This
-    evaluation is logged again, because the run would otherwise show the metrics of an earlier checkpoint. The tags do
-    not change if the command evaluates other rows than those of the run (`data.shards.where`).
+    Earlier releases logged evaluations at step 0, and wrote no training step into the tags. An evaluation without this
+    tag is logged again: otherwise, MLflow would show the metrics of an earlier checkpoint that were logged at a larger
+    step. If the command evaluates other rows than those of the run (`data.shards.where`), the evaluation is always
+    logged, and the tags do not change.
     """
     from pipelines.tracking.registry import EVALUATION_STEP_TAG, resolve, tag, training_step
 
@@ -55,10 +56,11 @@ def log_evaluation(job: Job, report: EvaluationReport, shards: Shards) -> None:
     """Log an evaluation to the MLflow run of the training, and update the descriptions of the run and of the version.
 
     The name of a metric begins with the name of the data split, as in `test_cider`. The step of a metric is the
-    training step of the version's checkpoint, so the run's metrics are those of the last evaluated checkpoint. A
-    version with other generation settings than the run sets no metrics of the run. Each version has its own folder of
-    files. If the command evaluates other rows than those of the run (`data.shards.where`), only the files are logged,
-    in a subfolder of the version's folder.
+    training step of the version's checkpoint. MLflow shows the value of the largest step, so the run shows the metrics
+    of the checkpoint with the largest step. For a version with other generation settings than its checkpoint, no
+    metrics are logged. Each version has its own folder of files and tables. If the command evaluates other rows than
+    those of the run (`data.shards.where`), neither metrics nor descriptions are logged, and the files and tables are in
+    a subfolder of the version's folder.
     """
     from pipelines.tracking.describe.datasets import shard_input
     from pipelines.tracking.describe.figures import draw_lengths
@@ -104,7 +106,7 @@ def _is_part(job: Job, version: ModelVersion) -> bool:
 
 
 def describe(job: Job, report: EvaluationReport) -> str:
-    """Describe an evaluation in Markdown: the verdict, the main metrics of model and baselines, links and commands."""
+    """Describe an evaluation in Markdown: the verdict, main metrics of model and baselines, link and command."""
     from pipelines.tracking.describe.notes import code_block, table, version_link
 
     rows = [

@@ -23,9 +23,7 @@ def maintain(
     ] = None,
     keep: Annotated[
         int | None,
-        typer.Option(
-            "--keep", help="List all folders of runs, shards and reports except the N newest of each kind.", metavar="N"
-        ),
+        typer.Option("--keep", help="List old folders, but not the N newest folders of each kind.", metavar="N"),
     ] = None,
     remove: Annotated[bool, typer.Option("--remove", help="Remove the folders that --keep lists.")] = False,
     run: RunOption = "demo",

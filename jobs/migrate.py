@@ -27,7 +27,8 @@ def migrate(
     """Bring tables and home folder to the format of this release.
 
     Data of earlier releases can be used without a migration. After a migration, releases that do not know the new
-    format refuse the data. Nothing is ingested, trained or captioned again. An undo is possible until rows are written.
+    format refuse the data. Nothing is ingested, trained or captioned again. --undo is possible until a command writes
+    rows, or until VACUUM removes files of the earlier table versions.
 
     \b
     Examples:

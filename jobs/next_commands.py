@@ -1,7 +1,7 @@
 """Commands that a finished command suggests as the next step.
 
-A suggested command names the version and the pictures of the finished command, and works on the platform of the
-finished command. If no command fits, the functions return an empty list.
+A suggested command works on the platform of the finished command, and on the same version or pictures if it needs them.
+The functions that return a list return an empty list if no command fits.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def caption_source(job: Job, version: str | None = None) -> str:
 
 
 def show_captions(job: Job) -> list[str]:
-    """Return the command that shows the newest captions of the run's model. `show` cannot read the tables of a
-    catalog."""
+    """Return the command that shows the newest captions of the run's model, or an empty list if a catalog manages the
+    tables, because `show` cannot read these tables."""
     if job.platform.tables is None:
         return []
     newest = ["--where", f"model_name = '{job.model_name}'", "--order", "captioned_at DESC", "--gallery"]
@@ -56,7 +56,8 @@ def show_captions(job: Job) -> list[str]:
 def after_review(job: Job, verdicts: Collection[str]) -> list[str]:
     """Return the commands for reviewed captions, given all verdicts.
 
-    `show` cannot read the tables of a catalog. Only captions that are good or corrected become training data.
+    The command `show` is left out if a catalog manages the tables, because `show` cannot read these tables. The command
+    `ingest` is left out if no caption is good or corrected, because only such captions become training data.
     """
     options = _platform_options(job)
     commands = []
@@ -75,7 +76,9 @@ def show_quarantine(job: Job) -> str:
 
 
 def caption_table(job: Job, table: str) -> str:
-    """Return the command that captions a table, given its name or path. People must add the names of the columns."""
+    """Return the command that captions a table, given its name or path. For any table except `samples`, the user must
+    replace the word COLUMN by the names of the columns.
+    """
     if table == "samples":
         return caption_source(job)
     words = ["--table", table, "--id-column", "COLUMN", "--image-column", "COLUMN"]
@@ -83,7 +86,7 @@ def caption_table(job: Job, table: str) -> str:
 
 
 def show_runs(job: Job) -> list[str]:
-    """Return the command that serves MLflow. A tracking server serves its own pages."""
+    """Return the command that serves MLflow, or an empty list for a tracking server, which serves its own pages."""
     if not job.platform.tracking_uri.startswith("sqlite"):
         return []
     return [shlex.join(["lakesight", "ui", *_platform_options(job)])]
@@ -92,9 +95,9 @@ def show_runs(job: Job) -> list[str]:
 def after_evaluation(job: Job, report: EvaluationReport) -> list[str]:
     """Return the commands for an evaluated version.
 
-    If the version was measured with other generation settings than its own, the next command captions with these
-    settings. If the gate would certainly refuse the version, the next command trains longer. The champion captions, and
-    any other version is promoted.
+    If the version was measured with other generation settings than its own, or if the version is the champion, the next
+    command is `caption`. If the gate would certainly refuse the version, the next command is that of `train_longer`.
+    In all other cases, the next command is `promote`.
     """
     if report.settings is not None:
         return [caption_source(job, report.model_version)]
@@ -114,7 +117,7 @@ def promote_version(job: Job, version: str) -> str:
 
 
 def is_refused(gate: GateConfig, metrics: Mapping[str, Interval]) -> bool:
-    """Return whether the captions are clearly worse than a baseline of the gate."""
+    """Return whether the whole confidence interval of the gate's metric is below the value of one of its baselines."""
     metric = metrics.get(gate.metric)
     baselines = [metrics[key] for name in gate.baselines if (key := f"{name}_{gate.metric}") in metrics]
     return metric is not None and any(metric.high < baseline.value for baseline in baselines)
@@ -123,8 +126,8 @@ def is_refused(gate: GateConfig, metrics: Mapping[str, Interval]) -> bool:
 def after_comparison(job: Job, report: Comparison) -> list[str]:
     """Return the commands for two compared versions.
 
-    The version that is clearly better is promoted; if no version is clearly better, version `one` is promoted. If this
-    version is the champion already, the next command trains the settings of the other version longer.
+    The next command promotes version `other` if it is clearly better, and otherwise version `one`. If this version is
+    the champion already, the next command repeats the training of the other version with more steps.
     """
     names = (report.one, report.other)
     found = _find_versions(job, *(names[::-1] if report.differences[report.metric].high < 0 else names))
@@ -151,7 +154,7 @@ def _find_versions(job: Job, *numbers: str) -> list[ModelVersion]:
 def train_longer(job: Job, version: ModelVersion) -> list[str]:
     """Return the command that repeats the training of a version with twice the number of steps.
 
-    A run with training stages defines its steps in the stages. For such a run, the command shows the curves.
+    A run with training stages defines its steps in the stages. For such a run, return the result of `show_runs`.
     """
     from pipelines.tracking.describe.names import repeat_command
 

@@ -36,7 +36,8 @@ ROUNDING_ERROR = 1e-9
 
 
 def number(value: float, *, signed: bool = False) -> str:
-    """Format a number as people write it: three significant digits, no exponent, and 0 for rounding errors."""
+    """Format a number for people, such as `0.123` or `12,346`: three significant digits, but all digits before the
+    decimal point, at most nine digits after it, no zeros at the end, no exponent, and 0 for rounding errors."""
     if abs(value) < ROUNDING_ERROR:
         return "0"
     digits = max(0, 2 - math.floor(math.log10(abs(value)))) if math.isfinite(value) else 0
@@ -69,7 +70,8 @@ def format_error(error: LakesightError, width: int, *, colours: bool) -> str:
 
 
 def _wrap(text: str, width: int, indent: str) -> list[str]:
-    """Break a text into lines of at most `width` characters, but break neither words nor commands in backquotes."""
+    """Break a text into lines of at most `width` characters, or 20 if `width` is smaller. Neither words nor commands in
+    backquotes are broken, so a line with a long word may be longer."""
     kept = re.sub(r"`[^`\n]*`", lambda found: found[0].replace(" ", "\0"), text)
     lines = []
     for number, line in enumerate(kept.splitlines() or [""]):
@@ -153,7 +155,7 @@ class CommandOutput:
         print(text, end=end, file=self._stream, flush=True)
 
     def report(self, report: object) -> None:
-        """Print the command's report (a pydantic model, or a dict of pydantic models) as JSON if `as_json` is set."""
+        """Print the command's report (a pydantic model, or a dict of values and models) as JSON if `as_json` is set."""
         if self._as_json:
             text = to_json(report, by_alias=True, inf_nan_mode="null").decode()
             print(escape_controls_in_json(text), file=self._out, flush=True)

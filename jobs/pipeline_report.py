@@ -21,7 +21,8 @@ class StagesReport(Config):
         quarantined: number of rows added to table `quarantine`.
         trained: whether training ran; false if a finished run was reused.
         metrics: metrics of the evaluated split, by name.
-        nothing_new: whether earlier commands had already done all of the work.
+        nothing_new: whether the command ingested no row, trained no step and captioned no picture (with a text-only
+            model: evaluated no text), because earlier commands had done this work.
         seconds: duration of the whole command, in seconds.
     """
 
@@ -48,7 +49,7 @@ class PipelineReport(StagesReport):
         blind_gap: increase of the loss when each text gets a wrong picture, in nats per token; null for a single
             picture.
         captions: number of pictures captioned by this command.
-        captioned_before: number of pictures that this model version had captioned before.
+        captioned_before: number of pictures for which this model version already had a caption or an error.
         errors: number of pictures that could not be captioned.
         gallery: path of the gallery of the evaluation, an HTML page.
     """

@@ -1,4 +1,4 @@
-"""Checks of `lakesight doctor --platform databricks`, which is the first task of each Databricks job.
+"""Checks of `lakesight doctor --platform databricks`, which is the first task of each job of the bundle.
 
 The checks run on a CPU cluster before a GPU cluster starts. The checks do what later tasks do: they write to the
 Volume and the tables, find or create the experiment and the registered model, and open the input of later tasks.
@@ -63,9 +63,10 @@ NO_INPUTS = Inputs()
 
 
 def check_workspace(config: RunConfig, platform: Platform, inputs: Inputs = NO_INPUTS) -> Iterator[DoctorCheck]:
-    """Run all checks of a workspace.
+    """Run the checks of a workspace, and yield the result of each check.
 
-    Serverless compute runs no task that needs torch, so torch may be missing there.
+    If a module is missing, the checks that need the modules are left out. Serverless compute runs no task that needs
+    torch, so torch may be missing there.
 
     Args:
         config: config of the run, whose source is the path in `inputs` if this path is not empty.
@@ -149,7 +150,8 @@ def check_volume(root: Path) -> DoctorCheck:
 def check_tables(platform: Platform) -> DoctorCheck:
     """Find or create the tables, read the history of one table, and write to each table without changing it.
 
-    Whoever did not create a table needs MODIFY on it. A DELETE that matches no row needs MODIFY and makes no version.
+    A user who does not own a table needs the permission MODIFY to write to it. A DELETE that matches no row needs this
+    permission too, and makes no table version.
     """
     from pipelines.driver.delta.tables import ensure_tables
     from pipelines.driver.delta.versions import read_versions
@@ -228,10 +230,10 @@ def check_mlflow(config: RunConfig, platform: Platform) -> Iterator[DoctorCheck]
 
 
 def check_package_index(url: str) -> DoctorCheck:
-    """Ask the package index for an answer, and warn if there is none.
+    """Send a request to the package index, and warn if the request fails.
 
     This cluster has already installed the wheel's dependencies, because the modules were found. A workspace may install
-    packages from an index that only its own settings name, so a missing answer is no fault.
+    packages from an index that only its own settings name, so a failed request is no fault.
 
     User and password of the URL are sent to the index only, and not to the target of a redirection, as in pip.
     """

@@ -1,4 +1,4 @@
-"""Run folders whose ranks another program starts: `--no-launch` writes a folder, and `--finish` registers it."""
+"""Run folders whose ranks another program starts: `--no-launch` writes the folder, `--finish` registers the model."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def check_options(*, launch: bool, finish: bool, prepared_as: str | None, replay
     """Check that the options of `train` do not contradict each other.
 
     Raises:
-        UserError: the command cannot do what two options say.
+        UserError: two options replace the training, or --prepared-as was given although no option replaces it.
     """
     given = [
         name
@@ -94,7 +94,7 @@ def read_finished(job: Job, prepared_as: str | None) -> RunFolder:
     """Return the run folder that `--no-launch` has written last, after its ranks have finished.
 
     Raises:
-        UserError: no run folder was written, it belongs to another run, or its ranks have not finished.
+        UserError: no run folder was written, or the folder belongs to another run, or its ranks have not finished.
     """
     from pipelines.driver.train.run_folders import finished_result
     from pipelines.formats.run_folder import RunFolder

@@ -107,11 +107,12 @@ def run_promote(job: Job, which: str, *, by_number: bool = False) -> PromotionRe
     Args:
         job: running command.
         which: version to promote (a version number, an alias, or `latest`).
-        by_number: whether a person has chosen this version. Otherwise a version that a rollback has replaced is not
-            promoted.
+        by_number: whether a person has chosen this version by its number or its checkpoint. If False, a version that a
+            rollback has replaced is not promoted.
 
     Raises:
-        UserError: the model is a text-only model.
+        UserError: the model is a text-only model, the version does not exist, or an override changes a setting of the
+            version's model.
         StageFailed: the gate refused the version (with every reason), or the champion has changed while the gate ran.
     """
     from pipelines.tracking.aliases import CHALLENGER, find_champion, promote

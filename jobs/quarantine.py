@@ -15,7 +15,7 @@ from pipelines.formats.tables import REASONS
 ROWS = 2
 """Default number of rows to show for each source and reason."""
 WIDTH = 100
-"""Number of characters after which the payload of a quarantined row is cut off in the output."""
+"""Largest number of characters of a payload in the output. A longer payload is cut and ends with three dots."""
 
 
 class Action(StrEnum):

@@ -32,7 +32,7 @@ class ReplayReport(Config):
         step: the replayed step.
         from_step: step of the checkpoint from which the replay trained; 0 if there was no earlier checkpoint.
         finite: whether the loss and the gradient of the step, and the loss of a validation after the step, were finite.
-        error: message of the rank whose loss was not finite, or an empty string.
+        error: message of a rank that found a value that was not finite, or an empty string.
         pictures: all pictures of the step. Pictures without a finite loss come first, then all others by descending
             loss.
     """

@@ -34,6 +34,8 @@ def rollback(
 def run_rollback(job: Job) -> str:
     """Record the rollback, swap the two aliases, and return the version of the new champion.
 
+    If an interrupted rollback was completed instead (see `plan_rollback`), nothing is recorded or swapped again.
+
     Raises:
         UserError: the model has no previous champion.
     """

@@ -1,7 +1,7 @@
 """Check and apply overrides of model settings in commands that use a registered version or a checkpoint.
 
 Training fixes all settings of a version except the generation settings (`model.generation`), which a command can
-override. A command refuses any override that it cannot apply, and never ignores an override.
+override. A command refuses an override that it cannot apply, instead of ignoring it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def decoding_settings(job: Job, fixed: ModelConfig, name: str) -> GenerationConfig:
     """Return the generation settings of a model, changed by the overrides `model.generation.*` of the command.
 
-    If an override has no effect, a warning names the override.
+    If a changed setting has no effect together with the other settings, a warning names the setting.
 
     Args:
         job: the running command with its overrides.
@@ -45,10 +45,10 @@ def decoding_settings(job: Job, fixed: ModelConfig, name: str) -> GenerationConf
 
 
 def with_overrides(job: Job, model: ModelFiles) -> ModelFiles:
-    """Return the version with the generation settings of the command, which override those of the version.
+    """Return the version with the generation settings for a measurement: the version's own, changed by the overrides.
 
-    Without overrides, a version is measured at temperature 0. An override of another setting keeps this temperature, so
-    that only the overridden settings differ from the measurement without overrides.
+    Without overrides, a version is measured at temperature 0. If the overrides do not set the temperature, it stays 0,
+    so that only the overridden settings differ from the measurement without overrides.
 
     Raises:
         UserError: an override changes a setting that training has fixed, or the settings exclude each other.

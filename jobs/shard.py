@@ -1,4 +1,4 @@
-"""`lakesight shard`: write a pinned version of table `samples` as training shards."""
+"""`lakesight shard`: write a pinned version of table `samples` or `texts` as training shards."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ def shard(
 
 
 def run_shard(job: Job, split: Split, image: ImageConfig) -> ShardReport:
-    """Run the shard stage for one data split, and resize the pictures for a model with the given image config.
+    """Run the shard stage for one data split, or reuse existing shards, and return the report.
 
-    The shards of a source of kind `text` have no pictures.
+    The pictures are resized for a model with the given image config. The shards of a source of kind `text` have no
+    pictures.
     """
     from pipelines.driver.shard.run import find_finished, shard, shard_texts
 

@@ -1,4 +1,4 @@
-"""`lakesight show`: without Spark, print rows of a table version and, on request, write an HTML page of pictures."""
+"""`lakesight show`: print rows of a table version without Spark. On request, write a page of pictures, or a file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from pipelines.review.source_pictures import PictureColumns
 
 WIDTH = 100
-"""Number of characters after which a value is cut off in the output."""
+"""Largest number of characters of a printed value that contains spaces. A longer value is cut and ends with three
+dots."""
 
 
 class TableReport(Config):
@@ -47,7 +48,7 @@ class TableReport(Config):
         columns: dict from the name of each chosen column to its Delta type, such as `string`.
         rows: first rows of the selection; binary values are replaced by their sizes.
         gallery: path of the HTML page, or None without --gallery.
-        output: path of the file with all chosen rows, or None without --output.
+        output: path of the file with all selected rows, or None without --output.
     """
 
     table: str
@@ -170,7 +171,8 @@ def run_show(
     place: PictureColumns | None,
     output: Path | None,
 ) -> TableReport:
-    """Read the first selected rows of a table, and write the page of their pictures and the file of all rows.
+    """Read the first selected rows of a table. On request, write the page of their pictures, and the file of all
+    selected rows.
 
     Args:
         job: running command.
@@ -302,7 +304,8 @@ def write_gallery(
         selection: texts that identify the rows, such as the SQL condition and the order with which they were selected.
 
     Raises:
-        UserError: there are no rows, or the table has neither captions nor the columns of `place`.
+        UserError: there are no rows, the table has neither captions nor the columns of `place`, or `place` is not the
+            default although the rows are captions.
     """
     from pipelines.executor.thumbnail import make_thumbnails
     from pipelines.pages.page import Card, CardText, Gallery, Page, write_page

@@ -38,7 +38,9 @@ def require_captioner(config: ModelConfig, stage: str) -> None:
 
 
 def run_text_evaluate(job: Job, model: ModelFiles) -> TextEvaluationReport:
-    """Measure a version of a text-only model on the run's evaluation split, and store the metrics in MLflow."""
+    """Measure a version of a text-only model on the run's evaluation split, or reuse an evaluation, and store the
+    metrics in MLflow and in the version's tags.
+    """
     from pipelines.driver.evaluate.texts import evaluate_texts
     from pipelines.tracking.registry import EVALUATION_STEP_TAG, resolve, tag, training_step
     from pipelines.tracking.runs import log_report

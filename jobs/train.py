@@ -43,7 +43,7 @@ class TrainReport(Config):
     model_name: str
     model_version: str
     trained: bool
-    """Whether the command trained; false if a finished run with the same model, data and settings was reused."""
+    """Whether the command trained; false if it reused a finished run, which is always the case with --finish."""
     steps: int
     world_size: int
     train_seconds: float
@@ -130,7 +130,7 @@ def prepare_run(job: Job, *, keep_run_file: bool = False) -> RunFolder:
 def run_train(job: Job, finished: RunFolder | None = None) -> TrainReport:
     """Run the train stage: train the model or reuse a finished run, log the run to MLflow and register the model.
 
-    Without `finished`, the function prepares the run folder. With `finished`, it registers the model of this folder.
+    Without `finished`, the function prepares the run folder. `finished` is a run folder that is already trained.
 
     Training starts even if the tracking server is down, but does not start if the tracking server refuses the user.
     """
@@ -182,9 +182,8 @@ def run_train(job: Job, finished: RunFolder | None = None) -> TrainReport:
 
 
 def register_checkpoint(job: Job, which: str, step: int) -> str:
-    """Return the model version made from the checkpoint at step `step` of the training run of version `which`.
-
-    If there is no such model version yet, register it.
+    """Return the number of the model version that contains the checkpoint of step `step`, from the training run of
+    version `which`. If the checkpoint has no model version yet, register one.
 
     Raises:
         UserError: there is no version `which`, its run folder does not exist, or the run has not kept the checkpoint.
@@ -219,11 +218,11 @@ def register_finished_runs(job: Job) -> None:
     """Log and register finished training runs that an earlier `train` command has left without a model version.
 
     A finished training run has no model version if the `train` command was killed, or if the tracking server was down.
-    The registered checkpoint and generation settings are those of the interrupted command. If registering fails again,
-    log a warning.
+    The registered checkpoint and generation settings are those of the interrupted command. If a run cannot be
+    registered for another reason than a server that is down, log a warning.
 
     Raises:
-        TrackingDown: the tracking server is still down.
+        TrackingDown: the tracking server is down.
     """
     markers = sorted(job.platform.folder("runs").glob(f"{escape(job.config.name)}-*/unregistered"))
     if not markers:
