@@ -1,4 +1,4 @@
-"""Program that builds the archive of Spark's classes, unless it exists or another process has tried to build it today.
+"""Program that builds the archive of Spark's classes, unless it exists or a build has begun in the last 24 hours.
 
 python -m pipelines.platform.build_class_archive
 """

@@ -1,8 +1,9 @@
 """Archive of the Java classes that Spark loads, with which the JVM of a Spark driver starts twice as fast.
 
-The JVM calls this class data sharing. A JVM with an archive maps the parsed classes into memory, and reads no jars.
-The archive is a file in the user's cache folder. The archive is written only once, by a background process
-(`build_class_archive.py`) that starts when the first command without an archive ends.
+The JVM calls this class data sharing. A JVM with an archive maps the parsed classes into memory, and does not read them
+from jars. The archive is a file in the user's cache folder. For each version of Java, set of JVM options and set of
+jars, a background process (`build_class_archive.py`) writes the archive once. The process starts when the first command
+without an archive ends.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ KEPT = 2
 """Number of archives to keep, so that a user can switch between two Python environments. An archive has about 190
 MB."""
 RETRY_SECONDS = 24 * 3600.0
-"""Time in seconds after which a failed build of an archive is tried again."""
+"""Time in seconds after which `claim` allows another build of an archive whose build has failed."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ class ClassArchive:
         return "" if path is None else f' "-XX:SharedArchiveFile={path}" -XX:+VerifySharedSpaces'
 
     def claim(self) -> bool:
-        """Return whether this process shall build the archive. Only one process per day gets the result True."""
+        """Return whether this process shall build the archive, which is False if the archive exists. Only one process
+        in RETRY_SECONDS gets the result True.
+        """
         if self.find():
             return False
         mark = self._mark

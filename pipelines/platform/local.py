@@ -128,8 +128,8 @@ def open_local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
     reported in one paragraph.
 
     Raises:
-        UserError: PySpark is missing, Java is missing or too old, the JVM cannot start, or this process already runs a
-            Spark session for another home folder.
+        UserError: PySpark is missing, Java is missing or too old, the JVM cannot start, the API server of Kubernetes
+            does not answer, or this process already runs a Spark session for another home folder.
     """
     try:
         from py4j.protocol import Py4JError  # type: ignore[import-untyped]
@@ -183,7 +183,7 @@ def open_local_session(config: LocalPlatformConfig, root: Path) -> SparkSession:
 
 
 def driver_archive() -> ClassArchive | None:
-    """Return the place of the archive of Spark's classes, or None if the jars of Delta Lake are not known yet."""
+    """Return the place of the archive (see `class_archive`), or None if the jars of Delta Lake are not known yet."""
     with delta_jars() as jars:
         return class_archive(java_version(), SHORT_JOBS, _spark_home() / "jars", jars.paths) if jars.paths else None
 
@@ -340,14 +340,14 @@ def java_version() -> str:
 
 
 def _start_failure(log: Path, start: int, error: Exception) -> UserError:
-    """Return the error for a failed start of Spark, with the lines that the JVM logged after byte `start` of `log`."""
+    """Return the error for a failed start of Spark, with a cause from the lines of `log` after byte `start`."""
     printed = log.read_bytes()[start:].decode(errors="replace")
     if "unresolved dependency" in printed or "download failed" in printed:
         return UserError(
             "Spark could not download the Delta Lake jars",
             where=str(log),
             got="Maven Central did not serve the jars",
-            fix="connect to the internet for the first start; later starts use Ivy's cache in the home folder",
+            fix="connect to the internet for the first start; later starts use Ivy's cache (~/.ivy2*)",
         )
     # Only the hard limit counts, because the JVM raises its own soft limit to the hard limit.
     _, open_files = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -49,7 +49,7 @@ class Platform:
 
     Attributes:
         kind: value of the option `--platform`: local or databricks.
-        open_spark: function that returns the Spark session, and on a laptop first starts the session.
+        open_spark: function that returns the Spark session. On a laptop, its first call starts or opens the session.
         namespace: prefix of table names without the last dot, such as `catalog.schema`.
         root: folder that holds all other folders.
         remote: whether `root` is on a network.
@@ -136,7 +136,7 @@ def sqlite_uri(file: Path) -> str:
 
 
 def user_name() -> str:
-    """Return the name of this user, or the user id if the id has no name, as in many containers."""
+    """Return the name of this user, or `user UID` if the user id has no name, as in many containers."""
     try:
         return getpass.getuser()
     except (OSError, KeyError):  # Python 3.12 and earlier raise KeyError for an id without a name

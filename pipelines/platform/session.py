@@ -1,8 +1,8 @@
 """Functions that hide the differences between classic Spark sessions and Spark Connect sessions (shared compute).
 
 A Connect session is a client of a Spark server. A Connect session has no SparkContext and no JVM, and analyses a query
-only when code asks for properties or rows of the query. Outside this module, Lakesight uses only methods that classic
-sessions and Connect sessions share.
+only when code asks for properties or rows of the query. Outside this module and the start of a classic session
+(`local.py`, `build_class_archive.py`), Lakesight uses only methods that classic sessions and Connect sessions share.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 MANY_ROWS = 100_000
-"""Number of rows in the query with which `default_parallelism` counts tasks. The number is so large that each of the
-default number of tasks gets rows."""
+"""Number of rows in the query with which `default_parallelism` counts tasks. The number is so large that every task
+gets rows."""
 SHORTAGE_SECONDS = 30.0
 """Time in seconds after which the jobs of a barrier stage are cancelled if not all its tasks can run at once."""
 POLL_SECONDS = 1.0
@@ -66,7 +66,8 @@ def jvm_exit_code(seconds: float = 10.0) -> int | None:
     """Return the exit code of the JVM that this process has started, or None if no JVM was started or the JVM answers.
 
     If a signal has killed the JVM, the exit code is the negative number of the signal. A JVM that is ending closes its
-    connections before its exit code is known, so this function waits up to `seconds` for the exit code.
+    connections before its exit code is known, so this function waits up to `seconds` for the exit code, and returns
+    None if the JVM has not ended after this time.
     """
     from py4j.protocol import Py4JError  # type: ignore[import-untyped]
     from pyspark import SparkContext
@@ -84,7 +85,7 @@ def jvm_exit_code(seconds: float = 10.0) -> int | None:
 
 
 def stop_session(spark: SparkSession) -> None:
-    """Stop a classic session. If the JVM of the session has already ended, do nothing."""
+    """Stop a session. If the JVM of a classic session has already ended, do nothing."""
     if jvm_exit_code() is None:
         spark.stop()
 
@@ -172,8 +173,8 @@ def cancel_if_slots_are_lost(spark: SparkSession, tasks: int) -> Iterator[None]:
     error with the number of remaining slots. A Connect session cannot count slots while a barrier stage occupies them.
     With a Connect session, only a timeout of the job ends the wait for a lost host.
 
-    If a KeyboardInterrupt leaves the block, its tasks must not go on while the command cleans up. pyspark cancels jobs
-    only after Ctrl-C, but SIGTERM and a lost lease of a run raise a KeyboardInterrupt too.
+    If a KeyboardInterrupt leaves the block, the tasks of the block must not go on while the command cleans up. pyspark
+    cancels jobs only after Ctrl-C, but SIGTERM and a lost lease of a run raise a KeyboardInterrupt too.
     """
     if is_connect(spark):
         yield

@@ -1,4 +1,4 @@
-"""Private files of Spark's JVM: a file with the settings of the session, the JVM's log, and its crash reports.
+"""Private files of Spark's JVM (settings of the session, log, crash reports), and a check of a server's address.
 
 Every user of a machine can read the command lines of its processes. PySpark would pass each setting, such as the key of
 an object store, as an argument `--conf name=value` of `spark-submit` and of the JVM.

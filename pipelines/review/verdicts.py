@@ -25,8 +25,8 @@ a table may have several columns of pictures, and a later picture may have the i
 """
 CAPTION_COLUMNS = ("caption", "error", "prompt", "mean_logprob", *KEY, *(column.name for column in PICTURE_COLUMNS))
 REFRESH_SECONDS = 300
-"""Age at which the captions are read again, in seconds. A server may run for days, while other processes write captions
-and verdicts.
+"""Age of the captions, in seconds, from which the next request for the page reads them again. A server may run for
+days, while other processes write captions and verdicts.
 """
 Show = Literal["open", "judged", "all"]
 Key = tuple[str, str, str, str, str]
@@ -129,7 +129,7 @@ class Review:
 
     Attributes:
         captions: rows of `generated_captions` that have a caption.
-        judged: verdicts so far, each with the key of its caption.
+        judged: dict from the key of a caption to its verdict. Captions without a verdict are not in the dict.
     """
 
     def __init__(self, store: CaptionStore, *, table: str, model: str) -> None:
@@ -170,11 +170,11 @@ class Review:
     def select_page(
         self, show: Show, words: str, size: int, *, after: Position | None = None, before: Position | None = None
     ) -> CaptionPage:
-        """Return at most `size` captions that `find` returns: the first ones, or the ones next to a position.
+        """Return at most `size` of the captions that `find` returns, as one page.
 
-        The page begins after position `after`, or ends before position `before`. A position stays valid if captions
-        receive verdicts or are removed in the meantime. Page numbers would not, because verdicts shorten the list of
-        captions without a verdict.
+        The page begins after position `after`, or ends before position `before`, or begins with the first caption. A
+        position stays valid if captions receive verdicts or are removed in the meantime. A page number would not stay
+        valid, because verdicts shorten the list of captions without a verdict.
         """
         found = self.find(show, words)
         order = [_order(row) for row in found]
@@ -186,7 +186,9 @@ class Review:
         return CaptionPage(rows=found[start:end], start=start, found=len(found))
 
     def picture(self, image_id: str, sha256: str) -> bytes | None:
-        """Return the bytes of a caption's picture file, or None if the table no longer contains the picture."""
+        """Return the bytes of a caption's picture file, or None if no caption has this picture or the table does not
+        contain the picture any more.
+        """
         caption = self._by_picture.get((image_id, sha256))
         return None if caption is None else self._store.read_picture(caption)
 

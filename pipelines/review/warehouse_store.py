@@ -100,9 +100,6 @@ class WarehouseStore:
         platform: platform of the workspace, which has the full names of the tables.
         table: full name of the captioned table.
         model: full name of the model.
-
-    Raises:
-        UserError: the captioned table does not contain the pictures as bytes.
     """
 
     def __init__(self, warehouse: Warehouse, platform: Platform, *, table: str, model: str) -> None:
@@ -114,8 +111,11 @@ class WarehouseStore:
     def read_captions(self) -> list[dict[str, Any]]:
         """Read at most MAX_CAPTIONS rows, rows without a verdict first. See `CaptionStore.read_captions`.
 
-        Captions of pictures that the table does not contain as bytes are left out with a warning. If all captions are
-        left out, this is an error.
+        Captions of pictures that the table does not contain as bytes are left out with a warning.
+
+        Raises:
+            UserError: the tables cannot be read, or there are captions, but the table contains none of their pictures
+                as bytes.
         """
         chosen = ", ".join(f"c.{name}" for name in CAPTION_COLUMNS)
         found = self._warehouse.run(

@@ -1,13 +1,15 @@
 """Functions that move the aliases `champion`, `previous` and `challenger` of a registered model.
 
 The alias `champion` points to the version that generates captions. The alias `previous` points to the champion before
-the present champion. The alias `challenger` points to the version that was last submitted for promotion.
+the present champion. The alias `challenger` points to the version that was last submitted for promotion, and is removed
+when this version becomes the champion.
 
 A promotion moves two aliases, but a registry cannot move both aliases in one transaction. A tag of the registered model
 therefore records the move before the move starts, and the tag is deleted when both aliases are set. A process that
 finds the tag of an interrupted move completes the move if `champion` has moved already. If `champion` has not moved
-yet, the process cancels the move. After the completion of a rollback, a second tag remains until the next move, so that
-a repeated rollback does not exchange the aliases once more.
+yet, the process cancels the move. A process that completes a rollback in this way sets a second tag, so that a repeated
+`rollback` command does not exchange the aliases once more. The repeated command or the next move deletes the second
+tag.
 """
 
 from __future__ import annotations
@@ -132,7 +134,7 @@ def _finish_move(client: MlflowClient, name: str, move: AliasMove) -> None:
 
 def _finish_interrupted_move(client: MlflowClient, platform: Platform, name: str) -> None:
     """If the alias `champion` has moved already, complete the interrupted move. If `champion` has not moved yet, cancel
-    the move. After the completion of a rollback, the tag COMPLETED_TAG remains.
+    the move. If the completed move is a rollback, set the tag COMPLETED_TAG.
     """
     aliases = read_aliases(platform, client, name)
     recorded = client.get_registered_model(name).tags.get(MOVE_TAG)

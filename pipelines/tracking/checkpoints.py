@@ -21,7 +21,8 @@ def find_checkpoint(run: RunFolder, result: Result, which: Register) -> Path:
     """Return the folder of a checkpoint of a finished run.
 
     Raises:
-        UserError: the run has no checkpoint of the step, or the checkpoint contains only an adapter.
+        UserError: the run has no checkpoint of the step, the checkpoint contains only an adapter, or it is not known
+            which checkpoint is the best.
     """
     if which == "last":
         return run.checkpoints / Path(result.checkpoint).name

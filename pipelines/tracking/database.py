@@ -13,7 +13,7 @@ from pipelines.tracking.outage import DATABASE_DOWN, TrackingDown, first_line
 from vlm.errors.printable import hide_secrets
 
 CONNECT_SECONDS = 10
-"""Longest time to wait for an answer of a database server, in seconds."""
+"""Longest time to wait for an answer of a PostgreSQL or MySQL server, in seconds."""
 
 DRIVERS = {
     "postgresql": "'lakesight[postgres]'",
@@ -26,7 +26,8 @@ DRIVERS = {
 
 @cache  # an exception is not cached, so a failed check is repeated
 def check_database(uri: str) -> None:
-    """Check that the database of a tracking URI can be read. The URI of an HTTP server or workspace is not checked.
+    """Check that the database of a tracking URI can be read. A missing SQLite file is accepted, and the URI of an HTTP
+    server or workspace is not checked.
 
     Raises:
         TrackingDown: the database server does not answer, or is starting or stopping.

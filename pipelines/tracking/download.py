@@ -113,7 +113,7 @@ def _replace_copy(target: Path, partial: Path, copy: ModelCopy) -> ModelCopy:
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
-            continue  # another process has renamed its folder to `target` since the last line
+            continue  # in the meantime, another process has renamed its folder to `target`
         return copy
 
 
@@ -121,7 +121,7 @@ def _leftovers(folder: Path) -> Iterator[Path]:
     """Yield replaced copies, and incomplete copies that a killed download has left more than a day ago."""
     yield from folder.glob(".*.old")
     for path in folder.glob(".*.tmp"):
-        with suppress(FileNotFoundError):  # the other process has just completed its download
+        with suppress(FileNotFoundError):  # another process has just completed this download
             if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
                 yield path
 

@@ -63,7 +63,11 @@ def signature(settings: GenerationConfig, *, text_only: bool = False) -> ModelSi
 
 
 def log_model(client: MlflowClient, checkpoint: Path, run_id: str) -> str:
-    """Log the model of a checkpoint to an MLflow run, and return the id of the logged model."""
+    """Log the model of a checkpoint to an MLflow run, and return the id of the logged model.
+
+    Raises:
+        UserError: the checkpoint lacks a model file.
+    """
     missing = [file for file in MODEL_FILES if not (checkpoint / file).is_file()]
     if missing:
         raise UserError(

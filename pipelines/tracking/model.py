@@ -5,7 +5,7 @@ the column `image` and an optional column `prompt`. REST clients send each pictu
 `data:` prefix. Python callers may also pass bytes, because MLflow does not convert object columns. The output is a
 DataFrame with the columns `caption` and `error`, and exactly one of these columns is null in each row. A bad picture or
 prompt therefore affects no other row. A value of a wrong type, such as a list, also causes an error only in its own
-row. A text-only model has only the column `prompt`, and continues the texts in it.
+row. The input of a text-only model has only the column `prompt`, and the model continues the texts in this column.
 """
 
 from __future__ import annotations

@@ -31,7 +31,9 @@ DISK_PROBLEM = re.compile(
 
 
 class TrackingDown(UserError):
-    """Error for a tracking server that gives no answer or reports an internal error (HTTP 5xx)."""
+    """Error for a tracking server or database that gives no answer, or for a server that reports an internal error
+    (HTTP 5xx).
+    """
 
 
 def is_outage(error: BaseException) -> bool:

@@ -167,7 +167,7 @@ def _describe_checkpoint(
 
 
 def training_step(platform: Platform, version: ModelVersion) -> int:
-    """Return the training step of a version's checkpoint."""
+    """Return the training step of a version's checkpoint, for a version of Lakesight 0.1.0 the last logged step."""
     if CHECKPOINT_TAG in version.tags:
         return step_of(Path(version.tags[CHECKPOINT_TAG]))
     # Lakesight 0.1.0 registered only the last checkpoint, and did not store its step.
@@ -206,9 +206,11 @@ def resolve(platform: Platform, name: str, which: str) -> ModelVersion:
         which: version to look up (a version number, an alias, or `latest`).
 
     Raises:
-        VersionNotFound: the model, version or alias does not exist. The error lists the existing versions and aliases.
+        VersionNotFound: the model, version or alias does not exist. The error lists the versions and aliases of the
+            model or, if the model does not exist, the registered models.
         TrackingDown: the server does not answer.
         UserError: the server cannot be used.
+        StageFailed: the registry rejects a request.
     """
     client = connect(platform)
     with registry_errors(platform, f"model {name}"):
@@ -310,7 +312,7 @@ def version_label(version: ModelVersion) -> str:
 def _find_or_create_model(client: MlflowClient, name: str) -> None:
     """Create a registered model if the registry does not have it.
 
-    The model is looked up first, because whoever may add versions to a model need not be allowed to create models.
+    The model is looked up first, because a user who may add versions to a model is not always allowed to create models.
     """
     try:
         client.get_registered_model(name)
@@ -362,7 +364,9 @@ def read_version(client: MlflowClient, name: str, number: str) -> ModelVersion:
 
 
 def _prefixed(tags: Mapping[str, str]) -> dict[str, str]:
-    """Add TAG_PREFIX to tag keys. For Unity Catalog, replace `. , - = / :` in keys and truncate long values."""
+    """Add TAG_PREFIX to tag keys. For Unity Catalog, replace spaces and `. , - = / :` in keys by `_`, and truncate long
+    values.
+    """
     return {f"{TAG_PREFIX}{re.sub('[.,=/: -]', '_', key)}": text[:MAX_TAG_CHARS].strip() for key, text in tags.items()}
 
 

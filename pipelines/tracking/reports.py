@@ -28,8 +28,8 @@ RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 class StageLog(Config):
     """Data that one stage logs to an MLflow run.
 
-    Every number in the report, at any depth, becomes a metric. Numbers below a key that is also the name of a parameter
-    or table do not become metrics.
+    The numbers in the report and in its nested dicts become metrics, except under a top-level key that is also the name
+    of a parameter or table.
 
     Attributes:
         kind: name of the stage, which is also the name of the MLflow experiment.
@@ -63,7 +63,7 @@ def log_stage(platform: Platform, log: StageLog, *, good: bool) -> str:
     default, MLflow would retry for minutes. The final status of the run is FINISHED if `good` is true, else FAILED.
 
     Raises:
-        UserError: the server does not answer, or the experiment was deleted.
+        UserError: the server does not answer or refuses a request, or the experiment was deleted.
     """
     numbers = _numbers({key: value for key, value in log.report.items() if key not in (*log.params, *log.tables)})
     tags = {f"lakesight.{key}": str(value) for key, value in {"kind": log.kind, **log.tags}.items()} | {NOTE: log.text}

@@ -55,7 +55,9 @@ FOLLOWER_ERRORS = (*REQUEST_ERRORS, UserError)
 
 
 class Tracking(Config):
-    """tracking.json: id of the newest MLflow run of a run folder, and the ids of its MLflow runs on other servers."""
+    """tracking.json: id of the MLflow run to which a run folder was logged last, and ids of its other MLflow runs, for
+    example on other servers.
+    """
 
     run_id: str
     others: tuple[str, ...] = ()
@@ -81,7 +83,7 @@ def follow(run: RunFolder, config: RunConfig, platform: Platform, *, may_be_down
     Raises:
         TrackingDown: the server is down at the start, and may_be_down is false.
         UserError: the server refuses the request at the start.
-        StageFailed: training succeeded, but the server does not answer at the end.
+        StageFailed: training succeeded, but requests to the server fail at the end.
     """
     follower = Follower(run, config, platform)
     try:
@@ -222,7 +224,7 @@ class Follower(threading.Thread):
         """Log the remaining files, the figures, the profile and the hosts. After an error, retry for `seconds`.
 
         Raises:
-            MlflowException, OSError, UserError: requests still fail after `seconds`.
+            MlflowException, OSError, ValueError, UserError: requests still fail after `seconds`.
         """
         deadline, pause = time.monotonic() + seconds, POLL_SECONDS
         while True:
@@ -246,8 +248,8 @@ class Follower(threading.Thread):
             to_end: whether the ranks have ended; if true, the folders are listed, so that every file is found.
 
         Raises:
-            MlflowException, OSError, UserError: a request failed. The next call of this method logs the remaining
-                files.
+            MlflowException, OSError, ValueError, UserError: a request failed. The next call of this method logs the
+                remaining files.
         """
         client = self.open_run()
         in_sync, self._in_sync = self._in_sync, False
@@ -372,7 +374,9 @@ def _open_run(client: MlflowClient, run: RunFolder, config: RunConfig, platform:
 
 
 def logged_ids(run: RunFolder) -> list[str]:
-    """Return the ids of the MLflow runs to which a run folder was logged on any server, the newest MLflow run first."""
+    """Return the ids of all MLflow runs to which a run folder was logged, on any server. The first id is that of the
+    MLflow run to which the folder was logged last.
+    """
     if not run.tracking.exists():
         return []
     tracking = read_json(run.tracking, Tracking)
@@ -380,7 +384,7 @@ def logged_ids(run: RunFolder) -> list[str]:
 
 
 def _tracked_run(client: MlflowClient, run_ids: Sequence[str]) -> Run | None:
-    """Look up the ids in order, and return the first MLflow run that the server has, or None if the server has none."""
+    """Look up the ids in order, and return the first MLflow run that is on the server and not deleted, or None."""
     for run_id in run_ids:
         try:
             found = client.get_run(run_id)

@@ -38,8 +38,9 @@ DISK_FIX = (
 )
 HTTP_PORTS = {"http": 80, "https": 443}
 CHECK_TIMEOUT = ("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-"""Timeout of a request for which users wait, in seconds: of the first request to the tracking server, and of requests
-at the end of an interrupted command. MLflow's default timeout of two minutes would let users wait too long."""
+"""Environment variable and value (seconds) of the timeout of requests for which users wait: the first request to the
+tracking server, and requests at the end of an interrupted command. MLflow's default timeout of two minutes would let
+users wait too long."""
 
 
 def connect(platform: Platform) -> MlflowClient:

@@ -1,4 +1,4 @@
-"""Smoke test that loads a registered model version and its code in a fresh process, and captions pictures."""
+"""Smoke test of a registered model version: load its code and weights in a fresh process, and caption pictures."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 A version has two digests, because its files are used in two ways. The model files (weights, config and tokenizer) are
 data, which every command reads. All other files (`MLmodel`, `model.py`, `code/`, requirements) determine the code that
-MLflow executes when MLflow loads the version. In Lakesight, only the smoke test of `promote` executes this code.
+MLflow executes when MLflow loads the version. In Lakesight, only the smoke test of `promote` and the model server of
+`serve` execute this code.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Datasets that MLflow shows as inputs of a run, which are Delta tables with version, schema and profile."""
+"""Datasets that MLflow shows as inputs of a run. Each dataset is a Delta table with version, schema and profile."""
 
 from __future__ import annotations
 

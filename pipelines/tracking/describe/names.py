@@ -22,7 +22,8 @@ NAMED = ("train.steps", "train.seed")
 def run_name(config: RunConfig) -> str:
     """Return a name such as `nano on demo, 400 steps, seed 0, train.optimizer.lr=0.001`.
 
-    The name lists the settings of model, data and training whose values differ from the run's config files.
+    The name lists the settings of model, data and training whose values differ from the run's config files. If the name
+    would be too long, it ends with the number of settings that are left out.
     """
     name = f"{config.chosen.model} on {config.chosen.data}, {config.train.steps:,} steps, seed {config.train.seed}"
     changes = [
@@ -38,8 +39,8 @@ def run_name(config: RunConfig) -> str:
 
 
 def repeat_command(config: RunConfig, command: str = "train") -> str:
-    """Return a command line that runs a command with the settings of a run, even if the run's config files have
-    changed."""
+    """Return a command line that runs a command with the settings of a run, even if the run's config files have changed
+    since the run."""
     words = ["lakesight", command, "--run", config.name]
     if config.chosen.platform != "local":
         words += ["--platform", config.chosen.platform]
@@ -66,7 +67,7 @@ def changed_settings(config: RunConfig) -> dict[str, str]:
 def _differences(before: Mapping[str, Any], present: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:
     """Yield the key and present value of each setting that differs.
 
-    If the `kind` of a section differs, yield the whole section.
+    If the `kind` of a section differs, or if a key of the earlier section is missing now, yield the whole section.
     """
     for key, value in present.items():
         old = before.get(key)

@@ -40,8 +40,8 @@ STAGES = {
 MODEL_DESCRIPTION = (
     "Versions of a model that writes captions for pictures. The alias `champion` points to the version that captions "
     "tables. The alias `previous` points to the champion before the present champion. The alias `challenger` points to "
-    "the version that `lakesight promote` checked last. The description of a version says how the version was trained, "
-    "compares its figures with two baselines, and lists commands."
+    "the version that `lakesight promote` checked last, unless this version is now the champion. The description of a "
+    "version says how the version was trained, compares its figures with two baselines, and lists commands."
 )
 
 
@@ -108,7 +108,7 @@ def run_link(platform: Platform, text: str, experiment_id: str, run_id: str, tab
 
 
 def version_link(platform: Platform, name: str, version: str) -> str:
-    """Return a Markdown link to the page of a model version, or only its name in a Databricks workspace."""
+    """Return a Markdown link to the page of a model version. In a Databricks workspace, return the text without a link."""
     return _link(platform, f"{name} version {version}", f"models/{quote(name, safe='')}/versions/{version}")
 
 
