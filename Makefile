@@ -1,4 +1,4 @@
-# Every target works in a fresh clone. The first target that runs creates the Python environment in .venv/.
+# Every target works in a fresh clone. The first target that runs, except `help`, creates the Python environment .venv/.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -17,9 +17,8 @@ help:  ## List the targets
 demo: $(STAMP)  ## Run every stage on generated pictures
 	$(BIN)/lakesight demo
 
-test: $(STAMP)  ## Run all checks and tests
-	@# The checks use one core, so the archive of Spark's classes, which the tests use, is built at the same time.
-	$(BIN)/python -P -m pipelines.platform.build_class_archive & $(MAKE) check; checked=$$?; wait; exit $$checked
+test: check  ## Run all checks and the fast tests
+	-$(BIN)/python -P -m pipelines.platform.build_class_archive
 	$(BIN)/pytest -n 2 --dist loadgroup --max-worker-restart 0
 
 check: $(STAMP)  ## Check lint, formatting, types and import contracts
@@ -40,7 +39,7 @@ bench: $(STAMP)  ## Run all benchmarks of docs/benchmarks.md
 faults: $(STAMP)  ## Run the slow tests and the tests that kill ranks and processes
 	$(BIN)/pytest -n 2 --dist loadgroup -m "faults or matrix"
 
-versions: $(STAMP)  ## Run the Spark tests with each supported version of Spark, Python and the dependencies
+versions: $(STAMP)  ## Run tests with each supported version of Spark and Python, and with the oldest dependencies
 	$(BIN)/python .ci/versions.py $(ROWS)
 
 ui: $(STAMP)  ## Serve the MLflow UI

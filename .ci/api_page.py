@@ -86,7 +86,7 @@ def _function(name: str, function: Any) -> str:
 
 
 def _markdown(docstring: str) -> str:
-    """Convert a docstring with the sections Args, Attributes, Raises and Example to Markdown."""
+    """Convert a docstring with the sections Args, Attributes, Returns, Raises and Example to Markdown."""
     text = docstring
     for heading in ("Args", "Attributes", "Returns", "Raises"):
         text = re.sub(rf"^{heading}:\n((?:    .*\n?|\n(?=    ))+)", lambda m: _items(m[0]), text, flags=re.M)

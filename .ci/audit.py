@@ -1,9 +1,10 @@
 """Check the licences of all runtime dependencies against an allow-list, and look for published vulnerabilities.
 
-`make audit` runs this file. The audit checks the dependencies that the installed packages declare, for all extras
-except `dev`. A licence that is not on the allow-list ends the audit with exit code 1. pip-audit looks up the
-vulnerabilities. If pip-audit is not installed or its advisory service does not answer, the output says that no
-vulnerabilities were looked up.
+`make audit` runs this file. The audit checks the licences of all direct and indirect dependencies, for all extras
+except `dev`. If a licence is neither on the allow-list nor reviewed, the audit ends with exit code 1. Otherwise,
+pip-audit looks up the vulnerabilities of the versions in constraints.txt, and each published vulnerability leads to
+exit code 1. If pip-audit is not installed or its advisory service does not answer, the output says that the advisories
+were not checked.
 """
 
 from __future__ import annotations
@@ -101,7 +102,9 @@ def _applies(requirement: Requirement, extras: set[str]) -> bool:
 
 
 def licences(package: Distribution) -> set[str]:
-    """Return the licences in the metadata of a package. If a package has several licences, all of them apply."""
+    """Return the licences in the metadata of a package that all apply. Of alternative licences (`OR`), the first one on
+    the allow-list is returned.
+    """
     metadata = package.metadata
     if expression := metadata.get("License-Expression"):
         parts = re.split(r"\s+AND\s+", expression.strip("() "))
@@ -117,7 +120,7 @@ def licences(package: Distribution) -> set[str]:
 
 
 def spdx(name: str) -> str:
-    """Return the SPDX name of a licence in capitals."""
+    """Return the SPDX name of a licence in capitals, or the given name in capitals if its SPDX name is not known."""
     short = re.sub(r"\s+LICENSE(?= \(|$)", "", name.strip().upper())
     return NAMES.get(short, short)
 
@@ -147,7 +150,10 @@ def unknown_java_programs() -> list[str]:
 
 
 def look_up_advisories() -> int:
-    """Run pip-audit on the pinned versions. Return 1 if a dependency has a published vulnerability, otherwise 0."""
+    """Run pip-audit on the pinned versions. Return 1 if it fails or finds a published vulnerability, otherwise 0.
+
+    The result is also 0 if pip-audit is not installed or cannot connect to the advisory service.
+    """
     if find_spec("pip_audit") is None:
         print("advisories: not checked, because pip-audit is not installed (pip install pip-audit)")
         return 0

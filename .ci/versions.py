@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".versions"
 UV = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}") or "uv"
-"""The program uv: `make` installs it beside Python."""
+"""Path of the program uv, which `make` installs beside Python, or the name `uv` if it is not found."""
 SPARK_TESTS = ("tests/spark",)
 """Tests that use a Spark session. They contain a second ingest that updates texts and pictures of the first ingest."""
 TOOLS = ("hypothesis", "pytest<9.2", "pytest-timeout", "pytest-xdist")

@@ -26,16 +26,18 @@ Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_len
 class AugmentConfig(Config):
     """Random changes of training pictures, drawn anew in each epoch. Validation pictures are never changed.
 
+    If the text or prompt of a picture contains coordinates of boxes, only the colours of the picture are changed.
+
     Attributes:
         scale: smallest and largest share of the picture's area that a random crop keeps. Each crop is then enlarged to
             the size of the picture.
-        flip: share of pictures that are mirrored left to right. A picture is not mirrored if its text contains one of
-            `sided_words`.
+        flip: share of pictures that are mirrored left to right. A picture is not mirrored if its text or prompt
+            contains one of `sided_words`.
         flip_vertical: share of pictures that are mirrored top to bottom. Mirroring top to bottom is useful for pictures
-            without a natural top, such as aerial pictures. A picture is not mirrored if its text contains one of
-            `sided_words` or `upright_words`.
-        rotate: share of pictures that are rotated by 90, 180 or 270 degrees. A picture is not rotated if its text
-            contains one of `sided_words` or `upright_words`.
+            without a natural top, such as aerial pictures. A picture is not mirrored if its text or prompt contains one
+            of `sided_words` or `upright_words`.
+        rotate: share of pictures that are rotated by 90, 180 or 270 degrees. A picture is not rotated if its text or
+            prompt contains one of `sided_words` or `upright_words`.
         erase: share of pictures in which a rectangle is filled with the picture's mean colour (random erasing, Zhong et
             al., 2017). The rectangle covers 2 to 33 percent of a picture.
         brightness: largest random change of brightness. All pixel values are multiplied by a factor between 1 -

@@ -101,9 +101,9 @@ class RowSourceBase(SourceBase):
     """Settings of sources whose rows contain pictures, or the paths or URIs of pictures.
 
     Attributes:
-        image_root: folder or URL of the pictures if the image column holds paths, or null if the image column holds the
-            pictures themselves. A relative path is relative to the folder of the row's file, or to the working folder
-            if the source is a table.
+        image_root: folder or URL of the pictures if the image column holds paths or URIs, or null if the image column
+            holds the pictures themselves. If `image_root` is a relative path, it is relative to the folder of the row's
+            file, or to the working folder if the source is a table.
     """
 
     image_root: Annotated[str | None, Field(min_length=1), ADDED_LATER] = None
@@ -126,7 +126,7 @@ Character = Annotated[str, AfterValidator(_require_one_character)]
 
 
 class CsvSourceConfig(RowSourceBase):
-    """CSV files with a header and base64 pictures.
+    """CSV files with a header, and with base64 pictures or (with `image_root`) the paths of pictures.
 
     Attributes:
         path: path of a file or folder, or a wildcard pattern. `scenes:COUNT` or `scenes:COUNT:SEED` stands for a
@@ -155,7 +155,7 @@ class CsvSourceConfig(RowSourceBase):
 
 
 class JsonlSourceConfig(RowSourceBase):
-    """JSON lines files, in which each line is a JSON object with a base64 picture."""
+    """JSON lines files. Each line is a JSON object with a base64 picture or (with `image_root`) a picture's path."""
 
     kind: Literal["jsonl"]
     columns: PlainColumns = PlainColumns()
@@ -269,10 +269,11 @@ class LimitsConfig(Config):
         max_pixels: largest accepted number of pixels (width times height) of a picture.
         min_side: smallest accepted width and height of a picture, in pixels.
         max_decode_seconds: longest accepted time to decode one picture, in seconds.
-        max_text_chars: largest accepted length of a text, in characters.
+        max_text_chars: largest accepted length of a text, in characters. For a source of kind `text`, the default is
+            16,777,216.
         max_texts: largest accepted number of different texts of a picture, or null for no limit.
         max_bad_share: largest accepted share of refused rows. If the share is larger than `max_bad_share`, the ingest
-            still writes the tables `samples` and `quarantine`, and then fails.
+            still writes the accepted rows and the table `quarantine`, and then fails.
     """
 
     max_bytes: PositiveInt = 64 * 2**20
@@ -292,8 +293,8 @@ class ShardConfig(Config):
             less disk space.
         rows: number of rows per shard file.
         seed: random seed of the order of rows in the shards.
-        where: SQL condition on columns of the table `samples`, or an empty text for all rows. Shards of every split
-            contain only rows that meet the condition.
+        where: SQL condition on columns of the table `samples` (for a source of kind `text`: of the table `texts`), or
+            an empty text for all rows. Shards of every split contain only rows that meet the condition.
         draft: whether the JPEG decoder shrinks large pictures to near the model's resolution during decoding. With
             `draft`, decoding is far faster, but the training pixels differ slightly from the pixels of the same picture
             in a caption job.
@@ -312,14 +313,14 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 class DataConfig(Config):
     """Where the rows come from, and how training and evaluation use the rows.
 
-    For a source of kind `text`, the settings `near_duplicates`, `mix`, `text_weights` and the limits of pictures have
-    no effect.
+    For a source of kind `text`, the settings `near_duplicates`, `text_weights` and the limits of pictures have no
+    effect, and `mix`, `object_words`, `shards.encoding` and `shards.draft` cannot be changed.
 
     Attributes:
         source: where the rows come from. If the section has no `kind`, the source is a csv source.
         split: rule that divides rows into train, val and test.
-        near_duplicates: whether the ingest searches for pictures that are nearly equal to a new picture, and puts
-            nearly equal pictures into the same split.
+        near_duplicates: whether the ingest searches for pictures that are nearly equal to a new picture. If the kind of
+            `split` is `hash`, a new picture is put into the split of the nearly equal pictures.
         limits: limits of pictures and texts; a row that violates a limit is quarantined.
         shards: format of training shards.
         validate_on: split on which the model is validated during training.

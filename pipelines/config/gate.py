@@ -27,13 +27,14 @@ class GateConfig(Config):
             caption, chosen so that `metric` is best. The baseline `neighbour` gives each picture the caption of the
             most similar training picture. A run that only tests the pipeline can set an empty list of baselines.
         min_distinct: smallest accepted number of distinct captions, as a share of the number of distinct human captions
-            of the same rows. The limit refuses a model that gives many pictures the same caption. The limit applies
-            only if `baselines` contains `constant`.
+            (one human caption of each row is counted). If there are several distinct human captions, at least two
+            distinct captions are required. The limit refuses a model that gives many pictures the same caption. The
+            limit applies only if `baselines` contains `constant`.
         min_pictures: smallest number of pictures at which the whole confidence interval of the difference from a
             baseline must be above zero. If the split has fewer than `min_pictures` pictures, only the difference itself
             must be above zero.
-        trial_pictures: number of pictures that the model version captions in a separate process, as a check that the
-            version loads and works.
+        trial_pictures: largest number of pictures that the model version captions in a separate process, as a check
+            that the version loads and works.
     """
 
     metric: Literal["word_f1", "cider", "exact_match", "rouge_l", "bleu_4"] = "word_f1"
@@ -77,7 +78,7 @@ class Trial(Config):
 
     Attributes:
         failure: why the model version does not work, such as 'the version contains pickles: a.pkl'; empty if it works.
-        pictures: number of pictures that the model version was given.
+        pictures: number of pictures that the model version was given; 0 if the version does not work.
         errors: error messages, one per picture that the model version could not caption.
     """
 

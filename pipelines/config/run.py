@@ -133,11 +133,12 @@ CacheGib = Annotated[float, Field(ge=0)]
 
 
 class LocalPlatformConfig(Config):
-    """Settings of a laptop with embedded Spark, Delta tables under .lakesight/, MLflow on SQLite, and CPU ranks.
+    """Settings of a laptop with embedded Spark, and with Delta tables and MLflow's SQLite file in the home folder.
 
     Attributes:
         spark: settings of the Spark session.
-        ranks: number of training processes.
+        ranks: number of training processes. If `spark.master` is local[CORES] and the machine has a GPU for each rank,
+            the ranks use GPUs, otherwise CPUs.
         cache_gib: disk space for local copies of remote shards, in GiB; 0 for no copies.
     """
 
@@ -178,7 +179,10 @@ PlatformConfig = Annotated[LocalPlatformConfig | DatabricksPlatformConfig, Field
 
 
 class Chosen(Config):
-    """The four names that select a run's settings. Each name is the name of a YAML file under conf/, without `.yml`."""
+    """The four names that select a run's settings. Each name is the name of a YAML file under conf/, without `.yml`.
+
+    If the YAML file of the run contains the section `data` itself, `data` is the name of the run.
+    """
 
     model: Name
     data: Name
@@ -223,7 +227,7 @@ class RunConfig(Config):
         return self
 
     def to_json(self) -> str:
-        """Return the resolved config as JSON. `from_json` restores an equal RunConfig from this JSON."""
+        """Return the resolved config as JSON, without `platform.spark.conf`. `from_json` restores the RunConfig."""
         return self.model_dump_json(indent=2, by_alias=True)
 
     @classmethod
@@ -339,8 +343,10 @@ def load_model(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
 
 
 def _chosen_name(run: dict[str, Any], kind: str, problems: list[str]) -> str:
-    """Return the name under the key `kind` (such as `data`) in a run's YAML file, or an empty string without this
-    key."""
+    """Return the name under the key `kind` (such as `data`) in a run's YAML file, or an empty string without this key.
+
+    If the value is no name, add a message to `problems` and return an empty string.
+    """
     name = run.get(kind)
     if isinstance(name, bool | float | list | date):
         problems.append(f"run.{kind}: got {name!r}, which YAML does not read as a name: write the name in quotes")
@@ -372,7 +378,9 @@ def _find(kind: str, name: str, problems: list[str]) -> Path | None:
 
 
 def _read(path: Path | None, problems: list[str]) -> dict[str, Any] | None:
-    """Read a YAML file. If there is no file or the file cannot be used, return None and add a message to `problems`."""
+    """Read a YAML file, or return None if `path` is None. If the file cannot be used, return None and add a message to
+    `problems`.
+    """
     if path is None:
         return None
     try:

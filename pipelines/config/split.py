@@ -12,7 +12,10 @@ Split = Literal["train", "val", "test"]
 
 
 class HashSplitConfig(Config):
-    """Split by the SHA-256 of the picture. A picture's split never changes, and equal pictures share a split.
+    """Split by the SHA-256 of the picture or plain text. Equal pictures share a split, and later ingests keep it.
+
+    With `near_duplicates`, a new picture gets the split of nearly equal pictures instead. `lakesight ingest --refresh`
+    assigns the splits of all pictures again.
 
     Attributes:
         val: share of the pictures that are put into the split `val` (validation).

@@ -17,8 +17,8 @@ class OptimizerConfig(Config):
     Attributes:
         lr: highest learning rate, which is reached at the end of the warm-up.
         betas: decay rates of AdamW's two moving averages.
-        weight_decay: weight decay of weight matrices. Embedding tables and parameters with one dimension, such as
-            biases, have no weight decay.
+        weight_decay: weight decay of weight matrices. Embedding tables, position embeddings, class tokens and
+            parameters with one dimension, such as biases, have no weight decay.
         grad_clip: largest norm of the gradient. A larger gradient is scaled down to this norm.
         warmup_steps: number of steps at the start of training in which the learning rate rises to `lr`.
         schedule: how the learning rate changes after the warm-up.
@@ -39,7 +39,7 @@ class GroupConfig(Config):
     """Learning rate of the parameters whose full names match `pattern`.
 
     Attributes:
-        pattern: regular expression that matches the full names of the parameters.
+        pattern: regular expression that must match the whole full name of a parameter, such as `encoder.*`.
         lr: highest learning rate of the matching parameters. A learning rate of 0 freezes the parameters.
     """
 
@@ -73,7 +73,7 @@ ObjectiveConfig = Annotated[TextsObjectiveConfig | CiderObjectiveConfig, Field(d
 
 
 class StageConfig(Config):
-    """Stage of a training run. A stage trains only some of the parameters.
+    """Stage of a training run. A stage trains the parameters in its groups, and freezes all other parameters.
 
     Warm-up, schedule and optimizer state start anew in each stage.
 
@@ -161,8 +161,9 @@ class TrainConfig(Config):
             part of the weights, gradients and optimizer state, so the model may be larger than the memory of one GPU.
         precision: number format of matrix products, which is fp32, tf32 (GPUs round the inputs) or bf16 (autocast). The
             weights stay fp32.
-        start_from: checkpoint folder of a model with the same config, or null. The run takes its initial weights and
-            the tokenizer from this folder.
+        start_from: checkpoint folder of a model with the same config except for generation settings, or null. A run
+            with pictures may also start from a text-only model with the same decoder and tokenizer. The run takes its
+            initial weights and the tokenizer from this folder.
         start_state: `weights` to take only the weights from the folder `start_from`, or `training` to continue the
             training of a checkpoint. With `training`, `start_from` must be a checkpoint of a run with the same settings
             and fewer steps. The new run then starts at the checkpoint's step, with its optimizer state and its position
@@ -180,9 +181,9 @@ class TrainConfig(Config):
         loader_workers: number of threads of each rank that prepare batches in advance. With 0 threads, each batch is
             prepared when a step needs the batch.
         log_every: number of steps between two logs of the training metrics.
-        validate_every: number of steps between two computations of the validation loss. The loss is also computed after
-            the last step.
-        validate_rows: number of pictures on which the model is validated.
+        validate_every: number of steps between two computations of the validation loss. The loss is also computed every
+            `score_every` steps and after the last step.
+        validate_rows: largest number of pictures on which the model is validated (of windows for a text-only model).
         score_every: number of steps between two computations of the metric `val/cider`, or null to never compute the
             metric. `val/cider` is the CIDEr of the model's captions of the `validate_rows` validation pictures, and is
             also computed after the last step.

@@ -340,7 +340,7 @@ def java_version() -> str:
 
 
 def _start_failure(log: Path, start: int, error: Exception) -> UserError:
-    """Return the error for a failed start of Spark, with a cause from the lines of `log` after byte `start`."""
+    """Return the error for a failed start of Spark: the cause is the limit of open files, or in `log` after `start`."""
     printed = log.read_bytes()[start:].decode(errors="replace")
     if "unresolved dependency" in printed or "download failed" in printed:
         return UserError(

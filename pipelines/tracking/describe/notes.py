@@ -108,7 +108,7 @@ def run_link(platform: Platform, text: str, experiment_id: str, run_id: str, tab
 
 
 def version_link(platform: Platform, name: str, version: str) -> str:
-    """Return a Markdown link to the page of a model version. In a Databricks workspace, return the text without a link."""
+    """Return a Markdown link to the page of a model version. In a Databricks workspace, return only the text."""
     return _link(platform, f"{name} version {version}", f"models/{quote(name, safe='')}/versions/{version}")
 
 
