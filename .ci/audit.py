@@ -150,7 +150,7 @@ def unknown_java_programs() -> list[str]:
 
 
 def look_up_advisories() -> int:
-    """Run pip-audit on the pinned versions. Return 1 if it fails or finds a published vulnerability, otherwise 0.
+    """Run pip-audit on the pinned versions. Return 1 if pip-audit fails or finds a vulnerability, otherwise 0.
 
     The result is also 0 if pip-audit is not installed or cannot connect to the advisory service.
     """

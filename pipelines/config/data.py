@@ -162,7 +162,10 @@ class JsonlSourceConfig(RowSourceBase):
 
 
 class ParquetSourceConfig(RowSourceBase):
-    """Parquet files. A picture is stored as binary, as base64 text, or as Hugging Face's struct of bytes and path."""
+    """Parquet files. A picture is binary, base64 text, Hugging Face's struct, or (with `image_root`) a picture's path.
+
+    Hugging Face's struct has the fields `bytes` and `path`.
+    """
 
     kind: Literal["parquet"]
     columns: PlainColumns = PlainColumns()

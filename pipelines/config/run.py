@@ -48,7 +48,7 @@ OWN_SPARK_SETTINGS = {
     "spark.authenticate": "on a laptop, Lakesight protects Spark's ports with a secret",
     "spark.lakesight": "these settings belong to Lakesight",
 }
-"""Names of the Spark settings that users cannot set, or beginnings of such names. Each has a reason or an
+"""Dict from the name (or the beginning of the name) of each Spark setting that users cannot set, to the reason or an
 alternative."""
 LOOPBACK_SETTINGS = ("spark.driver.host", "spark.driver.bindAddress")
 """Spark settings that users can set only if the master is a cluster."""

@@ -135,9 +135,10 @@ EXECUTION_SETTINGS = frozenset(
         "timeout_seconds",
     }
 )
-"""Settings that decide how a run is computed, supervised and registered. Except for `resume_changed_code`, these
-settings affect the learned weights only by rounding errors, so they are not part of the run's identity. For example, a
-run that ran out of memory can resume with a smaller `rows_at_once`."""
+"""Settings that decide how a run is computed, supervised and registered. These settings are not part of the run's
+identity. For example, a run that ran out of memory can resume with a smaller `rows_at_once`. Except for
+`resume_changed_code`, these settings affect the learned weights only by rounding errors if the model has neither
+dropout nor a mixture of experts, and if `contrastive` is 0."""
 
 
 class TrainConfig(Config):
@@ -148,11 +149,11 @@ class TrainConfig(Config):
         steps: number of training steps. If `stages` is set, the default is the sum of the steps of all stages.
         batch_size: number of rows per step, over all ranks together.
         optimizer: settings of the optimizer.
-        stages: consecutive stages of the training, each with its own learning rates. Without stages, all parameters
-            learn at `optimizer.lr` for the whole run.
-        rows_at_once: number of rows in one forward pass of a rank, or null for all rows of the rank. A smaller number
-            of rows saves memory. The result of a step stays the same, because gradients are accumulated over the full
-            batch.
+        stages: consecutive stages of the training, each with its own learning rates. Without stages, all trained
+            parameters have the learning rate of `optimizer`.
+        rows_at_once: largest number of rows in one forward pass of a rank, or null for all rows of the rank. A smaller
+            number of rows saves memory. Gradients are accumulated over the full batch. The result of a step therefore
+            changes only by rounding if the model has neither dropout nor a mixture of experts, and `contrastive` is 0.
         recompute_blocks: whether the backward pass recomputes the activations inside each block, so that the forward
             pass need not store them. Recomputation saves memory, but a step takes about a third more compute.
         compile_blocks: whether to compile each block with torch.compile, which is useful on GPUs. With compiled blocks,

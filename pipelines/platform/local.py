@@ -84,7 +84,7 @@ def home() -> Path:
 
 
 def local(config: LocalPlatformConfig) -> Platform:
-    """Describe a laptop: embedded Spark, Delta tables and MLflow on SQLite, with all files under `home()`.
+    """Describe a laptop: Spark, Delta tables in `home()`, and MLflow, by default with an SQLite file in `home()`.
 
     Raises:
         UserError: the home folder is a URL, or cannot be created or written.
@@ -196,7 +196,7 @@ def _spark_home() -> Path:
 
 
 def _stop(spark: SparkSession, master: str, application: str) -> None:
-    """Stop Spark, and remove the copies of jars that `local-cluster` executors leave in the pyspark package."""
+    """Stop Spark, and remove the copies of jars that `local-cluster` executors leave in the folder of Spark."""
     stop_session(spark)
     if master.startswith("local-cluster"):
         shutil.rmtree(_spark_home() / "work" / application, ignore_errors=True)
@@ -340,7 +340,7 @@ def java_version() -> str:
 
 
 def _start_failure(log: Path, start: int, error: Exception) -> UserError:
-    """Return the error for a failed start of Spark: the cause is the limit of open files, or in `log` after `start`."""
+    """Return the error for a failed start of Spark. The JVM's messages of the start are in `log` after byte `start`."""
     printed = log.read_bytes()[start:].decode(errors="replace")
     if "unresolved dependency" in printed or "download failed" in printed:
         return UserError(

@@ -1,4 +1,4 @@
-"""Everything that differs between a laptop and a Databricks workspace, in one frozen dataclass.
+"""The class `Platform`, whose attributes say what differs between a laptop and a Databricks workspace.
 
 The functions `local` and `databricks` construct a `Platform`. Code that depends on where a run happens uses the
 properties of the `Platform`.
@@ -49,7 +49,8 @@ class Platform:
 
     Attributes:
         kind: value of the option `--platform`: local or databricks.
-        open_spark: function that returns the Spark session. On a laptop, its first call starts or opens the session.
+        open_spark: function that returns the Spark session. On a laptop, its first call starts the session, or opens
+            the session on a Spark Connect server.
         namespace: prefix of table names without the last dot, such as `catalog.schema`.
         root: folder that holds all other folders.
         remote: whether `root` is on a network.

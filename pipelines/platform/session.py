@@ -138,7 +138,7 @@ def task_cpus(spark: SparkSession) -> int:
 
 
 def allow_urls(spark: SparkSession) -> None:
-    """Pass the credentials and proxies with which client libraries open URLs to the Python workers of later queries.
+    """Give credentials and proxies to the Python workers of later queries, so that the workers can open URLs.
 
     Without this call, Python workers on a laptop have no credentials (`executor/python_daemon.py`). In a workspace,
     this function does nothing, because the cluster decides which environment variables its Python workers have.

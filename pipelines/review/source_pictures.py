@@ -79,8 +79,8 @@ class SourcePictures:
     def read(self, captions: Iterable[Mapping[str, Any]]) -> Pictures:
         """Read the pictures of captions. Leave out pictures that the table does not contain any more.
 
-        A picture is left out if its bytes have another SHA-256 than the captioned picture: the caption would be shown
-        beside a picture that the model has not seen.
+        A picture is left out if its bytes have another SHA-256 than the captioned picture. Otherwise, the caption would
+        be shown beside a picture that the model has not seen.
 
         Args:
             captions: rows with the columns image_id, sha256 and, except in rows of Lakesight 0.1.0, PICTURE_COLUMNS.
@@ -116,8 +116,8 @@ class SourcePictures:
     def _read_column(self, id_column: str, column: str, ids: Sequence[str]) -> dict[str, Any]:
         """Read the values of a column by id. Leave out ids that the table does not contain.
 
-        The SQL engine reads the table, because Arrow refuses tables with deletion vectors and reads only nulls from
-        tables with column mapping.
+        The SQL engine of `deltalake` reads the table, because Arrow refuses tables with deletion vectors and reads only
+        nulls from tables with column mapping.
 
         Raises:
             UserError: the package `deltalake` cannot read the table or its ids.

@@ -157,7 +157,7 @@ class Review:
             self.refresh()
 
     def find(self, show: Show, words: str) -> list[dict[str, Any]]:
-        """Return the captions that contain `words`, and that `show` selects.
+        """Return the captions that contain the text `words` in upper or lower case, and that `show` selects.
 
         `show` is `open` for captions without a verdict, `judged` for captions with a verdict, or `all`.
         """

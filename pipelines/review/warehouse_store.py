@@ -97,7 +97,7 @@ class WarehouseStore:
 
     Args:
         warehouse: SQL warehouse that runs all statements.
-        platform: platform of the workspace, which has the full names of the tables.
+        platform: platform of the workspace. The full names of the tables come from this platform.
         table: full name of the captioned table.
         model: full name of the model.
     """

@@ -47,7 +47,7 @@ VALIDATION = "val/"
 """Prefix of the training metrics that a version has as tags. The MLflow run has all metrics: a version in Unity Catalog
 may have only 50 tags, and users add their own."""
 ALREADY_EXISTS = ("RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS")
-"""Error codes with which registries refuse to create a model that exists. MLflow's own client accepts both."""
+"""Error codes with which registries refuse to create a model that exists. MLflow's own client accepts both codes."""
 
 
 class ModelVersion(Config):
@@ -92,7 +92,8 @@ def register(
     which: Register = "last",
     generation: GenerationConfig | None = None,
 ) -> ModelVersion:
-    """Register a checkpoint of a finished run, or return the version that was registered for this checkpoint before.
+    """Register a checkpoint of a finished run. If a version of this checkpoint with the same generation settings is
+    registered already, return this version.
 
     Args:
         run: run folder.
@@ -167,7 +168,9 @@ def _describe_checkpoint(
 
 
 def training_step(platform: Platform, version: ModelVersion) -> int:
-    """Return the training step of a version's checkpoint, for a version of Lakesight 0.1.0 the last logged step."""
+    """Return the training step of a version's checkpoint. For a version of Lakesight 0.1.0, this is the last step with
+    a logged loss, or 0 if no loss was logged.
+    """
     if CHECKPOINT_TAG in version.tags:
         return step_of(Path(version.tags[CHECKPOINT_TAG]))
     # Lakesight 0.1.0 registered only the last checkpoint, and did not store its step.

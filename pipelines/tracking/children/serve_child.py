@@ -4,8 +4,8 @@
 
 The server answers like `mlflow models serve`. In addition, the server refuses requests that a page of another website
 could send from the user's browser. Requests with a foreign `Host` header are refused, because the other website can let
-its own name resolve to this machine (DNS rebinding). POST requests with a foreign `Origin` header are refused too.
-MLflow's own server checks neither of the two headers.
+its own name resolve to this machine (DNS rebinding). Requests that may change state (all methods except GET, HEAD and
+OPTIONS) are refused if they have a foreign `Origin` header. MLflow's own server checks neither of the two headers.
 
 This script must not import any Lakesight package, because the version brings its own copy of the code.
 """
