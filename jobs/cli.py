@@ -155,7 +155,7 @@ class Commands(TyperGroup):
         """Run the chosen command.
 
         Raises:
-            Interrupted: the user pressed Ctrl-C.
+            Interrupted: the user pressed Ctrl-C, or the process received SIGTERM.
         """
         try:
             return super().invoke(ctx)

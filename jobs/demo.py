@@ -29,7 +29,7 @@ def demo(
 ) -> None:
     """Run every stage on generated pictures.
 
-    The pictures show simple scenes, each described by one sentence. Some rows are broken on purpose, and ingest moves
+    The pictures show simple scenes, each described by one sentence. Some rows are broken on purpose, and ingest writes
     these rows to table quarantine. A second demo skips all work that the first demo finished.
 
     \b

@@ -47,7 +47,7 @@ def endpoint(
     *,
     name: Annotated[
         str | None,
-        typer.Option("--name", help="Name of the endpoint. Default: the full name of the model.", metavar="NAME"),
+        typer.Option("--name", help="Name of the endpoint. Default: made from the name of the model.", metavar="NAME"),
     ] = None,
     if_exists: Annotated[
         bool,
@@ -92,7 +92,7 @@ def run_endpoint(
 
     Args:
         job: running command.
-        name: name of the endpoint, or None for the name of the model.
+        name: name of the endpoint, or None for a name that is made from the model's name.
         query_group: group that may query the endpoint, or None.
         if_exists: whether to change only an existing endpoint. If there is none, the function returns None.
 

@@ -1,4 +1,4 @@
-"""`lakesight evaluate`: measure a model version on a data split that was not used for training."""
+"""`lakesight evaluate`: measure a model version on the run's evaluation split (`data.evaluate_on`)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CheckpointOption = Annotated[
     typer.Option(
         "--checkpoint",
         min=1,
-        help="Register the checkpoint of this training step as a new version, and use that version.",
+        help="Register the checkpoint of this training step, if it is not registered yet, and use its version.",
         metavar="STEP",
     ),
 ]

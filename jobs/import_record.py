@@ -63,7 +63,7 @@ class ImportRecord(Config):
 
 
 def describe_import(config: ModelConfig, folders: Mapping[Part, Path], seed: int) -> ImportRequest:
-    """Hash the files of the folders that an import reads, and the tokenizer file, and return the request for an import.
+    """Hash the files that an import reads, and return the request for this import.
 
     Raises:
         UserError: a file cannot be read.

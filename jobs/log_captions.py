@@ -125,7 +125,7 @@ def _write_gallery(job: Job, report: CaptionReport, request: CaptionRequest, sta
 
     The page shows captions that were written since the start of the job for the same table and columns, by the same
     model with the same settings. If another job captions other rows of these columns at the same time, its captions may
-    be on the page too. The result is the path of the page, or an empty list if there is no page.
+    be on the page too. The result is a list with the path of the page, or an empty list if there is no page.
     """
     from pipelines.formats.delta_files import is_supported, quoted_text
 

@@ -31,10 +31,10 @@ LOGGED_ROWS = 1000
 def record_evaluation(job: Job, report: EvaluationReport, shards: Shards) -> None:
     """Log an evaluation to MLflow and write its main metrics into the tags of the version, unless this is done already.
 
-    Earlier releases logged evaluations at step 0, and wrote no training step into the tags. An evaluation without this
-    tag is logged again: otherwise, MLflow would show the metrics of an earlier checkpoint that were logged at a larger
-    step. If the command evaluates other rows than those of the run (`data.shards.where`), the evaluation is always
-    logged, and the tags do not change.
+    Earlier releases logged evaluations at step 0, and wrote no training step into the tags. MLflow shows the value of
+    the largest step, and so would show the metrics of other checkpoints instead. An evaluation whose tags lack the
+    training step is therefore logged again. If the command evaluates other rows than those of the run
+    (`data.shards.where`), the evaluation is always logged, and the tags do not change.
     """
     from pipelines.tracking.registry import EVALUATION_STEP_TAG, resolve, tag, training_step
 

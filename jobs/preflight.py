@@ -1,6 +1,6 @@
 """Checks of `lakesight doctor --platform databricks`, which is the first task of each job of the bundle.
 
-The checks run on a CPU cluster before a GPU cluster starts. The checks do what later tasks do: they write to the
+The checks run without a GPU, before a GPU cluster starts. The checks do what later tasks do: they write to the
 Volume and the tables, find or create the experiment and the registered model, and open the input of later tasks.
 """
 

@@ -78,7 +78,7 @@ def check_options(*, launch: bool, finish: bool, prepared_as: str | None, replay
 
 
 def announce_prepared(job: Job, run: RunFolder, prepared_as: str | None) -> None:
-    """Write the path of a run folder to the file that the starter of the ranks reads, and print the next commands."""
+    """Write the path of a run folder to the file from which another program reads it, and print the next commands."""
     folder, ranks = run.path, job.config.platform.ranks
     with atomic_write(_record(job, prepared_as)) as temporary:
         temporary.write_text(f"{folder}\n", encoding="utf-8")

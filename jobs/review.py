@@ -43,7 +43,7 @@ def review(
     """Judge captions on a local web page.
 
     On the page, mark captions as good or bad, or correct the captions. Verdicts and their pictures are stored in table
-    verdicts. To add the verdicts to the training data, run lakesight ingest --run reviewed.
+    verdicts. To add good and corrected captions to the training data, run lakesight ingest --run reviewed.
 
     With --platform databricks and --warehouse, the page shows the captions of a workspace. As a Databricks App, the
     command serves the page to users of the workspace.

@@ -1,4 +1,4 @@
-"""`lakesight show`: print rows of a table version without Spark. On request, write a page of pictures, or a file."""
+"""`lakesight show`: without Spark, print rows of a table version, and write a page of pictures or a file of rows."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def show(
 
     The command prints the table's version, row count, columns and first rows. With --gallery, the command also writes
     an HTML page of the rows' pictures. The pictures of captions are read from the table that was captioned. The view
-    champion_captions has the champion's newest good caption of each picture, for programs that read captions.
+    champion_captions has, for each picture and prompt, the champion's newest caption that was not judged as bad.
 
     \b
     Examples:

@@ -130,7 +130,7 @@ def prepare_run(job: Job, *, keep_run_file: bool = False) -> RunFolder:
 def run_train(job: Job, finished: RunFolder | None = None) -> TrainReport:
     """Run the train stage: train the model or reuse a finished run, log the run to MLflow and register the model.
 
-    Without `finished`, the function prepares the run folder. `finished` is a run folder that is already trained.
+    Without `finished`, the function prepares the run folder. `finished` is a run folder whose ranks have finished.
 
     Training starts even if the tracking server is down, but does not start if the tracking server refuses the user.
     """
