@@ -57,12 +57,7 @@ def caption(
         str, typer.Option("--id-column", help="Column with a unique id for each row.", metavar="COLUMN")
     ] = "image_id",
     image_column: Annotated[
-        str,
-        typer.Option(
-            "--image-column",
-            help="Column with the pictures (binary or base64), or with the paths of pictures below --image-root.",
-            metavar="COLUMN",
-        ),
+        str, typer.Option("--image-column", help="Column of pictures (binary, base64 or paths).", metavar="COLUMN")
     ] = "image",
     image_root: ImageRootOption = None,
     where: WhereOption = "",

@@ -111,8 +111,7 @@ def run_promote(job: Job, which: str, *, by_number: bool = False) -> PromotionRe
             rollback has replaced is not promoted.
 
     Raises:
-        UserError: the model is a text-only model, the version does not exist, or an override changes a setting of the
-            version's model.
+        UserError: the model is text-only, there is no such version, or an override changes a setting of the model.
         StageFailed: the gate refused the version (with every reason), or the champion has changed while the gate ran.
     """
     from pipelines.tracking.aliases import CHALLENGER, find_champion, promote
