@@ -24,8 +24,9 @@ class GateConfig(Config):
             with a picture of another row, minus the loss with the right pictures.
         max_error_share: largest accepted share of pictures without a caption.
         baselines: baselines that the model version must beat. The baseline `constant` gives all pictures the same
-            caption, chosen so that `metric` is best. The baseline `neighbour` gives each picture the caption of the
-            most similar training picture. A run that only tests the pipeline can set an empty list of baselines.
+            caption, chosen so that `metric` is best. The baseline `neighbour` gives each picture a human caption of the
+            most similar other picture in the training split. A run that only tests the pipeline can set an empty list
+            of baselines.
         min_distinct: smallest accepted number of distinct captions, as a share of the number of distinct human captions
             (one human caption of each row is counted). If there are several distinct human captions, at least two
             distinct captions are required. The limit refuses a model that gives many pictures the same caption. The

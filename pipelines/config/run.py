@@ -158,8 +158,8 @@ class DatabricksPlatformConfig(Config):
         ranks: number of training processes.
         use_gpu: whether each rank gets a GPU; if false, ranks use CPUs.
         cache_gib: disk space on each host for local copies of remote shards, in GiB; 0 for no copies.
-        experiment: full name of one MLflow experiment for all runs, or null to create a separate experiment under
-            `/Shared/lakesight/` for each run.
+        experiment: full name of one MLflow experiment for everything, or null for separate experiments under
+            `/Shared/lakesight/`: one for each run config, one for all ingests, and one for all caption jobs.
     """
 
     kind: Literal["databricks"]

@@ -34,13 +34,15 @@ class HashSplitConfig(Config):
 
 
 class FileSplitConfig(Config):
-    """Split given by the names of the source's files, such as train.csv or val.csv."""
+    """Split given by the names of the source's files or of their folders, such as train.csv or val/1.csv."""
 
     kind: Literal["file"]
 
 
 class ColumnSplitConfig(Config):
-    """Split given by a column with the values train, val (or validation, valid, dev) and test.
+    """Split given by a column with the values train, val (or validation, valid, dev) and test (or eval).
+
+    The column may also have the values training, testing and evaluation, in upper or lower case.
 
     Attributes:
         column: name of the column that holds the split.

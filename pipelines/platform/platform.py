@@ -60,7 +60,8 @@ class Platform:
         registry_uri: URI of the MLflow model registry.
         model_prefix: prefix of the names of registered models.
         experiment_prefix: prefix of the names of MLflow experiments.
-        shared_experiment: name of the MLflow experiment of all runs, or None if each run has its own experiment.
+        shared_experiment: name of the MLflow experiment of all run configs and stages, or None if each run config and
+            each stage that logs its own runs has its own experiment.
     """
 
     kind: Literal["local", "databricks"]
@@ -121,7 +122,7 @@ class Platform:
         return f"{self.model_prefix}{run}"
 
     def experiment(self, run: str) -> str:
-        """Return the name of a run's MLflow experiment."""
+        """Return the name of the MLflow experiment of a run config, or of a stage that logs its own runs."""
         return self.shared_experiment or f"{self.experiment_prefix}{run}"
 
 

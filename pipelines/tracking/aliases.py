@@ -52,7 +52,7 @@ class AliasMove(Config):
 
 
 def find_champion(platform: Platform, name: str) -> ModelVersion | None:
-    """Complete an interrupted alias move, then return the champion, or None if there is no champion."""
+    """Complete or cancel an interrupted alias move, then return the champion, or None if there is no champion."""
     client = connect(platform)
     with registry_errors(platform, f"model {name}"):
         _finish_interrupted_move(client, platform, name)

@@ -1,7 +1,8 @@
 """Reports of ingest and caption jobs in MLflow. A report becomes one MLflow run with metrics, tags and HTML pages.
 
-All ingests share one MLflow experiment, and all caption jobs share another experiment. Reports of ingests and caption
-jobs are not logged to training runs, because many training runs use the same data.
+All ingests share one MLflow experiment, and all caption jobs share another experiment, unless `platform.experiment`
+names one experiment for everything. Reports of ingests and caption jobs are not logged to training runs, because many
+training runs use the same data.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class StageLog(Config):
     of a parameter or table.
 
     Attributes:
-        kind: name of the stage, which is also the name of the MLflow experiment.
+        kind: name of the stage, from which `Platform.experiment` makes the name of the MLflow experiment.
         name: name of the MLflow run.
         report: report of the stage, as a nested dict.
         tags: tags by which runs can be searched, without the prefix `lakesight.`.
