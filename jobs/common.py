@@ -155,7 +155,8 @@ class Job:
         """Add this run and its overrides to the commands in an error message, such as "run `lakesight ingest` first".
 
         People copy commands from error messages, but the functions that raise errors do not know the options of the
-        running command. A command in WITHOUT_RUN and a command that already has the option --run stay as they are.
+        running command. Commands in WITHOUT_RUN, commands that already have the option --run, and all commands for the
+        run demo without overrides stay as they are.
         """
 
         def complete(found: re.Match[str]) -> str:

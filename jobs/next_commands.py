@@ -56,8 +56,9 @@ def show_captions(job: Job) -> list[str]:
 def after_review(job: Job, verdicts: Collection[str]) -> list[str]:
     """Return the commands for reviewed captions, given all verdicts.
 
-    The command `show` is left out if a catalog manages the tables, because `show` cannot read these tables. The command
-    `ingest` is left out if no caption is good or corrected, because only such captions become training data.
+    The command `show` is left out if there are no verdicts, or if a catalog manages the tables, because `show` cannot
+    read these tables. The command `ingest` is left out if no caption is good or corrected, because only such captions
+    become training data.
     """
     options = _platform_options(job)
     commands = []

@@ -204,7 +204,7 @@ class TrainConfig(Config):
             the newly selected checkpoint is registered as a further model version.
         profile_steps: number of steps that PyTorch's profiler records on rank 0, after five unrecorded steps. The
             profiler trace is logged to MLflow.
-        timeout_seconds: time after which a run is stopped if a rank has reported no progress, in seconds.
+        timeout_seconds: time without progress of a rank after which all ranks are stopped, in seconds.
         max_restarts: largest number of times that a failed run is restarted from its last checkpoint. A run is
             restarted only if a restart can help.
         resume_changed_code: whether an unfinished run may be resumed although the training code has changed since the

@@ -138,7 +138,7 @@ def task_cpus(spark: SparkSession) -> int:
 
 
 def allow_urls(spark: SparkSession) -> None:
-    """Give credentials and proxies to the Python workers of later queries, so that the workers can open URLs.
+    """Give credentials, certificates and proxies to the Python workers of later queries, so that they can open URLs.
 
     Without this call, Python workers on a laptop have no credentials (`executor/python_daemon.py`). In a workspace,
     this function does nothing, because the cluster decides which environment variables its Python workers have.
