@@ -133,10 +133,7 @@ def _from_array(array: npt.NDArray[Any], min_side: int) -> Image.Image:
 def _advice(image: object) -> str:
     """Return advice for common mistakes, or an empty text."""
     if isinstance(image, str) and len(image) <= MAX_PATH and PATH_OR_URL.fullmatch(image.strip()):
-        return (
-            "; a text is read as base64, not as a path or URL. In Python, pass the path of a file as pathlib.Path, and "
-            "download a URL first. For `lakesight caption`, give the folder or URL of the files with --image-root"
-        )
+        return "; a text is read as base64: pass a path as pathlib.Path, or caption a table of paths with --image-root"
     if hasattr(image, "read"):
         return "; pass the content of an open file, which its method read returns"
     if _is_tensor(image):

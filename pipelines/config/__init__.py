@@ -24,6 +24,7 @@ from pipelines.config.data import (
     WebDatasetSourceConfig,
 )
 from pipelines.config.gate import DriftConfig, GateConfig, Trial
+from pipelines.config.overrides import model_overrides
 from pipelines.config.run import (
     Chosen,
     DatabricksPlatformConfig,
@@ -35,7 +36,6 @@ from pipelines.config.run import (
     conf_folders,
     load_model,
     load_run,
-    model_overrides,
     short_hash,
 )
 from pipelines.config.split import ColumnSplitConfig, FileSplitConfig, HashSplitConfig, Split, SplitConfig

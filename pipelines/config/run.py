@@ -19,11 +19,12 @@ from pydantic import BeforeValidator, Field, PositiveInt, ValidationError, model
 
 from pipelines.config.data import DataConfig
 from pipelines.config.gate import DriftConfig, GateConfig
+from pipelines.config.overrides import apply_override
 from pipelines.config.problems import config_error, validation_error
 from pipelines.config.train import TrainConfig
 from vlm.config import ADDED_LATER, Config, ModelConfig
 from vlm.config.problems import describe
-from vlm.config.yaml_file import YamlProblem, parse_yaml, read_mapping
+from vlm.config.yaml_file import YamlProblem, read_mapping
 from vlm.errors import did_you_mean
 
 RUN_SECTIONS = ("gate", "drift")
@@ -292,8 +293,8 @@ def load_run(name: str, *, platform: str = "local", overrides: Sequence[str] = (
     slices |= {section: run.get(section, {}) for section in RUN_SECTIONS}
     given: dict[str, Any] = {kind: {} for kind in slices}
     for override in overrides:
-        _apply(slices, override, problems)
-        _apply(given, override, [])
+        apply_override(slices, override, problems)
+        apply_override(given, override, [])
     try:
         config = RunConfig.model_validate({"name": name, "chosen": chosen, **slices})
     except ValidationError as error:
@@ -307,22 +308,6 @@ def load_run(name: str, *, platform: str = "local", overrides: Sequence[str] = (
     return config
 
 
-def model_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the values of overrides `model.a.b=c` as a nested dict, without the key `model`.
-
-    Raises:
-        ConfigError: an override is not `KEY=VALUE`, or its value is not valid YAML.
-    """
-    problems: list[str] = []
-    slices: dict[str, Any] = {"model": {}}
-    for override in overrides:
-        if override.partition("=")[0].strip().split(".")[0] == "model":
-            _apply(slices, override, problems)
-    if problems:
-        raise config_error(problems, "--set")
-    return dict(slices["model"])
-
-
 def load_model(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
     """Load a model config from conf/model/ by name and apply `model.a.b=c` overrides.
 
@@ -333,7 +318,7 @@ def load_model(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
     file = _find("model", name, problems)
     slices: dict[str, Any] = {"model": _read(file, problems) or {}}
     for override in overrides:
-        _apply(slices, override, problems)
+        apply_override(slices, override, problems)
     if problems:
         raise config_error(problems, f"model {name}")
     try:
@@ -388,25 +373,3 @@ def _read(path: Path | None, problems: list[str]) -> dict[str, Any] | None:
     except YamlProblem as problem:
         problems.append(f"{path}: {problem}")
         return None
-
-
-def _apply(slices: dict[str, Any], override: str, problems: list[str]) -> None:
-    path, equals, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
-        problems.append(f"--set {override}: expected KEY=VALUE, such as train.steps=500")
-        return
-    if keys[0] not in slices:
-        problems.append(f"{path}: unknown key {keys[0]!r}{did_you_mean(keys[0], slices)}")
-        return
-    node = slices
-    for key in keys[:-1]:
-        child = node.get(key)
-        if not isinstance(child, dict):
-            child = node[key] = {}
-        node = child
-    structured = text.strip().startswith(("[", "{")) or text.strip() in ("null", "~")
-    try:
-        node[keys[-1]] = parse_yaml(text) if structured else text
-    except YamlProblem:
-        problems.append(f"{path}: {text!r} is not a valid YAML list or mapping")
