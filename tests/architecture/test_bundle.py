@@ -32,7 +32,7 @@ EXAMPLE = {
 CPU_COMPUTE = "${var.cpu_compute.%s}"
 """Setting of a task that needs neither a GPU nor torch, and that runs on a cluster or on serverless compute."""
 REQUIRED = ("catalog", "service_principal", "readers", "captioners", "run")
-"""Bundle variables without a default value. If a deployment sets no value for a variable, the deployment stops instead
+"""Bundle variables without a default value. If a deployment sets no value for one of them, the deployment stops instead
 of using a wrong catalog, or of training on the pictures of the demo.
 """
 
@@ -186,7 +186,7 @@ def test_every_task_calls_a_command_with_valid_options_and_settings(job: str, na
 
 
 def defaults(job: dict[str, Any]) -> dict[str, str]:
-    """Return the default values of a job's parameters."""
+    """Return the default values of a job's parameters, with the values of bundle variables in target `dev`."""
     values = {name: variable.get("default") for name, variable in BUNDLE["variables"].items()}
     values |= BUNDLE["targets"]["dev"]["variables"]
     variables = {f"${{var.{name}}}": str(value) for name, value in values.items()}
@@ -277,7 +277,7 @@ def test_a_cron_expression_that_quartz_would_refuse_is_reported(wrong: str) -> N
 
 
 def quartz_problems(expression: str) -> list[str]:
-    """Return the reason why Quartz would refuse a cron expression.
+    """Return the reasons for which Quartz would refuse a cron expression; the list is empty for a valid expression.
 
     A valid expression has six or seven fields, numbers in range, and `?` in exactly one of the two day fields.
     """

@@ -60,7 +60,7 @@ def test_every_config_key_on_a_page_exists(page: Path) -> None:
 
 
 def problems_with(key: str) -> str:
-    """Load a run config with one additional key, whose value may be invalid, and return the error."""
+    """Set one key of a run config to `x`, and return the problems in the config error (an empty text without error)."""
     platform = "databricks" if re.match(r"platform\.(catalog|schema|volume|experiment)", key) else "local"
     try:
         load_run("demo", platform=platform, overrides=[f"{key}=x"])
@@ -70,7 +70,7 @@ def problems_with(key: str) -> str:
 
 
 def yaml_files() -> Iterator[tuple[str, str, str]]:
-    """For each conf file that a page shows in full, yield the kind, the name and the content of the file."""
+    """For each run or data config that a page shows as a file in conf/, yield the kind, the name and the content."""
     for page in PAGES:
         for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.M | re.S):
             named = re.match(r"# conf/(run|data)/(\w+)\.yml\n", block)

@@ -1,4 +1,4 @@
-"""Tests that models and runs are defined in conf/, and that names of models occur only in conf/ and vlm/weights/."""
+"""Tests of the configs in conf/, and tests that model names occur in no code except vlm/weights/ and the tests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def relative(file: Path) -> str:
 
 
 def words_of(file: Path) -> Iterator[str]:
-    """Yield every identifier and every word of a string literal in a file, without comments and docstrings."""
+    """Yield the identifiers and the words of string literals in a file, without imports, comments and docstrings."""
     tree = ast.parse(file.read_text())
     docstrings = {
         id(node.body[0].value)
@@ -53,7 +53,8 @@ def test_names_of_models_occur_only_in_the_folder_conf_and_not_in_the_code() -> 
     assert {file: found for file, found in named.items() if found} == {}
 
 
-# Parts of model names that are also ordinary words: for example, `clip` also occurs in gradient clipping.
+# Parts of model names that may occur in code. Most of them are also ordinary words: for example, `clip` also occurs in
+# gradient clipping.
 ORDINARY = {"vit", "clip", "nano", "base", "tiny", "emoji", "photo", "small"}
 
 
@@ -77,7 +78,7 @@ def test_every_model_config_in_conf_is_valid(name: str) -> None:
 
 
 TWINS = {"photo_base": "photo_small"}
-"""Dict from each model without a tiny version to a smaller shipped model whose parts have the same kinds."""
+"""Dict from a model without a tiny version to a smaller shipped model with which the test compares the model."""
 
 
 @pytest.mark.parametrize("name", sorted(set(available("model")) - {"emoji", "photo_small"}))
@@ -88,7 +89,7 @@ def test_every_model_config_has_a_tiny_variant_whose_parts_are_of_the_same_kinds
 
 
 def kinds_of(node: Any) -> Any:
-    """Replace every number of a config by the word `number`, and keep strings and booleans."""
+    """Replace every number and every list of a config by the word `number`; keep strings, booleans and None."""
     if isinstance(node, dict):
         return {key: kinds_of(value) for key, value in node.items()}
     return node if isinstance(node, str | bool | None) else "number"

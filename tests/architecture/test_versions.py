@@ -1,5 +1,6 @@
-"""Tests of `make versions`: the environments have all allowed versions, and a failure in one environment fails the
-command."""
+"""Tests of `make versions`: the environments include the oldest and the newest allowed PySpark and the oldest allowed
+Python, and the command fails if one environment fails.
+"""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ CORES = len(os.sched_getaffinity(0))
 
 
 def row(text: str) -> dict[str, Any]:
-    """Decode a picture and return the columns that each tool must write."""
+    """Decode a picture and return the columns that each tool writes in addition to the text."""
     data = base64.b64decode(text)
     image = Image.open(io.BytesIO(data))
     format_ = str(image.format)

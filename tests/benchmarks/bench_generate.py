@@ -4,13 +4,14 @@
     python tests/benchmarks/bench_generate.py vit_gpt2 paligemma
     git clone https://github.com/AviSoori1x/seemore && python tests/benchmarks/bench_generate.py FOLDER_OF_SEEMORE
 
-Both libraries start from uint8 pictures and generate 24 tokens greedily with random weights. The tokenizer has no end
-token, so that both libraries generate the same number of tokens. The first measurement is in fp32, and also checks that
-the tokens are equal. The second measurement is in bf16. The benchmark uses one thread and measures CPU time, so that
-other work on the machine does not change the ratio. In case `vit_gpt2`, the other model consists of timm's ViT, our
-projector, and GPT2LMHeadModel.generate(inputs_embeds=...). In case `paligemma`, the other model is
-PaliGemmaForConditionalGeneration with 4 layers in each tower and a vocabulary of 32,000. The full model does not fit
-into memory. In both libraries, the vision tower encodes each picture only once.
+In the cases `vit_gpt2` and `paligemma`, Lakesight and transformers start from uint8 pictures and generate 24 tokens
+greedily with random weights. The tokenizer has no end token, so that both libraries generate the same number of tokens.
+The first measurement is in fp32. At batch size 1, it also checks that the tokens are equal. The second measurement is
+in bf16. The benchmark uses one thread and measures CPU time, so that other work on the machine does not change the
+ratio. In case `vit_gpt2`, the other model consists of timm's ViT, our projector, and
+GPT2LMHeadModel.generate(inputs_embeds=...). In case `paligemma`, the other model is PaliGemmaForConditionalGeneration
+with 4 layers in each tower and a vocabulary of 32,000. The full model does not fit into memory. In both libraries, the
+vision tower encodes each picture only once.
 """
 
 from __future__ import annotations
@@ -184,7 +185,7 @@ def beside_transformers(name: str) -> None:
 
 
 def show(what: str, rates: dict[str, float], peak: int) -> None:
-    """Print a line with the speed of each program, then the peak memory."""
+    """Print one line per program with its speed, then one line with the peak memory."""
     for side, rate in rates.items():
         ratio = rates["lakesight"] / rate
         print(f"{what:28} {side:22} {rate:8.3f} captions per CPU second  lakesight is {ratio:5.2f} of it")

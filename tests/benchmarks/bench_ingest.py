@@ -5,11 +5,12 @@
 The loop reads the CSV file, decodes the base64 text and decodes the picture to RGB, with one process per core. Ingest
 does the same work and more: ingest also hashes and checks the rows, finds the new rows, and writes these rows to Delta.
 For each kind of picture, a small file and a file with four times as many pictures are ingested. The difference between
-the costs of the two files is the cost of the additional pictures. The printed ratio compares this difference with the
-cost of the loop. The remaining cost of an ingest does not depend on the number of pictures. Costs are given in wall
-seconds and in CPU seconds of all processes together, because CPU seconds depend less on other work on the machine.
-Before the measurement, an additional ingest of the small file warms up Spark's JVM (heap and compiled code). Memory is
-resident memory, sampled five times a second from /proc (Linux).
+the costs of the two files is the cost of the additional pictures. The printed ratios compare the cost of one additional
+picture with the loop's cost of one picture. The remaining cost of an ingest does not depend on the number of pictures.
+Costs are given in wall seconds and in CPU seconds of all processes together, because CPU seconds depend less on other
+work on the machine. Before the measurement, the ingest of a third file warms up Spark's JVM (heap and compiled code).
+This file has as many pictures as the small file. Memory is resident memory, sampled five times a second from /proc
+(Linux).
 """
 
 from __future__ import annotations

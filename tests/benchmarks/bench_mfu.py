@@ -82,7 +82,7 @@ def measured(config: ModelConfig, batch: Batch, device: torch.device, *, compile
 
 
 def main() -> None:
-    """Measure the eager training step and the compiled training step, and print one line for each step."""
+    """Measure the training step first without and then with compiled blocks, and print one line for each case."""
     given = sys.argv[1:]
     name, rows, *overrides = (*given, *("base", "64")[len(given) :])
     config, count = load_model(name, overrides), int(rows)

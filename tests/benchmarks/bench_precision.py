@@ -43,7 +43,7 @@ STEPS, BATCH, LEARNED, HELD_OUT, ALONE, ROUNDS, TOKENS = 1600, 64, 9600, 256, 64
 
 
 class Scenes:
-    """Generate the PNG bytes, pixels and sentences of the demo's pictures without Spark."""
+    """Generated pictures like those of the demo, made without Spark: PNG bytes, pixels and sentences."""
 
     def __init__(self, config: ModelConfig, count: int, seed: int) -> None:
         rng = np.random.default_rng(seed)
@@ -109,7 +109,7 @@ def stored_bytes(captioner: Captioner) -> int:
 
 
 def parts(tensor: Tensor) -> Iterator[Tensor]:
-    """Return the plain tensors that a quantized tensor consists of."""
+    """Yield the plain tensors of which a quantized tensor consists. For a plain tensor, yield the tensor itself."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from parts(getattr(tensor, name))

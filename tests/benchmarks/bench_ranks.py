@@ -3,12 +3,13 @@ metrics to MLflow.
 
     python tests/benchmarks/bench_ranks.py
 
-The model is `seemore` in full size, and the pictures are generated. torchrun starts the ranks, and each rank has one
-core and one thread. In the run with two ranks, each rank processes half of the batch that a single rank would process.
-Two simultaneous runs, each with one rank, show the speed of two cores without communication. An all-reduce of the
-gradients, without any other work, shows the cost of communication. One run writes a checkpoint after every step, and
-another run writes a single checkpoint at the end. The difference between the times of the two runs is the cost of
-checkpoints. The cost of logging is measured on finished runs; this is a cost of the driver, not of the ranks.
+The model is `seemore` in full size, and the pictures are generated. torchrun starts the ranks. The number of cores
+equals the number of ranks, and each rank has one thread. In the run with two ranks, each rank processes half of the
+batch that a single rank would process. Two simultaneous runs, each with one rank, show the speed of two cores without
+communication. An all-reduce of the gradients, without any other work, shows the cost of communication. One run writes a
+checkpoint after every step, and another run writes a single checkpoint at the end. The difference between the times of
+the two runs is the cost of checkpoints. The cost of logging is measured on finished runs; this is a cost of the driver,
+not of the ranks.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Runs:
 
 
 def start(ranks: int, core: int, *work: str) -> subprocess.Popen[bytes]:
-    """Start ranks with torchrun, each limited to one core and therefore to one thread."""
+    """Start ranks with torchrun, on as many cores as there are ranks. Each rank therefore uses one thread."""
     command = [
         "taskset",
         "-c",
@@ -91,7 +92,7 @@ def trained(*runs: RunFolder, ranks: int = 1) -> float:
 
 
 def steps_of(run: RunFolder) -> list[float]:
-    """Return the seconds of each step, without the first three steps and the last step, which validates."""
+    """Return the seconds of each step, without the first four steps and the last step. The last step validates."""
     return [after.time - before.time for before, after in pairwise(list(run.read_metrics())[3:-1])]
 
 

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/bench_scale.py [ROWS ...]
 
-For each table size, the benchmark fills the table with rows of one source. All rows have the same picture of 24 x 16
-pixels. Then the benchmark ingests 200 new rows, and writes shards of the train split at 16 x 16 pixels. At the end, the
-benchmark runs the maintenance of the tables. In the output, figures before the slash are CPU seconds of all processes
+For each table size, the benchmark fills the table with copies of one row, which has a picture of 24 x 16 pixels. Then
+the benchmark ingests 200 new rows, and writes shards of the train split at 16 x 16 pixels. At the end, the benchmark
+runs the maintenance of the tables. In the output, figures before the slash are CPU seconds of all processes
 together, and figures after the slash are wall seconds. The table grows from size to size in the same Spark session, so
 Spark is warm from the second size on.
 """
@@ -34,7 +34,7 @@ NEW = 200
 
 
 def fill(spark: SparkSession, platform: Platform, rows: int) -> int:
-    """In one commit, copy the rows of a table under new ids until the table has `rows` rows."""
+    """In one commit, add copies of one row with new ids until the table has `rows` rows. Return `rows`."""
     table = platform.table("samples")
     there = spark.table(table)
     count = there.count()
@@ -49,7 +49,7 @@ def fill(spark: SparkSession, platform: Platform, rows: int) -> int:
 
 
 def timed(work: Callable[[], object]) -> str:
-    """Return the CPU and wall seconds of a function."""
+    """Call a function, and return its CPU seconds and wall seconds as one text."""
     before, started = processor_seconds(), time.monotonic()
     work()
     return f"{processor_seconds() - before:6.1f} / {time.monotonic() - started:.1f} s"

@@ -1,10 +1,10 @@
-"""Latency of a thousand requests to `lakesight serve` over loopback.
+"""Latency of a thousand requests to `lakesight serve` over loopback, with one client and with four clients.
 
     python tests/benchmarks/bench_serving.py
 
 The model is `nano` with random weights, so every answer has the full 40 tokens. Each request contains one to four rows.
-One row in five is invalid. Each answer is compared with the answer to a separate request that contains only the same
-picture.
+One row in five is invalid. The answer to each valid row is compared with the answer to a separate request that contains
+only this row.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def loop(images: list[bytes], cores: int) -> None:
 
 
 def cost(work: Callable[[int], object], counts: tuple[int, int]) -> Cost:
-    """Measure the cost of `work` for several numbers of pictures."""
+    """Measure `work` with two numbers of pictures, and compute the cost from the difference."""
     used = []
     with peak_memory() as samples:
         for count in counts:

@@ -3,14 +3,16 @@
     pip install transformers daft
     python tests/benchmarks/bench_table.py
 
-All programs caption the same rows of a Delta table with the same weights (exported for transformers) and the same
-number of tokens. The benchmark checks that the programs generate equal texts. Each program has one process per core,
-each process has one thread, and all processes load the model before the measurement begins. The plain loop decodes and
-generates in batches, and neither reads nor writes a table. The UDF runs in Spark and in Daft, both with batches of 64
-pictures and with one picture at a time (the default of transformers' pipelines).
+All programs caption the same pictures with the same weights (exported for transformers) and the same limit of tokens.
+The benchmark checks that the programs generate equal texts. Each program has one process per core, and each process has
+one thread. Before the measurement, each program captions a few pictures. The plain loop decodes and generates in
+batches, and neither reads nor writes a table. The other programs read a Delta table. The UDF runs in Spark and in Daft
+with batches of 64 pictures. In Spark, the UDF also captions a quarter of the rows one picture at a time (the default of
+transformers' pipelines).
 
 The printed ratios compare the CPU time of all processes together, because wall time is meaningful only on an otherwise
-idle machine. Peaks of resident memory are measured in two further jobs: on a quarter of the rows, and on all rows.
+idle machine. Lakesight's peaks of resident memory are measured in two further jobs: on a quarter of the rows, and on
+all rows.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ class Rates(NamedTuple):
     processor: float
 
     def show(self, name: str, beside: str = "") -> None:
-        """Return one line of the printed table."""
+        """Print one line of the table."""
         print(f"{name:<32} {self.clock:7.1f}/s  {self.processor:7.1f} per CPU second  {beside}", flush=True)
 
 
@@ -84,7 +86,7 @@ def timed(work: Callable[[], int]) -> Rates:
 
 
 def pictures(count: int) -> list[bytes]:
-    """Write JPEG files of smooth colour fields with noise."""
+    """Return JPEG files (as bytes) of smooth colour fields with noise."""
     rng = np.random.default_rng(0)
     files = []
     for _ in range(count):
@@ -114,7 +116,7 @@ def loop(folder: str, images: list[bytes], ready: Barrier, answers: Any) -> None
 
 
 def bare(folder: Path, images: list[bytes], processes: int) -> tuple[Rates, list[str]]:
-    """Run the loop with one process per core and return the captions."""
+    """Run the loop in `processes` processes, and return the speed and the captions."""
     context = multiprocessing.get_context("spawn")
     ready, answers = context.Barrier(processes + 1), context.SimpleQueue()
     parts = [images[number::processes] for number in range(processes)]

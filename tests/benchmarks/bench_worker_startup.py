@@ -2,10 +2,10 @@
 
     python tests/benchmarks/bench_worker_startup.py
 
-The model is on a network, so the first process on a machine copies the model to a local disk. For bf16, this process
-also writes the converted weights to the disk. Each measurement starts a new process with one thread, as Spark does. In
-this benchmark, the files are in the page cache. If the files are on network storage, each machine needs additional time
-to read the files once.
+The benchmark treats the model's folder as network storage, so the first process on a machine copies the model to a
+local disk. For bf16, this process also writes the converted weights to the disk. Each measurement starts a new process
+with one thread, as Spark does. The model's files are in fact on this machine and in the page cache. On real network
+storage, each machine needs additional time to read the files once.
 """
 
 from __future__ import annotations
