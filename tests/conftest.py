@@ -74,7 +74,10 @@ def no_closed_log_streams() -> None:
 
 @pytest.fixture(scope="session")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Platform:
-    """A local platform with two Spark threads and a new home folder, which all tests outside tests/e2e share."""
+    """A local platform with two Spark threads and a new home folder.
+
+    All tests that one process runs share this platform, except the tests in tests/e2e.
+    """
     with pytest.MonkeyPatch.context() as patch:
         config = LocalPlatformConfig(ranks=2, spark=SparkConfig(master="local[2]"))
         return open_local(patch, tmp_path_factory.mktemp("home"), config)

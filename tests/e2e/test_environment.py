@@ -71,7 +71,7 @@ def restrict() -> None:
 def run(
     home: Path, command: str, *, environment: Mapping[str, str], prepare: Callable[[], None] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command with disabled `assert` statements and few environment variables, as cron does."""
+    """Run a command with few environment variables, as cron does, and without `assert` statements (`python -O`)."""
     java = shutil.which("java")
     assert java
     options = [word for setting in SETTINGS for word in ("--set", setting)]
@@ -103,8 +103,8 @@ def test_the_pipeline_runs_in_restricted_environments_and_oddly_named_homes_and_
 
 
 def files_of_others(home: Path) -> list[Path]:
-    """List files that other users may read, except the source files in model versions: MLflow copies the permissions of
-    these files.
+    """List files and folders that give other users any permission, except the source files in model versions: MLflow
+    copies the permissions of these files.
     """
     found = [path for path in home.rglob("*") if path.stat().st_mode & 0o077]
     return [path for path in found if not re.search("/artifacts/(code|model.py)", path.as_posix())]

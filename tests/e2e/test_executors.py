@@ -140,7 +140,7 @@ def test_the_ai_runtime_script_gives_the_same_weights_as_torchdistributor_withou
 
 
 def either(path: Path, first: str, second: str) -> str:
-    """Create a script that runs interpreter `first` on the executor that starts first, and `second` on all others."""
+    """Create a script that runs interpreter `first` when it first starts, and interpreter `second` at later starts."""
     path.write_text(f'#!/bin/sh\nmkdir "$0.taken" 2>/dev/null && exec {first} "$@"\nexec {second} "$@"\n')
     path.chmod(0o755)
     return str(path)

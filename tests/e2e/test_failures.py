@@ -2,8 +2,8 @@
 
 Each cell of the matrix combines four values: the kind of fault, the failing rank, the moment of the fault, and the
 place of the ranks (on the driver's host or on executors). The launch must end within a time limit, and no process of
-the launch may keep running. The error must name rank, host, cause and fix. `make test` runs a few cells of the matrix,
-while `make faults` runs all cells.
+the launch may keep running. The error must name rank, host, cause and fix. `make test` runs only the cells in SAMPLE,
+and `make faults` runs all cells.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ def test_a_training_with_ddp_can_be_continued_with_fsdp_and_vice_versa(launched:
 
 
 def back_at_half(run: RunFolder, folder: Path, parallel: str) -> RunFolder:
-    """Copy a finished run, reset it to its first checkpoint, and change its setting `train.parallel`."""
+    """Copy a finished run, reset the copy to its first checkpoint, and change its setting `train.parallel`."""
     half = RunFolder(folder)
     shutil.copytree(run.path, half.path)
     half.result.unlink(missing_ok=True)

@@ -1,4 +1,6 @@
-"""Tests of the pipeline on the three pictures of the seemore repository, with a model of each family."""
+"""Tests of the pipeline on the data of the seemore repository: its three pictures, with a model of each family, and the
+plays of Shakespeare, with a text-only model.
+"""
 
 from __future__ import annotations
 

@@ -175,13 +175,17 @@ def has_layer_scale(block: Any) -> bool:
 
 
 def published_settings(name: str, theirs: Any) -> dict[str, Any]:
-    """Return the content of the config.json that timm publishes for an architecture."""
+    """Return settings of an architecture that the config.json published by timm also has."""
     preprocessing = {key: theirs.pretrained_cfg[key] for key in ("mean", "std", "input_size")}
     return {"architecture": name, "num_features": theirs.num_features, "pretrained_cfg": preprocessing}
 
 
 def problems(name: str) -> list[str]:
-    """Build an architecture with two blocks on the meta device, and return all reasons to refuse the architecture."""
+    """Return the reasons to refuse an architecture.
+
+    If the name of the architecture gives no reason, build the architecture with two blocks on the meta device, and
+    compare its settings and tensors with our model.
+    """
     axis = refused_axis(name)
     if axis:
         return axis

@@ -24,7 +24,7 @@ from vlm.text.base import Tokenizer
 TEXTS = [*CORPUS[:5], "", " two  spaces ", "line\nbreak", "\u00e9\u4e2d\U0001f600", "A Cat!", "it's 3 cats, isn't it"]
 TEXTS += [LOC[5] + LOC[6] + LOC[7] + LOC[1023] + " cat ; " + SEG[0] + "dog", "the x of <x>"]
 SPECIAL_TEXTS = ["<eos>", "the <unk> of", "a <pad> cat", "<image><image>", "<|endoftext|> cat", "<|startoftext|>"]
-"""Texts that transformers encodes as special tokens unless `split_special_tokens` is set."""
+"""Texts in which transformers finds special tokens unless `split_special_tokens` is set."""
 
 
 def vocabulary(tokenizer: Any) -> dict[str, Any]:

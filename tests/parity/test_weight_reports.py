@@ -13,7 +13,7 @@ The report `timm 2031` is GitHub issue or pull request 2031 of the project timm 
 | timm 2317, dinov2 506, dino 8 | positions for a picture that is not square | wrong grid |
 | vision_transformer 317 | 14 x 14 positions without a class token | taken for a class token and 195 positions |
 | peft 2018, transformers 45127 | a tied head whose tensor differs from the embeddings | head overwritten |
-| peft 2405, transformers 28689 | a weight file that is truncated or no safetensors file | exception of the parser |
+| peft 2405, transformers 28689 | a weight file that is truncated or is not safetensors | exception of the parser |
 | peft 1689 | a folder that contains only an adapter | loaded as a model |
 | transformers 18639 | layer norms with another epsilon | other outputs |
 | vllm 52667, paligemma 13, openpi 769 | scale of picture features and text embeddings | scaled twice |
@@ -41,7 +41,7 @@ Published = tuple[Path, ModelConfig]
 
 
 def load_all(published: Published, name: str, **changes: Any) -> list[VisionLanguageModel]:
-    """Load a folder with each function that can load the folder, with a changed model config for the import."""
+    """Load a folder with each function that can load the folder. The import gets a model config with `changes`."""
     folder, config = published
     changed = ModelConfig.model_validate(config.model_dump() | changes)
     return [load() for load in loaders(folder, family_of(name).part, changed)]

@@ -1,4 +1,6 @@
-"""Importing weights that do not fit the model raises one error that lists every mismatch, before any tensor is read."""
+"""Importing weights that do not fit the model raises an error before any tensor is read. If names, shapes or types of
+tensors do not match, the error lists all of them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Spark session of the tests in this folder, with the master of the shipped configuration."""
+"""The Spark session of the tests in this folder, in Spark's local mode."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def test_a_picture_that_a_server_cannot_send_now_keeps_its_caption_and_is_read_a
         table = write(spark, tmp_path / "photos", rows, schema)
         assert numbers(caption(spark, platform, model, request(table, image_root=root))) == (3, 0, 2, 1)
         before = stored(spark, platform, model)
-        # A nightly job writes the table again, so that the job reads all pictures again.
+        # Another program writes the table again, so the next caption job reads all pictures again.
         spark.createDataFrame(rows, schema).write.format("delta").mode("overwrite").save(str(tmp_path / "photos"))
         kept = pictures.pop("/b.png")
         failed = caption(spark, platform, model, request(table, image_root=root))
@@ -162,7 +162,7 @@ def test_a_repeated_job_fails_again_until_the_pictures_are_repaired_or_the_error
     report = caption(spark, platform, model, strict)
     assert (numbers(report), report.failed_rows, report.failed_errors) == ((5, 3, 2, 0), 3, 1)
     write(spark, tmp_path / "photos", [(5, b"no picture"), (6, b"no picture")])
-    with pytest.raises(TooManyErrors, match="2 of 2 rows"):  # the rows of the jobs before do not count any more
+    with pytest.raises(TooManyErrors, match="2 of 2 rows"):  # the rows of earlier jobs do not count here
         caption(spark, platform, model, strict)
     assert numbers(caption(spark, platform, model, request(table, max_error_share=1))) == (7, 7, 0, 0)
     accepted = caption(spark, platform, model, strict)

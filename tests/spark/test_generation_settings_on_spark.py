@@ -1,5 +1,6 @@
-"""On Spark, each generation setting changes the captions of caption jobs and evaluations as it changes those of
-`vlm`."""
+"""On Spark, each generation setting changes the captions of caption jobs and evaluations in the same way as it changes
+the captions of `vlm`.
+"""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ OPTIONS = (
 
 
 def logged_run(table: str, image_column: str) -> Run:
-    """Return the MLflow run of the captioning job of a column, which is found by its tags."""
+    """Find the MLflow run of a captioning job by the tags that contain the job's table and picture column."""
     tags = {"source_table": table, "image_column": image_column}
     condition = " AND ".join(f"tags.`lakesight.{name}` = '{value}'" for name, value in tags.items())
     [run] = mlflow.search_runs(experiment_names=["lakesight/caption"], filter_string=condition, output_format="list")

@@ -1,4 +1,4 @@
-"""Open web pages in headless Chromium."""
+"""Helper that opens web pages in headless Chromium."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 BUNDLE: dict[str, Any] = yaml.safe_load((ROOT / "databricks.yml").read_text())
 
 RUN_IDS = itertools.count(1001)
-"""Ids of the job runs. A workspace gives each job run another id."""
+"""Ids of the job runs. A workspace gives each job run a new id."""
 
 
 def job_tasks(job: str, values: dict[str, str], parameters: dict[str, str]) -> list[list[str]]:

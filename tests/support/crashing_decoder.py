@@ -1,4 +1,4 @@
-"""A BMP decoder that crashes its process, or never returns, if a picture has a certain size.
+"""A BMP decoder that crashes its process for pictures of one size, and never returns for pictures of another size.
 
 Importing this module installs the decoder in Pillow. Spark's Python workers import this module when they unpickle
 settings whose class is defined in this module.

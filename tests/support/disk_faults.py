@@ -1,7 +1,8 @@
-"""Run a command while a folder is on a full disk, in a mount namespace that ends with the command.
+"""Helpers that run a command while a folder is on a small or read-only disk, in a mount namespace that ends with the
+command.
 
-A mount namespace inside a user namespace needs no privileges. On the full disk, the kernel returns the error of a real
-disk (ENOSPC).
+A mount namespace inside a user namespace needs no privileges. If the small disk is full, the kernel returns the same
+error as for a real disk (ENOSPC).
 """
 
 from __future__ import annotations

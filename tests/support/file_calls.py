@@ -1,4 +1,4 @@
-"""Record the paths of files that this process opens and of folders that this process lists."""
+"""Helper that records the paths of files that this process opens and of folders that this process lists."""
 
 from __future__ import annotations
 

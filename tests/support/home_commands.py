@@ -1,4 +1,4 @@
-"""Helpers that run commands on a home folder whose pipeline has a few small stages."""
+"""Helpers that run commands on a home folder, with few pictures and few training steps."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ SOURCE = "killed"
 
 
 def write_rows(folder: Path, first: int, count: int) -> dict[str, str]:
-    """Write a CSV file of good rows, with a bad row after every tenth good row.
+    """Write a CSV file of good rows, with a bad row after each good row whose number is a multiple of ten.
 
     Returns:
         A dict from the text of each good row to the bytes of the row's picture, in hexadecimal.

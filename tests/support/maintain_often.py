@@ -1,4 +1,4 @@
-"""Script that runs both forms of `lakesight maintain` again and again, until the file STOP exists.
+"""Script that runs `lakesight maintain` without and with `--remove` again and again, until the file STOP exists.
 
 LAKESIGHT_HOME=HOME python maintain_often.py STOP
 

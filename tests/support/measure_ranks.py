@@ -5,7 +5,7 @@ torchrun ... -m measure_ranks --run-dir TINY,DIR
 The rank first trains the run TINY, so that torch has loaded all of its modules (among them its compiler, 110 MB). The
 rank then trains the run DIR and writes two peaks of resident memory to memory-<rank>.json in this run folder. The peaks
 are in bytes, minus the resident memory after the tiny run. `built` is the peak until the model is built, and `trained`
-the peak of the whole run.
+is the peak of the whole run.
 """
 
 from __future__ import annotations

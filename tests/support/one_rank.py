@@ -40,7 +40,7 @@ def open_group_of_one() -> Iterator[None]:
 
 
 def train(run: RunFolder, after: int = 10**6, kind: type[Trainer] = Trainer) -> Trainer:
-    """Train from the last checkpoint to the end, or until `after` steps are taken."""
+    """Train from the last checkpoint to the end, or raise Killed when the rank reports step `after`."""
     trainer = kind.build(run, run.read_run(), RankEnv(0, 1, 0, 1), KillingMonitor(run, after), torch.device("cpu"))
     torch.set_num_threads(1)  # `build` makes torch use all cores, but other tests need cores too
     try:

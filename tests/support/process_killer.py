@@ -92,7 +92,7 @@ def kill_some(kind: ProcessKind, moments: Sequence[float], rng: random.Random) -
 
 
 class KillWindow:
-    """Longest time from the start of a job to a kill, in seconds: 1.2 times the duration of a complete job."""
+    """Longest planned time from the start of a job to a kill, in seconds. `run_with_kills` may change this time."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -104,8 +104,8 @@ def run_with_kills(kind: ProcessKind, rng: random.Random, window: KillWindow, jo
     Args:
         kind: which kind of process to kill: a Python `worker` or an `executor`.
         rng: random generator that chooses the moments of the kills and the processes to kill.
-        window: time window of the kills; if a job ends before the first kill, the window is shortened and a new job is
-            run.
+        window: time window of the kills. If a job ends before the first kill, the window becomes 1.2 times the job's
+            duration, and a new job is run. After eight such jobs, AssertionError is raised.
         job: function to run, called with a name that is different for each attempt.
     """
     for attempt in range(8):

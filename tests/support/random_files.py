@@ -91,7 +91,7 @@ class Draw:
         return self.texts[-1]
 
     def picture(self) -> bytes:
-        """Return a small picture that is drawn only once; one picture in ten is damaged."""
+        """Return a small picture that is drawn only once. On average, one picture in ten is damaged."""
         rng = self.rng
         pixels = np.random.default_rng(rng.randrange(2**32)).integers(0, 256, (4, 5, 3), np.uint8)
         image = Image.fromarray(pixels).resize((rng.randint(8, 40), rng.randint(8, 40)))
@@ -102,7 +102,7 @@ class Draw:
         return data[: len(data) // 3] if rng.random() < 0.1 else data
 
     def rows(self, most: int = 6) -> list[tuple[bytes, str]]:
-        """Return pictures with texts; one text in ten is missing."""
+        """Return up to `most` pictures with texts. On average, one text in ten is empty."""
         count = self.rng.randint(0, most)
         return [(self.picture(), "" if self.rng.random() < 0.1 else self.text()) for _ in range(count)]
 

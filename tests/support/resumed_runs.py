@@ -1,4 +1,4 @@
-"""Check that killed and restarted ranks write the same files as uninterrupted ranks, bit for bit."""
+"""Functions that check that killed and restarted ranks compute exactly the same as uninterrupted ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ MEASURED = re.compile("per_second|data_wait|system/")
 
 
 def require_exact_resume(whole: RunFolder, broken: RunFolder, *, step: int, ranks: int = 2) -> None:
-    """Train two equal runs, one of them killed at a step and started again, and compare all that they write."""
+    """Train two equal runs, one of them killed at a step and started again, and compare the results.
+
+    The results are the last checkpoints, the metrics except measurements, and the sample captions.
+    """
     done = torchrun(whole, ranks)
     assert done.returncode == 0, done.stdout
     write_json(broken.path / "fault.json", Fault(kind="kill", rank=ranks - 1, step=step))

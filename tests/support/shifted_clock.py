@@ -44,8 +44,10 @@ class ShiftedClock(NamedTuple):
 
     @contextmanager
     def jumping(self, shifts: Sequence[int], every: float) -> Iterator[None]:
-        """While the block runs, set a new difference every `every` seconds, in the given order; after the block, set
-        0."""
+        """While the block runs, set another difference every `every` seconds; after the block, set 0.
+
+        The differences are those in `shifts`, in this order. After the last difference, the first one follows again.
+        """
 
         def jump(ended: threading.Event) -> None:
             for seconds in cycle(shifts):

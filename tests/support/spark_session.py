@@ -41,7 +41,7 @@ def open_session(platform: Platform) -> Iterator[SparkSession]:
 
 
 def executed_queries(spark: SparkSession) -> int:
-    """Count the queries that a session has run."""
+    """Count the queries that all sessions of the Spark context have run."""
     return int(spark._jsparkSession.sharedState().statusStore().executionsCount())
 
 

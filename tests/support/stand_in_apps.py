@@ -67,7 +67,7 @@ class Apps(Services):
         return self.apps[name]
 
     def _check_resources(self, resources: Sequence[Json]) -> None:
-        """Refuse resources that do not exist."""
+        """Refuse warehouses and tables that do not exist, and unknown permissions of a table."""
         for resource in resources:
             if "sql_warehouse" in resource and resource["sql_warehouse"]["id"] not in self.warehouses:
                 raise missing(f"SQL warehouse {resource['sql_warehouse']['id']} does not exist.")
@@ -133,7 +133,7 @@ class Apps(Services):
     # -------------------------------------------------------------------------------------------- SQL statements
 
     def execute(self, given: Json) -> Json:
-        """Run a statement. As with a warehouse that starts, the first answer has no result."""
+        """Run a statement. As with a warehouse that is still starting, the first answer has no result."""
         if given["warehouse_id"] not in self.warehouses:
             raise missing(f"SQL warehouse {given['warehouse_id']} does not exist.")
         self.require_permissions(given["statement"], given["warehouse_id"])

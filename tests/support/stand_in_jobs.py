@@ -1,4 +1,4 @@
-"""Find the settings of a job that a Databricks workspace refuses."""
+"""Function that finds the settings of a job that a Databricks workspace refuses."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def stuck_rank(run_dir: str) -> None:
 
 
 def finishing_rank(run_dir: str) -> None:
-    """Write a checkpoint without files and the result of a run, without training."""
+    """Write an empty checkpoint folder and the file result.json of a run, without training."""
     run = RunFolder(Path(run_dir))
     run.checkpoint(1).mkdir(parents=True)
     write_json(run.result, Result(status="ok", step=1, world_size=1, checkpoint="", metrics={}, seconds=0.0))

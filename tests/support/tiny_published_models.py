@@ -68,7 +68,7 @@ def publish(model: Any, folder: Path, seed: int = 0) -> Any:
 def load(
     settings: ModelConfig, folder: Path, part: Part, vocab_size: int = VOCAB
 ) -> tuple[VisionLanguageModel, ImportReport]:
-    """Import the encoder or the decoder of our model from a folder of published weights."""
+    """Import the whole model, its encoder or its decoder (`part`) from a folder of published weights."""
     return import_weights(settings, vocab_size, {part: folder})
 
 

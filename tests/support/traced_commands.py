@@ -1,4 +1,5 @@
-"""Run `lakesight` commands in one process, and record which large libraries and Java programs each command needs.
+"""Script that runs `lakesight` commands in one process, and reports which of the libraries in LARGE were imported and
+how many Java processes each command started.
 
 python traced_commands.py COMMANDS, where COMMANDS is a JSON list of command lines. The script prints a JSON list.
 """
@@ -28,7 +29,7 @@ class Traced(NamedTuple):
         printed: text that the command printed to stdout.
         imported: libraries of LARGE that the process had imported when the command ended.
         java: number of Java processes that the command started, including `java -version`.
-    collections: number of times that Python searched for garbage while the command imported torch.
+        collections: number of times that Python searched for garbage while the command imported torch.
     """
 
     printed: str
@@ -40,7 +41,7 @@ class Traced(NamedTuple):
 def run_traced(home: Path, *commands: Sequence[str]) -> list[Traced]:
     """Run commands one after the other in one new process. Each command must succeed.
 
-    A command imports nothing that an earlier command of the process has imported, so `imported` grows.
+    The `imported` libraries of a command include the libraries that earlier commands of the process have imported.
     """
     from processes import TEST_PATH  # not at the top, because the import would count as an import of the commands
 

@@ -10,6 +10,6 @@ import pyarrow as pa
 
 
 def names_of_variables(_: Iterable[object]) -> Iterator[pa.RecordBatch]:
-    """Return the names of this process's environment variables, now and at the start of the process."""
+    """Yield one batch: the names of the environment variables that this process has now or had at its start."""
     at_start = (entry.partition("=")[0] for entry in Path("/proc/self/environ").read_text().split("\0"))
     yield pa.RecordBatch.from_pydict({"name": sorted({*os.environ, *at_start})})

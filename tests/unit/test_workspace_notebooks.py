@@ -48,7 +48,10 @@ def mistakes(code: str) -> Iterator[str]:
 
 
 def accepts(function: object, call: ast.Call) -> bool:
-    """Return whether a function accepts the arguments of a call. For objects that are not functions, return True."""
+    """Return whether a function accepts the arguments of a call. For other objects, return True.
+
+    For a call of `job.platform.table`, return whether Lakesight has a table of this name.
+    """
     if ast.unparse(call.func) == "job.platform.table":
         return ast.literal_eval(call.args[0]) in {table.name for table in TABLES}
     if inspect.isfunction(function):

@@ -19,7 +19,7 @@ from pipelines.executor.ingest.records.table import payload_records
 
 
 def parse(batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:
-    """Return a record with the same content for each row. The column `path` has the path of the row's file."""
+    """Yield one record per row, named after the file in the row's column `path`. All records have the same fields."""
     for batch in batches:
         for path in batch["path"].to_pylist():
             yield Record(Path(path).name, {"image": "1.png", "text": "a cat"})

@@ -170,7 +170,7 @@ class Store(MemoryFileSystem):  # type: ignore[misc]
 
 @pytest.fixture
 def store() -> Iterator[MemoryFileSystem]:
-    """Yield an object store with the bucket `b`."""
+    """Yield an object store with the buckets `b` and `other`."""
     urls._store.cache_clear()
     fsspec.register_implementation("gs", Store, clobber=True)
     fsspec.register_implementation("gcs", Store, clobber=True)

@@ -1,4 +1,4 @@
-"""Tests of the view champion_captions, computed from table files without Spark, as `lakesight show` does."""
+"""Tests of the view champion_captions, which `lakesight show` computes from table files without Spark."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def test_copies_are_searched_again_if_a_version_number_returns_with_another_comm
 def test_a_list_of_copies_that_an_earlier_release_stored_is_used_only_for_the_commits_of_the_shards(
     tmp_path: Path,
 ) -> None:
-    """The earlier release named the list after the version numbers alone."""
+    """An earlier release put the version numbers, but no commit ids, into the name of the file with the list."""
     requests = write_parts(tmp_path, table_commit="first")
     numbered = copies_file(tmp_path, [request.model_copy(update={"table_commit": None}) for request in requests])
     copies = MixCopies(left_out={})

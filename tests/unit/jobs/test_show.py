@@ -163,7 +163,7 @@ def test_an_export_keeps_its_file_if_the_server_that_knows_the_champion_does_not
 ) -> None:
     export = ("show", "champion_captions", "--rows", "0", "--output", "captions.parquet")
     assert lakesight(*export).returncode == 0
-    # A home folder without promotions asks the registry for the champion.
+    # If the home folder has no promotions, the command asks the registry for the champion.
     write_deltalake(home / "warehouse" / DECISIONS.name, DECISIONS.arrow_schema.empty_table(), mode="overwrite")
     server = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free_port()}", "JAVA_HOME": "/nonexistent"}
     assert_user_error(run_command(*export, environment=os.environ | server), server["MLFLOW_TRACKING_URI"])

@@ -40,7 +40,7 @@ def train_until_lost(run: RunFolder) -> None:
 
 
 def fail_before_loss(run: RunFolder) -> None:
-    """Let another process take over the run, and fail before this process notices, because a file was removed."""
+    """Let another process take over the run, and fail with a missing file before this process notices the loss."""
     write_json(run.launcher, ELSEWHERE)
     raise TrainingFailed("rank 0 raised FileNotFoundError", where="host h")
 

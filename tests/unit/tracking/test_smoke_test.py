@@ -52,7 +52,7 @@ def append(name: str) -> Callable[[Path, str], None]:
 
 
 def change_settings(before: str, after: str, file: str) -> Callable[[Path, str], None]:
-    """Return a function that adds a file to a model version and changes MLmodel so that MLflow would execute it."""
+    """Return a function that adds a file to a model version, and changes MLmodel so that MLflow would run the file."""
 
     def plant(version: Path, code: str) -> None:
         (version / file).parent.mkdir(exist_ok=True)

@@ -250,7 +250,7 @@ def test_a_report_is_logged_to_mlflow_under_its_stage_name(platform: Platform, r
     page.write_text("<p>", encoding="utf-8")
     with followed(run, platform) as run_id:
         pass
-    for _ in range(2):  # the second call adds no row to the table
+    for _ in range(2):  # the first call writes the table, and the second call adds no row
         tables: dict[str, dict[str, list[object]]] = {"rows.json": {"image_id": ["a", "b"], "loss": [0.5, 1.5]}}
         runs.log_report(platform, run_id, "evaluate", {"cider": 1.25}, [page], tables=tables)
     client = connect(platform)

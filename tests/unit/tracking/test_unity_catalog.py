@@ -50,7 +50,7 @@ class Catalog:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Path:
-    """Train a run in a home folder, and log the run to the home folder's MLflow database. Return the home folder."""
+    """Write a finished run into a home folder, and log the run to the folder's MLflow database. Return the folder."""
     home = tmp_path_factory.mktemp("home")
     config, shards = tiny_run(), write_shards(home / "shards", rows=6)
     run = write_run(home / "runs" / "tiny-0123", config, shards, shards)

@@ -25,7 +25,7 @@ from vlm.errors.printable import printable
 
 @pytest.fixture(autouse=True)
 def few_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove all environment variables, because a variable of this machine could hide a part of a message."""
+    """Remove all environment variables except PATH and PYTEST*, because their values could hide parts of a message."""
     for name in os.environ:
         if name != "PATH" and not name.startswith("PYTEST"):
             monkeypatch.delenv(name)

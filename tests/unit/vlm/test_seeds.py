@@ -1,4 +1,4 @@
-"""Tests that SplitMix64 gives equal results for integers and arrays, and that `mix` returns unchanged seeds."""
+"""Tests that SplitMix64 gives equal results for integers and arrays, and that `mix` gives the same seeds as earlier."""
 
 from __future__ import annotations
 
