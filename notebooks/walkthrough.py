@@ -71,9 +71,10 @@ print(train_shards)
 
 # MAGIC %md
 # MAGIC ## Train
-# MAGIC TorchDistributor starts the ranks. The ranks train on the shards and write metrics and checkpoints to the run
-# MAGIC folder. The driver logs the metrics to MLflow. The run is finished when the file `result.json` exists. If you
-# MAGIC run the cell again, the finished run is reused.
+# MAGIC The driver starts the ranks: in a workspace with TorchDistributor, and on a laptop as its own child processes.
+# MAGIC The ranks train on the shards and write metrics and checkpoints to the run folder. The driver logs the metrics
+# MAGIC to MLflow. The run is finished when the file `result.json` exists. If you run the cell again, the finished run
+# MAGIC is reused.
 
 # COMMAND ----------
 

@@ -101,9 +101,9 @@ assert difference < 1e-5
 # MAGIC %md
 # MAGIC ## Why divide by the square root of the width?
 # MAGIC
-# MAGIC A dot product of long vectors is a sum of many numbers, some positive and some negative. The size of such a
-# MAGIC sum grows with the square root of their count. Softmax of large numbers gives nearly everything to one key.
-# MAGIC Then a small change of the weights changes nothing: the gradient is nearly zero, and training stands still.
+# MAGIC A dot product of long vectors is a sum of many numbers, some positive and some negative. The size of such a sum
+# MAGIC grows with the square root of their count. Softmax of large numbers gives nearly everything to one key. Then a
+# MAGIC small change of the weights changes almost nothing: the gradient is nearly zero, and training stands still.
 # MAGIC Dividing by the square root of the width keeps the scores at the same size for any width. The plot shows the
 # MAGIC largest share among 16 random keys, as a mean over 200 trials.
 

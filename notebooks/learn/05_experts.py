@@ -134,9 +134,9 @@ assert all_weights[-1] == 16 * used[-1]
 # MAGIC experts get more. The load-balance loss is added to the normal loss with a small weight, `balance_weight`.
 # MAGIC
 # MAGIC We train a model like that of notebook 4 twice, with 6 experts in each block of the decoder: once with the
-# MAGIC balance loss, and once without. To make the trap visible in a minute, both routers start with weights that are
-# MAGIC three times as large as usual, so they have strong opinions from the start. The training loop reports the
-# MAGIC load: the share of the work that each expert gets.
+# MAGIC balance loss, and once without. To make the trap visible in a minute, the routers of both models start with
+# MAGIC weights that are three times as large as usual, so they have strong opinions from the start. The training loop
+# MAGIC reports the load: the share of the work that each expert gets.
 
 # COMMAND ----------
 

@@ -218,8 +218,8 @@ assert first["a"] > first["one"] > 0.25
 # MAGIC
 # MAGIC We search by hand, draw the tree, and compare the result with the library. The logarithm of a share is called
 # MAGIC *log-probability* in the code. Thick lines lead to the best caption. The number below a word is the product of
-# MAGIC the shares of all tokens up to this word. (The library divides the sum of the logarithms by the length of the
-# MAGIC text, unless `length_penalty` is 0.)
+# MAGIC the shares of all tokens up to this word. (By default, the library divides the sum of the logarithms by the
+# MAGIC length of the text. With `length_penalty=0`, it does not divide.)
 
 # COMMAND ----------
 
@@ -314,9 +314,9 @@ assert bent["temperature 0.5"][0] > given[0, 0] > bent["temperature 2"][0]
 
 # MAGIC %md
 # MAGIC Now the real model: 300 captions of the same picture at three temperatures. At temperature 1, the frequencies
-# MAGIC are roughly those of the training captions. A low temperature prefers the token that is best *now*, so it
-# MAGIC makes the same mistake as greedy writing. A high temperature starts to invent. In the labels, c is the colour
-# MAGIC and s is the shape.
+# MAGIC are roughly those of the training captions. A low temperature prefers the token that is best *now*, so it makes
+# MAGIC the same mistake as greedy writing. At a high temperature, the model starts to invent captions. In the labels, c
+# MAGIC is the colour and s is the shape.
 
 # COMMAND ----------
 

@@ -33,9 +33,9 @@ torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for
 # MAGIC ## Data and model
 # MAGIC
 # MAGIC The scenes are as in notebook 4: each scene has one thing, with one of 6 colours, 3 shapes and 5 places. The
-# MAGIC config has the parts of ViT and GPT-2 in small sizes: learned positions, biases (a constant that each sum
-# MAGIC adds), and an MLP with GELU, a smooth function that sets negative numbers to nearly zero. With
-# MAGIC `tie_embeddings`, the decoder's head uses the table of embeddings as its weights. The projector is an MLP.
+# MAGIC config has the parts of ViT and GPT-2 in small sizes: learned positions, biases (a constant that each sum adds),
+# MAGIC and an MLP with GELU, a smooth function that sets numbers far below zero to nearly zero. With `tie_embeddings`,
+# MAGIC the decoder's head uses the table of embeddings as its weights. The projector is an MLP.
 
 # COMMAND ----------
 
@@ -136,11 +136,11 @@ assert right[2] > 0.6
 # MAGIC projector needs exactly this skill, because picture vectors will stand before the text. A decoder that has
 # MAGIC learned to ignore the beginning of its sequence cannot be helped by any projector.
 # MAGIC
-# MAGIC So our decoder learns from notes that are followed by a caption. A note has 16 words in any order: the words of
-# MAGIC the caption, and "and" in all other places, which are at least half of the 16. Later, the 16 picture vectors
-# MAGIC stand at the places of these 16 words, and most picture vectors show only background. For example, the note `and
-# MAGIC star and purple middle and ...` comes before the caption `a large purple star in the middle`. The output shows
-# MAGIC the notes without "and".
+# MAGIC So our decoder learns from notes that are followed by a caption. A note has 16 words in any order: the caption's
+# MAGIC words for colour, shape and place, each twice, and "and" in all other places, which are at least half of the 16.
+# MAGIC Later, the 16 picture vectors stand at the places of these 16 words, and most picture vectors show only
+# MAGIC background. For example, the note `and star and purple middle and ...` comes before the caption `a large purple
+# MAGIC star in the middle`. The output shows the notes without "and".
 
 # COMMAND ----------
 

@@ -151,11 +151,11 @@ print("top, left, bottom, right:", region[:4], sep="\n  ")
 # MAGIC %md
 # MAGIC ## The model
 # MAGIC
-# MAGIC The model is the model of notebook 4, with `mask: {kind: prefix}`. Before training, we check what the mask
-# MAGIC does. We change the last token of the *prompt*. A position notices this change if the change alters the
-# MAGIC position's vector after the last block. These positions are blue in the plot. With a causal mask, the picture
-# MAGIC stands before the prompt and cannot know the question. With a prefix mask, the picture can know the question:
-# MAGIC the picture is read *with the question in mind*.
+# MAGIC The model is the model of notebook 4, with `mask: {kind: prefix}`. Before training, we check what the mask does.
+# MAGIC We change the last token of the *prompt*. A position notices this change if the change alters the position's
+# MAGIC vector after the last block. These positions are blue in the plot. The picture stands before the prompt, so with
+# MAGIC a causal mask, the picture cannot know the question. With a prefix mask, the picture can know the question: the
+# MAGIC picture is read *with the question in mind*.
 
 # COMMAND ----------
 

@@ -4,8 +4,8 @@
 # MAGIC
 # MAGIC One computer is too slow for a large model, so several processes train the model together. Each of these
 # MAGIC processes is a *rank*. In *data-parallel* training, every rank has the whole model and reads a part of the rows.
-# MAGIC If it is done right, 2 or 8 ranks learn **the same** as one rank, only faster. This notebook shows why, shows a
-# MAGIC mistake that nobody notices, and then starts real processes and compares their losses.
+# MAGIC If data-parallel training is done right, 2 or 8 ranks learn **the same** as one rank, only faster. This notebook
+# MAGIC shows why, shows a mistake that nobody notices, and then starts real processes and compares their losses.
 
 # COMMAND ----------
 
@@ -205,7 +205,7 @@ generation: {max_new_tokens: 24}
 # COMMAND ----------
 
 def start(ranks):
-    """Run the program in so many processes, and return what each rank reports."""
+    """Run the program in `ranks` processes, and return what each rank reports."""
     with tempfile.TemporaryDirectory() as folder:
         program, config = Path(folder) / "rank.py", Path(folder) / "model.yml"
         program.write_text(PROGRAM)

@@ -2,9 +2,9 @@
 # MAGIC %md
 # MAGIC # Train on all ranks
 # MAGIC
-# MAGIC TorchDistributor starts the ranks: one rank per GPU on a GPU cluster, and processes on the CPU of a laptop. The
-# MAGIC driver logs the metrics to MLflow and registers the model. If you run the next cells again, `run_train` reuses
-# MAGIC the finished run.
+# MAGIC On a GPU cluster, TorchDistributor starts one rank per GPU. On a laptop, the driver starts the ranks as
+# MAGIC processes on the CPU. The driver logs the metrics to MLflow and registers the model. If you run the next cells
+# MAGIC again, `run_train` reuses the finished run.
 
 # COMMAND ----------
 

@@ -2,8 +2,8 @@
 # MAGIC %md
 # MAGIC # Caption a table, and serve the champion
 # MAGIC
-# MAGIC A Spark job captions the rows that the champion has not captioned yet. Each caption is stored with its model
-# MAGIC version, its table version and its settings.
+# MAGIC A Spark job captions the rows of the evaluation split that the champion has not captioned yet. Each caption is
+# MAGIC stored with its model version, its table version and its settings.
 
 # COMMAND ----------
 
