@@ -1,4 +1,4 @@
-"""Peak resident memory of each stage of the demo.
+"""Peak resident memory of each stage of run `demo`, with 100 training steps.
 
     python tests/benchmarks/bench_memory.py [SCENES]
 

@@ -152,7 +152,7 @@ def speed() -> None:
     seconds: dict[tuple[Precision, int], list[float]] = {}
     for round_ in range(ROUNDS):
         for precision, captioner in captioners.items():
-            for batch in (1, 16) if round_ else (1,):  # the first round only warms up
+            for batch in (1, 16) if round_ else (1,):  # the first round warms up, with batch size 1 only
                 started = time.process_time()
                 said(captioner, scenes.files[:batch])
                 seconds.setdefault((precision, batch), []).append(time.process_time() - started)

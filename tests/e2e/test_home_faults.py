@@ -214,7 +214,7 @@ def test_each_stage_succeeds_while_maintain_runs_again_and_again_and_nothing_tha
 def test_the_error_says_that_the_java_process_of_spark_was_killed_and_the_next_command_completes_the_work(
     tmp_path: Path,
 ) -> None:
-    """The test kills the JVM, because the kernel's OOM killer would kill the process with the most memory."""
+    """The test kills the JVM, as the kernel's OOM killer would: the JVM is the process with the most memory."""
     home = tmp_path / "home"
     home.mkdir()
     ingest = start(MANY_ROWS, home)

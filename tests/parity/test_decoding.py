@@ -186,7 +186,7 @@ def requests(family: str) -> list[Request]:
 
 
 def their_tokens(family: str, asked: list[Request], **settings: Any) -> list[list[int]]:
-    """Run transformers' `generate` on a left-padded batch, and return each answer's tokens up to the end token."""
+    """Run transformers' `generate` on a left-padded batch, and return each answer's tokens before the end token."""
     theirs, ours = both(family)
     longest = max(len(request.prefix) for request in asked)
     rows = [[0] * (longest - len(r.prefix)) + [IMAGE if i == SLOT else i for i in r.prefix] for r in asked]

@@ -18,12 +18,13 @@ RUN_IDS = itertools.count(1001)
 
 
 def job_tasks(job: str, values: dict[str, str], parameters: dict[str, str]) -> list[list[str]]:
-    """Return the parameters of each wheel task of a new job run, in the order of the tasks.
+    """Return the parameters of each wheel task that runs in a new job run, in the order of the tasks.
 
     Args:
         job: key of the job.
-        values: values of references, such as `resources.schemas.lakesight.name`. A bundle variable without an entry has
-            its default value.
+        values: values of references, such as `resources.schemas.lakesight.name`. Without an entry, `var.run` has its
+            value in target `dev`, and every other bundle variable has its default value or, without a default value,
+            an empty text.
         parameters: values of job parameters in the job run. Every other job parameter has its default value.
     """
     settings = yaml.safe_load((ROOT / "jobs" / f"{job}.job.yml").read_text())["resources"]["jobs"][job]

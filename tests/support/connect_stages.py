@@ -114,7 +114,7 @@ def random_model(folder: Path) -> ModelFiles:
 
 
 def describe_mistakes(spark: SparkSession, platform: Platform, model: ModelFiles, data: DataConfig) -> list[str]:
-    """Make typical mistakes of users, such as wrong names, and return the message of each error."""
+    """Make typical mistakes of users, such as wrong names, and return the first part of each error message."""
     selected = data.model_copy(update={"shards": data.shards.model_copy(update={"where": "no_column = 1"})})
     table = DataConfig.model_validate({"source": {"kind": "table", "table": f"{platform.namespace}.missing"}})
     mistakes: list[Callable[[], object]] = [

@@ -47,7 +47,7 @@ PRINCIPAL_KEYS = ("user_name", "group_name", "service_principal_name")
 class Workspace(Apps):
     """Content of the stand-in workspace, which a test sets before a deployment and reads after the deployment.
 
-    `user` is the application id of the service principal that sends all requests.
+    `user` is the principal that deploys and that sends all requests except those of apps.
     """
 
     user: str

@@ -239,7 +239,7 @@ def finished_run(platform: Platform, folder: Path) -> tuple[RunFolder, Shards]:
 
 
 def finish_run(run: RunFolder, *, blind_gap: float = 0.5) -> None:
-    """Write the files of a successful training, with random weights."""
+    """Write the last checkpoint, with random weights, and the result of a successful training."""
     import torch
 
     from vlm.factory import build_model

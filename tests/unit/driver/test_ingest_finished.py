@@ -55,7 +55,7 @@ def config(tmp_path: Path) -> DataConfig:
 
 
 def write_tables(platform: Platform, config: DataConfig, name: str = NAME) -> None:
-    """Write the tables, the report page and the figures that an ingest of a source writes."""
+    """Write what an ingest writes: tables (only `ingested` has rows), a report page and figures."""
     assert platform.tables
     for table in (SAMPLES, QUARANTINE, INGESTED):
         open_or_create(platform.tables / table.name, table)

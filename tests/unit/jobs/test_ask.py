@@ -78,7 +78,7 @@ def random_model(tmp_path: Path) -> tuple[Path, VisionLanguageModel, Tokenizer]:
 
 @pytest.fixture
 def detector(tmp_path: Path) -> Path:
-    """Save a model whose answer is always one of two boxes: the box of a cat or the box of a dog.
+    """Save a model whose answers consist of only two kinds of tokens: the box of a cat and the box of a dog.
 
     The output head has opposite weights for the tokens of the two boxes, and zero weights for all other tokens.
     """

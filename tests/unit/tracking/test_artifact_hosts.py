@@ -26,7 +26,7 @@ from pipelines.tracking.server import connect, refuse_foreign_hosts
 
 @pytest.fixture
 def foreign() -> Iterator[tuple[str, list[str]]]:
-    """Run an HTTP server, and yield its host and port, and a list that receives the token of each request."""
+    """Run an HTTP server. Yield its host and port, and a list of the `Authorization` headers of all requests."""
     tokens: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
