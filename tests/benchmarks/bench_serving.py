@@ -2,9 +2,9 @@
 
     python tests/benchmarks/bench_serving.py
 
-The model is `nano` with random weights, so every answer has the full 40 tokens. Each request contains one to four rows.
-One row in five is invalid. The answer to each valid row is compared with the answer to a separate request that contains
-only this row.
+The model is `nano` with random weights, so every caption has the full 40 tokens. Each request contains one to four
+rows. One row in five is invalid. The answer to each valid row is compared with the answer to a separate request that
+contains only this row.
 """
 
 from __future__ import annotations

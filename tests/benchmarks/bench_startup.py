@@ -46,7 +46,8 @@ TARGETS = {
     "shard": (5.0, CLOCK),
     "caption": (5.0, CLOCK),
 }
-"""Commands, and the targets in seconds of processor time or of time by the clock. The stages find nothing new."""
+"""Dict from command to its target: seconds of processor time or of time by the clock, or None if the command must only
+start no Java. The stages find nothing new."""
 
 
 class Cost(NamedTuple):

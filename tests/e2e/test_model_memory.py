@@ -53,7 +53,7 @@ class Measured(NamedTuple):
     Attributes:
         model: memory without the memory of libraries, because other programs of the machine may share the libraries.
         whole: memory including libraries.
-        results: lines of the processes.
+        results: the line of JSON that each process prints, as a dict.
     """
 
     model: int

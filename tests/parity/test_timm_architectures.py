@@ -175,7 +175,7 @@ def has_layer_scale(block: Any) -> bool:
 
 
 def published_settings(name: str, theirs: Any) -> dict[str, Any]:
-    """Return settings of an architecture that the config.json published by timm also has."""
+    """Return a short config.json of an architecture, with some of the keys that timm publishes."""
     preprocessing = {key: theirs.pretrained_cfg[key] for key in ("mean", "std", "input_size")}
     return {"architecture": name, "num_features": theirs.num_features, "pretrained_cfg": preprocessing}
 

@@ -1,5 +1,5 @@
-"""Importing weights that do not fit the model raises an error before any tensor is read. If names, shapes or types of
-tensors do not match, the error lists all of them.
+"""Importing weights that do not fit the model raises an error before any tensor is read. If tensors do not match in
+name, shape or type, the error lists all of these tensors.
 """
 
 from __future__ import annotations

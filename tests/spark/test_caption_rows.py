@@ -1,4 +1,6 @@
-"""Tests that a caption belongs to the present picture of its row: repeated ids, failing servers, and the view."""
+"""Tests that a caption belongs to the present picture of its row (repeated ids, failing servers), tests of the errors of
+earlier jobs, and a test of the view champion_captions.
+"""
 
 from __future__ import annotations
 
@@ -162,7 +164,7 @@ def test_a_repeated_job_fails_again_until_the_pictures_are_repaired_or_the_error
     report = caption(spark, platform, model, strict)
     assert (numbers(report), report.failed_rows, report.failed_errors) == ((5, 3, 2, 0), 3, 1)
     write(spark, tmp_path / "photos", [(5, b"no picture"), (6, b"no picture")])
-    with pytest.raises(TooManyErrors, match="2 of 2 rows"):  # the rows of earlier jobs do not count here
+    with pytest.raises(TooManyErrors, match="2 of 2 rows"):  # rows of jobs before the last success do not count
         caption(spark, platform, model, strict)
     assert numbers(caption(spark, platform, model, request(table, max_error_share=1))) == (7, 7, 0, 0)
     accepted = caption(spark, platform, model, strict)

@@ -48,7 +48,8 @@ class StandInRegistry:
         code_of_existing: error code of the answer if a client creates a model that exists. MLflow accepts both codes.
         created_by_others: names of models that another client creates immediately before the next request to create
             a model.
-        lost: paths of calls whose next request is executed, although the client gets an error as answer.
+        lost: last parts of the paths of calls. The next request of each call is executed, although the client gets an
+            error as answer.
     """
 
     user: str

@@ -38,7 +38,7 @@ def report(tmp_path: Path) -> ShardReport:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """Write a checkpoint folder of the tiny model, with another tokenizer than the run and a tiny weights file."""
+    """Write a checkpoint folder of the tiny model, with a tokenizer unlike that of the run, and a tiny weights file."""
     config = tiny_run().model
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "model.safetensors").write_bytes(b"weights")

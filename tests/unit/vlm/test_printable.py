@@ -25,7 +25,7 @@ from vlm.errors.printable import printable
 
 @pytest.fixture(autouse=True)
 def few_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove all environment variables except PATH and PYTEST*, because their values could hide parts of a message."""
+    """Remove environment variables, because their values could hide parts of a message. PATH and PYTEST* remain."""
     for name in os.environ:
         if name != "PATH" and not name.startswith("PYTEST"):
             monkeypatch.delenv(name)

@@ -99,7 +99,8 @@ def test_an_import_with_a_changed_tokenizer_file_outside_the_imported_folders_is
     Path("tokenizer.json").write_text("second")
     second = describe_import(config, folders, seed=0)
     assert not second.is_recorded_as(first)
-    earlier = first.model_copy(update={"sources": {"encoder": first.sources["encoder"]}})  # of an earlier release
+    # Earlier releases recorded no tokenizer file outside of the folders.
+    earlier = first.model_copy(update={"sources": {"encoder": first.sources["encoder"]}})
     assert second.is_recorded_as(earlier)
     assert not describe_import(config, folders, seed=1).is_recorded_as(earlier)
 

@@ -1,4 +1,4 @@
-"""Tests that the attention of a caption is drawn for each word, and never for another caption."""
+"""Tests that the attention of a caption is drawn for its first words, and never for another caption."""
 
 from __future__ import annotations
 
