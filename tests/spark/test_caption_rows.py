@@ -1,5 +1,5 @@
-"""Tests that a caption belongs to the present picture of its row (repeated ids, failing servers), tests of the errors of
-earlier jobs, and a test of the view champion_captions.
+"""Tests that a caption belongs to the present picture of its row (repeated ids, failing servers), tests of the errors
+of earlier jobs, and a test of the view champion_captions.
 """
 
 from __future__ import annotations

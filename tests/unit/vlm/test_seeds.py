@@ -1,4 +1,4 @@
-"""Tests that SplitMix64 gives equal results for integers and arrays, and that each version of `mix` gives equal seeds."""
+"""Tests that SplitMix64 gives equal results for integers and arrays, and that `mix` gives the seeds of earlier versions."""
 
 from __future__ import annotations
 
