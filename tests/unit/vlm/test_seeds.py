@@ -1,4 +1,4 @@
-"""Tests that SplitMix64 gives equal results for integers and arrays, and that `mix` gives the seeds of earlier versions."""
+"""Tests that SplitMix64 is equal for integers and arrays, and that `mix` gives the same seeds in every version."""
 
 from __future__ import annotations
 
