@@ -99,7 +99,7 @@ def test_only_new_rows_and_changed_pictures_of_a_folder_are_read(
     (tmp_path / "0.png").write_bytes(png(10, (25, 16)))
     write_csv(captions, [*rows, rows[1], ["1.png", "another text"]], header=("file_name", "text"))
     second = open_source(spark, platform, source, config, first.pending)
-    assert (len(first.pending), len(second.pending), second.unchanged) == (4, 3, 2)
+    assert (first.num_pending, second.num_pending, second.unchanged) == (4, 3, 2)
     assert second.rows is not None
     came = {row["fields"] for row in second.rows.frame.collect()}
     assert len(came) == 3

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import DeltaTable
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from pipelines.config import DataConfig, short_hash
@@ -115,6 +116,28 @@ def read_ledger_of_files(table: DeltaTable, source: str, rules: str) -> pa.Table
     return select_last_versions(query({"ledger": table}, sql, NARROW_BATCH_ROWS).read_all(), rules)
 
 
+@dataclass(frozen=True)
+class Ledger:
+    """The ITEMS of a source that have been ingested with the settings whose hash is `rules`.
+
+    A large source compares its items with the ledger in Spark, so the items are read only on demand.
+    """
+
+    spark: SparkSession
+    platform: Platform
+    source: str
+    rules: str
+
+    def read(self) -> pa.Table:
+        """Read the items on the driver."""
+        return read_ledger(self.spark, self.platform, self.source, self.rules)
+
+    def rows(self) -> DataFrame:
+        """Return the items as a DataFrame. The items must not be tables, because the order of ingests is ignored."""
+        rows = rows_of_source(self.spark, self.platform, INGESTED.name, self.source)
+        return rows.filter(F.col("rules") == self.rules).select(*ITEMS.names)
+
+
 def has_other_rules(spark: SparkSession, platform: Platform, source: str, rules: str) -> bool:
     """Return whether items of a source were ingested with other settings, whose hash differs from `rules`."""
     if (opened := open_on_disk(platform, INGESTED)) is not None:
@@ -160,13 +183,17 @@ def pending_pairs(items: Iterable[tuple[str, str]], ingested: pa.Table) -> list[
     return list(pending)
 
 
-def append_to_ledger(spark: SparkSession, platform: Platform, items: pa.Table, entry: LedgerEntry) -> None:
-    """Append ITEMS to the ledger in one commit. An append has no conflict with other commits."""
+def append_to_ledger(spark: SparkSession, platform: Platform, items: pa.Table | DataFrame, entry: LedgerEntry) -> None:
+    """Append ITEMS to the ledger in one commit. An append has no conflict with other commits.
+
+    A DataFrame has no items that are tables.
+    """
     versions = rows_of_source(spark, platform, INGESTED.name, entry.source).filter(F.col("state").startswith(VERSION))
-    has_versions = pc.any(pc.starts_with(items["state"], VERSION)).as_py()
+    has_versions = isinstance(items, pa.Table) and pc.any(pc.starts_with(items["state"], VERSION)).as_py()
     newest = newest_time(versions, "ingested_at") if has_versions else None
     columns = entry._asdict() | {"ingested_at": later_than(newest)}
-    rows = spark.createDataFrame(items).withColumns({name: F.lit(value) for name, value in columns.items()})
+    frame = spark.createDataFrame(items) if isinstance(items, pa.Table) else items
+    rows = frame.withColumns({name: F.lit(value) for name, value in columns.items()})
     rows.select(*INGESTED.names).writeTo(platform.table(INGESTED.name)).append()
 
 

@@ -19,7 +19,6 @@ import time
 from datetime import UTC, datetime
 from functools import partial
 
-import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -28,17 +27,18 @@ from pipelines.driver.delta.retry import retry_on_conflict
 from pipelines.driver.delta.tables import ensure_tables
 from pipelines.driver.delta.versions import read_versions
 from pipelines.driver.ingest.ledger import (
+    Ledger,
     LedgerEntry,
     append_to_ledger,
     forget_lost_items,
     has_other_rules,
     hash_rules,
     items_table,
-    read_ledger,
 )
 from pipelines.driver.ingest.pictures.write import write_pictures
 from pipelines.driver.ingest.sources.open import open_source
 from pipelines.driver.ingest.sources.source import Source
+from pipelines.driver.ingest.spill import SpillFolder, spill_folder
 from pipelines.driver.ingest.table_rows import count_rows, rows_of_source, rows_with_keys_of
 from pipelines.driver.ingest.texts.write import write_texts
 from pipelines.driver.ingest.totals import (
@@ -73,11 +73,18 @@ def ingest(
         StageFailed: the row counts do not add up, because rows were lost or counted twice.
         TooManyRefused: more rows were refused than `data.limits.max_bad_share` allows. All rows have been written.
     """
+    with spill_folder(platform) as spill:
+        return _ingest(spark, platform, source_name, config, spill, refresh=refresh)
+
+
+def _ingest(
+    spark: SparkSession, platform: Platform, source_name: str, config: DataConfig, spill: SpillFolder, *, refresh: bool
+) -> IngestReport:
     started, begun = time.monotonic(), datetime.now(UTC)
     retry_on_conflict(partial(ensure_tables, spark, platform))
     rules, table = hash_rules(config), table_of_source(config)
     ingested = items_table([]) if refresh else _ingested_items(spark, platform, source_name, rules, table)
-    source = open_source(spark, platform, source_name, config, ingested)
+    source = open_source(spark, platform, source_name, config, ingested, spill=spill)
     replaced = _announce_refresh(spark, platform, source_name, config, source) if refresh else {}
     write = write_texts if table is TEXTS else write_pictures
     written = write(spark, platform, source_name, config, source, refresh=refresh) if source.rows else Written()
@@ -86,7 +93,7 @@ def ingest(
     report = IngestReport(
         source=source_name,
         ingest_id=source.ingest_id,
-        items=len(source.pending),
+        items=source.num_pending,
         unchanged=source.unchanged,
         rows_in=totals.rows_in,
         new=totals.new - written.updated,
@@ -104,7 +111,7 @@ def ingest(
         near_duplicates=written.near,
         dataset_version=versions.last_change,
         seconds=round(time.monotonic() - started, 3),
-        **describe_passed_over(source.passed_over),
+        **describe_passed_over(source.passed_over, source.passed_over_count),
         unreadable_files=written.unreadable,
     )
     if report.new and table is SAMPLES and not refresh and has_other_rules(spark, platform, source_name, rules):
@@ -117,10 +124,10 @@ def ingest(
     return report
 
 
-def _ingested_items(spark: SparkSession, platform: Platform, name: str, rules: str, table: Table) -> pa.Table:
+def _ingested_items(spark: SparkSession, platform: Platform, name: str, rules: str, table: Table) -> Ledger:
     """Return the items of the source that need not be read again. Their rows are in `table` and `quarantine`."""
     retry_on_conflict(partial(forget_lost_items, spark, platform, name, table))
-    return read_ledger(spark, platform, name, rules)
+    return Ledger(spark, platform, name, rules)
 
 
 def _announce_refresh(
@@ -137,7 +144,7 @@ def _announce_refresh(
     replaced = {each: rows_of_source(spark, platform, each, name).count() for each in (table.name, QUARANTINE.name)}
     logger.info(
         "the refresh of %s reads %d files or rows of captions again. It replaces %d rows in %s and %d in quarantine",
-        *(name, len(source.pending), replaced[table.name], table.name, replaced[QUARANTINE.name]),
+        *(name, source.num_pending, replaced[table.name], table.name, replaced[QUARANTINE.name]),
     )
     return replaced
 

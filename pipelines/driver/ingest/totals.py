@@ -4,7 +4,7 @@ success."""
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,12 +126,18 @@ def describe_counts(report: IngestReport) -> str:
     )
 
 
-def describe_passed_over(entries: Sequence[PassedOver]) -> dict[str, Any]:
-    """Return the fields `passed_over` and `passed_over_count` of a report."""
+def describe_passed_over(entries: Sequence[PassedOver], counts: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """Return the fields `passed_over` and `passed_over_count` of a report.
+
+    Args:
+        entries: files and folders that are not read.
+        counts: number of all such files and folders by reason, or None if `entries` has all of them.
+    """
     names: dict[str, list[str]] = defaultdict(list)
     for entry in entries[:NAMED_FILES]:
         names[entry.reason].append(entry.relative)
-    return {"passed_over": dict(names), "passed_over_count": dict(Counter(entry.reason for entry in entries))}
+    counted = dict(Counter(entry.reason for entry in entries) if counts is None else counts)
+    return {"passed_over": dict(names), "passed_over_count": counted}
 
 
 def require_usable_rows(totals: PlanTotals, config: DataConfig) -> None:

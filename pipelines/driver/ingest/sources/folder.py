@@ -10,21 +10,27 @@ import os
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipelines.config import CsvSourceConfig, DataConfig, FolderSourceConfig, short_hash
-from pipelines.driver.ingest.ledger import ITEMS, pending_items
+from pipelines.driver.delta.settings import escape_wildcards
+from pipelines.driver.ingest.ledger import ITEMS, Ledger, pending_items
 from pipelines.driver.ingest.sources import csv, jsonl
 from pipelines.driver.ingest.sources.files import SourceFile, source_folder
 from pipelines.driver.ingest.sources.lines import COMPRESSION_SUFFIXES, read_layouts, split_files
 from pipelines.driver.ingest.sources.source import Source, SourceRows, require_columns
 from pipelines.driver.ingest.sources.walk import PassedOver, file_reason, folder_reason
+from pipelines.driver.ingest.spill import SpillFolder
+from pipelines.driver.ingest.table_rows import FEW_ROWS
+from pipelines.driver.ingest.totals import NAMED_FILES
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.coco import coco_columns, coco_records
 from pipelines.executor.ingest.records.csv import csv_records
@@ -49,16 +55,29 @@ MAX_TASKS = 10_000
 SMALL_CAPTIONS_BYTES = 8 * 2**20
 """Size in bytes up to which a captions file is read in one process, because starting Spark would take longer."""
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif")
+ENTRIES = pa.schema([("path", pa.string()), ("relative", pa.string()), ("reason", pa.string())])
+"""Schema of the entries of a folder, from `walk_entries`."""
+ENTRY_ROWS = 10_000
+"""Number of entries of a folder that are written at once."""
 COCO_SUFFIXES = tuple(f".json{compression}" for compression in COMPRESSION_SUFFIXES)
 
 
 def open_folder(
-    spark: SparkSession, name: str, source: FolderSourceConfig, config: DataConfig, ingested: pa.Table
+    spark: SparkSession,
+    name: str,
+    source: FolderSourceConfig,
+    config: DataConfig,
+    ingested: pa.Table | Ledger,
+    *,
+    spill: SpillFolder | None,
 ) -> Source:
     """Open a folder. Each row of the captions file is one record. Pictures to which no row refers are passed over.
 
     In the ledger, an item is a row of the captions file, and the state of the item is the change token of its picture.
     Only new rows, and rows whose picture has changed, are read.
+
+    If the captions file is large, its rows are written to the folder `spill` and compared with the ledger by Spark, so
+    the memory of the driver does not depend on the number of rows.
 
     Raises:
         UserError: the captions file does not exist, has an unknown format, or lacks a column.
@@ -70,12 +89,22 @@ def open_folder(
     column = source.columns.image
     list_rows = partial(list_captions, read=caption_records, captions=file.path, folder=str(folder), column=column)
     rows = _divide(captions, tasks).mapInArrow(list_rows, from_arrow_schema(CAPTIONS))
-    opened = _open_listed(name, folder, file, rows.select(*ITEMS.names, "picture").toArrow(), ingested)
-    if opened.unchanged and len(opened.pending):
-        rows = rows.join(F.broadcast(spark.createDataFrame(opened.pending.select(["item"]))), "item", "left_semi")
-    # All rows of a picture go to one task, one after another, so that the picture is read and decoded once. The sort
-    # keeps the order in which the rows were listed.
+    # The position keeps the order in which the rows were listed.
     rows = rows.withColumn("position", F.monotonically_increasing_id())
+    if spill is None or file.size <= SMALL_CAPTIONS_BYTES:
+        known = ingested.read() if isinstance(ingested, Ledger) else ingested
+        opened = _open_listed(name, folder, file, rows.select(*ITEMS.names, "picture").toArrow(), known)
+        pending = spark.createDataFrame(opened.pending)
+    else:
+        rows = spill.materialize(rows, "captions")
+        known = ingested.rows() if isinstance(ingested, Ledger) else spark.createDataFrame(ingested)
+        opened = _open_large(name, folder, file, rows, known, spill=spill)
+        pending = opened.pending
+    if opened.unchanged and opened.num_pending:
+        ids = pending.select("item")
+        few = opened.num_pending <= FEW_ROWS
+        rows = rows.join(F.broadcast(ids) if few else ids, "item", "left_semi")
+    # All rows of a picture go to one task, one after another, so that the picture is read and decoded once.
     rows = rows.repartition(tasks, F.coalesce("picture", "item")).sortWithinPartitions("picture", "position")
     parse = partial(
         folder_records,
@@ -85,7 +114,7 @@ def open_folder(
         max_bytes=config.limits.max_bytes,
         subfolder=subfolder_of(file.path, str(folder)),
     )
-    return replace(opened, rows=SourceRows(rows, parse)) if len(opened.pending) else opened
+    return replace(opened, rows=SourceRows(rows, parse)) if opened.num_pending else opened
 
 
 def check_captions(source: FolderSourceConfig, config: DataConfig) -> None:
@@ -125,7 +154,7 @@ def _open_listed(name: str, folder: Path, file: SourceFile, listed: pa.Table, in
     items = listed.select(ITEMS.names).cast(ITEMS)
     pending = pending_items(items, ingested)
     distinct = items.group_by(ITEMS.names).aggregate([])
-    used = {*listed["picture"].to_pylist(), os.path.realpath(file.path)}
+    used = {*listed["picture"].to_pylist(), printable(os.path.realpath(file.path))}
     return Source(
         None,
         short_hash(name, sorted(zip(*items.to_pydict().values(), strict=True))),
@@ -135,43 +164,128 @@ def _open_listed(name: str, folder: Path, file: SourceFile, listed: pa.Table, in
     )
 
 
+def _open_large(
+    name: str, folder: Path, file: SourceFile, rows: DataFrame, known: DataFrame, *, spill: SpillFolder
+) -> Source:
+    """Return the same as `_open_listed`, but hold no rows and no names of pictures in the memory of the driver.
+
+    Args:
+        name: name of the source, which is the name of its data config.
+        folder: folder of the pictures.
+        file: captions file.
+        rows: rows of the captions file, with the item (ledger.ITEMS) and the picture of each row.
+        known: items that need not be read again.
+        spill: folder for intermediate results.
+    """
+    both = rows.select(*ITEMS.names, F.lit(True).alias("listed"))
+    both = both.unionAll(known.select(*ITEMS.names, F.lit(False).alias("listed")))
+    items = both.groupBy(*ITEMS.names).agg(F.bool_or("listed").alias("listed"), F.bool_and("listed").alias("is_new"))
+    items = spill.materialize(items.filter("listed").select(*ITEMS.names, "is_new"), "items")
+    number = F.xxhash64(*ITEMS.names)
+    totals = items.agg(
+        F.count("*").alias("listed"),
+        F.count_if("is_new").alias("pending"),
+        F.coalesce(F.sum(number.cast("decimal(20, 0)")).cast("string"), F.lit("")).alias("sum"),
+        F.bit_xor(number).alias("xor"),
+    ).collect()[0]
+    walked = spill.folder / "entries.parquet"
+    _write_entries(walked, os.path.realpath(folder), printable(os.path.realpath(file.path)))
+    entries = rows.sparkSession.read.schema(from_arrow_schema(ENTRIES)).parquet(escape_wildcards(str(walked)))
+    used = rows.select(F.col("picture").alias("path")).filter("path IS NOT NULL").distinct()
+    unread = spill.materialize(entries.join(used, "path", "left_anti").select("relative", "reason"), "unread")
+    counts = {row["reason"]: row["count"] for row in unread.groupBy("reason").count().orderBy("reason").collect()}
+    named = unread.orderBy("relative").limit(NAMED_FILES).collect()
+    return Source(
+        None,
+        short_hash(name, totals["listed"], totals["sum"], totals["xor"]),
+        items.filter("is_new").select(*ITEMS.names),
+        totals["listed"] - totals["pending"],
+        passed_over=tuple(PassedOver(row["relative"], row["reason"]) for row in named),
+        passed_over_count=counts,
+        counted=totals["pending"],
+    )
+
+
+def _write_entries(path: Path, folder: str, captions: str) -> None:
+    """Write all entries of a folder that may be passed over to a Parquet file in the schema ENTRIES."""
+    entries = walk_entries(folder)
+    with pq.ParquetWriter(path, ENTRIES) as writer:
+        while batch := list(islice(entries, ENTRY_ROWS)):
+            rows = [{"path": key} | entry._asdict() for key, entry in batch if key != captions]
+            writer.write_table(pa.Table.from_pylist(rows, ENTRIES))
+
+
 def passed_over(folder: str, used: Collection[str | None]) -> tuple[PassedOver, ...]:
     """Return the files and folders that are not read, including the pictures to which no row refers.
-
-    Links to folders are not followed, because a link may lead to all files of the machine.
 
     Args:
         folder: path of the folder, with all links resolved.
         used: paths of the captions file and of the pictures to which rows refer, with all links resolved.
     """
-    found: list[PassedOver] = []
-
-    def pass_over(path: Path, reason: str, end: str = "") -> None:
-        found.append(PassedOver(printable(str(path.relative_to(folder)) + end), reason))
-
-    for top, folders, files in os.walk(folder, onerror=lambda error: pass_over(Path(error.filename), "no_access", "/")):
-        for name in sorted(folders):
-            path = Path(top, name)
-            if reason := _leads_out(path, folder) or folder_reason(name):
-                pass_over(path, reason, "/")
-                folders.remove(name)
-        for name in sorted(files):
-            path = Path(top, name)
-            if printable(str(path)) not in used and printable(os.path.realpath(path)) not in used:
-                pass_over(path, _leads_out(path, folder) or _file_reason(path))
-    return tuple(found)
+    unread = (entry for key, entry in walk_entries(folder) if key is None or key not in used)
+    return tuple(sorted(unread))
 
 
-def _leads_out(path: Path, folder: str) -> str | None:
-    is_outside = path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(folder)
+def walk_entries(folder: str) -> Iterator[tuple[str | None, PassedOver]]:
+    """Yield the files below a folder, and the folders that are never read.
+
+    An entry has two parts: the path of the file, with links resolved (None if the entry is never read), and the reason
+    for which the file is passed over if no row refers to the file. Links to folders are not followed, because a link
+    may lead to all files of the machine.
+
+    Args:
+        folder: path of the folder, with all links resolved.
+    """
+    folders = [folder]
+    while folders:
+        top = folders.pop()
+        try:
+            scanned = os.scandir(top)
+        except OSError:
+            yield None, PassedOver(_relative(top, folder) + "/", "no_access")
+            continue
+        with scanned:
+            for entry in scanned:
+                if not _is_folder(entry):
+                    yield _read_from(entry), PassedOver(_relative(entry.path, folder), _file_reason(entry, folder))
+                elif reason := _leads_out(entry, folder) or folder_reason(entry.name):
+                    yield None, PassedOver(_relative(entry.path, folder) + "/", reason)
+                elif not entry.is_symlink():
+                    folders.append(entry.path)
+
+
+def _relative(path: str, folder: str) -> str:
+    return printable(os.path.relpath(path, folder))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that cannot be followed
+        return False
+
+
+def _read_from(entry: os.DirEntry[str]) -> str:
+    """Return the path from which a file is read, with links resolved."""
+    return printable(os.path.realpath(entry.path) if entry.is_symlink() else entry.path)
+
+
+def _leads_out(entry: os.DirEntry[str], folder: str) -> str | None:
+    is_outside = entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(folder)
     return "link_outside" if is_outside else None
 
 
-def _file_reason(path: Path) -> str:
-    if not path.is_file():
+def _file_reason(entry: os.DirEntry[str], folder: str) -> str:
+    try:
+        is_regular = entry.is_file()
+    except OSError:  # a link that cannot be followed
+        is_regular = False
+    if outside := _leads_out(entry, folder):
+        return outside
+    if not is_regular:
         return "not_regular"
-    is_picture = path.name.lower().endswith(PICTURE_SUFFIXES)
-    return file_reason(path.name) or ("not_named" if is_picture else "other_kind")
+    is_picture = entry.name.lower().endswith(PICTURE_SUFFIXES)
+    return file_reason(entry.name) or ("not_named" if is_picture else "other_kind")
 
 
 def _captions_file(path: Path) -> SourceFile:

@@ -19,6 +19,7 @@ from pipelines.config import (
     TextSourceConfig,
     WebDatasetSourceConfig,
 )
+from pipelines.driver.ingest.ledger import Ledger
 from pipelines.driver.ingest.sources import csv, jsonl, parquet, text, webdataset
 from pipelines.driver.ingest.sources.files import (
     Listing,
@@ -33,6 +34,7 @@ from pipelines.driver.ingest.sources.pictures import read_named_pictures, reads_
 from pipelines.driver.ingest.sources.scenes import SCHEME, follow_moved_file, generate_scenes
 from pipelines.driver.ingest.sources.source import Source, SourceRows
 from pipelines.driver.ingest.sources.table import open_ingested_table, open_table, require_local_table, require_table
+from pipelines.driver.ingest.spill import SpillFolder
 from pipelines.executor.ingest.storage import is_url, refuse_secrets
 from pipelines.platform import Platform, allow_urls
 
@@ -40,7 +42,15 @@ CHECKED_FILES = 20
 """Largest number of CSV files whose headers are read before Spark starts."""
 
 
-def open_source(spark: SparkSession, platform: Platform, name: str, config: DataConfig, ingested: pa.Table) -> Source:
+def open_source(
+    spark: SparkSession,
+    platform: Platform,
+    name: str,
+    config: DataConfig,
+    ingested: pa.Table | Ledger,
+    *,
+    spill: SpillFolder | None = None,
+) -> Source:
     """Open the source of a data config. If rows refer to pictures, the parser of the rows also reads the pictures.
 
     Args:
@@ -48,19 +58,29 @@ def open_source(spark: SparkSession, platform: Platform, name: str, config: Data
         platform: platform whose home folder holds generated input files.
         name: name of the source, which is the name of its data config.
         config: data config of the source.
-        ingested: items that need not be read again, from `ledger.read_ledger`.
+        ingested: items that need not be read again, or the ledger that has these items.
+        spill: folder for intermediate results, which must exist until the source has been ingested. Without it, the
+            driver holds all rows of a captions file in memory.
 
     Raises:
         UserError: the input does not exist, has no file of the source's kind, or lacks a column; or the location of the
             pictures (`image_root`) cannot be read.
     """
     given, config = config, generate_scenes(config, platform)
+    if isinstance(config.source, FolderSourceConfig):
+        opened = open_folder(spark, name, config.source, config, ingested, spill=spill)
+        return _with_named_pictures(opened, config)
+    ingested = ingested.read() if isinstance(ingested, Ledger) else ingested
     if config is not given:
         [file] = list_files(config, csv.SUFFIXES).files
         ingested = follow_moved_file(ingested, file.item)
     if reads_urls(config):
         allow_urls(spark)
-    opened = _open_rows(spark, name, config, ingested)
+    return _with_named_pictures(_open_rows(spark, name, config, ingested), config)
+
+
+def _with_named_pictures(opened: Source, config: DataConfig) -> Source:
+    """If the rows of a source refer to pictures, let the parser of the rows also read the pictures."""
     if opened.rows is None or config.source.kind == "text":
         return opened
     read = read_named_pictures(config, opened.rows.read)
@@ -137,7 +157,7 @@ def open_unchanged(platform: Platform, name: str, config: DataConfig, ingested: 
             if config is not given:
                 ingested = follow_moved_file(ingested, files.files[0].item)
             opened = open_files(name, files, ingested, load=None)
-    return opened if opened is not None and not len(opened.pending) else None
+    return opened if opened is not None and not opened.num_pending else None
 
 
 def _list_source(config: DataConfig) -> Listing:
@@ -168,8 +188,6 @@ def _open_rows(spark: SparkSession, name: str, config: DataConfig, ingested: pa.
             load = partial(webdataset.load_rows, spark, source, config)
         case TableSourceConfig() as source:
             return open_table(spark, name, source, config, ingested)
-        case FolderSourceConfig() as source:
-            return open_folder(spark, name, source, config, ingested)
         case TextSourceConfig() as source:
             load = partial(text.load_rows, spark, source, config)
     return open_files(name, _list_source(config), ingested, load)

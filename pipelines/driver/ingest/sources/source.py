@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -58,18 +58,32 @@ class Source:
     Attributes:
         rows: raw rows of the pending items, or None if no item is pending.
         ingest_id: hash of the name and the state of the source. This hash stays the same if the source does not change.
-        pending: items (ledger.ITEMS) that have not been ingested in their current state.
+        pending: items (ledger.ITEMS) that have not been ingested in their current state: an Arrow table, or a DataFrame
+            if there may be too many items for the driver.
         unchanged: number of items that have been ingested in their current state.
         covered: pictures that are removed from `samples` if the rows no longer contain them, or None to remove nothing.
         passed_over: files and folders of the source that are not read, with the reasons.
+        passed_over_count: number of these files and folders by reason if `passed_over` has only some of them, else
+            None.
+        counted: number of pending items if `pending` is a DataFrame, else None.
     """
 
     rows: SourceRows | None
     ingest_id: str
-    pending: pa.Table
+    pending: pa.Table | DataFrame
     unchanged: int
     covered: Covered | None = None
     passed_over: tuple[PassedOver, ...] = ()
+    passed_over_count: Mapping[str, int] | None = None
+    counted: int | None = None
+
+    @property
+    def num_pending(self) -> int:
+        """Number of items that have not been ingested in their current state."""
+        if self.counted is not None:
+            return self.counted
+        assert isinstance(self.pending, pa.Table)
+        return len(self.pending)
 
 
 def used_columns(config: DataConfig) -> dict[str, str]:
