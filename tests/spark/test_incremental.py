@@ -31,7 +31,7 @@ from pipelines.driver.ingest.run import ingest
 from pipelines.driver.ingest.sources.open import open_source
 from pipelines.driver.ingest.sources.source import Source
 from pipelines.driver.ingest.sources.table import select_columns
-from pipelines.driver.ingest.spill import SpillFolder
+from pipelines.driver.ingest.spill import SpillFolder, spill_folder
 from pipelines.driver.ingest.totals import IngestReport, describe_counts
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.table import delta_records
@@ -282,7 +282,8 @@ def test_an_ingest_makes_a_new_plan_after_a_conflict_and_two_concurrent_ingests_
         write_samples(platform, plan)
         return plan.totals.contributing
 
-    with decode_rows(spark, platform, IngestRequest(source, config, opened.rows, opened.ingest_id)) as decoded:
+    request = IngestRequest(source, config, opened.rows, opened.ingest_id)
+    with spill_folder(platform) as spill, decode_rows(spark, platform, request, spill) as decoded:
         assert retry_on_conflict(partial(plan_and_write, decoded)) == 4
     assert planned == [5, 3]
     expected = {0: ["text 0", "text 5"], **{n: [f"text {n}"] for n in range(1, 5)}}
@@ -310,7 +311,8 @@ def test_an_ingest_with_an_outdated_plan_adds_no_text_twice_if_the_session_refus
     faster = data({"path": str(write_csv(tmp_path / "c.csv", [[picture, "y"], [third, "x"]]))})
     opened = open_source(spark, platform, source, more, items_table([]))
     assert opened.rows is not None
-    with decode_rows(spark, platform, IngestRequest(source, more, opened.rows, opened.ingest_id)) as decoded:
+    request = IngestRequest(source, more, opened.rows, opened.ingest_id)
+    with spill_folder(platform) as spill, decode_rows(spark, platform, request, spill) as decoded:
         outdated = plan_ingest(spark, platform, decoded)
         ingest(spark, platform, source, faster)
         with pytest.raises(WriteConflict):

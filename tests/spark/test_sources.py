@@ -31,6 +31,7 @@ from pipelines.driver.ingest.replay import replay
 from pipelines.driver.ingest.report import write_report
 from pipelines.driver.ingest.run import ingest
 from pipelines.driver.ingest.sources.open import open_source, open_unchanged
+from pipelines.driver.ingest.spill import spill_folder
 from pipelines.driver.ingest.totals import TooManyRefused
 from pipelines.executor.ingest.spill import NARROW
 from pipelines.formats.tables import SAMPLES
@@ -172,7 +173,8 @@ def test_the_ingest_report_counts_every_row_of_every_kind_of_source(
     assert without_spark is not None
     assert replace(without_spark, pending=again.pending) == again
     assert open_unchanged(platform, source, config, items_table([])) is None
-    with decode_rows(spark, platform, IngestRequest(source, config, opened.rows, opened.ingest_id)) as decoded:
+    request = IngestRequest(source, config, opened.rows, opened.ingest_id)
+    with spill_folder(platform) as spill, decode_rows(spark, platform, request, spill) as decoded:
         plan = plan_ingest(spark, platform, decoded)
         found, planned = plan.outcomes.groupBy("reason").count().collect(), plan.pictures.collect()
     totals = plan.totals

@@ -23,7 +23,7 @@ from pipelines.driver.delta.settings import bounded_batches
 from pipelines.driver.delta.spark_errors import run_or_guard, translate_spark_errors
 from pipelines.driver.delta.tables import add_columns
 from pipelines.driver.ingest.sources.source import SourceRows
-from pipelines.driver.ingest.spill import SpillFolder, spill_folder
+from pipelines.driver.ingest.spill import SpillFolder
 from pipelines.executor.ingest.decode import DecodeRules, decode_batches, decode_guarded
 from pipelines.executor.ingest.spill import NARROW, decode_and_spill
 from pipelines.formats.tables import SAMPLES
@@ -75,8 +75,10 @@ class DecodedRows:
 
 
 @contextmanager
-def decode_rows(spark: SparkSession, platform: Platform, request: IngestRequest) -> Iterator[DecodedRows]:
-    """Decode rows into a spill folder that exists while the block runs.
+def decode_rows(
+    spark: SparkSession, platform: Platform, request: IngestRequest, spill: SpillFolder
+) -> Iterator[DecodedRows]:
+    """Decode rows into a spill folder. The decoded rows can be used while the block runs.
 
     Inside the block, Arrow batches are limited in size, because pictures are large.
 
@@ -87,7 +89,6 @@ def decode_rows(spark: SparkSession, platform: Platform, request: IngestRequest)
     with (
         translate_spark_errors("the input could not be ingested", where=request.config.source.where),
         bounded_batches(spark),
-        spill_folder(platform) as spill,
     ):
         outcomes = run_or_guard(
             partial(_decode, request, spill, decode_batches), partial(_decode, request, spill, decode_guarded)

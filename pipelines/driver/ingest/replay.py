@@ -24,6 +24,7 @@ from pipelines.driver.ingest.decode import DecodedRows, IngestRequest, decode_ro
 from pipelines.driver.ingest.plan import IngestPlan, PlanTotals, overfull_rows, plan_ingest
 from pipelines.driver.ingest.sources.pictures import read_replayed_pictures, reads_urls
 from pipelines.driver.ingest.sources.source import SourceRows
+from pipelines.driver.ingest.spill import spill_folder
 from pipelines.driver.ingest.table_rows import merge_into, rows_of_source, verify_merge
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.table import payload_records
@@ -89,7 +90,7 @@ def replay(
     ingest_id = short_hash(source_name, "replay", sorted(reasons), time.time_ns())
     read = read_replayed_pictures(config, payload_records)
     request = IngestRequest(source_name, config, SourceRows(rows, read), ingest_id)
-    with decode_rows(spark, platform, request) as decoded:
+    with spill_folder(platform) as spill, decode_rows(spark, platform, request, spill) as decoded:
         totals, refused = retry_on_conflict(partial(_plan_and_write, spark, platform, decoded))
     for reason, count in (("conflicting_id", totals.conflicting), ("too_many_texts", totals.overfull)):
         if count:

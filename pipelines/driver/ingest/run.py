@@ -87,7 +87,9 @@ def _ingest(
     source = open_source(spark, platform, source_name, config, ingested, spill=spill)
     replaced = _announce_refresh(spark, platform, source_name, config, source) if refresh else {}
     write = write_texts if table is TEXTS else write_pictures
-    written = write(spark, platform, source_name, config, source, refresh=refresh) if source.rows else Written()
+    written = Written()
+    if source.rows:
+        written = write(spark, platform, source_name, config, source, spill=spill, refresh=refresh)
     totals, quarantined = written.totals, sum(written.reasons.values())
     versions = read_versions(spark, platform, source_name, table)
     report = IngestReport(

@@ -26,6 +26,7 @@ from pipelines.driver.ingest.quarantine import (
     replace_quarantine,
 )
 from pipelines.driver.ingest.sources.source import Source
+from pipelines.driver.ingest.spill import SpillFolder
 from pipelines.driver.ingest.table_rows import rows_of_source
 from pipelines.driver.ingest.totals import NAMED_FILES, Written, require_usable_rows
 from pipelines.formats.tables import SAMPLES
@@ -33,7 +34,14 @@ from pipelines.platform import Platform
 
 
 def write_pictures(
-    spark: SparkSession, platform: Platform, name: str, config: DataConfig, source: Source, *, refresh: bool
+    spark: SparkSession,
+    platform: Platform,
+    name: str,
+    config: DataConfig,
+    source: Source,
+    *,
+    spill: SpillFolder,
+    refresh: bool,
 ) -> Written:
     """Decode the pending rows of a source of pictures, and write them to `quarantine` and `samples`.
 
@@ -46,7 +54,7 @@ def write_pictures(
     assert source.rows is not None
     request = IngestRequest(name, config, source.rows, source.ingest_id, replace=refresh)
     reasons: Counter[str] = Counter()
-    with decode_rows(spark, platform, request) as decoded:
+    with decode_rows(spark, platform, request, spill) as decoded:
         covered = None if refresh else source.covered
         removed, keeps_all = 0, False
         if covered:

@@ -240,18 +240,16 @@ def walk_entries(folder: str) -> Iterator[tuple[str | None, PassedOver]]:
     while folders:
         top = folders.pop()
         try:
-            scanned = os.scandir(top)
-        except OSError:
+            with os.scandir(top) as scanned:
+                for entry in scanned:
+                    if not _is_folder(entry):
+                        yield _read_from(entry), PassedOver(_relative(entry.path, folder), _file_reason(entry, folder))
+                    elif reason := _leads_out(entry, folder) or folder_reason(entry.name):
+                        yield None, PassedOver(_relative(entry.path, folder) + "/", reason)
+                    elif not entry.is_symlink():
+                        folders.append(entry.path)
+        except OSError:  # the folder cannot be opened or, on a network file system, not be read to its end
             yield None, PassedOver(_relative(top, folder) + "/", "no_access")
-            continue
-        with scanned:
-            for entry in scanned:
-                if not _is_folder(entry):
-                    yield _read_from(entry), PassedOver(_relative(entry.path, folder), _file_reason(entry, folder))
-                elif reason := _leads_out(entry, folder) or folder_reason(entry.name):
-                    yield None, PassedOver(_relative(entry.path, folder) + "/", reason)
-                elif not entry.is_symlink():
-                    folders.append(entry.path)
 
 
 def _relative(path: str, folder: str) -> str:

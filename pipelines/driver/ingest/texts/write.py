@@ -22,7 +22,7 @@ from pipelines.driver.delta.versions import guarded_options, note_options, read_
 from pipelines.driver.ingest.ledger import delete_from_ledger
 from pipelines.driver.ingest.plan import PlanTotals, held_out_rank
 from pipelines.driver.ingest.sources.source import Source
-from pipelines.driver.ingest.spill import spill_folder
+from pipelines.driver.ingest.spill import SpillFolder
 from pipelines.driver.ingest.table_rows import TIME_COLUMNS, Stamp, rows_of_source, rows_to_add, verify_append
 from pipelines.driver.ingest.totals import Written, require_usable_rows
 from pipelines.executor.texts.decode import OUTCOME, TextRules, decode_texts
@@ -34,7 +34,14 @@ logger = logging.getLogger(__name__)
 
 
 def write_texts(
-    spark: SparkSession, platform: Platform, name: str, config: DataConfig, source: Source, *, refresh: bool
+    spark: SparkSession,
+    platform: Platform,
+    name: str,
+    config: DataConfig,
+    source: Source,
+    *,
+    spill: SpillFolder,
+    refresh: bool,
 ) -> Written:
     """Decode the pending files of a source of plain text once, and write the decoded rows.
 
@@ -50,7 +57,6 @@ def write_texts(
     with (
         translate_spark_errors("the input could not be ingested", where=config.source.where),
         bounded_batches(spark),
-        spill_folder(platform) as spill,
     ):
         outcomes = spill.materialize(source.rows.frame.mapInArrow(decode, from_arrow_schema(OUTCOME)), "outcomes")
         counts = outcomes.agg(F.count("*").alias("rows_in"), F.count("reason").alias("refused")).collect()[0].asDict()
