@@ -1,7 +1,8 @@
 """Drift check: compare figures of a caption job, such as brightness, with an evaluation of the same model version.
 
 Caption jobs and evaluations compute the figures with the same module, `pipelines.formats.caption_stats`. The caption
-job and the evaluation use the same model version, so only the pictures can cause a difference between their figures.
+job and the evaluation use the same model version. A difference between their figures is therefore caused by other
+pictures, or by another prompt, other generation settings or another precision.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ class Drift(Config):
 
 
 class EvaluationFigures(Config):
-    """Figures from the last evaluation of a model version, and the number of evaluated pictures (`rows`)."""
+    """Figures from the last evaluation of a model version, and the number of evaluated pictures (`rows`).
+
+    If there is no evaluation, `figures` is empty and `rows` is 0.
+    """
 
     figures: dict[str, float]
     rows: int
@@ -63,7 +67,7 @@ def read_evaluation_figures(
 
     `where` is the run's condition `data.shards.where`. The figures are those of an evaluation with the same condition.
     Earlier releases of Lakesight did not store the condition. If no evaluation has the run's condition, this function
-    therefore reads the evaluations without a condition, and logs a warning.
+    therefore reads an evaluation for which no condition is stored, and logs a warning.
 
     The last evaluation is the evaluation with the newest time. A table `samples` that was dropped or restored may have
     given an earlier evaluation a larger `dataset_version`.
@@ -111,7 +115,8 @@ def compare_figures(
 ) -> dict[str, Drift]:
     """Compare each figure of a caption job with the same figure of the evaluation.
 
-    Return an empty dict if the job or the evaluation has too few rows.
+    Figures that the job or the evaluation lacks are left out. Return an empty dict if the job or the evaluation has too
+    few rows.
 
     Args:
         figures: dict from the name of a figure, such as 'brightness', to its value in the caption job.
@@ -119,7 +124,7 @@ def compare_figures(
         evaluation: figures of the model version's last evaluation.
         limits: minimum number of rows, and the largest allowed change of each figure.
         prompt: prompt of the caption job. If the prompt is not empty, only the figures in PROMPT_INDEPENDENT are
-            compared, because an evaluation uses no prompt.
+            compared, because an evaluation uses the prompts of its own rows.
     """
     if min(rows, evaluation.rows) < limits.min_rows:
         return {}

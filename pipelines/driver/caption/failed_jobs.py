@@ -1,9 +1,10 @@
-"""Memory of caption jobs that failed or were killed, so that a repeated job does not succeed by having nothing to do.
+"""Memory of failed and killed caption jobs, so that a repeated job does not succeed only because no row is left.
 
 A job writes the captions and errors of all its rows before it fails because of too many errors or because of drift.
 When a scheduler repeats the job, no row is left to caption. Without a memory, the repeated job would find neither an
-error nor drift, and would succeed. Therefore two small files in the folder of the caption files remember what no
-successful job has counted yet. The files belong to one request: table, columns, condition, model and settings.
+error nor drift, and would succeed. Therefore two small files are stored in the folder of the caption files. One file
+has the time of the first failed job, and the other file has the figures of the last job that failed because of drift.
+The files belong to one request: table, columns, folder of the pictures, condition, model and settings.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ class FailedJobs:
         return self.folder / f"drift-{self.request}.json"
 
     def since(self) -> datetime | None:
-        """Return the time of the first job after the last successful job, or None if no job failed or was killed.
+        """Return the time of the first job that called `open` after the last call of `close`, or None.
 
-        All rows that the failed jobs have written have this time or a later time in column captioned_at.
+        All rows that these jobs have written have this time or a later time in column captioned_at.
         """
         return datetime.fromisoformat(read_json(self._open)["since"]) if self._open.exists() else None
 
@@ -66,11 +67,11 @@ class FailedJobs:
         self._open.unlink(missing_ok=True)
 
     def drifted_rows(self) -> ComparedRows | None:
-        """Return the rows of the last job that failed because of drift, or None."""
+        """Return the number of rows and the figures of the last job that failed because of drift, or None."""
         return ComparedRows.model_validate(read_json(self._drift)) if self._drift.exists() else None
 
     def keep_drift(self, compared: ComparedRows) -> None:
-        """Remember the rows of a job that fails because of drift."""
+        """Remember the number of rows and the figures of a job that fails because of drift."""
         with atomic_write(self._drift) as temporary:
             temporary.write_text(compared.model_dump_json(), encoding="utf-8")
 
@@ -83,6 +84,8 @@ def count_since(
     captions: DataFrame, source: SourceTable, since: datetime | None, started_at: datetime | None
 ) -> dict[str, int]:
     """Count the rows of failed jobs that the source still has (failed_rows), and their errors (failed_errors).
+
+    Return an empty dict if there is no failed job.
 
     Args:
         captions: rows of `generated_captions` for the table and the model.

@@ -1,4 +1,4 @@
-"""Check whether every row of a caption job has its caption, so that Spark starts only if it is needed.
+"""Check whether every row of a caption job has its caption, so that Spark starts only if a row may lack a caption.
 
 The check reads only Delta logs and small columns of tables. If the check is not certain that every row has its caption,
 Spark starts and looks for rows without a caption. The check is not certain, for example, if the job has an SQL
@@ -36,10 +36,10 @@ from vlm.errors import did_you_mean
 
 
 def find_finished(platform: Platform, model: ModelFiles, request: CaptionRequest) -> CaptionReport | None:
-    """Return the report of the job if every row already has a caption, or None if a row may lack a caption.
+    """Return the report of the job if every row already has a caption or an error, or None if this is not certain.
 
     Raises:
-        UserError: the request is invalid, as in `check_request`.
+        UserError: the request or its source table is invalid (`check_request`, `check_source`).
     """
     started = time.monotonic()
     check_request(model, request)
@@ -110,7 +110,10 @@ def check_source(platform: Platform, request: CaptionRequest) -> None:
 
 
 def _open_tables(platform: Platform, request: CaptionRequest) -> tuple[DeltaTable, DeltaTable] | None:
-    """Open the source table and `generated_captions`, or return None if a table cannot be read from a local disk."""
+    """Open the source table and `generated_captions`.
+
+    Return None if a table cannot be read from a local disk, or if `generated_captions` lacks a column.
+    """
     location = platform.table_location(request.source_table)
     if platform.tables is None or location is None or not Path(location, "_delta_log").is_dir():
         return None
@@ -128,7 +131,7 @@ def _open_tables(platform: Platform, request: CaptionRequest) -> tuple[DeltaTabl
 def _count_captioned_rows(
     source: DeltaTable, captions: DeltaTable, key: dict[str, str], model: ModelFiles, request: CaptionRequest
 ) -> int | None:
-    """Return the number of rows of a table if each row has a caption or an error for its current picture, else None.
+    """Return the number of rows of a table, or None if a row may lack a caption (or an error) for its current picture.
 
     Delta never changes a data file, and each caption has the identity of the data file from which its picture was read.
     Therefore, if a data file has as many captions as rows, each of its rows has a caption. If two rows have the same

@@ -32,11 +32,13 @@ from pipelines.platform import Platform
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("id_column", "image_column")
-"""Columns of `generated_captions` that name the columns of the captioned table. They identify a caption, too."""
+"""Columns of `generated_captions` with the names of the captioned table's id column and picture column. These names are
+a part of a caption's identity."""
 READ_FROM = ("source_version", "source_commit", "source_file", *(column.name for column in PICTURE_COLUMNS))
 """Columns of `generated_captions` that say from where a picture was read."""
 LISTING_SHARE = 0.05
-"""Largest share of the time that the progress bar spends on listing the folder of a job, which may hold many files."""
+"""Largest share of the time that the progress bar spends on listing the folder, because the folder may hold many
+files."""
 STALE = timedelta(days=1)
 """Age from which a temporary caption file is removed, because the task that wrote the file was probably killed."""
 
@@ -101,7 +103,7 @@ class PendingFiles:
         return self.counts.get(path, 0)
 
     def merge(self, spark: SparkSession, platform: Platform) -> int:
-        """Merge all files into `generated_captions` in one commit, delete the files, and return the number of rows.
+        """Merge all files into `generated_captions` in one commit, delete the files, and return their number of rows.
 
         Executors read and merge the rows of the files. The rows never pass through the driver.
 

@@ -2,7 +2,7 @@
 
 1. The driver merges the files that an earlier job left (`pending_files.py`).
 2. The driver counts the rows without a caption. This count reads the ids of the rows, but no pictures. If every row has
-   a caption, the job ends here.
+   a caption, the job skips steps 3 and 4.
 3. Executors read the remaining pictures once and write their captions to files (`pipelines.executor.caption`).
 4. The driver merges these files into `generated_captions`.
 """
@@ -49,9 +49,10 @@ from vlm.text.words import TOKENISATION
 logger = logging.getLogger(__name__)
 
 ROWS_PER_FILE = 512
-"""Number of rows in a caption file, which is also the approximate number of rows in a Spark task."""
+"""Number of rows after which a task writes a caption file, and the approximate number of rows in a Spark task."""
 MAX_TASKS = 4096
-"""Largest number of tasks, and so of rows with statistics (about 20 kB each) that a job sends to the driver."""
+"""Largest number of tasks (or one task per core, if there are more cores). Each task sends a row with statistics (about
+20 kB) to the driver."""
 
 
 class CaptionRequest(Config):
@@ -73,8 +74,8 @@ class CaptionRequest(Config):
         limits: size limits of a picture; a picture that exceeds a limit becomes a row with an error.
         retry_errors: whether rows that have an error are captioned again.
         remove_deleted: whether to remove the captions (by any model) of rows that the table no longer has.
-        max_error_share: largest allowed share of errors among the rows that this job processes. If the share of errors
-            is larger than this limit, the job writes all rows and then fails.
+        max_error_share: largest allowed share of errors among the rows of this job and of the failed jobs before it. If
+            the share of errors is larger than this limit, the job writes all rows and then fails.
     """
 
     source_table: str = "samples"
@@ -108,7 +109,7 @@ class CaptionReport(Config):
         errors: number of rows that this job could not caption.
         changed: number of rows in `captioned` and `errors` whose picture has changed since an earlier job captioned the
             row.
-        recovered: number of captions that were merged from files of an earlier job.
+        recovered: number of rows that were merged from files of an earlier job.
         failed_rows: number of rows in `already` that jobs of the same request have written since the last job that
             succeeded. These jobs failed or were killed, so their rows count in this job's share of errors.
         failed_errors: number of rows in `failed_rows` that have an error.
@@ -184,8 +185,9 @@ def caption(
 ) -> CaptionReport:
     """Caption the rows for which `generated_captions` has no caption by this model version with these settings.
 
-    A row whose picture has changed is captioned again. A row whose picture cannot be decoded is written with its error,
-    and is captioned again only with `retry_errors`. `progress` shows progress while executors run.
+    A row whose picture has changed in the table is captioned again. A row whose picture cannot be decoded is written
+    with its error. If its picture does not change, this row is captioned again only with `retry_errors`. `progress`
+    shows progress while executors run.
 
     Raises:
         UserError: the table, the version, a column or the folder of the pictures does not exist. Other causes are a
@@ -193,7 +195,8 @@ def caption(
             missing library for the precision.
         StageFailed: Spark failed. The next job with the same request skips the rows that already have a caption.
         TooManyErrors: the share of errors is larger than `max_error_share`. The share also counts the rows of jobs of
-            the same request that failed or were killed since the last success. All results are written before.
+            the same request that failed or were killed since the last success. All results are written before the error
+            is raised.
     """
     started = time.monotonic()
     check_request(model, request)
@@ -237,7 +240,7 @@ def caption(
 
 
 def _check_errors(report: CaptionReport, max_error_share: float) -> None:
-    """Check that few enough rows of this job and of the failed jobs before have an error.
+    """Check that the share of errors is small enough in the rows of this job and of the failed jobs before it.
 
     Raises:
         TooManyErrors: the share of rows with an error is larger than `max_error_share`.
@@ -325,7 +328,7 @@ def pending_folder(platform: Platform, key: dict[str, str]) -> Path:
 
 
 def failed_jobs(platform: Platform, model: ModelFiles, request: CaptionRequest, table: str) -> FailedJobs:
-    """Return the memory of the failed jobs of a request for a table, whose full name is `table`."""
+    """Return the memory of the failed jobs of a request. `table` is the full name of the request's table."""
     *_, key = caption_key(model, request, table)
     selection = short_hash(request.columns, request.image_root, request.where, model.digest or model.run_id)
     return FailedJobs(pending_folder(platform, key), selection)
@@ -348,9 +351,9 @@ def _run_executors(spark: SparkSession, todo: DataFrame, rows: int, job: Caption
 def count_tasks(rows: int, rows_per_file: int, cores: int) -> int:
     """Return the number of tasks that caption `rows` rows.
 
-    A task writes about one file, so that a retry repeats little work. The number of tasks is a multiple of the number
-    of cores, because three tasks on two cores take as long as four tasks. The driver receives the statistics of each
-    task, which include its words, so the number of tasks is limited.
+    A task writes about one file, so that a retry repeats little work. If there are enough rows, the number of tasks is
+    a multiple of the number of cores, because three tasks on two cores take as long as four tasks. The number of tasks
+    is limited (MAX_TASKS), because the driver receives the statistics of each task.
     """
     tasks_per_core = min(-(-rows // (rows_per_file * cores)), max(1, MAX_TASKS // cores))
     return min(rows, cores * tasks_per_core)
@@ -379,8 +382,8 @@ def check_request(model: ModelFiles, request: CaptionRequest) -> None:
     """Before Spark starts, check the parts of a request that do not depend on the table.
 
     Raises:
-        UserError: the prompt leaves no space for a caption, there is no folder of the pictures, or the library for the
-            precision is not installed.
+        UserError: the prompt leaves no space for a caption, the folder of the pictures cannot be read, or the library
+            for the precision is not installed.
     """
     request.precision.require()
     if request.image_root is not None:

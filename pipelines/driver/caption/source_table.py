@@ -32,7 +32,7 @@ ARROW_TYPES = {
     **{"long": pa.int64(), "float": pa.float32(), "double": pa.float64(), "date": pa.date32()},
     **{"timestamp": pa.timestamp("us", "UTC"), "timestamp_ntz": pa.timestamp("us")},
 }
-"""Arrow type for each name of a Spark type."""
+"""Dict from the name of a Spark type to the Arrow type. `_arrow_type` also converts arrays and structs."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def open_source_table(
             holds the pictures themselves.
 
     Raises:
-        UserError: the table, the version or a column does not exist, the type of the picture column cannot hold
-            pictures, or the condition is not valid SQL.
+        UserError: the name of the table is not valid, the table or a column does not exist, the version cannot be read,
+            the type of the picture column cannot hold pictures or paths, or the condition is not valid SQL.
     """
     if not TABLE_NAME.fullmatch(table):
         raise UserError(
@@ -130,7 +130,7 @@ def _id_text(frame: DataFrame, name: str) -> Column:
 def arrow_columns(schema: StructType) -> pa.Schema:
     """Return the columns of a table with their Arrow types.
 
-    A Spark type without an Arrow counterpart becomes Arrow's null type.
+    A Spark type that `_arrow_type` does not know, such as a decimal or a map, becomes Arrow's null type.
     """
     return pa.schema([(field.name, _arrow_type(field.dataType)) for field in schema.fields])
 
@@ -146,10 +146,10 @@ def _arrow_type(kind: DataType) -> pa.DataType:
 def _source_file(spark: SparkSession, name: str, version: int, columns: Sequence[str | None]) -> Column:
     """Return a column with the identity of the data file and of the columns from which a row is read.
 
-    Delta never changes a data file, so a row with an equal identity has an equal picture. The identity contains no
-    version number, so a row in an old data file keeps its identity, however often the table changes. If RESTORE brings
-    back an older picture of a row, or the table is written anew, the row is in another data file than the captioned
-    picture, and therefore has another identity.
+    Delta never changes a data file, so a row with an equal identity has an equal value in the picture column. The
+    identity contains no version number, so a row in an old data file keeps its identity, however often the table
+    changes. If RESTORE brings back an older picture of a row, or the table is written anew, the row is in another data
+    file than the captioned picture, and therefore has another identity.
 
     Args:
         spark: Spark session.
@@ -174,6 +174,8 @@ def hash_columns(columns: Sequence[str | None], change: str | None) -> str:
 
 def _newest_change_of_columns(spark: SparkSession, name: str, version: int) -> str | None:
     """Return the id of the newest commit that may have given the name of a column to other data in the same files.
+
+    If there is no such commit, return None.
 
     Only a table with column mapping can have such commits, such as RENAME COLUMN. The history is not read for other
     tables. When Delta removes the commit from the history, the result changes. The next caption job then reads all

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class RowCounts(NamedTuple):
-    """Number of rows.
+    """Numbers of rows that meet the SQL condition of the request.
 
     Attributes:
         rows: all rows.
@@ -45,9 +45,13 @@ def find_uncaptioned_rows(
     """Return rows that may need a caption, and row counts.
 
     A row may need a caption if it has none, or if its caption was made from another data file or from other columns.
-    If a condition selects the rows, the table may have further rows with the same id, and the caption may be the
-    caption of such a row, even if both rows are in one data file. Then the row may need a caption, too. The columns
-    `known` and `known_error` have the SHA-256 of the picture from which the row's caption was made, and its error.
+    With `retry_errors`, a row with an error counts as a row without a caption. If a condition selects the rows, another
+    row of the table may have the same id, and the caption may belong to that row, even if both rows are in one data
+    file. A row whose id occurs several times in the table may therefore need a caption, too. The columns `known` and
+    `known_error` have the SHA-256 and the error that the row's picture had when it was last captioned.
+
+    Raises:
+        UserError: the ids of the selected rows are not unique, or an id is null.
     """
     old = captions.where("error IS NULL") if retry_errors else captions
     captioned_from = F.col("source_file").alias("captioned_from")

@@ -1,7 +1,7 @@
-"""Ids of Delta commits, which distinguish two tables with equal version numbers.
+"""Ids of Delta commits. The ids distinguish two tables with equal version numbers.
 
-If the log of the table is in a local folder, the id is a hash of the commit file (`commit_id`). In all other cases, for
-example in a catalog, the id is a hash of the commit's row in the table history.
+If the log of the table is in a local folder, the id is usually a hash of the commit file (`commit_id`). In all other
+cases, for example in a catalog, the id is a hash of the commit's row in the table history.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class TableHistory(NamedTuple):
     commits: Mapping[int, str]
 
     def has(self, version: int, commit: str) -> bool:
-        """Return whether the table still has the rows that it had directly after a commit.
+        """Return whether the table still has a commit, and no later commit has replaced all rows.
 
-        Delta keeps commits for 30 days. If the commit of a version is gone, only the version number is compared with
-        `replaced` and `newest`.
+        By default, Delta keeps commits for 30 days. If the commit of a version is gone, only the version number is
+        compared with `replaced` and `newest`.
         """
         return self.replaced <= version <= self.newest and self.commits.get(version, commit) == commit
 

@@ -28,14 +28,15 @@ from vlm.config import Config
 logger = logging.getLogger(__name__)
 
 MIN_RETAIN_HOURS = 168
-"""Minimum retention time of old table versions. Delta also requires one week, because jobs may still read old files."""
+"""Minimum retention time of old table versions, in hours. Delta also requires one week, because jobs may still read old
+files."""
 ATTEMPTS = 3
 
 LOG_RETENTION = "delta.logRetentionDuration"
 """Table property with the time for which Delta keeps the table history. Delta's default is DEFAULT_LOG_HOURS."""
 DEFAULT_LOG_HOURS = 30 * 24
 HOURS = {"week": 168, "day": 24, "hour": 1, "minute": 1 / 60, "second": 1 / 3600}
-"""Length in hours of the units that Delta allows in the time of a table property."""
+"""Length in hours of the units of time that `_hours` finds in a table property."""
 
 CLUSTERING = "spark.databricks.delta.optimize.clustering.mergeStrategy.minCubeSize."
 FULL_GROUP_BYTES = 2**30
@@ -52,11 +53,12 @@ size. A file has at most about 1 GiB, so a group that is not the last one reache
 
 class TableMaintenance(Config):
     """Report on the maintenance of one table.
+
     Attributes:
         table: full name of the table.
         checks_added: names of the constraints that were missing and have been added.
-        rewritten: number of small files that OPTIMIZE replaced.
-        written: number of files that OPTIMIZE wrote to replace the small files.
+        rewritten: number of files that OPTIMIZE replaced by larger files.
+        written: number of larger files that OPTIMIZE wrote.
         removed: number of files that VACUUM deleted because no table version within the retention time uses them.
         files: number of files of the newest table version after the maintenance.
         bytes: total size of the files of the newest table version after the maintenance, in bytes.
@@ -166,8 +168,8 @@ def _set_retention(spark: SparkSession, name: str, hours: int) -> None:
 def _hours(interval: str) -> float:
     """Return the length in hours of a time in a table property, such as `interval 30 days` or `interval '90' day`.
 
-    If the text has no number with a known unit, return infinity. The caller then keeps the time of the table, which may
-    be longer than the wanted time.
+    If the text has no number with a unit in HOURS, the function returns infinity. `_set_retention` then keeps the
+    existing time, which may be longer than the new time.
     """
     parts = re.findall(rf"'?(\d+)'?\s*({'|'.join(HOURS)})", interval.lower())
     return sum(int(number) * HOURS[unit] for number, unit in parts) if parts else math.inf
@@ -182,7 +184,7 @@ def _optimize(spark: SparkSession, name: str) -> Row:
 
 
 def _count_removed(spark: SparkSession, name: str) -> int:
-    """Return the number of files that the last VACUUM deleted, according to the table history."""
+    """Return the number of files that the last VACUUM deleted, or 0 if the last five commits have no VACUUM."""
     ended = spark.sql(f"DESCRIBE HISTORY {name} LIMIT 5").filter(F.col("operation") == "VACUUM END")
     commits = ended.orderBy(F.desc("version")).select("operationMetrics").collect()
     return int(commits[0]["operationMetrics"]["numDeletedFiles"]) if commits else 0

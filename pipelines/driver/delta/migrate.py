@@ -76,7 +76,8 @@ def migrate(spark: SparkSession, platform: Platform, *, dry_run: bool) -> Migrat
     new table has the format of the release that creates the table.
 
     Raises:
-        StageFailed: Spark failed, or other writers changed a table again and again.
+        UserError: a newer release of Lakesight wrote a table, or the format of the home folder cannot be read.
+        StageFailed: Spark failed, or every attempt to change a table conflicted with another writer.
     """
     before, tables = read_home_format(platform.root), _existing(spark, platform)
     if not dry_run and before < FORMAT and not _was_interrupted(platform.root / BACKUP, before):
@@ -113,7 +114,7 @@ def _migrate_table(spark: SparkSession, name: str, table: Table, dry_run: bool) 
 
 
 def undo(spark: SparkSession, platform: Platform) -> MigrationReport:
-    """Restore all tables, and the format of the home folder, to their state before the last migration.
+    """Restore the migrated tables, and the format of the home folder, to their state before the last migration.
 
     Raises:
         UserError: there is no migration to undo, or the undo would remove rows that were written after the migration.

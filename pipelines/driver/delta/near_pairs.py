@@ -77,7 +77,9 @@ def keys_of_new_pictures(pictures: DataFrame, num_new: int) -> DataFrame:
 
 
 def find_candidates(shared: DataFrame) -> DataFrame:
-    """Return the pairs of pictures whose difference hashes are nearly equal, in columns image_id and other_id.
+    """Return the pairs of pictures whose difference hashes are nearly equal, in columns image_id (new) and other_id.
+
+    Pictures that share only keys of more than MAX_PICTURES_OF_A_KEY pictures are not compared.
 
     Args:
         shared: result of `shared_keys`.
@@ -91,7 +93,7 @@ def find_candidates(shared: DataFrame) -> DataFrame:
         & (F.col("left.key") == F.col("right.key"))
         & (F.col("left.image_id") != F.col("right.image_id"))
         & (F.bit_count(differing) <= MAX_DIFFERING_BITS)
-        & (_first_shared_mask(differing) == F.col("left.mask")),  # so each pair of pictures is compared only once
+        & (_first_shared_mask(differing) == F.col("left.mask")),  # so a pair that shares several keys occurs once
     ).select("left.image_id", F.col("right.image_id").alias("other_id"))
 
 

@@ -1,4 +1,4 @@
-"""Queries on Delta tables in local folders without Spark. Spark would need up to several seconds per query."""
+"""Queries, without Spark, on Delta tables in local folders. Spark would need up to several seconds per query."""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ CONFLICTS = (
     MetadataChangedException,
     ProtocolChangedException,
 )
-"""Errors that Delta raises for a write that wrote nothing because another writer committed first. The tuple lists each
-exception class, because the classes have no common base class.
+"""Errors of a write that wrote nothing because another writer committed first: our own WriteConflict, and Delta's
+errors. The tuple lists each exception class, because the classes have no common base class.
 """
 MAX_ATTEMPTS = 12
 

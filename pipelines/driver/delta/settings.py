@@ -17,7 +17,8 @@ MAX_BATCH_ROWS = 32
 UNCOMPRESSED = {"compression": "uncompressed"}
 """Option that turns off the compression of a write to a Delta table, because pictures are compressed already."""
 WILDCARDS = re.compile(r"[\[\]{}*?\\]")
-"""Characters that are wildcards in a path from which Spark reads, but not in a path to which Spark writes."""
+"""Pattern of the characters that are wildcards in a path from which Spark reads, but not in a path to which Spark
+writes."""
 
 
 def escape_wildcards(path: str) -> str:
@@ -29,9 +30,9 @@ def escape_wildcards(path: str) -> str:
 def spark_settings(spark: SparkSession, values: dict[str, str], *, required: bool = False) -> Iterator[None]:
     """Set Spark settings while the block runs, then restore the previous values.
 
-    Serverless compute of Databricks refuses to change most settings. If the session refuses a setting that is not
-    `required`, the setting keeps its value and the block runs. The purpose of such a setting is only to save time or
-    memory, or to avoid a second attempt.
+    Serverless compute of Databricks refuses to change most settings. If the session refuses a setting and `required` is
+    false, the setting keeps its value and the block runs. Callers leave `required` false for settings that only save
+    time or memory, or avoid a second attempt.
 
     Raises:
         AnalysisException: the session refuses a required setting.

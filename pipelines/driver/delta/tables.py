@@ -40,6 +40,9 @@ def ensure_tables(spark: SparkSession, platform: Platform) -> None:
     """Create the Delta tables that do not exist, and add missing columns to tables of an earlier Lakesight version.
 
     On a laptop, Spark's catalog exists only in memory, so tables that an earlier process wrote are registered again.
+
+    Raises:
+        UserError: a newer release of Lakesight wrote a table, or the catalog's schema belongs to another home folder.
     """
     if platform.tables is not None:
         spark.sql(f"CREATE SCHEMA IF NOT EXISTS {platform.namespace} LOCATION {_quoted(platform.tables)}")
@@ -93,11 +96,13 @@ def ensure_table(spark: SparkSession, platform: Platform, table: Table) -> bool:
 
 
 def open_tables(platform: Platform, *tables: Table) -> dict[str, DeltaTable] | None:
-    """Open tables in local folders. Return a dict from name to table, or None if a table does not exist or lacks a
-    column.
+    """Open tables in local folders, and return a dict from name to table.
+
+    Return None if a catalog manages the tables, or if a table does not exist, lacks a column or cannot be opened
+    without Spark.
 
     Raises:
-        UserError: a newer release of Lakesight wrote a table.
+        UserError: a newer release of Lakesight wrote a table, or the file of the newest commit of a table is empty.
     """
     if platform.tables is None:
         return None
@@ -119,8 +124,8 @@ def open_tables(platform: Platform, *tables: Table) -> dict[str, DeltaTable] | N
 def ensure_champion_captions(spark: SparkSession, platform: Platform) -> None:
     """Create the view `champion_captions`, or change the SELECT statement of a view that another release has created.
 
-    On a laptop, the view lasts as long as the Spark session. In a catalog, the view lasts, and ALTER VIEW keeps the
-    grants of the view. If this user may not change the view, log a warning.
+    On a laptop, the view lasts as long as the Spark session. In a catalog, the view is permanent, and ALTER VIEW keeps
+    the grants of the view. If this user may not change the view, log a warning.
     """
     name = platform.table(champion_captions.NAME)
     select = champion_captions.select(f"{platform.namespace}.")
@@ -167,7 +172,7 @@ def add_columns(spark: SparkSession, platform: Platform, table: Table) -> None:
 
 
 def missing_columns(spark: SparkSession, name: str, table: Table) -> list[str]:
-    """Return the SQL statement that adds the missing columns of a table, or nothing if no column is missing."""
+    """Return a list with the SQL statement that adds the missing columns, or an empty list if no column is missing."""
     existing = set(spark.table(name).columns)
     missing = [column.ddl() for column in table.columns if column.name not in existing]
     return [f"ALTER TABLE {name} ADD COLUMNS ({', '.join(missing)})"] if missing else []

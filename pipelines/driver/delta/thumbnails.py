@@ -13,9 +13,9 @@ from pipelines.executor.thumbnail import with_thumbnails
 
 
 def read_thumbnails(samples: DataFrame, image_ids: Sequence[str]) -> dict[str, bytes | None]:
-    """Make thumbnails of pictures in `samples` on executors. Return the thumbnails by image_id.
+    """Make thumbnails of pictures in `samples` on executors. Return a dict from image_id to thumbnail.
 
-    A picture that is no longer in the table has no thumbnail.
+    The thumbnail is None if the picture cannot be decoded. A picture that is no longer in the table is not in the dict.
     """
     chosen = samples.where(samples.image_id.isin(list(image_ids))).select("image_id", "image")
     with bounded_batches(samples.sparkSession):

@@ -1,4 +1,4 @@
-"""Functions that find the table version that last changed a source, and that make Delta skip outdated writes."""
+"""Functions for table versions: find the version that last changed a source, and make Delta skip outdated writes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class TableVersions(NamedTuple):
 
     Attributes:
         newest: newest version of the table.
-        last_change: newest version that changed a row of the source. For table `samples`, last_change is the
+        last_change: newest version that may have changed a row of the source. For table `samples`, last_change is the
             dataset_version.
         commit: id of the commit that made `last_change`.
     """
@@ -106,7 +106,7 @@ def read_versions_of_files(table: DeltaTable, source: str) -> TableVersions:
 
 
 def _select_versions(commits: list[dict[str, Any]], source: str) -> tuple[int, int]:
-    """Return the newest version, and the newest version that changed a row of `source`."""
+    """Return the newest version, and the newest version that may have changed a row of `source`."""
     commits.sort(key=lambda commit: int(commit["version"]), reverse=True)
     changed = (
         c["version"] for c in commits if c["operation"] not in MAINTENANCE_OPERATIONS and _may_change(source, _note(c))
