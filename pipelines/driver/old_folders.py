@@ -2,14 +2,15 @@
 
 The newest folders of each kind stay, and so does everything that a remaining folder or a registered version needs:
 
-- a run that may still be training, whose model waits for registration, or whose weights a remaining run starts from;
-- if a version was registered from a run, the files of the run, except checkpoints from which no version was registered;
+- a run that may still be training, or whose model waits for registration, or whose weights a remaining run starts from;
+- if a version was registered from a run, the files of the run, except earlier checkpoints without a version;
 - the shards of every remaining run, and the shards that a remaining training mix refers to.
 
-Folders that Lakesight cannot read also stay. Listing the folders and removing them may take minutes, in which other
-commands may begin to use a listed folder. Just before a folder is removed, this command therefore owns the folder's run
-and applies the rules again. All folders are renamed before the first folder is removed. Without the new names, a killed
-command could leave a half-removed folder that looks complete.
+Runs whose registered versions are not known also stay, and so do runs and shards that Lakesight cannot read. Listing
+the folders and removing them may take minutes, in which other commands may begin to use a listed folder. Just before a
+folder is removed, this command therefore applies the rules again. For the folders of a run, this command first owns the
+run. All folders are renamed before the first folder is removed. Without the new names, a killed command could leave a
+half-removed folder that looks complete.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ def _run_of(folder: OldFolder) -> RunFolder | None:
 def _rename_of_run(
     group: list[OldFolder], run: RunFolder, find_now: Callable[[RunFolder], Collection[Path]]
 ) -> list[tuple[OldFolder, Path]]:
-    """Rename the old folders of one run while no other process can own the run."""
+    """Rename the old folders of one run while this process owns the run. If the run may be in use, rename nothing."""
     if not run.run_file.exists() or _may_be_training(run):
         return []
     with ExitStack() as stack:
@@ -225,6 +226,8 @@ def _may_be_training(run: RunFolder, owned: RunFolder | None = None) -> bool:
 def _old_checkpoints(run: RunFolder, whole: bool, needs: Needs) -> list[Path]:
     """For a remaining run, return the checkpoints that are damaged or that no registered version needs.
 
+    If `whole` is true, all checkpoints of the run stay.
+
     The last checkpoint stays, because a run without its last checkpoint does not count as finished.
     """
     if whole:
@@ -260,8 +263,8 @@ def _old_shards(folder: Path, keep: int, used: Collection[str]) -> list[Path]:
 def _old_reports(folder: Path, keep: int) -> list[Path]:
     """Return the reports that are not among the newest reports on their subject.
 
-    The last part of a report's name is a hash, a number or an id. All evaluations of one model version are reports on
-    the same subject.
+    The last part of a report's name is a hash, a number or an id. All evaluations of one model version on one split are
+    reports on the same subject, and so are all comparisons.
     """
     found = [path for path in sorted(folder.glob("[!.]*")) if "-" in path.name]
 

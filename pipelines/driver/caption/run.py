@@ -51,8 +51,7 @@ logger = logging.getLogger(__name__)
 ROWS_PER_FILE = 512
 """Number of rows after which a task writes a caption file, and the approximate number of rows in a Spark task."""
 MAX_TASKS = 4096
-"""Largest number of tasks (or one task per core, if there are more cores). Each task sends a row with statistics (about
-20 kB) to the driver."""
+"""Largest number of tasks if there are fewer cores. Each task sends a row of statistics (about 20 kB) to the driver."""
 
 
 class CaptionRequest(Config):
@@ -186,8 +185,7 @@ def caption(
     """Caption the rows for which `generated_captions` has no caption by this model version with these settings.
 
     A row whose picture has changed in the table is captioned again. A row whose picture cannot be decoded is written
-    with its error. If its picture does not change, this row is captioned again only with `retry_errors`. `progress`
-    shows progress while executors run.
+    with its error, and is also captioned again with `retry_errors`. `progress` shows progress while executors run.
 
     Raises:
         UserError: the table, the version, a column or the folder of the pictures does not exist. Other causes are a
@@ -195,8 +193,7 @@ def caption(
             missing library for the precision.
         StageFailed: Spark failed. The next job with the same request skips the rows that already have a caption.
         TooManyErrors: the share of errors is larger than `max_error_share`. The share also counts the rows of jobs of
-            the same request that failed or were killed since the last success. All results are written before the error
-            is raised.
+            the same request that failed or were killed since the last success. All results are written first.
     """
     started = time.monotonic()
     check_request(model, request)

@@ -1,10 +1,10 @@
-"""Baselines: captions that are made without a model. An evaluation compares a model version's captions with them.
+"""Baselines: captions made without a model, with which an evaluation compares the captions of a model version.
 
 The constant baseline gives the same caption to all pictures. The caption that is best by one metric may not be the best
-by another metric. So each metric has its own constant caption. If all pictures have this caption, the value of the
-metric is at least as good as with any other constant caption.
+by another metric. So each metric has its own constant caption: the best of the most frequent references
+(`best_constants`).
 
-In the names of arrays, C stands for candidates, F for all references of all rows, and R for rows.
+In the names of arrays, C stands for candidates, F for all references of all rows, and N for lengths of n-grams.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from vlm.text.cider import SIGMA, bigrams, ngrams, norms
 from vlm.text.words import words
 
 MAX_PAIRS = 25_000_000
-"""Largest number of pairs (candidate, reference) to compare. With this limit, the comparison takes only seconds."""
+"""Largest number of pairs (candidate, reference) to compare, unless MIN_CANDIDATES candidates need more pairs. With
+this limit, the comparison takes only seconds."""
 MIN_CANDIDATES = 256
 SHORTLIST = 4
 """The slower metrics compare only the SHORTLIST best candidates by word F1 and the SHORTLIST best candidates by CIDEr.
@@ -34,7 +35,8 @@ def baseline_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
 
     The metric `constant_cider` is the CIDEr that is reached if all pictures have the same caption: the candidate with
     the highest CIDEr. Each other metric `constant_*` is computed in the same way, with the caption that is best by this
-    metric. The metrics `neighbour_*` are computed with the human caption of the most similar training picture.
+    metric. The metrics `neighbour_*` are computed with the human caption of the most similar training picture. They are
+    missing if any row has no such caption.
     """
     constants = best_constants(scored)
     metrics_of = {text: caption_metrics(_with_caption(scored, text)) for text in set(constants.values())}
@@ -64,11 +66,12 @@ def neighbour_rows(scored: Sequence[ScoredRow]) -> list[ScoredRow] | None:
 
 
 def best_constants(scored: Sequence[ScoredRow]) -> dict[str, str]:
-    """For each metric, return the single caption with the best value over all pictures.
+    """For each metric, return the candidate with the best value if all pictures have the candidate as their caption.
 
-    The candidates are the most frequent references, as many as MAX_PAIRS allows. Of two equally good candidates, the
-    more frequent candidate is returned. Every candidate is compared by exact match, word F1 and CIDEr. ROUGE-L and BLEU
-    are slow to compute, so they are computed only for the best candidates by word F1 or CIDEr.
+    The candidates are the most frequent references: as many as MAX_PAIRS allows, but at least MIN_CANDIDATES. Of two
+    equally good candidates, the more frequent candidate is returned. Every candidate is compared by exact match, word
+    F1 and CIDEr. ROUGE-L and BLEU are slow to compute, so they are computed only for the best candidates by word F1 or
+    CIDEr.
     """
     references = [[words(reference) for reference in item.references] for item in scored]
     spelled = Counter(reference.strip() for item in scored for reference in item.references)
@@ -100,7 +103,7 @@ def _with_caption(scored: Sequence[ScoredRow], caption: str) -> list[ScoredRow]:
 
 
 def constant_word_f1(candidates: Sequence[list[str]], references: Sequence[list[list[str]]]) -> Floats:
-    """For each candidate, compute the mean word F1 of all rows with this caption, as an array (C,)."""
+    """For each candidate, compute the mean word F1 over all rows if every row has this caption, as an array (C,)."""
     flat = [reference for group in references for reference in group]
     first_of_row = np.cumsum([0, *(len(group) for group in references)])[:-1]
     lengths_F = np.array([len(reference) for reference in flat])
@@ -117,7 +120,7 @@ def constant_word_f1(candidates: Sequence[list[str]], references: Sequence[list[
 
 
 def constant_cider(candidates: Sequence[list[str]], references: Sequence[list[list[str]]]) -> Floats:
-    """For each candidate, compute the CIDEr-D (Vedantam et al., 2015) of all rows with this caption, as an array (C,).
+    """For each candidate, compute CIDEr-D (Vedantam et al., 2015) if every row has this caption, as an array (C,).
 
     The result equals pycocoevalcap's result, but pycocoevalcap would process all references again for each candidate.
     """
@@ -146,8 +149,8 @@ def constant_cider(candidates: Sequence[list[str]], references: Sequence[list[li
 
 
 class _Postings:
-    """Inverted index: for each word or n-gram, the indices of the references that contain the n-gram, and the value of
-    the n-gram in each of these references.
+    """Inverted index: for each key (a word or an n-gram), the indices of the references that contain the key, and the
+    value of the key in each of these references.
     """
 
     def __init__(self, references: Sequence[Mapping[Any, float]]) -> None:

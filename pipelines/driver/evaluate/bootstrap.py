@@ -20,8 +20,9 @@ from vlm.config import Config
 RESAMPLES = 200
 MAX_VALUES = 8
 """Largest number of values of a column for which an evaluation computes separate metrics (one slice for each value).
-If a column has more than MAX_VALUES distinct numbers, the numbers are divided into quartiles. In a text column with
-more than MAX_VALUES distinct values, only the most frequent MAX_VALUES values have their own slice.
+If all values of a column are numbers, and more than MAX_VALUES of them are distinct, the numbers are divided into
+quartiles. In any other column with more than MAX_VALUES distinct values, only the most frequent MAX_VALUES values have
+their own slice.
 """
 MIN_SLICE_ROWS = 2
 
@@ -100,6 +101,8 @@ def paired_metrics(
 ) -> dict[str, PairedMetric]:
     """Compute the metrics of two models, and their differences, on the rows that both models captioned.
 
+    Return an empty dict if there is no such row.
+
     Args:
         one: rows that the first model has scored.
         other: rows that the second model has scored.
@@ -135,7 +138,8 @@ def slice_metrics(
 
     Args:
         scored: rows of the split; at least one row has a caption.
-        columns: dict from the name of a column to the value that selects the slice of each row that has a caption.
+        columns: dict from the name of a column to its values: one value, which selects the slice, for each row with a
+            caption.
         names: names of the metrics to compute.
         seed: seed of the resampling.
     """
@@ -170,8 +174,9 @@ def slices_of(
 def _labels(values: Sequence[object]) -> list[str]:
     """Return the slice label of each value.
 
-    If a column has more than MAX_VALUES distinct numbers, the labels are the ranges of the quartiles. In all other
-    columns the MAX_VALUES most frequent values keep their own label, and all other values get the label `other`.
+    If all values are numbers, and more than MAX_VALUES of them are distinct, the labels are the ranges of the
+    quartiles. In all other columns the MAX_VALUES most frequent values keep their own label, and all other values get
+    the label `other`.
     """
     numbers = [value for value in values if isinstance(value, int | float)]
     if len(numbers) == len(values) and len(set(numbers)) > MAX_VALUES:

@@ -1,9 +1,10 @@
-"""Compute the figures that can be compared with papers: METEOR, and the figures of COCO's evaluation.
+"""Figures that can be compared with papers: METEOR, and the figures of COCO's evaluation.
 
 pycocoevalcap contains two Java programs for the parts that Python cannot compute. Stanford's tokenizer splits the texts
 as COCO's evaluation does, and METEOR's program aligns words. Each Java program runs once and reads all rows.
 
-In the names of arrays, R stands for rows (a picture and a prompt) and S stands for resamples.
+In the names of arrays, R stands for rows (a picture and a prompt), S for resamples, K for METEOR's statistics, and M
+for the kinds of matches.
 
 Sources: https://github.com/salaniz/pycocoevalcap; Denkowski and Lavie, "Meteor Universal" (2014).
 """

@@ -79,8 +79,8 @@ def compare(
 ) -> Comparison:
     """Compare two evaluations of the split in a shard request, and write the HTML page.
 
-    The metric of the promotion gate, `metric`, decides which version is better. If the captions do not have this
-    metric, the next metric of JUDGED decides.
+    The metric of the promotion gate, `metric`, decides which version is better. If the evaluations do not have this
+    metric, the first metric of JUDGED that they have decides.
 
     Raises:
         StageFailed: the two versions have no captioned row in common.
@@ -165,8 +165,8 @@ def _bars(report: Comparison, name: str) -> BarGroup:
 
 
 def _groups(pairs: Sequence[Pair], names: tuple[str, str]) -> dict[str, list[Pair]]:
-    """For each group of the page (one version is better, the other is better, both are equal), select the rows to show.
-    Rows with the largest difference in word F1 come first.
+    """For each group of the page (one version is better, the other is better, both are equal), select at most
+    GROUP_ROWS rows to show. Rows with the largest difference in word F1 come first.
     """
     by_gain = sorted(pairs, key=lambda pair: (pair[1].f1 - pair[0].f1, pair[0].row))
     better, worse = f"{names[0]}-better", f"{names[1]}-better"

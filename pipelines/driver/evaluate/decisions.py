@@ -39,7 +39,8 @@ def record_decision(
     of the champion is recorded.
 
     Args:
-        open_spark: function that returns the Spark session. The function is called only if a catalog manages the table.
+        open_spark: function that returns the Spark session. The function is called only if the table cannot be opened
+            without Spark, for example in a catalog.
         platform: platform that stores the table.
         model: name of the registered model.
         version: model version that the decision is about.
@@ -78,8 +79,8 @@ def record_decision(
 def recorded_champion(
     open_spark: Callable[[], SparkSession], platform: Platform, model: str
 ) -> tuple[str, str | None] | None:
-    """Return number and digest of the version that the last promotion or rollback in table `decisions` has made the
-    champion, or None if no version was promoted. The digest is None if Lakesight 0.1.0 wrote the row.
+    """Return number and digest of the version that the last promotion or rollback of the model in table `decisions` has
+    made the champion, or None if the table has no such row. The digest is None if Lakesight 0.1.0 wrote the row.
 
     If a command was killed after it had recorded a decision and before it changed the registry, the registry has
     another champion than table `decisions`.
@@ -97,7 +98,8 @@ def find_rollback(
     A row without the digest of a version names the version by its number only.
 
     Args:
-        open_spark: function that returns the Spark session. The function is called only if a catalog manages the table.
+        open_spark: function that returns the Spark session. The function is called only if the table cannot be opened
+            without Spark, for example in a catalog.
         platform: platform that stores the table.
         model: name of the registered model.
         version: number of the version.

@@ -31,7 +31,7 @@ from vlm.files import atomic_write
 from vlm.text.words import words
 
 GROUP_ROWS = 16
-"""Number of rows in each of the groups `worst`, `best` and `sample`."""
+"""Largest number of rows in each of the groups of a page, such as `worst`, `best` and `sample`."""
 PNG_ROWS = 12
 PNG_COLUMNS = 4
 NAMES = {  # names of the metrics on HTML pages, in the order of the page
@@ -84,8 +84,8 @@ class ModelCaption:
     """Caption that the model named `label` has generated for a picture.
 
     `exact` says whether `text` equals a reference. `score` is word F1 from 0 to 1.
-    `parts` has the consecutive parts of the text, each with a flag that says whether the part differs from the
-    references.
+    `parts` has the consecutive parts of the text, each with a flag that says whether the part differs from the most
+    similar reference.
     """
 
     label: str
@@ -107,7 +107,7 @@ class GalleryRow:
 
     Attributes:
         image_id: id of the picture, as in the table `samples`.
-        thumbnail: small JPEG file, or None if the picture cannot be decoded.
+        thumbnail: small JPEG file, or None if the picture cannot be decoded or is no longer in the table.
         prompt: text before the caption; a plain caption has an empty prompt.
         human: human captions (references), separated by slashes.
         captions: captions by the models, one caption per model.
@@ -239,7 +239,7 @@ def slice_tables(slices: Mapping[str, Mapping[str, Interval]], rows: Mapping[str
 
 
 def write_png(path: Path, title: str, rows: Sequence[GalleryRow]) -> None:
-    """Write a PNG file that shows the first PNG_ROWS pictures in a grid, with the human caption and the model caption.
+    """Write a PNG file that shows at most PNG_ROWS pictures in a grid, with the human caption and the model caption.
 
     This function uses matplotlib without pyplot, because pyplot keeps global state and looks for a display.
     """

@@ -42,7 +42,7 @@ class GateResult(Config):
     """Results of all checks of a model version (by the name of the check), and the metrics that the checks used.
 
     Attributes:
-        pictures: number of pictures that were captioned.
+        pictures: number of pictures of the evaluation, including pictures without a caption.
         tokenisation: name of the rules that split texts into words for the gate's metric, or None if the metric ignores
             words.
     """
@@ -181,7 +181,7 @@ def _check_champion(gate: GateConfig, difference: Interval | None, version: str,
 
 
 def read_trial_pictures(spark: SparkSession, shards: Shards, count: int) -> list[tuple[bytes, str]]:
-    """Read the original files of the first pictures of a split. Return pairs of a picture and its first prompt.
+    """Read the original files of the first `count` pictures of a split. Return pairs of a picture and its first prompt.
 
     This function leaves out pictures that an ingest has removed from the table since the shards were written.
 

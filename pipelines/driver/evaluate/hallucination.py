@@ -104,8 +104,9 @@ def hallucination_metrics(scored: Sequence[ScoredRow], objects: ObjectWords) -> 
     - chair_i is the number of hallucinated mentions of objects, divided by the number of all mentions of objects in
       captions. A mention is hallucinated if no human text of the picture (for any prompt) mentions the object. If no
       caption mentions an object, chair_i is missing. For a resample without a mention, chair_i is 0.
-    - chair_s is the share of captions with at least one hallucinated mention.
-    - object_mentions is the mean number of mentions per caption. Captions that mention no object have a chair_s of 0.
+    - chair_s is the share of captions with at least one hallucinated mention. A caption that mentions no object
+      counts as a caption without a hallucinated mention.
+    - object_mentions is the mean number of mentions per caption.
 
     Args:
         scored: all rows of the split, because the human texts of a row without a caption also describe the picture.

@@ -53,7 +53,8 @@ class ScoredRow(RowScore):
     """Scores of one row, and the caption of the nearest-neighbour baseline for this row.
 
     Attributes:
-        neighbour: human caption of the most similar training picture, or None if there is no similar training picture.
+        neighbour: human caption of the most similar training picture, or None if no other training picture is a
+            candidate (`_neighbour_captions` in scores.py).
     """
 
     neighbour: str | None
@@ -65,7 +66,7 @@ class ScoredRow(RowScore):
 
     @property
     def exact(self) -> bool:
-        """Whether the caption equals one of the references."""
+        """Whether the caption equals one of the references, apart from white space at the ends."""
         return _exact(self.caption or "", self.references)
 
     @property
@@ -124,7 +125,7 @@ def model_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
     - distinct_words is the expected number of different words in 100 captions. With fewer than 100 captions,
       distinct_words is missing.
     - mean_logprob is the mean log-probability of the captions, in nats per token.
-    - brightness and contrast are means over pictures, on the scale from 0 to 255.
+    - brightness and contrast are means over the rows' pictures, on the scale from 0 to 255.
     """
     texts: Counter[int] = Counter()
     for item in scored:
@@ -171,7 +172,7 @@ def caption_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
 
 
 def ngram_metrics(captions: Sequence[list[str]], references: Sequence[list[list[str]]]) -> dict[str, Metric]:
-    """Return bleu_1..4, rouge_l and cider (CIDEr-D) of captions that are split into words.
+    """Return bleu_1..4, rouge_l and cider (CIDEr-D) of captions that are split into words. One row alone has no cider.
 
     A reference that several people have written counts as often as it was written, as in pycocoevalcap.
     """

@@ -2,8 +2,8 @@
 
 The driver receives a few hundred bytes of text and numbers per picture, and thumbnails of the pictures in the gallery.
 Each pair of a model version and a split has its own folder, in which `report.json` is the last file to be written. A
-repeated evaluation only reads `report.json`. If a later evaluation requests further metrics, it computes these metrics
-from the stored scores, without running the model again.
+repeated evaluation reads `report.json` instead of computing the report. If a later evaluation requests further metrics,
+it computes these metrics from the stored scores, without running the model again.
 """
 
 from __future__ import annotations
@@ -311,7 +311,7 @@ def _check_columns(samples: DataFrame, request: ShardRequest, columns: Sequence[
 def _column_values(
     samples: DataFrame, scored: Sequence[ScoredRow], columns: Sequence[str], table_columns: Sequence[str]
 ) -> dict[str, list[object]]:
-    """Return the values by which slices are made: a dict from column name to the value of each row of `scored`."""
+    """Return the values by which slices are made: a dict from column name to a list with a value for each row."""
     pictures: dict[str, dict[str, object]] = {}
     needed = [*table_columns, *(["width", "height"] if "size" in columns else [])]
     if needed:
@@ -329,7 +329,7 @@ def _column_values(
 
 
 def reference_lengths(scored: Sequence[ScoredRow]) -> list[object]:
-    """Return the mean number of words of the references of each row. Rows of one picture may have different lengths."""
+    """Return the rounded mean number of words of the references of each row. Rows of one picture may differ."""
     return [round(fmean(len(words(reference)) for reference in item.references)) for item in scored]
 
 

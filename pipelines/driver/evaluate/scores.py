@@ -210,9 +210,10 @@ def _run_attention(
 def _neighbour_captions(spark: SparkSession, train: Shards, shards: Shards) -> dict[tuple[str, str], str]:
     """For each evaluated row, find a text of the most similar training picture.
 
-    Return a dict from the image_id and prompt of the evaluated row to the text. Candidates for a row are the training
-    pictures with the same prompt. If no training picture has that prompt, all training pictures are candidates. An
-    evaluated picture that is also in the training split gets the text of a different training picture.
+    Return a dict from the image_id and prompt of the evaluated row to the text. Rows without a candidate are not in the
+    dict. Candidates for a row are the training pictures with the same prompt. If no training picture has that prompt,
+    all training pictures are candidates. An evaluated picture that is also in the training split gets the text of a
+    different training picture.
     """
     known = min(len(train), MAX_NEIGHBOURS)
     ids = spark.range(-known, len(shards), 1, min(default_parallelism(spark), known + len(shards)))

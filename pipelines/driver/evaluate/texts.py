@@ -1,4 +1,4 @@
-"""Evaluation of a text-only model: write the loss per character of a split, with intervals, to table `evaluations`.
+"""Evaluation of a text-only model, which writes the loss per character of a split to table `evaluations`.
 
 The token file of the split is divided into windows of consecutive tokens. Executors compute the loss of each window, as
 validation does during training. A second evaluation of the same model on the same texts reads the report of the first
@@ -81,7 +81,8 @@ def evaluate_texts(
     """Compute the metrics of a version of a text-only model on a split, and write them to table `evaluations`.
 
     Raises:
-        UserError: a folder contains no model or no shards. StageFailed: an executor failed.
+        UserError: a folder contains no model or no shards.
+        StageFailed: an executor failed.
     """
     started = time.monotonic()
     shards, config = Shards.open(shards_folder), model.read_config()
@@ -127,8 +128,10 @@ def _rows(report: TextEvaluationReport, where: str) -> list[dict[str, object]]:
 def _measure(
     spark: SparkSession, model: ModelFiles, tokens: Path, summary: TokenSummary, context: int
 ) -> dict[str, Interval]:
-    """Score all windows on executors. The bootstrap resamples windows; for a long split, it resamples blocks of
-    windows."""
+    """Score all windows on executors, and compute the metrics from the scores.
+
+    The bootstrap resamples windows, or blocks of windows if the split has more than MAX_BLOCKS windows.
+    """
     job = TextScoreJob(
         model_folder=model.folder,
         model_digest=model.digest,

@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 def write_samples(platform: Platform, plan: IngestPlan) -> NearReport:
     """Write the usable pictures of an ingest plan to `samples`.
 
-    Pictures that are near duplicates of each other get the same split.
+    If the data config sets `near_duplicates`, new pictures are compared with other pictures of the source
+    (`find_near_duplicates`). Return the report of this comparison.
 
     Raises:
         WriteConflict: after the plan was made, another ingest has committed rows of the same source. If the Spark

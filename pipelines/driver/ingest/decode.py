@@ -62,8 +62,9 @@ class DecodedRows:
     Attributes:
         request: ingest request that the rows belong to.
         spill: spill folder with the pictures and payloads.
-        outcomes: one decoded row per raw row, with narrow columns only (`executor.ingest.spill.NARROW`, READ_ORDER).
-        rows_in: number of raw rows of the input.
+        outcomes: one decoded row per record of the input, with narrow columns only (`executor.ingest.spill.NARROW`,
+            READ_ORDER). The parser in `request.rows` makes records from raw rows.
+        rows_in: number of records of the input.
         refused: number of rows that executors refused.
     """
 
@@ -98,7 +99,7 @@ def decode_rows(
 
 
 def _decode(request: IngestRequest, spill: SpillFolder, decoder: Callable[..., Iterator[RecordBatch]]) -> DataFrame:
-    """Decode raw rows, and write the resulting NARROW rows to the spill folder."""
+    """Decode raw rows, and write the results (pictures, payloads and NARROW rows) to the spill folder."""
     started = time.monotonic()
     config, rows = request.config, request.rows
     rules = DecodeRules(

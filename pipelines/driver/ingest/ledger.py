@@ -2,9 +2,9 @@
 
 The ledger only saves time and is not needed for correct results. Rows are identified by their content, so an item that
 is read twice adds nothing. If `samples`, `texts` or `quarantine` was restored or replaced since an item was ingested,
-the item is deleted from the ledger and read again. The ledger may therefore be written last, after `samples` and
-`quarantine`, and an ingest adds its items by a plain append. If an ingest is killed or runs twice, the worst
-consequence is that items are read again.
+the item is deleted from the ledger and read again. The ledger may therefore be written last, after the other tables,
+and an ingest adds its items by a plain append. If an ingest is killed or runs twice, the worst consequence is that
+items are read again.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class LedgerEntry(NamedTuple):
 def hash_rules(config: DataConfig) -> str:
     """Return a hash of the settings that decide how a raw row is converted to a sample.
 
-    The location of the input and the tolerated share of bad rows are not part of the hash.
+    The location and the version of the input, and the tolerated share of bad rows, are not part of the hash.
     """
     source = config.source.hashed_settings(exclude={"path", "table", "version"})
     limits = config.limits.hashed_settings(exclude={"max_bad_share"})
@@ -153,7 +153,8 @@ def select_last_versions(entries: pa.Table, rules: str) -> pa.Table:
     If an item is a source table, only the table's last entry in the ledger counts.
 
     Args:
-        entries: rows of the ledger that belong to one source.
+        entries: rows of the ledger that belong to one source. Rows of source tables may have any hash of settings. All
+            other rows must have the hash `rules`.
         rules: hash of the settings, from `hash_rules`.
     """
     is_version = pc.starts_with(entries["state"], VERSION)
@@ -183,11 +184,8 @@ def pending_pairs(items: Iterable[tuple[str, str]], ingested: pa.Table) -> list[
     return list(pending)
 
 
-def append_to_ledger(spark: SparkSession, platform: Platform, items: pa.Table | DataFrame, entry: LedgerEntry) -> None:
-    """Append ITEMS to the ledger in one commit. An append has no conflict with other commits.
-
-    A DataFrame has no items that are tables.
-    """
+def append_to_ledger(spark: SparkSession, platform: Platform, items: pa.Table, entry: LedgerEntry) -> None:
+    """Append ITEMS to the ledger in one commit. An append does not conflict with the appends of other ingests."""
     versions = rows_of_source(spark, platform, INGESTED.name, entry.source).filter(F.col("state").startswith(VERSION))
     has_versions = isinstance(items, pa.Table) and pc.any(pc.starts_with(items["state"], VERSION)).as_py()
     newest = newest_time(versions, "ingested_at") if has_versions else None
@@ -259,7 +257,7 @@ def _forget(spark: SparkSession, ledger: str, source: str, column: str, lost: Se
 def delete_from_ledger(spark: SparkSession, platform: Platform, source: str) -> None:
     """Delete the ledger rows of a source, so that the next ingest reads all items of the source.
 
-    A refresh calls this function as soon as it is sure to replace rows, and before its first write. If the refresh is
-    killed between two writes, the next ingest adds the missing rows.
+    A refresh calls this function when it is certain that rows will be replaced, and before the refresh writes anything.
+    If the refresh is killed between two writes, the next ingest adds the missing rows.
     """
     spark.sql(f"DELETE FROM {platform.table(INGESTED.name)} WHERE source = {{source}}", source=source)  # noqa: S608

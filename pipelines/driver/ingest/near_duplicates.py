@@ -1,7 +1,8 @@
-"""Near duplicates of an ingest: find new pictures that resemble another picture, and put both pictures in one split.
+"""Near duplicates of an ingest: find new pictures that resemble other pictures, and put these pictures in one split.
 
-`near_pairs.py` compares only pictures that share a key (a part of their hashes). A key that too many pictures share is
-skipped. The ingest report counts the new pictures with such a key (`not_compared`).
+Pictures are moved only if a hash assigns the splits (`data.split.kind` is `hash`). `near_pairs.py` compares only
+pictures that share a key (a part of their hashes). A key that too many pictures share is skipped. The ingest report
+counts the new pictures with such a key (`not_compared`).
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class NearReport(Config):
     Attributes:
         pictures: number of new pictures with a near duplicate.
         moved: number of new pictures that were moved to the split of their near duplicate.
-        across_splits: number of new pictures with a near duplicate in another split. The cause is either that the
-            source assigns the splits, or that the picture resembles two pictures that were already in different splits.
+        across_splits: number of new pictures with a near duplicate in another split. Usually, the source assigns the
+            splits, or the picture resembles two pictures that were already in different splits.
         not_compared: number of new pictures with a key that is skipped, because more than MAX_PICTURES_OF_A_KEY
             pictures share the key.
     """
@@ -86,18 +87,19 @@ def find_near_duplicates(plan: IngestPlan) -> NearDuplicates | None:
 
 
 def _compared_pictures(plan: IngestPlan) -> DataFrame:
-    """Return the new pictures (`existing` is false) and the pictures in `samples`, with the columns in COMPARED."""
+    """Return the columns COMPARED of the new pictures (`existing` is false) and of `samples` (with a fingerprint)."""
     new = plan.pictures.filter("NOT conflicting AND is_new").withColumn("existing", F.lit(False)).select(*COMPARED)
     existing = plan.existing.filter("fingerprint IS NOT NULL").withColumn("existing", F.lit(True)).select(*COMPARED)
     return new.unionAll(existing)
 
 
 def _resolve(pairs: DataFrame, *, move: bool) -> DataFrame:
-    """Return the near duplicate and the split of each new picture, in columns image_id, split, near_of, near_split.
+    """For each new picture in `pairs`, choose a near duplicate (near_of) and a split (near_split).
 
-    near_of is a near duplicate that was in `samples` before the ingest. If no near duplicate was in `samples`, near_of
-    is the new near duplicate with the smallest id. If all near duplicates are new and have larger ids than the picture,
-    near_of is null. near_split is the split of the near duplicates in `samples`, because pictures in `samples` do not
+    The columns of the result are image_id, split, near_of and near_split. near_of is a near duplicate that was in
+    `samples` before the ingest. If no near duplicate was in `samples`, near_of is the new near duplicate with the
+    smallest id. If all near duplicates are new and have larger ids than the picture, near_of is null. near_split is the
+    split of the near duplicates in `samples` (the first of test, val and train), because pictures in `samples` do not
     move. If no near duplicate is in `samples`, near_split is one of the splits of the picture and its near duplicates:
     test if one of them is in test, else val if one of them is in val, else train. If `move` is false, near_split is the
     picture's own split.

@@ -3,8 +3,8 @@
 The rows of an ingest plan do not contain the pictures. Two ingests of one source may run at the same time. Delta
 commits are atomic, but a plan may be out of date when it is committed, because another ingest may have added the same
 pictures. An ingest plan therefore records the version of `samples` that the plan is based on. If another ingest has
-committed rows of the same source after the recorded version, nothing is written (`WriteConflict`). The caller then
-makes a new plan from the same decoded rows.
+committed rows of the same source after the recorded version, the write raises `WriteConflict`. The caller then makes a
+new plan from the same decoded rows.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class PlanTotals:
     """Row counts and picture counts of an ingest plan.
 
     Attributes:
-        rows_in: number of raw rows of the input.
+        rows_in: number of rows of the input.
         refused: number of rows that executors refused.
-        conflicting: number of rows whose picture has the same id as a different picture.
+        conflicting: number of rows that the plan refuses because a different picture has the same id.
         overfull: number of rows that would give a picture more texts than `data.limits.max_texts`.
         usable: number of rows that are neither refused nor conflicting nor overfull.
         new: number of pictures that are not yet in `samples`.
@@ -73,8 +73,8 @@ class IngestPlan:
     Attributes:
         request: ingest request that the rows belong to.
         spill: spill folder with the pictures and payloads.
-        outcomes: one decoded row per raw row, with narrow columns only (`executor.ingest.spill.NARROW`).
-        existing: rows that `samples` already has for the source.
+        outcomes: one decoded row per record of the input, as in `DecodedRows`.
+        existing: rows that `samples` already has for the source; no rows if the plan replaces the source.
         pictures: planned pictures, one row per picture, from `plan_pictures`.
         totals: row counts and picture counts.
         stamp: values that all written rows have in common, such as the ingest_id.
@@ -109,9 +109,9 @@ def plan_pictures(outcomes: DataFrame, existing: DataFrame, max_texts: int | Non
 
     The columns are image_id, sha256, source_row, split, fingerprint, is_new and the following columns:
 
-    - rows: number of raw rows of the picture;
+    - rows: number of usable input rows of the picture;
     - spilled: POSITION, and the format, width and height of the picture;
-    - conflicting: whether another picture has the same id;
+    - conflicting: whether the picture is refused, because another picture has the same id;
     - known_split: split of the picture in `samples`, or null;
     - known_texts: texts of the picture in `samples`;
     - new_texts: texts to append to the texts in `samples`;
@@ -211,7 +211,7 @@ def count_pictures_of_other_splits(pictures: DataFrame) -> int:
 
 
 def count_pictures_across_splits(outcomes: DataFrame) -> int:
-    """Count the pictures of the input whose bytes occur in two splits of the source."""
+    """Count the pictures of the input whose bytes occur in more than one split of the source."""
     pictures = outcomes.filter(F.col("reason").isNull()).groupBy("sha256").agg(F.count_distinct("split").alias("n"))
     across = pictures.filter("n > 1").count()
     if across:

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 MERGE = "merge"
 """Value of column `stage` for rows that executors have accepted and that the ingest plan refuses. In the spill folder,
-the payload of such a row lacks the picture, and `_payload_with_image` adds it."""
+the payload of such a row lacks the picture, and `_payload_with_image` adds the picture."""
 REFUSED = ("source_row", "stage", "reason", "detail", "spilled")
 
 
@@ -49,7 +49,7 @@ def _refuse(rows: DataFrame, reason: str, detail: Column) -> DataFrame:
 
 
 def name_unreadable_files(plan: IngestPlan, limit: int) -> list[str]:
-    """Return the names of files that could not be read to their end, each with the reason."""
+    """Return the file and the detail of at most `limit` rows that were refused with the reason `unreadable_file`."""
     rows = plan.outcomes.filter(F.col("reason") == "unreadable_file").select("source_row", "detail").limit(limit)
     return sorted(f"{row['source_row'].rpartition('#')[0]}: {row['detail']}" for row in rows.collect())
 

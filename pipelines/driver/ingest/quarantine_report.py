@@ -68,7 +68,7 @@ Select = Callable[[str], pa.Table]
 
 
 def open_quarantine(open_spark: Callable[[], SparkSession], platform: Platform) -> Select:
-    """Return a function that queries table `quarantine`. Spark is used only if a catalog manages the table."""
+    """Return a function that queries table `quarantine`. Spark is used only if `deltalake` cannot open the table."""
     if not is_supported(platform.tables):
         return select_with_spark(open_spark(), platform)
     table = open_or_create(platform.tables / QUARANTINE.name, QUARANTINE)
@@ -99,7 +99,7 @@ def inspect_quarantine(
         select: function that runs an SQL query on the table `quarantine`.
         platform: platform that stores the tables and reports.
         reasons: quarantine reasons (of tables.REASONS) to include; an empty sequence includes every reason.
-        rows: number of rows to select per source and reason.
+        rows: largest number of rows to select per source and reason.
         pictures: whether to write a page with the pictures of the selected rows.
     """
     included = f"reason IN ({', '.join(repr(reason) for reason in reasons)})" if reasons else "TRUE"
@@ -138,8 +138,8 @@ JOIN (
 ) AS chosen ON q.source = chosen.source AND q.source_row = chosen.source_row
 WHERE {included} ORDER BY q.source, q.reason, q.source_row
 """
-"""Queries in SQL that both Spark and DataFusion (the SQL engine for tables on a local disk) understand. The queries
-rank the rows without reading the large payloads.
+"""Queries in SQL that both Spark and DataFusion (the SQL engine for tables on a local disk) understand. _EXAMPLES ranks
+the rows without reading the large payloads.
 """
 _SHOWN = pa.schema(
     [pa.field(name, pa.string()) for name in ("source", "source_row", "reason", "detail", "payload")]

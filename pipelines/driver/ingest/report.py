@@ -30,7 +30,7 @@ REFUSED_ROWS_PER_REASON = 3
 
 
 class Figures(Config):
-    """Distributions of the pictures that an ingest added. Large numbers are grouped into ranges such as `64-127`.
+    """Distributions of the pictures that an ingest added. Sides and lengths are grouped into ranges such as `64-127`.
 
     Attributes:
         formats: number of pictures of each file format.

@@ -4,8 +4,8 @@ Pictures (`pictures/write.py`) and plain text (`texts/write.py`) differ only in 
 ingest is idempotent: a second run, a run after a crash, or a concurrent run adds nothing twice.
 
 - The id of a row contains a hash of the content of the row, so the row has the same id in every ingest.
-- The plan looks up what the tables already contain. If the input has no new content, the ingest writes to no table and
-  makes no table version, so shards that are pinned to the last version stay valid.
+- The plan looks up what the tables already contain. If the input has no new content, the ingest makes no new version of
+  these tables, so shards that are pinned to the last version stay valid.
 - If another ingest of the source commits after the plan was made, the plan is made again (`plan.py`).
 - `quarantine` is written first, then `samples` or `texts`, and then the ledger (`ledger.py`). Each write is one Delta
   commit. If the process is killed between two writes, the next ingest reads every item that the ledger lacks. The next
@@ -69,7 +69,7 @@ def ingest(
         refresh: whether to read all items again and replace all rows that the source has added before.
 
     Raises:
-        UserError: the input does not exist, lacks a column, or has no usable row. `quarantine` has the unusable rows.
+        UserError: the input does not exist, lacks a column, or has no usable row (a refresh then replaces nothing).
         StageFailed: the row counts do not add up, because rows were lost or counted twice.
         TooManyRefused: more rows were refused than `data.limits.max_bad_share` allows. All rows have been written.
     """

@@ -33,7 +33,7 @@ PREFIX = "ingest-"
 FILE_BYTES = 128 * 2**20
 """Approximate size of the pictures in one data file of a table, in bytes."""
 STALE = timedelta(days=2)
-"""Age at which the spill folder of a killed ingest is removed."""
+"""Age from which the next ingest removes a spill folder, because its own ingest was probably killed."""
 
 
 @dataclass(frozen=True)

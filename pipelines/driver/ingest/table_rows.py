@@ -30,10 +30,10 @@ class Stamp:
 
     Attributes:
         source: name of the source, which is the name of its data config.
-        ingest_id: id of the ingest, a hash of the source's name and of the state of its files or table.
+        ingest_id: id of the ingest (`Source.ingest_id`) or of the replay.
         planned_at: time at which the plan was made. Each plan has a different time, so the time identifies the rows of
             the plan.
-        base_version: version of `samples` that had last changed the source when the plan was made.
+        base_version: version of `samples` that had last changed the source when the plan was made; 0 for plain text.
     """
 
     source: str
@@ -72,8 +72,8 @@ def verify_merge(row: Row | None, *, inserted: int, updated: int) -> None:
     """Compare the row counts that Delta reports for a merge with the counts of the plan.
 
     Raises:
-        WriteConflict: the counts differ, because Delta has skipped the merge. Delta skips the merge if another ingest
-            has committed rows of the same source after the plan was made.
+        WriteConflict: the counts differ, because another ingest has committed rows of the same source after the plan
+            was made. Delta has then skipped the merge, or the WHEN clauses have left out rows.
     """
     found = (row["num_inserted_rows"], row["num_updated_rows"]) if row else (0, 0)
     if found != (inserted, updated):

@@ -31,12 +31,12 @@ class Written:
         totals: row counts and picture counts of the plan. In an ingest of plain text, each new text counts in `new`.
         reasons: number of rows added to `quarantine`, by quarantine reason.
         near: counts of near duplicates among the new pictures.
-        across: number of pictures whose bytes occur in two splits of the source.
+        across: number of pictures whose bytes occur in more than one split of the source.
         other_splits: number of pictures that stay in another split than their rows in the input have.
         removed: number of pictures removed from `samples`.
         updated: in a refresh, number of pictures or texts that were in the source's table before the refresh. These
             pictures or texts also count in `totals.new`.
-        unreadable: names of files that could not be read to their end, with the reasons; at most NAMED_FILES.
+        unreadable: files and details of rows with the reason `unreadable_file`; at most NAMED_FILES.
     """
 
     totals: PlanTotals = field(default_factory=PlanTotals)
@@ -62,7 +62,7 @@ class IngestReport(Config):
         ingest_id: id of the ingest, a hash of the source's name and of the state of its files or table.
         items: number of items that were read. An item is a file, a row of a folder's captions file, or a table.
         unchanged: number of items that were not read, because they were ingested before and have not changed.
-        rows_in: number of raw rows that were read.
+        rows_in: number of rows that were read.
         new: number of rows that added a picture with all its texts to `samples`, or a text to `texts`.
         updated: in a refresh, number of rows that replaced a picture or a text of the source's table.
         merged: number of rows that added a text to a picture.
@@ -74,7 +74,7 @@ class IngestReport(Config):
         removed: number of pictures removed from `samples`, because the source table has changed or deleted their rows.
         replaced: number of rows that a full refresh has replaced, in `quarantine` and in the source's table.
         splits: number of pictures of this source in `samples`, or of its texts in `texts`, by split.
-        equal_pictures_across_splits: number of input pictures whose bytes occur in two splits of the source.
+        equal_pictures_across_splits: number of input pictures whose bytes occur in more than one split of the source.
         pictures_of_other_splits: number of input pictures that stay in the split of an earlier ingest, although their
             rows in the input have another split. Only a refresh changes the split.
         near_duplicates: counts of new pictures that resemble another picture of the source.
@@ -83,8 +83,8 @@ class IngestReport(Config):
         passed_over: names of files and folders of the source that were not read, by reason (one of
             `sources.walk.PASSED_OVER`); at most NAMED_FILES names.
         passed_over_count: number of files and folders of the source that were not read, by reason.
-        unreadable_files: names of files that could not be read to their end, with the reasons; at most NAMED_FILES.
-            Each unreadable file counts as one row in rows_in and in `quarantine`.
+        unreadable_files: files and details of rows with the reason `unreadable_file`; at most NAMED_FILES. Such a row
+            stands for a file that could not be read to its end, or for a row whose picture file could not be read.
     """
 
     source: str
@@ -113,7 +113,7 @@ class IngestReport(Config):
 
     @property
     def nothing_new(self) -> bool:
-        """Whether the ingest left the tables unchanged."""
+        """Whether all rows were duplicates, and no row was removed or replaced."""
         return self.rows_in == self.duplicates and not (self.removed or self.replaced)
 
 
@@ -156,7 +156,7 @@ def require_usable_rows(totals: PlanTotals, config: DataConfig) -> None:
 
 
 class TooManyRefused(FailedWithReport):
-    """More rows were refused than data.limits.max_bad_share allows, but `samples` and `quarantine` contain all rows."""
+    """More rows were refused than data.limits.max_bad_share allows. All rows are written before the error is raised."""
 
     def __init__(self, report: IngestReport, where: str, max_bad_share: float) -> None:
         self.report: IngestReport = report
@@ -183,7 +183,7 @@ def check_totals(report: IngestReport, config: DataConfig) -> None:
     """Check that the row counts of an ingest add up and that enough rows could be used.
 
     Raises:
-        UserError: the input has no rows, or no usable row.
+        UserError: the source's table has no row of the source, for example because no row of the input is usable.
         StageFailed: the row counts do not add up.
         TooManyRefused: more rows were refused than data.limits.max_bad_share allows.
     """

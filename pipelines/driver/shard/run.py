@@ -1,6 +1,6 @@
-"""Shard stage: find or write the shards of one source and split at a pinned version of table `samples` or `texts`.
+"""Shard stage: find or write the shards of one split of a source, at a pinned version of table `samples` or `texts`.
 
-A shard request determines the contents of a shard folder. The folder's name is a hash of the request, so the same
+A shard request determines the contents of a shard folder. The folder's name contains a hash of the request, so the same
 request finds the folder again. Two processes may write the same folder at the same time, because both write the same
 bytes under the same names, and write each file atomically (`write.py`).
 """
@@ -66,8 +66,9 @@ class ShardReport(Config):
 def shard(  # noqa: PLR0917 (each argument is one part of a run, and all are required)
     spark: SparkSession, platform: Platform, source_name: str, config: DataConfig, image: ImageConfig, split: Split
 ) -> ShardReport:
-    """Find or write the shards of one source and split. If the run trains on a mix of sources, also find or write the
-    training shards of the other sources.
+    """Find or write the shards of one split of a source.
+
+    If the run trains on a mix of sources, training shards of the other sources are found or written too.
 
     A shard request contains the version of `samples` that last changed the source. The rows are read at the newest
     version, because VACUUM may have removed the files of the pinned version. The rows of the source are equal in the
@@ -78,7 +79,7 @@ def shard(  # noqa: PLR0917 (each argument is one part of a run, and all are req
 
     Raises:
         UserError: the split has no rows, or data.shards.where is not a valid SQL condition.
-        StageFailed: rows were lost or written twice.
+        StageFailed: Spark failed, or rows were lost or written twice.
     """
     started = time.monotonic()
     ensure_tables(spark, platform)
@@ -107,7 +108,7 @@ def shard_texts(
 
     Raises:
         UserError: the split has no texts, or data.shards.where is not a valid SQL condition.
-        StageFailed: texts were lost or written twice.
+        StageFailed: Spark failed, or texts were lost or written twice.
     """
     started = time.monotonic()
     ensure_tables(spark, platform)
@@ -125,11 +126,11 @@ def shard_texts(
 def find_finished(
     platform: Platform, source_name: str, config: DataConfig, image: ImageConfig | None, split: Split
 ) -> ShardReport | None:
-    """Without Spark, find the shards of one source and split. Return None if the shards are not written yet.
+    """Without Spark, find the shards of one split of a source. Return None if the shards are not written yet.
 
-    This function takes the same arguments as `shard`. `shard` finds the same shards, but needs Spark, which takes
-    several seconds to start. For shards of text, `image` is None. If a catalog manages the tables, the result is always
-    None.
+    The arguments are those of `shard`, without the Spark session. `shard` finds the same shards, but needs Spark, which
+    takes several seconds to start. For shards of text, `image` is None. If a catalog manages the tables, the result is
+    always None.
 
     Raises:
         UserError: the split has no rows.
@@ -229,7 +230,7 @@ def _request(  # noqa: PLR0917 (as for `shard`)
     split: Split,
     pin: tuple[TableVersions, str],
 ) -> ShardRequest:
-    """Return the shard request for a source and split. `pin` has the version numbers and the id of the table."""
+    """Return the shard request for one split of a source. `pin` has the version numbers and the id of the table."""
     shards, (version, pinned_id) = config.shards, pin
     return ShardRequest(
         table=platform.table((SAMPLES if image else TEXTS).name),

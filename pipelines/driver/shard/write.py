@@ -1,8 +1,8 @@
-"""Writing of shard files. A folder of shard files has the rows of one split of one source, in shuffled order.
+"""Writing of shard files. The shard files of a folder have the rows of one split of a source, in shuffled order.
 
-Spark shuffles each picture to the task that writes the picture's shard file. Executors decode and resize the pictures,
-and then write the shard files. `_decode_after_shuffle` decides whether the pictures are decoded before or after the
-shuffle. The driver writes the manifest last.
+Ranks read the shard files. Spark shuffles each picture to the task that writes the picture's shard file. Executors
+decode and resize the pictures, and then write the shard files. `_decode_after_shuffle` decides whether the pictures are
+decoded before or after the shuffle. The driver writes the manifest last.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pipelines.formats.shards import MANIFEST, Manifest, ShardFile, ShardRequest
 from pipelines.platform import default_parallelism
 
 STALE_SECONDS = 3600
-"""Age in seconds at which a leftover file of a crashed writer is removed."""
+"""Age in seconds from which a leftover file of a crashed writer is removed."""
 SAMPLED_ROWS = 64
 """Number of pictures whose mean size decides whether to decode pictures before or after the shuffle."""
 
@@ -44,10 +44,12 @@ pictures.
 
 
 def rows_of_split(spark: SparkSession, request: ShardRequest, version: int) -> DataFrame:
-    """Return the rows of a source and split that meet the SQL condition of the request.
+    """Return the rows of one split of a source that meet the SQL condition of the request.
+
+    The pictures in `request.left_out` are left out.
 
     Raises:
-        UserError: no row meets the condition, or the condition is not valid SQL.
+        UserError: there are no such rows, or the condition is not valid SQL.
     """
     samples = spark.read.option("versionAsOf", version).table(request.table).filter(F.col("source") == request.source)
     samples = filter_rows(samples, request.where, where="data.shards.where")
@@ -67,7 +69,7 @@ def _shuffle_key(request: ShardRequest, column: str) -> Column:
 
 
 def select_rows(spark: SparkSession, request: ShardRequest, version: int) -> DataFrame:
-    """Select the pictures of a source and split, with their shuffle keys."""
+    """Select the pictures of one split of a source, with their texts and shuffle keys."""
     return rows_of_split(spark, request, version).select(
         "image_id",
         "image",
@@ -131,8 +133,9 @@ def _finish_folder(folder: Path, manifest: Manifest, expected: int) -> None:
 def _decode_after_shuffle(rows: DataFrame, request: ShardRequest, files: int) -> bool:
     """Return whether to shuffle encoded pictures and decode them after the shuffle.
 
-    Decoding after the shuffle is faster if encoded pictures are smaller than their pixels, and if there are at least as
-    many shard files as cores, so that all cores decode.
+    With another encoding than `raw`, pictures are always decoded before the shuffle. With `raw`, decoding after the
+    shuffle is faster if encoded pictures are smaller than their pixels, and if there are at least as many shard files
+    as cores, so that all cores decode.
     """
     assert request.image is not None
     if request.encoding != "raw" or files < default_parallelism(rows.sparkSession):

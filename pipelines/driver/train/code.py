@@ -31,7 +31,7 @@ def read_code() -> TrainingCode:
 def _git_commit(folder: Path) -> str:
     """Return the commit of a git checkout, with ` (changed)` if tracked files differ from the commit.
 
-    Return an empty string if the code is not tracked by git, for example because it was installed as a wheel.
+    Return an empty string if git fails, or if the code is not tracked by git, for example in an installed wheel.
     """
     command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty= (changed)"]
     tracked = ["git", "-C", str(folder), "ls-files", "--error-unmatch", "__init__.py"]

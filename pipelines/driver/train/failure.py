@@ -6,7 +6,7 @@ cause:
     1. The root cause is the earliest failure record that is not a consequence.
     2. If ranks timed out while they waited, the root cause is in the rank that was not waiting with them.
     3. If neither rule applies, the root cause is in a rank that has left no failure record.
-If all ranks waited for each other, the fault is in the network between their hosts.
+If all ranks waited for each other, the fault is in the network between the ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ CRASH = re.compile(r"Fatal Python error: (?:Segmentation fault|Bus error)")
 """Pattern of the log lines of crashes that may have been caused by a truncated or overwritten memory-mapped file."""
 
 VERIFY_SECONDS = 60.0
-"""Time limit for verifying shards after a crash, in seconds. Some tens of gigabytes can be verified in a minute."""
+"""Time limit for verifying a shard folder after a crash, in seconds. Some tens of gigabytes can be verified in a
+minute."""
 
 LOST = re.compile(r"ExecutorLostFailure.*|Lost executor.*|executor \d+ (?:lost|exited).*")
 """Pattern of the messages in which Spark reports a lost executor."""
@@ -44,6 +45,8 @@ RECORD_SECONDS = 15.0
 
 def wait_for_failure_records(run: RunFolder) -> None:
     """Wait until a failure record names the root cause, or until no rank on another host can still write a record.
+
+    The function waits at most RECORD_SECONDS.
 
     This function does not wait for ranks on this host, because `run_ranks` has already ended these ranks.
     """
@@ -122,7 +125,7 @@ def _hung(run: RunFolder, rank: Failure, got: str) -> TrainingFailed:
 
 
 def _missing(run: RunFolder, rank: RankFile, waited: Failure) -> TrainingFailed:
-    """Describe a rank that other ranks waited for and that wrote no failure record, because its process was stuck."""
+    """Describe a rank without a failure record for which other ranks waited, for example because it was stuck."""
     log_line = _last_log_line(run, rank.rank)
     return TrainingFailed(
         f"rank {rank.rank} {'hung at' if log_line else 'has not responded since'} step {_last_step(run, rank.rank)}",
@@ -177,7 +180,7 @@ def _unexplained(run: RunFolder, rank: RankFile) -> TrainingFailed:
 
 
 def _damaged_shard(run: RunFolder) -> LakesightError | None:
-    """Verify the shards of a run. Return the error of the first damaged file, or None if no file is damaged."""
+    """Verify the shards of a run, each folder for VERIFY_SECONDS. Return the first error that is found, or None."""
     files = run.read_run()
     try:
         for folder in dict.fromkeys((files.train_shards, files.validate_shards)):

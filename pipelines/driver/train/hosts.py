@@ -62,8 +62,8 @@ def check_hosts(run: RunFolder, open_spark: Callable[[], SparkSession], launch: 
 
 
 def _describe_executors(spark: SparkSession, tasks: int) -> list[dict[str, object]]:
-    """Let each task of a barrier stage describe its host. A barrier stage occupies all task slots at once, as ranks
-    do.
+    """Let each task of a barrier stage describe its host. A barrier stage runs all its tasks at the same time, as the
+    ranks will run.
     """
 
     def describe_task() -> dict[str, object]:

@@ -1,5 +1,5 @@
-"""File with the generation settings of all runs that have the same name. A command reads this file instead of the
-run.json of each run."""
+"""File with the generation settings of all runs whose folder names begin with the same run name. A command reads this
+file instead of the run.json of each run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ log = logging.getLogger(__name__)
 
 
 class GenerationsFile(Config):
-    """runs/NAME.generations.json: generation settings of the runs whose run config is called NAME. The file may be
-    removed at any time.
+    """runs/NAME.generations.json: generation settings of the runs whose folder names begin with `NAME-`. The file may
+    be removed at any time.
 
     Attributes:
         folders: names of the run folders whose run.json has been read.
@@ -28,7 +28,9 @@ class GenerationsFile(Config):
 
 
 def read_generations(runs: Path, name: str) -> tuple[GenerationConfig, ...]:
-    """Return all different generation settings of the runs of one name. Only the run.json of new runs is read.
+    """Return all different generation settings of the runs whose folder names begin with `name` and a hyphen.
+
+    Only the run.json of new runs is read.
 
     Folders of other programs and of incompatible versions are left out.
 

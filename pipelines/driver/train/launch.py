@@ -39,8 +39,8 @@ GPU_AMOUNT = "spark.task.resource.gpu.amount"
 
 
 def run_rank(run_folder: str) -> None:
-    """Run one rank. TorchDistributor calls this function in each rank. `pipelines.worker.main` is imported only here,
-    so that the driver does not import torch.
+    """Run one rank. The process of each rank calls this function. `pipelines.worker.main` is imported only here, so
+    that the driver does not import torch.
     """
     importlib.import_module("pipelines.worker.main").run_rank(run_folder)
 
@@ -77,7 +77,7 @@ def check_slots(open_spark: Callable[[], SparkSession], launch: Launch, seconds:
 def open_distributor(launch: Launch) -> TorchDistributor:
     """Create the launcher.
 
-    The launcher runs one Spark task per rank. If a Spark task has several GPUs, the task runs several ranks.
+    The launcher runs one Spark task per rank. Only if a Spark task has several GPUs, the task runs several ranks.
 
     Raises:
         UserError: the GPU settings of the Spark session do not allow one GPU per rank.
@@ -101,9 +101,9 @@ def open_distributor(launch: Launch) -> TorchDistributor:
 def run_ranks(
     run: RunFolder, open_spark: Callable[[], SparkSession], launch: Launch, entry: RankEntry
 ) -> Exception | None:
-    """Run all ranks until they end, and return the exception of the launcher, if any.
+    """Run all ranks until they end. Return the exception of the launcher, or None.
 
-    When this function returns, no rank is running on this host.
+    When this function returns, no rank is running on this host, unless a rank did not end after SIGKILL.
 
     Raises:
         KeyboardInterrupt: the user interrupted the run. The ranks on this host have been ended.

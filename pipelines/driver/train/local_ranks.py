@@ -37,7 +37,7 @@ def run_local_ranks(run: RunFolder, ranks: int, entry: RankEntry) -> Exception |
     """Run all ranks on this host until they end. Return an exception with the first failure, or None.
 
     If a rank fails, all other ranks are ended. When this function returns or raises, no rank is running, unless the
-    kernel could not end a rank within KILL_SECONDS; a warning then names its process.
+    kernel could not end a rank within KILL_SECONDS; a warning then names the process of the rank.
 
     Args:
         run: run folder. Until a rank has opened its own log, the rank's output goes to launcher.log.
@@ -68,8 +68,8 @@ def run_local_ranks(run: RunFolder, ranks: int, entry: RankEntry) -> Exception |
 
 
 def _rank_environment(rank: int, ranks: int, store: Path) -> dict[str, str]:
-    """Return the environment variables of a rank: those that torchrun sets, the file store, the driver's process id and
-    the loopback device.
+    """Return the environment variables of a rank: its number and the number of ranks (as torchrun sets them), the file
+    store, the driver's process id and the loopback device.
     """
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "lo")
     environment = child_environment(
@@ -82,8 +82,8 @@ def _rank_environment(rank: int, ranks: int, store: Path) -> dict[str, str]:
         GLOO_SOCKET_IFNAME=loopback,
         NCCL_SOCKET_IFNAME=loopback,
     )
-    # Each rank sets its number of threads itself. Until then, OMP_NUM_THREADS is 1, as with torchrun, so that libraries
-    # do not start one thread per core.
+    # Each rank sets its number of threads itself. Until then, OMP_NUM_THREADS is 1 if there are several ranks and the
+    # variable is not already set, as with torchrun. Libraries then do not start one thread per core.
     return environment if ranks == 1 else {"OMP_NUM_THREADS": "1"} | environment
 
 

@@ -1,5 +1,5 @@
-"""Replay of one training step, in a temporary run folder inside the original run folder. The original run stays
-unchanged."""
+"""Replay of the training up to one step, in a temporary run folder inside the original run folder. The original run
+stays unchanged."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ NOT_FINITE = "NotFiniteError"
 class Replay(NamedTuple):
     """Result of a replay, with the replayed rows of each rank.
 
-    `from_step` is the step of the checkpoint from which the replay started. `error` is empty if the replay had no
-    error.
+    `from_step` is the step of the checkpoint from which the replay started, or 0 without a checkpoint. `error` is empty
+    if the replay had no error.
     """
 
     from_step: int

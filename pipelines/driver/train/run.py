@@ -62,10 +62,11 @@ def prepare(
     *,
     keep_run_file: bool = False,
 ) -> RunFolder:
-    """Find or create the run folder, and write run.json, the tokenizer and the document frequencies into the folder.
+    """Find or create the run folder, and write the files that ranks need before they start.
 
-    The tokenizer is trained on the texts of the training shards, or copied from `train.start_from`. The same command
-    finds the same run folder, also if it changes only generation settings (`keep_generation`).
+    These files are run.json and the files of `_write_text_files`. The tokenizer is trained on the texts of the training
+    shards, or copied from `train.start_from`. A repeated command finds the same run folder. In most cases, this is true
+    even if the command changes generation settings (`keep_generation`).
 
     Args:
         config: resolved run config.
@@ -147,7 +148,10 @@ def _run_path(
     start: StartFolder | None,
     content: tuple[str, str],
 ) -> Path:
-    """Return the path of the run folder. Its name contains a hash of everything that determines the outcome of the run.
+    """Return the path of the run folder for the first version of the training code that trains the run.
+
+    The name of the folder contains a hash of everything else that determines the outcome of the run. `find_folder`
+    returns the folder for the present version of the code.
 
     Args:
         platform: platform that stores the run folder.
@@ -171,7 +175,10 @@ def _run_path(
 def _write_text_files(
     run: RunFolder, config: RunConfig, train: ShardReport, validate: ShardReport, start: StartFolder | None
 ) -> None:
-    """Write the tokenizer, and the document frequencies if a stage rewards CIDEr. Existing files are kept."""
+    """Write the tokenizer, the token files of a text-only model, and the document frequencies if a stage rewards CIDEr.
+
+    Existing files are kept.
+    """
     shards = Shards.open(Path(train.folder))
     if not run.tokenizer.exists():
         tokenizer = text.load(start.tokenizer) if start else text.learn(config.model.text, shards.texts())
@@ -219,9 +226,10 @@ def launch(
         entry: function that each rank runs; each rank imports the function by name.
 
     Raises:
-        UserError: the cluster has too few slots, or a host lacks packages. No rank was started.
+        UserError: the cluster has too few slots, or the hosts are not compatible (`check_hosts`). No rank is running.
         TrainingFailed: a rank failed, or the executors could not describe their hosts before the start of the ranks.
-            The message names the rank, its host and the cause.
+            The message names the cause, and the rank and its host if they are known.
+        StageFailed: the ranks have formed more than one process group.
         KeyboardInterrupt: the user interrupted the run. The ranks have been ended, and the run can be launched again.
     """
     check_slots(open_spark, platform.launch)

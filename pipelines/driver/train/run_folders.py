@@ -46,8 +46,8 @@ def keep_generation(config: RunConfig, code: TrainingCode, path_of: Callable[[Ru
         path_of: function that returns the path of a config's run folder.
 
     Returns:
-        The config, unchanged if no run has learned the same model or if a run with the config's own generation settings
-        exists.
+        The config. It is unchanged if training scores or rewards captions, if no run has learned the same model, or if
+        a run with the config's own generation settings exists.
     """
     own, train = path_of(config), config.train
     if train.rewards_cider or train.score_every or _has_run(own, code):
@@ -105,7 +105,10 @@ def find_folder(path: Path, config: RunConfig, code: TrainingCode) -> RunFolder:
 
 
 def earlier_code(run: RunFolder, code: TrainingCode) -> tuple[str, ...]:
-    """Return the digests of all earlier versions of the training code that have trained this run (for run.json)."""
+    """Return the digests of all earlier versions of the training code that have trained this run (for run.json).
+
+    If Lakesight 0.1.0 has trained the run, its release number takes the place of a digest.
+    """
     if not run.run_file.exists() or not run.finished_checkpoints():
         return ()
     before = run.read_run()

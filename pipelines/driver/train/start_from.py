@@ -118,7 +118,7 @@ def check_start_folder(folder: Path, config: ModelConfig, settings: TrainConfig)
 
 
 def require_intact(folder: Path) -> None:
-    """Compare the files of a start folder with the SHA-256 that were recorded when the files were written.
+    """Compare the files of a start folder with the SHA-256 hashes that were recorded when the files were written.
 
     The record of a run's checkpoint is files.json, and the record of a downloaded model version is copy.json. A folder
     without a record, for example with imported weights, is not checked.
@@ -190,7 +190,7 @@ def _fixed_settings(train: TrainConfig) -> dict[str, Any]:
 
 
 def require_same_data(start: StartFolder, content_hash: str) -> None:
-    """Check that a run which continues the training of a checkpoint trains on the rows of this training.
+    """Check that a run which continues the training of a checkpoint trains on the same rows as the earlier training.
 
     Raises:
         UserError: the training rows, or the settings that decide the order and the texts of the rows, have changed.

@@ -1,4 +1,4 @@
-"""Log a warning about words or characters that the vocabulary of a run lacks."""
+"""Warning about words or characters that the vocabulary of a run lacks."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Removal of pictures from `samples` whose rows a source table no longer has, or has changed.
+"""Removal of pictures from `samples`, if the source table has deleted or changed the rows of the pictures.
 
-A picture is removed only if the rows show that its source row is gone or different. If a picture is only unreadable at
-the moment, or if hardly any row can be used, the picture stays.
+A picture is removed only if the rows show that its source row is gone or different. A picture that is only unreadable
+at the moment stays. If more rows than `data.limits.max_bad_share` are refused, pictures without a usable row stay too.
 """
 
 from __future__ import annotations
@@ -158,12 +158,12 @@ def gone_pictures(
     keep_absent: bool = False,
     keep_subsets: bool = False,
 ) -> DataFrame:
-    """Find the pictures in `samples` that have a text which occurs in no usable row of the source.
+    """Find the pictures in `samples` with a text that no usable row of the same picture (image_id and sha256) has.
 
-    For each picture found, return the image_id, the sha256 and one of its texts (a text that occurs in no usable row,
-    if there is one). Two kinds of refused rows keep their pictures: rows whose reason depends on the machine or on a
-    server (KEPT_REASONS), and rows that `lakesight quarantine replay` has added to `samples`. A picture also stays if a
-    usable row has the picture, but its id belongs to several pictures, because the plan would refuse all of them.
+    For each picture found, return the image_id, the sha256 and one of its texts. Two kinds of refused rows keep their
+    pictures: rows whose reason depends on the machine or on a server (KEPT_REASONS), and rows that `lakesight
+    quarantine replay` has added to `samples`. A picture also stays if a usable row has the picture, but its id belongs
+    to several pictures, because the plan would refuse all these pictures.
 
     Args:
         outcomes: decoded rows of the source, without pictures and payloads.
@@ -171,8 +171,8 @@ def gone_pictures(
         quarantine: rows of the table `quarantine` that belong to the source.
         follow_splits: whether to find also the pictures whose usable rows have another split than the picture.
         keep_absent: whether a refused row with any reason keeps its picture, and a picture with no usable row stays.
-        keep_subsets: whether a picture stays if its usable rows have no text that the picture lacks. Its other texts
-            may then be those of rows whose pictures cannot be read now.
+        keep_subsets: whether a picture stays if its usable rows have no text that the picture lacks. Texts that no
+            usable row has may belong to rows whose pictures cannot be read now.
     """
     usable = outcomes.filter(F.col("reason").isNull())
     current = usable.select(*KEY, F.explode("texts").alias("text"))

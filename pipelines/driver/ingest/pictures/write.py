@@ -1,4 +1,4 @@
-"""Decode the pictures of a source, and write them to `quarantine` and `samples`.
+"""Decoding of the pictures of a source, and writes of the rows to `quarantine` and `samples`.
 
 Executors decode pictures (`pipelines.executor.ingest.decode`). The driver makes the ingest plan from small columns,
 such as ids and hashes, and commits the writes. Pictures never reach the driver.
@@ -49,7 +49,8 @@ def write_pictures(
     again.
 
     Raises:
-        UserError: no row is usable, and the source has pictures in `samples` that would be removed.
+        UserError: no row is usable, and either `refresh` is true, or all pictures of the source table would be removed.
+        StageFailed: Spark failed, or every write conflicted with another ingest.
     """
     assert source.rows is not None
     request = IngestRequest(name, config, source.rows, source.ingest_id, replace=refresh)

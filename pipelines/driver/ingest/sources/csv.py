@@ -1,4 +1,4 @@
-"""CSV sources: files with a header and base64 pictures."""
+"""CSV sources: files with a header, and with base64 pictures or the paths of pictures."""
 
 from __future__ import annotations
 
@@ -102,8 +102,9 @@ def _try_delimiter(file: SourceFile, layout: Layout, needed: Collection[str], *,
 
 
 def _distinct_names(names: Sequence[str], needed: Collection[str], file: SourceFile) -> tuple[str, ...]:
-    """Return a distinct name for each column. A blank or repeated name gets the number of its column as a suffix.
+    """Return a distinct name for each column.
 
+    A blank name becomes `_c` and the number of its column. A repeated name gets the number of its column as a suffix.
     White space around names is kept if the header has all needed columns. If a needed column is missing, white space is
     removed from all names.
     """

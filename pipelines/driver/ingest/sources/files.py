@@ -26,8 +26,8 @@ MIN_RANGE_BYTES, MAX_RANGE_BYTES = 4 * 2**20, 32 * 2**20
 """Smallest and largest size of the range of a file that one task reads, in bytes. A file that is smaller than the
 smallest size is read by one task."""
 MIN_TASKS = 32
-"""Number of tasks for a small input, so that no core is idle. An input of less than MIN_TASKS * MIN_RANGE_BYTES bytes
-gets fewer tasks."""
+"""Number of tasks for a small input, so that no core is idle. There are fewer tasks if files are read in ranges and the
+input is smaller than MIN_TASKS * MIN_RANGE_BYTES bytes, or if files are read as wholes and are fewer than MIN_TASKS."""
 SET_PATH = "give the path of a file or folder with --set data.source.path=PATH"
 NO_ACCESS = "no access"
 """State of a file that this process has no permission to read. If the file becomes readable, its state changes, so the
@@ -84,7 +84,7 @@ def range_bytes(size: int) -> int:
 def count_tasks(files: Sequence[SourceFile], cores: int) -> int:
     """Return the number of tasks that read files as wholes. Each task reads one large file or many small files.
 
-    With at least two tasks per core, no core waits long for the last task.
+    With two tasks per core (if there are enough files), no core waits long for the last task.
     """
     size = sum(file.size for file in files)
     return min(len(files), max(MIN_TASKS, 2 * cores, size // range_bytes(size)))
@@ -121,10 +121,12 @@ def list_files(config: DataConfig, suffixes: tuple[str, ...]) -> Listing:
     """List the files at the path of the source, and select the files to read.
 
     The ledger uses the names and times that Spark reports, because earlier versions of Lakesight listed files through
-    Spark. The name of a file is a URI such as `file:/x/a.csv`, and the modification time is in milliseconds.
+    Spark. The name of a file is a URI such as `file:/x/a.csv`, and the modification time is rounded down to
+    milliseconds.
 
     Raises:
-        UserError: no path is set, the path does not exist, or no file is selected.
+        UserError: no path is set, the path cannot be listed, no file is selected, or a source of kind `parquet` is the
+            folder of a Delta table.
     """
     listing = list_plain_files(config, suffixes)
     files = [f._replace(item=_spark_path(f.path), modified=f.modified // 1000 * 1000) for f in listing.files]
@@ -134,11 +136,12 @@ def list_files(config: DataConfig, suffixes: tuple[str, ...]) -> Listing:
 def list_plain_files(config: DataConfig, suffixes: tuple[str, ...]) -> Listing:
     """List the files as `list_files` does, but use the plain path of a file as the file's name in the ledger.
 
-    If the path of the source is a single file, this file is read, whatever its suffix. With split kind `file`, only
-    files whose name or folder contains the name of a split are read.
+    If the path of the source is a single file that is not empty, this file is read, whatever its suffix. With split
+    kind `file`, only files whose name or folder contains the name of a split are read.
 
     Raises:
-        UserError: no path is set, the path does not exist, or no file is selected.
+        UserError: no path is set, the path cannot be listed, no file is selected, or a source of kind `parquet` is the
+            folder of a Delta table.
     """
     files: list[SourceFile] = []
     passed_over: list[PassedOver] = []
@@ -156,7 +159,9 @@ def list_plain_files(config: DataConfig, suffixes: tuple[str, ...]) -> Listing:
 
 
 def require_readable(path: str) -> None:
-    """Check that a file or a folder can be read, without listing the whole folder. List a URL or a pattern.
+    """Check that a file or a folder can be read, without listing the whole folder.
+
+    A URL or a pattern is listed completely.
 
     Raises:
         UserError: no path is set, the path does not exist, or this user may not read it.
@@ -245,7 +250,7 @@ def _spark_path(path: str) -> str:
 
 
 def absolute_path(path: str) -> str:
-    """Return the absolute path without `.` and `..`. Return URLs of object stores unchanged.
+    """Return the absolute path without `.` and `..`. Return other URLs, and paths that begin with `dbfs:`, unchanged.
 
     A URL of a local file (file:/...) or of a Volume (dbfs:/Volumes/...) becomes a plain path.
 

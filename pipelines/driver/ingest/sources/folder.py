@@ -1,7 +1,8 @@
 """Folder sources: a folder of picture files, and a captions file whose rows refer to the picture files.
 
 The captions file is CSV, JSON lines or COCO captions JSON. The driver reads COCO captions JSON, and executors read CSV
-and JSON lines. Executors open the pictures, so every executor must see the folder.
+and JSON lines. To find out whether Spark is needed, the driver itself reads a small captions file of any format
+(`open_small_folder`). Executors open the pictures, so every executor must see the folder.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def open_folder(
     """Open a folder. Each row of the captions file is one record. Pictures to which no row refers are passed over.
 
     In the ledger, an item is a row of the captions file, and the state of the item is the change token of its picture.
-    Only new rows, and rows whose picture has changed, are read.
+    Executors read the pictures of new rows, and the pictures that have changed.
 
     If the captions file is large, its rows are written to the folder `spill` and compared with the ledger by Spark, so
     the memory of the driver does not depend on the number of rows.

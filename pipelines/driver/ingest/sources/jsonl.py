@@ -1,4 +1,4 @@
-"""JSON lines sources: files that have one JSON object per line, with base64 pictures."""
+"""JSON lines sources: files with one JSON object per line, which has a base64 picture or the path of a picture."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def load_rows(spark: SparkSession, config: DataConfig, files: Sequence[SourceFil
 
 
 def first_keys(files: Sequence[SourceFile], layouts: Sequence[Layout], limit: int) -> list[str]:
-    """Return the keys of the objects in the first lines, in order of appearance."""
+    """Return the keys of the objects in the first lines (INSPECTED_LINES in total), in order of appearance."""
     keys: dict[str, None] = {}
     lines = INSPECTED_LINES
     for file, layout in zip(files, layouts, strict=True):

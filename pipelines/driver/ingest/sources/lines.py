@@ -1,4 +1,4 @@
-"""Text files: the driver reads the beginning of each file, and executors read the lines in byte ranges."""
+"""Text files: the driver reads the beginning of each file, and executors read byte ranges of lines or whole files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ COMPRESSION_SUFFIXES = ("", ".gz", ".bz2", ".zst", ".xz")
 """Suffixes of text files, one for each kind of compression. The empty suffix stands for no compression. The suffix only
 selects files. The compression is recognised by the content of the file."""
 UNPACKED_SHARE = 4
-"""Assumed number of uncompressed bytes per byte of a compressed file, from which the number of tasks is computed."""
+"""Assumed number of uncompressed bytes per byte of a file that is read as a whole, because most such files are
+compressed. The number of tasks is computed from this number."""
 THREADS = 16
 """Number of files whose beginnings are read at the same time, because network storage answers slowly."""
 LINE_END_BYTES = 2**20
@@ -99,7 +100,7 @@ def split_files(
         files: text files that are read line by line.
         layouts: layout of each file, such as the separator of its lines, in the order of `files`.
         distinct: list of all different layouts. A range refers to its layout by the index in this list.
-        size: number of bytes of a range.
+        size: largest number of bytes of a range.
     """
     numbers = {layout: number for number, layout in enumerate(distinct)}
     ranges: list[tuple[bytes, str, int, int, int, str]] = []

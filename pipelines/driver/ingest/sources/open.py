@@ -1,4 +1,4 @@
-"""Open the source of a data config. The kind of the source decides which module opens it."""
+"""Functions that open the source of a data config. The kind of the source decides which module opens the source."""
 
 from __future__ import annotations
 
@@ -88,10 +88,10 @@ def _with_named_pictures(opened: Source, config: DataConfig) -> Source:
 
 
 def check_input(platform: Platform, config: DataConfig) -> None:
-    """Before Spark starts, check that the input exists and that CSV files have the columns of the config.
+    """Before Spark starts, check that the input exists and that CSV files (at most CHECKED_FILES) have all columns.
 
-    On Databricks this function checks nothing, because Spark is already running. To save a second look-up over the
-    network, inputs on an object store and tables of a catalog are also not checked.
+    On Databricks this function checks only that the path has no password or query, because Spark is already running. To
+    save a second look-up over the network, inputs on an object store and tables of a catalog are also not checked.
 
     Raises:
         UserError: the path is a URL with a password or a query, the input does not exist or has no file of the source's
@@ -139,7 +139,7 @@ def open_unchanged(platform: Platform, name: str, config: DataConfig, ingested: 
         platform: platform whose home folder holds generated input files.
         name: name of the source, which is the name of its data config.
         config: data config of the source.
-        ingested: items that need not be read again, from `ledger.select_last_versions`.
+        ingested: items that need not be read again, from `ledger.read_ledger_of_files`.
 
     Raises:
         UserError: the input does not exist, has no file of the source's kind, or lacks a column.

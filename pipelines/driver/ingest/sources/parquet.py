@@ -19,8 +19,8 @@ from pipelines.executor.ingest.records.parquet_file import ParquetColumns
 from pipelines.executor.ingest.storage import FILE_ERRORS, require_damage
 
 SUFFIXES = (".parquet", ".parq", ".pq", ".parquet.gzip")
-"""Suffixes of Parquet files. The last suffix comes from the documentation of pandas; such a file is an ordinary Parquet
-file."""
+"""Suffixes of Parquet files. The last suffix comes from the documentation of pandas; a file with this suffix is an
+ordinary Parquet file."""
 SCHEMA = "path string, file string, start bigint, end bigint, partition map<string, string>"
 
 

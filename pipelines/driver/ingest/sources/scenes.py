@@ -20,7 +20,7 @@ def generate_scenes(config: DataConfig, platform: Platform) -> DataConfig:
     A config whose path does not begin with `scenes:` is returned unchanged.
 
     Raises:
-        UserError: the path is malformed, or the file cannot be written.
+        UserError: the path is malformed, the kind of the source is not `csv`, or the file cannot be written.
     """
     requested = config.source.path
     if not requested.startswith(SCHEME):

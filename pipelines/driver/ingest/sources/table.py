@@ -35,15 +35,16 @@ from pipelines.platform import analysed, spark_errors
 logger = logging.getLogger(__name__)
 
 BROADCAST_IDS = 1_000_000
-"""Largest number of changed rows whose ids are sent to every executor, so that the join sends no pictures between
-executors."""
+"""Largest number of updated and deleted rows whose ids are sent to every executor, so that the join sends no pictures
+between executors."""
 OTHER_CHARS = 2**20
 """Largest number of characters (or bytes) that `quarantine` stores of a value in an unused column."""
 PLAIN = (
     *(T.StringType, T.CharType, T.VarcharType, T.BinaryType, T.BooleanType, T.NumericType, T.DateType),
     *(T.TimestampType, T.TimestampNTZType),
 )
-"""Spark types whose values executors receive unchanged. Values of all other types are converted to text."""
+"""Spark types whose values executors receive unchanged. Structs, arrays and maps of these types are unchanged too.
+Values of all other types are converted to text."""
 KEYS = (T.StringType, T.CharType, T.VarcharType, T.NumericType, T.DateType, T.TimestampType, T.TimestampNTZType)
 """Spark types of an id column by which rows of the change data feed can be looked up in the table."""
 
@@ -84,10 +85,12 @@ def open_table(
     - The table was not ingested before with these settings.
     - The configured version is older than the ingested version.
     - The table was written anew or restored since the last ingest.
+    - Delta no longer keeps the commit that the last ingest read, so the ids of the commits cannot be compared.
     - The changes cannot be read.
 
     Raises:
-        UserError: no table is configured, the table or version does not exist, or a column is missing.
+        UserError: no table is configured, the table or version cannot be read, a column is missing or has a type that
+            cannot be read, or the filter is not valid SQL.
     """
     table = _read_version(spark, source)
     require_columns(config, table.frame.columns, source.where)
@@ -304,7 +307,7 @@ def _select_changed(frame: DataFrame, changes: DataFrame, name: str, source: Tab
     """Given the rows of the change data feed, select the rows that the ingest must read from the table.
 
     If rows were updated or deleted, all current rows with the ids of these rows are read. If the source has no id
-    column, another row may have the picture of a deleted row, so all rows must be read.
+    column, another row may have the picture of a deleted row, so all rows must be read (the result is None).
 
     Raises:
         PySparkException, Py4JError: the change data feed lacks a column of the table, or one of its files cannot be
@@ -316,8 +319,8 @@ def _select_changed(frame: DataFrame, changes: DataFrame, name: str, source: Tab
     key = source.columns.id
     key_column = F.col(_quoted(key or source.columns.image))
     old = changes.filter("_change_type IN ('delete', 'update_preimage')").select(key_column.alias("key"))
-    # Spark notices a missing change data feed or a missing file only when rows are read, so this query reads the column
-    # from every file.
+    # Spark notices a missing change data feed or a missing file only when rows are read, so this query reads the key
+    # column from every file.
     seen = changes.agg(
         F.count_if(F.col("_change_type").isin("delete", "update_preimage")).alias("old"),
         F.count(key_column).alias("read"),

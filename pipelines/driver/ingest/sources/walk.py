@@ -70,7 +70,8 @@ class Found(NamedTuple):
         named: whether the path of the source is the path of this file, and not of a folder.
         version: text that changes whenever the file changes; empty if `modified` is known. For a web server, this text
             has the time and the checksums that the server sends. If the server sends neither a time nor a checksum, the
-            text is different in each listing, so that each ingest reads the file.
+            text is different in each listing, so that each ingest reads the file. For other file systems without these
+            values, the text is empty.
     """
 
     path: str
@@ -227,7 +228,7 @@ def folder_reason(name: str) -> str | None:
 
 
 def file_reason(name: str) -> str | None:
-    """Return why a file with this name is always passed over, or None if the name gives no reason."""
+    """Return why a file with this name is passed over in a folder, or None if the name gives no reason."""
     if any(fnmatchcase(name, marker) for marker in MARKERS):
         return "marker"
     return "hidden" if name.startswith(".") else None

@@ -16,7 +16,10 @@ from pipelines.platform import Platform
 
 
 def write_text_report(spark: SparkSession, platform: Platform, report: IngestReport) -> FullReport:
-    """Compute the lengths, and write the page and the lengths. If the ingest added nothing, existing files are kept."""
+    """Compute the lengths, and write the page and the lengths as files.
+
+    If the ingest added nothing and both files exist, the files are kept.
+    """
     if report.nothing_new and (found := find_report(platform, report)):
         return found
     path, ours = page_path(platform, report), F.col("ingest_id") == report.ingest_id

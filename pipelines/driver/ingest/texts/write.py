@@ -1,6 +1,6 @@
-"""Decode the rows of plain text of a source, and write them to `quarantine` and `texts`.
+"""Decoding of the rows of a source of plain text, and writes of the rows to `quarantine` and `texts`.
 
-The id of a text is a hash of its content, so a text that is read twice is stored once.
+The id of a text is a hash of its content, so a text that occurs twice in a source is stored once.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _refused(outcomes: DataFrame) -> DataFrame:
 def _append(
     spark: SparkSession, platform: Platform, table: Table, rows: DataFrame, *, stamp: Stamp, num_rows: int
 ) -> dict[str, int]:
-    """In one commit, append the rows that a table lacks. Return the number of added rows by reason (empty for texts).
+    """In one commit, append the rows that a table lacks. Return the number of added rows by reason (`_count`).
 
     Args:
         spark: Spark session.
@@ -119,13 +119,14 @@ def _append(
 
 
 def _replace(spark: SparkSession, platform: Platform, table: Table, rows: DataFrame, *, stamp: Stamp) -> dict[str, int]:
-    """In one commit, replace the rows that a table has from the source. Return the number of new rows by reason."""
+    """In one commit, replace the source's rows in a table. Return the number of new rows by reason (`_count`)."""
     writer = _stamped(rows, table, stamp).writeTo(platform.table(table.name)).options(**note_options(stamp.source))
     writer.overwrite(F.col("source") == stamp.source)
     return _count(rows)
 
 
 def _count(rows: DataFrame) -> dict[str, int]:
+    """Count rows by reason. Rows of `texts` have no reason, and are counted under an empty string."""
     reason = F.col("reason") if "reason" in rows.columns else F.lit("")
     counts = rows.groupBy(reason.alias("reason")).count().orderBy(F.desc("count"), "reason").collect()
     return {row["reason"]: row["count"] for row in counts}
