@@ -1,6 +1,7 @@
 """Removal of old run, checkpoint, shard and report folders, for `lakesight maintain --keep`.
 
-The newest folders of each kind stay, and so does everything that a remaining folder or a registered version needs:
+The newest folders of each group of similar folders stay, and so does everything that a remaining folder or a registered
+version needs:
 
 - a run that may still be training, or whose model waits for registration, or whose weights a remaining run starts from;
 - if a version was registered from a run, the files of the run, except earlier checkpoints without a version;

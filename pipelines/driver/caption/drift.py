@@ -120,7 +120,7 @@ def compare_figures(
 
     Args:
         figures: dict from the name of a figure, such as 'brightness', to its value in the caption job.
-        rows: number of rows that the job captioned.
+        rows: number of rows of the job that have a caption or an error.
         evaluation: figures of the model version's last evaluation.
         limits: minimum number of rows, and the largest allowed change of each figure.
         prompt: prompt of the caption job. If the prompt is not empty, only the figures in PROMPT_INDEPENDENT are

@@ -23,7 +23,7 @@ from vlm.files import atomic_write, read_json
 
 
 class ComparedRows(Config):
-    """Number of rows that a job captioned, and the figures of these rows that are compared with the evaluation."""
+    """Number of rows of a job with a caption or an error, and the figures that are compared with the evaluation."""
 
     rows: int
     figures: dict[str, float]

@@ -51,7 +51,8 @@ logger = logging.getLogger(__name__)
 ROWS_PER_FILE = 512
 """Number of rows after which a task writes a caption file, and the approximate number of rows in a Spark task."""
 MAX_TASKS = 4096
-"""Largest number of tasks if there are fewer cores. Each task sends a row of statistics (about 20 kB) to the driver."""
+"""Largest number of tasks, unless there are more cores. Each task sends a row of statistics (about 20 kB) to the
+driver."""
 
 
 class CaptionRequest(Config):
@@ -70,7 +71,8 @@ class CaptionRequest(Config):
         where: SQL condition on the table's columns; an empty condition selects all rows.
         settings: decoding settings, or None for the decoding settings of the model's config.
         precision: number format in which the model computes, such as fp32.
-        limits: size limits of a picture; a picture that exceeds a limit becomes a row with an error.
+        limits: limits on the size and the decoding time of a picture; a picture above a limit becomes a row with an
+            error.
         retry_errors: whether rows that have an error are captioned again.
         remove_deleted: whether to remove the captions (by any model) of rows that the table no longer has.
         max_error_share: largest allowed share of errors among the rows of this job and of the failed jobs before it. If
@@ -113,8 +115,8 @@ class CaptionReport(Config):
             succeeded. These jobs failed or were killed, so their rows count in this job's share of errors.
         failed_errors: number of rows in `failed_rows` that have an error.
         removed: number of captions removed because the table no longer has their rows.
-        figures: dict from the name of a statistic, such as 'words', to its value for the rows that this job captioned
-            (`CaptionStats.figures`).
+        figures: dict from the name of a statistic, such as 'words', to its value for the rows in `captioned` and
+            `errors` (`CaptionStats.figures`).
         tokenisation: name of the rules by which the figures split captions into words.
         drift: dict from the name of a figure to its comparison with the evaluation of the model version; empty if
             nothing was compared.
@@ -185,7 +187,7 @@ def caption(
     """Caption the rows for which `generated_captions` has no caption by this model version with these settings.
 
     A row whose picture has changed in the table is captioned again. A row whose picture cannot be decoded is written
-    with its error, and is also captioned again with `retry_errors`. `progress` shows progress while executors run.
+    with its error. With `retry_errors`, rows with an error are captioned again. `progress` shows the progress.
 
     Raises:
         UserError: the table, the version, a column or the folder of the pictures does not exist. Other causes are a

@@ -45,7 +45,7 @@ history.
 
 
 class TableVersions(NamedTuple):
-    """Two versions of a table: the newest version, and the last version that changed rows of a given source.
+    """Two versions of a table: the newest version, and the last version that may have changed rows of a source.
 
     Attributes:
         newest: newest version of the table.

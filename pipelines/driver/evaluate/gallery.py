@@ -126,7 +126,7 @@ class GalleryRow:
 
     @property
     def exact(self) -> bool:
-        """Whether every caption equals a reference word for word."""
+        """Whether every caption equals one of the references."""
         return all(caption.exact for caption in self.captions)
 
     def card(self) -> Card:

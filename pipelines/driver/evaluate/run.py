@@ -92,7 +92,7 @@ class EvaluationReport(Config):
         metrics: metrics of the whole split, including the metrics of the baselines (constant_*, neighbour_*).
         columns: names of the columns whose values define the evaluation slices.
         slices: a dict from the name of a slice (`column=value`) to the metrics of the slice.
-        slice_rows: a dict from the name of a slice to its number of rows; empty for an earlier version of Lakesight.
+        slice_rows: a dict from the name of a slice to its number of rows; empty in a report of an earlier version.
         folder: folder of the scores, the report and the pages.
         gallery: HTML page that shows the worst rows, the best rows and a sample of all other rows.
         gallery_png: PNG file that shows the sample of the rows.
@@ -291,7 +291,7 @@ def _evaluate(
 
 
 def _check_columns(samples: DataFrame, request: ShardRequest, columns: Sequence[str]) -> list[str]:
-    """Check the columns by which slices are made, and return the names of the columns that table `samples` has.
+    """Check the columns by which slices are made, and return the names of the columns that are not computed.
 
     Raises:
         UserError: a name is neither a column of table `samples` nor a computed column.

@@ -1,4 +1,4 @@
-"""Evaluation of a text-only model, which writes the loss per character of a split to table `evaluations`.
+"""Evaluation of a text-only model. Metrics of a split, such as the loss per character, are written to `evaluations`.
 
 The token file of the split is divided into windows of consecutive tokens. Executors compute the loss of each window, as
 validation does during training. A second evaluation of the same model on the same texts reads the report of the first

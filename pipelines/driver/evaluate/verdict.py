@@ -56,7 +56,7 @@ def _outcome(metric: Interval, baseline: float) -> str:
 
 
 def _pictures(metrics: Mapping[str, Interval]) -> str:
-    """Return a phrase that says whether the captions depend on the pictures, or nothing if there is no blind gap."""
+    """Return a phrase that says whether the captions depend on the pictures, or "" if there is no blind gap."""
     gap = metrics.get("blind_gap")
     if gap is None:
         return ""

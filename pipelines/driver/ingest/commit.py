@@ -21,8 +21,9 @@ logger = logging.getLogger(__name__)
 def write_samples(platform: Platform, plan: IngestPlan) -> NearReport:
     """Write the usable pictures of an ingest plan to `samples`.
 
-    If the data config sets `near_duplicates`, new pictures are compared with other pictures of the source
-    (`find_near_duplicates`). Return the report of this comparison.
+    If the data config sets `near_duplicates`, new pictures are compared with each other and with the pictures of the
+    source in `samples` (`find_near_duplicates`). The comparison decides the column near_of, and may change the split.
+    Return the report of the comparison.
 
     Raises:
         WriteConflict: after the plan was made, another ingest has committed rows of the same source. If the Spark

@@ -69,7 +69,7 @@ def ingest(
         refresh: whether to read all items again and replace all rows that the source has added before.
 
     Raises:
-        UserError: the input does not exist, lacks a column, or has no usable row (a refresh then replaces nothing).
+        UserError: the input is missing or lacks a column, or no row is usable (`check_totals`, `require_usable_rows`).
         StageFailed: the row counts do not add up, because rows were lost or counted twice.
         TooManyRefused: more rows were refused than `data.limits.max_bad_share` allows. All rows have been written.
     """

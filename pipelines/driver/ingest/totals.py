@@ -63,7 +63,7 @@ class IngestReport(Config):
         items: number of items that were read. An item is a file, a row of a folder's captions file, or a table.
         unchanged: number of items that were not read, because they were ingested before and have not changed.
         rows_in: number of rows that were read.
-        new: number of rows that added a picture with all its texts to `samples`, or a text to `texts`.
+        new: number of rows that added a picture to `samples`, or a text to `texts`.
         updated: in a refresh, number of rows that replaced a picture or a text of the source's table.
         merged: number of rows that added a text to a picture.
         duplicates: number of rows that added nothing, because the source's table or `quarantine` already has their
@@ -72,7 +72,7 @@ class IngestReport(Config):
         refused: number of rows that cannot become samples, including rows that were already in `quarantine`.
         reasons: number of rows added to `quarantine`, by quarantine reason.
         removed: number of pictures removed from `samples`, because the source table has changed or deleted their rows.
-        replaced: number of rows that a full refresh has replaced, in `quarantine` and in the source's table.
+        replaced: number of rows that a refresh has replaced, by table (`quarantine` and the source's table).
         splits: number of pictures of this source in `samples`, or of its texts in `texts`, by split.
         equal_pictures_across_splits: number of input pictures whose bytes occur in more than one split of the source.
         pictures_of_other_splits: number of input pictures that stay in the split of an earlier ingest, although their

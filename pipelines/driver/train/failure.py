@@ -125,7 +125,7 @@ def _hung(run: RunFolder, rank: Failure, got: str) -> TrainingFailed:
 
 
 def _missing(run: RunFolder, rank: RankFile, waited: Failure) -> TrainingFailed:
-    """Describe a rank without a failure record for which other ranks waited, for example because it was stuck."""
+    """Describe a rank that wrote no failure record while other ranks waited for it. The rank may have been stuck."""
     log_line = _last_log_line(run, rank.rank)
     return TrainingFailed(
         f"rank {rank.rank} {'hung at' if log_line else 'has not responded since'} step {_last_step(run, rank.rank)}",

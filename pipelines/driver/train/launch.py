@@ -77,7 +77,7 @@ def check_slots(open_spark: Callable[[], SparkSession], launch: Launch, seconds:
 def open_distributor(launch: Launch) -> TorchDistributor:
     """Create the launcher.
 
-    The launcher runs one Spark task per rank. Only if a Spark task has several GPUs, the task runs several ranks.
+    The launcher runs one Spark task per rank. If a Spark task has several GPUs, one task runs several ranks instead.
 
     Raises:
         UserError: the GPU settings of the Spark session do not allow one GPU per rank.

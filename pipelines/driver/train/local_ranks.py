@@ -88,7 +88,7 @@ def _rank_environment(rank: int, ranks: int, store: Path) -> dict[str, str]:
 
 
 def _wait(started: Sequence[subprocess.Popen[bytes]]) -> RuntimeError | None:
-    """Wait until all ranks have succeeded or one has failed. Return an exception that names the failed rank, if any."""
+    """Wait until all ranks have succeeded (return None) or a rank has failed (return an error that names the rank)."""
     while True:
         codes = [process.poll() for process in started]
         failed = next((rank for rank, code in enumerate(codes) if code), None)

@@ -114,9 +114,10 @@ def prepare(
 
 
 def _open_start(config: RunConfig, settings: dict[str, Any]) -> tuple[RunConfig, StartFolder | None]:
-    """Open the folder in `train.start_from`, if any. Return the config with its absolute path, and the opened folder.
+    """Open the folder in `train.start_from`, if any. Return the config with the absolute path, and the opened folder.
 
-    The outcome of the run depends on the files of the folder, not on its path, so `settings` gets their digest.
+    The outcome of the run depends on the files of the folder, not on its path, so this function adds the digest of the
+    files to `settings`.
     """
     if not config.train.start_from:
         return config, None

@@ -38,7 +38,7 @@ def keep_generation(config: RunConfig, code: TrainingCode, path_of: Callable[[Ru
     """Return the config with the generation settings of a run that has learned, or is learning, the same model.
 
     Generation settings affect what a run learns only if training scores or rewards captions. The hash in the name of a
-    run folder always depends on generation settings, because it did so in Lakesight 0.1.0.
+    run folder always depends on generation settings, as in Lakesight 0.1.0.
 
     Args:
         config: resolved run config.

@@ -200,8 +200,9 @@ def gone_pictures(
 def relinked_pictures(samples: DataFrame, gone: DataFrame) -> DataFrame:
     """Find the pictures whose near duplicate (column `near_of`) is deleted, and choose another near duplicate.
 
-    Of the pictures that resemble the same deleted picture, the picture with the smallest id gets no near duplicate. It
-    becomes the near duplicate of the other pictures. A filter `near_of IS NULL` therefore still selects one of them.
+    Of the pictures that resemble the same deleted picture, the picture with the smallest id gets no near duplicate.
+    This picture becomes the near duplicate of the other pictures. A filter `near_of IS NULL` therefore still selects
+    one of these pictures.
 
     Returns:
         rows with the columns image_id, gone_id (the near duplicate that is deleted) and near_of (the new near

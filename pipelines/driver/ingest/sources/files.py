@@ -77,7 +77,7 @@ class Listing(NamedTuple):
 
 
 def range_bytes(size: int) -> int:
-    """Return the number of bytes that each task reads, given the total size of the input files."""
+    """Return the number of bytes in a range of a file, given the total size of the input files."""
     return min(max(size // MIN_TASKS, MIN_RANGE_BYTES), MAX_RANGE_BYTES)
 
 
@@ -250,9 +250,10 @@ def _spark_path(path: str) -> str:
 
 
 def absolute_path(path: str) -> str:
-    """Return the absolute path without `.` and `..`. Return other URLs, and paths that begin with `dbfs:`, unchanged.
+    """Return the absolute path without `.` and `..`.
 
-    A URL of a local file (file:/...) or of a Volume (dbfs:/Volumes/...) becomes a plain path.
+    A URL of a local file (file:/...) or of a Volume (dbfs:/Volumes/...) becomes a plain path. Any other URL, and any
+    other path that begins with `dbfs:`, is returned unchanged.
 
     Raises:
         UserError: the path is a URL with a password, a query or a fragment.

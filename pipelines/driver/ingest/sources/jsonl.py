@@ -1,4 +1,4 @@
-"""JSON lines sources: files with one JSON object per line, which has a base64 picture or the path of a picture."""
+"""JSON lines sources: each line is a JSON object with a base64 picture or the path of a picture."""
 
 from __future__ import annotations
 

@@ -88,7 +88,9 @@ def _with_named_pictures(opened: Source, config: DataConfig) -> Source:
 
 
 def check_input(platform: Platform, config: DataConfig) -> None:
-    """Before Spark starts, check that the input exists and that CSV files (at most CHECKED_FILES) have all columns.
+    """Before Spark starts, check that the input exists and that CSV files have the columns of the config.
+
+    The columns are not checked if a source has more than CHECKED_FILES CSV files.
 
     On Databricks this function checks only that the path has no password or query, because Spark is already running. To
     save a second look-up over the network, inputs on an object store and tables of a catalog are also not checked.

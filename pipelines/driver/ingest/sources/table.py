@@ -135,7 +135,7 @@ def require_table(spark: SparkSession, source: TableSourceConfig, config: DataCo
     """Check that the table of a source can be read and has the columns of the config.
 
     Raises:
-        UserError: no table is configured, the table or version does not exist, or a column is missing.
+        UserError: no table is configured, the table or version cannot be read, or a column is missing.
     """
     require_columns(config, _read_version(spark, source).frame.columns, source.where)
 

@@ -34,7 +34,7 @@ VERSIONS = (
     *("checksum", "sha", "blob_id", "CRC", "modificationTime", "modify", "last_write_time", "timeModified"),
 )
 """Names of values that change if the content of a file changes: headers of a web server, and names under which further
-file systems of `fsspec` store checksums."""
+file systems of `fsspec` store checksums or times."""
 SYSTEM_FOLDERS = ("_delta_log", "_temporary", "_spark_metadata", "__MACOSX", "__pycache__")
 MARKERS = ("_SUCCESS", "_committed_*", "_started_*", "_metadata", "_common_metadata", "*.crc", "*._COPYING_")
 PASSED_OVER = {

@@ -56,8 +56,9 @@ def page_of(report: IngestReport, chars: dict[str, int], galleries: list[Gallery
     }
     return Page(
         title=f"Ingest of {report.source}",
-        about=f"Ingest {report.ingest_id}, table texts at version {report.dataset_version}, {report.seconds:,.0f} s. "
-        "Rows in = new texts + duplicates + quarantined.",
+        about=f"Ingest {report.ingest_id} took {report.seconds:,.0f} s. Version {report.dataset_version} of table "
+        "texts last changed this source. Rows in = new texts (in a refresh also updated texts) + duplicates + "
+        "quarantined.",
         figures={name: FormattedValue(f"{number:,}") for name, number in numbers.items()},
         charts=[Chart(title, values) for title, values in charts.items() if values],
         galleries=galleries,
