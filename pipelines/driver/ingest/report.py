@@ -147,9 +147,9 @@ def page_of(report: IngestReport, figures: Figures, galleries: list[Gallery]) ->
     return Page(
         title=f"Ingest of {report.source}",
         about=f"Ingest {report.ingest_id} took {report.seconds:,.0f} s. Version {report.dataset_version} of table "
-        "samples last changed this source. Rows in = new pictures (in a refresh also updated pictures) + rows with a new "
-        "text + duplicates + quarantined. The accepted pictures, and the charts of formats, sides and texts, show what "
-        "this ingest added.",
+        "samples last changed this source. Rows in = new pictures (in a refresh also updated pictures) + rows with a "
+        "new text + duplicates + quarantined. The accepted pictures, and the charts of formats, sides and texts, show "
+        "what this ingest added.",
         figures={name: FormattedValue(f"{number:,}") for name, number in numbers.items()},
         charts=[Chart(title, values) for title, values in charts.items() if values],
         galleries=[gallery for gallery in galleries if gallery.cards],
