@@ -73,7 +73,7 @@ class PendingFiles:
     listing: Listing = field(default_factory=Listing)
 
     def open(self) -> None:
-        """Create the folder, and remove temporary files that killed tasks have left there."""
+        """Create the folder, and remove temporary files older than STALE, which killed tasks have left there."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob(".*.tmp"):
             if time.time() - path.stat().st_mtime > STALE.total_seconds():

@@ -92,8 +92,9 @@ def recorded_champion(
 def find_rollback(
     open_spark: Callable[[], SparkSession], platform: Platform, *, model: str, version: str, digest: str
 ) -> dict[str, Any] | None:
-    """Return the row of the rollback that has replaced a version of a model, or None if no rollback has replaced the
-    version, or if the version has become the champion again since that rollback.
+    """Return the row of the rollback that has replaced a version of a model.
+
+    Return None if no rollback has replaced the version, or if the version has become the champion again since then.
 
     A row without the digest of a version names the version by its number only.
 

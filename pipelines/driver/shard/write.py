@@ -49,7 +49,7 @@ def rows_of_split(spark: SparkSession, request: ShardRequest, version: int) -> D
     The pictures in `request.left_out` are left out.
 
     Raises:
-        UserError: there are no such rows, or the condition is not valid SQL.
+        UserError: no row is left, or the condition is not valid SQL.
     """
     samples = spark.read.option("versionAsOf", version).table(request.table).filter(F.col("source") == request.source)
     samples = filter_rows(samples, request.where, where="data.shards.where")

@@ -1,4 +1,4 @@
-"""Identity of the code that trains: a hash of the source files that ranks import, and the git commit if there is one.
+"""Identity of the training code: a hash of the sources of `vlm` and `pipelines.worker`, and the git commit, if any.
 
 Pages, jobs and docs are not part of the identity, so a finished run is not trained again after a change of a help
 text.

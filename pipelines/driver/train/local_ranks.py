@@ -118,6 +118,6 @@ def _end(started: Sequence[subprocess.Popen[bytes]]) -> None:
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             logger.warning(
-                "process %d of a rank does not end, because it waits for a disk or a device; it ends when that answers",
+                "process %d of a rank waits for a disk or a device, and ends only when the disk or the device answers",
                 process.pid,
             )

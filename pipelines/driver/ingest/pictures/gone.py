@@ -31,7 +31,8 @@ KEY = ("image_id", "sha256")
 def count_unusable(decoded: DecodedRows) -> int:
     """Count the rows that cannot be used, or that the ingest plan may refuse because of their id.
 
-    The plan refuses rows with equal ids and different pictures, unless `samples` has one of these pictures.
+    The plan refuses rows with equal ids and different pictures. If `samples` has one of these pictures, the plan
+    accepts the rows of this picture.
     """
     usable = decoded.outcomes.filter(F.col("reason").isNull())
     conflicting = _conflicting_ids(usable).agg(F.sum("rows")).head()

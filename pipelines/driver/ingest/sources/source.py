@@ -33,7 +33,7 @@ class SourceRows(NamedTuple):
 class Covered:
     """Pictures in `samples` for which the source returns all current rows, so that an ingest can find deleted rows.
 
-    A covered picture is removed if the rows no longer contain the picture or one of its texts.
+    A covered picture is removed if the rows lack the picture, or lack one of its texts.
 
     Attributes:
         file: name of the file from which the rows come, as at the beginning of `source_row`.
