@@ -13,14 +13,11 @@ from pydantic import Field
 from pipelines.config import DataConfig
 from pipelines.driver.ingest.near_duplicates import NearReport
 from pipelines.driver.ingest.plan import PlanTotals
-from pipelines.driver.ingest.sources.walk import PassedOver
+from pipelines.driver.ingest.sources.walk import NAMED_FILES, PassedOver
 from pipelines.errors import FailedWithReport, StageFailed, UserError
 from pipelines.formats.table_schema import Table
 from pipelines.formats.tables import SAMPLES, TEXTS
 from vlm.config import Config
-
-NAMED_FILES = 1_000
-"""Largest number of file names in a report; further files are only counted."""
 
 
 @dataclass(frozen=True)

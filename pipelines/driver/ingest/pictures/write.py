@@ -26,9 +26,10 @@ from pipelines.driver.ingest.quarantine import (
     replace_quarantine,
 )
 from pipelines.driver.ingest.sources.source import Source
+from pipelines.driver.ingest.sources.walk import NAMED_FILES
 from pipelines.driver.ingest.spill import SpillFolder
 from pipelines.driver.ingest.table_rows import rows_of_source
-from pipelines.driver.ingest.totals import NAMED_FILES, Written, require_usable_rows
+from pipelines.driver.ingest.totals import Written, require_usable_rows
 from pipelines.formats.tables import SAMPLES
 from pipelines.platform import Platform
 

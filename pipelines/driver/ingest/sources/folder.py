@@ -28,10 +28,9 @@ from pipelines.driver.ingest.sources import csv, jsonl
 from pipelines.driver.ingest.sources.files import SourceFile, source_folder
 from pipelines.driver.ingest.sources.lines import COMPRESSION_SUFFIXES, read_layouts, split_files
 from pipelines.driver.ingest.sources.source import Source, SourceRows, require_columns
-from pipelines.driver.ingest.sources.walk import PassedOver, file_reason, folder_reason
+from pipelines.driver.ingest.sources.walk import NAMED_FILES, PassedOver, file_reason, folder_reason
 from pipelines.driver.ingest.spill import SpillFolder
 from pipelines.driver.ingest.table_rows import FEW_ROWS
-from pipelines.driver.ingest.totals import NAMED_FILES
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.coco import coco_columns, coco_records
 from pipelines.executor.ingest.records.csv import csv_records

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 LOGGED_MATCHES = 20
 """Largest number of matching paths in the log message about a pattern."""
 
+NAMED_FILES = 1_000
+"""Largest number of file names in a report; further files are only counted."""
 TIMES = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
 """Names under which the file systems of `fsspec` store the modification time of a file. The file system of web servers
 has none of these names."""
