@@ -265,12 +265,14 @@ def _old_reports(folder: Path, keep: int) -> list[Path]:
     """Return the reports that are not among the newest reports on their subject.
 
     The last part of a report's name is a hash, a number or an id. All evaluations of one model version on one split are
-    reports on the same subject, and so are all comparisons.
+    reports on the same subject, and so are all comparisons. Files with different suffixes are different reports: an
+    ingest writes a page (.html) and its figures (.json).
     """
     found = [path for path in sorted(folder.glob("[!.]*")) if "-" in path.name]
 
     def subject(path: Path) -> str:
-        return "compare" if path.name.startswith("compare-") else path.name.rpartition("-")[0]
+        name = "compare" if path.name.startswith("compare-") else path.name.rpartition("-")[0]
+        return f"{name}{path.suffix}"
 
     newest = set(_newest(found, keep, subject, lambda path: path))
     return [path for path in found if path not in newest]

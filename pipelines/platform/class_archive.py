@@ -73,12 +73,10 @@ class ClassArchive:
         """
         if self.find():
             return False
-        mark = self._mark
-        with suppress(FileNotFoundError):
-            if time.time() - mark.stat().st_mtime > RETRY_SECONDS:
-                mark.unlink()
+        if not self._tried_lately():
+            self._mark.unlink(missing_ok=True)
         try:
-            mark.touch(0o600, exist_ok=False)
+            self._mark.touch(0o600, exist_ok=False)
         except FileExistsError:
             return False
         return True
@@ -90,7 +88,7 @@ class ClassArchive:
         that may contain secrets. A failure of the start is ignored, because every command works without the archive.
         """
         with suppress(OSError):
-            if not self._mark.exists() and self.find() is None:
+            if not self._tried_lately() and self.find() is None:
                 subprocess.Popen(
                     [sys.executable, "-P", "-m", "pipelines.platform.build_class_archive"],
                     env=child_environment(**{k: os.environ[k] for k in CLASSPATH_VARIABLES if k in os.environ}),
@@ -109,9 +107,14 @@ class ClassArchive:
         archives = sorted(self.folder.glob("*.jsa"), key=lambda each: each.stat().st_mtime, reverse=True)
         for old in [each for each in archives if each != path][KEPT - 1 :]:
             old.unlink(missing_ok=True)
-            # Without the file `.tried`, the removed archive is built again when it is needed.
-            (self.folder / f"{old.stem.rpartition('-')[0]}.tried").unlink(missing_ok=True)
+            # The file `.tried` stays. Otherwise three environments in turn would build an archive at each start.
         return path
+
+    def _tried_lately(self) -> bool:
+        """Return whether a process has tried to build the archive in the last RETRY_SECONDS."""
+        with suppress(FileNotFoundError):
+            return time.time() - self._mark.stat().st_mtime <= RETRY_SECONDS
+        return False
 
     @property
     def _mark(self) -> Path:

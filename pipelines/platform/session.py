@@ -69,9 +69,11 @@ def jvm_exit_code(seconds: float = 10.0) -> int | None:
     connections before its exit code is known, so this function waits up to `seconds` for the exit code, and returns
     None if the JVM has not ended after this time.
     """
-    from py4j.protocol import Py4JError  # type: ignore[import-untyped]
-    from pyspark import SparkContext
-
+    try:
+        from py4j.protocol import Py4JError  # type: ignore[import-untyped]
+        from pyspark import SparkContext
+    except ImportError:  # a client of Spark Connect without py4j has started no JVM
+        return None
     gateway = SparkContext._gateway
     process: subprocess.Popen[bytes] | None = getattr(gateway, "proc", None)
     if gateway is None or process is None:

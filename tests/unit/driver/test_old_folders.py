@@ -144,13 +144,14 @@ def test_only_the_newest_reports_on_each_subject_are_kept(platform: Platform) ->
     reports = platform.folder("reports")
     reports.mkdir(parents=True)
     names = ["ingest-demo-1.html", "ingest-demo-2.html", "ingest-other-1.html", "compare-1-2.html", "compare-3-4.html"]
+    names += ["ingest-demo-1.json", "ingest-demo-2.json"]  # the figures are written after the page
     for number, name in enumerate(names):
         (reports / name).write_text("page")
         os.utime(reports / name, (number, number))
     for number, name in enumerate(["tiny-1-demo-val-aa", "tiny-1-demo-val-bb", "tiny-2-demo-val-cc"]):
         (reports / name).mkdir()
         os.utime(reports / name, (number, number))
-    expected = {"ingest-demo-1.html", "compare-1-2.html", "tiny-1-demo-val-aa"}
+    expected = {"ingest-demo-1.html", "ingest-demo-1.json", "compare-1-2.html", "tiny-1-demo-val-aa"}
     assert old_names(platform) == {f"reports/{name}" for name in expected}
 
 
