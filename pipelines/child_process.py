@@ -32,7 +32,7 @@ READS_URLS = "LAKESIGHT_READS_URLS"
 def child_environment(**more: str) -> dict[str, str]:
     """Return the environment of a child process: `more`, and the variables of this process that PASSED_ON allows.
 
-    No variable whose name matches SECRET_NAME is passed on, even if PASSED_ON allows the name.
+    A variable of this process whose name matches SECRET_NAME is not passed on, even if PASSED_ON allows the name.
     """
     allowed = {
         name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name) and not SECRET_NAME.search(name)
@@ -44,8 +44,8 @@ def drop_other_variables(*needed: str) -> None:
     """Remove the environment variables of this process, except those that child processes receive and those whose names
     match a pattern in `needed`.
 
-    A torch rank on an executor calls this function before it does anything else, because Spark starts the rank with
-    all variables of the executor.
+    A torch rank calls this function before it imports torch, because Spark starts a rank on an executor with all
+    variables of the executor. `executor/python_daemon.py` calls this function before it starts Spark's Python daemon.
     """
     for name in os.environ.keys() - child_environment().keys():
         if not any(re.fullmatch(pattern, name) for pattern in needed):
@@ -63,7 +63,9 @@ def end_group(leader: subprocess.Popen[bytes], seconds: float = 5.0) -> None:
 
 
 def start_ticks(pid: int) -> int:
-    """Return the start time of a process in clock ticks since the boot. On systems other than Linux, return 0.
+    """Return the start time of a process in clock ticks since the boot.
+
+    Return 0 if no process has this id, or if the system is not Linux.
 
     The system may reuse a process id after the process has ended, but not with the same start time.
     """
@@ -74,7 +76,7 @@ def start_ticks(pid: int) -> int:
 def is_running(pid: int, ticks: int) -> bool:
     """Return whether a process is running, given its process id and its start time.
 
-    A process that has ended does not count as running, even if its parent has not waited for it yet.
+    On Linux, a process that has ended does not count as running, even if its parent has not waited for it yet.
 
     Args:
         pid: id of a process in the pid namespace of this process.

@@ -17,8 +17,8 @@ def user_cache_folder(kind: str, root: Path | None = None) -> Path:
     """Return this user's cache folder on this host. Create the folder if it does not exist.
 
     Args:
-        kind: kind of the copied files, such as `models`, which becomes part of the folder's name.
-        root: folder to use, by default a folder in the system's temporary folder.
+        kind: kind of the copied files, such as `models`, which is part of the default folder's name.
+        root: folder to use, or None for the default folder, which is in the system's temporary folder.
 
     Raises:
         StageFailed: the folder (or a link in its place) belongs to another user, or all users may write to the folder.

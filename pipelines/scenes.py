@@ -185,10 +185,11 @@ def broken_rows(count: int) -> int:
 def write_scenes(path: Path, count: int, seed: int) -> SceneSummary:
     """Write `count` rows as CSV with the columns of seemore's data: an unnamed index, b64string_images, and caption.
 
-    About one row in 100 is broken on purpose, and one row in 500 repeats an earlier row. The bytes of the file depend
-    only on `count` and `seed`. An existing file with the same bytes is not written again, so the next ingest skips the
-    file. A small file beside the CSV file contains the digest of the CSV file. An unchanged CSV file is therefore
-    recognised without drawing the pictures again.
+    About one row in 100 is broken on purpose, and about one row in 500 repeats an earlier row. With the same versions
+    of this module, Pillow and NumPy, the bytes of the file depend only on `count` and `seed`. An existing file with the
+    same bytes is not written again, so the next ingest skips the file. A small file beside the CSV file contains these
+    versions and the digest of the CSV file. An unchanged CSV file is therefore recognised without drawing the pictures
+    again. `path` must be a different path for each `count` and `seed`, because the small file contains neither number.
 
     Raises:
         UserError: the file cannot be written.
@@ -257,7 +258,7 @@ def _base64(data: bytes) -> str:
 
 
 CORRUPTIONS: dict[str, Callable[[str, bytes, str], list[str]]] = {
-    # This text has 4n + 1 characters. No base64 string has 4n + 1 characters, so every decoder rejects this text.
+    # This text has 4n + 1 characters. No valid base64 text has 4n + 1 characters, so ingest refuses the row.
     "bad_base64": lambda index, png, caption: [index, _base64(png)[:401], caption],
     "not_an_image": lambda index, png, caption: [index, _base64(caption.encode()), caption],
     "empty_text": lambda index, png, caption: [index, _base64(png), ""],

@@ -1,6 +1,6 @@
 """Captioning on executors: a task receives Arrow batches of pictures and writes Parquet files of captions.
 
-A Spark task writes a caption file to the job's folder before the task reports the file to the driver. If a job is
+A Spark task writes its caption files to the job's folder, and then reports statistics to the driver. If a job is
 killed, the next job finds the caption files that are complete, and does not caption their pictures again. The modules
 of `pipelines.worker`, which import torch, are imported inside the functions, so that the driver can import this module
 without torch.
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from vlm.inputs import DecodedPicture
 
 PENDING_SCHEMA = GENERATED_CAPTIONS.arrow_schema.append(pa.field("unchanged", pa.bool_(), nullable=False))
-"""Columns of `generated_captions`, and the column `unchanged`, which is true if the picture already has a caption."""
+"""Columns of `generated_captions`, and the column `unchanged`, which is true if the picture has not changed since it was
+last captioned (`_is_unchanged`)."""
 UNREADABLE = "unreadable_file:"
 """Start of the error of a picture that exists but cannot be read now, for example if a server is slow."""
 STATS_SCHEMA = pa.schema([pa.field("stats", pa.string(), nullable=False)])
@@ -161,7 +162,10 @@ def _describe_death(image: bytes | str | None, death: Death, limits: LimitsConfi
 
 
 def _join_batches(batches: Iterator[list[Picture]], size: int) -> Iterator[list[Picture]]:
-    """Join small batches into batches of at least `size` rows, because Arrow batches may be too small for the model."""
+    """Join batches until each batch, except the last one, has at least `size` rows.
+
+    Arrow batches may be too small for the model.
+    """
     group: list[Picture] = []
     for batch in batches:
         group += batch
@@ -175,7 +179,7 @@ def _join_batches(batches: Iterator[list[Picture]], size: int) -> Iterator[list[
 def _caption_pictures(
     captioner: Captioner, job: CaptionJob, pictures: list[Picture]
 ) -> Iterator[tuple[dict[str, Any], CaptionStats]]:
-    """Yield a row of the schema PENDING_SCHEMA and the statistics of each picture.
+    """For each picture, yield a row of the schema PENDING_SCHEMA and the picture's statistics.
 
     The statistics of an unchanged picture are zero.
     """

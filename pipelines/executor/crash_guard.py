@@ -34,7 +34,7 @@ class Death(NamedTuple):
 
     Attributes:
         how: phrase that says how the process died, such as "was ended by SIGSEGV".
-        timed_out: whether the child was ended because it exceeded a time limit (`pipelines.executor.time_limit`).
+        timed_out: whether a time limit was exceeded (`pipelines.executor.time_limit` or RESULT_SECONDS).
     """
 
     how: str
@@ -66,10 +66,10 @@ def split_into_chunks(items: Iterable[T], size_of: Callable[[T], int]) -> Iterat
 
 
 def run_guarded(items: Sequence[T], function: Callable[[T], R], on_death: Callable[[T, Death], R]) -> Iterator[R]:
-    """Call a function in a child process for each item, and yield the results.
+    """Call a function with each item, and yield the results. The calls run in a child process.
 
     The results of `function` must be picklable. If an item killed the child process, the return value of `on_death`
-    becomes the result of the item.
+    becomes the result of the item, and a new child process continues with the next item.
 
     Args:
         items: items for which the function is called, in the order of the results.

@@ -1,4 +1,5 @@
-"""Evaluation on executors: functions that receive indices of shard rows and yield scores or colour grids.
+"""Evaluation on executors: functions that receive indices of shard rows, and yield scores, drawings of attention or
+colour grids.
 
 The modules of `pipelines.worker`, which import torch, are imported inside the functions, so that the driver can import
 this module without torch.
@@ -39,7 +40,7 @@ ATTENTION_SCHEMA = pa.schema(
         pa.field("pictures", pa.list_(pa.binary()), nullable=False),
     ]
 )
-"""Schema of the attention drawings of one caption. There is one title and one JPEG file for each drawn word."""
+"""Schema of attention drawings. A row has one title and one JPEG file for each drawn word of one caption."""
 GRID_SIDE = 8
 """Width and height of a colour grid in pixels. A colour grid is a small copy of a picture, stored as RGB bytes."""
 

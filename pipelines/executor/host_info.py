@@ -65,7 +65,7 @@ def describe_host() -> dict[str, object]:
 
 
 def hash_sources() -> dict[str, str]:
-    """Hash the source files that ranks import.
+    """Hash the Python files of the packages in SOURCES.
 
     Return the hash of each file. The keys are the paths of the files, relative to the project.
     """
@@ -101,9 +101,10 @@ def _torch_version() -> dict[str, str | None]:
 
 
 def _nccl() -> str:
-    """Return the version of the NCCL distribution that torch requires.
+    """Return the version of the NCCL distribution that torch requires, or UNKNOWN if torch requires none.
 
-    If torch itself contains NCCL, the result is UNKNOWN, because only `import torch` can tell the version of NCCL.
+    If torch itself contains NCCL, only `import torch` can tell the version of NCCL. The result is also UNKNOWN if one
+    of the two distributions has no metadata.
     """
     try:
         needed = metadata.requires("torch") or []
@@ -114,7 +115,10 @@ def _nccl() -> str:
 
 
 def _query_gpus() -> tuple[str, list[str]]:
-    """Return the version of the GPU driver and the names of the GPUs, or an error message and no names."""
+    """Return the version of the GPU driver and the names of the GPUs, or an error message and no names.
+
+    If the host has no nvidia-smi, the version is empty and there are no names.
+    """
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return "", []

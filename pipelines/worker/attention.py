@@ -22,7 +22,7 @@ MAX_WORDS = 12
 def draw_row_attention(
     captioner: Captioner, row: Row, prompt: str, caption: str, settings: GenerationConfig
 ) -> list[tuple[str, bytes]]:
-    """For each word of a generated caption, draw where in the picture the model looked.
+    """Draw where in the picture the model looked when it generated the first words of a caption.
 
     The model generates the caption again.
 

@@ -1,7 +1,7 @@
 """Functions that load the captioning model of a process, and limit torch to the process's share of the CPU cores.
 
-On a CPU, the weights stay in a memory-mapped file, so all processes of a host that load the same file share one copy of
-the weights in memory. On a GPU, each process has its own copy of the weights in GPU memory.
+On a CPU, weights that need no conversion stay in a memory-mapped file, so all processes of a host that load the same
+file share one copy of the weights in memory. On a GPU, each process has its own copy of the weights in GPU memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vlm.precision import set_precision
 
 @functools.lru_cache(maxsize=1)
 def load_captioner(folder: str, precision: Precision = Precision.FP32) -> Captioner:
-    """Load the model in a folder, on a GPU if the host has a GPU. The process keeps the loaded model in a cache.
+    """Load the model in a folder, on a GPU if the host has a GPU. The process keeps the last loaded model in a cache.
 
     On a CPU, the weights are mapped from the file if `needs_conversion` is false. If the weights need a conversion, the
     converted weights are in the memory of this process alone.
@@ -71,7 +71,7 @@ def convert_model(source: Path, target: Path, precision: Precision) -> None:
 
 
 def _write_converted(source: Path, target: Path, precision: Precision) -> None:
-    # A mapped model needs no memory for the weights of the file, besides memory for the converted weights.
+    # A mapped model needs memory only for the converted weights, and not for the weights of the file.
     load = map_model if stored_precision(source) is Precision.FP32 else load_model
     model, tokenizer = load(source)
     set_precision(model, precision)

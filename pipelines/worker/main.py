@@ -2,9 +2,9 @@
 
     PYTHONSAFEPATH=1 torchrun --nproc-per-node 2 -m pipelines.worker.main --run-dir DIR
 
-A rank reads only the run folder, the files to which the run folder refers, and the environment variables of torchrun.
-If the driver starts the rank, the rank's monitor starts before torch is imported, so that a broken torch installation
-is recorded too.
+A rank reads only the run folder, the files to which the run folder refers, and the environment variables that torchrun
+or the driver sets. If the driver starts the rank, the rank's monitor starts before torch is imported, so that a broken
+torch installation is recorded too.
 """
 
 from __future__ import annotations

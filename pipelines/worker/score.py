@@ -1,8 +1,8 @@
 """Scores of a model on shard rows: the caption, the loss with the right picture, and losses with three wrong pictures.
 
 The first wrong picture of row i of n rows is the picture of row (i + n // 2) mod n. Shards are shuffled, so the first
-wrong picture is a random picture, which is the same on every host. The second wrong picture is grey. The third wrong
-picture is random noise, whose seed is the index of the row.
+wrong picture is a random picture, which is the same on every host. Shards with only one row have no first wrong
+picture. The second wrong picture is grey. The third wrong picture is random noise, whose seed is the index of the row.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ def score_rows(
 def validation_cider(captioner: Captioner, shards: Shards, num_rows: int) -> float:
     """Caption the first rows of the shards at temperature 0, and return the CIDEr-D of the captions.
 
-    All generation settings except the temperature are taken from the model.
+    Return 0 if no prompt leaves room for a caption. All generation settings except the temperature are taken from the
+    model.
 
     Args:
         captioner: captioner, whose model must be in evaluation mode.

@@ -30,7 +30,7 @@ ARCHIVES = {
 }
 """Kind of archive for each signature. A signature is a position in the file and the bytes at this position.
 
-All archives of a kind have the signature of the kind.
+A tar in the old format without `ustar`, or an empty ZIP archive, is not recognised.
 """
 SKIPPABLE_FRAME = b"\x2a\x4d\x18"
 """Bytes 2 to 4 of a skippable zstd frame. A file that a parallel compressor wrote may begin with a skippable frame."""
@@ -42,14 +42,14 @@ CHUNK = 1 << 20
 
 
 def compression_of(start: bytes) -> str | None:
-    """Return the compression of a file that begins with the bytes `start`, or None if the file is not compressed."""
+    """Return the compression of a file that begins with the bytes `start`, or None if there is no pattern for it."""
     if start[1:4] == SKIPPABLE_FRAME and 0x50 <= start[0] <= 0x5F:
         return "zstd"
     return next((name for name, magic in MAGIC.items() if re.match(magic, start)), None)
 
 
 def archive_of(start: bytes) -> str | None:
-    """Return the kind of archive of a file that begins with the bytes `start`, or None if the file is no archive."""
+    """Return the kind of archive of a file that begins with the bytes `start`, or None if there is no signature."""
     return next((name for (at, magic), name in ARCHIVES.items() if start.startswith(magic, at)), None)
 
 

@@ -4,8 +4,8 @@ A bad row never raises an exception. Even an unexpected error becomes a refusal,
 If the machine runs out of memory or the image decoder crashes, the task fails, and Spark retries the task. If all
 retries fail, the driver starts a Spark job that decodes the rows again in child processes (`decode_guarded`).
 
-The identifier of a row is a hash of the row's content and does not depend on the row's position. A row therefore keeps
-its identifier when the files are read again, and when Spark splits the files in another way.
+The identifier of a row contains the name of the row's file and a hash of the row's content, but not the row's position.
+A row therefore keeps its identifier when the files are read again, and when Spark splits the files in another way.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class DecodeRules:
     Attributes:
         source: name of the data config, which is the prefix of image ids.
         columns: names of the source's columns for the picture, the text, the id and the prompt.
-        limits: limits on the size of a picture, the length of a text and the decoding time.
+        limits: limits on the size of a picture, the number and the length of its texts, and the decoding time.
         split: config of the rule that assigns a row to a split.
         near_duplicates: whether to compute the fingerprints that find near duplicates.
     """
@@ -121,7 +121,7 @@ def decode_record(record: Record, rules: DecodeRules) -> dict[str, Any]:
 
 
 def _decode_bytes(fields: Fields, rules: DecodeRules) -> Fields:
-    """Convert values of type bytes in the text, id and split columns to strings.
+    """Convert values of type bytes in the text, prompt, id and split columns to strings.
 
     The payload stores bytes as base64. Without the conversion to strings, a replay of the row would use the base64 of a
     text as the text.
@@ -149,7 +149,11 @@ def _refusal(record: Record, refused: Refused, rules: DecodeRules) -> dict[str, 
 
 
 def _claimed_id(record: Record, rules: DecodeRules) -> str | None:
-    """Return the image id that a refused row would have as a sample, or None without a valid id or picture bytes."""
+    """Return the image id that a refused row would have as a sample.
+
+    The id comes from the id column or, without an id column, from the bytes of the picture. Return None if this value
+    is missing or invalid.
+    """
     columns, fields = rules.columns, record.fields
     try:
         if columns.id:

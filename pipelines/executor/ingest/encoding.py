@@ -32,10 +32,11 @@ def encoding_of(start: bytes) -> tuple[str, int]:
 
 
 def _unmarked_encoding(content: bytes) -> str:
-    """Recognise UTF-16 without a byte-order mark by the positions of its zero bytes.
+    """Recognise UTF-16 without a byte-order mark by the positions of the zero bytes in the first 2,000 bytes.
 
     Return utf-16-be if most bytes at even positions and few bytes at odd positions are zero. Return utf-16-le if most
-    bytes at odd positions and few bytes at even positions are zero. Otherwise, return utf-8.
+    bytes at odd positions and few bytes at even positions are zero. Otherwise, or if the number of bytes is odd, return
+    utf-8.
     """
     even, odd = content[0:2000:2], content[1:2000:2]
     if len(content) % 2 or not odd:

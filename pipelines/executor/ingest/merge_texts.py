@@ -36,7 +36,7 @@ class MergedTexts(NamedTuple):
     Attributes:
         new_texts: texts to append, in the order of the rows.
         contributing: number of distinct rows that add at least one text which the picture did not have.
-        full: all distinct accepted texts if a row has exceeded `max_texts`, else None.
+        full: all distinct texts of the picture after the merge if a row has exceeded `max_texts`, else None.
     """
 
     new_texts: list[Text]
@@ -52,7 +52,8 @@ def merge_texts(known: Sequence[Text], rows: Sequence[Sequence[Text]], max_texts
         rows: texts of each row, in the order of the rows.
         max_texts: largest number of distinct texts of a picture, or None for any number. Rows are sorted by their
             texts, and accepted up to the first row that exceeds the limit. A later row is accepted only if all its
-            texts have already been accepted. The accepted texts therefore do not depend on the order of `rows`.
+            texts are known or have already been accepted. The accepted texts therefore do not depend on the order of
+            `rows`.
     """
     seen, contributing, exceeded = set(known), 0, False
     for texts in sorted({tuple(dict.fromkeys(row)) for row in rows}):

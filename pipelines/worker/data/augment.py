@@ -1,9 +1,8 @@
 """Random augmentation of training pictures: crop, flips, rotation, brightness, contrast, saturation and erasing.
 
-The augmentation of a row depends only on (seed, epoch, row). The augmentation is therefore the same for any number of
-ranks and loader threads, and after a restart. Crop, flip and colour change need one Pillow call each, and Pillow
-releases the GIL. Brightness, contrast and saturation are combined into one matrix, so pixel values are rounded and
-clipped only once.
+The random numbers for a row depend only on (seed, epoch, row). The augmentation is therefore the same for any number of
+ranks and loader threads, and after a restart. Pillow computes the augmentation and releases the GIL. Brightness,
+contrast and saturation are combined into one matrix, so pixel values are rounded and clipped only once.
 
 A picture is augmented only in ways that keep its text true. For example, a picture is not flipped if its text contains
 "left" or "right", and not rotated if its text contains "above". A picture is not cropped if its text contains the

@@ -37,7 +37,8 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 PAD_MULTIPLE = 8
-"""Sequence lengths are rounded up to a multiple of this number, for fewer distinct shapes and faster kernels."""
+"""Sequence lengths are rounded up to a multiple of this number, but at most to the context of the model. There are then
+fewer distinct shapes, and kernels are faster."""
 
 
 class TokenSequence(NamedTuple):
@@ -65,7 +66,7 @@ class Collator:
         self._tokenizer, self._num_slots, self._context = tokenizer, config.num_slots, config.decoder.context
 
     def collate(self, rows: Sequence[Row], texts: Sequence[tuple[str, str]]) -> Batch:
-        """Collate rows into one batch, padded to the longest sequence.
+        """Collate rows into one batch, in which all token sequences are padded to the same length.
 
         Args:
             rows: B rows of the shards.
@@ -75,10 +76,10 @@ class Collator:
         return batch
 
     def collate_parts(self, rows: Sequence[Row], texts: Sequence[tuple[str, str]], rows_at_once: int) -> list[Batch]:
-        """Collate rows into smaller batches (parts) of `rows_at_once` rows.
+        """Collate rows into smaller batches (parts) of at most `rows_at_once` rows.
 
-        In each smaller batch, all rows are padded to the length of the longest row. Rows are sorted by length to reduce
-        padding. If all rows fit into one batch, the rows keep their order.
+        In each smaller batch, all rows are padded to the same length. Rows are sorted by length to reduce padding. If
+        all rows fit into one batch, the rows keep their order.
         """
         made = [(row, self._sequence(row.image_id, *text)) for row, text in zip(rows, texts, strict=True)]
         if len(made) > rows_at_once:
@@ -204,8 +205,8 @@ def map_ahead(make: Callable[[S], T], items: Iterable[S], workers: int) -> Itera
 
     If `make` raises an error for an item, the error is raised when the consumer requests the result of the item.
     Threads are used instead of processes, because JPEG decoding releases the GIL, and because threads return results
-    without a copy. The items are passed to `make` in any order, but the results have the order of the items. With 0
-    `workers`, `make` is called for an item when the consumer requests its result.
+    without a copy. Several calls of `make` may run at the same time, but the results have the order of the items. With
+    0 `workers`, `make` is called for an item when the consumer requests its result.
 
     Args:
         make: pure function that makes the result of one item.

@@ -1,6 +1,7 @@
 """Selection of the rows that a rank reads at a step.
 
-The selection is a pure function of the step, so a run can resume at a step without any stored state of the row order.
+The selection is a pure function of the step and of the run's settings, so a run can resume at a step without any stored
+state of the row order.
 
 Position k of epoch e is row `permute(k)`, where the permutation depends on (seed, e). The row of a position is computed
 in O(1) time and memory. No list of rows is shuffled, stored or replayed. All ranks compute their parts of the same
@@ -11,8 +12,8 @@ outside [0, n) is mapped again until a result is inside [0, n). This method is c
 "Ciphers with Arbitrary Finite Domains", 2002).
 
 In a mix of several sources, the positions of an epoch are permuted by the same method. Each permuted position is a draw
-from one source (a part of the mix). The number of the draw determines the row, because a Feistel network also permutes
-the rows of each source.
+from one source (a part of the mix). The draws from a source are numbered through all epochs. A second Feistel network
+maps the number of a draw to a row of the source.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def pick_rows(step: int, *, rank: int, world_size: int, batch_size: int, num_row
         rank: number of this rank, 0 <= rank < world_size.
         world_size: number of ranks, a divisor of batch_size.
         batch_size: number of rows per step over all ranks together.
-        num_rows: number of rows in the training shards, at least 1.
+        num_rows: number of positions in an epoch, at least 1. This is the number of rows in the training shards, of
+            draws in an epoch of a mix, or of windows in an epoch of a token file.
         seed: seed of the run.
     """
     assert batch_size % world_size == 0, "prepare() and run_rank() refuse a batch size that cannot be divided equally"

@@ -5,7 +5,7 @@ before the first step. A rank therefore reads rows from the original file until 
 thread in each rank copies files. A lock lets only one rank of a host copy a file at a time. Each file is therefore
 copied once, and most of the network bandwidth remains for reading rows.
 
-The name of a copy is the SHA-256 of the file. A copy gets this name only after the content of the copy has been
+A copy is named by the SHA-256 of the file. A copy gets this name only after the content of the copy has been
 verified. A killed process leaves no lock, and the next process that starts removes the incomplete `.part` file.
 
 If the disk space is needed, copies that belong to other runs are removed, least recently used copies first. A process
@@ -63,7 +63,8 @@ class ShardCopier(threading.Thread):
         """Raise the error of the thread if the thread has failed. This method does not wait for the thread.
 
         Raises:
-            StageFailed: a shard file differs from its manifest, or the folder of the copies belongs to another user.
+            StageFailed: a shard file differs from its manifest, or another user owns or may write the folder of the
+                copies.
         """
         if self._failure:
             raise self._failure
@@ -105,7 +106,7 @@ class ShardCopier(threading.Thread):
 
 
 def _use_copy(entry: CacheEntry) -> bool:
-    """Redirect reads to the file's copy if the copy exists, and return whether the copy exists.
+    """Redirect reads to the file's copy if a copy of the right size exists. Return whether such a copy exists.
 
     The caller must hold the lock of the cache folder.
     """
@@ -117,7 +118,7 @@ def _use_copy(entry: CacheEntry) -> bool:
 
 
 def _make_room(root: Path, needed: int, limit: float, own: set[Path]) -> bool:
-    """Remove copies of other runs until there is room for a file. If the file cannot fit, return False.
+    """Remove copies of other runs until there is room for a file. If the file cannot fit, remove none and return False.
 
     Args:
         root: folder of the copies.

@@ -1,8 +1,8 @@
 """Windows of a token file, which are the training samples of a text-only model.
 
-A window has as many tokens as the model has positions, and may span several texts, as in GPT-2. The positions at which
-windows begin in the token file depend on (seed, epoch), so that epochs differ. The windows of a step are picked like
-the rows of shards (`order.py`), so a run resumes at any step without stored state.
+A window has as many input tokens as the model has positions, and may span several texts, as in GPT-2. The positions at
+which windows begin in the token file depend on (seed, epoch), so that epochs differ. The windows of a step are picked
+like the rows of shards (`order.py`), so a run resumes at any step without stored state.
 
 Letters in tensor names: windows (B), positions (T).
 """
@@ -45,7 +45,7 @@ class Windows(NamedTuple):
 
     @property
     def per_epoch(self) -> int:
-        """Number of windows in a training epoch.
+        """Number of windows in a training epoch, at least 1.
 
         The tokens that are left over in an epoch are too few for another window.
         """
@@ -96,7 +96,7 @@ def training_windows(
 ) -> Iterator[list[Batch]]:
     """Yield this rank's windows of each step, as a list of smaller batches.
 
-    The arguments are the same as in `batches.training_batches`.
+    The arguments after `windows` have the same meaning as in `batches.training_batches`.
     """
 
     def make(step: int) -> list[Batch]:

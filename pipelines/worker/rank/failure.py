@@ -54,7 +54,7 @@ imported."""
 _TERMINATING = (signal.SIGTERM, signal.SIGINT)
 
 _COLLECTIVE_FILES = ("torch/distributed/", "torch/nn/parallel/", "torch/autograd/", "vlm/training/parallel.py")
-"""Code files whose functions wait for other ranks.
+"""Parts of the paths of code files whose functions wait for other ranks.
 
 The files of autograd belong to the list, because DDP waits for gradients of other ranks in `backward`.
 """
@@ -88,9 +88,10 @@ def is_consequence(error: BaseException) -> bool:
 class RankMonitor:
     """Context manager around all the work of one rank.
 
-    The monitor writes the rank's RankFile at start and end, writes heartbeats, ends the rank after a timeout, and
-    records every failure. An error inside the `with` block is recorded and raised again. After an error, the process
-    has EXIT_SECONDS to exit. A thread or communicator that does not stop therefore cannot block the launcher.
+    The monitor writes the rank's RankFile at the start and at a normal end, writes heartbeats, ends the rank after a
+    timeout, and records the first failure. An error inside the `with` block is recorded and raised again. After an
+    error, the process has EXIT_SECONDS to exit. A thread or communicator that does not stop therefore cannot block the
+    launcher.
     """
 
     def __init__(self, run: RunFolder, rank: int, launcher: int = 0) -> None:

@@ -79,7 +79,7 @@ class Stopwatch:
         """Record the end of a step.
 
         Args:
-            samples: number of pictures in the step.
+            samples: number of rows (pictures or windows) in the step, over all ranks together.
             tokens: number of target tokens in the step.
         """
         elapsed = time.perf_counter() - self._resumed
@@ -127,7 +127,7 @@ class MeanSinceLog:
         self._sum, self._weight = self._sum + mean * weight, self._weight + weight
 
     def take(self) -> float:
-        """Return the mean over the steps since the last call, and start a new mean."""
+        """Return the mean over the steps since the last call of `take` or `restart`, and start a new mean."""
         mean = self._sum / self._weight
         self.restart()
         return mean

@@ -1,9 +1,9 @@
 """Progress of rank 0 while the other ranks wait for rank 0.
 
-Rank 0 alone captions validation pictures, and rank 0 alone completes checkpoints. A rank that reports no progress for
-`train.timeout_seconds` ends itself, and this work may take longer. Therefore rank 0 regularly sends a signal to the
-waiting ranks, and each rank counts the signal as its own progress. If rank 0 hangs, the signals stop, and all ranks
-time out as in any other step.
+Rank 0 alone completes checkpoints and, if the model is not sharded, rank 0 alone captions validation pictures. A rank
+that reports no progress for `train.timeout_seconds` ends itself, and this work may take longer. Therefore rank 0
+regularly sends a signal to the waiting ranks, and each rank counts the signal as its own progress. If rank 0 hangs, the
+signals stop, and all ranks time out as in any other step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ WORKING, DONE = 1, 0
 class ProgressRelay:
     """Relay that reports the progress of rank 0 on every rank. All ranks create the relay and use it together.
 
-    Rank 0 works inside `reporting`, and every other rank calls `follow`.
+    Rank 0 works inside `reporting`, and every other rank calls `follow`. If the model is sharded, all ranks work inside
+    `reporting`, and no rank calls `follow`.
     """
 
     def __init__(self, report_progress: Callable[[], None], device: torch.device, *, sharded: bool) -> None:
@@ -34,8 +35,8 @@ class ProgressRelay:
         Args:
             report_progress: function that restarts the timeout of this rank.
             device: device of the tensors that ranks exchange.
-            sharded: whether the model is sharded. All ranks of a sharded model work inside `reporting`, so each rank
-                reports its own progress and no signals are sent.
+            sharded: whether the model is sharded. Each rank of a sharded model reports its own progress, so no signals
+                are sent.
         """
         self._report_progress, self._device, self._sharded = report_progress, device, sharded
         self._signal_at = time.monotonic() + SIGNAL_SECONDS

@@ -32,7 +32,8 @@ def own_run_as_group(run: RunFolder, env: RankEnv) -> Iterator[None]:
     Every rank of the run must call this function.
 
     Raises:
-        SystemExit: another process owns the run, or rank 0 has ended. This rank has changed no file of the run.
+        SystemExit: another process owns the run, or rank 0 has ended or did not answer within START_SECONDS. This rank
+            has changed no file of the run.
         StageFailed: another host has taken over the run while the block was executing.
         RuntimeError: the store of torchrun cannot be reached.
     """

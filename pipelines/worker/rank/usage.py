@@ -28,7 +28,7 @@ def measure_usage(device: torch.device) -> dict[str, float]:
         system/memory_gb: largest peak of resident memory of any rank, in GB.
         system/gpu_memory_gb: largest peak of allocated GPU memory of any rank, in GB; left out if ranks use CPUs.
         system/gpu_busy: mean fraction of the GPU driver's last sampling period (1/6 s to 1 s) in which a kernel ran;
-        left out if ranks use CPUs or the package nvidia-ml-py is not installed.
+        left out if no rank can read the utilisation (`_gpu_utilisation`), for example because ranks use CPUs.
     """
     peaks = {"system/memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_BYTES / 1e9}
     if device.type == "cuda":
@@ -57,7 +57,9 @@ def _gpu_utilisation(device: torch.device) -> float | None:
 def throughput(
     rates: Mapping[str, float], config: RunConfig, vocab_size: int, world_size: int, device: torch.device
 ) -> dict[str, float]:
-    """Return the given rates, the TFLOP/s of all ranks together, and the model FLOPs utilisation.
+    """Return the given rates, the TFLOP/s of all ranks together, and the model FLOPs utilisation (`mfu`).
+
+    `mfu` is left out if the precision is not bf16, or if the peak FLOP/s of the device is not known.
 
     Args:
         rates: result of `Stopwatch.lap`, with keys such as tokens_per_second.

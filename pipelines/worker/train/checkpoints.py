@@ -67,15 +67,15 @@ class CheckpointWriter:
             write: function that writes the files of a checkpoint into an empty folder.
 
         Raises:
-            OSError, ...: the previous checkpoint could not be written.
+            OSError, ...: the previous checkpoint or a small file could not be written.
         """
         self.start(partial(self._write, step, write, self._files.last))
 
     def start(self, write: Callable[[], None]) -> None:
-        """Wait until the previous call has finished, then call a function in the background thread.
+        """Wait until the previous function has finished, then call the function `write` in the background thread.
 
         Raises:
-            OSError, ...: the function of the previous call has raised this error.
+            OSError, ...: the previous function has raised this error, or a small file could not be written.
         """
         self.wait()
         self._pending, self._started = self._thread.submit(write), time.monotonic()
@@ -145,9 +145,9 @@ def _metric_of(run: RunFolder, folder: Path, best_by: BestBy) -> float | None:
 class MetricHistory:
     """Values of the metric `train.best_by` so far, which decide when training ends early and which step is the best.
 
-    The values are read from the metric files. All ranks therefore make the same decisions, and a resumed run makes the
-    same decisions as an uninterrupted run. The files are not read if neither `train.stop` nor `train.register: best`
-    is set, because then no decision depends on the values.
+    A resumed run reads the values of earlier steps from the metric files, and therefore makes the same decisions as an
+    uninterrupted run. All ranks read the same files, so they make the same decisions. The files are not read if neither
+    `train.stop` nor `train.register: best` is set, because then no decision depends on the values.
     """
 
     def __init__(self, run: RunFolder, settings: TrainConfig, resume_step: int) -> None:
@@ -165,6 +165,7 @@ class MetricHistory:
 
         Returns:
             Whether a checkpoint of the step must be written, because its value is better than all earlier values.
+            Always False in a run that does not save its best checkpoints (`TrainConfig.saves_best`).
         """
         if (value := values.get(f"val/{self._best_by}")) is None:
             return False
@@ -173,7 +174,10 @@ class MetricHistory:
 
     @property
     def ends_training(self) -> bool:
-        """True if none of the last `train.stop` values of the metric is better than the best value before them."""
+        """True if none of the last `train.stop` values of the metric is better than the best value before them.
+
+        False if `train.stop` is not set.
+        """
         if self._patience is None or not self._costs:
             return False
         return len(self._costs) - 1 - self._costs.index(min(self._costs)) >= self._patience
@@ -182,8 +186,9 @@ class MetricHistory:
 def find_common_checkpoint(run: RunFolder, rank: int, device: torch.device) -> Path | None:
     """Return the newest intact checkpoint, from which all ranks resume, or None if the run has no checkpoint yet.
 
-    This function is a collective: every rank must call it. Rank 0 verifies the SHA-256 of every file, renames damaged
-    checkpoints, and removes the files of checkpoints that were never finished.
+    This function is a collective: every rank must call it. Rank 0 removes the files of checkpoints that were never
+    finished, and verifies the SHA-256 of all files of a checkpoint, newest checkpoint first. If a checkpoint is intact,
+    rank 0 renames the damaged checkpoints that are newer.
 
     Raises:
         CheckpointError: all checkpoints of the run are damaged.
@@ -233,6 +238,8 @@ def _newest_intact(run: RunFolder) -> Path | None:
 def find_training_state(checkpoint: Path | None, settings: TrainConfig) -> tuple[Path | None, int]:
     """Return the folder of the training state from which a run continues, and the number of the next step.
 
+    Return None and step 0 if there is no such folder.
+
     Args:
         checkpoint: newest checkpoint of the run, or None if there is no checkpoint.
         settings: settings of the run. With `start_state: training`, a new run continues from the state in `start_from`.
@@ -246,10 +253,10 @@ def find_training_state(checkpoint: Path | None, settings: TrainConfig) -> tuple
 
 
 def check_settings(folder: Path, file: RunFile) -> None:
-    """Check that a checkpoint was trained with the settings and data of the run.
+    """Check that a checkpoint was trained with the settings and data that determine the outcome of the run.
 
     Raises:
-        UserError: the settings or data of the checkpoint differ from those of the run. The error lists each difference.
+        UserError: a setting or the data of the checkpoint and of the run differ. The error lists each difference.
     """
     saved = read_json(folder / "run.json", RunFile)
     differing = list(config_differences(_outcome_settings(saved), _outcome_settings(file)))
@@ -265,7 +272,7 @@ def check_settings(folder: Path, file: RunFile) -> None:
 def _outcome_settings(file: RunFile) -> dict[str, Any]:
     """Return the settings and the data hash that determine the outcome of a run.
 
-    `train.start_from` is left out, because it determines only the weights of step 0.
+    `train.start_from` is left out, because it determines only the state from which the run starts.
     """
     train = file.config.train.science()
     train.pop("start_from")

@@ -1,9 +1,10 @@
 """Replay of one training step, which computes the loss of each picture to find out why a loss is not finite.
 
-A replay has its own run folder, which contains a checkpoint from before the step. The ranks train from this checkpoint
-in the same way as the original ranks, with the same rows and random numbers. Before the step, each rank computes and
-writes the loss of each of its rows. After writing the losses, each rank takes the step, and validates if the original
-run validated after this step.
+A replay has its own run folder, which contains the run's last checkpoint before the step, if there is one. The ranks
+train from this checkpoint in the same way as the original ranks, with the same rows and random numbers. Without a
+checkpoint, the ranks train from the start of the run. Before the step, each rank computes and writes the loss of each
+of its rows. After writing the losses, each rank takes the step, and validates if the original run validated after this
+step.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def replay(run: RunFolder, env: RankEnv, monitor: RankMonitor) -> None:
     """Train from the checkpoint in the run folder of a replay, and stop after the step that replay.json names.
 
     Raises:
-        NotFiniteError: the loss of the step or the loss of the validation after the step is not finite.
+        NotFiniteError: the loss of a step or of a validation is not finite.
     """
     train(run, env, monitor, Replayer)
 

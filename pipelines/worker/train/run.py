@@ -17,13 +17,14 @@ def train(run: RunFolder, env: RankEnv, monitor: RankMonitor, kind: type[Trainer
 
     Args:
         run: run folder.
-        env: rank, number of ranks and host of this process.
+        env: numbers of this rank and of all ranks, in the run and on this host.
         monitor: monitor to which the rank reports its progress.
         kind: class of the trainer.
 
     Raises:
-        UserError: the batch size cannot be divided by the number of ranks, a rank has no GPU, or the process group
-            contains a rank of another run.
+        UserError: the batch size cannot be divided by the number of ranks, the platform requires GPUs and the host has
+            too few GPUs, the process group contains a rank of another run, or the run and its checkpoint have different
+            settings.
         LakesightError: shards or checkpoints are damaged, or a loss is not finite.
     """
     file = run.read_run()

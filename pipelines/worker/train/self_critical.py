@@ -69,7 +69,8 @@ class CaptionSampler:
     """Sampler that generates captions for training rows, and returns batches in which each caption is weighted by its
     advantage.
 
-    The setting `rows_at_once` limits the number of captions in each yielded batch.
+    The setting `rows_at_once` limits the number of captions in a batch. However, all captions of a picture are in the
+    same batch, so a batch has at least as many captions as there are samples per picture.
 
     Args:
         model: model whose captions are sampled, without a DDP wrapper.
@@ -101,7 +102,7 @@ class CaptionSampler:
         self._max_prefix = model.config.decoder.context - longest
 
     def sample(self, rows: Sequence[SampledRow]) -> list[Batch]:
-        """Sample captions of the rows of a step, and return them as batches of at most `rows_at_once` captions.
+        """Sample captions of the rows of a step, and return the captions as batches.
 
         The model is in training mode afterwards.
         """

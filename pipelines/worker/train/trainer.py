@@ -95,7 +95,7 @@ class Trainer:
 
     @classmethod
     def build(cls, run: RunFolder, file: RunFile, env: RankEnv, monitor: RankMonitor, device: torch.device) -> Trainer:
-        """Build the same model on every rank, from the seed or from the last checkpoint."""
+        """Build the trainer. Its weights are from the last checkpoint, `train.start_from` or the seed, on all ranks."""
         divide_cores(check_group(run, device))
         checkpoint = find_common_checkpoint(run, env.rank, device)
         if checkpoint:
@@ -187,7 +187,7 @@ class Trainer:
             raise self.with_pictures(error) from error
 
     def batches(self, steps: range) -> Iterator[list[Batch]]:
-        """Return the batches of the given steps, in the form that the training loop `fit` expects."""
+        """Return this rank's batches of the given steps, in the form that the training loop `fit` expects."""
         settings = self.file.config.train
         return training_batches(
             self.train_shards,
@@ -218,7 +218,7 @@ class Trainer:
         return RowOrder(rank=env.rank, world_size=env.world_size, batch_size=settings.batch_size, seed=settings.seed)
 
     def with_pictures(self, error: NotFiniteError) -> NotFiniteError:
-        """Add the pictures of the step and the command that replays the step to an error, and return the error."""
+        """Add the replay command and, outside validation, this rank's pictures to an error, and return the error."""
         got = error.got
         if not error.in_validation:
             rows, _, _ = rows_of_step(self.train_shards, error.step, **self.row_order())
@@ -237,8 +237,8 @@ class Trainer:
         Write metrics, validate, caption samples or save a checkpoint, if the settings of the run require this at the
         step.
 
-        Only rank 0 writes files of the run. All ranks take part in validation. If the model is sharded, all ranks also
-        take part in writing a checkpoint.
+        All ranks take part in validation. Only rank 0 writes metrics, samples and checkpoints. If the model is sharded,
+        all ranks take part in writing a checkpoint.
         """
         settings, done = self.file.config.train, report.step + 1
         if settings.optimizer.ema_decay:

@@ -57,8 +57,8 @@ def validate(
         report_progress: function that is called after each batch, to restart the timeout of the rank.
 
     Raises:
-        NotFiniteError: a loss is not finite, or all targets are masked. The error names the affected pictures of this
-            rank.
+        NotFiniteError: a loss is not finite, or all targets are masked. The error names up to SHOWN_PICTURES affected
+            pictures of this rank.
     """
     total = min(num_rows, len(shards))
     pairs = [pair for index in range(total) for pair in _weighted_texts(shards, index)]
@@ -105,7 +105,7 @@ def _not_finite(step: int, checked: Sequence[tuple[list[str], torch.Tensor]]) ->
 
 
 def name_pictures(image_ids: Sequence[str]) -> str:
-    """Return text that lists the first image ids and the number of all other image ids."""
+    """Return a text with the first SHOWN_PICTURES image ids and the number of all other image ids."""
     more = f" and {len(image_ids) - SHOWN_PICTURES} more" if len(image_ids) > SHOWN_PICTURES else ""
     return f"{', '.join(image_ids[:SHOWN_PICTURES])}{more}"
 

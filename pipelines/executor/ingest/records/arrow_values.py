@@ -134,7 +134,10 @@ def _changes(kind: pa.DataType) -> bool:
 
 
 def _shortest_floats(array: pa.Array) -> list[float | None]:
-    """Convert each float of 16 or 32 bits to the number with the fewest digits that rounds to the same float."""
+    """Convert each float of 16 or 32 bits to the number with the fewest digits that rounds to the same float.
+
+    A whole number below WHOLE_DIGITS keeps all its digits.
+    """
     floats = array.to_numpy(zero_copy_only=False)
     exact = floats.astype(np.float64)
     is_whole = (np.abs(exact) < WHOLE_DIGITS) & (exact == np.floor(exact))
@@ -167,7 +170,9 @@ def _part_by_part(array: pa.Array) -> Any:
 
 
 def _exact_value(array: pa.Array) -> Any:
-    """Return the only element of an array: a time of day as a Python time, any other value as an exact text.
+    """Return the only element of an array as an exact text, or as a NotRepresentable if it is out of range.
+
+    A time of day becomes a Python time if the time is a whole number of microseconds.
 
     Raises:
         pa.ArrowException: Arrow cannot write the value as text.
@@ -185,12 +190,13 @@ def _exact_value(array: pa.Array) -> Any:
 class NotStored(dict[str, str]):
     """Placeholder for a value that is not stored.
 
-    A placeholder is neither a text nor a picture, so a replay refuses a row with a placeholder.
+    A placeholder is neither a text nor a picture. A replay therefore refuses a row with a placeholder in the column of
+    the text or picture.
 
     Args:
         what: text that describes the value, such as "5,000 bytes; at most 100 are allowed".
-        value: array whose only element is the value that is not stored. The placeholders of different strings or
-            binaries contain different hashes.
+        value: array whose only element is the value that is not stored, or None. The placeholder of a string or binary
+            value contains a hash of the beginning and the end of the value (END_BYTES each).
 
     Attributes:
         what: text that describes the value, such as "5,000 bytes; at most 100 are allowed".
@@ -232,7 +238,7 @@ def content_of(array: pa.Array) -> pa.Buffer:
 def _value_of_dictionary(array: pa.Array) -> pa.Array:
     """Return the dictionary value of a dictionary array with one row, without a copy.
 
-    An array that is not a dictionary array is returned unchanged.
+    An array that is not a dictionary array, or whose value is null, is returned unchanged.
     """
     if not types.is_dictionary(array.type) or not array.indices[0].is_valid:
         return array
@@ -240,7 +246,10 @@ def _value_of_dictionary(array: pa.Array) -> pa.Array:
 
 
 def whole_values(column: pa.Array, most: int) -> Iterator[Any]:
-    """Yield the Python values of a column. A value of more than `most` bytes becomes a NotStored."""
+    """Yield the Python values of a column.
+
+    If the column is larger than WHOLE_COLUMN_BYTES, each value of more than `most` bytes becomes a NotStored.
+    """
     if size_of(column) <= WHOLE_COLUMN_BYTES:
         yield from to_python(column)
         return
@@ -256,8 +265,7 @@ def whole_values(column: pa.Array, most: int) -> Iterator[Any]:
 
 
 def picture_values(name: str, column: pa.Array, most: int) -> Iterator[dict[str, Any]]:
-    """For each picture in a column, yield a dict with the picture's bytes or base64 text, and its path if there is a
-    path.
+    """For each value of a column, yield a dict with the picture's bytes or base64 text, and its path if it has a path.
 
     A picture may be binary, a base64 string, a list of byte values, a list that contains one picture, or Hugging Face's
     struct with the fields `bytes` and `path`. A value of another type is converted to a Python value.
@@ -265,7 +273,7 @@ def picture_values(name: str, column: pa.Array, most: int) -> Iterator[dict[str,
     Args:
         name: name of the field; the path is in the field `<name>.path`.
         column: column whose values are pictures.
-        most: largest size of a picture, in bytes.
+        most: largest size of a picture, in bytes. A larger picture becomes a NotStored.
     """
     for value in each_value(stored(column)):
         fields = {name: _picture(value, most)}
@@ -302,7 +310,11 @@ def _whole_picture(array: pa.Array, most: int) -> bytes | str | NotStored:
 
 
 def _bytes_of_numbers(values: pa.Array, most: int) -> bytes | list[int] | NotStored:
-    """Convert a list of numbers to bytes, or return the list if a number is not an integer from 0 to 255."""
+    """Convert a list of integers to bytes, or return the list if an integer is not a byte.
+
+    A byte is an integer from 0 to 255, or any integer of an 8-bit type. A list of more than `most` integers becomes a
+    NotStored.
+    """
     if len(values) > most:
         return NotStored(f"a list of {len(values):,} numbers; at most {most:,} are allowed")
     numbers: np.ndarray = values.to_numpy(zero_copy_only=False)

@@ -15,7 +15,7 @@ from pipelines.executor.ingest.text_stream import open_text
 from pipelines.executor.ingest.values import is_missing
 
 KEPT_KEYS = frozenset({"images", "annotations", "id", "file_name", "height", "width", "image_id", "caption"})
-"""Keys in a COCO document. Only the values of these keys are kept in memory, because most of a document may consist of
+"""Keys in a COCO document. The parser keeps only the values of these keys, because most of a document may consist of
 other values, such as outlines of objects."""
 WHOLE_NUMBER = re.compile(r"(-?[0-9]+)\.0*")
 
@@ -26,7 +26,9 @@ def coco_columns(columns: ColumnNames) -> list[str]:
 
 
 def coco_records(path: str, file: str, columns: ColumnNames) -> Iterator[Record]:
-    """Yield one record per image, with a list of its captions. An annotation without an image also becomes a record.
+    """Yield one record per image, with a list of its captions.
+
+    If the document has no image for the image id of annotations, the captions with this id become one record.
 
     Args:
         path: path of the document.
@@ -88,7 +90,7 @@ def _kept(pairs: list[tuple[str, Any]]) -> Fields:
 
 
 def _to_id(value: object) -> str | None:
-    """Return an id as text.
+    """Return an id as text, or None if the id is null or NaN.
 
     The ids 1, 1.0 and "1" become the same text, because tools write the same id in different ways.
     """

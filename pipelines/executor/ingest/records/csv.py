@@ -89,7 +89,9 @@ def csv_rows(part: Range, *, multiline: bool, limit: int) -> Iterator[str | Long
 
 
 def _lines(part: Range, limit: int) -> Iterator[tuple[str | LongLine, bool]]:
-    """Yield each row of a range, and whether the row begins inside a quoted field. Every line of the range is a row.
+    """Yield each row of a range, and whether the row begins inside a quoted field.
+
+    The line separator of the layout always ends a row, even inside quotes.
 
     The lines shortly before and after the range are read too, so that the result does not depend on the borders of
     ranges. A quote that is never closed affects only its own line.
@@ -137,7 +139,10 @@ def _look_ahead(
 
 
 def _count_broken(following: Iterable[str | LongLine], quoting: _Quoting[str]) -> int:
-    """Return how many lines after an open quote belong to the quoted field, or 0 if the quote is never closed."""
+    """Return how many lines after an open quote belong to the quoted field.
+
+    Return 0 if the quote is not closed in the next MAX_BROKEN_LINES lines and NEAR_BYTES characters.
+    """
     size = 0
     for count, row in enumerate(following, 1):
         size += len(row) if isinstance(row, str) else row.size
@@ -253,7 +258,7 @@ def split_line(line: str, delimiter: str = ",", escape: str = "", quote: str = '
 
 
 def _ends_quotes(field: str, quote: str) -> bool:
-    """Return whether a field without an opening quote is the end of a quoted field that began in an earlier line."""
+    """Return whether a field without an opening quote is probably the end of a quoted field of an earlier line."""
     return field.endswith(quote) and field.count(quote) % 2 == 1 and not field[-2].isnumeric()
 
 

@@ -22,7 +22,7 @@ from pipelines.executor.ingest.storage import printable
 from pipelines.executor.ingest.values import is_missing
 
 NO_PICTURE = "no picture"
-"""Value of the column `state` of the table `ingested` for a row whose picture cannot be found."""
+"""Value of the column `state` of the table `ingested` for a row that is refused or whose picture cannot be found."""
 
 CAPTION_ROWS = 1024
 """Number of rows in a batch of captions."""
@@ -39,7 +39,7 @@ RECORDS = pa.schema(
 CAPTIONS = pa.schema(
     [
         ("item", pa.string()),  # <captions file>#<hash of the row>
-        ("state", pa.string()),  # change token of the picture
+        ("state", pa.string()),  # change token of the picture, or NO_PICTURE
         *RECORDS,
         ("picture", pa.string()),  # path of the picture file after links are resolved; null if there is no file
     ]
@@ -115,6 +115,8 @@ def folder_records(
     batches: Iterator[pa.RecordBatch], read: Read, folder: str, column: str, max_bytes: int, *, subfolder: str = ""
 ) -> Iterator[Record]:
     """Add the field PICTURE to each record: the bytes of the picture file that the record names.
+
+    A record that has a problem already is yielded unchanged. If the picture cannot be read, the record gets a problem.
 
     If consecutive records name the same picture, the picture is read once, and the records share one bytes object.
 

@@ -52,7 +52,8 @@ class Layout(NamedTuple):
         delimiter: character between the fields of a CSV file.
         escape: character that precedes a quote inside a quoted CSV field; empty if two quotes stand for one quote.
         quote: character before and after a CSV field that may contain delimiters; empty if no field is quoted.
-        whole: whether the file is read as one range, because it is compressed or its rows may contain line ends.
+        whole: whether the file is read as one range, because it is compressed, is not in UTF-8, or has rows that may
+            contain line ends.
         problem: reason for which no row of the file can be read, or None.
     """
 
@@ -89,7 +90,7 @@ ReadRange = Callable[[Range], Iterator[Record]]
 
 
 def range_records(batches: Iterator[pa.RecordBatch], layouts: Sequence[Layout], read: ReadRange) -> Iterator[Record]:
-    """Read the records of byte ranges. After the last intact row of a damaged file, one record describes the damage.
+    """Read the records of byte ranges. After the last intact row of a damaged range, one record describes the damage.
 
     Args:
         batches: Arrow batches of the schema RANGE.
@@ -125,6 +126,8 @@ def line_limit(limits: LimitsConfig) -> int:
 
 def range_lines(part: Range, limit: int) -> Iterator[tuple[bytes, bytes] | LongLine]:
     """Yield the lines of a range, each with its line end, which is a line feed or a carriage return.
+
+    A line of more than `limit` bytes becomes a LongLine.
 
     If a line ends with a carriage return and a line feed, the carriage return stays at the end of the line's content.
     """
@@ -163,7 +166,10 @@ def _range_contents(part: Range, limit: int) -> Iterator[bytes | LongLine]:
 
 
 def _skip_line(file: IO[bytes], separator: bytes) -> int:
-    """Return the number of bytes up to the next separator, including the separator."""
+    """Return the number of bytes up to the next separator, including the separator.
+
+    If there is no further separator, count one byte more than the rest of the file has.
+    """
     size = 0
     while chunk := file.read(CHUNK_BYTES):
         found = chunk.find(separator)

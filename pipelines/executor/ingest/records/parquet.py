@@ -1,7 +1,7 @@
 """Parser of Parquet files. Executors read the columns that the data config uses, in batches of bounded size.
 
-Unused columns may have any types, names and values. The parser reads unused columns only for a refused row, because the
-table `quarantine` stores the whole row.
+Unused columns may have any types, names and values. The unused columns of a row are read only if the row is refused or
+may be refused later, because the table `quarantine` stores the whole row.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def _find_problem(fields: Fields, image: str) -> Problem | None:
 
 
 class _OtherColumns:
-    """Unused columns of a row group, which are opened only when a row of the row group is refused."""
+    """Unused columns of a row group, which are opened at the first call of `row`."""
 
     def __init__(self, part: _Range, group: int, used: Sequence[str]) -> None:
         self.part, self.group, self.used = part, group, used

@@ -54,7 +54,7 @@ class _Page(NamedTuple):
 DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_V2 = 0, 2, 3
 DICTIONARY_ENCODINGS = (2, 8)
 REPETITIONS = 4
-"""A column is read as a dictionary array if its dictionary values occur at least this many times on average."""
+"""The values of a dictionary count as repeated if they occur at least this many times on average."""
 
 
 def page_sizes(file: IO[bytes], chunk: Any, *, in_lists: bool) -> PageSizes:
@@ -131,7 +131,10 @@ def _read_header(file: IO[bytes], at: int) -> tuple[_Page, int]:
 
 
 class _Thrift:
-    """Reader of a struct in Thrift's compact protocol, whose fields are numbers or structs."""
+    """Reader of a struct in Thrift's compact protocol. Fields are booleans, numbers or structs.
+
+    The values of doubles and byte strings are skipped and become None.
+    """
 
     def __init__(self, content: bytes) -> None:
         self.content = content

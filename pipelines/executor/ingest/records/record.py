@@ -38,7 +38,7 @@ class Record(NamedTuple):
         problem: reason why the row cannot become a sample, or None.
         source_row: identifier of a replayed row of `quarantine`, or None for a row that has no identifier yet.
         others: function that reads the unused columns of the row, or None if `fields` has all columns. The function is
-            called only if the row is refused, because `quarantine` stores the whole row.
+            called only if the row is refused or may be refused later, because `quarantine` stores the whole row.
     """
 
     file: str
@@ -85,7 +85,10 @@ def parse_integer(digits: str) -> int | str:
 
 
 def parse_json_object(text: str) -> Fields | Problem:
-    """Parse a JSON object. A lone UTF-16 surrogate becomes U+FFFD, because UTF-8 cannot encode a lone surrogate."""
+    """Parse a JSON object, or return a Problem if the text is not a JSON object.
+
+    A lone UTF-16 surrogate becomes U+FFFD, because UTF-8 cannot encode a lone surrogate.
+    """
     try:
         fields = json.loads(text, parse_int=parse_integer)
         if SURROGATE_ESCAPE.search(text):

@@ -15,7 +15,9 @@ from pipelines.executor.ingest.values import normalize_id
 
 
 def delta_records(batches: Iterator[pa.RecordBatch], names: Sequence[str], image: str) -> Iterator[Record]:
-    """Convert rows of a Delta table to records. The unused columns of a row are converted only if the row is refused.
+    """Convert rows of a Delta table to records.
+
+    The unused columns of a row are converted only if the row is refused or may be refused later.
 
     An image struct of bytes and path becomes two fields: the image column and `COLUMN.path`.
 

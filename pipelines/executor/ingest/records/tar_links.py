@@ -35,7 +35,10 @@ class Links:
             self._targets[posixpath.normpath(member.name)] = posixpath.normpath(member.target)
 
     def follow(self, target: str) -> str:
-        """Return the name of the member at the end of a chain of links."""
+        """Return the name of the member at the end of a chain of links.
+
+        If the chain has too many links (MAX_HOPS), the result is the name of a link.
+        """
         name = posixpath.normpath(target)
         for _ in range(MAX_HOPS):
             if name not in self._targets:
@@ -63,10 +66,12 @@ class LinkTargets:
         self._file.close()
 
     def collect(self, reader: TarReader) -> None:
-        """Copy the contents of all link targets from a tar to the temporary file.
+        """Copy the contents of the link targets from a tar to the temporary file.
+
+        A target that is too large, or whose name occurs several times, is stored as a Problem.
 
         Raises:
-            tarfile.TarError: the tar is damaged. All targets that precede the damage have been copied.
+            tarfile.TarError: the tar is damaged. The targets before the damage have been copied.
         """
         wanted = self._links.ends()
         for member in reader:

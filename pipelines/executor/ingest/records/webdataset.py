@@ -27,7 +27,7 @@ SYSTEM_FOLDER = re.compile(r"(?:^|/)__MACOSX/")
 MAX_MEMBERS = 1_000
 """Largest number of tar members that one row may have."""
 MAX_KEYS = 200_000
-"""Number of keys that are remembered, to detect rows whose members are not consecutive in the tar."""
+"""Largest number of keys that are remembered, to detect rows whose members are not consecutive in the tar."""
 SIDE_BYTES = 16 * 2**20
 """Largest total size of all members of a row except pictures, in bytes. Members beyond this size are not stored."""
 
@@ -56,7 +56,7 @@ def tar_records(
     tar is damaged, the records of the rows before the damage are followed by one record that describes the damage. If a
     row has several pictures, the picture whose extension comes first in `images` is used. A `json` member that is not a
     JSON object becomes the text field `json`. However, if the name of a used column begins with `json.`, the row of
-    such a member is refused. All members of a row together may be 25 % larger than `max_bytes`.
+    such a member is refused. A row whose members together are larger than 1.25 times `max_bytes` is refused too.
 
     Args:
         batches: batches with the columns `path` (path of a tar, encoded by os.fsencode) and `file` (name of the tar).
@@ -114,7 +114,7 @@ class _Tar:
                 require_damage(error)
 
     def _rows(self) -> Iterator[_TarRow]:
-        """Yield the rows of the tar. When an exception is raised, `self._row` is the incomplete row."""
+        """Yield the rows of the tar. When an exception is raised, `self._row` is the incomplete row, or None."""
         seen: set[int] = set()
         self._row = None
         with open_decompressed(self._path) as file:

@@ -46,7 +46,10 @@ def find_file(folder: str, name: str) -> PictureFile | Problem:
 
     Args:
         folder: folder that the path must not leave.
-        name: relative path, absolute path or `file:` URI.
+        name: relative path, absolute path, or URI that begins with `file:` or `dbfs:`.
+
+    Returns:
+        The file, or a problem if there is no such file below the folder.
 
     Raises:
         OSError: the machine has a fault, for example because a network drive does not answer.
@@ -72,7 +75,7 @@ def find_file(folder: str, name: str) -> PictureFile | Problem:
 
 
 def read_file(found: PictureFile, max_bytes: int) -> bytes | Problem:
-    """Read a picture file. Return a problem if the file is larger than `max_bytes`.
+    """Read a picture file. Return a problem if the file is empty, damaged or larger than `max_bytes`.
 
     Raises:
         OSError: the machine has a fault.
@@ -106,7 +109,7 @@ def _parts(roots: Sequence[str], path: str) -> list[str]:
     `roots` are all known paths of the root folder.
 
     Raises:
-        _Outside: an absolute path is not below the folder, or the scheme of a URI is not `file:`.
+        _Outside: an absolute path is not below the folder, or the path is a URI.
     """
     if path.startswith("/"):
         above = next((top for top in roots if path.startswith(top.rstrip("/") + "/")), None)
@@ -181,7 +184,7 @@ def _fold(name: str) -> str:
 
 @lru_cache(maxsize=8)
 def _names(folder: Path, _modified: int) -> dict[str, list[str]]:
-    """Group the names in a folder by their folded form (see `_fold`).
+    """Group the names in a folder by their folded form (see `_fold`). Only the first MAX_LISTED entries are read.
 
     At most MAX_LISTED entries of the folder are read. A folder that has changed is listed again.
     """

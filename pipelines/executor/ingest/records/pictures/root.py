@@ -38,9 +38,8 @@ class PictureRoot:
     Attributes:
         location: path of the folder, or URL.
         max_bytes: largest size of a picture in bytes.
-        may_be_missing: whether a missing folder is a fault of the row that names it. Otherwise, a missing or empty
-            folder is a fault of the machine: the driver has checked that the folder has files, so the machine lacks the
-            drive.
+        may_be_missing: whether a row is refused if the folder is missing. Otherwise, a missing or empty folder is a
+            fault of the machine: the driver has checked that the folder is not empty, so the machine lacks the drive.
     """
 
     location: str
@@ -105,7 +104,7 @@ def absolute_location(location: str) -> str:
     """Return a user's location as an absolute location. A relative path is relative to the working folder.
 
     Raises:
-        UserError: the location is a URL with a password, a query or a fragment.
+        UserError: the location is a URL with a secret (`refuse_secrets`).
     """
     plain = plain_location(location)
     refuse_secrets(plain, "image_root")
@@ -131,8 +130,7 @@ def require_root(location: str) -> None:
     """Check on the driver that pictures below an absolute location can be read.
 
     Raises:
-        UserError: there is no such folder, the folder is empty, the scheme of a URL is unknown, or the package for a
-            store is missing.
+        UserError: there is no such folder, the folder is empty, or a URL cannot be used (`require_readable`).
     """
     if scheme_of(location):
         require_readable(location)

@@ -26,7 +26,7 @@ from pipelines.executor.ingest.records.record import Problem
 from pipelines.executor.ingest.storage import describe_damage, refuse_secrets, url_system
 
 READ_SECONDS = 60.0
-"""Longest time to read one picture, in seconds."""
+"""Longest time to read one path, in seconds."""
 CHUNK = 1 << 20
 WEB = ("http", "https")
 STORES = {"s3": "s3", "s3a": "s3", "s3n": "s3", "gs": "gs", "gcs": "gs", "abfs": "abfs", "abfss": "abfs", "az": "abfs"}
@@ -47,7 +47,7 @@ def require_readable(root: str) -> None:
     """Check that pictures below a URL can be read.
 
     Raises:
-        UserError: the URL has a password or a query, a URL of a web server has a user name, the scheme is unknown, or
+        UserError: the URL has a secret (`refuse_secrets`), has no host, has an unknown scheme or is a chain of URLs, or
             the package for the object store is missing.
     """
     refuse_secrets(root, "image_root")
@@ -64,7 +64,7 @@ def require_readable(root: str) -> None:
 
 
 def read_url(root: str, name: str, max_bytes: int) -> bytes | Problem:
-    """Read a picture below a root URL, given the name in a row.
+    """Read a picture below a root URL, given the name in a row. Return a Problem if the picture cannot be read in time.
 
     Args:
         root: root URL of all pictures.
@@ -72,7 +72,7 @@ def read_url(root: str, name: str, max_bytes: int) -> bytes | Problem:
         max_bytes: largest size of a picture, in bytes.
 
     Raises:
-        OSError: the server does not answer, so Spark has to retry the task.
+        OSError: the server cannot be reached, so Spark has to retry the task.
     """
     paths = _paths_below(root, name)
     if isinstance(paths, Problem):
@@ -87,7 +87,10 @@ def read_url(root: str, name: str, max_bytes: int) -> bytes | Problem:
 
 
 def _paths_below(root: str, name: str) -> list[str] | Problem:
-    """Return all paths below the root URL that a name may mean. The path that is spelled like the name comes first."""
+    """Return the paths below the root URL that a name may mean, or a Problem if the name is not below the root URL.
+
+    The path that is spelled like the name comes first. On a web server, a name means only this path.
+    """
     outside = Problem("missing_field", f"{name!r} is not below {root}")
     if scheme_of(name):
         parts, top = urlsplit(name), urlsplit(root)
