@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from vlm.inputs import DecodedPicture
 
 PENDING_SCHEMA = GENERATED_CAPTIONS.arrow_schema.append(pa.field("unchanged", pa.bool_(), nullable=False))
-"""Columns of `generated_captions`, and the column `unchanged`, which is true if the picture has not changed since it was
-last captioned (`_is_unchanged`)."""
+"""Columns of `generated_captions`, and the column `unchanged`, which is true if the picture has not changed since the
+last captioning (`_is_unchanged`)."""
 UNREADABLE = "unreadable_file:"
 """Start of the error of a picture that exists but cannot be read now, for example if a server is slow."""
 STATS_SCHEMA = pa.schema([pa.field("stats", pa.string(), nullable=False)])

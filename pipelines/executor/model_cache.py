@@ -41,8 +41,8 @@ def local_copy(folder: Path, digest: str = "", root: Path | None = None) -> Path
         root: folder of the cache, by default a folder of this user in the system's temporary folder.
 
     Raises:
-        StageFailed: the files in `folder` do not have the digest, or the cache folder belongs to another user, who
-            could replace models.
+        StageFailed: the files in `folder` do not have the digest, or another user could replace models in the cache
+            folder.
         OSError: the model's folder cannot be read, or the disk is too small for the copy.
     """
     files = model_files(folder)
@@ -80,7 +80,7 @@ def converted_copy(
         root: folder of the cache, by default a folder of this user in the system's temporary folder.
 
     Raises:
-        StageFailed: the cache folder belongs to another user, who could replace models.
+        StageFailed: another user could replace models in the cache folder.
         OSError: the model's folder cannot be read, or the disk is too small for the copy.
     """
 

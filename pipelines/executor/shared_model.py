@@ -1,4 +1,4 @@
-"""Loading of captioning models in Spark tasks. All tasks of a host share one copy of a model's weights in memory.
+"""Loading of captioning models in Spark tasks. On a CPU, all tasks of a host share one copy of the weights in memory.
 
 On a CPU, each task maps a weights file read-only, so the pages of the file are in memory once. The mapped file is the
 model's own file, a copy of it on a local disk, or a file of converted weights, which the first task of the host writes.
@@ -36,7 +36,7 @@ def load_shared_captioner(
 
     Raises:
         CheckpointError: the folder does not contain a model.
-        StageFailed: the cache of models belongs to another user, or the files do not have the digest.
+        StageFailed: another user could replace models in the cache, or the files do not have the digest.
         UserError: the precision needs a library that is not installed.
         OSError: the model's folder cannot be read, or the disk is full.
     """

@@ -50,7 +50,11 @@ def with_thumbnails(
 
 
 def make_thumbnails(pictures: Sequence[bytes | None], max_pixels: int = MAX_PIXELS) -> list[bytes | None]:
-    """Make thumbnails in a child process. Return None for a picture that the decoder cannot read or that crashes it."""
+    """Make thumbnails in a child process.
+
+    The result for a picture is None if the picture is None, has more than `max_pixels` pixels, cannot be decoded in
+    time, or crashes the decoder.
+    """
     load_decoders()
     return list(run_guarded(pictures, partial(_make_thumbnail, max_pixels=max_pixels), lambda *_: None))
 
@@ -74,7 +78,10 @@ def _safe_to_decode(batch: pa.RecordBatch) -> list[bool]:
 
 
 def find_picture(payload: str) -> bytes | None:
-    """Decode the longest string in a refused row's JSON payload as base64. Return None if the string is not base64."""
+    """Decode the longest string in a refused row's JSON payload as base64.
+
+    Return None if the string is not base64, or if it decodes to more than MAX_BYTES bytes.
+    """
     fields = parse_json_object(payload)
     strings = [value for value in fields.values() if isinstance(value, str)] if isinstance(fields, dict) else []
     try:

@@ -1,6 +1,6 @@
 """Statistics of captions and their pictures: sums over rows, which can be added, and figures computed from the sums.
 
-An executor computes the sums of one caption file, and the driver adds the sums of all files of a caption job. An
+A Spark task computes the sums of its rows, and the driver adds the sums of all tasks of a caption job. An
 evaluation computes the sums of its rows. Caption jobs and evaluations both use `CaptionStats`, so the figures of a job
 can be compared with the figures of an evaluation.
 """

@@ -31,7 +31,7 @@ COLUMNS = {
 }
 """Comment of each column of the view, by column name.
 
-The view has one row for each combination of source table, id column, picture column, id, model and prompt.
+The view has at most one row for each combination of source table, id column, picture column, id, model and prompt.
 """
 TABLES = (GENERATED_CAPTIONS.name, DECISIONS.name, VERDICTS.name)
 """Tables from which the view `champion_captions` reads."""
@@ -83,10 +83,11 @@ SELECT {columns} FROM (
 """
 """SELECT statement of the view.
 
-- `named`: rows of Lakesight 0.1.0 name no columns. They take the columns of a row with the same picture.
+- `named`: rows of Lakesight 0.1.0 name no columns. They take the columns of a row with the same picture, if there is
+  one.
 - `seen`: `newest_sha256` is the SHA-256 of the picture that a job of any model has read last. Captions of earlier
-  pictures are left out, because the caption of an earlier picture is wrong for the present picture. So are rows of
-  Lakesight 0.1.0 if only rows with other pictures name columns.
+  pictures are left out, because the caption of an earlier picture is wrong for the present picture. A row of Lakesight
+  0.1.0 is left out too if columns are named only in rows that have the same id and other pictures.
 """
 
 

@@ -107,6 +107,9 @@ def open_or_create(folder: Path, table: Table) -> DeltaTable:
 
     The function adds no CHECK constraints, because `deltalake` refuses some of their conditions. Tables with CHECK
     constraints must be created with Spark.
+
+    Raises:
+        UserError: a newer release of Lakesight wrote the table.
     """
     from deltalake import DeltaTable
     from deltalake import Field as DeltaField

@@ -99,7 +99,7 @@ def _copies_without_commits(shards: Path, requests: Sequence[ShardRequest]) -> M
 
 
 def _has_other_commit(shards: Path, request: ShardRequest) -> bool:
-    """Return whether a shard folder has rows of the request's table version, but of another commit with its number."""
+    """Return whether a shard folder has rows of another commit with the same table version number as the request."""
 
     def version_of(other: ShardRequest) -> tuple[str, str, int]:
         return other.table_id, other.source, other.table_version
@@ -127,6 +127,8 @@ def mix_name(parts: Sequence[ShardFolder], draws: Sequence[int]) -> str:
 
 def write_mix(parts: Sequence[ShardFolder], shares: Sequence[float], shards: Path) -> ShardFolder:
     """Write a folder that contains only a manifest, which refers to the files of other shard folders.
+
+    If the same mix has been written before, its folder is reused.
 
     The manifest says how many rows of each source (part) an epoch draws. An epoch draws as many rows as all sources
     have together. Each source except the first source gets its share of the draws. The first source gets the remaining

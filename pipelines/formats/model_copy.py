@@ -1,8 +1,8 @@
 """Local copies of a model's files, and the digest that identifies a model by the content of its files.
 
 A copy is a folder with the file RECORD, which is written last. The record lists the size, the times of change and the
-SHA-256 of each file. Before each use of a copy, the sizes and times of its files are compared with the record. A
-damaged or replaced file is therefore detected without reading the weights.
+SHA-256 of each file. Before each use of a copy, the sizes and times of its files are compared with the record. The
+weights are read only if all sizes are equal and a time differs.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def record_copy(folder: Path) -> ModelCopy:
 def check_copy(folder: Path) -> ModelCopy | None:
     """Return the record of a copy if its files are unchanged, else None.
 
-    If the result is None, the caller copies the model again. If only a time of a file has changed, for example in a
-    copied home folder, the SHA-256 is compared.
+    If the result is None, the caller copies the model again. If only the times of files have changed, for example in a
+    copied home folder, the SHA-256 of all files is compared. If all are equal, a new record is written and returned.
     """
     try:
         recorded = ModelCopy.model_validate_json((folder / RECORD).read_text(encoding="utf-8"))

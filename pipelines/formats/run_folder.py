@@ -1,7 +1,7 @@
 """Layout of a run folder, and functions that read and atomically write its files.
 
-The run folder is the only interface between the driver and the ranks. The driver writes `run.json`, `tokenizer.json`,
-`cider.json`, `hosts.json`, `launcher.json` and `tracking.json`. Ranks write all other files of the run folder, and
+The run folder is the only interface between the driver and the ranks. The driver writes the inputs of the ranks, such as
+`run.json`, the launcher's log, and files for later drivers, such as `tracking.json`. Ranks write all other files, and
 `result.json` last. A JSON file is written atomically: it is created under a temporary name and then renamed.
 """
 
@@ -70,11 +70,11 @@ class RankFile(Config):
     start_ticks: int = 0
     """Start time of the process, in clock ticks since the boot of the host; 0 if the start time is not known."""
     ended: bool = False
-    """Whether the rank exited normally. A rank that was killed or called os._exit leaves no failure record."""
+    """Whether the rank finished normally. A rank without a failure record may also have been killed."""
 
 
 class Host(Config):
-    """Hardware and software of a host, as seen by a rank's Python interpreter. An unknown value is empty."""
+    """Hardware and software of a host, as a rank's Python interpreter sees it. Unknown values are empty or `unknown`."""
 
     name: str
     cores: int = 0
@@ -119,7 +119,7 @@ class Failure(Config):
     step: int
     failed_at: float
     consequence: bool
-    """True when the failure of another rank caused this failure (lost connection or SIGTERM)."""
+    """True when another rank, the launcher or an interrupt caused this failure (e.g. lost connection or SIGTERM)."""
     waiting: bool = False
     """True when the rank was terminated while it waited for other ranks."""
     permanent: bool = Field(default=False, alias="lasting")
@@ -160,7 +160,7 @@ class Metrics(Config):
 
 
 class CaptionSample(Config):
-    """One captioned picture: its row number in the validation shards, its reference text, and the model's caption."""
+    """One captioned picture (or continued text): its row in the validation data, its own text, and the model's text."""
 
     row: int
     image_id: str
@@ -169,7 +169,7 @@ class CaptionSample(Config):
 
 
 class CaptionSamples(Config):
-    """samples/<step>.json: the model's captions of a few validation pictures."""
+    """samples/<step>.json: the model's captions of a few validation pictures, or continuations of validation texts."""
 
     step: int
     samples: tuple[CaptionSample, ...]
@@ -223,7 +223,7 @@ class RunFolder:
 
     @property
     def owner_lock(self) -> Path:
-        """Path of the lock file, whose lock the training process holds. The lock file is never deleted."""
+        """Path of the lock file, whose lock the training process holds. It is deleted only with the run folder."""
         return self.path / "owner.lock"
 
     @property
@@ -255,7 +255,7 @@ class RunFolder:
         """Return the shard folder that run.json names.
 
         The home folder may have been moved or copied after run.json was written. Shards in the home folder of this run
-        are therefore preferred to the absolute path in run.json.
+        are therefore preferred to the path in run.json.
         """
         beside = self.path.parent.parent / "shards" / Path(stored).name
         return beside if beside.is_dir() else self.path / stored
@@ -336,7 +336,7 @@ class RunFolder:
         return Heartbeat(int(step), float(seconds))
 
     def archive_attempt(self) -> None:
-        """Move the files of the last attempt (rank files, logs and failure records) to the folder attempts/N.
+        """Move the files of the last attempt, such as rank files, logs and failure records, to the folder attempts/N.
 
         Checkpoints, metrics and sample captions are not moved, because a restarted run continues with these files.
         """

@@ -110,7 +110,7 @@ def own_run(run: RunFolder, *, may_remove: bool = False) -> Iterator[None]:
 
     Raises:
         UserError: another process owns the run. No file of the run was changed.
-        StageFailed: another host has taken over the run while the block was executing.
+        StageFailed: another process has taken over the run while the block was executing.
     """
     run.path.mkdir(parents=True, exist_ok=True)
     with _host_lock(run):
@@ -290,8 +290,8 @@ def _remove_lease(run: RunFolder, lease: Lease) -> None:
 def _read_lease(run: RunFolder) -> Lease | None:
     """Read the lease, or return None if the file is missing or does not contain a lease.
 
-    On a network file system, a read fails with ESTALE if the owner replaces the file at that moment. The read is then
-    repeated.
+    On a network file system, a read may fail with ESTALE if the owner replaces the file at that moment. The read is
+    then repeated, up to READ_ATTEMPTS reads in total.
     """
     for attempts_left in reversed(range(READ_ATTEMPTS)):
         try:

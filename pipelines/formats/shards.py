@@ -294,6 +294,7 @@ class Shards:
         Raises:
             IndexError: `index` is not in [0, number of rows).
             StageFailed: the file or the row is damaged.
+            UserError: the process has reached its limit of open files.
         """
         return self._read(index, self._decode_row)
 
@@ -346,8 +347,9 @@ class Shards:
         return Row(batch.column("image_id")[offset].as_py(), pixels, _pairs_of(mapped, number, offset))
 
     def texts(self) -> Iterator[str]:
-        """Yield the prompts and texts in row order, without reading pixels. Tokenizers are trained on these prompts and
-        texts.
+        """Yield the texts, and the prompts that are not empty, in row order, without reading pixels.
+
+        Tokenizers are trained on these prompts and texts.
 
         If one row contains the same (prompt, text) pair more than once, the pair is yielded only once.
         """

@@ -10,8 +10,8 @@ class TrainingCode(Config):
 
     Attributes:
         release: release of Lakesight, such as '0.2.0'.
-        digest: hash of the source files that ranks import.
-        files: hash of each source file, by the path of the file in the project.
+        digest: hash of the values in `files`.
+        files: hash of each Python file of the packages `vlm` and `pipelines.worker`, by path in the project.
         commit: git commit, with ` (changed)` if files differ from the commit; empty if the code is not in git.
     """
 

@@ -13,7 +13,9 @@ from pipelines.formats.tables import TEXT_TYPE
 OUTCOME = pa.schema(
     [
         ("source_row", pa.string()),  # <file>#<hash of the row's content>
-        ("payload", pa.string()),  # the whole row as JSON; a sample's payload omits the picture, which is in `image`
+        # The payload is the row as JSON, or as raw text if the row could not be parsed. A sample's payload omits the
+        # picture, which is in `image`.
+        ("payload", pa.string()),
         ("image_id", pa.string()),  # the columns from image_id to fingerprint are null if the row is refused
         ("sha256", pa.string()),
         ("image", pa.binary()),

@@ -22,8 +22,8 @@ def extract_texts(fields: Fields, columns: ColumnNames, max_chars: int) -> list[
     with one prompt per text. Missing texts are left out.
 
     Raises:
-        Refused: with the reason empty_text (all texts are missing), text_too_long, or malformed_record (`to_text` refuses
-            a value, or the number of prompts differs from the number of texts).
+        Refused: with the reason empty_text (all texts are missing), text_too_long, or malformed_record (`to_text`
+            refuses a value, or the number of prompts differs from the number of texts).
     """
     texts = _to_texts(fields.get(columns.text), columns.text)
     asked = fields.get(columns.prompt) if columns.prompt else None

@@ -38,8 +38,8 @@ SURROGATE = re.compile(r"[\ud800-\udfff]")
 def is_missing(value: object) -> bool:
     """Return whether a value is missing.
 
-    A value is missing if it is None, NaN, NaT or pandas' NA, a text or bytes without a visible character, or a list
-    whose elements are all missing.
+    A value is missing if it is None, NaN, NaT or pandas' NA, a text without a visible character, bytes that contain at
+    most white space, or a list whose elements are all missing.
     """
     if value is None:
         return True
@@ -67,8 +67,8 @@ def to_text(value: object, what: str) -> str:
         what: description of the value for the error message, such as "column title".
 
     Raises:
-        Refused: with the reason malformed_record (the value is an infinite number, or not a text, number, date, time or
-            UUID).
+        Refused: with the reason malformed_record (the value is an infinite number, or is not a text, bytes, number,
+            date, time or UUID).
     """
     if is_missing(value):
         return ""
@@ -105,8 +105,8 @@ def normalize_id(value: object) -> str | None:
     The text `7.0` is not changed.
 
     Raises:
-        Refused: with the reason malformed_record (the value is not a text, number, time or UUID, is infinite, has a
-            control character, or is longer than MAX_ID_CHARS).
+        Refused: with the reason malformed_record (`to_text` refuses the value, or the id has a control character or
+            more than MAX_ID_CHARS characters).
     """
     if is_missing(value):
         return None
@@ -117,7 +117,7 @@ def normalize_id(value: object) -> str | None:
         raise Refused("decode", "malformed_record", f"the id has {len(text)} characters, at most {MAX_ID_CHARS}")
     if control := CONTROL.search(text):
         raise Refused("decode", "malformed_record", f"the id has the control character U+{ord(control[0]):04X}")
-    return text or None  # the text is empty if the bytes contain only a byte-order mark
+    return text or None  # the text is empty if the bytes contain, for example, only a byte-order mark
 
 
 def bytes_to_id(value: bytes) -> str:

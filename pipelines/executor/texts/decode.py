@@ -21,7 +21,7 @@ from pipelines.executor.texts.records import TEXT
 OUTCOME = pa.schema(
     [
         ("source_row", pa.string()),  # <file>#<hash of the row's content>
-        ("payload", pa.string()),  # the whole row as JSON; null if the row is a text
+        ("payload", pa.string()),  # the refused row as JSON or raw text; null if the row is a text
         ("text_id", pa.string()),  # the columns from text_id to split are null if the row is refused
         ("sha256", pa.string()),
         ("text", pa.string()),

@@ -37,8 +37,8 @@ def text_records(batches: Iterator[pa.RecordBatch], rows: Rows, max_chars: int) 
     Args:
         batches: batches of the schema FILES.
         rows: unit of text that becomes a row (`document`, `paragraph` or `line`).
-        max_chars: largest length of a row, in characters. A row with more than `max_chars` characters is refused and is
-            not kept in memory.
+        max_chars: largest length of a row, in characters. A row with more than `max_chars` characters is refused, and
+            only its beginning is kept in memory.
     """
     for batch in batches:
         for row in batch.to_pylist():

@@ -34,7 +34,7 @@ class TextScoreJob(Config):
         model_digest: digest of the model, or empty if it is not known.
         remote: whether `model_folder` is on a network drive.
         tokens: path of the token file of the split.
-        threads: torch threads per task.
+        threads: number of torch threads in each Spark task.
     """
 
     model_folder: Path

@@ -21,7 +21,8 @@ class ReplayedRow(Config):
         image_id: id of the picture, as in the table `samples`.
         text: text on which the row is trained at this step.
         tokens: number of target tokens.
-        loss: loss with the weights before the step, in nats per target token; null if the loss is NaN or infinite.
+        loss: loss with the weights before the step, in nats per target token; null if the loss is NaN or infinite, or
+            if there are no target tokens.
     """
 
     image_id: str

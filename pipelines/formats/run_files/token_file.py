@@ -47,7 +47,10 @@ class TokenSummary(Config):
         return self.tokens - self.texts
 
     def windows(self, context: int) -> int:
-        """Return how many windows of `context` positions are needed so that each token is a target exactly once."""
+        """Return the number of windows of `context` positions that cover all tokens, at least 1.
+
+        In these windows, each token except start tokens is a target exactly once.
+        """
         return max(1, -(-(self.tokens - 1) // context))
 
 
@@ -69,7 +72,8 @@ def read_tokens(path: Path) -> tuple[Ids, TokenSummary]:
     """Map a token file into memory, and read its summary.
 
     Raises:
-        StageFailed: the file is damaged.
+        StageFailed: the token file is missing, or its size differs from the summary.
+        UserError: the summary is missing or damaged.
     """
     summary = read_json(path.with_suffix(".json"), TokenSummary)
     size = path.stat().st_size if path.exists() else -1

@@ -34,7 +34,7 @@ def own_run_as_group(run: RunFolder, env: RankEnv) -> Iterator[None]:
     Raises:
         SystemExit: another process owns the run, or rank 0 has ended or did not answer within START_SECONDS. This rank
             has changed no file of the run.
-        StageFailed: another host has taken over the run while the block was executing.
+        StageFailed: another process has taken over the run while the block was executing.
         RuntimeError: the store of torchrun cannot be reached.
     """
     store = _open_store(env) if env.world_size > 1 else None

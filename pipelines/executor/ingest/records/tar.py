@@ -81,7 +81,7 @@ class TarReader:
                 found = self._read_attributes(header)
                 if isinstance(found, str):
                     problem = found
-                elif header.type != tarfile.XGLTYPE:  # in practice, a header for all members (XGLTYPE) contains only comments
+                elif header.type != tarfile.XGLTYPE:  # in practice, such a header for all members has only comments
                     attributes |= found
                 continue
             yield self._member(header, attributes, problem)
