@@ -1,8 +1,8 @@
 """Layout of a run folder, and functions that read and atomically write its files.
 
-The run folder is the only interface between the driver and the ranks. The driver writes the inputs of the ranks, such as
-`run.json`, the launcher's log, and files for later drivers, such as `tracking.json`. Ranks write all other files, and
-`result.json` last. A JSON file is written atomically: it is created under a temporary name and then renamed.
+The run folder is the only interface between the driver and the ranks. The driver writes the inputs of the ranks (such
+as `run.json`), the launcher's log, and files for later drivers (such as `tracking.json`). Ranks write all other files,
+and `result.json` last. A JSON file is written atomically: it is created under a temporary name and then renamed.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class RankFile(Config):
 
 
 class Host(Config):
-    """Hardware and software of a host, as a rank's Python interpreter sees it. Unknown values are empty or `unknown`."""
+    """Hardware and software of a host, as a rank's Python interpreter sees it. A value that is not known is empty."""
 
     name: str
     cores: int = 0
@@ -82,7 +82,7 @@ class Host(Config):
     executable: str = ""
     python: str = ""
     packages: dict[str, str]
-    """Version of each Python distribution by name. The version is empty if the distribution is not installed."""
+    """Version of each Python distribution by name: empty if it is not installed, `unknown` if it has no metadata."""
     cuda: str = ""
     """CUDA version that torch was built with."""
     nccl: str = ""
