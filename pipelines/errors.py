@@ -26,4 +26,4 @@ class FailedWithReport(StageFailed):
 
 
 class TrainingFailed(LakesightError):
-    """Error for a training run that failed. The message names the rank that failed first, its host, and the cause."""
+    """Error for a training run that failed. The message names the rank at fault, its host and the cause, if known."""

@@ -34,7 +34,7 @@ PACKAGES = {
     "tokenizers": "tokenizers",
     "torch": "torch",
 }
-"""Names of the Python distributions that a rank imports, each with the name of one of its modules."""
+"""Names of the Python distributions that a rank needs, each with the name of one of its modules."""
 
 SOURCES = ("vlm", "pipelines/worker")
 """Packages whose sources are hashed as the training code."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 PROCESS_LIMIT = 2
-"""The process is killed when the user CPU time of the block exceeds this factor times the time limit, and also
+"""The process is killed when the block has used this factor times the time limit in user CPU time, but not before
 MIN_PROCESS_SECONDS."""
 MIN_PROCESS_SECONDS = 1.0
 

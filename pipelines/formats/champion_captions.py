@@ -87,7 +87,7 @@ SELECT {columns} FROM (
   one.
 - `seen`: `newest_sha256` is the SHA-256 of the picture that a job of any model has read last. Captions of earlier
   pictures are left out, because the caption of an earlier picture is wrong for the present picture. A row of Lakesight
-  0.1.0 is left out too if columns are named only in rows that have the same id and other pictures.
+  0.1.0 is left out too if other rows with its id name columns, but no row with the same picture does.
 """
 
 

@@ -10,7 +10,7 @@ class TrainingCode(Config):
 
     Attributes:
         release: release of Lakesight, such as '0.2.0'.
-        digest: hash of the values in `files`.
+        digest: hash of the paths and hashes in `files`.
         files: hash of each Python file of the packages `vlm` and `pipelines.worker`, by path in the project.
         commit: git commit, with ` (changed)` if files differ from the commit; empty if the code is not in git.
     """

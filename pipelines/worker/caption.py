@@ -24,7 +24,7 @@ from vlm.precision import set_precision
 
 @functools.lru_cache(maxsize=1)
 def load_captioner(folder: str, precision: Precision = Precision.FP32) -> Captioner:
-    """Load the model in a folder, on a GPU if the host has a GPU. The process keeps the last loaded model in a cache.
+    """Load the model in a folder, on a GPU if the host has a GPU. The process keeps the last loaded model in memory.
 
     On a CPU, the weights are mapped from the file if `needs_conversion` is false. If the weights need a conversion, the
     converted weights are in the memory of this process alone.

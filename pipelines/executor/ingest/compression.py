@@ -42,14 +42,14 @@ CHUNK = 1 << 20
 
 
 def compression_of(start: bytes) -> str | None:
-    """Return the compression of a file that begins with the bytes `start`, or None if there is no pattern for it."""
+    """Return the compression of a file that begins with the bytes `start`, or None if no pattern in MAGIC fits."""
     if start[1:4] == SKIPPABLE_FRAME and 0x50 <= start[0] <= 0x5F:
         return "zstd"
     return next((name for name, magic in MAGIC.items() if re.match(magic, start)), None)
 
 
 def archive_of(start: bytes) -> str | None:
-    """Return the kind of archive of a file that begins with the bytes `start`, or None if there is no signature."""
+    """Return the kind of archive of a file that begins with the bytes `start`, or None if no signature fits."""
     return next((name for (at, magic), name in ARCHIVES.items() if start.startswith(magic, at)), None)
 
 

@@ -25,7 +25,7 @@ CONTROL = regex.compile(r"[\p{Cc}\p{Zl}\p{Zp}]")
 INVISIBLE = regex.compile(r"[\s\p{Cc}\p{Default_Ignorable_Code_Point}]*")
 """Pattern of a text without visible characters.
 
-The characters with the Unicode property `Default_Ignorable`, such as the zero-width space, are not visible.
+The characters with the Unicode property `Default_Ignorable_Code_Point`, such as the zero-width space, are not visible.
 """
 SPACES = (
     "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"

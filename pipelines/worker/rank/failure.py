@@ -100,8 +100,8 @@ class RankMonitor:
         Args:
             run: run folder.
             rank: number of the rank.
-            launcher: process id of the launcher, which must be the parent of this process; 0 if the process id is not
-                known, then the present parent counts as the launcher.
+            launcher: process id of the launcher, which must be the parent of this process. If the number is 0, the
+                present parent counts as the launcher.
         """
         self.step = 0
         """Number of steps that the run has taken, which is written into the failure record."""

@@ -60,7 +60,7 @@ def own_run_as_group(run: RunFolder, env: RankEnv) -> Iterator[None]:
 def _open_store(env: RankEnv) -> Store:
     """Connect to the store of torchrun. With another launcher, rank 0 opens the store in its own process.
 
-    The process group uses the same store. If rank 0 has opened the store, the store must stay open until then.
+    The process group later connects to the same store, so the caller must keep the store open.
     """
     from torch.distributed.rendezvous import rendezvous
 
@@ -71,7 +71,10 @@ def _open_store(env: RankEnv) -> Store:
 
 
 def _wait_for_rank_0(store: Store, key: str) -> str:
-    """Wait until rank 0 has written whether it owns the run. If rank 0 or the store has ended, return REFUSED."""
+    """Wait until rank 0 has written whether it owns the run, and return the answer.
+
+    Return REFUSED after START_SECONDS, or if rank 0 or the store has ended.
+    """
     try:
         return store.get(key).decode()
     except RuntimeError:

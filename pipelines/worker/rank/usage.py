@@ -44,7 +44,7 @@ def measure_usage(device: torch.device) -> dict[str, float]:
 def _gpu_utilisation(device: torch.device) -> float | None:
     """Read the utilisation of a GPU.
 
-    Return None if nvidia-ml-py is not installed, or if the GPU is a MIG partition, which reports no value.
+    Return None if nvidia-ml-py is not installed, or if the GPU reports no value, as a MIG partition does.
     """
     if find_spec("pynvml"):
         from pynvml import NVMLError  # type: ignore[import-not-found]

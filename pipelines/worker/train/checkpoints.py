@@ -4,8 +4,9 @@ The training loop waits only until its tensors are copied and until the previous
 most one copy of the tensors is in memory. An error in the thread is raised in the rank at its next step, because a run
 that cannot write checkpoints must fail.
 
-The newest `train.keep_checkpoints` checkpoints, the best checkpoint by `train.best_by`, and the checkpoint of the step
-in `train.register` are kept. The metrics are read from the metric files, so a restarted run keeps the same checkpoints.
+The newest `train.keep_checkpoints` checkpoints, the best checkpoint by `train.best_by` and, if `train.register` is a
+step, the checkpoint of this step are kept. The metrics are read from the metric files, so a restarted run keeps the
+same checkpoints.
 """
 
 from __future__ import annotations
@@ -186,9 +187,9 @@ class MetricHistory:
 def find_common_checkpoint(run: RunFolder, rank: int, device: torch.device) -> Path | None:
     """Return the newest intact checkpoint, from which all ranks resume, or None if the run has no checkpoint yet.
 
-    This function is a collective: every rank must call it. Rank 0 removes the files of checkpoints that were never
-    finished, and verifies the SHA-256 of all files of a checkpoint, newest checkpoint first. If a checkpoint is intact,
-    rank 0 renames the damaged checkpoints that are newer.
+    This function is a collective: every rank must call it. Rank 0 first removes the files of checkpoints that were
+    never finished. Then rank 0 verifies the SHA-256 of the files of the checkpoints, newest checkpoint first, until a
+    checkpoint is intact, and renames the damaged checkpoints that are newer.
 
     Raises:
         CheckpointError: all checkpoints of the run are damaged.
@@ -219,7 +220,7 @@ def _newest_intact(run: RunFolder) -> Path | None:
         try:
             verify_folder(folder)
         except CheckpointError as error:
-            log.warning("%s The checkpoint is renamed, and an earlier checkpoint is tried.", error)
+            log.warning("%s An earlier checkpoint is tried, if there is one.", error)
             problems.append(f"{folder.name}: {error.got}")
             continue
         for damaged in finished[finished.index(folder) + 1 :]:

@@ -95,7 +95,7 @@ class Trainer:
 
     @classmethod
     def build(cls, run: RunFolder, file: RunFile, env: RankEnv, monitor: RankMonitor, device: torch.device) -> Trainer:
-        """Build the trainer. Its weights are from the last checkpoint, `train.start_from` or the seed, on all ranks."""
+        """Build the trainer of a rank. All ranks get the same model: a new model, or the model of a checkpoint."""
         divide_cores(check_group(run, device))
         checkpoint = find_common_checkpoint(run, env.rank, device)
         if checkpoint:

@@ -1,7 +1,8 @@
 """Parser of folder sources: pictures in a folder, and a captions file whose rows contain the paths of the pictures.
 
-A row whose picture file is missing or too large is refused. Any other disk error fails the Spark task, and Spark
-retries the task. Without a retry, a network drive that is offline for a minute would fill the table `quarantine`.
+A row whose picture file is missing, not readable or too large is refused. An error that may be a fault of the machine
+fails the Spark task, and Spark retries the task. Without a retry, a network drive that is offline for a minute would
+fill the table `quarantine`.
 """
 
 from __future__ import annotations

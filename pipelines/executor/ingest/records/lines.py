@@ -182,8 +182,9 @@ def _skip_line(file: IO[bytes], separator: bytes) -> int:
 def split_stream(file: IO[bytes], separator: bytes, limit: int) -> Iterator[bytes | LongLine]:
     """Split a stream at a separator, with at most `limit` bytes and a few chunks in memory.
 
-    A line that is longer than the limit is read, but not kept in memory. The line end may change in the middle of a
-    file. A line that is too long is therefore also split at the other line end (carriage return or line feed).
+    Of a line that is longer than the limit, only the first KEPT_BYTES bytes are kept in memory. The line end may change
+    in the middle of a file. A line that is too long is therefore also split at the other line end (carriage return or
+    line feed).
     """
     line = _PendingLine(_other_end(separator), limit)
     read1 = getattr(file, "read1", file.read)

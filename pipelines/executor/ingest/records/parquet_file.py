@@ -98,7 +98,7 @@ class ParquetColumns:
         return [group for group, begin in enumerate(begins) if start <= begin < end]
 
     def arrays(self, group: int, position: int, parts: Sequence[str] = ()) -> Iterator[pa.Array]:
-        """Read a column of a row group.
+        """Yield the values of a column of a row group, in batches.
 
         Args:
             group: number of the row group, from 0.

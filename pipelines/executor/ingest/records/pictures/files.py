@@ -49,7 +49,7 @@ def find_file(folder: str, name: str) -> PictureFile | Problem:
         name: relative path, absolute path, or URI that begins with `file:` or `dbfs:`.
 
     Returns:
-        The file, or a problem if there is no such file below the folder.
+        The file, or a problem if there is no such file below the folder, or if the file is not readable.
 
     Raises:
         OSError: the machine has a fault, for example because a network drive does not answer.
