@@ -1,9 +1,9 @@
 """Functions that merge new texts of a picture, from the rows of an ingest, with its texts in the table `samples`.
 
 Several people may write the same caption for a picture. The number of repeats of a caption changes the scores of an
-evaluation, and determines how often training shows the caption. However, an ingest that runs twice must not add its
-texts twice. After the merge, the number of repeats of a text is therefore the larger of two numbers: its repeats in
-`samples` and its repeats in the ingest.
+evaluation, and determines how often training shows the caption (unless `data.text_weights` is `uniform`). However, an
+ingest that runs twice must not add its texts twice. After the merge, the number of repeats of a text is therefore the
+larger of two numbers: its repeats in `samples` and its repeats in the ingest.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.total = 0.0
-        """Total time of all training steps so far, in seconds."""
+        """Total time of all training steps that this process has taken so far, in seconds."""
         self._seconds, self._samples, self._tokens, self._waited = 0.0, 0, 0, 0.0
         self._resumed = time.perf_counter()
 

@@ -29,7 +29,8 @@ MAX_MEMBERS = 1_000
 MAX_KEYS = 200_000
 """Largest number of keys that are remembered, to detect rows whose members are not consecutive in the tar."""
 SIDE_BYTES = 16 * 2**20
-"""Largest total size of all members of a row except pictures, in bytes. Members beyond this size are not stored."""
+"""Largest total size of all members of a row except pictures, in bytes. Of a member beyond this size, only the size and
+the SHA-256 are stored."""
 
 
 class _Limits(NamedTuple):

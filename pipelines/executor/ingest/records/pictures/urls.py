@@ -121,7 +121,7 @@ def _server(url: str) -> tuple[str, str]:
 
 
 def _in_time(fetch: Callable[[float], bytes | Problem]) -> bytes | Problem:
-    """Call a function in a separate thread, and wait no longer than the time limit.
+    """Call a function in a separate thread. Return a Problem if the function takes longer than READ_SECONDS.
 
     The thread is necessary because no client library limits the total time of a request. The function receives the
     deadline as its argument. The thread may continue to run after this call, until the deadline or the end of its
