@@ -65,7 +65,7 @@ def end_group(leader: subprocess.Popen[bytes], seconds: float = 5.0) -> None:
 def start_ticks(pid: int) -> int:
     """Return the start time of a process in clock ticks since the boot.
 
-    Return 0 if no process has this id, or if the system is not Linux.
+    Return 0 if the start time cannot be read, for example because the system is not Linux.
 
     The system may reuse a process id after the process has ended, but not with the same start time.
     """

@@ -26,8 +26,8 @@ A picture encoder adds noise to cells of equal brightness, but the noise causes 
 MAX_DIFFERING_BITS = 3
 """Largest number of hash bits in which near duplicates differ.
 
-The driver's search for candidate pairs finds all pairs within this limit. If you raise this limit, change the search
-too.
+The driver's search for candidate pairs finds all pairs within this limit, except pictures that resemble very many
+pictures (see `driver/delta/near_pairs.py`). If you raise this limit, change the search too.
 """
 MAX_COLOUR_DIFFERENCE = 12
 """Largest difference between the mean colours of a cell in two near duplicates, in levels of 0 to 255."""

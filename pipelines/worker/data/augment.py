@@ -1,7 +1,7 @@
 """Random augmentation of training pictures: crop, flips, rotation, brightness, contrast, saturation and erasing.
 
 The random numbers for a row depend only on (seed, epoch, row). The augmentation is therefore the same for any number of
-ranks and loader threads, and after a restart. Pillow computes the augmentation and releases the GIL. Brightness,
+ranks and loader threads, and after a restart. Pillow changes the pixels, and releases the GIL meanwhile. Brightness,
 contrast and saturation are combined into one matrix, so pixel values are rounded and clipped only once.
 
 A picture is augmented only in ways that keep its text true. For example, a picture is not flipped if its text contains

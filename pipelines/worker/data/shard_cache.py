@@ -5,7 +5,7 @@ before the first step. A rank therefore reads rows from the original file until 
 thread in each rank copies files. A lock lets only one rank of a host copy a file at a time. Each file is therefore
 copied once, and most of the network bandwidth remains for reading rows.
 
-A copy is named by the SHA-256 of the file. A copy gets this name only after the content of the copy has been
+A copy is named after the SHA-256 of the file. A copy gets this name only after the content of the copy has been
 verified. A killed process leaves no lock, and the next process that starts removes the incomplete `.part` file.
 
 If the disk space is needed, copies that belong to other runs are removed, least recently used copies first. A process

@@ -64,7 +64,7 @@ def require_readable(root: str) -> None:
 
 
 def read_url(root: str, name: str, max_bytes: int) -> bytes | Problem:
-    """Read a picture below a root URL, given the name in a row. Return a Problem if the picture cannot be read in time.
+    """Read a picture below a root URL, given the name in a row. Return a Problem if the picture cannot be read.
 
     Args:
         root: root URL of all pictures.
@@ -72,7 +72,7 @@ def read_url(root: str, name: str, max_bytes: int) -> bytes | Problem:
         max_bytes: largest size of a picture, in bytes.
 
     Raises:
-        OSError: the server cannot be reached, so Spark has to retry the task.
+        OSError: the server cannot be reached, so Spark has to retry the task. A timeout is a Problem and no OSError.
     """
     paths = _paths_below(root, name)
     if isinstance(paths, Problem):
