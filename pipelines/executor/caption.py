@@ -206,11 +206,15 @@ def _is_unchanged(known: Known, picture: DecodedPicture) -> bool:
     """Return whether a picture is the same as when it was last captioned.
 
     A row without a picture, for example with a null or with the path of a missing file, has no SHA-256. Such a row is
-    unchanged if it has the same error as before. An error that may end by itself is never unchanged.
+    unchanged if it has the same error as before. A row whose picture still cannot be read is unchanged even if the text
+    of the error differs, because servers fail in several ways. Otherwise, a few pictures that can never be read would
+    be all rows of a night without new pictures, and would exceed every limit on the share of errors.
     """
     if picture.sha256 is not None:
         return picture.sha256 == known.sha256
-    return picture.error is not None and picture.error == known.error and not picture.error.startswith(UNREADABLE)
+    if picture.error is None or known.error is None:
+        return False
+    return picture.error == known.error or (picture.error.startswith(UNREADABLE) and known.error.startswith(UNREADABLE))
 
 
 def _count(result: CaptionResult, picture: DecodedPicture, *, changed: bool) -> CaptionStats:

@@ -27,6 +27,7 @@ from pipelines.driver.caption.run import (
 from pipelines.driver.caption.source_table import hash_columns
 from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import UserError
+from pipelines.executor.caption import UNREADABLE
 from pipelines.executor.ingest.storage import is_url
 from pipelines.formats.caption_stats import CaptionStats
 from pipelines.formats.delta_files import open_delta, query, quoted_text
@@ -133,6 +134,8 @@ def _count_captioned_rows(
 ) -> int | None:
     """Return the number of rows of a table, or None if a row may lack a caption (or an error) for its current picture.
 
+    A row whose picture could not be read (UNREADABLE) may lack a caption, because the picture may be readable now.
+
     Delta never changes a data file, and each caption has the identity of the data file from which its picture was read.
     Therefore, if a data file has as many captions as rows, each of its rows has a caption. If two rows have the same
     id, they share one caption, so one of their data files has fewer captions than rows.
@@ -142,7 +145,8 @@ def _count_captioned_rows(
     of_model = f"(model_digest = {quoted_text(model.digest)} OR {of_run})" if model.digest else f"({of_run})"
     sql = f"""
     SELECT source_file, COUNT(DISTINCT image_id) AS num_rows FROM captions
-    WHERE source_file IS NOT NULL AND {condition} AND {of_model} GROUP BY source_file
+    WHERE source_file IS NOT NULL AND COALESCE(error NOT LIKE '{UNREADABLE}%', TRUE) AND {condition} AND {of_model}
+    GROUP BY source_file
     """  # noqa: S608 the values are quoted literals
     found = query({"captions": captions}, sql).read_all()
     captioned = dict(zip(found["source_file"].to_pylist(), found["num_rows"].to_pylist(), strict=True))

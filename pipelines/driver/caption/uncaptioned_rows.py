@@ -13,6 +13,7 @@ from pipelines.driver.caption.source_table import SourceTable
 from pipelines.driver.delta.model_rows import is_of_model
 from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import UserError
+from pipelines.executor.caption import UNREADABLE
 from pipelines.formats.tables import GENERATED_CAPTIONS
 from pipelines.platform import Platform
 
@@ -45,7 +46,8 @@ def find_uncaptioned_rows(
     """Return rows that may need a caption, and row counts.
 
     A row may need a caption if it has none, or if its caption was made from another data file or from other columns.
-    With `retry_errors`, a row with an error counts as a row without a caption. If a condition selects the rows, another
+    A row whose picture could not be read (UNREADABLE) may need one, because the picture may be readable now. With
+    `retry_errors`, a row with an error counts as a row without a caption. If a condition selects the rows, another
     row of the table may have the same id, and the caption may belong to that row, even if both rows are in one data
     file. A row whose id occurs several times in the table may therefore need a caption, too. The columns `known` and
     `known_error` have the SHA-256 and the error that the row's picture had when it was last captioned.
@@ -64,6 +66,7 @@ def find_uncaptioned_rows(
         marked = marked.join(repeated.select("image_id", F.lit(True).alias("is_repeated")), "image_id", "left")
         is_repeated = F.coalesce("is_repeated", F.lit(False))
     may_differ = is_repeated | ~F.col("captioned_from").eqNullSafe(F.col("source_file"))
+    may_differ |= F.coalesce(F.col("known_error").startswith(UNREADABLE), F.lit(False))
     marked = marked.withColumn("may_differ", F.coalesce(F.col("is_done") & may_differ, F.lit(False)))
     counts = marked.agg(
         F.count("*").alias("rows"),

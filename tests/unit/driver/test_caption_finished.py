@@ -103,6 +103,13 @@ def test_appending_rows_and_captioning_only_these_rows_leaves_nothing_to_do(shop
     assert (found.considered, found.source_version) == (4, 1)
 
 
+def test_a_row_whose_picture_could_not_be_read_is_not_finished(shop: Shop) -> None:
+    shop.write({"id": [4, 5], "photo": [b"d", b"e"]})
+    shop.caption([4], 1)
+    shop.caption([5], 1, caption=None, error="unreadable_file: https://cdn.example.org/e.png: status 503")
+    assert shop.find() is None
+
+
 def leave_file(shop: Shop) -> None:
     *_, key = caption_key(shop.model, shop.request(), shop.request().source_table)
     folder = pending_folder(shop.platform, key)
