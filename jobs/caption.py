@@ -145,6 +145,8 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
         )
     except TooManyErrors as error:
         done, failure = error.report, error
+    if which == "champion":
+        _record_other_promotion(job, model)
     report = check_drift(job, done, model, caption_request)
     _print_report(job, report)
     drifted = {name: drift for name, drift in report.drift.items() if drift.beyond}
@@ -159,6 +161,25 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
         failure.report = report
         raise failure
     return report
+
+
+def _record_other_promotion(job: Job, champion: ModelFiles) -> None:
+    """Record the champion that has captioned the table, if table `decisions` names another champion.
+
+    A promotion in another home folder, or on the page of the registry, leaves no row in table `decisions`. Without this
+    row, the view `champion_captions` in a catalog would show the captions of the earlier champion for ever. The
+    registry is asked again, because a rollback may have ended while the job ran.
+    """
+    from jobs.decisions import record_champion
+    from pipelines.driver.evaluate.decisions import recorded_champion
+
+    if recorded_champion(lambda: job.spark, job.platform, champion.name) == (champion.version, champion.digest):
+        return
+    from pipelines.tracking.aliases import find_champion
+
+    present = find_champion(job.platform, champion.name)
+    if present is not None and present.version == champion.version:
+        record_champion(job, present)
 
 
 class TooMuchDrift(FailedWithReport):

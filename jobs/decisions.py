@@ -87,3 +87,27 @@ def record(
         reasons=reasons,
         figures=figures,
     )
+
+
+def record_champion(job: Job, champion: ModelVersion) -> None:
+    """If table `decisions` has a different champion than the registry, record the champion of the registry.
+
+    An earlier promotion or rollback may have been recorded but not carried out, because the command was killed or the
+    registry did not answer. The home folder may also use another registry than before, whose champion has the same
+    number but other files. The view `champion_captions` would then show captions of a version that is not the champion.
+    """
+    from pipelines.driver.evaluate.decisions import recorded_champion
+
+    recorded = recorded_champion(lambda: job.spark, job.platform, champion.name)
+    if recorded != (champion.version, digest_of(job, champion)):
+        reason = "this version is the champion in the registry, but the last recorded decision names another version"
+        if recorded and recorded[0] == champion.version:
+            reason = f"{reason} with this number" if recorded[1] else "the last recorded decision has no digest"
+        record(job, champion.version, "promote", champion=champion, reasons=[reason])
+
+
+def digest_of(job: Job, version: ModelVersion) -> str:
+    """Return the digest of a version's files. The files of a version that Lakesight 0.1.0 registered are downloaded."""
+    from pipelines.tracking.home_store.copied_version import DIGEST_TAG
+
+    return version.tags.get(DIGEST_TAG) or open_model(job, version.version).digest

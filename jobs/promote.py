@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
-from jobs.decisions import record
+from jobs.decisions import digest_of, record, record_champion
 from jobs.endpoint import print_served_version
 from jobs.evaluate import CheckpointOption, VersionOption, choose_version, evaluate_version, open_model, open_split
 from jobs.job_run import JobRunOption
@@ -124,7 +124,7 @@ def run_promote(job: Job, which: str, *, by_number: bool = False) -> PromotionRe
     label = f"{version.name} version {version.version}"
     _require_own_settings(job, version)
     if champion and champion.version == version.version:
-        _record_champion(job, version)
+        record_champion(job, version)
         job.output.line("promote", f"{label} is already the champion")
         return PromotionReport(model_name=version.name, model_version=version.version, already=True, found={})
     if not by_number and (rollback := _find_rollback(job, version)):
@@ -173,23 +173,6 @@ def _require_own_settings(job: Job, version: ModelVersion) -> None:
         require_settings_of_version(job, model.read_config(), f"{model.name}/{model.version}")
 
 
-def _record_champion(job: Job, champion: ModelVersion) -> None:
-    """If table `decisions` has a different champion than the registry, record the champion of the registry.
-
-    An earlier promotion or rollback may have been recorded but not carried out, because the command was killed or the
-    registry did not answer. The home folder may also use another registry than before, whose champion has the same
-    number but other files. The view `champion_captions` would then show captions of a version that is not the champion.
-    """
-    from pipelines.driver.evaluate.decisions import recorded_champion
-
-    recorded = recorded_champion(lambda: job.spark, job.platform, champion.name)
-    if recorded != (champion.version, _digest(job, champion)):
-        reason = "this version is the champion in the registry, but the last recorded decision names another version"
-        if recorded and recorded[0] == champion.version:
-            reason = f"{reason} with this number" if recorded[1] else "the last recorded decision has no digest"
-        record(job, champion.version, "promote", champion=champion, reasons=[reason])
-
-
 def _keep_rollback(
     job: Job, version: ModelVersion, champion: ModelVersion | None, rollback: Mapping[str, Any]
 ) -> PromotionReport:
@@ -226,15 +209,8 @@ def _find_rollback(job: Job, version: ModelVersion) -> dict[str, Any] | None:
     from pipelines.driver.evaluate.decisions import find_rollback
 
     return find_rollback(
-        lambda: job.spark, job.platform, model=version.name, version=version.version, digest=_digest(job, version)
+        lambda: job.spark, job.platform, model=version.name, version=version.version, digest=digest_of(job, version)
     )
-
-
-def _digest(job: Job, version: ModelVersion) -> str:
-    """Return the digest of a version's files. The files of a version that Lakesight 0.1.0 registered are downloaded."""
-    from pipelines.tracking.home_store.copied_version import DIGEST_TAG
-
-    return version.tags.get(DIGEST_TAG) or open_model(job, version.version).digest
 
 
 def check_gate(job: Job, version: ModelVersion, champion: ModelVersion | None) -> GateResult:

@@ -190,7 +190,7 @@ def champion_captions(job: Job) -> Relation:
 
     Raises:
         UserError: a table does not exist, or lacks a column because an earlier Lakesight version wrote the table. The
-            error is also raised if only the registry knows the champion, and the registry cannot be asked.
+            error is also raised if the registry, which knows the champions, does not answer.
     """
     from pipelines.formats.champion_captions import TABLES as VIEW_TABLES
     from pipelines.formats.champion_captions import select
@@ -205,34 +205,42 @@ def champion_captions(job: Job) -> Relation:
             got=f"no column {', '.join(missing)}",
             fix=f"run `{job.command('maintain')}` once, which adds the columns and changes no row",
         )
-    return Relation(tables, f"({select(champions=_promoted_elsewhere(job, tables))}) AS shown")
+    return Relation(tables, f"({select(champions=_registered_champions(job, tables))}) AS shown")
 
 
-def _promoted_elsewhere(job: Job, tables: Mapping[str, DeltaTable]) -> dict[str, tuple[str, str | None]]:
-    """Look up the champions of captioned models of which no version was ever promoted in this home folder.
+def _registered_champions(job: Job, tables: Mapping[str, DeltaTable]) -> dict[str, tuple[str, str | None]]:
+    """Look up the champion of each captioned model in the model registry, which `lakesight caption` also asks.
 
-    Table `decisions` records only the promotions in this home folder, so this function asks the model registry for the
-    champions of all other models. The result is a dict from the name of a model to number and digest of its champion.
-    The digest is None for a version that Lakesight 0.1.0 registered. A model without a champion is left out.
+    Table `decisions` does not record promotions in other home folders. The result is a dict from the name of a model to
+    number and digest of its champion. The digest is None for a version that Lakesight 0.1.0 registered. A model without
+    a champion in the registry is left out, and a warning is logged.
 
     Raises:
-        UserError: the registry does not answer or cannot be used. Without an answer, the captions of the champion would
-            look like captions of a model without a champion, and an export would leave them out.
+        UserError: the registry does not answer or cannot be used. Without an answer, an export could replace captions
+            of the champion by captions of an earlier champion.
     """
     from pipelines.formats.delta_files import query
+    from pipelines.tracking.home_store.copied_version import DIGEST_TAG, find_stored_version, has_no_registry
 
-    sql = (
-        f"SELECT DISTINCT model_name FROM {GENERATED_CAPTIONS.name} WHERE model_name NOT IN "  # noqa: S608
-        f"(SELECT model_name FROM {DECISIONS.name} WHERE action IN ('promote', 'rollback'))"
-    )
-    found = {}
+    if has_no_registry(job.platform):
+        return {}
+    sql = f"SELECT DISTINCT model_name FROM {GENERATED_CAPTIONS.name}"  # noqa: S608 the name is a constant
+    found: dict[str, tuple[str, str | None]] = {}
     for name in query(tables, sql).read_all()["model_name"].to_pylist():
-        from pipelines.tracking.home_store.copied_version import DIGEST_TAG
+        stored = find_stored_version(job.platform, name, "champion")
+        if stored is not None:
+            found[name] = (stored[0].number, stored[1])
+            continue
         from pipelines.tracking.registry import CHAMPION, VersionNotFound, resolve
 
         try:
             champion = resolve(job.platform, name, CHAMPION)
             found[name] = (champion.version, champion.tags.get(DIGEST_TAG))
         except VersionNotFound as error:
-            logger.warning("the captions of model %s are not shown: %s", name, error)
+            logger.warning(
+                "model %s has no champion in the registry, so its captions are shown only if table decisions names a "
+                "champion: %s",
+                name,
+                error,
+            )
     return found

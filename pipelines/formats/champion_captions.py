@@ -20,7 +20,7 @@ COLUMNS = {
     "caption": "Caption by the champion, or the correction that a person has written",
     "prompt": "Question about the picture; empty for a plain caption",
     "model_name": "Name of the registered model",
-    "model_version": "Version that became champion with the newest promotion or rollback in table decisions",
+    "model_version": "Version that is the champion of the model",
     "mean_logprob": "Mean log-probability of the generated tokens",
     "verdict": "Verdict of a reviewer: good or corrected; null if nobody has reviewed the caption",
     "sha256": "SHA-256 of the captioned picture",
@@ -66,7 +66,7 @@ SELECT {columns} FROM (
   JOIN (
     SELECT model_name, model_version, model_digest,
       ROW_NUMBER() OVER (PARTITION BY model_name ORDER BY decided_at DESC, decision_id) AS age
-    FROM {decisions} WHERE action IN ('promote', 'rollback'){others}
+    FROM {decisions} WHERE action IN ('promote', 'rollback'){known}{others}
   ) AS champions
     ON champions.age = 1 AND captions.model_name = champions.model_name
     AND captions.model_version = champions.model_version
@@ -96,13 +96,16 @@ def select(prefix: str = "", champions: Mapping[str, tuple[str, str | None]] | N
 
     Args:
         prefix: text before the names of the tables, such as `schema.`.
-        champions: version and digest of each champion, by name of the model, for models without a champion in the
-            table `decisions`. The digest is None if it is unknown; the version then counts whatever its digest is.
+        champions: version and digest of each champion that the registry knows, by name of the model. For these models,
+            the table `decisions` is ignored. The digest is None if it is unknown; the version then counts whatever its
+            digest is.
     """
+    registered = ", ".join(map(quoted_text, champions or {}))
+    known = f"\n      AND model_name NOT IN ({registered})" if registered else ""
     others = "".join(
         f"\n    UNION ALL SELECT {quoted_text(name)}, {quoted_text(version)}, "
         f"{quoted_text(digest) if digest else 'CAST(NULL AS VARCHAR)'}, 1"
         for name, (version, digest) in (champions or {}).items()
     )
     names = {name: f"{prefix}{name}" for name in TABLES}
-    return _SELECT.format(columns=", ".join(COLUMNS), others=others, **names).strip()
+    return _SELECT.format(columns=", ".join(COLUMNS), known=known, others=others, **names).strip()

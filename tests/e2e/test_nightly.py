@@ -27,6 +27,7 @@ from trained_models import register
 from pipelines.driver.evaluate.decisions import record_decision
 from pipelines.tracking.aliases import promote
 from pipelines.tracking.download import download
+from pipelines.tracking.server import connect
 from vlm import text
 from vlm.factory import build_model
 
@@ -154,6 +155,31 @@ def test_a_job_with_an_empty_home_folder_captions_with_the_champion_of_the_track
     exported = [*next(words for words in commands() if "champion_captions" in words), "--json"]
     shown = run(folder, exported, LAKESIGHT_HOME=str(folder / "elsewhere"), MLFLOW_TRACKING_URI=server)
     assert json.loads(shown.stdout)["num_rows"] == ROWS, shown.stderr
+
+
+def test_the_view_shows_the_champion_of_the_registry_although_this_home_folder_has_promoted_another_version(
+    folder: Path,
+) -> None:
+    if not (folder / "shop" / "products").exists():
+        assert run(folder, [sys.executable, "to_delta.py"]).returncode == 0
+    promote_versions(folder, "coast", 2)
+    caption = next(words for words in commands() if words[1] == "caption" and "shop/products" in words)
+    caption = [word.replace("birds", "coast") for word in caption]
+    assert run(folder, caption).returncode == 0
+    with pytest.MonkeyPatch.context() as patch:
+        client = connect(open_local(patch, folder / ".lakesight"))
+        newest = client.get_registered_model("coast").aliases["champion"]
+        promoted_elsewhere = str(int(newest) - 1)
+        client.set_registered_model_alias("coast", "champion", promoted_elsewhere)
+    show = ["lakesight", "show", "champion_captions", "--where", "model_name = 'coast'", "--rows", "0", "--json"]
+    show += ["--output", "coast.parquet"]
+    assert json.loads(run(folder, show).stdout)["num_rows"] == 0, "the champion has captioned nothing yet"
+    assert run(folder, caption).returncode == 0
+    assert json.loads(run(folder, show).stdout)["num_rows"] == ROWS
+    assert set(pq.read_table(folder / "coast.parquet")["model_version"].to_pylist()) == {promoted_elsewhere}
+    decisions = json.loads(run(folder, ["lakesight", "decisions", "--run", "coast", "--json"]).stdout)["decisions"]
+    assert decisions[-1]["model_version"] == promoted_elsewhere
+    assert "the last recorded decision names another version" in decisions[-1]["reasons"][0]
 
 
 def test_a_replaced_picture_file_is_captioned_again_only_after_its_row_was_written_again(folder: Path) -> None:

@@ -105,23 +105,42 @@ def find_copied_version(platform: Platform, model: str, which: str) -> CopiedVer
         model: full name of the registered model.
         which: version number, alias or `latest`.
     """
-    file = store_file(platform)
-    if not {platform.tracking_uri, platform.registry_uri} <= store_uris(platform) or not file.is_file():
-        return None
-    try:
-        with open_store(file, "ro") as store:
-            found = _read_version(store, model, which)
-    except sqlite3.Error as error:
-        logger.info(
-            "MLflow looks up version %s of %s, because its store cannot be read directly: %s", which, model, error
-        )
-        return None
+    found = find_stored_version(platform, model, which)
     if found is None:
         return None
     version, digest = found
     folder = copy_folder(platform, model, version)
     copy = check_registered_copy(folder, digest)
     return CopiedVersion(version.number, version.run_id, folder, copy.digest) if copy else None
+
+
+def has_no_registry(platform: Platform) -> bool:
+    """Return whether the registry is the store of the home folder, and this store does not exist yet."""
+    return platform.registry_uri in store_uris(platform) and not store_file(platform).is_file()
+
+
+def find_stored_version(platform: Platform, model: str, which: str) -> tuple[StoredVersion, str | None] | None:
+    """Look up a model version and the digest in its tags in the store of the home folder.
+
+    Return None if MLflow must look up the version: the registry is not the store of the home folder, the store cannot
+    be read, or the version does not exist. The digest is None for a version that Lakesight 0.1.0 registered.
+
+    Args:
+        platform: platform whose registry is used.
+        model: full name of the registered model.
+        which: version number, alias or `latest`.
+    """
+    file = store_file(platform)
+    if not {platform.tracking_uri, platform.registry_uri} <= store_uris(platform) or not file.is_file():
+        return None
+    try:
+        with open_store(file, "ro") as store:
+            return _read_version(store, model, which)
+    except sqlite3.Error as error:
+        logger.info(
+            "MLflow looks up version %s of %s, because its store cannot be read directly: %s", which, model, error
+        )
+        return None
 
 
 def _read_version(store: sqlite3.Connection, model: str, which: str) -> tuple[StoredVersion, str | None] | None:

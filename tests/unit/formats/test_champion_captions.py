@@ -90,6 +90,13 @@ def test_the_view_champion_captions_shows_captions_of_a_champion_without_a_recor
     assert sorted((row["model_name"], row["caption"]) for row in rows) == [("it's", "blue"), ("m", "red")]
 
 
+def test_the_champion_of_the_registry_replaces_the_champion_in_table_decisions(tmp_path: Path) -> None:
+    captions = [CAPTION, CAPTION | {"model_version": "2", "caption": "blue"}]
+    promoted = [decision("promote", "1", 0)]
+    assert [row["caption"] for row in view(tmp_path, captions, promoted, champions={"m": ("2", "x")})] == ["blue"]
+    assert [row["caption"] for row in view(tmp_path, captions, promoted, champions={"n": ("2", "x")})] == ["red"]
+
+
 def test_the_view_omits_captions_of_another_registrys_version_that_has_the_number_of_the_champion(
     tmp_path: Path,
 ) -> None:

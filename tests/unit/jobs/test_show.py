@@ -159,12 +159,10 @@ def test_command_show_can_filter_and_sort_and_export_the_rows_of_any_table(shop:
 
 
 def test_an_export_keeps_its_file_if_the_server_that_knows_the_champion_does_not_answer(
-    shop: None, home: Path, tmp_path: Path
+    shop: None, tmp_path: Path
 ) -> None:
     export = ("show", "champion_captions", "--rows", "0", "--output", "captions.parquet")
     assert lakesight(*export).returncode == 0
-    # If the home folder has no promotions, the command asks the registry for the champion.
-    write_deltalake(home / "warehouse" / DECISIONS.name, DECISIONS.arrow_schema.empty_table(), mode="overwrite")
     server = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free_port()}", "JAVA_HOME": "/nonexistent"}
     assert_user_error(run_command(*export, environment=os.environ | server), server["MLFLOW_TRACKING_URI"])
     assert pq.read_table(tmp_path / "captions.parquet").num_rows == 1
