@@ -24,6 +24,7 @@ from pipelines.driver.caption.pending_files import PendingFiles
 from pipelines.driver.caption.run import TooManyErrors, caption
 from pipelines.driver.delta.tables import VIEW_PROPERTY, ensure_champion_captions, table_properties
 from pipelines.driver.model_files import ModelFiles
+from pipelines.errors import StageFailed
 from pipelines.executor.caption import PENDING_SCHEMA
 from pipelines.formats.champion_captions import COLUMNS
 from pipelines.platform import Platform
@@ -187,6 +188,17 @@ def test_a_repeated_job_fails_again_until_the_pictures_are_repaired_or_the_error
     accepted = caption(spark, platform, model, strict)
     assert (accepted.failed_rows, accepted.failed_errors) == (0, 0)
     assert find_finished(platform, model, strict) is not None
+
+
+def test_the_captions_of_an_empty_table_are_not_removed(
+    spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
+) -> None:
+    table = write(spark, tmp_path / "photos", [(1, picture(1)), (2, picture(2))])
+    assert numbers(caption(spark, platform, model, request(table))) == (2, 0, 2, 0)
+    spark.sql(f"TRUNCATE TABLE {table}")
+    with pytest.raises(StageFailed, match="the table to caption is empty, so no caption is removed"):
+        caption(spark, platform, model, request(table, remove_deleted=True))
+    assert len(stored(spark, platform, model)) == 2
 
 
 def test_the_errors_of_a_killed_job_count_in_the_job_that_recovers_its_captions(

@@ -22,13 +22,13 @@ from pydantic import Field
 from pyspark.sql import DataFrame, SparkSession
 
 from pipelines.config import LimitsConfig, short_hash
+from pipelines.driver.caption.deleted_rows import remove_captions
 from pipelines.driver.caption.drift import Drift
 from pipelines.driver.caption.failed_jobs import FailedJobs, count_since
 from pipelines.driver.caption.pending_files import PendingFiles
 from pipelines.driver.caption.source_table import SourceTable, open_source_table
 from pipelines.driver.caption.uncaptioned_rows import captions_of_model, find_uncaptioned_rows
 from pipelines.driver.delta.map_in_arrow import spark_schema
-from pipelines.driver.delta.retry import retry_on_conflict
 from pipelines.driver.delta.row_times import later_than, newest_stored_time
 from pipelines.driver.delta.settings import bounded_batches
 from pipelines.driver.delta.spark_errors import translate_spark_errors
@@ -193,7 +193,8 @@ def caption(
         UserError: the table, the version, a column or the folder of the pictures does not exist. Other causes are a
             condition that is not valid SQL, ids that are not unique, a prompt that leaves no space for a caption, and a
             missing library for the precision.
-        StageFailed: Spark failed. The next job with the same request skips the rows that already have a caption.
+        StageFailed: Spark failed, or `remove_deleted` would remove all captions of an empty table. The next job with
+            the same request skips the rows that already have a caption.
         TooManyErrors: the share of errors is larger than `max_error_share`. The share also counts the rows of jobs of
             the same request that failed or were killed since the last success. All results are written first.
     """
@@ -217,7 +218,7 @@ def caption(
             with progress(pending.num_rows, counts.todo):
                 done = _run_executors(spark, todo, counts.todo, job)
             pending.merge(spark, platform)
-        removed = _remove_deleted(spark, platform, source, request.id_column) if request.remove_deleted else 0
+        removed = remove_captions(spark, platform, source, request.id_column) if request.remove_deleted else 0
         failed_counts = count_since(captions(), source, failed.since(), started_at)
     report = CaptionReport(
         **key,
@@ -356,25 +357,6 @@ def count_tasks(rows: int, rows_per_file: int, cores: int) -> int:
     """
     tasks_per_core = min(-(-rows // (rows_per_file * cores)), max(1, MAX_TASKS // cores))
     return min(rows, cores * tasks_per_core)
-
-
-def _remove_deleted(spark: SparkSession, platform: Platform, source: SourceTable, id_column: str) -> int:
-    """Remove captions of rows that the table no longer has. Return the number of removed captions.
-
-    Captions whose ids are in another column of the table are kept.
-    """
-    name = platform.table(GENERATED_CAPTIONS.name)
-    of_table = "old.source_table = {source_table} AND COALESCE(old.id_column, {id_column}) = {id_column}"
-    merge = (
-        f"MERGE INTO {name} old USING {{ids}} new ON {of_table} AND old.image_id = new.image_id "
-        f"WHEN NOT MATCHED BY SOURCE AND {of_table} THEN DELETE"
-    )
-
-    def remove() -> int:
-        done = spark.sql(merge, ids=source.ids, source_table=source.name, id_column=id_column).collect()
-        return int(done[0]["num_deleted_rows"])
-
-    return retry_on_conflict(remove, where=name)
 
 
 def check_request(model: ModelFiles, request: CaptionRequest) -> None:
