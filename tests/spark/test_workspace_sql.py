@@ -120,6 +120,8 @@ def test_the_dashboard_shows_the_newest_evaluation_of_each_model_and_its_own_cap
             [(names[0], table, -1.0), (names[0], table, -1.0), (names[0], "shop", -4.0), (names[1], table, -8.0)]
         )
     ]
+    failed = {"caption": None, "mean_logprob": None, "error": f"{source}: status 503"}
+    captions += [stored_caption(sample, names[1], table, image_id=str(number), **failed) for number in (8, 9)]
     for definition, rows in ((EVALUATIONS, evaluations), (GENERATED_CAPTIONS, captions)):
         values = [tuple(row[column] for column in definition.names) for row in rows]
         spark.createDataFrame(values, definition.ddl()).writeTo(platform.table(definition.name)).append()
@@ -129,6 +131,7 @@ def test_the_dashboard_shows_the_newest_evaluation_of_each_model_and_its_own_cap
     try:
         metrics = spark.sql(texts["metrics"]).where(f"series LIKE '{source}-%'").collect()
         certainty = spark.sql(texts["captions"]).where(f"model LIKE '{source}-%'").collect()
+        errors = spark.sql(texts["errors"]).where(f"reason = '{source}'").collect()
     finally:
         spark.catalog.setCurrentDatabase(database)
     assert {row["series"]: row["value"] for row in metrics} == {
@@ -139,3 +142,4 @@ def test_the_dashboard_shows_the_newest_evaluation_of_each_model_and_its_own_cap
         f"{source}-one 1": (3, -2.0),
         f"{source}-two 1": (1, -8.0),
     }
+    assert [row["errors"] for row in errors] == [2]
