@@ -182,6 +182,21 @@ def test_the_view_shows_the_champion_of_the_registry_although_this_home_folder_h
     assert "the last recorded decision names another version" in decisions[-1]["reasons"][0]
 
 
+def test_the_change_feed_script_prints_only_new_captions_after_the_whole_table_was_copied_again(folder: Path) -> None:
+    rows = [(f"A{number:03}", as_base64(png(number))) for number in range(ROWS)]
+    write_csv(folder / "export" / "products.csv", rows, header=("sku", "photo"))
+    caption = next(words for words in commands() if words[1] == "caption" and "shop/products" in words)
+    for new in ([], [("B001", as_base64(png(ROWS + 7)))]):
+        write_csv(folder / "export" / "products.csv", [*rows, *new], header=("sku", "photo"))
+        assert run(folder, [sys.executable, "to_delta.py"]).returncode == 0
+        before = DeltaTable(folder / ".lakesight" / "warehouse" / "generated_captions").version() if new else 0
+        assert run(folder, caption).returncode == 0
+    write_csv(folder / "export" / "products.csv", rows, header=("sku", "photo"))
+    (folder / "new_captions.py").write_text(files()["new_captions.py"].replace("SINCE = 0", f"SINCE = {before}"))
+    done = run(folder, [sys.executable, "new_captions.py"])
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["B001"], done.stderr
+
+
 def test_a_replaced_picture_file_is_captioned_again_only_after_its_row_was_written_again(folder: Path) -> None:
     caption = next(words for words in commands() if "shop/files" in words)
     assert run(folder, caption).returncode == 0
