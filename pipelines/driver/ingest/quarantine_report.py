@@ -54,7 +54,7 @@ class QuarantineReport(Config):
 
     Attributes:
         counts: number of rows for each source and quarantine reason.
-        rows: example rows of each source and reason.
+        rows: newest example rows of each source and reason, newest first. No replay has accepted these rows.
         gallery: path of the page with pictures of the example rows, or None if no page was requested.
     """
 
@@ -93,7 +93,9 @@ def select_with_spark(spark: SparkSession, platform: Platform) -> Select:
 def inspect_quarantine(
     select: Select, platform: Platform, reasons: Sequence[str], rows: int, *, pictures: bool
 ) -> QuarantineReport:
-    """Count the rows of `quarantine` and select example rows of each source and reason.
+    """Count the rows of `quarantine` and select the newest example rows of each source and reason.
+
+    Rows that a replay has accepted are counted, but are no example rows.
 
     Args:
         select: function that runs an SQL query on the table `quarantine`.
@@ -132,11 +134,12 @@ SELECT q.source, q.source_row, q.reason, q.detail, {payload}
 FROM {{quarantine}} AS q
 JOIN (
   SELECT DISTINCT source, source_row FROM (
-    SELECT source, source_row, ROW_NUMBER() OVER (PARTITION BY source, reason ORDER BY source_row) AS place
-    FROM {{quarantine}} WHERE {included}
+    SELECT source, source_row,
+      ROW_NUMBER() OVER (PARTITION BY source, reason ORDER BY quarantined_at DESC, source_row) AS place
+    FROM {{quarantine}} WHERE {included} AND replayed_at IS NULL
   ) AS ranked WHERE place <= {rows}
 ) AS chosen ON q.source = chosen.source AND q.source_row = chosen.source_row
-WHERE {included} ORDER BY q.source, q.reason, q.source_row
+WHERE {included} AND q.replayed_at IS NULL ORDER BY q.source, q.reason, q.quarantined_at DESC, q.source_row
 """
 """Queries in SQL that both Spark and DataFusion (the SQL engine for tables on a local disk) understand. _EXAMPLES ranks
 the rows without reading the large payloads.
