@@ -32,8 +32,10 @@ DISK_PROBLEM = re.compile(
 
 class TrackingDown(UserError):
     """Error for a tracking server or database that gives no answer, or for a server that reports an internal error
-    (HTTP 5xx).
+    (HTTP 5xx). The exit code is 1, because a retry may succeed.
     """
+
+    exit_code = 1
 
 
 def is_outage(error: BaseException) -> bool:

@@ -164,7 +164,8 @@ def test_an_export_keeps_its_file_if_the_server_that_knows_the_champion_does_not
     export = ("show", "champion_captions", "--rows", "0", "--output", "captions.parquet")
     assert lakesight(*export).returncode == 0
     server = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free_port()}", "JAVA_HOME": "/nonexistent"}
-    assert_user_error(run_command(*export, environment=os.environ | server), server["MLFLOW_TRACKING_URI"])
+    done = run_command(*export, environment=os.environ | server)
+    assert (done.returncode, server["MLFLOW_TRACKING_URI"] in done.stderr) == (1, True), "a retry may help"
     assert pq.read_table(tmp_path / "captions.parquet").num_rows == 1
 
 
