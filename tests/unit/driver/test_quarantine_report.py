@@ -16,7 +16,8 @@ from pipelines.formats.tables import QUARANTINE
 
 
 def refused(source_row: str, month: int, *, replayed: bool = False) -> dict[str, Any]:
-    row = dict.fromkeys(QUARANTINE.names, "") | {"ingest_id": str(month), "source_row": source_row, "source": "birds"}
+    row: dict[str, Any] = dict.fromkeys(QUARANTINE.names, "")
+    row |= {"ingest_id": str(month), "source_row": source_row, "source": "birds"}
     row |= {"reason": "too_small", "quarantined_at": datetime(2026, month, 1, tzinfo=UTC)}
     return row | {"replayed_at": datetime(2026, 12, 1, tzinfo=UTC) if replayed else None}
 
