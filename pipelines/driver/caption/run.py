@@ -73,7 +73,7 @@ class CaptionRequest(Config):
         precision: number format in which the model computes, such as fp32.
         limits: limits on the size and the decoding time of a picture; a picture above a limit becomes a row with an
             error.
-        retry_errors: whether rows that have an error are captioned again.
+        retry_errors: whether rows that have any error are captioned again, and not only unreadable pictures.
         remove_deleted: whether to remove the captions (by any model) of rows that the table no longer has.
         max_error_share: largest allowed share of errors among the rows of this job and of the failed jobs before it. If
             the share of errors is larger than this limit, the job writes all rows and then fails.
@@ -187,14 +187,13 @@ def caption(
     """Caption the rows for which `generated_captions` has no caption by this model version with these settings.
 
     A row whose picture has changed in the table is captioned again. A row whose picture cannot be decoded is written
-    with its error. With `retry_errors`, rows with an error are captioned again. `progress` shows the progress.
+    with its error. With `retry_errors`, rows with an error are captioned again. A row whose picture could not be read
+    is captioned again by each job. `progress` shows the progress.
 
     Raises:
         UserError: the table, the version, a column or the folder of the pictures does not exist. Other causes are a
-            condition that is not valid SQL, ids that are not unique, a prompt that leaves no space for a caption, and a
-            missing library for the precision.
-        StageFailed: Spark failed, or `remove_deleted` would remove all captions of an empty table. The next job with
-            the same request skips the rows that already have a caption.
+            condition that is not valid SQL, ids that are not unique, a too long prompt, and a missing library.
+        StageFailed: Spark failed, or captions of an empty table were to be removed. The next job skips finished rows.
         TooManyErrors: the share of errors is larger than `max_error_share`. The share also counts the rows of jobs of
             the same request that failed or were killed since the last success. All results are written first.
     """
