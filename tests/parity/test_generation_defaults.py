@@ -106,6 +106,15 @@ def test_the_settings_in_config_json_and_text_config_are_the_settings_of_transfo
     assert min(outcomes.values()) > 20
 
 
+@pytest.mark.parametrize("settings", [{"num_beams": 2000}, {"repetition_penalty": 1e-200}], ids=str)
+def test_a_setting_outside_our_range_is_refused_with_the_name_of_the_setting(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=next(iter(settings))):
+        read_generation(tmp_path)
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"num_beams": 3, "length_penalty": 0.5}, {"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}],

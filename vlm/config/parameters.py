@@ -20,8 +20,10 @@ class ParameterCounts(NamedTuple):
 
 
 def count_parameters(config: ModelConfig, vocab_size: int) -> ParameterCounts:
-    """Count the parameters of each part of a model with `vocab_size` tokens."""
+    """Count the parameters of each part of a model with `vocab_size` tokens. A text-only model has only a decoder."""
     width, out_width = config.vision.transformer.width, config.decoder.transformer.width
+    if config.text_only:
+        return ParameterCounts(0, 0, 0, _decoder(config, vocab_size))
     return ParameterCounts(
         _encoder(config),
         _projector(config.projector, width, out_width),

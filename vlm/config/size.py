@@ -34,13 +34,15 @@ PEAK_FLOPS = {
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "A10G": 70e12,
     "A10": 125e12,
     "L4": 121e12,
 }
 """Dict from a part of a GPU's name to the GPU's peak FLOPs per second in dense bf16 (NVIDIA's data sheets).
 
-The function `peak_flops` uses the first key that occurs in the GPU's name, so the key "H100 PCIe" precedes "H100".
+The function `peak_flops` uses the first key that occurs in the GPU's name, so the key "H100 PCIe" precedes "H100", and
+"L40" precedes "L4".
 """
 
 

@@ -147,7 +147,8 @@ def load_adapter(folder: Path, model: nn.Module, base_sha256: str) -> None:
         ConfigError: the adapter's pattern matches no linear layer of the model, or matches a layer that shares its
             weight with another layer.
     """
-    with torch.random.fork_rng(devices=[]):  # building an adapter must not change the caller's random state
+    gpus = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices=gpus):  # building an adapter must not change the caller's random state
         add_adapter(model, _read(folder, base_sha256).adapter)
     load_adapter_weights(folder, model, base_sha256)
 

@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm.config import GenerationConfig
+from pydantic import ValidationError
+
+from vlm.config import GenerationConfig, read_error_message
 from vlm.errors import CheckpointError
 from vlm.weights.files import CONFIG, read_other_settings
 from vlm.weights.key_rules import FileReport, KeyRule, account_keys, number, only, without_null
@@ -125,7 +127,15 @@ def read_generation(folder: Path) -> GenerationConfig:
     if sampling:
         values |= {key: effective[key] for key in ("temperature", "top_p", "min_p")}
         values["top_k"] = effective["top_k"] or None
-    return GenerationConfig(**values, stop=tuple(_texts(effective.get("stop_strings", []))))
+    try:
+        return GenerationConfig(**values, stop=tuple(_texts(effective.get("stop_strings", []))))
+    except ValidationError as error:
+        raise CheckpointError(
+            "the published model has generation settings that Lakesight does not support",
+            where=str(folder),
+            got=read_error_message(error, GenerationConfig),
+            fix="import the model with `lakesight import-weights`, which uses the generation settings of conf/model/",
+        ) from None
 
 
 def _find_settings(folder: Path) -> dict[str, dict[str, Any]]:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from parquet_ranges import BYTES, others, read, written
 
+from pipelines.executor.ingest.records import parquet
 from pipelines.executor.ingest.records.arrow_values import to_python
 
 NOT_UTF_8 = pa.array([b"caf\xe9", b"a cat"]).view(pa.string())
@@ -197,6 +198,17 @@ def test_columns_that_the_config_does_not_name_are_read_only_for_refused_rows(tm
     assert found.pop("year") == "2024"
     expected = {name: value for name, (_, value) in UNNEEDED.items()}
     assert {name: str(v) for name, v in found.items()} == {name: str(v) for name, v in expected.items()}
+
+
+def test_the_unused_columns_of_a_row_are_kept_up_to_a_total_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet, "MAX_OTHERS_BYTES", 1_000)
+    columns = {name: ["x" * 400] for name in "abcd"}
+    (record,) = read(written(tmp_path, {"image": [BYTES], "text": ["a"]} | columns))
+    found = others(record)
+    assert [found[name] for name in "ab"] == ["x" * 400] * 2
+    assert all("at most" in str(found[name]) for name in "cd"), found
 
 
 def test_unused_columns_of_parquet_rows_can_be_read_in_any_order_of_the_rows(tmp_path: Path) -> None:

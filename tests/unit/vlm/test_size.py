@@ -41,6 +41,12 @@ def test_the_number_of_parameters_counted_from_the_config_equals_the_number_in_t
     assert sum(built) == sum(parameter.numel() for parameter in model.parameters())
 
 
+def test_a_text_only_model_has_only_the_parameters_of_its_decoder() -> None:
+    config = tiny_model("plain")[0].config
+    counted, whole = (count_parameters(each, 30) for each in (config.model_copy(update={"text_only": True}), config))
+    assert counted == ParameterCounts(0, 0, 0, whole.decoder)
+
+
 @pytest.mark.parametrize(
     ("gpu", "peak"),
     [
@@ -50,6 +56,7 @@ def test_the_number_of_parameters_counted_from_the_config_equals_the_number_in_t
         ("NVIDIA A10G", 70e12),
         ("NVIDIA A10", 125e12),
         ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", 181e12),
         ("NVIDIA L40S", 362e12),
         ("Tesla T4", None),
     ],

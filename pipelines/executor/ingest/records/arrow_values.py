@@ -208,7 +208,7 @@ class NotStored(dict[str, str]):
         buffer = None if value is None else _buffer(value)
         if buffer is not None:
             # A file may repeat a value of 60 MB many times, so only the beginning and the end of a value are hashed.
-            ends = buffer.slice(0, END_BYTES), buffer.slice(max(buffer.size - END_BYTES, 0))
+            ends = buffer.slice(0, min(END_BYTES, buffer.size)), buffer.slice(max(buffer.size - END_BYTES, 0))
             self["hash of its ends"] = hashlib.sha256(b"".join(end.to_pybytes() for end in ends)).hexdigest()
 
 
@@ -255,10 +255,12 @@ def whole_values(column: pa.Array, most: int) -> Iterator[Any]:
         return
     for value in each_value(column):
         size = size_of(value)
-        if size <= most:
-            yield to_python(value)[0]
-        else:
-            yield NotStored(f"a value of {size:,} bytes; at most {most:,} are allowed", value)
+        yield to_python(value)[0] if size <= most else too_large(value, most)
+
+
+def too_large(value: pa.Array, most: int) -> NotStored:
+    """Return a NotStored for an array of one value that has more than `most` bytes."""
+    return NotStored(f"a value of {size_of(value):,} bytes; at most {most:,} are allowed", value)
 
 
 # ------------------------------------------------------------------------------------------------ pictures

@@ -18,6 +18,7 @@ from pipelines.executor.ingest.records.arrow_values import (
     NotStored,
     picture_values,
     size_of,
+    too_large,
     whole_values,
 )
 from pipelines.executor.ingest.records.parquet_file import ParquetColumns
@@ -179,7 +180,7 @@ class _OtherColumns:
             value = cursor.value(row)
             if isinstance(value, pa.Array):
                 size = size_of(value)
-                value = next(whole_values(value, left))
+                value = next(whole_values(value, left)) if size <= left else too_large(value, left)
                 left -= min(size, left)
             fields[name if name not in fields else f"{name} (another)"] = value
         return add_partition(fields, folder)
