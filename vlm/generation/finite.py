@@ -9,17 +9,28 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from vlm.errors import UserError
 
 
+def log_probabilities(logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
+    """Return the log-probability of one token in each row of logits, or NaN if a logit of the row is NaN or plus
+    infinity.
+
+    Without the check for plus infinity, every token but the one with the infinite logit would get the log-probability
+    minus infinity, which `require_finite` allows.
+    """
+    sums_N = logits_NV.logsumexp(dim=-1)
+    return logits_NV.gather(1, tokens_N[:, None])[:, 0] - sums_N.masked_fill(sums_N == torch.inf, torch.nan)
+
+
 def require_finite(model: nn.Module, values: Iterable[float]) -> None:
     """Check that no log-probability or loss of a model is NaN.
 
-    If a logit is NaN, the log-probabilities of all tokens at its position are NaN. If a logit is plus infinity, at
-    least the log-probability of its own token is NaN. A logit of minus infinity is allowed, and means that the model
-    never chooses its token.
+    If a logit is NaN or plus infinity, the log-probabilities of all tokens at its position are NaN
+    (`log_probabilities`). A logit of minus infinity is allowed, and means that the model never chooses its token.
 
     Raises:
         UserError: a value is NaN.

@@ -15,7 +15,7 @@ import torch
 
 from vlm.config import GenerationConfig
 from vlm.generation.beam import beam_search
-from vlm.generation.finite import require_finite
+from vlm.generation.finite import log_probabilities, require_finite
 from vlm.generation.request import Completion, Request, check_length, prefill
 from vlm.generation.sampling import TokenSampler
 from vlm.model import VisionLanguageModel
@@ -87,8 +87,7 @@ def _generate_steps(
     for position in range(settings.max_new_tokens):
         logits_BV = logits_BV.float().index_fill_(1, suppressed, -torch.inf)
         tokens_B = sampler(logits_BV, position)
-        logprobs_B = logits_BV.gather(1, tokens_B[:, None])[:, 0] - logits_BV.logsumexp(dim=-1)
-        logprobs = logprobs_B.tolist()
+        logprobs = log_probabilities(logits_BV, tokens_B).tolist()
         require_finite(model, logprobs)
         active = [
             _append_token(completions[owner], token, logprob, tokenizer, settings.stop)

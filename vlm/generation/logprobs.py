@@ -12,7 +12,7 @@ import torch
 
 from vlm.batch import IGNORE, Batch
 from vlm.errors import UserError
-from vlm.generation.finite import require_finite
+from vlm.generation.finite import log_probabilities, require_finite
 from vlm.generation.request import Request
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
@@ -92,7 +92,7 @@ def _batch_logprobs(
     logits_NV = model(batch).float()
     logits_NV[:, list(tokenizer.suppressed_ids)] = -torch.inf
     labels_N = batch.labels_BT[batch.labels_BT != IGNORE]
-    logprobs_N = logits_NV.gather(1, labels_N[:, None])[:, 0] - logits_NV.logsumexp(dim=-1)
+    logprobs_N = log_probabilities(logits_NV, labels_N)
     require_finite(model, logprobs_N.tolist())
-    parts = logprobs_N.cpu().split([len(target) for target in targets])
+    parts = torch.split(logprobs_N.cpu(), [len(target) for target in targets])
     return [tuple(part.tolist()) for part in parts]

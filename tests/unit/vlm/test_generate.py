@@ -302,3 +302,18 @@ def test_values_that_are_not_finite_after_the_first_token_raise_an_error_instead
         list(stream(model, tokenizer, request, settings))
     with pytest.raises(UserError, match="NaN or infinite values"):
         answer_logprobs(model, tokenizer, [request], ["abcdef"])
+
+
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED, GREEDY.model_copy(update={"num_beams": 2})])
+def test_a_logit_of_plus_infinity_raises_an_error_whichever_token_is_chosen(settings: GenerationConfig) -> None:
+    model, tokenizer = tiny_model("plain")
+    request = ask(model, tokenizer, list(tiny_pixels(1)))
+
+    def with_infinite_logit(logits_BV: torch.Tensor) -> torch.Tensor:
+        return logits_BV.index_fill(1, torch.tensor([tokenizer.vocab_size // 2]), torch.inf)
+
+    model.decoder.head.register_forward_hook(lambda _module, _inputs, logits: with_infinite_logit(logits))
+    with pytest.raises(UserError, match=r"overflow in the computation.*use precision fp32"):
+        generate(model, tokenizer, [request], settings)
+    with pytest.raises(UserError, match="overflow in the computation"):
+        answer_logprobs(model, tokenizer, [request], ["abc"])
