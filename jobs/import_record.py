@@ -10,13 +10,11 @@ from pydantic import JsonValue, ValidationError
 
 from pipelines.errors import UserError
 from vlm.config import Config, JsonTextConfig, ModelConfig
-from vlm.files import atomic_write, file_digest
+from vlm.files import IMPORT_RECORD, atomic_write, file_digest
 
 if TYPE_CHECKING:
     from vlm.weights.family import Part
 
-RECORD = "import.json"
-"""Name of the file in a checkpoint folder that stores the import record."""
 SOURCES = ("*.json", "*.safetensors")
 """Name patterns of the files that an import reads."""
 TOKENIZER = "tokenizer"
@@ -94,12 +92,12 @@ def _digest(path: Path) -> str:
 def read_record(out: Path) -> ImportRecord | None:
     """Return the import record of a checkpoint folder, or None if the folder has no readable import record."""
     try:
-        return ImportRecord.model_validate_json((out / RECORD).read_text(encoding="utf-8"))
+        return ImportRecord.model_validate_json((out / IMPORT_RECORD).read_text(encoding="utf-8"))
     except (OSError, ValidationError):
         return None
 
 
 def write_record(out: Path, record: ImportRecord) -> None:
     """Write the record of an import into the folder of its checkpoint."""
-    with atomic_write(out / RECORD) as temporary:
+    with atomic_write(out / IMPORT_RECORD) as temporary:
         temporary.write_text(record.model_dump_json(indent=2), encoding="utf-8")

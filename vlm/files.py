@@ -22,6 +22,9 @@ TRAINING_STEP = "training.json"
 MANIFEST = "files.json"
 """In a training checkpoint, name of the file with the size in bytes and the SHA-256 of each other file."""
 
+IMPORT_RECORD = "import.json"
+"""In a checkpoint that `lakesight import-weights` has written, name of the file with the record of the import."""
+
 
 @contextmanager
 def atomic_write(path: Path, *, sync: bool = True) -> Iterator[Path]:

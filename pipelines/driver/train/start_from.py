@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from pipelines.config import TrainConfig, short_hash
 from pipelines.config.train import EXECUTION_SETTINGS
+from pipelines.driver.train.random_parameters import require_training_of_random_parameters
 from pipelines.errors import UserError
 from pipelines.formats.model_copy import RECORD, changed_files
 from pipelines.formats.run_folder import RunFile, RunFolder, read_json
@@ -76,7 +77,7 @@ def check_start_folder(folder: Path, config: ModelConfig, settings: TrainConfig)
     Raises:
         UserError: the folder lacks a file of a model, or contains a model that differs from the run's model (the
             message lists each difference). Another cause is a folder with only a decoder, if the settings need trained
-            weights of all parts.
+            weights of all parts. A further cause is a run that freezes a parameter with random weights.
     """
     folder = folder.absolute()
     missing = [name for name in FILES if not (folder / name).is_file()]
@@ -114,6 +115,7 @@ def check_start_folder(folder: Path, config: ModelConfig, settings: TrainConfig)
             got=differing,
             fix="choose a run with the same model config, or change these values of the run with --set",
         )
+    require_training_of_random_parameters(folder, settings)
     return folder
 
 

@@ -22,7 +22,7 @@ from pipelines.platform import Platform, local
 from vlm import text
 from vlm.checkpoint import atomic_folder
 from vlm.config import CharsConfig, ModelConfig
-from vlm.files import file_digest
+from vlm.files import IMPORT_RECORD, file_digest
 
 
 @pytest.fixture
@@ -216,3 +216,42 @@ def test_a_run_does_not_start_from_files_that_were_changed_after_they_were_writt
             prepare(config, laptop, report, report)
         shutil.copyfile(intact / "model.safetensors", start / "model.safetensors")
         assert prepare(config, laptop, report, report).tokenizer.exists()
+
+
+def write_import_record(base: Path, *fresh: str) -> None:
+    """Make the folder `base` an imported checkpoint in which the parameters `fresh` have random weights."""
+    (base / IMPORT_RECORD).write_text(json.dumps({"request": {}, "report": {"parameters": 1, "fresh": fresh}}))
+
+
+def test_an_adapter_does_not_freeze_parameters_that_an_import_has_initialised_at_random(
+    laptop: Platform, report: ShardReport, base: Path
+) -> None:
+    adapted = tiny_run(start_from=str(base), adapter={"pattern": "decoder.blocks.*"})
+    write_import_record(base, "projector.bias", "projector.weight")
+    with pytest.raises(UserError, match=r"train\.adapter does not train projector\.bias, projector\.weight.*stages"):
+        prepare(adapted, laptop, report, report)
+    assert prepare(tiny_run(start_from=str(base)), laptop, report, report), "a run without an adapter trains them"
+    write_import_record(base)
+    assert prepare(adapted, laptop, report, report)
+    (base / IMPORT_RECORD).write_text("{")
+    with pytest.raises(UserError, match=r"the record of the import cannot be read"):
+        prepare(adapted, laptop, report, report)
+
+
+def test_stages_train_each_parameter_that_an_import_has_initialised_at_random(
+    laptop: Platform, report: ShardReport, base: Path
+) -> None:
+    def stages(*groups: tuple[str, float]) -> RunFolder:
+        listed = [{"pattern": pattern, "lr": lr} for pattern, lr in groups]
+        stage = {"steps": 12, "groups": listed}
+        return prepare(tiny_run(start_from=str(base), stages=[stage]), laptop, report, report)
+
+    write_import_record(base, "decoder.cross_blocks.{0..2}.attention_gate", "projector.weight")
+    assert stages((r"(projector|decoder\.cross_blocks).*", 1e-3))
+    for partly in (r"projector.*|decoder\.cross_blocks\.[01].*", r"projector.*|decoder\.cross_blocks\.[02].*"):
+        with pytest.raises(UserError, match=r"train\.stages does not train decoder\.cross_blocks\.\{0\.\.2\}"):
+            stages((partly, 1e-3))
+    with pytest.raises(UserError, match=r"train\.stages does not train projector\.weight"):
+        stages(("projector.*", 0.0), (".*", 1e-3))
+    write_import_record(base, "projector.{0,2}.weight")
+    assert stages((r"projector\.[02].*", 1e-3))
