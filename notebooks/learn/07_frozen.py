@@ -332,13 +332,16 @@ assert words_right > 0.5
 # MAGIC %md
 # MAGIC ## The same with published weights
 # MAGIC
-# MAGIC With published towers, use the following commands, for a run whose model is `vit_gpt2`. `docs/weights.md`
-# MAGIC leads from published weights to a model of your own, and `docs/models.md` lists the published models that fit.
+# MAGIC With published towers, use the following commands, for a run whose model is `vit_gpt2`. The setting
+# MAGIC `train.stages` freezes all weights except those of the projector. `docs/weights.md` leads from published weights
+# MAGIC to a model of your own, and `docs/models.md` lists the published models that fit.
 # MAGIC
 # MAGIC ```
 # MAGIC lakesight import-weights --model vit_gpt2 \
 # MAGIC   --encoder vit_mediumd --decoder gpt2 --out weights/vit_gpt2
-# MAGIC lakesight train --run birds --set train.start_from=weights/vit_gpt2
+# MAGIC lakesight train --run birds --set train.start_from=weights/vit_gpt2 \
+# MAGIC   --set train.steps=1000 \
+# MAGIC   --set 'train.stages=[{steps: 1000, groups: [{pattern: "projector.*", lr: 1e-3}]}]'
 # MAGIC ```
 # MAGIC
 # MAGIC ## What you have seen
@@ -346,7 +349,8 @@ assert words_right > 0.5
 # MAGIC * A projector translates between two parts that were trained apart.
 # MAGIC * To freeze weights, you need only a list of name patterns. The control experiment shows how much the trained
 # MAGIC   encoder adds.
-# MAGIC * Between "only the projector" and "everything" there is a middle way: *low-rank adapters* (exercise 3).
+# MAGIC * After the projector has learned, *low-rank adapters* change the towers a little, without training all their
+# MAGIC   weights (exercise 3).
 # MAGIC
 # MAGIC ## Exercises
 # MAGIC

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 import runpy
 import shlex
@@ -26,10 +28,14 @@ COMMANDS = APP.commands  # type: ignore[attr-defined]
 
 def shown(page: Path) -> Iterator[list[str]]:
     """Yield each `lakesight` command in the code blocks and in the running text of a page, as a list of words."""
-    text = page.read_text()
+    return shown_in(page.read_text())
+
+
+def shown_in(text: str) -> Iterator[list[str]]:
+    """Yield the commands of a text, as `shown` does."""
     blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.M | re.S)
     spans = re.findall(r"`(lakesight [^`\n]+)`", text)
-    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line.strip() for block in blocks for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines()]
     for line in [*lines, *spans]:
         if line.startswith("lakesight "):
             # In a code block, two spaces or a hash separate a command from its explanation.
@@ -156,3 +162,17 @@ def test_the_reference_lists_every_command_and_column_and_explains_every_key(ren
     assert [column for table in TABLES for column in table.names if f"| `{column}` |" not in rendered] == []
     assert re.findall(r"^\|.*\| +\|$", rendered, re.M) == [], "a key or column without a meaning"
     assert "| `steps` | integer (> 0) |" in rendered
+
+
+@pytest.mark.parametrize("page", ["docs/models.md", "docs/learn/07_frozen.ipynb"])
+def test_the_first_training_after_an_import_of_two_parts_trains_only_the_random_projector(page: str) -> None:
+    text = (ROOT / page).read_text()
+    if page.endswith(".ipynb"):
+        text = "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
+    commands = list(shown_in(text))
+    imported = next(i for i, words in enumerate(commands) if words[1] == "import-weights" and "--encoder" in words)
+    words = next(words for words in commands[imported:] if words[1] == "train")
+    overrides = [after for before, after in itertools.pairwise(words) if before == "--set"]
+    train = load_run("seemore_vit_gpt2", overrides=overrides).train
+    assert train.start_from
+    assert [list(stage.rates) for stage in train.stages] == [["projector.*"]]
