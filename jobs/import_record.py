@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 SOURCES = ("*.json", "*.safetensors")
 """Name patterns of the files that an import reads."""
+FILES = ("model.safetensors", "config.json", "tokenizer.json")
+"""Names of the files of a checkpoint, which an import writes."""
 TOKENIZER = "tokenizer"
 """Key in `ImportRequest.sources` of a tokenizer file outside the imported folders."""
 
@@ -53,11 +55,35 @@ class ImportRecord(Config):
         tokens: files and keys whose start or end token was compared with the tokenizer, such as `config.json:
             eos_token_id`.
         report: report of the import; null while the checkpoint is not complete.
+        files: dict from the name of each file of the checkpoint to the file's SHA-256. Records of earlier releases have
+            no files.
     """
 
     request: ImportRequest
     tokens: tuple[str, ...] = ()
     report: JsonValue = None
+    files: dict[str, str] = {}
+
+    def missing(self, out: Path) -> list[str]:
+        """List the files of the checkpoint that the folder `out` lacks."""
+        return [name for name in FILES if not (out / name).is_file()]
+
+    def changed(self, out: Path) -> list[str]:
+        """List the files of the checkpoint whose SHA-256 differs from the record. Missing files are not listed.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        return [
+            name
+            for name, sha256 in self.files.items()
+            if (out / name).is_file() and _digest(out / name, "a file of the imported checkpoint") != sha256
+        ]
+
+
+def checkpoint_digests(out: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of the checkpoint in a folder, by file name."""
+    return {name: _digest(out / name, "a file of the imported checkpoint") for name in FILES}
 
 
 def describe_import(config: ModelConfig, folders: Mapping[Part, Path], seed: int) -> ImportRequest:
@@ -77,12 +103,12 @@ def _digests(folder: Path) -> dict[str, str]:
     return {path.name: _digest(path) for path in sorted(path for pattern in SOURCES for path in folder.glob(pattern))}
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path, what: str = "a file of the published weights") -> str:
     try:
         return file_digest(path)
     except OSError as error:
         raise UserError(
-            "a file of the published weights cannot be read",
+            f"{what} cannot be read",
             where=str(path),
             got=str(error.strerror or error),
             fix="copy the whole published folder again, with files instead of symbolic links",

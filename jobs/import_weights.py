@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.common import JsonOption, SetOption, open_output
-from jobs.import_record import ImportRecord, ImportRequest, describe_import, read_record, write_record
+from jobs.import_record import (
+    ImportRecord,
+    ImportRequest,
+    checkpoint_digests,
+    describe_import,
+    read_record,
+    write_record,
+)
 from jobs.output import CommandOutput
 from jobs.progress import show_elapsed
 from pipelines.config import load_model
@@ -66,8 +73,8 @@ def import_weights(
 
     The command reads config.json and safetensors files of another library. The files are in one folder with the whole
     model, or in separate folders with the encoder and the decoder. One of the two separate folders is enough.
-    Weights that are in none of the folders are initialised at random. If the output folder already has the checkpoint
-    of the same import, the command only prints the report again.
+    Weights that are in none of the folders are initialised at random. If the output folder already has the unchanged
+    checkpoint of the same import, the command only prints the report again.
 
     \b
     Examples:
@@ -104,8 +111,8 @@ def _import_once(
 ) -> tuple[ImportReport, tuple[str, ...]]:
     """Import the weights, unless the output folder already has the checkpoint of this import.
 
-    If the folder has the record of an interrupted import of the same weights, the import is repeated. A folder with any
-    other content is an error.
+    If the folder has the record of an interrupted import of the same weights, or a file of the finished checkpoint is
+    missing, the import is repeated. A folder with any other content is an error.
 
     Returns:
         The report of the import, and the files and keys whose start or end token was compared with the tokenizer.
@@ -115,13 +122,35 @@ def _import_once(
     record = read_record(out)
     if record is None or not request.is_recorded_as(record.request):
         check_output_folder(out)
-    elif record.report is not None:
+    elif record.report is not None and _is_intact(out, record):
         from vlm.weights.load import ImportReport
 
         return ImportReport.model_validate(record.report), record.tokens
     report, tokens = _write_checkpoint(config, folders, out, request)
-    write_record(out, ImportRecord(request=request, tokens=tokens, report=report.model_dump(mode="json")))
+    with show_elapsed("hashing the checkpoint"):
+        digests = checkpoint_digests(out)
+    write_record(
+        out, ImportRecord(request=request, tokens=tokens, report=report.model_dump(mode="json"), files=digests)
+    )
     return report, tokens
+
+
+def _is_intact(out: Path, record: ImportRecord) -> bool:
+    """Return whether the checkpoint of a finished import has all its files.
+
+    Raises:
+        UserError: a file of the checkpoint has changed since the import, for example because of an incomplete copy.
+    """
+    with show_elapsed("checking the checkpoint"):
+        changed = record.changed(out)
+    if changed:
+        raise UserError(
+            "the checkpoint in the output folder has changed since it was imported",
+            where=str(out),
+            got=", ".join(changed),
+            fix="remove this folder to import the weights again, or choose a new folder with --out",
+        )
+    return not record.missing(out)
 
 
 def check_output_folder(out: Path) -> None:

@@ -18,6 +18,7 @@ import torch
 from vlm.checkpoint import save_model
 from vlm.config import GenerationConfig
 from vlm.errors import UserError
+from vlm.files import IMPORT_RECORD
 from vlm.generation.attention_maps import AttentionMaps, attention_maps
 from vlm.generation.generate import Completion, Request, check_length, generate, stream
 from vlm.generation.logprobs import AnswerLogprobs, answer_logprobs
@@ -101,7 +102,8 @@ class Captioner:
     def save(self, folder: str | Path) -> None:
         """Write the model as a checkpoint: model.safetensors, config.json and tokenizer.json.
 
-        An earlier checkpoint in the folder is replaced.
+        An earlier checkpoint in the folder is replaced. The record of an import (import.json) is removed, because the
+        record describes the replaced weights.
 
         Raises:
             ArgumentError: `folder` is not a path, is the path of a file, or is a folder with a published model of
@@ -115,7 +117,9 @@ class Captioner:
             >>> vlm.load(folder).model.config == captioner.model.config
             True
         """
-        save_model(folder_to_write(folder, "folder"), self.model, self.tokenizer)
+        target = folder_to_write(folder, "folder")
+        (target / IMPORT_RECORD).unlink(missing_ok=True)
+        save_model(target, self.model, self.tokenizer)
 
     def settings(self, **changes: Any) -> GenerationConfig:
         """Return the generation settings that are stored with the model, with some values replaced.

@@ -13,6 +13,7 @@ import yaml
 from tiny_models import ALPHABET, tiny_config
 from typer.testing import CliRunner, Result
 
+import vlm
 from jobs.cli import app
 from jobs.import_record import describe_import
 from vlm import text
@@ -82,6 +83,32 @@ def test_a_repeated_import_prints_the_same_report_and_writes_nothing() -> None:
     assert "is not empty" in refused(*command, "--seed", "1")
     config = Path("gpt2/config.json")
     config.write_text(config.read_text().replace("{", '{"name_or_path": "other",', 1))
+    assert "is not empty" in refused(*command)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_repeated_import_writes_a_missing_file_again_and_refuses_a_changed_file(name: str) -> None:
+    report("export-weights", "trained", *DECODER, "--out", "gpt2")
+    command = ["import-weights", "--model", "mine", "--decoder", "gpt2", "--out", "out"]
+    first = report(*command)
+    written = (Path("out") / name).read_bytes()
+    (Path("out") / name).unlink()
+    assert report(*command) == first
+    assert (Path("out") / name).read_bytes() == written
+    (Path("out") / name).write_bytes(written[:-1])
+    assert f"has changed since it was imported. Where: out. Got: {name}." in refused(*command)
+    record = json.loads(Path("out/import.json").read_text())
+    Path("out/import.json").write_text(json.dumps({key: record[key] for key in ("request", "tokens", "report")}))
+    (Path("out") / name).unlink()
+    assert report(*command) == first, "a record of an earlier release has no SHA-256"
+    assert (Path("out") / name).read_bytes() == written
+
+
+def test_own_weights_that_replace_an_imported_checkpoint_are_not_reported_as_imported() -> None:
+    report("export-weights", "trained", *DECODER, "--out", "gpt2")
+    command = ["import-weights", "--model", "mine", "--decoder", "gpt2", "--out", "out"]
+    report(*command)
+    vlm.load("trained", device="cpu").save("out")
     assert "is not empty" in refused(*command)
 
 
