@@ -83,8 +83,7 @@ def load(
     chosen, target = find_precision(precision), best_device() if device is None else find_device(device)
     folder = find_checkpoint(existing_folder(path, "path"))
     model, tokenizer = load_published(folder) if is_published(folder) else load_model(folder)
-    model.to(target)
-    set_precision(model, chosen)
+    set_precision(model, chosen, target)
     return Captioner(model, tokenizer)
 
 

@@ -74,23 +74,35 @@ def find_device(device: object) -> torch.device:
     return found
 
 
-def set_precision(model: VisionLanguageModel, precision: Precision) -> None:
+def set_precision(model: VisionLanguageModel, precision: Precision, device: torch.device | None = None) -> None:
     """Convert the weights of a model in place, for inference only. Rotary tables and routers stay in fp32.
+
+    Args:
+        model: model with fp32 weights.
+        precision: number format of the converted weights.
+        device: device to which the model is moved, or None for the model's current device. The weights are moved after
+            their conversion to 16 bits and before they are quantized, so that a GPU never holds all weights in fp32.
 
     Raises:
         UserError: the precision needs torchao, and torchao is not installed; or a weight is too large for the format.
     """
-    if precision is Precision.FP32:
-        return
+    if precision is not Precision.FP32:
+        _convert_plain(model, precision)
+    if device is not None:
+        model.to(device)
+    if precision.quantized:
+        model.requires_grad_(False)
+        _quantize(model, precision, _quantized_layers(model, precision))
+
+
+def _convert_plain(model: VisionLanguageModel, precision: Precision) -> None:
+    """Convert the weights of a model in place to the number format that they have before quantization."""
     precision.require()
     dtypes = _plain_dtypes(model, precision)
     _check_range(model, dtypes)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
     set_compute_dtype(model, precision)
-    if precision.quantized:
-        model.requires_grad_(False)
-        _quantize(model, precision, _quantized_layers(model, precision))
 
 
 def _check_range(model: VisionLanguageModel, dtypes: Mapping[str, torch.dtype]) -> None:

@@ -3,16 +3,21 @@
 import logging
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import VARIANTS, tiny_batch, tiny_model, tiny_pixels, wide_model
 from torch import Tensor, nn
 
+import vlm
+from vlm.checkpoint import save_model
 from vlm.config import Precision
 from vlm.errors import UserError
 from vlm.factory import build_model
 from vlm.generation.generate import Request, generate
+from vlm.model import VisionLanguageModel
 from vlm.precision import set_precision
 from vlm.text.prompt import prefix_ids
 
@@ -107,3 +112,23 @@ def test_a_precision_whose_library_is_missing_is_an_error_with_the_install_comma
     with pytest.raises(UserError, match=r"int4 needs torchao.*pip install 'lakesight\[quantize\]'"):
         set_precision(model, Precision.INT4)
     set_precision(model, Precision.BF16)
+
+
+@pytest.mark.parametrize("precision", [Precision.BF16, Precision.INT8])
+def test_weights_are_moved_to_the_device_in_16_bits(
+    precision: Precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tiny_model("routed")
+    save_model(tmp_path, model, tokenizer)
+    moved: list[dict[str, torch.dtype]] = []
+    move = VisionLanguageModel.to
+
+    def record(model: VisionLanguageModel, *arguments: Any) -> VisionLanguageModel:
+        moved.append({name: parameter.dtype for name, parameter in model.named_parameters()})
+        return move(model, *arguments)
+
+    monkeypatch.setattr(VisionLanguageModel, "to", record)
+    vlm.load(tmp_path, device="cpu", precision=precision)
+    routers = {name for name, dtype in moved[-1].items() if dtype is torch.float32}
+    assert routers
+    assert [name for name in routers if ".router." not in name and ".noise." not in name] == []
