@@ -70,7 +70,7 @@ def load(
     Example:
         >>> import tempfile, vlm
         >>> folder = tempfile.mkdtemp()
-        >>> vlm.build("conf/model/nano_tiny.yml", ["a red square"]).save(folder)
+        >>> vlm.build("nano_tiny", ["a red square"]).save(folder)
         >>> vlm.load(folder, device="cpu").model.config.image.size
         32
     """
@@ -93,7 +93,9 @@ def build(
     """Build a model with random weights, and return a captioner that uses the model.
 
     Args:
-        config: model config, a mapping with the same keys, or the path of a YAML file such as conf/model/nano.yml.
+        config: model config, a mapping with the same keys, the name of a model such as `nano`, or the path of a YAML
+            file. A model in `conf/model/` of the working directory takes precedence over a model of the same name that
+            ships with Lakesight.
         texts: example captions from which the tokenizer is learned if `text.kind` is bpe or words.
         seed: random seed of the weights, from -2**63 to 2**64 - 1.
 
@@ -104,7 +106,7 @@ def build(
 
     Example:
         >>> import vlm
-        >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square", "a blue circle"])
+        >>> captioner = vlm.build("nano_tiny", ["a red square", "a blue circle"])
         >>> sum(parameter.numel() for parameter in captioner.model.parameters())
         104544
     """

@@ -89,7 +89,7 @@ class Captioner:
 
     Example:
         >>> import vlm
-        >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square", "a blue circle"])
+        >>> captioner = vlm.build("nano_tiny", ["a red square", "a blue circle"])
         >>> captioner.model.config.num_slots
         16
         >>> captioner.settings(temperature=0.7, top_p=0.9).top_p
@@ -112,7 +112,7 @@ class Captioner:
         Example:
             >>> import tempfile, vlm
             >>> folder = tempfile.mkdtemp()
-            >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square"])
+            >>> captioner = vlm.build("nano_tiny", ["a red square"])
             >>> captioner.save(folder)
             >>> vlm.load(folder).model.config == captioner.model.config
             True
@@ -129,7 +129,7 @@ class Captioner:
 
         Example:
             >>> import vlm
-            >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square"])
+            >>> captioner = vlm.build("nano_tiny", ["a red square"])
             >>> captioner.settings(num_beams=3).num_beams
             3
         """
@@ -167,7 +167,7 @@ class Captioner:
         Example:
             >>> import vlm
             >>> from PIL import Image
-            >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square"])
+            >>> captioner = vlm.build("nano_tiny", ["a red square"])
             >>> pictures = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
             >>> results = captioner.caption(pictures, max_new_tokens=5)
             >>> [result.num_tokens <= 5 for result in results]
@@ -205,7 +205,7 @@ class Captioner:
         Example:
             >>> import vlm
             >>> from PIL import Image
-            >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square"])
+            >>> captioner = vlm.build("nano_tiny", ["a red square"])
             >>> picture = Image.new("RGB", (64, 64), "red")
             >>> pieces = list(captioner.stream(picture, max_new_tokens=8))
             >>> "".join(pieces) == captioner.caption([picture], max_new_tokens=8)[0].caption
@@ -243,7 +243,7 @@ class Captioner:
         Example:
             >>> import vlm
             >>> from PIL import Image
-            >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["red", "blue"])
+            >>> captioner = vlm.build("nano_tiny", ["red", "blue"])
             >>> picture = Image.new("RGB", (64, 64), "red")
             >>> scored = captioner.logprobs(picture, "", ["red", "blue"])
             >>> "".join(scored[0].tokens), scored[0].total < 0
@@ -273,7 +273,7 @@ class Captioner:
         Example:
             >>> import vlm
             >>> from PIL import Image
-            >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square"])
+            >>> captioner = vlm.build("nano_tiny", ["a red square"])
             >>> maps = captioner.attention(Image.new("RGB", (64, 64), "red"), max_new_tokens=6)
             >>> maps.patches().shape == (len(maps.spans), 4, 4)
             True
@@ -294,7 +294,7 @@ class Captioner:
         Example:
             >>> import vlm
             >>> from PIL import Image
-            >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square"])
+            >>> captioner = vlm.build("nano_tiny", ["a red square"])
             >>> request = captioner.request([Image.new("RGB", (64, 64))] * 2, "what has changed?")
             >>> len(request.pixels), request.prefix.count(-1)
             (2, 32)
@@ -320,8 +320,10 @@ class Captioner:
             UserError: the model is a text-only model, or computes NaN or infinite values.
 
         Example:
+            >>> import numpy as np
             >>> import vlm
-            >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square"])
+            >>> from vlm.inputs import DecodedPicture
+            >>> captioner = vlm.build("nano_tiny", ["a red square"])
             >>> picture = DecodedPicture(np.zeros((32, 32, 3), np.uint8), sha256=None, error=None)
             >>> len(captioner.caption_decoded([picture], [""], captioner.settings(max_new_tokens=5)))
             1
@@ -352,8 +354,9 @@ class Captioner:
             UserError: the model is a text-only model, or computes NaN or infinite values.
 
         Example:
+            >>> import numpy as np
             >>> import vlm
-            >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square"])
+            >>> captioner = vlm.build("nano_tiny", ["a red square"])
             >>> pixels = np.zeros((32, 32, 3), np.uint8)
             >>> [completion] = captioner.complete([pixels], [""], captioner.settings(max_new_tokens=5))
             >>> len(completion.logprobs) == completion.num_tokens

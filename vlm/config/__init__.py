@@ -18,8 +18,8 @@ from vlm.config.model import (
     ModelConfig,
     PrefixMaskConfig,
     SlotsFusionConfig,
-    read_model_config,
 )
+from vlm.config.model_file import read_model_config
 from vlm.config.precision import Precision
 from vlm.config.schedule import (
     ConstantScheduleConfig,

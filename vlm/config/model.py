@@ -6,7 +6,6 @@ The validators check that the parts fit together.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -24,7 +23,6 @@ from vlm.config.image import ImageConfig
 from vlm.config.text import TextConfig
 from vlm.config.transformer import DenseMlpConfig, TransformerConfig
 from vlm.config.vision import LinearProjectorConfig, ProjectorConfig, VisionConfig
-from vlm.config.yaml_file import YamlProblem, read_mapping
 from vlm.errors import ArgumentError, ConfigError, did_you_mean
 
 
@@ -322,32 +320,3 @@ class ModelConfig(Config):
                 got=read_error_message(error, ModelConfig),
                 fix="lower max_new_tokens",
             ) from None
-
-
-def read_model_config(config: ModelConfig | Mapping[str, Any] | str | Path) -> ModelConfig:
-    """Return a model config that is given as a `ModelConfig`, as a mapping or as the path of a YAML file.
-
-    Raises:
-        ArgumentError: the config is neither a `ModelConfig` nor a mapping nor a path.
-        ConfigError: the file cannot be read, or the config is invalid.
-    """
-    if isinstance(config, ModelConfig):
-        return config
-    if not isinstance(config, Mapping | str | Path):
-        raise ArgumentError(
-            "the argument `config` cannot be used",
-            got=type(config).__name__,
-            fix="pass a vlm.ModelConfig, a dict with the same keys, or the path of a YAML file",
-        )
-    where = "model config" if isinstance(config, Mapping) else str(config)
-    try:
-        settings = config if isinstance(config, Mapping) else read_mapping(Path(config))
-        return ModelConfig.model_validate(settings)
-    except (YamlProblem, ValidationError) as error:
-        got = read_error_message(error, ModelConfig) if isinstance(error, ValidationError) else str(error)
-        raise ConfigError(
-            "the model config cannot be used",
-            where=where,
-            got=got,
-            fix="correct the config: docs/models.md lists the keys and their values",
-        ) from None

@@ -60,7 +60,7 @@ class AttentionMaps:
         Example:
             >>> import vlm
             >>> from PIL import Image
-            >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square"])
+            >>> captioner = vlm.build("nano_tiny", ["a red square"])
             >>> maps = captioner.attention(Image.new("RGB", (64, 64), "red"), max_new_tokens=6)
             >>> [patches.shape for patches in maps.patches()] == [(4, 4)] * len(maps.spans)
             True
@@ -74,7 +74,7 @@ class AttentionMaps:
         Example:
             >>> import vlm
             >>> from PIL import Image
-            >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square"])
+            >>> captioner = vlm.build("nano_tiny", ["a red square"])
             >>> maps = captioner.attention(Image.new("RGB", (64, 64), "red"), max_new_tokens=6)
             >>> [word for word, patches in maps.words()] == maps.text.split()
             True
@@ -91,7 +91,7 @@ class AttentionMaps:
         Example:
             >>> import vlm
             >>> from PIL import Image
-            >>> captioner = vlm.build("conf/model/nano_tiny.yml", ["a red square"])
+            >>> captioner = vlm.build("nano_tiny", ["a red square"])
             >>> maps = captioner.attention(Image.new("RGB", (64, 64), "red"), max_new_tokens=6)
             >>> all(0 < share < 1 for word, share in maps.picture_shares())
             True

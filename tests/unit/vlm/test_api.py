@@ -58,6 +58,18 @@ def test_the_examples_in_the_docstrings_give_the_results_that_are_shown_there(
     assert (failed, tried > 0) == (0, True)
 
 
+def test_the_examples_of_the_api_page_run_in_an_empty_folder_with_no_other_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / "api.md"
+    blocks = re.findall(r"^```python\n(>>> .*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    assert len(blocks) > 10
+    for block in blocks:
+        example = doctest.DocTestParser().get_doctest(block, {}, block, str(page), None)
+        assert doctest.DocTestRunner(verbose=False).run(example).failed == 0
+
+
 def test_every_function_and_method_of_the_api_has_an_example() -> None:
     missing = [name for name, function in public_functions() if ">>>" not in (inspect.getdoc(function) or "")]
     assert missing == []
@@ -157,10 +169,30 @@ def test_the_function_build_accepts_a_config_or_mapping_or_file_and_keeps_the_ra
     assert vlm.build(ROOT / "conf/model/nano_tiny.yml").model.config.image.size == 32
 
 
-@pytest.mark.parametrize("config", [{"image": {"size": 16}}, "missing.yml"])
-def test_build_refuses_an_invalid_config(config: Any) -> None:
-    with pytest.raises(ConfigError, match="the model config cannot be used"):
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"image": {"size": 16}}, "text: missing"),
+        ("missing.yml", "no such file or model.*nano_tiny"),
+        ("nan", "no such file or model, did you mean 'nano'"),
+        ("a\0b", "no such file or model"),
+    ],
+)
+def test_build_refuses_an_invalid_config(config: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"the model config cannot be used.*{message}"):
         vlm.build(config)
+
+
+def test_build_accepts_the_name_of_a_model_that_ships_and_prefers_a_model_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = (ROOT / "conf/model/nano_tiny.yml").read_text(encoding="utf-8")
+    assert vlm.build("nano_tiny").model.config.image.size == 32
+    Path("conf/model").mkdir(parents=True)
+    Path("conf/model/nano_tiny.yml").write_text(shipped.replace("size: 32", "size: 16"))
+    Path("conf/model/own.yml").write_text(shipped.replace("size: 32", "size: 24"))
+    assert [vlm.build(name).model.config.image.size for name in ("nano_tiny", "own")] == [16, 24]
 
 
 # ------------------------------------------------------------------------------------------------ pictures

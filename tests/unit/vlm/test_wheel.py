@@ -89,4 +89,6 @@ def test_the_code_lines_of_the_readme_run_from_the_wheel_without_pyspark_and_mlf
     assert printed.startswith(f"{captioner.caption([picture], max_new_tokens=8)[0].caption}\n")
     assert printed.endswith(f"{site / 'vlm' / '__init__.py'}\n")
     assert (site / "vlm" / "py.typed").is_file()
+    build = "import vlm; print(vlm.build('nano_tiny').model.config.image.size)"
+    assert run(python, "-I", "-c", build, folder=tmp_path) == "32\n"
     run(python, "-I", "-c", "import importlib.util as u; assert not u.find_spec('pyspark')", folder=tmp_path)

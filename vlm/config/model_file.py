@@ -1,0 +1,82 @@
+"""Model configs by name, as files, as mappings and as objects."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from vlm.config.base import read_error_message
+from vlm.config.model import ModelConfig
+from vlm.config.yaml_file import YamlProblem, read_mapping
+from vlm.errors import ArgumentError, ConfigError, did_you_mean
+
+OWN_MODELS = Path("conf/model")
+"""Folder with the user's own model configs, relative to the working directory."""
+NAME = re.compile(r"[A-Za-z0-9][\w-]*")
+"""Name of a model, which is the name of its YAML file without `.yml`."""
+
+
+def read_model_config(config: ModelConfig | Mapping[str, Any] | str | Path) -> ModelConfig:
+    """Return a model config that is given as an object, as a mapping, as a name or as the path of a YAML file.
+
+    A text without a suffix is the name of a model, unless a file of this name exists. A model in `conf/model/` of the
+    working directory takes precedence over a model of the same name that ships with Lakesight.
+
+    Raises:
+        ArgumentError: the config is neither an object nor a mapping nor a text nor a path.
+        ConfigError: there is no model of this name, the file cannot be read, or the config is invalid.
+    """
+    if isinstance(config, ModelConfig):
+        return config
+    if not isinstance(config, Mapping | str | Path):
+        raise ArgumentError(
+            "the argument `config` cannot be used",
+            got=type(config).__name__,
+            fix="pass a vlm.ModelConfig, a dict with the same keys, the name of a model, or the path of a YAML file",
+        )
+    where = "model config" if isinstance(config, Mapping) else str(config)
+    try:
+        settings = config if isinstance(config, Mapping) else read_mapping(_find_file(config))
+        return ModelConfig.model_validate(settings)
+    except (YamlProblem, ValidationError) as error:
+        got = read_error_message(error, ModelConfig) if isinstance(error, ValidationError) else str(error)
+        raise ConfigError(
+            "the model config cannot be used",
+            where=where,
+            got=got,
+            fix="correct the config: docs/models.md lists the keys and their values",
+        ) from None
+
+
+def _find_file(config: str | Path) -> Path:
+    """Return the path of the YAML file of a model.
+
+    Raises:
+        ConfigError: the file does not exist.
+    """
+    if isinstance(config, str) and NAME.fullmatch(config):
+        for folder in (OWN_MODELS, shipped_models()):
+            if (folder / f"{config}.yml").is_file():
+                return folder / f"{config}.yml"
+    if Path(config).exists():
+        return Path(config)
+    names = sorted(path.stem for path in shipped_models().glob("*.yml"))
+    raise ConfigError(
+        "the model config cannot be used",
+        where=str(config),
+        got=f"no such file or model{did_you_mean(str(config), names)}",
+        fix=f"pass the path of an existing YAML file, or the name of a model that ships: {', '.join(names)}",
+    )
+
+
+def shipped_models() -> Path:
+    """Return the folder with the YAML files of the models that ship with Lakesight.
+
+    In an installed package the folder is next to this module, and in a checkout the folder is `conf/model/`.
+    """
+    installed = Path(__file__).parent / "models"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "conf" / "model"
