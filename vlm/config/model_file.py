@@ -21,13 +21,13 @@ NAME = re.compile(r"[A-Za-z0-9][\w-]*")
 
 
 def read_model_config(config: ModelConfig | Mapping[str, Any] | str | Path) -> ModelConfig:
-    """Return a model config that is given as an object, as a mapping, as a name or as the path of a YAML file.
+    """Return a model config that is given as a `ModelConfig`, as a mapping, as a name or as the path of a YAML file.
 
     A text without a suffix is the name of a model, unless a file of this name exists. A model in `conf/model/` of the
     working directory takes precedence over a model of the same name that ships with Lakesight.
 
     Raises:
-        ArgumentError: the config is neither an object nor a mapping nor a text nor a path.
+        ArgumentError: the config is neither a `ModelConfig` nor a mapping nor a text nor a path.
         ConfigError: there is no model of this name, the file cannot be read, or the config is invalid.
     """
     if isinstance(config, ModelConfig):
