@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import JsonValue, ValidationError
+from pydantic import Field, JsonValue, ValidationError
 
 from pipelines.errors import UserError
 from vlm.config import Config, JsonTextConfig, ModelConfig
@@ -62,7 +62,7 @@ class ImportRecord(Config):
     request: ImportRequest
     tokens: tuple[str, ...] = ()
     report: JsonValue = None
-    files: dict[str, str] = {}
+    files: dict[str, str] = Field(default_factory=dict)
 
     def missing(self, out: Path) -> list[str]:
         """List the files of the checkpoint that the folder `out` lacks."""
