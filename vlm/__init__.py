@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from vlm.captioner import Captioner, CaptionResult
+    from vlm.captioner import Captioner
     from vlm.config import GenerationConfig, ModelConfig
     from vlm.generation.attention_maps import AttentionMaps
     from vlm.generation.logprobs import AnswerLogprobs
+    from vlm.generation.result import CaptionResult
 
 __all__ = [
     "AnswerLogprobs",
@@ -35,7 +36,7 @@ __all__ = [
 _MODULES = {
     "AnswerLogprobs": "vlm.generation.logprobs",
     "AttentionMaps": "vlm.generation.attention_maps",
-    "CaptionResult": "vlm.captioner",
+    "CaptionResult": "vlm.generation.result",
     "Captioner": "vlm.captioner",
     "GenerationConfig": "vlm.config",
     "ModelConfig": "vlm.config",

@@ -7,7 +7,6 @@ the batch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from vlm.files import IMPORT_RECORD
 from vlm.generation.attention_maps import AttentionMaps, attention_maps
 from vlm.generation.generate import Completion, Request, check_length, generate, stream
 from vlm.generation.logprobs import AnswerLogprobs, answer_logprobs
+from vlm.generation.result import CaptionResult, error_result, to_result
 from vlm.inputs import (
     LIMITS,
     MAX_BYTES,
@@ -54,27 +54,6 @@ BATCH_POSITIONS = 16_384
 summed over all rows and beams. A batch of a single row may have more positions.
 
 BATCH_ROWS and BATCH_POSITIONS bound the memory of the key-value cache."""
-
-
-@dataclass(frozen=True)
-class CaptionResult:
-    """Result for one picture, which is either a caption or an error.
-
-    Attributes:
-        caption: generated caption, or None if there is an error.
-        error: error message, or None if there is a caption. For a picture that cannot be used, the message has the form
-            `<reason>: <detail>`.
-        sha256: SHA-256 of the picture file's bytes, in hex. None for a Pillow image, an array, or a file that cannot be
-            read or has more than `max_bytes` bytes.
-        num_tokens: number of generated tokens, including the end token; 0 if there is an error.
-        mean_logprob: mean log-probability of the generated tokens, in nats, or None if there is an error.
-    """
-
-    caption: str | None
-    error: str | None
-    sha256: str | None
-    num_tokens: int
-    mean_logprob: float | None
 
 
 class Captioner:
@@ -333,9 +312,9 @@ class Captioner:
         results = self.complete(list(valid.values()), [prompts[index] for index in valid], settings)
         completions = dict(zip(valid, results, strict=True))
         return [
-            _to_result(completions[index], picture.sha256)
+            to_result(completions[index], picture.sha256)
             if index in completions
-            else _error_result(picture.error, picture.sha256)
+            else error_result(picture.error, picture.sha256)
             for index, picture in enumerate(pictures)
         ]
 
@@ -394,13 +373,3 @@ def _batches(requests: Mapping[int, Request], settings: GenerationConfig) -> Ite
         rows = max(1, min(BATCH_ROWS, BATCH_POSITIONS // positions))
         yield by_length[:rows]
         by_length = by_length[rows:]
-
-
-def _to_result(completion: Completion | UserError, sha256: str | None) -> CaptionResult:
-    if isinstance(completion, UserError):
-        return _error_result(str(completion), sha256)
-    return CaptionResult(completion.text, None, sha256, completion.num_tokens, completion.mean_logprob)
-
-
-def _error_result(error: str | None, sha256: str | None) -> CaptionResult:
-    return CaptionResult(None, error, sha256, 0, None)

@@ -31,7 +31,8 @@ from vlm.files import atomic_write
 from vlm.image import load_decoders, picture_bytes, pixel_stats
 
 if TYPE_CHECKING:
-    from vlm.captioner import Captioner, CaptionResult
+    from vlm.captioner import Captioner
+    from vlm.generation.result import CaptionResult
     from vlm.inputs import DecodedPicture
 
 PENDING_SCHEMA = GENERATED_CAPTIONS.arrow_schema.append(pa.field("unchanged", pa.bool_(), nullable=False))
