@@ -257,7 +257,8 @@ class TrainConfig(Config):
         if "lr" in optimizer:
             unused.append(
                 "train.optimizer.lr has no effect, because the groups of train.stages have their own lr: change the lr "
-                "of these groups"
+                "of these groups (to find a run that an earlier release started with this option, write the value into "
+                "the YAML file of the train config)"
             )
         if "warmup_steps" in optimizer and all(stage.warmup_steps is not None for stage in self.stages):
             unused.append(
