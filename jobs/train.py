@@ -154,7 +154,9 @@ def run_train(job: Job, finished: RunFolder | None = None) -> TrainReport:
         reused = finished_result(run)
         # A reused run may have other generation settings than this command. A reused run is logged to MLflow too,
         # because MLflow may not have received the run's last metrics.
-        logged = config.model_copy(update={"model": run.read_run().config.model})
+        stored = run.read_run().config
+        precision = config.train.model_copy(update={"precision": stored.train.precision})  # `auto` was resolved
+        logged = config.model_copy(update={"model": stored.model, "train": precision})
         with (
             follow(run, logged, job.platform, may_be_down=reused is None) as follower,
             show_progress("train", poll_training(run, config.train), config.train.steps),

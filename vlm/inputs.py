@@ -270,7 +270,7 @@ def answer_lists(images: object, prompts: object, answers: object, *, text_only:
         raise UserError(
             "the lists of images, prompts and answers have different lengths",
             got=f"{len(given)} pictures, {len(asked)} prompts and {len(texts)} answers",
-            fix="give as many pictures and prompts as answers; a single picture or prompt counts for all answers",
+            fix="give one picture and one prompt for each answer; pass what all answers share alone, not in a list",
         )
     return pictures, asked, texts
 

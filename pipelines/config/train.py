@@ -160,8 +160,9 @@ class TrainConfig(Config):
             the weights of a resumed run equal the weights of an uninterrupted run only up to rounding.
         parallel: how ranks share the model. With `ddp`, each rank holds the full model. With `fsdp`, each rank holds a
             part of the weights, gradients and optimizer state, so the model may be larger than the memory of one GPU.
-        precision: number format of matrix products, which is fp32, tf32 (GPUs round the inputs) or bf16 (autocast). The
-            weights stay fp32.
+        precision: number format of matrix products, which is fp32, tf32 (GPUs round the inputs), bf16 (autocast) or
+            auto. With `auto`, the driver measures a small training step, and chooses bf16 if bf16 is at least 1.2 times
+            as fast as fp32, else fp32. The weights stay fp32.
         start_from: checkpoint folder of a model with the same config except for generation settings, or null. A run
             with pictures may also start from a text-only model with the same decoder and tokenizer. The run takes its
             initial weights and the tokenizer from this folder.
@@ -219,7 +220,7 @@ class TrainConfig(Config):
     recompute_blocks: bool = False
     compile_blocks: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "fp32"
     start_from: Annotated[str, Field(min_length=1)] | None = None
     start_state: Annotated[Literal["weights", "training"], ADDED_LATER] = "weights"
     adapter: AdapterConfig | None = None

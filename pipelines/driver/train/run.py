@@ -14,6 +14,7 @@ from pipelines.driver.train.failure import diagnose_failure, root_failure, wait_
 from pipelines.driver.train.hosts import check_hosts
 from pipelines.driver.train.launch import check_slots, end_leftover_ranks, run_rank, run_ranks
 from pipelines.driver.train.local_ranks import RankEntry
+from pipelines.driver.train.precision import choose_precision
 from pipelines.driver.train.run_folders import (
     check_registered_step,
     earlier_code,
@@ -83,6 +84,7 @@ def prepare(
     """
     check_config(config)
     _check_splits(train, validate)
+    config = choose_precision(config, platform)
     code = code or read_code()
     settings = config.train.science()
     config, start = _open_start(config, settings)

@@ -44,7 +44,7 @@ PASSED_OVER = {
     "marker": "the file marks the end of a job, or is a checksum or an index: `_SUCCESS`, `_metadata`, `*.crc`",
     "empty": "the file has no bytes",
     "other_kind": "the suffix belongs to another kind of source",
-    "no_split": "`split.kind` is `file`, and the name contains no split",
+    "no_split": "`split.kind` is `file`, and neither the file name nor a folder name decides the split",
     "not_named": "in a source of kind `folder`, a picture to which no row of the captions file refers",
     "link_outside": "a link that leads out of the folder of a source of kind `folder`",
     "not_regular": "a pipe, a socket, a device, a link to nothing, or a link to a folder that contains the link",

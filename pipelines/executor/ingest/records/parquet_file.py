@@ -144,7 +144,9 @@ class ParquetColumns:
     def _keeps_dictionaries(self, group: int, sizes: Mapping[int, PageSizes]) -> bool:
         """Return whether to read a column as an Arrow dictionary array.
 
-        A dictionary array saves memory if the column contains lists or large repeated values.
+        A dictionary array stores a repeated value only once. A column with lists of texts is read so if its texts take
+        at most DICTIONARY_BYTES. Another column is read so if its values repeat and the dictionary in the file is
+        larger than BATCH_BYTES.
         """
         texts = [leaf for leaf in sizes if leaf in self._texts]
         if not any(self._column(leaf).max_repetition_level for leaf in texts):
