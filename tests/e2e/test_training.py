@@ -76,6 +76,7 @@ def without_rates(run: RunFolder) -> list[tuple[int, dict[str, float]]]:
     ]
 
 
+@pytest.mark.matrix
 def test_ranks_started_by_torchrun_write_results_metrics_and_checkpoints(whole: RunFolder) -> None:
     result = read_json(whole.result, Result)
     assert (result.status, result.step, result.world_size) == ("ok", 60, 3)

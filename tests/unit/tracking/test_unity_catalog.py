@@ -160,6 +160,7 @@ def test_the_error_about_a_missing_model_names_only_models_of_the_own_schema(cat
     assert "secret" not in str(refused.value)
 
 
+@pytest.mark.matrix
 def test_a_version_whose_upload_was_killed_is_registered_again(catalog: Catalog) -> None:
     catalog.workspace.denied = {"model-versions/finalize"}
     with pytest.raises(LakesightError, match="PERMISSION_DENIED"):
