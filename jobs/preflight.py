@@ -35,6 +35,8 @@ MIN_ENVIRONMENT = 4
 RUNTIME_MODULES = ("pyspark", "delta", "mlflow", "torch", "pandas")
 WHEEL_MODULES = ("deltalake", "pyarrow", "safetensors", "tokenizers")
 INDEX_TIMEOUT_SECONDS = 10
+FIRST_ROWS = 20
+"""Number of rows of a table whose pictures are checked for being paths."""
 ML_RUNTIME = "set cpu_runtime and gpu_runtime of the bundle to an ML runtime, such as 18.x-cpu-ml-scala2.13"
 ENVIRONMENT = 'set environment_version in the bundle variable cpu_compute to "4", and keep mlflow in the dependencies'
 LIBRARIES = "add the wheel of Lakesight to the libraries of the task, and let the cluster reach a package index"
@@ -190,11 +192,15 @@ def check_source(config: RunConfig, platform: Platform) -> DoctorCheck:
 def check_captioned_table(platform: Platform, inputs: Inputs) -> DoctorCheck:
     """Check that `caption` can read the table and the columns that the job names."""
     from pipelines.driver.caption.source_table import open_source_table
+    from vlm.image import looks_like_path
 
     name = platform.resolve_table(inputs.table or "")
     try:
         columns = (inputs.id_column, inputs.image_column)
-        open_source_table(platform.open_spark(), platform, name, None, columns=columns, where=inputs.where)
+        spark = platform.open_spark()
+        source = open_source_table(spark, platform, name, None, columns=columns, where=inputs.where)
+        texts = source.rows.select("image") if dict(source.rows.dtypes)["image"] == "string" else None
+        first = texts.limit(FIRST_ROWS).collect() if texts is not None else []
     except UserError as error:
         found = f"{error.what}: {error.got}"
         fix = f"{error.fix}; or grant SELECT on the table"
@@ -202,7 +208,12 @@ def check_captioned_table(platform: Platform, inputs: Inputs) -> DoctorCheck:
     except spark_errors() as error:
         found = f"{name}: {str(error).partition(chr(10))[0][:300]}"
         return DoctorCheck(name="captioned", status="fail", found=found, fix="grant SELECT on the table")
-    return DoctorCheck(name="captioned", status="ok", found=name)
+    paths = [row["image"] for row in first if row["image"] is not None and looks_like_path(row["image"])]
+    if not paths:
+        return DoctorCheck(name="captioned", status="ok", found=name)
+    found = f"column {inputs.image_column} of {name} has paths or URLs, such as {paths[0][:100]!r}"
+    fix = "give the folder or URL of the picture files: --image-root (parameter `options` of the job caption)"
+    return DoctorCheck(name="captioned", status="warn", found=found, fix=fix)
 
 
 def check_mlflow(config: RunConfig, platform: Platform) -> Iterator[DoctorCheck]:

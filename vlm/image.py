@@ -71,6 +71,8 @@ MEDIA_BRANDS = {
 }
 """Dict from the brand of an ISO media file to the name of its picture format."""
 
+MAX_PATH = 4096
+"""Length of the longest text that can be a path or a URL."""
 URL_SAFE = str.maketrans("-_", "+/")
 DATA_URL = re.compile(r"data:[^,]{0,1000};\s*base64\s*,", re.IGNORECASE)
 
@@ -384,3 +386,9 @@ def _claimed_format(data: bytes) -> str | None:
 
 def _sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def looks_like_path(value: str) -> bool:
+    """Return whether a text is probably the path or URL of a picture, and not base64."""
+    path = r"\w+://.+|.+\.(avif|bmp|gif|jpe?g|png|tiff?|webp)"
+    return len(value) <= MAX_PATH and re.fullmatch(path, value.strip(), re.IGNORECASE | re.DOTALL) is not None

@@ -10,7 +10,6 @@ import hashlib
 import json
 import operator
 import os
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
@@ -24,7 +23,7 @@ from PIL import Image
 from vlm.config import GenerationConfig, ImageConfig
 from vlm.config.model import check_setting_names, settings_without_effect
 from vlm.errors import ArgumentError, CheckpointError, ImageError, UserError
-from vlm.image import check_size, open_image, picture_bytes, to_pixels, upright_rgb
+from vlm.image import MAX_PATH, check_size, looks_like_path, open_image, picture_bytes, to_pixels, upright_rgb
 
 Picture = Image.Image | npt.NDArray[np.uint8] | Path | bytes | bytearray | memoryview | str
 """Types in which a caller can pass a picture: a Pillow image, a NumPy array of pixels, the path of a file, or a file's
@@ -36,9 +35,6 @@ MAX_PIXELS, MIN_SIDE, MAX_BYTES = 64_000_000, 4, 64 * 2**20
 largest size of a file in bytes."""
 
 ALLOWED = "a Pillow image, a NumPy array of uint8, a pathlib.Path, the bytes of a picture file, or base64 text"
-PATH_OR_URL = re.compile(r"\w+://.+|.+\.(avif|bmp|gif|jpe?g|png|tiff?|webp)", re.IGNORECASE | re.DOTALL)
-MAX_PATH = 4096
-"""Length of the longest text that can be a path or a URL. Longer texts are not matched with PATH_OR_URL."""
 SEEDS = range(-(2**63), 2**64)
 """Seeds that torch accepts."""
 LIMITS = range(1, 2**63)
@@ -132,7 +128,7 @@ def _from_array(array: npt.NDArray[Any], min_side: int) -> Image.Image:
 
 def _advice(image: object) -> str:
     """Return advice for common mistakes, or an empty text."""
-    if isinstance(image, str) and len(image) <= MAX_PATH and PATH_OR_URL.fullmatch(image.strip()):
+    if isinstance(image, str) and looks_like_path(image):
         return "; a text is read as base64: pass a path as pathlib.Path, or caption a table of paths with --image-root"
     if hasattr(image, "read"):
         return "; pass the content of an open file, which its method read returns"

@@ -44,6 +44,16 @@ def test_the_preflight_names_what_is_wrong_with_the_table_of_a_caption_job(
     assert found in check.found
 
 
+def test_the_preflight_warns_if_the_picture_column_has_paths(
+    spark: SparkSession, platform: Platform, tmp_path: Path
+) -> None:
+    rows = spark.createDataFrame([(1, "shop/1.jpg"), (2, None)], "id INT, photo STRING")
+    rows.write.format("delta").save(str(tmp_path / "photos"))
+    table = f"delta.`{tmp_path / 'photos'}`"
+    check = check_captioned_table(platform, Inputs(table=table, id_column="id", image_column="photo"))
+    assert (check.status, "shop/1.jpg" in check.found, "--image-root" in check.fix) == ("warn", True, True)
+
+
 def config_of(*settings: str) -> RunConfig:
     return load_run("demo", overrides=[f"data.source.{setting}" for setting in settings])
 
