@@ -27,6 +27,12 @@ def review(
             "--table", help="Captioned table: the name of the table, or the path of its folder.", metavar="TABLE"
         ),
     ] = "samples",
+    version: Annotated[
+        str,
+        typer.Option(
+            "--version", help="Version that wrote the captions: a number, champion, or all.", metavar="VERSION"
+        ),
+    ] = "champion",
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.", metavar="PORT")] = 5002,
     warehouse: Annotated[
         str | None,
@@ -45,6 +51,8 @@ def review(
     On the page, mark captions as good or bad, or correct the captions. Verdicts and their pictures are stored in table
     verdicts. To add good and corrected captions to the training data, run lakesight ingest --run reviewed.
 
+    The page shows the captions of the champion, or of all versions if no version was promoted.
+
     With --platform databricks and --warehouse, the page shows the captions of a workspace. As a Databricks App, the
     command serves the page to users of the workspace.
 
@@ -53,18 +61,25 @@ def review(
       lakesight review --run demo
       lakesight review --run demo --table shop/products
     """
+    if version not in ("champion", "all") and not version.isdecimal():
+        raise UserError(
+            "the page cannot show the captions of this version",
+            where="--version",
+            got=version,
+            fix="give the number of a version, champion, or all",
+        )
     with open_job(run, platform, overrides, as_json=False) as job:
         from pipelines.review.verdicts import Review
 
         name = job.platform.resolve_table(table)
         opened = _open_workspace if job.platform.kind == "databricks" else _open_home
-        store, user = opened(job, name, warehouse)
+        store, user = opened(job, name, version, warehouse)
         reviewed = Review(store, table=name, model=job.model_name)
         in_app = app_port() if job.platform.kind == "databricks" else None
         if in_app is None and not reviewed.captions:
             raise UserError(
                 "there are no captions to judge",
-                where=f"generated_captions, source table {name}, model {job.model_name}",
+                where=f"generated_captions, source table {name}, model {job.model_name}, --version {version}",
                 fix=f"run `{caption_table(job, table)}` first",
             )
         title = f"Captions of {job.model_name}"
@@ -76,7 +91,7 @@ def review(
         job.output.next(*after_review(job, reviewed.judged.values()))
 
 
-def _open_home(job: Job, table: str, warehouse: str | None) -> tuple[CaptionStore, str]:
+def _open_home(job: Job, table: str, version: str, warehouse: str | None) -> tuple[CaptionStore, str]:
     """Open the captions of a table in the home folder. Return the store, and the name of this user.
 
     Raises:
@@ -101,12 +116,13 @@ def _open_home(job: Job, table: str, warehouse: str | None) -> tuple[CaptionStor
         job.platform.tables / "verdicts",
         table=table,
         model=job.model_name,
+        version=version,
         has_texts=table == job.platform.table("samples"),
     )
     return store, user_name()
 
 
-def _open_workspace(job: Job, table: str, warehouse: str | None) -> tuple[CaptionStore, str]:
+def _open_workspace(job: Job, table: str, version: str, warehouse: str | None) -> tuple[CaptionStore, str]:
     """Open the captions of a table of a workspace. Return the store, and the user whose login the command uses.
 
     Raises:
@@ -134,7 +150,8 @@ def _open_workspace(job: Job, table: str, warehouse: str | None) -> tuple[Captio
             got=" ".join(str(error).split())[:300],
             fix="run `databricks auth login --host https://...`",
         ) from None
-    return WarehouseStore(Warehouse(client, warehouse), job.platform, table=table, model=job.model_name), user
+    opened = Warehouse(client, warehouse)
+    return WarehouseStore(opened, job.platform, table=table, model=job.model_name, version=version), user
 
 
 def _serve(job: Job, reviewed: Review, title: str, user: str, port: int) -> None:

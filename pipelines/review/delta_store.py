@@ -12,10 +12,11 @@ from typing import Any
 import pyarrow as pa
 from deltalake import DeltaTable
 
-from pipelines.formats.delta_files import open_or_create, query_rows, quoted_text
-from pipelines.formats.tables import MODEL_DIGEST, VERDICTS
+from pipelines.formats.delta_files import open_or_create, query, quoted_text, to_rows
+from pipelines.formats.tables import DECISIONS, GENERATED_CAPTIONS, VERDICTS
+from pipelines.review.shown_captions import CHAMPION, TABLES, Selection, select
 from pipelines.review.source_pictures import SourcePictures
-from pipelines.review.verdicts import CAPTION_COLUMNS, KEY, Texts, key_of
+from pipelines.review.verdicts import Texts
 
 
 class DeltaStore:
@@ -24,9 +25,10 @@ class DeltaStore:
     Args:
         captions: table `generated_captions`.
         pictures: captioned table.
-        verdicts: folder of the table `verdicts`, which is created if it does not exist.
+        verdicts: folder of the table `verdicts`, which is created if it does not exist. Table `decisions` is beside it.
         table: full name of the captioned table.
         model: full name of the model.
+        version: version whose captions are read: a number, `champion` or `all` (see `shown_captions.select`).
         has_texts: whether the captioned table is table `samples`, which has human texts.
     """
 
@@ -39,21 +41,28 @@ class DeltaStore:
         table: str,
         model: str,
         has_texts: bool,
+        version: str = CHAMPION,
     ) -> None:
         self._captions = captions
         self._pictures = SourcePictures(pictures)
         self._has_texts = has_texts
         self._verdicts = open_or_create(verdicts, VERDICTS)
-        self._of_model = f"source_table = {quoted_text(table)} AND model_name = {quoted_text(model)}"
+        self._decisions = open_or_create(verdicts.parent / DECISIONS.name, DECISIONS)
+        self._version = version
+        self._values = Selection(*map(quoted_text, (table, model, version)))
 
     def read_captions(self) -> list[dict[str, Any]]:
         """Read the newest versions of the tables. See `CaptionStore.read_captions`."""
-        self._captions.update_incremental()
-        self._verdicts.update_incremental()
-        rows = _read(self._captions, CAPTION_COLUMNS, f"{self._of_model} AND caption IS NOT NULL")
-        judged = _read(self._verdicts, ("verdict", *KEY), self._of_model)
-        verdicts = {key_of(row): row["verdict"] for row in judged}
-        return [row | {"verdict": verdicts.get(key_of(row))} for row in rows]
+        tables = dict(zip(TABLES, (self._captions, self._verdicts, self._decisions), strict=True))
+        for table in tables.values():
+            table.update_incremental()
+        missing = [
+            f"{definition.name}.{name}"
+            for definition in (GENERATED_CAPTIONS, VERDICTS)
+            for name in {*definition.names} - {field.name for field in tables[definition.name].schema().fields}
+        ]
+        sql = select({name: name for name in TABLES}, self._values, self._version, missing)
+        return to_rows(query(tables, sql).read_all())
 
     def read_picture(self, caption: Mapping[str, Any]) -> bytes | None:
         """Read a picture file. See `CaptionStore.read_picture`."""
@@ -79,10 +88,3 @@ class DeltaStore:
         )
         merge.when_matched_update_all().when_not_matched_insert_all().execute()
         return True
-
-
-def _read(table: DeltaTable, columns: Sequence[str], where: str) -> list[dict[str, Any]]:
-    """Read columns of the selected rows of a table. A table of Lakesight 0.1.0 lacks the column `model_digest`."""
-    existing = {field.name for field in table.schema().fields}
-    found = query_rows(table, ", ".join(name for name in columns if name in existing), where)
-    return [{MODEL_DIGEST.name: None} | row for row in found]

@@ -84,7 +84,11 @@ class CaptionStore(Protocol):
     verdicts."""
 
     def read_captions(self) -> list[dict[str, Any]]:
-        """Read CAPTION_COLUMNS and `verdict` of all rows that have a caption. `verdict` is None if there is no verdict.
+        """Read CAPTION_COLUMNS, `verdict` and `correction` of the captions that the store's version selects.
+
+        `verdict` is None if there is no verdict. `correction` is the text of a corrected caption, or None. Captions of
+        replaced pictures are left out. Of several captions with different decoding settings, the store reads the newest
+        caption that was not judged as bad, and the captions with a verdict.
 
         Raises:
             UserError: the tables cannot be read.

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UserError
-from pipelines.formats.tables import GENERATED_CAPTIONS, SAMPLES, VERDICTS
+from pipelines.formats.tables import SAMPLES, VERDICTS
 from pipelines.platform import Platform
+from pipelines.review.shown_captions import ALL, CHAMPION, TABLES, Selection, select
 from pipelines.review.source_pictures import PictureColumns
-from pipelines.review.verdicts import CAPTION_COLUMNS, Texts
+from pipelines.review.verdicts import Texts
 
 if TYPE_CHECKING:
     from databricks.sdk import WorkspaceClient
@@ -100,13 +101,17 @@ class WarehouseStore:
         platform: platform of the workspace. The full names of the tables come from this platform.
         table: full name of the captioned table.
         model: full name of the model.
+        version: version whose captions are read: a number, `champion` or `all` (see `shown_captions.select`).
     """
 
-    def __init__(self, warehouse: Warehouse, platform: Platform, *, table: str, model: str) -> None:
+    def __init__(
+        self, warehouse: Warehouse, platform: Platform, *, table: str, model: str, version: str = CHAMPION
+    ) -> None:
         self._warehouse = warehouse
-        self._table, self._model = table, model
+        self._table, self._model, self._version = table, model, version
         self._has_texts = table == platform.table(SAMPLES.name)
-        self._captions, self._verdicts = platform.table(GENERATED_CAPTIONS.name), platform.table(VERDICTS.name)
+        self._names = {name: platform.table(name) for name in TABLES}
+        self._verdicts = self._names[VERDICTS.name]
 
     def read_captions(self) -> list[dict[str, Any]]:
         """Read at most MAX_CAPTIONS rows, rows without a verdict first. See `CaptionStore.read_captions`.
@@ -117,13 +122,12 @@ class WarehouseStore:
             UserError: the tables cannot be read, or there are captions, but the table contains none of their pictures
                 as bytes.
         """
-        chosen = ", ".join(f"c.{name}" for name in CAPTION_COLUMNS)
+        values = {"table": self._table, "model": self._model}
+        if self._version not in (CHAMPION, ALL):
+            values["version"] = self._version
+        chosen = select(self._names, Selection(":table", ":model", ":version"), self._version)
         found = self._warehouse.run(
-            f"SELECT {chosen}, v.verdict FROM {self._captions} c "  # noqa: S608 names of our own tables and columns
-            f"LEFT JOIN {self._verdicts} v ON {_same_caption('v', 'c')} "
-            "WHERE c.source_table = :table AND c.model_name = :model AND c.caption IS NOT NULL "
-            f"ORDER BY v.verdict IS NOT NULL, c.mean_logprob LIMIT {MAX_CAPTIONS}",
-            {"table": self._table, "model": self._model},
+            f"{chosen}\nORDER BY verdict IS NOT NULL, mean_logprob LIMIT {MAX_CAPTIONS}", values
         )
         rows: list[dict[str, Any]] = [
             {**row, "mean_logprob": None if row["mean_logprob"] is None else float(row["mean_logprob"])}
@@ -217,5 +221,5 @@ def _failure(warehouse_id: str, got: str) -> UserError:
         where=f"warehouse {warehouse_id}",
         got=" ".join(got.split())[:500],
         fix="correct the cause in the answer of Databricks; the user needs CAN USE on the warehouse, SELECT on the "
-        "captioned table and on generated_captions, and MODIFY on verdicts",
+        "captioned table, on generated_captions and on decisions, and MODIFY on verdicts",
     )

@@ -31,7 +31,7 @@ from stand_in_apps import Rows, SqlError
 from stand_in_workspace import Workspace, serve
 from trained_models import corner_rows
 
-from pipelines.formats.tables import GENERATED_CAPTIONS, SAMPLES, VERDICTS
+from pipelines.formats.tables import DECISIONS, GENERATED_CAPTIONS, SAMPLES, VERDICTS
 from pipelines.platform import Platform
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +68,10 @@ def namespace(platform: Platform) -> str:
 
 @pytest.fixture
 def ids(spark: SparkSession, namespace: str, source: str) -> list[str]:
-    """Write three captioned pictures, and return the ids of the pictures, the least certain caption first."""
+    """Write three pictures with captions of two versions, and promote the second version.
+
+    Return the ids of the pictures, the least certain caption first.
+    """
     rows = corner_rows(source, "train", 3)
     hashes = [row[SAMPLES.names.index("sha256")] for row in rows]
     spark.createDataFrame(rows, SAMPLES.ddl()).writeTo(f"{namespace}.{SAMPLES.name}").append()
@@ -81,8 +84,16 @@ def ids(spark: SparkSession, namespace: str, source: str) -> list[str]:
         | {"sha256": hashes[n], "read_at": None}
         for n, row in enumerate(rows)
     ]
-    captions = [tuple(row[name] for name in GENERATED_CAPTIONS.names) for row in values]
+    earlier = [
+        row | {"model_version": "6", "caption": "by an earlier champion", "mean_logprob": -9.0} for row in values
+    ]
+    captions = [tuple(row[name] for name in GENERATED_CAPTIONS.names) for row in [*values, *earlier]]
     spark.createDataFrame(captions, GENERATED_CAPTIONS.ddl()).writeTo(f"{namespace}.{GENERATED_CAPTIONS.name}").append()
+    promoted: dict[str, Any] = dict.fromkeys(DECISIONS.names, "x")
+    promoted |= {"model_name": f"{namespace}.demo", "model_version": "7"}
+    promoted |= {"action": "promote", "reasons": [], "decided_at": datetime.now(UTC), "model_digest": None}
+    decision = tuple(promoted[name] for name in DECISIONS.names)
+    spark.createDataFrame([decision], DECISIONS.ddl()).writeTo(f"{namespace}.{DECISIONS.name}").append()
     return [row[0] for row in rows]
 
 
@@ -105,7 +116,7 @@ def workspace(spark: SparkSession, namespace: str) -> Workspace:
         except PySparkException as error:
             raise SqlError(str(error)) from None
 
-    names = (SAMPLES.name, GENERATED_CAPTIONS.name, VERDICTS.name)
+    names = (SAMPLES.name, GENERATED_CAPTIONS.name, VERDICTS.name, DECISIONS.name)
     found = Workspace(user="somebody", run_sql=run_sql, tables={f"{namespace}.{name}" for name in names})
     found.create_app(app_settings(namespace))
     return found

@@ -11,11 +11,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
+from written_rows import write_rows
 
 from jobs.table_files import existing_files, table_relation
 from pipelines.errors import UserError
 from pipelines.formats.table_schema import Table
-from pipelines.formats.tables import GENERATED_CAPTIONS, SAMPLES, VERDICTS
+from pipelines.formats.tables import DECISIONS, GENERATED_CAPTIONS, SAMPLES, VERDICTS
 from pipelines.review.delta_store import DeltaStore
 from pipelines.review.verdicts import CaptionVerdict, Review
 
@@ -50,9 +51,9 @@ def write(folder: Path, table: Table, rows: list[dict[str, Any]], without: str =
     return DeltaTable(folder / table.name)
 
 
-def open_review(captions: DeltaTable, pictures: DeltaTable, verdicts: Path) -> Review:
+def open_review(captions: DeltaTable, pictures: DeltaTable, verdicts: Path, version: str = "champion") -> Review:
     """Open the captions of model `m` for the pictures of table `samples`."""
-    store = DeltaStore(captions, pictures, verdicts, table="samples", model="m", has_texts=True)
+    store = DeltaStore(captions, pictures, verdicts, table="samples", model="m", has_texts=True, version=version)
     return Review(store, table="samples", model="m")
 
 
@@ -91,6 +92,40 @@ def test_a_caption_of_the_first_lakesight_release_can_be_reviewed_although_it_ha
     assert [row["caption"] for row in review.find("judged", "")] == ["red"]
     judge(review, "bad")
     assert stored(tmp_path) == [(None, "bad")]
+
+
+def test_the_captions_of_the_champion_are_reviewed_or_those_of_the_chosen_versions(tmp_path: Path) -> None:
+    rows = [CAPTION | {"model_version": version, "caption": f"by {version}"} for version in ("1", "2", "10")]
+    captions, pictures = write(tmp_path, GENERATED_CAPTIONS, rows), write(tmp_path, SAMPLES, [SAMPLE])
+
+    def shown(version: str = "champion") -> list[str]:
+        review = open_review(captions, pictures, tmp_path / "verdicts", version)
+        return sorted(row["caption"] for row in review.captions)
+
+    assert shown() == ["by 1", "by 10", "by 2"], "no version was promoted"
+    for day, (action, version) in enumerate((("promote", "10"), ("promote", "2"), ("refuse", "1")), start=1):
+        decided = {"model_name": "m", "model_version": version, "action": action, "decided_at": datetime(2026, 1, day)}
+        write_rows(tmp_path, DECISIONS, decided)
+    assert shown() == ["by 2"]
+    assert shown("1") == ["by 1"]
+    assert shown("all") == ["by 1", "by 10", "by 2"]
+
+
+def test_captions_that_no_reader_sees_are_not_reviewed(tmp_path: Path) -> None:
+    later = {"captioned_at": datetime(2026, 1, 2, tzinfo=UTC)}
+    rows = [
+        CAPTION | {"caption": "of a replaced picture", "sha256": "0", "captioned_at": datetime(2025, 1, 1, tzinfo=UTC)},
+        CAPTION | {"caption": "with earlier settings"},
+        CAPTION | {"caption": "newest", "settings_hash": "h2"} | later,
+    ]
+    captions, pictures = write(tmp_path, GENERATED_CAPTIONS, rows), write(tmp_path, SAMPLES, [SAMPLE])
+    review = open_review(captions, pictures, tmp_path / "verdicts")
+    assert [row["caption"] for row in review.captions] == ["newest"]
+    said = {"image_id": "a/0", "model_version": "1", "settings_hash": "h2", "sha256": SHA256, "verdict": "bad"}
+    review.save_verdict(CaptionVerdict.model_validate(said), "me")
+    review.refresh()
+    assert [row["caption"] for row in review.find("open", "")] == ["with earlier settings"]
+    assert [row["caption"] for row in review.find("judged", "")] == ["newest"]
 
 
 def rewrite_and_vacuum(folder: Path) -> None:
