@@ -219,7 +219,7 @@ def check_drift(job: Job, report: CaptionReport, model: ModelFiles, request: Cap
         compared = drifted
     elif few:
         reason = f"{compared.rows:,} rows, and drift.min_rows is {limits.min_rows:,}" if compared.rows else ""
-        return report.model_copy(update={"drift_unchecked": reason})
+        return report.model_copy(update={"drift_unchecked": _describe_unchecked(report, reason)})
     evaluation = read_evaluation_figures(
         job.spark,
         job.platform,
@@ -239,9 +239,17 @@ def check_drift(job: Job, report: CaptionReport, model: ModelFiles, request: Cap
         update={
             "drift": drift,
             "drift_of_failed": few and bool(drift),
-            "drift_unchecked": "" if drift else _describe_few(job, report, evaluation.rows),
+            "drift_unchecked": _describe_unchecked(
+                report, "" if drift else _describe_few(job, report, evaluation.rows)
+            ),
         }
     )
+
+
+def _describe_unchecked(report: CaptionReport, reason: str) -> str:
+    """Say which captions were not compared. The statistics of an interrupted job are lost with its processes."""
+    recovered = f"{report.recovered:,} captions of an interrupted job were not compared" if report.recovered else ""
+    return "; ".join(filter(None, (reason, recovered)))
 
 
 def _describe_few(job: Job, report: CaptionReport, evaluated: int) -> str:
@@ -279,9 +287,11 @@ def _print_report(job: Job, report: CaptionReport) -> None:
     if report.failed_rows:
         failed = f"{report.failed_errors:,} errors in {report.failed_rows:,} rows of jobs that failed or were killed"
         job.output.line("", f"{failed} count in --max-error-share")
-    if report.considered == report.already:
+    if report.considered == report.already and not report.recovered:
         job.output.line("", "nothing new")
     if report.drift_unchecked:
         job.output.line("drift", f"not checked: {report.drift_unchecked}")
+    if report.drift_of_failed:
+        job.output.line("drift", "of the rows of an earlier job that failed:")
     for name, drift in report.drift.items():
         job.output.line("drift" if drift.beyond else "", f"{name:<15}{_format_drift(drift)}")

@@ -25,7 +25,7 @@ COLUMNS = ("id_column", "image_column")
 
 
 def log_captions(job: Job, report: CaptionReport, request: CaptionRequest, started: datetime, *, good: bool) -> None:
-    """Log a caption report to MLflow if the job captioned a row or found an error in a row.
+    """Log a caption report to MLflow if the job captioned a row, found an error in a row, or recovered a caption.
 
     The captions have already been written, so a failure of the tracking server only causes a warning.
 
@@ -36,7 +36,7 @@ def log_captions(job: Job, report: CaptionReport, request: CaptionRequest, start
         started: time at which the job started, in UTC.
         good: whether the job succeeded.
     """
-    if report.considered == report.already:
+    if report.considered == report.already and not report.recovered:
         return
     from pipelines.tracking.reports import log_stage
 
@@ -57,7 +57,8 @@ def _stage_log(job: Job, report: CaptionReport, request: CaptionRequest, started
     captioned = f"{report.model_name} version {report.model_version} on {report.source_table}"
     return StageLog(
         kind="caption",
-        name=f"{captioned}: {report.captioned:,} captions",
+        name=f"{captioned}: {report.captioned:,} captions"
+        + (f", {report.recovered:,} recovered" if report.recovered else ""),
         report=report.model_dump(),
         tags={name: getattr(report, name) for name in NAMES}
         | {name: getattr(request, name) for name in COLUMNS}
@@ -84,14 +85,20 @@ def _describe(job: Job, report: CaptionReport, request: CaptionRequest) -> str:
     from pipelines.tracking.describe.notes import code_block, version_link
 
     beyond = [name for name, each in report.drift.items() if each.beyond]
-    drift = f"Drift was not checked: {report.drift_unchecked}."
+    drift = ""
     if report.drift:
-        drift = f"Drift beyond its limit: {', '.join(beyond)}." if beyond else "No drift beyond its limits."
+        rows = " in the rows of an earlier job that failed" if report.drift_of_failed else ""
+        drift = (
+            f" Drift beyond its limit{rows}: {', '.join(beyond)}." if beyond else f" No drift beyond its limits{rows}."
+        )
+    if report.drift_unchecked:
+        drift += f" Drift was not checked: {report.drift_unchecked}."
+    recovered = f" {report.recovered:,} captions of an interrupted job were recovered." if report.recovered else ""
     return "\n\n".join(
         [
             f"{version_link(job.platform, report.model_name, report.model_version)} captioned {report.captioned:,} of "
             f"{report.considered:,} rows of `{report.source_table.replace('`', '')}` (version "
-            f"{report.source_version}); {report.errors:,} rows have an error. {drift}",
+            f"{report.source_version}); {report.errors:,} rows have an error.{recovered}{drift}",
             code_block(_command(job, report, request)),
         ]
     )

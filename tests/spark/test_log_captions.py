@@ -74,6 +74,14 @@ def test_a_captioning_job_logs_only_captions_of_its_own_column_and_all_options_o
             "version": "1",
         } | {name: getattr(request, name) for name in OPTIONS}
 
+    other = {"considered": 3, "already": 3, "captioned": 0, "source_version": 1, "drift_unchecked": "2 captions"}
+    log_captions(job, reports[0].model_copy(update=other), requests[0], datetime.now(UTC), good=True)
+    assert logged_run(table, "front").info.status == "FINISHED", "a job that has nothing to caption is not logged"
+    log_captions(job, reports[1].model_copy(update=other | {"recovered": 2}), requests[1], datetime.now(UTC), good=True)
+    found = mlflow.search_runs(experiment_names=["lakesight/caption"], output_format="list")
+    [text] = [run.data.tags[NOTE] for run in found if "2 captions of an interrupted job" in run.data.tags.get(NOTE, "")]
+    assert "were recovered. Drift was not checked: 2 captions." in text
+
 
 OPTIONS = (
     *("id_column", "image_column", "image_root", "where", "prompt", "precision", "max_error_share"),

@@ -122,7 +122,7 @@ class CaptionReport(Config):
             nothing was compared.
         drift_of_failed: whether `drift` compares the rows of an earlier job that failed because of drift, because this
             job has too few rows.
-        drift_unchecked: reason for which nothing was compared although rows were captioned, or empty.
+        drift_unchecked: reason for which captioned or recovered rows were not compared, or empty.
     """
 
     source_table: str
