@@ -228,6 +228,7 @@ class Review:
                 written = self._store.write_verdict(row, caption)
                 if written:
                     self.judged[verdict.key] = verdict.verdict
+                    caption["correction"] = verdict.text.strip() or None
         if not written:
             raise UserError(
                 "the captioned picture does not exist any more",

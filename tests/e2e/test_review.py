@@ -130,6 +130,16 @@ def test_a_person_can_review_captions_on_the_review_page(page: Page, home: Path,
     expect(page.locator("article.current")).to_have_attribute("data-image-id", "demo/03")
     card.nth(3).get_by_role("button", name="Good").click()
     expect(page.locator("#judged")).to_have_text("3")
+    page.keyboard.press("j")
+    card.nth(4).locator("textarea").fill("an edited text")
+    card.nth(4).locator("textarea").press("Escape")
+    for key, name in (("g", "Good"), ("b", "Bad")):
+        page.keyboard.press(key)
+        expect(card.nth(4).locator(".status")).to_contain_text("the text was changed")
+        card.nth(4).get_by_role("button", name=name).click()
+        expect(card.nth(4).locator("textarea")).to_have_value("an edited text")
+        card.nth(4).locator("textarea").press("Escape")
+    page.keyboard.press("k")
     page.keyboard.press("b")  # a second verdict replaces the first
     expect(card.nth(3)).to_have_attribute("data-verdict", "bad")
     assert verdicts(home) == {

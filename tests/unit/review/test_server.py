@@ -75,6 +75,21 @@ def test_the_page_shows_captions_that_were_written_after_the_start_of_the_server
     assert "caption 1" in client.get("/", headers=USER).text
 
 
+def test_the_page_shows_the_text_of_a_correction_before_and_after_the_captions_are_read_again(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = token_of(client.get("/", headers=USER).text)
+    corrected = SAID | {"verdict": "corrected", "text": "a green circle"}
+    assert client.post("/verdict", json=corrected, headers=USER | token).status_code == 200
+    for _ in range(2):
+        page = client.get("/?show=judged", headers=USER).text
+        assert re.findall(r'data-caption="([^"]*)">([^<]*)</textarea>', page) == [("caption 0", "a green circle")]
+        monkeypatch.setattr(verdicts, "REFRESH_SECONDS", 0)
+    assert client.post("/verdict", json=SAID, headers=USER | token).status_code == 200
+    page = client.get("/?show=judged", headers=USER).text
+    assert re.findall(r">([^<]*)</textarea>", page) == ["caption 0"]
+
+
 @pytest.mark.parametrize("judged_numbers", [(), (0,), range(4)])
 def test_next_and_previous_show_each_caption_that_was_not_judged_exactly_once(
     judged_numbers: Collection[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
