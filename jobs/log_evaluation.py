@@ -116,7 +116,7 @@ def describe(job: Job, report: EvaluationReport) -> str:
     ]
     return "\n\n".join(
         [
-            verdict(report.metrics, report.pictures),
+            verdict(report.metrics, report.pictures, job.config.gate.min_blind_gap),
             table(["figure", "model (95 % interval)", "best constant", "nearest neighbour"], rows),
             f"Version: {version_link(job.platform, report.model_name, report.model_version)}. "
             f"All figures, rows and pictures are in the folder `evaluate/version-{report.model_version}` of the run's "

@@ -26,12 +26,13 @@ class Comparison(NamedTuple):
     outcome: str
 
 
-def verdict(metrics: Mapping[str, Interval], pictures: int) -> str:
+def verdict(metrics: Mapping[str, Interval], pictures: int, min_blind_gap: float = GateConfig().min_blind_gap) -> str:
     """Return one sentence that says how good the captions are.
 
     Args:
         metrics: metrics of the split, including the metrics of the baselines.
         pictures: number of pictures of the split.
+        min_blind_gap: smallest blind gap that the promotion gate accepts, in nats per token.
     """
     count = f"{pictures:,} picture{'s' * (pictures > 1)}"
     judged = next((name for name in JUDGED if name in metrics), None)
@@ -46,7 +47,8 @@ def verdict(metrics: Mapping[str, Interval], pictures: int) -> str:
     for each in found:
         by_outcome.setdefault(each.outcome, []).append(f"{each.name} ({each.value:.3g})")
     compared = ", and ".join(f"{outcome} {' and '.join(names)}" for outcome, names in by_outcome.items())
-    return f"On {count}, the captions ({NAMES[judged]} {metrics[judged].value:.3g}) are {compared}{_pictures(metrics)}."
+    captions = f"the captions ({NAMES[judged]} {metrics[judged].value:.3g}) are {compared}"
+    return f"On {count}, {captions}{_pictures(metrics, min_blind_gap)}."
 
 
 def _outcome(metric: Interval, baseline: float) -> str:
@@ -55,14 +57,19 @@ def _outcome(metric: Interval, baseline: float) -> str:
     return "worse than" if metric.high < baseline else "not clearly better than"
 
 
-def _pictures(metrics: Mapping[str, Interval]) -> str:
-    """Return a phrase that says whether the captions depend on the pictures, or "" if there is no blind gap."""
+def _pictures(metrics: Mapping[str, Interval], limit: float) -> str:
+    """Return a phrase that says whether the captions depend on the pictures, or "" if there is no blind gap.
+
+    The gate compares the value of the blind gap with the limit. The phrase never says the opposite of the gate.
+    """
     gap = metrics.get("blind_gap")
     if gap is None:
         return ""
-    value = f"blind gap {gap.value:.3g} nats per token"
-    if gap.low > 0:
+    value = f"blind gap {gap.value:.3g} nats per token, limit {limit:g}"
+    if gap.low > 0 and gap.value >= limit:
         return f"; the model uses its pictures ({value})"
-    if gap.value < GateConfig().min_blind_gap:
+    if gap.low > 0:
+        return f"; the model uses its pictures less than the gate requires ({value})"
+    if gap.high < limit:
         return f"; the model ignores its pictures ({value})"
     return f"; these pictures are too few to say whether the model uses its pictures ({value})"
