@@ -17,6 +17,18 @@ if TYPE_CHECKING:
     from pipelines.review.verdicts import CaptionStore, Review
 
 ALL_DEVICES = "0.0.0.0"  # noqa: S104 in the container of a Databricks App, only the proxy of the workspace can connect
+ShownVersionOption = Annotated[
+    str,
+    typer.Option("--version", help="Version that wrote the captions: a number, champion, or all.", metavar="VERSION"),
+]
+WarehouseOption = Annotated[
+    str | None,
+    typer.Option(
+        "--warehouse",
+        help="Id of the SQL warehouse that reads and writes the tables of a workspace.",
+        metavar="ID",
+    ),
+]
 
 
 def review(
@@ -27,21 +39,9 @@ def review(
             "--table", help="Captioned table: the name of the table, or the path of its folder.", metavar="TABLE"
         ),
     ] = "samples",
-    version: Annotated[
-        str,
-        typer.Option(
-            "--version", help="Version that wrote the captions: a number, champion, or all.", metavar="VERSION"
-        ),
-    ] = "champion",
+    version: ShownVersionOption = "champion",
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.", metavar="PORT")] = 5002,
-    warehouse: Annotated[
-        str | None,
-        typer.Option(
-            "--warehouse",
-            help="Id of the SQL warehouse that reads and writes the tables of a workspace.",
-            metavar="ID",
-        ),
-    ] = None,
+    warehouse: WarehouseOption = None,
     run: RunOption = "demo",
     platform: PlatformOption = "local",
     overrides: SetOption = None,
@@ -61,13 +61,7 @@ def review(
       lakesight review --run demo
       lakesight review --run demo --table shop/products
     """
-    if version not in ("champion", "all") and not version.isdecimal():
-        raise UserError(
-            "the page cannot show the captions of this version",
-            where="--version",
-            got=version,
-            fix="give the number of a version, champion, or all",
-        )
+    _check_version(version)
     with open_job(run, platform, overrides, as_json=False) as job:
         from pipelines.review.verdicts import Review
 
@@ -89,6 +83,16 @@ def review(
             _serve_app(reviewed, title, in_app)
         job.output.line("judged", f"{len(reviewed.judged):,} of {len(reviewed.captions):,} captions")
         job.output.next(*after_review(job, reviewed.judged.values()))
+
+
+def _check_version(version: str) -> None:
+    if version not in ("champion", "all") and not version.isdecimal():
+        raise UserError(
+            "the page cannot show the captions of this version",
+            where="--version",
+            got=version,
+            fix="give the number of a version, champion, or all",
+        )
 
 
 def _open_home(job: Job, table: str, version: str, warehouse: str | None) -> tuple[CaptionStore, str]:
