@@ -105,14 +105,15 @@ def log_to_mlflow(job: Job, report: FullReport, *, good: bool) -> None:
     from pipelines.tracking.reports import StageLog, log_stage
 
     counts = f"{report.rows_in:,} rows = {describe_counts(report)}"
+    table = "texts" if job.config.data.source.kind == "text" else "samples"
     log = StageLog(
         kind="ingest",
         name=f"{report.source}: {report.new:,} new, {report.quarantined:,} quarantined",
         report=report.model_dump(),
         tags={"source": report.source, "ingest_id": report.ingest_id, "table_version": report.dataset_version},
         pages=[Path(report.page)],
-        text=f"Source **{report.source}**, table `samples` at version {report.dataset_version}: {counts}. The page "
-        f"`{Path(report.page).name}` in the artifacts shows pictures and refused rows.\n\n"
+        text=f"Source **{report.source}**, table `{table}` at version {report.dataset_version}: {counts}. The page "
+        f"`{Path(report.page).name}` in the artifacts shows {table} and refused rows.\n\n"
         f"{code_block(job.command('ingest'))}",
     )
     try:

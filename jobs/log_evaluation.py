@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from jobs.common import Job
 from jobs.next_commands import trained_config
 from jobs.output import number
+from pipelines.config import short_hash
 from pipelines.driver.evaluate.gallery import HEADLINES, NAMES
 from pipelines.driver.evaluate.metrics import captioned
 from pipelines.driver.evaluate.verdict import BASELINES, verdict
@@ -23,7 +24,7 @@ LOGGED_METRICS = (
 )
 """Metrics that become MLflow metrics and tags of the model version. Unity Catalog limits the number of tags.
 
-All metrics are in the logged table `figures-HASH.json`."""
+All metrics are in the logged table `figures-HASHES.json`. Evaluations with different metrics have different tables."""
 LOGGED_ROWS = 1000
 """Maximum number of evaluated rows that are logged to MLflow as a table."""
 
@@ -69,7 +70,10 @@ def log_evaluation(job: Job, report: EvaluationReport, shards: Shards) -> None:
     from pipelines.tracking.runs import log_report
 
     values, scored = report.values(), captioned(report.scores())
-    identity = "-".join(filter(None, (report.scores_hash, report.object_words)))
+    figures = figures_by_column(report)
+    # MLflow never changes a logged table, so an evaluation with further metrics or slices gets a table of its own.
+    computed = short_hash(figures["slice"], figures["metric"], report.tokenisation, report.definitions)
+    identity = "-".join(filter(None, (report.scores_hash, report.object_words, computed)))
     lengths = {
         "human": [len(words(reference)) for row in scored for reference in row.references],
         "model": [len(words(row.caption or "")) for row in scored],
@@ -88,7 +92,7 @@ def log_evaluation(job: Job, report: EvaluationReport, shards: Shards) -> None:
         metrics,
         [report.gallery, report.gallery_png, report.figures_png],
         tables={
-            f"figures-{identity}.json": figures_by_column(report),
+            f"figures-{identity}.json": figures,
             f"rows-{report.scores_hash}.json": rows_by_column(report),
         },
         figures={"lengths.png": draw_lengths(lengths)},
@@ -119,8 +123,8 @@ def describe(job: Job, report: EvaluationReport) -> str:
             verdict(report.metrics, report.pictures, job.config.gate.min_blind_gap),
             table(["figure", "model (95 % interval)", "best constant", "nearest neighbour"], rows),
             f"Version: {version_link(job.platform, report.model_name, report.model_version)}. "
-            f"All figures, rows and pictures are in the folder `evaluate/version-{report.model_version}` of the run's "
-            "artifacts.",
+            f"All figures, the first {LOGGED_ROWS:,} rows, and a selection of the pictures are in the folder "
+            f"`evaluate/version-{report.model_version}` of the run's artifacts.",
             code_block(f"{job.command('evaluate')} --version {report.model_version}"),
         ]
     )

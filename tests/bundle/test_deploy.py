@@ -43,7 +43,7 @@ import os, zipfile
 os.mkdir("dist")
 zipfile.ZipFile("dist/lakesight-0.1.0-py3-none-any.whl", "w").writestr("lakesight.txt", "")
 """
-APP_TABLES = {"samples": "SELECT", "generated_captions": "SELECT", "verdicts": "MODIFY"}
+APP_TABLES = {"samples": "SELECT", "generated_captions": "SELECT", "decisions": "SELECT", "verdicts": "MODIFY"}
 RESOURCES = {"dev": 9, "staging": 15, "prod": 15}
 
 pytestmark = pytest.mark.skipif(CLI is None, reason="no binary `databricks` on PATH, and DATABRICKS_CLI is not set")

@@ -31,10 +31,10 @@ MAX_NOTE_CHARS = 5000
 
 STAGES = {
     "ingest": "Ingests: one run for each ingest that changed a table. The metrics of a run count rows. The HTML page "
-    "among the artifacts of a run shows pictures and refused rows.",
+    "among the artifacts of a run shows accepted rows and refused rows.",
     "caption": "Captioning jobs: one run for each job that captioned pictures. The parameters of a run name the model "
-    "version and the captioned table. The artifact `caption/drift.json` of a run compares the captions with the "
-    "evaluation of the model version.",
+    "version and the captioned table. The artifact `drift.json` of a run compares the captions with the evaluation "
+    "of the model version.",
 }
 """Description of the MLflow experiment of each stage that uses a single experiment for all run configs."""
 MODEL_DESCRIPTION = (

@@ -39,7 +39,7 @@ def describe_training(client: MlflowClient, tracked: Run, run: RunFolder, config
         **{f"lakesight.{name}": value for name, value in file.code_tags().items()},
         "lakesight.content_hash": file.content_hash,
         NOTE: put_sections(
-            tracked.data.tags.get(NOTE, ""), {TRAINING: _training_text(config, file, manifests["training"])}
+            tracked.data.tags.get(NOTE, ""), {TRAINING: training_text(config, file, manifests["training"])}
         ),
     }
     client.log_batch(
@@ -71,16 +71,22 @@ def version_text(client: MlflowClient, platform: Platform, run_id: str, step: in
     return put_sections("", {TRAINING: f"Step {step:,} of the run {link}.\n\n{text}"})
 
 
-def _training_text(config: RunConfig, file: RunFile, manifest: Manifest) -> str:
+def training_text(config: RunConfig, file: RunFile, manifest: Manifest) -> str:
+    """Describe a training in Markdown: model, data, steps, changed settings, and the command that repeats the run."""
     request, train = manifest.request, config.train
     start = "from scratch" if train.start_from is None else f"from {train.start_from}"
     ranks = f"{file.world_size} rank{'s' * (file.world_size > 1)}"
     rows, batch = ("texts", "windows") if config.model.text_only else ("pictures", "pictures")
     changes = ", ".join(f"`{key}={value}`" for key, value in changed_settings(config).items())
+    sources = f"{manifest.num_rows:,} {rows} of source **{request.source}**"
+    if manifest.parts:
+        parts = (f"{part.rows:,} of **{part.source}** ({part.draws:,} drawn per epoch)" for part in manifest.parts)
+        sources = f"{manifest.num_rows:,} {rows}: {', '.join(parts)}"
+    steps = f"at most {train.steps:,}" if train.stop is not None else f"{train.steps:,}"
     return "\n\n".join(
         [
-            f"Model **{config.chosen.model}**, trained {start} on {manifest.num_rows:,} {rows} of source "
-            f"**{request.source}** (table `{request.table}`, version {file.dataset_version}): {train.steps:,} steps of "
+            f"Model **{config.chosen.model}**, trained {start} on {sources} "
+            f"(table `{request.table}`, version {file.dataset_version}): {steps} steps of "
             f"{train.batch_size} {batch}, seed {train.seed}, {ranks}.",
             f"Changed settings: {changes or 'none'}",
             code_block(repeat_command(config)),

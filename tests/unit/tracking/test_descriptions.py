@@ -29,12 +29,14 @@ from tiny_runs import finish_run, tiny_run, write_run, write_shards
 from pipelines.config import load_run
 from pipelines.driver.caption.source_table import arrow_columns
 from pipelines.formats.run_folder import Metrics, RunFolder, write_json
+from pipelines.formats.shards import MixPart, Shards
 from pipelines.platform import Platform
 from pipelines.tracking import registry, runs
 from pipelines.tracking.describe.datasets import captioned_input
 from pipelines.tracking.describe.figures import draw_lengths
 from pipelines.tracking.describe.names import MAX_NAME_CHARS, changed_settings, repeat_command, run_name
 from pipelines.tracking.describe.notes import EVALUATION, KIND, MAX_NOTE_CHARS, NOTE, put_sections, read_sections
+from pipelines.tracking.describe.training import training_text
 from pipelines.tracking.server import connect, experiment_id
 
 OVERRIDES = (
@@ -96,6 +98,19 @@ def test_a_run_whose_config_files_were_removed_still_gets_its_mlflow_name(caplog
 
 
 # ------------------------------------------------------------------------------------------------ texts
+
+
+def test_the_description_of_a_training_names_the_sources_of_a_mix_and_the_largest_number_of_steps(
+    run: RunFolder,
+) -> None:
+    config, file = tiny_run(), run.read_run()
+    manifest = Shards(run.shard_folder(file.train_shards)).manifest
+    assert "on 6 pictures of source **tiny** (table" in training_text(config, file, manifest)
+    parts = (MixPart(source="birds", rows=4, draws=4), MixPart(source="reviewed", rows=2, draws=3))
+    early = config.model_copy(update={"train": config.train.model_copy(update={"stop": 2})})
+    text = training_text(early, file, manifest.model_copy(update={"parts": parts}))
+    assert "on 6 pictures: 4 of **birds** (4 drawn per epoch), 2 of **reviewed** (3 drawn per epoch) (table" in text
+    assert "at most 12 steps" in text
 
 
 @settings(max_examples=30)

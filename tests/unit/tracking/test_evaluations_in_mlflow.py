@@ -59,7 +59,15 @@ def test_a_run_keeps_the_figures_of_its_last_checkpoint_and_the_files_of_each_ve
         assert page.read_text(encoding="utf-8") == f"version {version.version}"
         assert f"path={folder.replace('/', '%2F')}%2Fgallery.png" in note
         files = {Path(file.path).name for file in client.list_artifacts(follower.run_id, folder)}
-        assert {"lengths.png", f"figures-{version.version}.json", f"rows-{version.version}.json"} <= files
+        assert {"lengths.png", f"rows-{version.version}.json"} <= files
+        assert len([name for name in files if name.startswith(f"figures-{version.version}-")]) == 1
+    more = evaluated(tmp_path / "more", last, 9)
+    more = more.model_copy(update={"metrics": more.metrics | {"meteor": more.metrics["exact_match"]}})
+    log_evaluation(job, more, shards)
+    folder = f"evaluate/version-{last.version}"
+    tables = [each.path for each in client.list_artifacts(follower.run_id, folder) if "/figures-" in each.path]
+    logged = [Path(client.download_artifacts(follower.run_id, table, str(tmp_path))).read_text() for table in tables]
+    assert sorted('"meteor"' in text for text in logged) == [False, True]
     client.log_metric(follower.run_id, "train/loss", 1.5, step=8)
     old = early.model_copy(update={"tags": {}})
     assert registry.training_step(platform, early) == 4
