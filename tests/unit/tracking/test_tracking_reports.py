@@ -79,6 +79,10 @@ def test_a_stage_report_becomes_an_mlflow_run_with_metrics_tags_and_an_html_page
     assert document == json.loads(done.model_dump_json())
     assert good.info.run_name == "birds: 5 new, 1 quarantined"
     assert "lakesight ingest --run demo" in good.data.tags["mlflow.note.content"]
+    assert "table `samples` at version 7" in good.data.tags["mlflow.note.content"]
+    log_to_mlflow(Job(load_run("makemore"), job.platform, (), job.output), done, good=True)
+    newest, *_ = client.search_runs([experiment.experiment_id])
+    assert "table `texts` at version 7" in newest.data.tags["mlflow.note.content"]
 
 
 def test_an_unreachable_server_gives_one_warning_within_a_minute(
