@@ -33,6 +33,7 @@ from pipelines.driver.caption.run import CaptionRequest, caption
 from pipelines.driver.ingest.run import ingest
 from pipelines.driver.model_files import ModelFiles
 from pipelines.driver.shard.run import shard
+from pipelines.executor.ingest.fingerprint import FINGERPRINT_BYTES
 from pipelines.platform import Platform, local
 from vlm.config import ImageConfig
 
@@ -57,10 +58,11 @@ def fill(spark: SparkSession, platform: Platform, rows: int) -> None:
     count = there.count()
     one = there.limit(1).drop("image_id", "sha256", "fingerprint")
     numbers = spark.range(count, rows, numPartitions=4)
+    hashes = (F.sha2(F.concat_ws(":", "id", F.lit(part)), 512) for part in range(-(-FINGERPRINT_BYTES // 64)))
     values = {
         "sha256": F.sha2(F.col("id").cast("string"), 256),
         "image_id": F.concat_ws("/", "source", "id"),
-        "fingerprint": F.xxhash64("id"),
+        "fingerprint": F.substring(F.unhex(F.concat(*hashes)), 1, FINGERPRINT_BYTES),
     }
     copies = numbers.crossJoin(F.broadcast(one)).withColumns(values)
     copies.select(there.columns).write.format("delta").mode("append").saveAsTable(table)
@@ -116,9 +118,8 @@ def main() -> None:
         stages.run(WARM_UP)
         found = {size: stages.run(size) for size in sizes}
         print("CPU seconds / seconds by the clock (peak MB of the driver, of the JVM)")
-        print(
-            f"{'stage':<24}" + "".join(f"{f'{size:,} rows':>34}" for size in sizes) + f"{'growth':>9}{'exponent':>10}"
-        )
+        titles = "".join(f"{f'{size:,} rows':>34}" for size in sizes)
+        print(f"{'stage':<24}{titles}{'growth':>9}{'exponent':>10}")
         for number, stage in enumerate(STAGES):
             costs = [found[size][number] for size in sizes]
             cells = [f"{c.processor:.1f} / {c.clock:.1f} s ({c.driver:,.0f}, {c.jvm:,.0f} MB)" for c in costs]

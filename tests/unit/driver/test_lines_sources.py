@@ -31,7 +31,7 @@ from pipelines.executor.ingest.records.csv import csv_records
 from pipelines.executor.ingest.records.jsonl import find_keys, jsonl_records
 from pipelines.executor.ingest.records.lines import RANGE, Layout
 from pipelines.executor.ingest.records.pictures.root import picture_records
-from pipelines.executor.ingest.records.record import Fields, Problem, Record
+from pipelines.executor.ingest.records.record import Fields, Problem, Record, replace_lone_surrogates
 
 LIMIT = 10**6
 
@@ -348,6 +348,22 @@ def test_an_integer_of_any_length_in_a_coco_document_does_not_stop_the_reader(tm
     path.write_text('{"images": [{"id": 1, "file_name": "a", "n": %s}], "annotations": []}' % ("7" * 5_000))
     [record] = coco_records(str(path), path.name, ColumnNames(image="file_name", text="said"))
     assert record.fields["id"] == "1"
+
+
+def test_half_an_emoji_in_a_coco_document_becomes_the_replacement_character(tmp_path: Path) -> None:
+    path = tmp_path / "a.coco.json"
+    path.write_text(
+        '{"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, "caption": '
+        r'"half \ud83d, whole \ud83d\ude00, written \\ud83d"}]}'
+    )
+    [record] = coco_records(str(path), path.name, ColumnNames(image="file_name", text="said"))
+    assert record.fields["said"] == ["half \ufffd, whole \U0001f600, written \\ud83d"]
+
+
+@given(st.text(st.characters(exclude_categories=()), max_size=8))
+def test_lone_surrogates_of_any_json_text_are_replaced_as_utf_16_replaces_them(text: str) -> None:
+    expected = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert json.loads(replace_lone_surrogates(json.dumps(text))) == expected
 
 
 @pytest.mark.parametrize("document", [[], {}, {"images": [], "annotations": None}, {"images": {}, "annotations": []}])

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from pipelines.config import PICTURE
+from pipelines.executor.ingest.records import folder
 from pipelines.executor.ingest.records.folder import NO_PICTURE, folder_records, list_captions, subfolder_of
 from pipelines.executor.ingest.records.record import Problem, Record
 
@@ -152,6 +153,24 @@ def test_the_picture_file_that_a_refused_row_names_is_still_listed(tmp_path: Pat
     [batch] = list_captions(iter(()), read, str(tmp_path / "captions.csv"), str(tmp_path), "file_name")
     [row] = batch.to_pylist()
     assert (row["picture"], row["state"]) == (str(tmp_path / "a.png"), NO_PICTURE)
+
+
+def test_a_row_whose_picture_may_not_be_read_is_read_again_after_its_permissions_were_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.png").write_bytes(b"p")
+
+    def read(_: Iterator[pa.RecordBatch]) -> Iterator[Record]:
+        yield Record("captions.csv", {"file_name": "a.png"})
+
+    def state() -> str:
+        [batch] = list_captions(iter(()), read, str(tmp_path / "captions.csv"), str(tmp_path), "file_name")
+        return str(batch.to_pylist()[0]["state"])
+
+    with monkeypatch.context() as patch:  # root may read every file, whatever its permissions are
+        patch.setattr(folder.os, "access", lambda path, mode: False)
+        assert state() == NO_PICTURE
+    assert state() != NO_PICTURE
 
 
 @pytest.mark.parametrize("name", [7, 7.0, "7"])

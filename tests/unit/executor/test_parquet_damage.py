@@ -20,6 +20,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from parquet_ranges import BYTES, others, read, read_path, written
 
+from pipelines.executor.ingest.records import parquet
 from pipelines.executor.ingest.records.record import Record
 
 
@@ -56,6 +57,27 @@ def test_a_file_that_is_not_in_parquet_format_gives_one_record_that_describes_th
     path.write_bytes(path.read_bytes()[:-200] if content is None else content)
     [detail] = details(read(path, step=100))
     assert "not a readable Parquet file" in detail
+
+
+def test_a_range_is_reported_if_only_its_host_cannot_open_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = three_groups(tmp_path)
+    every = [record.fields["text"] for record in read(path, step=100)]
+    opened: list[str] = []
+
+    class Hosts(parquet.ParquetColumns):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            opened.append(str(args[0]))
+            if len(opened) > 1 and len(opened) % 2 == 0:
+                raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(parquet, "ParquetColumns", Hosts)
+    records = read(path, step=100)
+    lost = [record for record in records if record.problem]
+    assert len(records) - len(lost) < len(every)
+    assert len({record.raw for record in lost}) == 1, "one row of quarantine"
 
 
 @pytest.mark.parametrize("column", [0, 1])

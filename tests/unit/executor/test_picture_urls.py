@@ -62,10 +62,13 @@ class PictureServer(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(body if name == "packed" else body[:12])
             return
+        if name == "short" or (name == "short-once" and self.requested.count(self.path) == 1):
+            self.send_header("Content-Length", "50")  # the server closes the connection before it has sent all bytes
         self.end_headers()
         if name == "slow":
             time.sleep(3)
-        self.wfile.write(bytes(1_000) if name == "large" else self.path.encode())
+        agent = self.headers["User-Agent"].encode() if name == "agent" else self.path.encode()
+        self.wfile.write(bytes(1_000) if name == "large" else agent)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Log nothing."""
@@ -99,6 +102,8 @@ def test_a_row_may_name_a_picture_on_a_web_server_by_path_or_by_url(server: str)
     assert read(server, "once") == b"/p/once"
     assert read(server, "redirect-in") == b"/p/a.png"
     assert read(server, "packed") == bytes(50)
+    assert read(server, "short-once") == b"/p/short-once"
+    assert read(server, "agent") == b"lakesight"
 
 
 @pytest.mark.parametrize(
@@ -110,6 +115,7 @@ def test_a_row_may_name_a_picture_on_a_web_server_by_path_or_by_url(server: str)
         ("500", "status 500"),
         ("large", "too_large: more than 100 bytes"),
         ("cut", "unreadable_file"),
+        ("short", "/p/short: IncompleteRead"),
         ("redirect-out", "unreadable_file"),
         *((name, "unreadable_file") for name in REDIRECTS if name != "redirect-in"),
         ("redirect-loop", "unreadable_file"),

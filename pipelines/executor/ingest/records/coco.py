@@ -10,7 +10,7 @@ from contextlib import closing
 from typing import Any
 
 from pipelines.config import ColumnNames
-from pipelines.executor.ingest.records.record import Fields, Problem, Record, parse_integer
+from pipelines.executor.ingest.records.record import Fields, Problem, Record, parse_integer, replace_lone_surrogates
 from pipelines.executor.ingest.text_stream import open_text
 from pipelines.executor.ingest.values import is_missing
 
@@ -39,7 +39,7 @@ def coco_records(path: str, file: str, columns: ColumnNames) -> Iterator[Record]
         ValueError: the document is not COCO captions JSON.
     """
     with closing(open_text(path)) as stream:
-        text = stream.read().decode("utf-8", errors="replace")
+        text = replace_lone_surrogates(stream.read().decode("utf-8", errors="replace"))
     document = json.loads(text, object_pairs_hook=_kept, parse_int=parse_integer)
     images, annotations = (document.get(k) if isinstance(document, dict) else None for k in ("images", "annotations"))
     if not isinstance(images, list) or not isinstance(annotations, list):

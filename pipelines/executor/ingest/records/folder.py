@@ -8,6 +8,7 @@ fill the table `quarantine`.
 from __future__ import annotations
 
 import json
+import os
 import posixpath
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -99,7 +100,9 @@ def _caption_row(record: Record, captions: str, folder: str, column: str) -> dic
     found = _find_picture(folder, subfolder_of(captions, folder), record.fields.get(column))
     if isinstance(found, PictureFile):
         row["picture"] = printable(str(found.path))
-        if not record.problem:  # a refused row is not read again when its picture changes
+        # A refused row is not read again when its picture changes. A picture that may not be read now has no state, so
+        # that the row is read again after the permissions were changed, which changes neither size nor time.
+        if not record.problem and os.access(found.path, os.R_OK):
             row["state"] = change_token(found.status.st_size, found.status.st_mtime_ns // 1000)
     return row
 

@@ -6,6 +6,7 @@ may be refused later, because the table `quarantine` stores the whole row.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -73,9 +74,11 @@ def parquet_records(
 
 
 def _read_range(part: _Range, columns: _Columns) -> Iterator[Record]:
-    opened = _open(part, columns)
+    opened, is_everywhere = _open(part, columns)
     if isinstance(opened, str):
-        if part.start == 0:  # an error of the whole file is reported once, for the file's first range
+        # Damage of the whole file is reported once, for its first range. Another error is reported for each range,
+        # because other hosts may be able to open the file. Equal reports become one row of `quarantine`.
+        if part.start == 0 or not is_everywhere:
             yield unreadable_file(part.file, part.path, opened)
         return
     damage = []
@@ -93,21 +96,26 @@ def _read_range(part: _Range, columns: _Columns) -> Iterator[Record]:
         yield unreadable_file(part.file, part.path, "; ".join(damage)[:2000])
 
 
-def _open(part: _Range, columns: _Columns) -> ParquetColumns | str:
-    """Open a Parquet file, or return a text that says why the file cannot be read."""
+def _open(part: _Range, columns: _Columns) -> tuple[ParquetColumns | str, bool]:
+    """Open a Parquet file, or return a text that says why the file cannot be read.
+
+    The second value is whether every host finds the same: an error of the operating system, such as a missing file, may
+    be an error of this host.
+    """
     try:
         opened = ParquetColumns(part.path)
     except FILE_ERRORS as error:
-        return f"not a readable Parquet file: {_describe_or_raise(error)}"
+        is_of_host = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)  # EINVAL: a cut file
+        return f"not a readable Parquet file: {_describe_or_raise(error)}", not is_of_host
     wanted = [columns.image, *(name for name in columns.named if name not in part.partition or name in opened.names)]
     counts = {name: opened.names.count(name) for name in wanted}
     wrong = [
         f"{count} columns {name}" if count else f"no column {name}" for name, count in counts.items() if count != 1
     ]
     if not wrong:
-        return opened
+        return opened, True
     opened.close()
-    return f"the file has {' and '.join(wrong)}; its columns are {', '.join(n[:80] for n in opened.names[:20])}"
+    return f"the file has {' and '.join(wrong)}; its columns are {', '.join(n[:80] for n in opened.names[:20])}", True
 
 
 def _describe_or_raise(error: Exception) -> str:

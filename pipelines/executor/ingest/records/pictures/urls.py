@@ -34,6 +34,8 @@ STORES = {"s3": "s3", "s3a": "s3", "s3n": "s3", "gs": "gs", "gcs": "gs", "abfs":
 ATTEMPTS = 3
 RETRIED = frozenset({429, 500, 502, 503, 504})
 """HTTP status codes after which a request is sent again."""
+USER_AGENT = "lakesight"
+"""Name in each request. Some servers refuse requests with the name that Python's library sends."""
 PAUSE_SECONDS = 1.0
 
 
@@ -206,11 +208,16 @@ def _fetch_web(root: str, path: str, max_bytes: int, deadline: float) -> bytes |
     encoded = quote(re.sub(r"%(?![0-9A-Fa-f]{2})", "%25", path), safe="/%?&=+,;:@!$'()*~")
     url = f"{root.rstrip('/')}/{encoded}"
     opener = urllib.request.build_opener(_StayBelow(root))
+    opener.addheaders = [("User-Agent", USER_AGENT)]
     for attempt in range(1, ATTEMPTS + 1):
         try:
             with opener.open(url, timeout=max(0.1, deadline - time.monotonic())) as answer:
                 packed = answer.headers.get("Content-Encoding", "").strip().lower() in ("gzip", "x-gzip")
-                return _read_bounded(gzip.GzipFile(fileobj=answer) if packed else answer, max_bytes, deadline)
+                content = _read_bounded(gzip.GzipFile(fileobj=answer) if packed else answer, max_bytes, deadline)
+                if isinstance(content, bytes) and answer.length and not packed:
+                    # The server has closed the connection early. `read` does not report this.
+                    raise http.client.IncompleteRead(content, answer.length)
+                return content
         except urllib.error.HTTPError as error:
             if error.code in (404, 410):
                 return Problem("missing_field", f"{root} has no file {path!r}: status {error.code}")
