@@ -10,7 +10,6 @@ import pyarrow as pa
 import pytest
 
 from pipelines.config import PICTURE
-from pipelines.executor.ingest.records import folder
 from pipelines.executor.ingest.records.folder import NO_PICTURE, folder_records, list_captions, subfolder_of
 from pipelines.executor.ingest.records.record import Problem, Record
 
@@ -168,7 +167,7 @@ def test_a_row_whose_picture_may_not_be_read_is_read_again_after_its_permissions
         return str(batch.to_pylist()[0]["state"])
 
     with monkeypatch.context() as patch:  # root may read every file, whatever its permissions are
-        patch.setattr(folder.os, "access", lambda path, mode: False)
+        patch.setattr("os.access", lambda path, mode: False)
         assert state() == NO_PICTURE
     assert state() != NO_PICTURE
 
