@@ -20,7 +20,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from parquet_ranges import BYTES, others, read, read_path, written
 
-from pipelines.executor.ingest.records import parquet
+from pipelines.executor.ingest.records.parquet_file import ParquetColumns
 from pipelines.executor.ingest.records.record import Record
 
 
@@ -66,14 +66,14 @@ def test_a_range_is_reported_if_only_its_host_cannot_open_the_file(
     every = [record.fields["text"] for record in read(path, step=100)]
     opened: list[str] = []
 
-    class Hosts(parquet.ParquetColumns):
+    class Hosts(ParquetColumns):
         def __init__(self, *args: Any, **options: Any) -> None:
             opened.append(str(args[0]))
             if len(opened) > 1 and len(opened) % 2 == 0:
                 raise FileNotFoundError(errno.ENOENT, "No such file or directory")
             super().__init__(*args, **options)
 
-    monkeypatch.setattr(parquet, "ParquetColumns", Hosts)
+    monkeypatch.setattr("pipelines.executor.ingest.records.parquet.ParquetColumns", Hosts)
     records = read(path, step=100)
     lost = [record for record in records if record.problem]
     assert len(records) - len(lost) < len(every)
