@@ -62,6 +62,9 @@ class Family:
         vocab_section: section of config.json with the vocabulary size; empty if the size is at the top level, and None
             if the family has no vocabulary.
         newline_after_empty_prompt: whether a line break follows the start token even if the prompt is empty.
+        image_processor: class of transformers that preprocesses pictures if the files of a folder name no class. None
+            means that config.json contains the preprocessing, as in timm. If the text is empty, a folder with a
+            description of the preprocessing is refused.
         image_id_key: key of the image token's id in config.json; empty for a family without image token.
         exportable: whether a checkpoint can be exported to the format of this family.
     """
@@ -79,6 +82,7 @@ class Family:
     legacy_prefixes: tuple[tuple[str, str], ...] = ()
     vocab_section: str | None = None
     newline_after_empty_prompt: bool = False
+    image_processor: str | None = ""
     image_id_key: str = ""
     exportable: bool = True
 

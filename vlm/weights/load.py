@@ -28,7 +28,7 @@ from vlm.weights.family import Family, Part
 from vlm.weights.files import CONFIG, WeightFiles, read_settings
 from vlm.weights.generation_keys import account_generation
 from vlm.weights.key_rules import CONFIG_RULES, FileReport
-from vlm.weights.picture_keys import read_pictures
+from vlm.weights.picture_keys import PREPROCESSOR, read_pictures
 from vlm.weights.plan import LoadPlan, merge_block_names, plan_load
 from vlm.weights.rules import Rule, resample_positions
 from vlm.weights.tables import families
@@ -95,6 +95,7 @@ class Source:
     plan: LoadPlan
     settings: Mapping[str, Any]
     reports: tuple[FileReport, ...]
+    unchecked: tuple[str, ...]
 
 
 def import_weights(
@@ -149,7 +150,7 @@ def _open_source(part: Part, folder: Path, config: ModelConfig, model: nn.Module
     settings = read_settings(folder)
     family = find_family(settings, folder, part)
     _check_config(family, config, settings, folder)
-    reports = () if part == "decoder" else _check_pictures(family, config, settings, folder)
+    reports, unchecked = ((), ()) if part == "decoder" else _check_pictures(family, config, settings, folder)
     reports += () if part == "encoder" else _check_generation(folder)
     files = WeightFiles(folder)
     names = family.canonical_names(files.headers)
@@ -160,7 +161,8 @@ def _open_source(part: Part, folder: Path, config: ModelConfig, model: nn.Module
             names[tie.partner] = names[tie.theirs]  # the file lacks one of two equal tensors, so use the other for both
     plan = plan_load(table, ours, {name: files.headers[names[name]] for name in names})
     plan.problems[:0] = size_problems(family, settings, files)
-    return Source(part, family, files, names, plan, settings, reports)
+    unchecked = (*family.unchecked(settings), *unchecked)
+    return Source(part, family, files, names, plan, settings, reports, unchecked)
 
 
 def in_published_part(name: str, part: Part) -> bool:
@@ -237,11 +239,18 @@ def _check_config(family: Family, config: ModelConfig, settings: Mapping[str, An
 
 def _check_pictures(
     family: Family, config: ModelConfig, settings: Mapping[str, Any], folder: Path
-) -> tuple[FileReport, ...]:
-    """Check that the model preprocesses pictures as the folder describes, and return one report per file."""
+) -> tuple[tuple[FileReport, ...], tuple[str, ...]]:
+    """Check that the model preprocesses pictures as the folder describes.
+
+    Returns:
+        One report per file, and the settings that could not be compared, because no file describes the preprocessing.
+    """
     pictures = read_pictures(folder, family, settings)
-    if pictures is None:
-        return ()
+    if family.image_processor is None:
+        return (), ()  # config.json contains the preprocessing
+    if pictures is None or not pictures.values:
+        reports = pictures.reports if pictures else ()
+        return reports, (f"image, because the folder has no {PREPROCESSOR}",)
     if mismatches := pictures.mismatches(config.image):
         raise CheckpointError(
             "the model preprocesses pictures differently from the published model",
@@ -249,7 +258,7 @@ def _check_pictures(
             got=mismatches,
             fix="set these values of the model config, for example with --set model.image.filter=bilinear",
         )
-    return pictures.reports
+    return pictures.reports, ()
 
 
 def _check_generation(folder: Path) -> tuple[FileReport, ...]:
@@ -367,7 +376,7 @@ def _report(source: Source) -> PartReport:
         resampled=tuple(
             f"{rule.ours[0]} from {headers[source.names[rule.theirs[0]]].shape[-2]} rows" for rule in plan.resampled
         ),
-        unchecked=tuple(source.family.unchecked(source.settings)),
+        unchecked=source.unchecked,
         compared=tuple(account.compared),
         without_effect={reason: tuple(keys) for reason, keys in account.without_effect.items()},
         ignored=source.files.ignored,

@@ -48,17 +48,6 @@ PROCESSORS: dict[str, dict[str, Any]] = {
     },
 }
 """Dict from a class of transformers that preprocesses pictures to the default values of the class."""
-_OF_FAMILY = {
-    "clip": "CLIPImageProcessor",
-    "paligemma": "SiglipImageProcessor",
-    "paligemma2": "SiglipImageProcessor",
-    "siglip": "SiglipImageProcessor",
-    "siglip2": "Siglip2ImageProcessor",
-    "vit": "ViTImageProcessor",
-}
-"""Dict from families to the class that transformers uses if a file does not name a class. The config.json of a timm
-family contains the preprocessing itself.
-"""
 
 WITHOUT_EFFECT = {
     **dict.fromkeys(
@@ -114,7 +103,7 @@ def read_pictures(folder: Path, family: Family, settings: Mapping[str, Any]) -> 
         CheckpointError: a file cannot be read, has an unknown key, or has a value that Lakesight does not support. The
             error names the file and every refused key.
     """
-    if family.name not in _OF_FAMILY:
+    if family.image_processor is None:
         return None
     outer = without_null(read_other_settings(folder / PROCESSOR))
     preprocessor = read_other_settings(folder / PREPROCESSOR)
@@ -138,7 +127,10 @@ def read_pictures(folder: Path, family: Family, settings: Mapping[str, Any]) -> 
         if problems:
             raise _refused(folder, problems)
         return PublishedPictures(file, {}, {}, tuple(reports)) if reports else None
-    kind = _kind(found, family)
+    if not family.image_processor:
+        described = f"{file} describes the preprocessing of pictures, which Lakesight does not know for {family.name}"
+        raise _refused(folder, [described])
+    kind = _kind(found, family.image_processor)
     if kind not in PROCESSORS:
         needed = ", ".join(PROCESSORS)
         raise _refused(folder, [f"image_processor_type in {file} is {kind!r}, and this import needs one of {needed}"])
@@ -175,9 +167,9 @@ def _published_size(family: Family, settings: Mapping[str, Any]) -> tuple[int, i
     return side, (side // sides_of(vision.get("patch_size", 16))[0]) ** 2
 
 
-def _kind(found: Mapping[str, Any], family: Family) -> str:
+def _kind(found: Mapping[str, Any], default: str) -> str:
     """Return the class that preprocesses pictures, without the endings that mark variants of the same class."""
-    kind = found.get("image_processor_type") or found.get("feature_extractor_type") or _OF_FAMILY[family.name]
+    kind = found.get("image_processor_type") or found.get("feature_extractor_type") or default
     return str(kind).removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
 
 

@@ -7,6 +7,7 @@ folder with the derived config, and fails if a value differs.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,8 +25,10 @@ from vlm.weights.family import Family
 from vlm.weights.files import WeightFiles, read_other_settings, read_settings
 from vlm.weights.generation_keys import read_generation
 from vlm.weights.load import find_family, import_weights, size_problems
-from vlm.weights.picture_keys import DEFAULT_SIDE, read_pictures
+from vlm.weights.picture_keys import DEFAULT_SIDE, PREPROCESSOR, read_pictures
 from vlm.weights.special_tokens import NAMES, check_special_tokens, read_tokenizer, token_text
+
+log = logging.getLogger(__name__)
 
 PATH = re.compile(r"[a-z_]+(\.[a-z_]+)+")
 """Pattern of a path that names a single config value. A config field with any other path compares a computed value."""
@@ -104,6 +107,8 @@ def derive_config(folder: Path) -> ModelConfig:
     merge_settings(values, {"decoder": {"context": text.get("max_position_embeddings", DEFAULT_CONTEXT)}})
     vision = settings.get("vision_config") or {}
     pictures = read_pictures(folder, family, settings)
+    if pictures is None or not pictures.values:
+        log.warning("%s has no %s, so pictures are preprocessed with the default settings", folder, PREPROCESSOR)
     values |= {
         "image": {"size": sides_of(vision.get("image_size", DEFAULT_SIDE))[0], **(pictures.values if pictures else {})},
         "text": _text(text, folder),

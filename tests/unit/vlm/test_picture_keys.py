@@ -5,6 +5,7 @@ key in an error.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +220,30 @@ def test_load_uses_the_published_preprocessing_and_import_compares_it_with_the_m
     for line, key in zip(caught.value.problems, ("image_mean", "image_std", "resample"), strict=True):
         assert f"{key}" in line
         assert PREPROCESSOR in line
+
+
+def test_a_folder_of_a_family_with_unknown_preprocessing_is_refused_if_it_describes_the_preprocessing(
+    tmp_path: Path,
+) -> None:
+    (clip,) = (each for each in families() if each.name == "clip")
+    new = replace(clip, name="new", image_processor="")
+    assert read_pictures(tmp_path, new, SETTINGS["clip"]) is None
+    write(tmp_path, PREPROCESSOR, {"image_mean": [0.1, 0.2, 0.3]})
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json describes .* does not know for new"):
+        read_pictures(tmp_path, new, SETTINGS["clip"])
+    (timm,) = (each for each in families() if each.name == "timm")
+    assert read_pictures(tmp_path, timm, {"architecture": "vit_tiny_patch16_224"}) is None
+
+
+def test_an_import_and_the_function_load_say_that_a_folder_does_not_describe_the_preprocessing(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / PREPROCESSOR).unlink(missing_ok=True)
+    captioner = vlm.load(folder, device="cpu")
+    assert "has no preprocessor_config.json, so pictures are preprocessed with the default settings" in caplog.text
+    model, vocab_size = captioner.model.config, captioner.tokenizer.vocab_size
+    _, report = import_weights(model, vocab_size, {"model": folder})
+    assert report.parts[0].unchecked == ("image, because the folder has no preprocessor_config.json",)
+    write(folder, PREPROCESSOR, COMPLETE)
+    _, report = import_weights(model, vocab_size, {"model": folder})
+    assert report.parts[0].unchecked == ()

@@ -104,5 +104,6 @@ FAMILIES = (
         without_effect=ENCODER_WITHOUT_EFFECT,
         sizes=with_prefix(tower_sizes(extra=1), "vision_model."),
         prefix="vision_model.",
+        image_processor="CLIPImageProcessor",
     ),
 )

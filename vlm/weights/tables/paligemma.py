@@ -113,6 +113,7 @@ def _version(name: str, text_type: str, text: tuple[ConfigField, ...], defaults:
         legacy_prefixes=LEGACY_PREFIXES,
         vocab_section="text_config",
         newline_after_empty_prompt=True,
+        image_processor="SiglipImageProcessor",
         image_id_key="image_token_index",
     )
 

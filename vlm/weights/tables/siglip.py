@@ -128,6 +128,7 @@ FAMILIES = (
         without_effect=ENCODER_WITHOUT_EFFECT,
         sizes=with_prefix(SIZES, "vision_model."),
         prefix="vision_model.",
+        image_processor="SiglipImageProcessor",
     ),
     transformers_family(
         "siglip2",
@@ -140,5 +141,6 @@ FAMILIES = (
         without_effect=ENCODER_WITHOUT_EFFECT,
         sizes=with_prefix(SIZES_2, "vision_model."),
         prefix="vision_model.",
+        image_processor="Siglip2ImageProcessor",
     ),
 )

@@ -305,6 +305,7 @@ FAMILIES = (
         table,
         fixed_settings={},
         without_effect=WITHOUT_EFFECT,
+        image_processor=None,
         # DeiT's distillation token becomes a register: the blocks read the token, but the encoder's output excludes it.
         legacy_prefixes=(("dist_token", "reg_token"),),
     ),

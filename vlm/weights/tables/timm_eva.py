@@ -161,6 +161,7 @@ def _family(name: str, pattern: str, *, separate_biases: bool) -> Family:
         lambda config: _table(config, separate_biases=separate_biases),
         fixed_settings={},
         without_effect=timm.WITHOUT_EFFECT,
+        image_processor=None,
         exportable=False,
     )
 

@@ -40,6 +40,7 @@ def _family(
         table,
         fixed_settings={},
         without_effect=timm.WITHOUT_EFFECT,
+        image_processor=None,
         exportable=False,
     )
 

@@ -86,5 +86,6 @@ FAMILIES = (
         without_effect=ENCODER_WITHOUT_EFFECT,
         sizes=SIZES,
         prefix="vit.",
+        image_processor="ViTImageProcessor",
     ),
 )
