@@ -50,6 +50,8 @@ def export_weights(
         output.line("files", ", ".join(report.files))
         for reason, names in report.without.items():
             output.line("without", f"{', '.join(names)}: {reason}")
+        for reason, names in report.unwritten.items():
+            output.line("not written", f"{', '.join(names)}: {reason}")
         output.report(report)
         import_command = ["lakesight", "import-weights", "--model", "NAME", "--out", "FOLDER"]
         import_command += [str(out)] if part == "model" else [f"--{part}", str(out)]

@@ -65,6 +65,8 @@ class ConfigField:
         theirs: function that reads the same value from the settings of config.json, after defaults are filled in. The
             function returns UNKNOWN if the settings do not contain the value, or if an import does not compare it.
         write: function that converts our value to the settings that an export writes to config.json.
+        condition: condition under which config.json determines the value, for the report of an import; empty if
+            config.json determines the value whenever the key exists.
     """
 
     path: str
@@ -72,6 +74,7 @@ class ConfigField:
     ours: Callable[[ModelConfig], Any]
     theirs: Callable[[Settings], Any]
     write: Callable[[Any], dict[str, Any]] = lambda _: {}
+    condition: str = ""
 
 
 def same(path: str, key: str, values: Mapping[str, str] | None = None) -> ConfigField:
@@ -338,7 +341,8 @@ def _mismatch(field: ConfigField, ours: Any, theirs: Any) -> str:
 
 def unchecked_paths(fields: Iterable[ConfigField], settings: Settings) -> list[str]:
     """Return the paths of our config values that an import cannot compare, because config.json lacks the setting."""
-    return [field.path for field in fields if field.path and field.theirs(settings) is UNKNOWN]
+    unknown = [field for field in fields if field.path and field.theirs(settings) is UNKNOWN]
+    return [f"{field.path} ({field.condition})" if field.condition else field.path for field in unknown]
 
 
 def build_settings(fields: Iterable[ConfigField], config: ModelConfig) -> dict[str, Any]:

@@ -22,7 +22,9 @@ from vlm.files import read_json
 from vlm.weights.config_fields import merge_settings
 from vlm.weights.family import Family, Part
 from vlm.weights.files import MAX_SHARD_BYTES, WeightFiles, write_weights
+from vlm.weights.generation_keys import GENERATION, write_generation
 from vlm.weights.load import in_published_part
+from vlm.weights.picture_keys import PREPROCESSOR, write_pictures
 from vlm.weights.plan import describe_names
 from vlm.weights.rules import Rule, expand_rules
 from vlm.weights.tables import families
@@ -44,6 +46,7 @@ class ExportReport(Config):
         without: dict from a reason to the name patterns of tensors that the export leaves out for this reason. Files of
             the other library contain the tensors in `without`, but the other library can compute or initialise these
             tensors itself.
+        unwritten: dict from a reason to the settings of the model that the files cannot describe for this reason.
     """
 
     part: Part
@@ -53,6 +56,7 @@ class ExportReport(Config):
     tensors: int
     left_out: int
     without: dict[str, tuple[str, ...]]
+    unwritten: dict[str, tuple[str, ...]]
 
 
 def export_weights(
@@ -97,12 +101,20 @@ def export_weights(
     out.mkdir(parents=True, exist_ok=True)
     written = write_weights(out, _convert(files, rules), max_bytes)
     settings = family.to_settings(config)
+    unwritten = dict(family.unwritten(config))
     if family.vocab_section is not None:
         rows = files.headers["decoder.tokens.weight"].shape[0]
-        _add_token_settings(settings, family, checkpoint, rows)
+        ids = _add_token_settings(settings, family, checkpoint, rows)
         written += _write_tokenizer(checkpoint, out)
-    (out / CONFIG).write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    reasons = sorted({drop.reason for drop in table.drops})
+        generation, reasons = write_generation(config.generation)
+        written += _write_json(out / GENERATION, ids | generation)
+        unwritten |= reasons
+    if part != "decoder":
+        pictures, reasons = write_pictures(config, family)
+        written += _write_json(out / PREPROCESSOR, pictures)
+        unwritten |= reasons
+    _write_json(out / CONFIG, settings)
+    drop_reasons = sorted({drop.reason for drop in table.drops})
     return ExportReport(
         part=part,
         family=family.name,
@@ -110,8 +122,17 @@ def export_weights(
         files=(*written, CONFIG),
         tensors=sum(len(rule.theirs) for rule in rules),
         left_out=len(files.headers) - len(ours),
-        without={reason: tuple(d.pattern for d in table.drops if d.reason == reason) for reason in reasons},
+        without={reason: tuple(d.pattern for d in table.drops if d.reason == reason) for reason in drop_reasons},
+        unwritten=unwritten,
     )
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> list[str]:
+    """Write a JSON file unless the content is empty, and return a list with the name of the written file."""
+    if not content:
+        return []
+    path.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    return [path.name]
 
 
 def _find_family(name: str, part: Part, config: ModelConfig, checkpoint: Path) -> Family:
@@ -124,9 +145,13 @@ def _find_family(name: str, part: Part, config: ModelConfig, checkpoint: Path) -
             got=name,
             fix="choose one of " + ", ".join(f.name for f in candidates),
         )
-    mismatches = family.mismatches(config, family.to_settings(config))
+    mismatches = family.mismatches(config, family.to_settings(config), pictures=False)
     if mismatches:
-        fitting = [other.name for other in candidates if not other.mismatches(config, other.to_settings(config))]
+        fitting = [
+            other.name
+            for other in candidates
+            if not other.mismatches(config, other.to_settings(config), pictures=False)
+        ]
         raise CheckpointError(
             f"model family {name} cannot represent this {part}",
             where=str(checkpoint),
@@ -142,8 +167,8 @@ def _convert(files: WeightFiles, rules: list[Rule]) -> Iterator[Mapping[str, Ten
         yield dict(zip(rule.theirs, rule.write([files.read(name) for name in rule.ours]), strict=True))
 
 
-def _add_token_settings(settings: dict[str, Any], family: Family, checkpoint: Path, rows: int) -> None:
-    """Add the vocabulary size and the ids of the special tokens to the other library's settings."""
+def _add_token_settings(settings: dict[str, Any], family: Family, checkpoint: Path, rows: int) -> dict[str, int]:
+    """Add the vocabulary size and the ids of the special tokens to the other library's settings. Return the ids."""
     tokenizer = text.load(checkpoint / TOKENIZER)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     section = {"vocab_size": rows, **ids}
@@ -154,6 +179,7 @@ def _add_token_settings(settings: dict[str, Any], family: Family, checkpoint: Pa
         published = _read_published_tokenizer(checkpoint)
         found = Backend.from_str(json.dumps(published["tokenizer"])).token_to_id(IMAGE_MARKER) if published else None
         settings[family.image_id_key] = rows if found is None else found
+    return ids
 
 
 def _write_tokenizer(checkpoint: Path, out: Path) -> list[str]:

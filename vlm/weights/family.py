@@ -15,11 +15,13 @@ from vlm.weights.accounting import (
     reason_without_effect,
     tracked,
 )
-from vlm.weights.config_fields import ConfigField, Settings, build_settings, find_mismatches, unchecked_paths
+from vlm.weights.config_fields import UNKNOWN, ConfigField, Settings, build_settings, find_mismatches, unchecked_paths
 from vlm.weights.key_rules import CONFIG_RULES
 from vlm.weights.rules import WeightTable
 from vlm.weights.tensor_sizes import Shapes, TensorSize, find_contradictions
 
+NOT_COMPARED = "is not compared, because the names and shapes of the tensors decide"
+"""Reason for a key that an export writes and that an import does not compare."""
 Part = Literal["model", "encoder", "decoder"]
 
 
@@ -65,6 +67,8 @@ class Family:
         image_processor: class of transformers that preprocesses pictures if the files of a folder name no class. None
             means that config.json contains the preprocessing, as in timm. If the text is empty, a folder with a
             description of the preprocessing is refused.
+        unwritten: function that returns a dict from a reason to the settings of a model that an exported config.json
+            cannot describe for this reason.
         image_id_key: key of the image token's id in config.json; empty for a family without image token.
         exportable: whether a checkpoint can be exported to the format of this family.
     """
@@ -83,6 +87,7 @@ class Family:
     vocab_section: str | None = None
     newline_after_empty_prompt: bool = False
     image_processor: str | None = ""
+    unwritten: Callable[[ModelConfig], dict[str, tuple[str, ...]]] = lambda _: {}
     image_id_key: str = ""
     exportable: bool = True
 
@@ -118,13 +123,19 @@ class Family:
         """
         return find_contradictions(self.sizes, self._with_defaults(settings), shapes)
 
-    def mismatches(self, config: ModelConfig, settings: Settings) -> list[str]:
+    def mismatches(self, config: ModelConfig, settings: Settings, *, pictures: bool = True) -> list[str]:
         """Return one sentence for each value that differs between a config.json and the model's config.
 
         Also return one sentence for each key of config.json whose meaning Lakesight does not know, and for each
         compared key that has another value in a copied section.
+
+        Args:
+            config: config of the model.
+            settings: content of config.json.
+            pictures: whether to compare the values of the section `image` of the model's config.
         """
-        differences = find_mismatches(self.fields, config, self._with_defaults(settings))
+        fields = [each for each in self.fields if pictures or not each.path.startswith("image.")]
+        differences = find_mismatches(fields, config, self._with_defaults(settings))
         account = self.account(settings)
         unknown = [
             f"{path} in config.json is {value!r}, and Lakesight does not know what this key means"
@@ -134,19 +145,20 @@ class Family:
 
     def account(self, settings: Settings) -> KeyAccount:
         """Divide the keys of a config.json into compared keys, keys without effect, and unknown keys."""
-        read: set[str] = set()
-        seen = self._with_defaults(TrackedSettings(settings, read))
+        read, known = set[str](), set[str]()
         for each in self.fields:
-            each.theirs(seen)
+            found: set[str] = set()
+            value = each.theirs(self._with_defaults(TrackedSettings(settings, found)))
+            (known if value is UNKNOWN else read).update(found)
         account = KeyAccount(compared=[], without_effect={}, unknown={})
         copy, original, _ = self._copied_section(settings) or ("", "", {})
         for path, value in leaf_values(settings):
             reason = reason_without_effect(path, {**self.without_effect, **WITHOUT_EFFECT})
             is_copy = copy and path.startswith(f"{copy}.") and f"{original}.{path.partition('.')[2]}" in read
-            if (path in read or is_copy) and reason is None:
+            if path in read or is_copy:
                 account.compared.append(path)
-            elif reason is not None:
-                account.without_effect.setdefault(reason, []).append(path)
+            elif reason is not None or path in known:
+                account.without_effect.setdefault(reason or NOT_COMPARED, []).append(path)
             elif value is not None:  # null means that the key is not set
                 account.unknown[path] = value
         return account

@@ -138,6 +138,29 @@ def read_generation(folder: Path) -> GenerationConfig:
         ) from None
 
 
+def write_generation(settings: GenerationConfig) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
+    """Convert generation settings to keys of generation_config.json. `read_generation` is the inverse function.
+
+    Returns:
+        The keys, and a dict from a reason to the settings that the file cannot describe for this reason.
+    """
+    keys: dict[str, Any] = {
+        "max_new_tokens": settings.max_new_tokens,
+        "do_sample": settings.temperature > 0,
+        "num_beams": settings.num_beams,
+        "repetition_penalty": settings.repetition_penalty,
+    }
+    if settings.num_beams > 1:
+        keys |= {"length_penalty": settings.length_penalty, "early_stopping": False}
+    if settings.temperature > 0:
+        keys |= {"temperature": settings.temperature, "top_k": settings.top_k or 0, "top_p": settings.top_p}
+        keys |= {"min_p": settings.min_p} if settings.min_p else {}
+    if settings.stop:
+        keys["stop_strings"] = list(settings.stop)
+    seeded = settings.temperature > 0
+    return keys, {"transformers uses the seed of the process": ("generation.seed",)} if seeded else {}
+
+
 def _find_settings(folder: Path) -> dict[str, dict[str, Any]]:
     """Return a dict from a file or section of the folder to the generation settings in this place, without null."""
     if (folder / GENERATION).is_file():

@@ -123,7 +123,8 @@ CONFIG_RULES: dict[str, KeyRule] = {
         ("layer_norm_eps", "layer_norm_epsilon", "mlp_ratio", "query_pre_attn_scalar", "rms_norm_eps"), POSITIVE
     ),
     **dict.fromkeys(
-        ("attn_logit_softcapping", "final_logit_softcapping", "init_values", "rope_theta"), or_null(POSITIVE)
+        ("attn_logit_softcapping", "crop_pct", "final_logit_softcapping", "init_values", "rope_theta"),
+        or_null(POSITIVE),
     ),
     **dict.fromkeys(
         (
@@ -143,7 +144,8 @@ CONFIG_RULES: dict[str, KeyRule] = {
     **dict.fromkeys(("activation_function", "architecture", "model_type"), TEXT),
     **dict.fromkeys(
         (
-            "act_layer", "hidden_act", "hidden_activation", "pos_embed", "rel_pos_type", "rope_type", "type",
+            "act_layer", "crop_mode", "hidden_act", "hidden_activation", "interpolation", "pos_embed", "rel_pos_type",
+            "rope_type", "type",
         ),
         or_null(TEXT),
     ),

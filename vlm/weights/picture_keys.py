@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm.config import ImageConfig
+from vlm.config import ImageConfig, ModelConfig
 from vlm.errors import CheckpointError
-from vlm.weights.config_fields import sides_of
+from vlm.weights.config_fields import sides_of, value_at
 from vlm.weights.family import Family
 from vlm.weights.files import read_other_settings
 from vlm.weights.key_rules import THREE_NUMBERS, FileReport, KeyRule, account_keys, number, only, without_null
@@ -293,3 +293,47 @@ def _equal(ours: Any, theirs: Any) -> bool:
     if isinstance(ours, tuple):
         return all(math.isclose(one, other, rel_tol=1e-9) for one, other in zip(ours, theirs, strict=True))
     return bool(ours == theirs)
+
+
+# ------------------------------------------------------------------------------------------------ export
+
+
+def write_pictures(config: ModelConfig, family: Family) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
+    """Describe the preprocessing of a model's pictures for an export in the format of transformers.
+
+    Returns:
+        The content of preprocessor_config.json, which is empty if transformers cannot preprocess pictures as the model
+        does; and a dict from a reason to the settings of the model that the file cannot describe for this reason.
+    """
+    image, kind = config.image, family.image_processor
+    if not kind:
+        return {}, {}
+    if image.resize == "pad":
+        return {}, {"transformers has no resize that fills the empty area with white": ("image.resize",)}
+    square = {"height": image.size, "width": image.size}
+    content: dict[str, Any] = {"do_resize": True, "size": square, "do_center_crop": False}
+    unwritten: dict[str, tuple[str, ...]] = {}
+    if kind == "Siglip2ImageProcessor":
+        patch_size = value_at("vision.stem.patch_size")(config)
+        patches = (image.size // patch_size) ** 2
+        content = {"do_resize": True, "patch_size": patch_size, "max_num_patches": patches}
+        unwritten["Siglip2ImageProcessor does not change the shape of a picture"] = ("image.resize",)
+    elif image.resize == "crop":
+        kind = "CLIPImageProcessor"  # the only class of transformers in all versions that crops pictures
+        content |= {"size": {"shortest_edge": image.size}, "do_center_crop": True, "crop_size": square}
+        if image.crop_start != "down":
+            unwritten["transformers rounds the position of a crop down"] = ("image.crop_start",)
+    content |= {
+        "image_processor_type": kind,
+        "resample": {name: number for number, name in FILTERS.items()}[image.filter],
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(image.mean),
+        "image_std": list(image.std),
+    }
+    if family.part == "model":
+        model_class = str(family.fixed_settings["architectures"][0])
+        content["processor_class"] = model_class.replace("ForConditionalGeneration", "Processor")
+        content["image_seq_length"] = config.num_slots
+    return content, unwritten

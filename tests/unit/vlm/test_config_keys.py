@@ -16,14 +16,14 @@ from vlm import text
 from vlm.config import ModelConfig
 from vlm.errors import CheckpointError
 from vlm.weights.accounting import leaf_values
-from vlm.weights.family import Family
+from vlm.weights.family import NOT_COMPARED, Family
 from vlm.weights.special_tokens import check_special_tokens
 from vlm.weights.tables import families
 
 DETERMINED_BY_TENSORS = {
     "vision_use_head", "num_patches", "image_size", "depth", "patch_size", "class_token", "reg_tokens", "pre_norm",
     "img_size", "mlp_ratio", "init_values", "no_embed_class", "final_norm", "fc_norm", "global_pool", "num_classes",
-    "num_features", "qkv_bias", "proj_bias",
+    "num_features", "qkv_bias", "proj_bias", "input_size", "crop_pct",
 }  # fmt: skip
 """Keys that an import does not compare with our config.
 
@@ -177,6 +177,9 @@ REFUSED: list[tuple[str, str, Any]] = [
     ("timm", "model_args.block_fn", "ResPostBlock"),
     ("timm", "pretrained_cfg.input_size", [3, 16, 24]),
     ("timm", "pretrained_cfg.mean", [0.1, 0.2, 0.3]),
+    ("timm", "pretrained_cfg.interpolation", "bilinear"),
+    ("timm", "pretrained_cfg.crop_mode", "center"),
+    ("timm", "pretrained_cfg.crop_mode", "border"),
 ]
 
 
@@ -212,6 +215,22 @@ def test_a_published_config_key_without_any_effect_is_accepted_with_any_value(na
     family, model = family_of(name), MODELS[name]
     settings = json.loads(json.dumps(family.to_settings(model)))
     assert family.mismatches(model, changed(settings, path, value)) == []
+
+
+def test_the_report_of_a_timm_import_lists_a_key_as_compared_only_if_its_value_was_compared() -> None:
+    family, model = family_of("timm"), MODELS["timm"]
+    settings = json.loads(json.dumps(family.to_settings(model)))
+    account = family.account(settings)
+    pictures = {f"pretrained_cfg.{key}" for key in ("mean", "std", "input_size", "interpolation", "crop_mode")}
+    assert {*account.compared} >= {*pictures, "model_args.num_heads"}
+    assert {*account.without_effect[NOT_COMPARED]} >= {"model_args.qkv_bias", "model_args.depth"}
+    assert family.unchecked(settings) == []
+    cropped = changed(settings, "pretrained_cfg.crop_pct", 0.9)
+    assert "pretrained_cfg.crop_mode" not in family.account(cropped).compared
+    assert family.unchecked(cropped) == [
+        "image.resize (pretrained_cfg.crop_mode is compared only if crop_pct is 1)",
+        "image.crop_start",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ start and end tokens

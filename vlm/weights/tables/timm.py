@@ -44,6 +44,8 @@ MISSING_AXES = {
 }
 """Dict from regular expressions of timm's architecture names to the part of the architecture that our encoder lacks."""
 WHOLE_PATCHES = "squares of whole patches"
+CROP_MODES = {"squash": "stretch", "center": "crop"}
+"""Dict from timm's names of resizes to the values of our `image.resize`, if `crop_pct` is 1."""
 NAMES_OF_16_HEADS = ("vit_base_patch16_gap_", "vit_giantopt_")
 
 
@@ -130,14 +132,26 @@ def activation(settings: Settings) -> Any:
 def pretrained_settings(config: ModelConfig) -> dict[str, Any]:
     """Return timm's `pretrained_cfg`, with the picture preprocessing and the names of the first and last layers."""
     size = config.image.size
+    mode = next((mode for mode, resize in CROP_MODES.items() if resize == config.image.resize), None)
     return {
         "input_size": [3, size, size],
+        "interpolation": config.image.filter,
+        **({"crop_pct": 1.0, "crop_mode": mode} if mode else {}),
         "mean": list(config.image.mean),
         "std": list(config.image.std),
         "num_classes": 0,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
     }
+
+
+def unwritten(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Return a dict from a reason to the settings of pictures that timm's `pretrained_cfg` cannot describe."""
+    if config.image.resize == "pad":
+        return {"timm has no resize that fills the empty area with white": ("image.resize",)}
+    if config.image.resize == "crop" and config.image.crop_start != "even":
+        return {"timm rounds the position of a crop to the nearest even integer": ("image.crop_start",)}
+    return {}
 
 
 def mlp_ratio(config: ModelConfig) -> float:
@@ -200,6 +214,16 @@ def whole_patches(settings: Settings) -> str:
     return WHOLE_PATCHES
 
 
+def resize(settings: Settings) -> Any:
+    """Return our name of timm's resize, or UNKNOWN if our config cannot describe the resize or config.json lacks it.
+
+    timm scales a picture to 1 / crop_pct of the input's size before it crops the picture.
+    """
+    found = settings.get("pretrained_cfg") or {}
+    mode, share = found.get("crop_mode") or "center", found.get("crop_pct")
+    return CROP_MODES.get(mode, mode) if share == 1 else UNKNOWN
+
+
 def preprocessing(key: str, ours: Callable[[ModelConfig], Any]) -> ConfigField:
     """Return the config field of a value of timm's `pretrained_cfg`, which may be missing in config.json."""
 
@@ -228,6 +252,25 @@ FIELDS = (
     write_only("pretrained_cfg", pretrained_settings),
     preprocessing("mean", lambda config: list(config.image.mean)),
     preprocessing("std", lambda config: list(config.image.std)),
+    ConfigField(
+        "image.filter",
+        "pretrained_cfg.interpolation",
+        value_at("image.filter"),
+        lambda settings: (settings.get("pretrained_cfg") or {}).get("interpolation") or UNKNOWN,
+    ),
+    ConfigField(
+        "image.resize",
+        "pretrained_cfg.crop_mode",
+        value_at("image.resize"),
+        resize,
+        condition="pretrained_cfg.crop_mode is compared only if crop_pct is 1",
+    ),
+    ConfigField(
+        "image.crop_start",
+        "pretrained_cfg.crop_mode",
+        lambda config: config.image.crop_start if config.image.resize == "crop" else "even",
+        lambda settings: UNKNOWN if resize(settings) is UNKNOWN else "even",
+    ),
     ConfigField("", "img_size, patch_size, pretrained_cfg.input_size", lambda _: WHOLE_PATCHES, whole_patches),
     required("in_chans", 3),
     required("pos_embed", "learn"),
@@ -247,7 +290,7 @@ WITHOUT_EFFECT = {
         ("/num_classes", "/global_pool", "label_names", "label_descriptions.*"),
         "belongs to a classifier, which is not imported",
     ),
-    "pretrained_cfg.*": "describes the file and the preprocessing; the model config sets `image`",
+    "pretrained_cfg.*": "describes the file, or preprocessing that the model config cannot describe",
 }
 
 
@@ -306,6 +349,7 @@ FAMILIES = (
         fixed_settings={},
         without_effect=WITHOUT_EFFECT,
         image_processor=None,
+        unwritten=unwritten,
         # DeiT's distillation token becomes a register: the blocks read the token, but the encoder's output excludes it.
         legacy_prefixes=(("dist_token", "reg_token"),),
     ),
