@@ -100,8 +100,30 @@ def export_weights(
         )
     out.mkdir(parents=True, exist_ok=True)
     written = write_weights(out, _convert(files, rules), max_bytes)
-    settings = family.to_settings(config)
-    unwritten = dict(family.unwritten(config))
+    names, unwritten = _write_settings(config, family, checkpoint, files, out)
+    drop_reasons = sorted({drop.reason for drop in table.drops})
+    return ExportReport(
+        part=part,
+        family=family.name,
+        folder=str(out),
+        files=(*written, *names),
+        tensors=sum(len(rule.theirs) for rule in rules),
+        left_out=len(files.headers) - len(ours),
+        without={reason: tuple(d.pattern for d in table.drops if d.reason == reason) for reason in drop_reasons},
+        unwritten=unwritten,
+    )
+
+
+def _write_settings(
+    config: ModelConfig, family: Family, checkpoint: Path, files: WeightFiles, out: Path
+) -> tuple[list[str], dict[str, tuple[str, ...]]]:
+    """Write the tokenizer and the settings of pictures, of generation and of the model.
+
+    Returns:
+        The names of the written files, and a dict from a reason to the settings that the files cannot describe.
+    """
+    written: list[str] = []
+    settings, unwritten = family.to_settings(config), dict(family.unwritten(config))
     if family.vocab_section is not None:
         rows = files.headers["decoder.tokens.weight"].shape[0]
         ids = _add_token_settings(settings, family, checkpoint, rows)
@@ -109,22 +131,11 @@ def export_weights(
         generation, reasons = write_generation(config.generation)
         written += _write_json(out / GENERATION, ids | generation)
         unwritten |= reasons
-    if part != "decoder":
+    if family.part != "decoder":
         pictures, reasons = write_pictures(config, family)
         written += _write_json(out / PREPROCESSOR, pictures)
         unwritten |= reasons
-    _write_json(out / CONFIG, settings)
-    drop_reasons = sorted({drop.reason for drop in table.drops})
-    return ExportReport(
-        part=part,
-        family=family.name,
-        folder=str(out),
-        files=(*written, CONFIG),
-        tensors=sum(len(rule.theirs) for rule in rules),
-        left_out=len(files.headers) - len(ours),
-        without={reason: tuple(d.pattern for d in table.drops if d.reason == reason) for reason in drop_reasons},
-        unwritten=unwritten,
-    )
+    return [*written, *_write_json(out / CONFIG, settings)], unwritten
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> list[str]:
