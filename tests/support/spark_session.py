@@ -47,6 +47,16 @@ def executed_queries(spark: SparkSession) -> int:
 
 def count_shuffled_rows(spark: SparkSession, run: Callable[[], object]) -> int:
     """Call a function that runs Spark jobs, and return how many rows the jobs sent between tasks (shuffle writes)."""
+    return _sum_of_stages(spark, run, "shuffleWriteRecords")
+
+
+def count_shuffled_bytes(spark: SparkSession, run: Callable[[], object]) -> int:
+    """Call a function that runs Spark jobs, and return how many bytes the jobs sent between tasks (shuffle writes)."""
+    return _sum_of_stages(spark, run, "shuffleWriteBytes")
+
+
+def _sum_of_stages(spark: SparkSession, run: Callable[[], object], figure: str) -> int:
+    """Call a function that runs Spark jobs, and return the sum of a figure of Spark's `StageData` over their stages."""
     context, gateway = spark.sparkContext._jsc.sc(), spark.sparkContext._gateway
     assert gateway is not None
 
@@ -55,8 +65,8 @@ def count_shuffled_rows(spark: SparkSession, run: Callable[[], object]) -> int:
         quantiles = gateway.new_array(gateway.jvm.double, 0)
         stages = context.statusStore().stageList(None, False, False, quantiles, None)
         found = [stages.apply(number) for number in range(stages.size())]
-        return {stage.stageId(): int(stage.shuffleWriteRecords()) for stage in found}
+        return {stage.stageId(): int(getattr(stage, figure)()) for stage in found}
 
     before = finished_stages()
     run()
-    return sum(rows for stage, rows in finished_stages().items() if stage not in before)
+    return sum(value for stage, value in finished_stages().items() if stage not in before)

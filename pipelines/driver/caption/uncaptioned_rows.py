@@ -11,6 +11,7 @@ from pyspark.sql import functions as F
 from pipelines.driver.caption.pending_files import matches_key
 from pipelines.driver.caption.source_table import SourceTable
 from pipelines.driver.delta.model_rows import is_of_model
+from pipelines.driver.delta.settings import FEW_ROWS
 from pipelines.driver.model_files import ModelFiles
 from pipelines.errors import UserError
 from pipelines.executor.caption import UNREADABLE
@@ -91,5 +92,9 @@ def find_uncaptioned_rows(
             source.name,
         )
     todo = marked.where("is_done IS NULL OR may_differ")
+    if counts["todo"] <= FEW_ROWS:
+        # `marked` has the pictures of all rows, and the join that makes `marked` would shuffle the pictures. So Spark
+        # joins only the ids of all rows, and sends the few ids that need a caption to the tasks that read the pictures.
+        todo = source.rows.join(F.broadcast(todo.select("image_id", "known", "known_error")), "image_id")
     todo = todo.select("image_id", "image", "known", "known_error", "source_file")
     return todo, RowCounts(counts["rows"], counts["todo"])

@@ -1,4 +1,4 @@
-"""Context managers that change Spark settings for the duration of a block, and a function that escapes paths."""
+"""Limits of Spark jobs, context managers that change Spark settings for a block, and a function that escapes paths."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 MAX_BATCH_BYTES = 16 * 2**20
 MAX_BATCH_ROWS = 32
+FEW_ROWS = 200_000
+"""Largest number of rows whose ids are sent to every task (about 50 MB per executor)."""
 UNCOMPRESSED = {"compression": "uncompressed"}
 """Option that turns off the compression of a write to a Delta table, because pictures are compressed already."""
 WILDCARDS = re.compile(r"[\[\]{}*?\\]")

@@ -17,7 +17,7 @@ from pipelines.driver.delta.versions import read_versions_of_files
 from pipelines.driver.ingest.ledger import has_lost_items, hash_rules, read_ledger_of_files
 from pipelines.driver.ingest.near_duplicates import NearReport
 from pipelines.driver.ingest.report import FullReport, find_report
-from pipelines.driver.ingest.sources.open import open_unchanged
+from pipelines.driver.ingest.sources.open import needs_spark, open_unchanged
 from pipelines.driver.ingest.totals import IngestReport, describe_passed_over, table_of_source
 from pipelines.formats.tables import INGESTED, QUARANTINE
 from pipelines.platform import Platform
@@ -35,6 +35,8 @@ def find_finished(platform: Platform, source_name: str, config: DataConfig) -> F
     if tables is None:
         return None
     if has_lost_items(tables[INGESTED.name], tables[filled.name], tables[QUARANTINE.name], source_name):
+        return None
+    if needs_spark(config):  # the ledger of a large source may have too many rows for the driver
         return None
     ingested = read_ledger_of_files(tables[INGESTED.name], source_name, hash_rules(config))
     source = open_unchanged(platform, source_name, config, ingested)
@@ -59,6 +61,6 @@ def find_finished(platform: Platform, source_name: str, config: DataConfig) -> F
         near_duplicates=NearReport(),
         dataset_version=read_versions_of_files(tables[filled.name], source_name).last_change,
         seconds=round(time.monotonic() - started, 3),
-        **describe_passed_over(source.passed_over),
+        **describe_passed_over(source.passed_over, source.passed_over_count),
     )
     return find_report(platform, report)

@@ -100,23 +100,37 @@ def reopen_replayed(platform: Platform, plan: IngestPlan) -> int:
     refused = plan.outcomes.filter(F.col("reason").isNotNull()).select("source_row", "claimed_id")
     found = refused.join(replayed.select("source_row"), "source_row", "left_semi").dropDuplicates(["source_row"])
     found = plan.spill.materialize(found, "replayed")
-    if found.isEmpty():
+    count = found.count()
+    if not count:
         return 0
-    samples = existing_rows(spark, platform, SAMPLES, source).select("image_id", F.col("source_row").alias("known_row"))
-    by_id = found.filter("claimed_id IS NOT NULL").join(samples, F.col("claimed_id") == F.col("image_id"), "left_anti")
-    by_row = found.filter("claimed_id IS NULL").join(samples, F.col("source_row") == F.col("known_row"), "left_anti")
-    lost = plan.spill.materialize(by_id.unionAll(by_row).select("source_row"), "lost")
+    lost = plan.spill.materialize(lost_rows(found, existing_rows(spark, platform, SAMPLES, source), count), "lost")
     if lost.isEmpty():
         return 0
     update = "WHEN MATCHED THEN UPDATE SET replayed_at = NULL"
     counts = merge_into(platform.table(QUARANTINE.name), lost, "source_row", source, update)
-    count = counts["num_updated_rows"] if counts else 0
+    reopened = counts["num_updated_rows"] if counts else 0
     logger.warning(
         "%d refused rows can be replayed again: a replay has accepted them, but table samples may no longer have "
         "their pictures",
-        count,
+        reopened,
     )
-    return int(count)
+    return int(reopened)
+
+
+def lost_rows(refused: DataFrame, samples: DataFrame, num_rows: int) -> DataFrame:
+    """Return the column `source_row` of the refused rows whose pictures are not in `samples`.
+
+    Args:
+        refused: refused rows, with the columns source_row and claimed_id (id of the row's picture, or null if the id is
+            not known; `source_row` then identifies the picture).
+        samples: rows of table `samples`.
+        num_rows: number of refused rows.
+    """
+    ids = samples.select(F.col("image_id").alias("claimed_id"))
+    by_id = rows_to_add(refused.filter("claimed_id IS NOT NULL"), ids, "claimed_id", num_rows)
+    rows = samples.select("source_row")
+    by_row = rows_to_add(refused.filter("claimed_id IS NULL"), rows, "source_row", num_rows)
+    return by_id.select("source_row").unionAll(by_row.select("source_row"))
 
 
 def _count_by_reason(refused: DataFrame) -> dict[str, int]:

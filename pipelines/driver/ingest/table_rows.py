@@ -13,13 +13,12 @@ from pyspark.sql import functions as F
 
 from pipelines.driver.delta.on_disk import count_on_disk, has_rows, open_on_disk
 from pipelines.driver.delta.retry import WriteConflict
+from pipelines.driver.delta.settings import FEW_ROWS
 from pipelines.driver.delta.versions import note_condition
 from pipelines.formats.table_schema import Table
 from pipelines.formats.tables import QUARANTINE, SAMPLES, TEXTS
 from pipelines.platform import Platform
 
-FEW_ROWS = 200_000
-"""Largest number of input rows whose ids are sent to every task (about 50 MB per executor)."""
 TIME_COLUMNS = {SAMPLES.name: "ingested_at", TEXTS.name: "ingested_at", QUARANTINE.name: "quarantined_at"}
 """For each table, the name of the column that stores the time of the row's ingest plan."""
 

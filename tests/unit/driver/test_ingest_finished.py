@@ -28,10 +28,11 @@ from jobs.train import run_train
 from pipelines.config import CsvSourceConfig, DataConfig, load_run
 from pipelines.driver.delta.commits import MIGRATION_NOTE, read_history_of_files
 from pipelines.driver.delta.versions import read_versions_of_files, source_note
+from pipelines.driver.ingest import finished
 from pipelines.driver.ingest.finished import find_finished
-from pipelines.driver.ingest.ledger import hash_rules, items_table
+from pipelines.driver.ingest.ledger import hash_rules, items_table, read_ledger_of_files
 from pipelines.driver.ingest.report import Figures
-from pipelines.driver.ingest.sources import csv
+from pipelines.driver.ingest.sources import csv, folder
 from pipelines.driver.ingest.sources.files import list_files, open_files
 from pipelines.errors import UserError
 from pipelines.formats.delta_files import open_or_create
@@ -89,6 +90,24 @@ def test_an_ingest_without_new_files_imports_no_pandas_and_starts_no_java(platfo
     assert json.loads(done.printed)["unchanged"] == 1
     assert not {"mlflow", "pandas", "torch"} & done.imported
     assert done.java == 0
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_the_ledger_of_a_folder_is_read_without_spark_only_if_the_captions_file_is_small(
+    platform: Platform, config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_large: bool
+) -> None:
+    write_tables(platform, config)
+    source = {"kind": "folder", "path": str(tmp_path), "captions": "rows.csv", "columns": {"image": "image"}}
+    rows_read = []
+
+    def read(*arguments: str) -> pa.Table:
+        rows_read.append(len(ledger := read_ledger_of_files(*arguments)))  # type: ignore[arg-type]
+        return ledger
+
+    monkeypatch.setattr(finished, "read_ledger_of_files", read)
+    monkeypatch.setattr(folder, "SMALL_CAPTIONS_BYTES", 0 if is_large else 2**20)
+    assert find_finished(platform, NAME, DataConfig.model_validate({"source": source})) is None
+    assert rows_read == ([] if is_large else [0])
 
 
 def touch(platform: Platform, folder: Path) -> None:

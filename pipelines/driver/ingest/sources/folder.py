@@ -8,7 +8,8 @@ and JSON lines. To find out whether Spark is needed, the driver itself reads a s
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -22,15 +23,14 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipelines.config import CsvSourceConfig, DataConfig, FolderSourceConfig, short_hash
-from pipelines.driver.delta.settings import escape_wildcards
+from pipelines.driver.delta.settings import FEW_ROWS, escape_wildcards
 from pipelines.driver.ingest.ledger import ITEMS, Ledger, pending_items
 from pipelines.driver.ingest.sources import csv, jsonl
 from pipelines.driver.ingest.sources.files import SourceFile, source_folder
 from pipelines.driver.ingest.sources.lines import COMPRESSION_SUFFIXES, read_layouts, split_files
 from pipelines.driver.ingest.sources.source import Source, SourceRows, require_columns
-from pipelines.driver.ingest.sources.walk import NAMED_FILES, PassedOver, file_reason, folder_reason
+from pipelines.driver.ingest.sources.walk import NAMED_FILES, PassedOver, passed_over, walk_entries
 from pipelines.driver.ingest.spill import SpillFolder
-from pipelines.driver.ingest.table_rows import FEW_ROWS
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.coco import coco_columns, coco_records
 from pipelines.executor.ingest.records.csv import csv_records
@@ -47,14 +47,17 @@ from pipelines.executor.ingest.records.folder import (
 from pipelines.executor.ingest.records.jsonl import jsonl_records
 from pipelines.executor.ingest.records.lines import RANGE, line_limit
 from pipelines.executor.ingest.records.record import Read
-from pipelines.executor.ingest.storage import describe_damage, printable
+from pipelines.executor.ingest.storage import FILE_ERRORS, describe_damage, printable, require_damage
+from pipelines.executor.ingest.text_stream import open_text
 
 CAPTION_BYTES_PER_TASK = 64 * 1024
 """Number of bytes of the captions file (a few hundred captions) for which one Spark task looks up the pictures."""
+ROWS_PER_TASK = 100
+"""Largest number of pending rows for which one Spark task reads the pictures."""
 MAX_TASKS = 10_000
 SMALL_CAPTIONS_BYTES = 8 * 2**20
-"""Size in bytes up to which a captions file is read in one process, because starting Spark would take longer."""
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif")
+"""Number of uncompressed bytes up to which a captions file is read in one process, because starting Spark would take
+longer."""
 ENTRIES = pa.schema([("path", pa.string()), ("relative", pa.string()), ("reason", pa.string())])
 """Schema of the entries of a folder, from `walk_entries`."""
 ENTRY_ROWS = 10_000
@@ -91,7 +94,7 @@ def open_folder(
     rows = _divide(captions, tasks).mapInArrow(list_rows, from_arrow_schema(CAPTIONS))
     # The position keeps the order in which the rows were listed.
     rows = rows.withColumn("position", F.monotonically_increasing_id())
-    if spill is None or file.size <= SMALL_CAPTIONS_BYTES:
+    if spill is None or _is_small(file):
         known = ingested.read() if isinstance(ingested, Ledger) else ingested
         opened = _open_listed(name, folder, file, rows.select(*ITEMS.names, "picture").toArrow(), known)
         pending = spark.createDataFrame(opened.pending)
@@ -104,6 +107,7 @@ def open_folder(
         ids = pending.select("item")
         few = opened.num_pending <= FEW_ROWS
         rows = rows.join(F.broadcast(ids) if few else ids, "item", "left_semi")
+    tasks = min(tasks, 1 + opened.num_pending // ROWS_PER_TASK)
     # All rows of a picture go to one task, one after another, so that the picture is read and decoded once.
     rows = rows.repartition(tasks, F.coalesce("picture", "item")).sortWithinPartitions("picture", "position")
     parse = partial(
@@ -128,16 +132,37 @@ def check_captions(source: FolderSourceConfig, config: DataConfig) -> None:
         csv.csv_layouts(config, [file], file.path, CsvSourceConfig(multiline=True))
 
 
-def open_small_folder(name: str, source: FolderSourceConfig, config: DataConfig, ingested: pa.Table) -> Source | None:
-    """If the captions file is small, open the folder without Spark and find the pending rows, else return None.
+def has_small_captions(source: FolderSourceConfig, config: DataConfig) -> bool:
+    """Return whether the captions file is small enough for `open_small_folder`.
+
+    Raises:
+        UserError: the captions file does not exist.
+    """
+    return _is_small(_captions_file(source_folder(config) / source.captions))
+
+
+def _is_small(file: SourceFile) -> bool:
+    """Return whether a captions file has at most SMALL_CAPTIONS_BYTES bytes after decompression."""
+    if file.size > SMALL_CAPTIONS_BYTES:
+        return False
+    unread = SMALL_CAPTIONS_BYTES + 1
+    try:
+        with closing(open_text(file.path)) as text:
+            while unread and (piece := text.read(min(unread, 2**20))):
+                unread -= len(piece)
+    except FILE_ERRORS as error:
+        require_damage(error)  # the reader of the rows reports the damage
+    return unread > 0
+
+
+def open_small_folder(name: str, source: FolderSourceConfig, config: DataConfig, ingested: pa.Table) -> Source:
+    """Open a folder whose captions file is small without Spark, and find the pending rows.
 
     Raises:
         UserError: the captions file does not exist, has an unknown format, or lacks a column.
     """
     folder = source_folder(config)
     file = _captions_file(folder / source.captions)
-    if file.size > SMALL_CAPTIONS_BYTES:
-        return None
     batches = _parse_captions(file, source, config)
     listed = list_captions(
         batches, read=caption_records, captions=file.path, folder=str(folder), column=source.columns.image
@@ -155,12 +180,14 @@ def _open_listed(name: str, folder: Path, file: SourceFile, listed: pa.Table, in
     pending = pending_items(items, ingested)
     distinct = items.group_by(ITEMS.names).aggregate([])
     used = {*listed["picture"].to_pylist(), printable(os.path.realpath(file.path))}
+    named, counts = passed_over(os.path.realpath(folder), used)
     return Source(
         None,
         short_hash(name, sorted(zip(*items.to_pydict().values(), strict=True))),
         pending,
         len(distinct) - len(pending),
-        passed_over=passed_over(os.path.realpath(folder), used),
+        passed_over=named,
+        passed_over_count=counts,
     )
 
 
@@ -213,77 +240,6 @@ def _write_entries(path: Path, folder: str, captions: str) -> None:
         while batch := list(islice(entries, ENTRY_ROWS)):
             rows = [{"path": key} | entry._asdict() for key, entry in batch if key != captions]
             writer.write_table(pa.Table.from_pylist(rows, ENTRIES))
-
-
-def passed_over(folder: str, used: Collection[str | None]) -> tuple[PassedOver, ...]:
-    """Return the files and folders that are not read, including the pictures to which no row refers.
-
-    Args:
-        folder: path of the folder, with all links resolved.
-        used: paths of the captions file and of the pictures to which rows refer, with all links resolved.
-    """
-    unread = (entry for key, entry in walk_entries(folder) if key is None or key not in used)
-    return tuple(sorted(unread))
-
-
-def walk_entries(folder: str) -> Iterator[tuple[str | None, PassedOver]]:
-    """Yield the files below a folder, and the folders that are never read.
-
-    An entry has two parts: the path of the file, with links resolved (None if the entry is never read), and the reason
-    for which the file is passed over if no row refers to the file. Links to folders are not followed, because a link
-    may lead to all files of the machine.
-
-    Args:
-        folder: path of the folder, with all links resolved.
-    """
-    folders = [folder]
-    while folders:
-        top = folders.pop()
-        try:
-            with os.scandir(top) as scanned:
-                for entry in scanned:
-                    if not _is_folder(entry):
-                        yield _read_from(entry), PassedOver(_relative(entry.path, folder), _file_reason(entry, folder))
-                    elif reason := _leads_out(entry, folder) or folder_reason(entry.name):
-                        yield None, PassedOver(_relative(entry.path, folder) + "/", reason)
-                    elif not entry.is_symlink():
-                        folders.append(entry.path)
-        except OSError:  # the folder cannot be opened or, on a network file system, not be read to its end
-            yield None, PassedOver(_relative(top, folder) + "/", "no_access")
-
-
-def _relative(path: str, folder: str) -> str:
-    return printable(os.path.relpath(path, folder))
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that cannot be followed
-        return False
-
-
-def _read_from(entry: os.DirEntry[str]) -> str:
-    """Return the path from which a file is read, with links resolved."""
-    return printable(os.path.realpath(entry.path) if entry.is_symlink() else entry.path)
-
-
-def _leads_out(entry: os.DirEntry[str], folder: str) -> str | None:
-    is_outside = entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(folder)
-    return "link_outside" if is_outside else None
-
-
-def _file_reason(entry: os.DirEntry[str], folder: str) -> str:
-    try:
-        is_regular = entry.is_file()
-    except OSError:  # a link that cannot be followed
-        is_regular = False
-    if outside := _leads_out(entry, folder):
-        return outside
-    if not is_regular:
-        return "not_regular"
-    is_picture = entry.name.lower().endswith(PICTURE_SUFFIXES)
-    return file_reason(entry.name) or ("not_named" if is_picture else "other_kind")
 
 
 def _captions_file(path: Path) -> SourceFile:

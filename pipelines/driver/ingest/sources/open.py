@@ -29,7 +29,7 @@ from pipelines.driver.ingest.sources.files import (
     open_files,
     require_readable,
 )
-from pipelines.driver.ingest.sources.folder import check_captions, open_folder, open_small_folder
+from pipelines.driver.ingest.sources.folder import check_captions, has_small_captions, open_folder, open_small_folder
 from pipelines.driver.ingest.sources.pictures import read_named_pictures, reads_urls
 from pipelines.driver.ingest.sources.scenes import SCHEME, follow_moved_file, generate_scenes
 from pipelines.driver.ingest.sources.source import Source, SourceRows
@@ -133,9 +133,20 @@ def check_access(spark: SparkSession, config: DataConfig) -> None:
             require_readable(path)
 
 
+def needs_spark(config: DataConfig) -> bool:
+    """Return whether only Spark can tell whether an item of a source is pending.
+
+    Raises:
+        UserError: the captions file of a folder does not exist.
+    """
+    if is_url(config.source.path):
+        return True  # listing an object store takes long, so only `open_source` lists the store
+    return isinstance(config.source, FolderSourceConfig) and not has_small_captions(config.source, config)
+
+
 def open_unchanged(platform: Platform, name: str, config: DataConfig, ingested: pa.Table) -> Source | None:
     """Open a source without Spark. Return None if an item is pending, or if only Spark can tell whether an item is
-    pending.
+    pending. Callers ask `needs_spark` first, so that they do not read the ledger of a large source in vain.
 
     Args:
         platform: platform whose home folder holds generated input files.
@@ -146,8 +157,8 @@ def open_unchanged(platform: Platform, name: str, config: DataConfig, ingested: 
     Raises:
         UserError: the input does not exist, has no file of the source's kind, or lacks a column.
     """
-    if is_url(config.source.path):
-        return None  # listing an object store takes long, so only `open_source` lists the store
+    if needs_spark(config):
+        return None
     given, config = config, generate_scenes(config, platform)
     match config.source:
         case TableSourceConfig() as source:

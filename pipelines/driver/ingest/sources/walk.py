@@ -7,14 +7,17 @@ leaves out files whose names begin with `_` or `.`, and reads `[1]` in a name as
 from __future__ import annotations
 
 import glob
+import heapq
 import logging
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from datetime import datetime
 from fnmatch import fnmatchcase
 from glob import has_magic
+from pathlib import Path
 from time import time_ns
 from typing import Any, NamedTuple
 
@@ -37,6 +40,7 @@ VERSIONS = (
 )
 """Names of values that change if the content of a file changes: headers of a web server, and names under which further
 file systems of `fsspec` store checksums or times."""
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif")
 SYSTEM_FOLDERS = ("_delta_log", "_temporary", "_spark_metadata", "__MACOSX", "__pycache__")
 MARKERS = ("_SUCCESS", "_committed_*", "_started_*", "_metadata", "_common_metadata", "*.crc", "*._COPYING_")
 PASSED_OVER = {
@@ -244,3 +248,83 @@ def expand_braces(pattern: str) -> list[str]:
         return [pattern]
     before, after = pattern[: found.start()], pattern[found.end() :]
     return [one for part in found[1].split(",") for one in expand_braces(before + part + after)]
+
+
+def passed_over(folder: str, used: Collection[str | None]) -> tuple[tuple[PassedOver, ...], dict[str, int]]:
+    """Return the first NAMED_FILES files and folders, in the order of their names, that are not read, and the number of
+    all such files and folders by reason. Pictures to which no row refers are not read.
+
+    Args:
+        folder: path of the folder, with all links resolved.
+        used: paths of the captions file and of the pictures to which rows refer, with all links resolved.
+    """
+    counts: Counter[str] = Counter()
+
+    def unread() -> Iterator[PassedOver]:
+        for key, entry in walk_entries(folder):
+            if key is None or key not in used:
+                counts[entry.reason] += 1
+                yield entry
+
+    named = tuple(heapq.nsmallest(NAMED_FILES, unread()))
+    return named, dict(sorted(counts.items()))
+
+
+def walk_entries(folder: str) -> Iterator[tuple[str | None, PassedOver]]:
+    """Yield the files below a folder, and the folders that are never read.
+
+    An entry has two parts: the path of the file, with links resolved (None if the entry is never read), and the reason
+    for which the file is passed over if no row refers to the file. Links to folders are not followed, because a link
+    may lead to all files of the machine.
+
+    Args:
+        folder: path of the folder, with all links resolved.
+    """
+    folders = [folder]
+    while folders:
+        top = folders.pop()
+        try:
+            with os.scandir(top) as scanned:
+                for entry in scanned:
+                    if not _is_folder(entry):
+                        yield _read_from(entry), PassedOver(_relative(entry.path, folder), _file_reason(entry, folder))
+                    elif reason := _leads_out(entry, folder) or folder_reason(entry.name):
+                        yield None, PassedOver(_relative(entry.path, folder) + "/", reason)
+                    elif not entry.is_symlink():
+                        folders.append(entry.path)
+        except OSError:  # the folder cannot be opened or, on a network file system, not be read to its end
+            yield None, PassedOver(_relative(top, folder) + "/", "no_access")
+
+
+def _relative(path: str, folder: str) -> str:
+    return printable(os.path.relpath(path, folder))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that cannot be followed
+        return False
+
+
+def _read_from(entry: os.DirEntry[str]) -> str:
+    """Return the path from which a file is read, with links resolved."""
+    return printable(os.path.realpath(entry.path) if entry.is_symlink() else entry.path)
+
+
+def _leads_out(entry: os.DirEntry[str], folder: str) -> str | None:
+    is_outside = entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(folder)
+    return "link_outside" if is_outside else None
+
+
+def _file_reason(entry: os.DirEntry[str], folder: str) -> str:
+    try:
+        is_regular = entry.is_file()
+    except OSError:  # a link that cannot be followed
+        is_regular = False
+    if outside := _leads_out(entry, folder):
+        return outside
+    if not is_regular:
+        return "not_regular"
+    is_picture = entry.name.lower().endswith(PICTURE_SUFFIXES)
+    return file_reason(entry.name) or ("not_named" if is_picture else "other_kind")
