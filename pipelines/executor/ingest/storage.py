@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
+import ssl
 import tarfile
 import zlib
+from collections.abc import Callable
+from gzip import BadGzipFile
 from lzma import LZMAError
 from typing import IO, Any
 
@@ -22,6 +26,12 @@ INACCESSIBLE = frozenset(
 )
 """Codes of operating system errors that affect only one file. An error code that is not listed here counts as a machine
 failure.
+"""
+ONE_FILE = (OSError, BadGzipFile, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+"""Classes of errors without a code that affect only one file.
+
+Arrow and the bz2 decompressor raise OSError itself for damaged data. Client libraries of storages raise other
+subclasses without a code, such as a time-out or a failed connection. These subclasses count as a machine failure.
 """
 DAMAGE = (EOFError, zlib.error, LZMAError, UnicodeError, tarfile.TarError, pa.ArrowException)
 """Exceptions that decompressors and parsers raise for damaged data."""
@@ -75,18 +85,99 @@ def refuse_secrets(location: str, setting: str) -> None:
         )
 
 
+class StorageFault(OSError):
+    """Fault of the storage behind a URL, of the network or of the credentials, and not of a single file."""
+
+
 def open_binary(path: str) -> IO[bytes]:
     """Open a local file or a URL for reading.
 
     Raises:
         OSError: the file cannot be opened. `describe_damage` says why the file cannot be opened.
+        StorageFault: the storage of the URL cannot be used. Reading the file may also raise this error.
         UserError: the package for this kind of URL is missing.
     """
     if not is_url(path):
         return open(path, "rb", buffering=1 << 20)  # noqa: PTH123 (a path may hold undecodable bytes)
     system, inside = url_system(path)
-    opened: IO[bytes] = system.open(inside, "rb")
-    return opened
+    return _UrlFile(path, _call_storage(path, system.open, inside, "rb"))  # type: ignore[return-value]
+
+
+class _UrlFile(io.RawIOBase):
+    """File at a URL, opened for reading. An error of the storage becomes a StorageFault.
+
+    Without this conversion, an error of the storage cannot be distinguished from an error of a decompressor or parser
+    that reads the file.
+    """
+
+    def __init__(self, path: str, opened: Any) -> None:
+        self._path, self._opened = path, opened
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return bool(self._opened.seekable())
+
+    def read(self, size: int | None = -1) -> bytes:
+        return bytes(_call_storage(self._path, self._opened.read, -1 if size is None else size))
+
+    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
+        content = self.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Change the position. A negative position raises the same error as for a local file (EINVAL)."""
+        if whence == os.SEEK_SET and offset < 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        _call_storage(self._path, self._opened.seek, offset, whence)
+        return self.tell()
+
+    def tell(self) -> int:
+        return int(self._opened.tell())
+
+    def close(self) -> None:
+        if not self.closed:
+            self._opened.close()
+        super().close()
+
+
+def _call_storage(path: str, function: Callable[..., Any], *arguments: object) -> Any:
+    """Call a function of an `fsspec` file system or file.
+
+    Raises:
+        OSError, EOFError: the error affects only the file at `path`.
+        StorageFault: the storage has another fault.
+    """
+    try:
+        return function(*arguments)
+    except (OSError, EOFError) as error:
+        if _affects_one_url(path, error):
+            raise
+        text = " ".join(str(error).split())[:500]
+        raise StorageFault(f"{path} cannot be read: {type(error).__name__}{text and f': {text}'}") from error
+
+
+def _affects_one_url(path: str, error: OSError | EOFError) -> bool:
+    """Return whether an error of an `fsspec` file system affects only the file at a URL.
+
+    The error of an expired token and the error of a forbidden object may be equal, for example a PermissionError
+    without a code (s3fs), EINVAL (s3fs, if the server answers without a text) or OSError (gcsfs). Such an error counts
+    as a fault of the storage, so that no file is refused because of a token.
+    """
+    if isinstance(error, EOFError):  # a damaged archive of a chain, or the end of an FTP or SFTP connection
+        return "::" in path
+    if isinstance(error, FileNotFoundError):
+        cause = error.__cause__
+        if cause is None or isinstance(cause, FileNotFoundError):
+            return True
+        if WEB.search(path):  # fsspec raises FileNotFoundError for any failure of a web server
+            return getattr(cause, "status", None) in (404, 410)
+        return not isinstance(cause, OSError)
+    # The code of an SSLError is not a code of the operating system.
+    has_code = error.errno in INACCESSIBLE - {errno.EINVAL} and not isinstance(error, ssl.SSLError)
+    return has_code or isinstance(error, IsADirectoryError | NotADirectoryError)
 
 
 def url_system(path: str) -> tuple[Any, str]:
@@ -118,7 +209,8 @@ def describe_damage(error: Exception) -> str | None:
     files would be refused because a network drive was offline for a moment.
     """
     if isinstance(error, OSError):
-        if (error.errno is not None and error.errno not in INACCESSIBLE) or _has_lost_its_folder(error):
+        is_fault = isinstance(error, TimeoutError | ConnectionError | ssl.SSLError | StorageFault)
+        if is_fault or not _affects_one_file(error) or _has_lost_its_folder(error):
             return None
         return (error.strerror or str(error)).strip()[:500]
     return f"{type(error).__name__}: {error}".strip()[:500] if isinstance(error, DAMAGE) else None
@@ -132,10 +224,36 @@ def require_damage(error: Exception) -> str:
     return damage
 
 
+def _affects_one_file(error: OSError) -> bool:
+    return type(error) in ONE_FILE if error.errno is None else error.errno in INACCESSIBLE
+
+
 def _has_lost_its_folder(error: OSError) -> bool:
-    """Return whether the folder of a missing local file is missing too, as on a disconnected network drive."""
+    """Return whether the folder of a missing local file is missing or empty, as on a disconnected network drive."""
     path = error.filename
-    return error.errno == errno.ENOENT and isinstance(path, str) and not os.path.isdir(os.path.dirname(path))  # noqa: PTH112, PTH120
+    if error.errno != errno.ENOENT or not isinstance(path, str):
+        return False
+    try:
+        return not has_entries(os.path.dirname(path) or ".")  # noqa: PTH120 (a path may hold undecodable bytes)
+    except OSError:
+        return True
+
+
+def has_entries(folder: str) -> bool:
+    """Return whether a folder has an entry. The folder of a drive that is not mounted is missing or has no entry.
+
+    A folder that may not be listed counts as a folder with entries.
+
+    Raises:
+        OSError: the drive does not answer.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return any(entries)
+    except FileNotFoundError:
+        return False
+    except PermissionError:
+        return True
 
 
 def printable(path: str) -> str:

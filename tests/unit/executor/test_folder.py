@@ -59,6 +59,24 @@ def test_no_picture_file_is_read_for_a_row_that_could_not_be_parsed(tmp_path: Pa
     )
 
 
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_missing_or_empty_folder_of_pictures_fails_the_task_because_the_drive_is_probably_not_mounted(
+    tmp_path: Path, exists: bool
+) -> None:
+    folder = tmp_path / "drive"
+    (tmp_path / "other drive").mkdir()
+    if exists:
+        folder.mkdir()
+
+    def read(_: Iterator[pa.RecordBatch]) -> Iterator[Record]:
+        yield Record("captions.csv", {"file_name": "a.png"})
+
+    with pytest.raises(FileNotFoundError, match="empty or missing on this machine"):
+        read_picture(folder, "a.png")
+    with pytest.raises(FileNotFoundError, match="empty or missing on this machine"):
+        list(list_captions(iter(()), read, str(folder / "captions.csv"), str(folder), "file_name"))
+
+
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that exists and cannot be read")
 def test_a_disk_error_fails_the_task_and_does_not_refuse_the_row() -> None:
     with pytest.raises(OSError, match="Input/output error"):

@@ -172,6 +172,7 @@ def test_an_archive_and_a_file_that_ends_inside_a_character_are_reported_as_dama
 
 
 def test_a_vanished_file_gives_one_record_with_a_problem_but_an_input_output_error_is_raised(tmp_path: Path) -> None:
+    (tmp_path / "other.jsonl").touch()  # an empty folder would mean that its drive is not mounted
     [record] = json_records(tmp_path / "gone.jsonl")
     assert record.problem is not None
     assert record.problem.reason == "unreadable_file"

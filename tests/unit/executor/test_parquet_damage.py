@@ -156,6 +156,7 @@ def test_a_parquet_file_with_encrypted_columns_gives_one_record_that_describes_t
 
 
 def test_a_vanished_parquet_file_gives_one_record_that_describes_the_problem(tmp_path: Path) -> None:
+    (tmp_path / "other.parquet").touch()  # an empty folder would mean that its drive is not mounted
     [detail] = details(read_path(str(tmp_path / "gone.parquet"), size=9))
     assert "No such file" in detail
 

@@ -190,7 +190,8 @@ def test_a_file_that_is_not_a_tar_becomes_one_refused_row(tmp_path: Path) -> Non
     assert record.raw == "x.tar from row 1 on"
 
 
-def test_a_tar_without_read_permission_becomes_one_refused_row(tmp_path: Path) -> None:
+def test_a_tar_that_cannot_be_opened_becomes_one_refused_row(tmp_path: Path) -> None:
+    (tmp_path / "other.tar").touch()  # an empty folder would mean that its drive is not mounted
     [record] = rows_of(tmp_path / "gone.tar")
     assert record.problem == Problem(
         "unreadable_file", "the tar ends or is damaged after 0 rows: No such file or directory"
@@ -335,6 +336,21 @@ def test_a_link_in_a_tar_is_read_as_the_member_that_the_link_names(tmp_path: Pat
         "in/f": Problem("too_large", "in/f.jpg is a link to in/big.bin: 2001 bytes; at most 2000 are allowed"),
         "in/big": Problem("too_large", "in/big.bin: 2001 bytes; at most 2000 are allowed"),
     }
+
+
+def test_rows_with_links_of_a_tar_that_vanishes_after_its_first_pass_are_lost_with_a_record(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        add(tar, "a.jpg", b"cat")
+        add(tar, "b.jpg", linkname="a.jpg", type=tarfile.LNKTYPE)
+    (tmp_path / "other.tar").touch()
+    batch = pa.RecordBatch.from_pydict({"path": [os.fsencode(tmp_path / "x.tar")], "file": ["x.tar"]})
+    records = tar_records(iter([batch]), IMAGES, (), max_bytes=2_000)
+    assert next(records).fields[PICTURE] == b"cat"
+    (tmp_path / "x.tar").unlink()
+    [record] = records
+    assert record.problem is not None
+    assert record.problem.reason == "unreadable_file"
+    assert "rows with links: No such file" in record.problem.detail
 
 
 def test_a_tar_member_that_is_not_a_plain_file_gives_a_problem_in_its_row(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 A row whose picture file is missing, not readable or too large is refused. An error that may be a fault of the machine
 fails the Spark task, and Spark retries the task. Without a retry, a network drive that is offline for a minute would
-fill the table `quarantine`.
+fill the table `quarantine`. If the folder of the pictures is missing or empty, the drive is probably not mounted on
+this machine, so this is a fault of the machine too.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import posixpath
@@ -20,7 +22,7 @@ import pyarrow as pa
 from pipelines.config import PICTURE
 from pipelines.executor.ingest.records.pictures.files import HINT, PictureFile, find_file, read_file
 from pipelines.executor.ingest.records.record import Problem, Read, Record
-from pipelines.executor.ingest.storage import printable
+from pipelines.executor.ingest.storage import has_entries, printable
 from pipelines.executor.ingest.values import is_missing
 
 NO_PICTURE = "no picture"
@@ -157,7 +159,11 @@ def subfolder_of(captions: str, folder: str) -> str:
 
 
 def _find_picture(folder: str, subfolder: str, name: object) -> PictureFile | Problem:
-    """Find the picture file that a row names, first relative to `folder`, then relative to `folder/subfolder`."""
+    """Find the picture file that a row names, first relative to `folder`, then relative to `folder/subfolder`.
+
+    Raises:
+        OSError: the machine has a fault, or the folder is missing or empty.
+    """
     if is_missing(name):
         return Problem("missing_field", "the row names no file")
     if isinstance(name, float) and name.is_integer():
@@ -168,5 +174,8 @@ def _find_picture(folder: str, subfolder: str, name: object) -> PictureFile | Pr
     found = find_file(folder, name)
     if isinstance(found, Problem) and subfolder:
         beside = find_file(folder, f"{subfolder}/{name}")
-        return beside if isinstance(beside, PictureFile) or HINT in beside.detail else found
+        found = beside if isinstance(beside, PictureFile) or HINT in beside.detail else found
+    if isinstance(found, Problem) and not has_entries(folder):
+        text = "the folder of the pictures is empty or missing on this machine"
+        raise FileNotFoundError(errno.ENOENT, text, folder)
     return found

@@ -45,7 +45,7 @@ class ParquetColumns:
 
     def __init__(self, path: str, buffer_bytes: int = 2**20) -> None:
         native = not is_url(path) and printable(path) == path  # Arrow cannot open a file whose name is not UTF-8
-        self.file = pa.OSFile(path) if native else open_binary(path)
+        self.file = _open_native(path) if native else open_binary(path)
         self.buffer_bytes = buffer_bytes
         self._readers: dict[tuple[int, bool], pq.ParquetFile] = {}
         try:
@@ -172,6 +172,15 @@ class ParquetColumns:
 
     def _chunk(self, group: int, leaf: int) -> Any:
         return self.metadata.row_group(group).column(leaf)
+
+
+def _open_native(path: str) -> pa.OSFile:
+    """Open a local file. An error gets the path of the file, which `describe_damage` needs and Arrow does not give."""
+    try:
+        return pa.OSFile(path)
+    except OSError as error:
+        error.filename = path
+        raise
 
 
 def _count_leaves(kind: pa.DataType) -> int:

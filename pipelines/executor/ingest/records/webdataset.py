@@ -81,7 +81,7 @@ class _Tar:
         self._complete = 0
 
     def records(self) -> Iterator[Record]:
-        has_links = False
+        has_links = is_damaged = False
         try:
             for row in self._rows():
                 if row.has_links:
@@ -90,29 +90,36 @@ class _Tar:
                     yield row.record(self._file)
                 self._complete += 1
         except FILE_ERRORS as error:
+            is_damaged = True
             yield self._damage(require_damage(error))
         if has_links:
-            yield from self._linked_records()
+            yield from self._linked_records(is_damaged=is_damaged)
 
-    def _linked_records(self) -> Iterator[Record]:
+    def _linked_records(self, *, is_damaged: bool) -> Iterator[Record]:
         """Yield the records of the rows that contain links.
 
-        If the tar is damaged, stop without a record for the damage, because the first pass has already yielded this
-        record.
+        Args:
+            is_damaged: whether the first pass has already yielded a record for damage of the tar. Otherwise, damage
+                that only a later pass meets gets a record here.
         """
+        damage = None
         with LinkTargets(self._links, self._limits.max_bytes) as targets:
             try:
                 with open_decompressed(self._path) as file:
                     targets.collect(TarReader(file))
             except FILE_ERRORS as error:
-                require_damage(error)
+                damage = require_damage(error)
             try:
                 for row in self._rows():
                     if row.has_links:
                         row.follow_links(targets)
                         yield row.record(self._file)
             except FILE_ERRORS as error:
-                require_damage(error)
+                damage = require_damage(error)
+        if damage and not is_damaged:
+            detail = f"the tar could not be read again for its rows with links: {damage}"
+            raw = f"{self._file}: rows with links"
+            yield Record(self._file, {}, raw, Problem("unreadable_file", detail))
 
     def _rows(self) -> Iterator[_TarRow]:
         """Yield the rows of the tar. When an exception is raised, `self._row` is the incomplete row, or None."""

@@ -17,7 +17,7 @@ from pipelines.errors import UserError
 from pipelines.executor.ingest.records.pictures.files import LOCAL_URI, PictureFile, find_file, read_file
 from pipelines.executor.ingest.records.pictures.urls import read_url, require_readable, scheme_of
 from pipelines.executor.ingest.records.record import Problem, Read, Record
-from pipelines.executor.ingest.storage import refuse_secrets
+from pipelines.executor.ingest.storage import has_entries, refuse_secrets
 from pipelines.executor.ingest.values import is_missing
 
 CHUNK_ROWS = 64
@@ -73,22 +73,9 @@ class PictureRoot:
         found = find_file(self.location, name)
         if isinstance(found, PictureFile):
             return read_file(found, self.max_bytes)
-        if not self.may_be_missing and not _has_entries(self.location):
+        if not self.may_be_missing and not has_entries(self.location):
             raise FileNotFoundError(errno.ENOENT, "image_root is empty or missing on this machine", self.location)
         return found
-
-
-def _has_entries(folder: str) -> bool:
-    """Return whether a folder has an entry. The folder of a drive that is not mounted is missing or has no entry.
-
-    Raises:
-        OSError: the drive does not answer.
-    """
-    try:
-        with os.scandir(folder) as entries:
-            return any(entries)
-    except FileNotFoundError:
-        return False
 
 
 def plain_location(location: str) -> str:
@@ -136,7 +123,7 @@ def require_root(location: str) -> None:
         require_readable(location)
         return
     is_folder = Path(location).is_dir()
-    if not is_folder or not _has_entries(location):
+    if not is_folder or not has_entries(location):
         raise UserError(
             "the folder of the pictures cannot be read",
             where="image_root",

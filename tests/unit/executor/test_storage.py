@@ -1,0 +1,187 @@
+"""Tests of the distinction between a damaged file and a fault of the machine, the network, the storage or a token.
+
+A damaged file is refused and not read again until it changes. A fault must fail the Spark task instead, so that the
+next ingest reads the file.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import ssl
+from collections.abc import Callable, Iterator
+from gzip import BadGzipFile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any, ClassVar
+
+import fsspec
+import pyarrow as pa
+import pytest
+import requests
+from fsspec.exceptions import FSTimeoutError
+from fsspec.implementations.memory import MemoryFileSystem
+from parquet_ranges import read_path
+
+from pipelines.executor.ingest.records.jsonl import jsonl_records
+from pipelines.executor.ingest.records.lines import RANGE, WHOLE, Layout
+from pipelines.executor.ingest.records.record import Record
+from pipelines.executor.ingest.records.webdataset import tar_records
+from pipelines.executor.ingest.storage import StorageFault, describe_damage, open_binary
+
+
+def read_lines(path: str) -> list[Record]:
+    row = {"path": os.fsencode(path), "file": "x", "start": 0, "end": WHOLE, "layout": 0, "partition": "{}"}
+    return list(jsonl_records(iter([pa.RecordBatch.from_pylist([row], RANGE)]), [Layout()], 10**6))
+
+
+def read_tar(path: str) -> list[Record]:
+    columns = {"path": [os.fsencode(path)], "file": ["x"]}
+    return list(tar_records(iter([pa.RecordBatch.from_pydict(columns)]), ("jpg",), (), max_bytes=10**6))
+
+
+def read_parquet(path: str) -> list[Record]:
+    return read_path(path, size=9)
+
+
+READERS = [read_lines, read_tar, read_parquet]
+FAULTS: list[Exception] = [
+    FSTimeoutError(),  # any time-out in fsspec, with an empty text
+    TimeoutError("Your socket connection to the server was not read from or written to"),  # s3fs
+    PermissionError("The provided token has expired."),  # s3fs
+    OSError(errno.EINVAL, "Bad Request"),  # s3fs: the answer to a request with an expired token has no text
+    OSError("Forbidden: bucket/a\nInvalid Credentials"),  # gcsfs
+    OSError("Failure"),  # paramiko
+    EOFError(),  # paramiko and ftplib: the connection has ended
+    ssl.SSLError(1, "[SSL] record layer failure"),  # 1 is also the number of EPERM
+    requests.exceptions.ProxyError(),  # gcsfs
+    requests.exceptions.ConnectionError("connection refused"),
+]
+"""Errors that client libraries raise for a fault of the network, the storage or a token."""
+
+
+class FaultyStore(MemoryFileSystem):  # type: ignore[misc]
+    """Storage that raises an error when a file is opened or read."""
+
+    protocol = "faulty"
+    error: ClassVar[Exception]
+    fails_at: ClassVar[str]
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(MemoryFileSystem._strip_protocol(path.replace("faulty://", "memory://")))
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        if self.fails_at == "open":
+            raise self.error
+        opened = super()._open(path, mode, **options)
+        opened.read = self._fail
+        return opened
+
+    def _fail(self, *_: int) -> bytes:
+        raise self.error
+
+
+@pytest.mark.parametrize("fails_at", ["open", "read"])
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("error", FAULTS, ids=repr)
+def test_a_fault_of_a_storage_fails_the_task_and_refuses_no_file(
+    read: Callable[[str], list[Record]], error: Exception, fails_at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    MemoryFileSystem().pipe("/folder/x", b"content of a file")
+    fsspec.register_implementation("faulty", FaultyStore, clobber=True)
+    monkeypatch.setattr(FaultyStore, "error", error, raising=False)
+    monkeypatch.setattr(FaultyStore, "fails_at", fails_at, raising=False)
+    with pytest.raises(StorageFault, match=f"faulty://folder/x cannot be read: {type(error).__name__}"):
+        read("faulty://folder/x")
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_a_missing_or_damaged_file_at_a_url_becomes_one_refused_row(read: Callable[[str], list[Record]]) -> None:
+    MemoryFileSystem().pipe("/folder/x", b"\x1f\x8b\x08 not compressed")
+    for path in ("memory://folder/none", "memory://folder/x"):
+        [record] = read(path)
+        assert record.problem is not None
+        assert record.problem.reason == "unreadable_file"
+
+
+@pytest.mark.parametrize(
+    ("error", "is_damage"),
+    [
+        (OSError("Couldn't deserialize thrift: TProtocolException"), True),  # Arrow
+        (OSError("Invalid data stream"), True),  # bz2
+        (BadGzipFile("CRC check failed"), True),
+        (OSError(errno.EINVAL, "Invalid argument"), True),  # a seek in a damaged local file
+        (PermissionError(errno.EACCES, "Permission denied", "/a"), True),
+        (FileNotFoundError("bucket/a"), True),
+        (OSError(errno.EIO, "Input/output error"), False),
+        *((error, False) for error in (FSTimeoutError(), ConnectionError("reset"), ssl.SSLError(1, "record layer"))),
+        (requests.exceptions.ConnectionError("refused"), False),
+        (StorageFault("s3://bucket/a cannot be read"), False),
+    ],
+    ids=repr,
+)
+def test_an_error_without_a_code_is_damage_only_if_a_parser_raises_it(error: Exception, is_damage: bool) -> None:
+    assert (describe_damage(error) is not None) == is_damage
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_a_file_in_a_missing_or_empty_folder_fails_the_task_because_the_drive_is_probably_not_mounted(
+    read: Callable[[str], list[Record]], tmp_path: Path
+) -> None:
+    with pytest.raises(FileNotFoundError):
+        read(str(tmp_path / "drive" / "x"))
+    (tmp_path / "drive").mkdir()
+    with pytest.raises(FileNotFoundError):
+        read(str(tmp_path / "drive" / "x"))
+    (tmp_path / "drive" / "other").touch()
+    [record] = read(str(tmp_path / "drive" / "x"))
+    assert record.problem is not None
+    assert "No such file" in record.problem.detail
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """Run a web server whose answer has the status that the path names, such as /404."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(int(self.path.strip("/")))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            """Print nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_only_the_status_of_a_missing_file_makes_a_file_on_a_web_server_count_as_missing(server: str) -> None:
+    pytest.importorskip("aiohttp")
+    for status in ("404", "410"):
+        [record] = read_lines(f"{server}/{status}")
+        assert record.problem is not None
+    for status in ("403", "500", "503"):  # fsspec raises FileNotFoundError for each of them
+        with pytest.raises(StorageFault, match=f"{server}/{status} cannot be read"):
+            read_lines(f"{server}/{status}")
+    with pytest.raises(StorageFault):
+        read_lines("http://127.0.0.1:9/a.jsonl")
+
+
+def test_a_file_at_a_url_is_read_like_a_local_file(tmp_path: Path) -> None:
+    content = bytes(range(256))
+    (tmp_path / "x").write_bytes(content)
+    with open_binary((tmp_path / "x").as_uri()) as file:
+        assert (file.read(3), file.tell()) == (content[:3], 3)
+        assert (file.seek(-6, os.SEEK_END), file.read()) == (250, content[250:])
+        buffer = bytearray(10)
+        assert (file.seek(4), file.readinto(buffer), bytes(buffer)) == (4, 10, content[4:14])  # type: ignore[attr-defined]
+        with pytest.raises(OSError, match="Invalid argument") as error:
+            file.seek(-1)
+        assert describe_damage(error.value) == "Invalid argument"
