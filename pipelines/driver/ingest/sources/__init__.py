@@ -1,5 +1,5 @@
 """Modules for the kinds of sources of an ingest, each of which returns a `Source` (`source.py`) with undecoded rows.
 
-Start reading in `open.py`. To add a kind of source, write a module here, a module of the same name with the parser in
-`pipelines.executor.ingest.records`, and a case in `open_source`.
+Start reading in `open.py`. To add a kind of source, write its config class (`pipelines.config.data`), a module here, a
+module of the same name with the parser in `pipelines.executor.ingest.records`, and its cases in `open.py`.
 """
