@@ -82,7 +82,7 @@ def test_a_text_only_model_is_trained_and_registered_and_a_captioner_starts_from
     figures = DeltaTable(home / "warehouse" / "evaluations").to_pyarrow_table().to_pylist()
     assert {row["metric"]: row["value"] for row in figures}["loss_per_char"] == first["loss_per_char"]
     (version,) = MlflowClient(sqlite_uri(home / "mlflow.db")).search_model_versions()
-    assert float(version.tags["loss_per_char"]) == pytest.approx(first["loss_per_char"], rel=1e-5)
+    assert float(version.tags["lakesight_loss_per_char"]) == pytest.approx(first["loss_per_char"], rel=1e-5)
     assert (again["nothing_new"], again["trained"], again["loss_per_char"]) == (True, False, first["loss_per_char"])
     assert report("ask", *run, "--version", "1", "--prompt", "the")["num_tokens"] > 0
     for command in (("promote", *run), ("caption", *run, "--version", "1"), ("compare", "1", "1", *run)):
