@@ -4,7 +4,9 @@ neither Spark nor a run config. A repeated command finds the finished checkpoint
 
 from __future__ import annotations
 
+import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -90,7 +92,24 @@ def import_weights(
         report, tokens = _import_once(load_model(model, overrides or ()), folders, out, seed)
         _print_report(output, report, tokens)
         output.report(report)
-        output.next(shlex.join(["lakesight", "ask", "PICTURE", "--checkpoint", str(out)]))
+        output.next(shlex.join(_next_command(out, report)))
+
+
+def _next_command(out: Path, report: ImportReport) -> list[str]:
+    """Return a command that uses the imported checkpoint. A model with random parameters must first be trained."""
+    if not report.fresh:
+        return ["lakesight", "ask", "PICTURE", "--checkpoint", str(out)]
+    stages = f'[{{steps: 1000, groups: [{{pattern: "{_pattern(report.fresh)}", lr: 1e-3}}]}}]'
+    settings = [f"train.start_from={out}", "train.steps=1000", f"train.stages={stages}"]
+    return ["lakesight", "train", "--run", "RUN", *(word for each in settings for word in ("--set", each))]
+
+
+def _pattern(names: Iterable[str]) -> str:
+    """Return a pattern that matches the parameters of an import report: the whole encoder or projector, or parameters
+    of the decoder without the numbers of their blocks.
+    """
+    parts = (name if name.startswith("decoder.") else name.partition(".")[0] + ".*" for name in names)
+    return "|".join(dict.fromkeys(re.sub(r"\{[^}]*\}", ".*", part) for part in parts))
 
 
 def _check_parts(folders: dict[Part, Path]) -> None:

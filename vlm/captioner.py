@@ -44,6 +44,7 @@ from vlm.inputs import (
     wrong_argument,
 )
 from vlm.model import VisionLanguageModel
+from vlm.precision import check_saveable
 from vlm.text.base import Tokenizer
 from vlm.text.prompt import continuation_ids, prefix_ids
 from vlm.vision import no_pictures
@@ -87,6 +88,7 @@ class Captioner:
         Raises:
             ArgumentError: `folder` is not a path, is the path of a file, or is a folder with a published model of
                 another library.
+            UserError: the weights are quantized (precision int8 or int4).
 
         Example:
             >>> import tempfile, vlm
@@ -97,6 +99,7 @@ class Captioner:
             True
         """
         target = folder_to_write(folder, "folder")
+        check_saveable(self.model)
         (target / IMPORT_RECORD).unlink(missing_ok=True)
         save_model(target, self.model, self.tokenizer)
 
@@ -126,7 +129,8 @@ class Captioner:
     ) -> list[CaptionResult]:
         """Caption pictures, and return one result for each picture, in the order of the pictures.
 
-        If a picture cannot be decoded or exceeds a limit, the result for this picture contains an error.
+        If a picture cannot be decoded or exceeds a limit, the result for this picture contains an error. The
+        pictures of an iterator are all held in memory; to caption many large pictures, pass their paths.
 
         Args:
             images: pictures to caption, or one picture. None stands for a missing picture, whose result is an error.
@@ -230,7 +234,13 @@ class Captioner:
         """
         text_only = self.model.config.text_only
         pictures, asked, texts = answer_lists(images, prompts, answers, text_only=text_only)
-        requests = [self.request(images, prompt) for images, prompt in zip(pictures, asked, strict=True)]
+        # One picture may belong to many answers, and is decoded only once.
+        distinct = {id(picture): picture for images in pictures for picture in images}
+        pixels = dict(zip(distinct, self._decode([*distinct.values()]), strict=True))
+        requests = [
+            self._request([pixels[id(picture)] for picture in images], prompt)
+            for images, prompt in zip(pictures, asked, strict=True)
+        ]
         return answer_logprobs(self.model, self.tokenizer, requests, texts)
 
     def attention(self, image: Picture, prompt: str = "", **settings: Any) -> AttentionMaps:
@@ -280,9 +290,16 @@ class Captioner:
         """
         pictures = picture_list(images)
         check_text(prompt, "prompt")
+        return self._request(self._decode(pictures), prompt)
+
+    def _decode(self, pictures: Sequence[Picture]) -> list[torch.Tensor]:
+        """Decode pictures, and return uint8 pixels (H, W, 3) of each picture at model resolution."""
         if pictures and self.model.config.text_only:
             raise no_pictures()
-        pixels = [torch.from_numpy(decoded) for decoded in decode_pictures(pictures, self.model.config.image)]
+        return [torch.from_numpy(decoded) for decoded in decode_pictures(pictures, self.model.config.image)]
+
+    def _request(self, pixels: Sequence[torch.Tensor], prompt: str) -> Request:
+        """Build a request from decoded pictures and a prompt."""
         if self.model.config.text_only:
             return Request(continuation_ids(self.tokenizer, prompt))
         return Request(prefix_ids(self.tokenizer, self.model.config.num_slots, prompt, len(pixels)), tuple(pixels))

@@ -39,6 +39,7 @@ from vlm.precision import join_weight, set_compute_dtype, split_weight, weight_t
 from vlm.text.base import Tokenizer
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
+ADAPTER = "adapter.safetensors"
 MODEL_FILES = (WEIGHTS, CONFIG, TOKENIZER)
 FORMAT_KEY, FORMAT = "lakesight_format", 2
 """Version of the checkpoint format. A file without a version counts as version 0.
@@ -91,12 +92,23 @@ def find_checkpoint(folder: Path) -> Path:
     neither, for example a checkpoint folder, return the given folder.
 
     If a run folder contains several checkpoints, choose the checkpoint with the highest step number.
+
+    Raises:
+        CheckpointError: the checkpoint has an adapter, but no whole model.
     """
     steps = [path for path in folder.glob("checkpoints/step_*") if path.name.removeprefix("step_").isdigit()]
-    if steps:
-        return max(steps, key=lambda path: int(path.name.removeprefix("step_")))
     logged = folder / "artifacts"
-    return logged if (logged / WEIGHTS).is_file() else folder
+    found = logged if (logged / WEIGHTS).is_file() else folder
+    if steps:
+        found = max(steps, key=lambda path: int(path.name.removeprefix("step_")))
+    if (found / ADAPTER).is_file() and not (found / WEIGHTS).is_file():
+        raise CheckpointError(
+            "the checkpoint has only an adapter, and no whole model",
+            where=str(found),
+            got=f"{ADAPTER} without {WEIGHTS}",
+            fix="train the run to its last step: only the last checkpoint of a run with an adapter has a whole model",
+        )
+    return found
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[VisionLanguageModel, Tokenizer]:

@@ -70,14 +70,21 @@ class VisionLanguageModel(nn.Module):
         """
         return self.fusion(self.decoder.embed(tokens_BT), tokens_BT == SLOT, features_PNW)
 
-    def hidden_states(self, batch: Batch) -> Tensor:
-        """Compute hidden states (B, T, W) of a right-padded batch."""
+    def hidden_states(self, batch: Batch, features_PNW: Tensor | None = None) -> Tensor:
+        """Compute hidden states (B, T, W) of a right-padded batch.
+
+        Args:
+            batch: pictures and token sequences.
+            features_PNW: features of all pictures, in the order of their slots, or None to encode the pictures of the
+                batch.
+        """
         if self.config.text_only:
             x_BTW, media = self.decoder.embed(batch.tokens_BT), None
         else:
-            features_PNW = self.encode(batch.pixels_PHWC)
-            if batch.rows_per_picture > 1:
-                features_PNW = features_PNW.repeat_interleave(batch.rows_per_picture, dim=0)
+            if features_PNW is None:
+                features_PNW = self.encode(batch.pixels_PHWC)
+                if batch.rows_per_picture > 1:
+                    features_PNW = features_PNW.repeat_interleave(batch.rows_per_picture, dim=0)
             x_BTW, media = self.embed(batch.tokens_BT, features_PNW)
         # Right padding needs no mask under causal attention, because no token attends to a later position. A prefix
         # mask ignores right padding too, because padding comes after the answer.
@@ -87,9 +94,12 @@ class VisionLanguageModel(nn.Module):
             mask = attention_mask(valid_BT, prefix_marks(batch.prefix_lengths_B, batch.tokens_BT.shape[1]))
         return self.decoder(x_BTW, mask=mask, media=media)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Compute the logits (targets, V) of the target positions, in row-major order, and skip all other positions."""
-        return self.decoder.logits(self.hidden_states(batch)[batch.labels_BT != IGNORE])
+    def forward(self, batch: Batch, features_PNW: Tensor | None = None) -> Tensor:
+        """Compute the logits (targets, V) of the target positions, in row-major order, and skip all other positions.
+
+        The arguments are the same as in `hidden_states`.
+        """
+        return self.decoder.logits(self.hidden_states(batch, features_PNW)[batch.labels_BT != IGNORE])
 
     def prefill(
         self, features_PNW: Tensor, prefix_BT: Tensor, cache: KVCache, padding_B: Tensor | None = None

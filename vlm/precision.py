@@ -122,6 +122,28 @@ def _check_range(model: VisionLanguageModel, dtypes: Mapping[str, torch.dtype]) 
         )
 
 
+def check_saveable(model: VisionLanguageModel) -> None:
+    """Check that a checkpoint can store the weights of a model. Log a warning if the weights have only 16 bits.
+
+    Raises:
+        UserError: the weights are quantized.
+    """
+    quantized = [name for name, weight in model.named_parameters() if hasattr(weight, "__tensor_flatten__")]
+    if quantized:
+        raise UserError(
+            "a checkpoint cannot store quantized weights",
+            where="precision int8 or int4",
+            got=f"{len(quantized)} quantized weights, such as {quantized[0]}",
+            fix="load the model with precision fp32, and save this model",
+        )
+    if (dtype := model.mean.dtype) is not torch.float32:
+        log.warning(
+            "The checkpoint stores weights that were rounded to %s. To keep all digits, save a model that was loaded "
+            "with precision fp32.",
+            str(dtype).removeprefix("torch."),
+        )
+
+
 def set_compute_dtype(model: VisionLanguageModel, precision: Precision) -> None:
     """Convert the buffers that determine the number format of the model's computation, but no weights."""
     dtype = _compute_dtype(precision)

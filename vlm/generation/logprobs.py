@@ -13,7 +13,7 @@ import torch
 from vlm.batch import IGNORE, Batch
 from vlm.errors import UserError
 from vlm.generation.finite import log_probabilities, require_finite
-from vlm.generation.request import Request
+from vlm.generation.request import Request, picture_features
 from vlm.model import VisionLanguageModel
 from vlm.text.base import Tokenizer
 from vlm.text.prompt import answer_ids
@@ -85,11 +85,12 @@ def _batch_logprobs(
     for index, (row, request, target) in enumerate(zip(rows, requests, targets, strict=True)):
         tokens_BT[index, : len(row)] = torch.tensor(row, dtype=torch.long, device="cpu")
         labels_BT[index, len(request.prefix) - 1 : len(row)] = torch.tensor(target, dtype=torch.long, device="cpu")
-    pictures = [picture for request in requests for picture in request.pixels]
-    pixels = torch.stack(pictures) if pictures else torch.empty(0, dtype=torch.uint8, device="cpu")
+    # The features of the pictures are computed separately, because several answers may belong to the same picture.
+    pixels = torch.empty(0, dtype=torch.uint8, device="cpu")
+    features_PNW = None if model.config.text_only else picture_features(model, requests)
     prefix_lengths_B = torch.tensor([len(request.prefix) for request in requests], dtype=torch.long, device="cpu")
     batch = Batch(pixels, tokens_BT, labels_BT, prefix_lengths_B).to(model.mean.device)
-    logits_NV = model(batch).float()
+    logits_NV = model(batch, features_PNW).float()
     logits_NV[:, list(tokenizer.suppressed_ids)] = -torch.inf
     labels_N = batch.labels_BT[batch.labels_BT != IGNORE]
     logprobs_N = log_probabilities(logits_NV, labels_N)

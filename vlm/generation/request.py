@@ -106,13 +106,13 @@ def prefill(
     rows = [[0] * pad + list(request.prefix) for pad, request in zip(padding, requests, strict=True)]
     cache = model.new_cache(len(requests), T + settings.max_new_tokens)
     padding_B = torch.tensor(padding, device=device) if any(padding) else None
-    logits_BV = model.prefill(_features(model, requests), torch.tensor(rows, device=device), cache, padding_B)
+    logits_BV = model.prefill(picture_features(model, requests), torch.tensor(rows, device=device), cache, padding_B)
     if not bool(logits_BV.isfinite().all()):
         raise not_finite(model)
     return logits_BV, cache
 
 
-def _features(model: VisionLanguageModel, requests: Sequence[Request]) -> Tensor:
+def picture_features(model: VisionLanguageModel, requests: Sequence[Request]) -> Tensor:
     """Compute features (P, N, W) of all pictures, in the order of their slots. Equal pictures are encoded only once."""
     index_by_content: dict[bytes, int] = {}
     distinct: list[Tensor] = []

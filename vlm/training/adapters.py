@@ -25,14 +25,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlm.checkpoint import fill_tensors
+from vlm.checkpoint import ADAPTER, fill_tensors
 from vlm.config import AdapterConfig, Config, read_error_message
 from vlm.errors import CheckpointError, ConfigError, nearest
 from vlm.layers.linear import linear_layers
 from vlm.layers.moe import GroupedLinear
 from vlm.training.optim import collapse_names
 
-ADAPTER, ADAPTER_CONFIG = "adapter.safetensors", "adapter.json"
+ADAPTER_CONFIG = "adapter.json"
 
 
 class AdapterFile(Config):

@@ -21,6 +21,7 @@ from PIL import Image
 from tiny_models import tiny_config, tiny_model, tiny_pixels
 
 import vlm
+from vlm import inputs
 from vlm.captioner import Captioner
 from vlm.checkpoint import save_model
 from vlm.errors import ArgumentError, CheckpointError, ConfigError, ImageError, UserError
@@ -127,6 +128,18 @@ def test_the_function_load_accepts_a_checkpoint_folder_or_run_folder_or_mlflow_m
     for folder in ("checkpoint", "run", "version"):
         assert vlm.load(tmp_path / folder, device="cpu").caption(pictures(1))[0].caption == caption
     assert other.caption(pictures(1))[0].caption != caption
+
+
+def test_a_run_folder_whose_newest_checkpoint_has_only_an_adapter_is_refused_with_the_reason(tmp_path: Path) -> None:
+    step = tmp_path / "checkpoints" / "step_000500"
+    step.mkdir(parents=True)
+    (step / "adapter.safetensors").write_bytes(b"weights")
+    for folder in (tmp_path, step):
+        with pytest.raises(CheckpointError, match=r"has only an adapter.*only the last checkpoint of a run"):
+            vlm.load(folder)
+    save_model(tmp_path / "checkpoints" / "step_001000", *tiny_model("plain"))
+    (tmp_path / "checkpoints" / "step_001000" / "adapter.safetensors").write_bytes(b"weights")
+    assert vlm.load(tmp_path, device="cpu").model.config.image.size == 16
 
 
 def test_the_api_loads_a_model_in_the_given_precision_and_on_the_given_device(tmp_path: Path) -> None:
@@ -299,6 +312,34 @@ def test_the_function_logprobs_returns_the_same_values_that_were_computed_when_t
     totals = [each.total for each in captioner.logprobs([seen[0]] * 4, [""] * 4, labels)]
     assert sum(map(math.exp, totals)) < 1
     assert len({*totals}) == 4
+
+
+@pytest.mark.parametrize("variant", ["plain", "looking"])
+def test_logprobs_decodes_and_encodes_one_picture_once_for_all_answers(
+    variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captioner = Captioner(*tiny_model(variant))
+    one, two = pictures(2)
+    apart = [captioner.logprobs([one], [""], [answer])[0] for answer in ("a", "b", "cat")]
+    encoded: list[int] = []
+    decoded: list[Any] = []
+    encode, decode = captioner.model.encode, inputs.decode_picture
+
+    def count_encoded(pixels: torch.Tensor) -> torch.Tensor:
+        encoded.append(len(pixels))
+        return encode(pixels)
+
+    def count_decoded(image: Any, *arguments: Any, **limits: Any) -> inputs.DecodedPicture:
+        decoded.append(image)
+        return decode(image, *arguments, **limits)
+
+    monkeypatch.setattr(captioner.model, "encode", count_encoded)
+    monkeypatch.setattr(inputs, "decode_picture", count_decoded)
+    together = captioner.logprobs(one, "", ["a", "b", "cat"])
+    assert (encoded, decoded) == ([1], [one])
+    assert [each.total for each in together] == pytest.approx([each.total for each in apart], abs=1e-4)
+    captioner.logprobs([one, two, one], "", ["a", "b", "cat"])
+    assert (encoded, len(decoded)) == ([1, 2], 3)
 
 
 def test_logprobs_refuses_answers_that_do_not_fit_the_context_or_the_number_of_prompts(captioner: Captioner) -> None:

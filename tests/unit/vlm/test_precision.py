@@ -132,3 +132,24 @@ def test_weights_are_moved_to_the_device_in_16_bits(
     routers = {name for name, dtype in moved[-1].items() if dtype is torch.float32}
     assert routers
     assert [name for name in routers if ".router." not in name and ".noise." not in name] == []
+
+
+@pytest.mark.parametrize("precision", [Precision.INT8, Precision.INT4])
+def test_quantized_weights_cannot_be_saved_and_the_error_says_how_to_save_the_model(
+    precision: Precision, tmp_path: Path
+) -> None:
+    model, tokenizer = wide_model()
+    save_model(tmp_path / "trained", model, tokenizer)
+    with pytest.raises(UserError, match=r"cannot store quantized weights.*precision fp32"):
+        vlm.load(tmp_path / "trained", device="cpu", precision=precision).save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_saving_weights_of_16_bits_warns_that_they_are_rounded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_model(tmp_path, *tiny_model("plain"))
+    vlm.load(tmp_path, device="cpu").save(tmp_path / "exact")
+    assert caplog.text == ""
+    vlm.load(tmp_path, device="cpu", precision="bf16").save(tmp_path / "rounded")
+    assert "rounded to bfloat16" in caplog.text

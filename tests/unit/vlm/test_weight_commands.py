@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,15 @@ from typer.testing import CliRunner, Result
 import vlm
 from jobs.cli import app
 from jobs.import_record import describe_import
+from jobs.import_weights import _next_command
+from pipelines.config import load_run
 from vlm import text
 from vlm.checkpoint import load_model, save_model
 from vlm.config import ModelConfig
 from vlm.errors import UserError
 from vlm.factory import build_model
 from vlm.weights.family import Part
+from vlm.weights.load import ImportReport
 
 ENCODER, DECODER = ("--part", "encoder", "--as", "vit"), ("--part", "decoder", "--as", "gpt2")
 
@@ -67,10 +72,29 @@ def test_exported_parts_can_be_imported_and_all_other_parameters_are_initialised
     )
     assert done.exit_code == 0, done.output
     assert "fresh       projector.bias, projector.weight" in done.output
-    assert "next        lakesight ask PICTURE --checkpoint again" in done.output
+    (line,) = (line for line in done.output.splitlines() if line.startswith("next "))
+    words = shlex.split(line)[1:]
+    assert words[:4] == ["lakesight", "train", "--run", "RUN"]
+    train = load_run("seemore_vit_gpt2", overrides=words[5::2]).train
+    assert (train.start_from, [[*stage.rates] for stage in train.stages]) == ("again", [["projector.*"]])
     before, after = (dict(load_model(Path(folder))[0].named_parameters()) for folder in ("trained", "again"))
     differ = [name for name in before if not torch.equal(before[name], after[name])]
     assert differ == ["projector.weight"]
+
+
+def test_the_next_command_after_an_import_trains_random_parameters_or_asks_a_complete_model(tmp_path: Path) -> None:
+    def pattern(*fresh: str) -> str:
+        words = _next_command(Path("out"), ImportReport(parameters=1, parts=(), fresh=fresh))
+        train = load_run("seemore_vit_gpt2", overrides=words[5::2]).train
+        (name,) = train.stages[0].rates
+        return name
+
+    assert _next_command(Path("out"), ImportReport(parameters=1, parts=(), fresh=()))[:2] == ["lakesight", "ask"]
+    assert pattern("encoder.blocks.{0..3}.mlp.up.weight", "projector.bias") == "encoder.*|projector.*"
+    blocks = "decoder.cross_blocks.{0..2}.attention_gate"
+    found = pattern(blocks, "projector.latents")
+    assert found == "decoder.cross_blocks..*.attention_gate|projector.*"
+    assert re.fullmatch(found, "decoder.cross_blocks.2.attention_gate")
 
 
 def test_a_repeated_import_prints_the_same_report_and_writes_nothing() -> None:
