@@ -129,7 +129,7 @@ def _from_array(array: npt.NDArray[Any], min_side: int) -> Image.Image:
 def _advice(image: object) -> str:
     """Return advice for common mistakes, or an empty text."""
     if isinstance(image, str) and looks_like_path(image):
-        return "; a text is read as base64: pass a path as pathlib.Path, or caption a table of paths with --image-root"
+        return "; text is base64: pass a path as pathlib.Path, download a URL first, or caption with --image-root"
     if hasattr(image, "read"):
         return "; pass the content of an open file, which its method read returns"
     if _is_tensor(image):
