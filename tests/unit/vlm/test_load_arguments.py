@@ -83,7 +83,7 @@ def test_an_unknown_or_wrong_key_of_a_config_is_refused_with_the_nearest_valid_k
     for changes, expected in cases:
         with pytest.raises(ConfigError, match=expected):
             vlm.build({**nano, **changes})
-    with pytest.raises(ConfigError, match="null byte"):
+    with pytest.raises(ConfigError, match="no such file or model"):
         vlm.build("a\0b")
 
 
