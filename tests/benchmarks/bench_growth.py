@@ -26,7 +26,6 @@ from typing import NamedTuple
 from measure import make, peak_by_process, processor_seconds
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
-from tiny_runs import save_random_model
 
 from pipelines.config import DataConfig, LocalPlatformConfig
 from pipelines.driver.caption.run import CaptionRequest, caption
@@ -36,6 +35,9 @@ from pipelines.driver.shard.run import shard
 from pipelines.executor.ingest.fingerprint import FINGERPRINT_BYTES
 from pipelines.platform import Platform, local
 from vlm.config import ImageConfig
+
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+from tiny_runs import save_random_model
 
 WARM_UP, SIZES = 1_000, (2_000, 8_000, 32_000)
 NEW = 1_000

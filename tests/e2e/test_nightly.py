@@ -174,7 +174,8 @@ def test_the_view_shows_the_champion_of_the_registry_although_this_home_folder_h
         client.set_registered_model_alias("coast", "champion", promoted_elsewhere)
     show = ["lakesight", "show", "champion_captions", "--where", "model_name = 'coast'", "--rows", "0", "--json"]
     show += ["--output", "coast.parquet"]
-    assert json.loads(run(folder, show).stdout)["num_rows"] == 0, "the champion has captioned nothing yet"
+    shown = run(folder, show)
+    assert json.loads(shown.stdout)["num_rows"] == 0, ("the champion has captioned nothing yet", shown.stderr)
     assert run(folder, caption).returncode == 0
     assert json.loads(run(folder, show).stdout)["num_rows"] == ROWS
     assert set(pq.read_table(folder / "coast.parquet")["model_version"].to_pylist()) == {promoted_elsewhere}
