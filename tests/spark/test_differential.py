@@ -19,8 +19,12 @@ MIN_READ_SHARE = 0.95
 """Minimum share of the rows that become samples, among all rows that a naive reader can read."""
 
 
+KINDS = [pytest.param(kind, marks=pytest.mark.matrix) if kind in ("folder", "table") else kind for kind in SOURCES]
+"""Kinds of sources. Other tests also compare the rows of folders and tables, so only `make faults` draws them here."""
+
+
 @pytest.mark.parametrize("count", [4, pytest.param(80, marks=[pytest.mark.faults, pytest.mark.matrix])])
-@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_row_that_a_naive_reader_finds_is_ingested_or_reported(
     spark: SparkSession, platform: Platform, source: str, tmp_path: Path, kind: str, count: int
 ) -> None:

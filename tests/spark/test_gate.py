@@ -204,6 +204,7 @@ def test_a_caption_job_logs_drift_of_its_pictures_and_fails_if_the_config_asks_f
     assert (accepted.drift, accepted.drift_unchecked) == ({}, "")
 
 
+@pytest.mark.matrix
 def test_a_caption_job_says_why_its_drift_was_not_checked(job: Job, tmp_path: Path) -> None:
     rows = [(row[0], row[2]) for row in corner_rows(NAME, "test", 12)]
     for name, count in (("few", 3), ("many", 12)):

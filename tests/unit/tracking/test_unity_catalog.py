@@ -174,6 +174,7 @@ def test_a_version_whose_upload_was_killed_is_registered_again(catalog: Catalog)
     assert registry.resolve(catalog.platform, NAME, "latest") == catalog.register() == version
 
 
+@pytest.mark.matrix
 def test_a_version_that_was_created_twice_because_an_answer_was_lost_is_found_once(
     catalog: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
