@@ -9,9 +9,10 @@ version needs:
 
 Runs whose registered versions are not known also stay, and so do runs and shards that Lakesight cannot read. Listing
 the folders and removing them may take minutes, in which other commands may begin to use a listed folder. Just before a
-folder is removed, this command therefore applies the rules again. For the folders of a run, this command first owns the
-run. All folders are renamed before the first folder is removed. Without the new names, a killed command could leave a
-half-removed folder that looks complete.
+folder is renamed, this command therefore applies the rules again. Before it does so for the folders of a run, it
+becomes the owner of the run (`own_run`), so that no other process trains the run meanwhile. If another process owns the
+run, the folders of the run stay. All folders are renamed before the first folder is removed. Without the new names, a
+killed command could leave a half-removed folder that looks complete.
 """
 
 from __future__ import annotations
