@@ -11,7 +11,6 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 from deltalake.exceptions import DeltaError
@@ -23,20 +22,18 @@ from pyspark.sql import types as T
 from pipelines.config import DataConfig, TableSourceConfig, short_hash
 from pipelines.driver.delta.commits import read_commit_ids
 from pipelines.driver.delta.spark_errors import filter_rows, retention_fix
-from pipelines.driver.delta.versions import MAINTENANCE_OPERATIONS, newest_version
+from pipelines.driver.delta.versions import newest_version
 from pipelines.driver.ingest.ledger import VERSION, items_table
 from pipelines.driver.ingest.sources.files import absolute_path
 from pipelines.driver.ingest.sources.source import Covered, Source, SourceRows, require_columns, used_columns
+from pipelines.driver.ingest.sources.table_changes import SourceTable, quote_name, read_changes
 from pipelines.errors import UserError
-from pipelines.executor.ingest.records.table import add_image_ids, delta_records
+from pipelines.executor.ingest.records.table import delta_records
 from pipelines.formats.delta_files import commit_id, open_delta
 from pipelines.platform import analysed, spark_errors
 
 logger = logging.getLogger(__name__)
 
-BROADCAST_IDS = 1_000_000
-"""Largest number of updated and deleted rows whose ids are sent to every executor, so that the join sends no pictures
-between executors."""
 OTHER_CHARS = 2**20
 """Largest number of characters (or bytes) that `quarantine` stores of a value in an unused column."""
 PLAIN = (
@@ -45,34 +42,6 @@ PLAIN = (
 )
 """Spark types whose values executors receive unchanged. Structs, arrays and maps of these types are unchanged too.
 Values of all other types are converted to text."""
-KEYS = (T.StringType, T.CharType, T.VarcharType, T.NumericType, T.DateType, T.TimestampType, T.TimestampNTZType)
-"""Spark types of an id column by which rows of the change data feed can be looked up in the table."""
-
-
-class _Table(NamedTuple):
-    """A source table at one version.
-
-    Attributes:
-        frame: rows of the table.
-        table_id: id that Delta gave to the table.
-        version: version of the table.
-        commit: id of the commit that made this version, or None if Delta no longer keeps the commit.
-        name: name of the table in SQL.
-    """
-
-    frame: DataFrame
-    table_id: str
-    version: int
-    commit: str | None
-    name: str
-
-
-class _Changes(NamedTuple):
-    """Rows to read from a table, and ids (column `image_id`) of pictures whose rows may be gone (None if no row can be
-    gone)."""
-
-    rows: DataFrame
-    image_ids: DataFrame | None
 
 
 def open_table(
@@ -101,7 +70,7 @@ def open_table(
         return Source(None, ingest_id, items_table([]), 1)
     changes = None
     if last is not None and last < table.version and _commit(spark, source, table.name, last) == commit:
-        changes = _read_changes(spark, table._replace(frame=frame), name, source, last)
+        changes = read_changes(spark, table._replace(frame=frame), name, source, last)
     file = source.where.rstrip("/").rpartition("/")[2]
     if changes is None:
         covered: Covered | None = Covered(file)
@@ -187,10 +156,10 @@ def _require_name(source: TableSourceConfig) -> None:
         raise UserError("the run has no input", where="data.source.table", got="nothing", fix=fix)
 
 
-def _read_version(spark: SparkSession, source: TableSourceConfig) -> _Table:
+def _read_version(spark: SparkSession, source: TableSourceConfig) -> SourceTable:
     _require_name(source)
     parts = source.table.split(".") if source.table else ("delta", absolute_path(source.path))
-    quoted = ".".join(map(_quoted, parts))
+    quoted = ".".join(map(quote_name, parts))
     try:
         newest = newest_version(spark, quoted, None if source.table else absolute_path(source.path))
         table_id = spark.sql(f"DESCRIBE DETAIL {quoted}").collect()[0]["id"]
@@ -208,7 +177,7 @@ def _read_version(spark: SparkSession, source: TableSourceConfig) -> _Table:
             got=str(error).strip().partition("\n")[0][:500],
             fix=fix or "choose an existing Delta table, and one of the versions that `DESCRIBE HISTORY` lists",
         ) from None
-    return _Table(frame, table_id, version, _commit(spark, source, quoted, version), quoted)
+    return SourceTable(frame, table_id, version, _commit(spark, source, quoted, version), quoted)
 
 
 def select_columns(frame: DataFrame, used: Sequence[str], file: str) -> DataFrame:
@@ -234,13 +203,9 @@ def select_columns(frame: DataFrame, used: Sequence[str], file: str) -> DataFram
     return frame.select(F.lit(file).alias("file"), *needed, struct.alias("others"))
 
 
-def _quoted(name: str) -> str:
-    return f"`{name.replace('`', '``')}`"
-
-
 def _plain(frame: DataFrame, name: str, kind: T.DataType) -> Column | None:
     """Return a column unchanged if its type is plain, else as text; return None if the column has no text form."""
-    column = F.col(_quoted(name))
+    column = F.col(quote_name(name))
     if _is_plain(kind):
         return column
     try:
@@ -266,81 +231,3 @@ def _is_plain(kind: T.DataType) -> bool:
     if isinstance(kind, T.MapType):
         return _is_plain(kind.keyType) and _is_plain(kind.valueType)
     return isinstance(kind, PLAIN)
-
-
-# ------------------------------------------------------------------------------------------------ its changes
-
-
-def _read_changes(
-    spark: SparkSession, table: _Table, name: str, source: TableSourceConfig, last: int
-) -> _Changes | None:
-    """Read the rows that changed after version `last`. Return None if all rows of the table must be read."""
-    if _only_maintained(spark, table, last):
-        return _Changes(table.frame.filter(F.lit(False)), None)
-    try:
-        changes = _open_feed(spark, source, last + 1, table.version)
-        return _select_changed(table.frame, changes, name, source)
-    except spark_errors() as error:
-        logger.info(
-            "the change data feed of table %s after version %d cannot be read, so all rows are read: %s",
-            source.where,
-            last,
-            retention_fix(error) or str(error).strip().partition("\n")[0][:500],
-        )
-        logger.debug("%s", error)
-        return None
-
-
-def _only_maintained(spark: SparkSession, table: _Table, last: int) -> bool:
-    """Return whether no version after `last` changed a row, according to the table's history."""
-    commits = spark.sql(f"DESCRIBE HISTORY {table.name}").filter(F.col("version").between(last + 1, table.version))
-    operations = [row["operation"] for row in commits.select("operation").collect()]
-    return len(operations) == table.version - last and MAINTENANCE_OPERATIONS.issuperset(operations)
-
-
-def _open_feed(spark: SparkSession, source: TableSourceConfig, first: int, last: int) -> DataFrame:
-    reader = spark.read.option("readChangeFeed", "true").option("startingVersion", first).option("endingVersion", last)
-    return reader.table(source.table) if source.table else reader.format("delta").load(absolute_path(source.path))
-
-
-def _select_changed(frame: DataFrame, changes: DataFrame, name: str, source: TableSourceConfig) -> _Changes | None:
-    """Given the rows of the change data feed, select the rows that the ingest must read from the table.
-
-    If rows were updated or deleted, all current rows with the ids of these rows are read. If the source has no id
-    column, another row may have the picture of a deleted row, so all rows must be read (the result is None).
-
-    Raises:
-        PySparkException, Py4JError: the change data feed lacks a column of the table, or one of its files cannot be
-            read.
-    """
-    added = changes.filter("_change_type IN ('insert', 'update_postimage')")
-    added = added.select(*(F.col(_quoted(column)) for column in frame.columns))
-    added = filter_rows(added, source.filter, where="data.source.filter")
-    key = source.columns.id
-    key_column = F.col(_quoted(key or source.columns.image))
-    old = changes.filter("_change_type IN ('delete', 'update_preimage')").select(key_column.alias("key"))
-    # Spark notices a missing change data feed or a missing file only when rows are read, so this query reads the key
-    # column from every file.
-    seen = changes.agg(
-        F.count_if(F.col("_change_type").isin("delete", "update_preimage")).alias("old"),
-        F.count(key_column).alias("read"),
-    ).collect()[0]
-    if not seen["old"]:
-        return _Changes(added, None)
-    if key is None or not isinstance(old.schema["key"].dataType, KEYS):
-        logger.info("table %s has updated or deleted rows without ids, so all rows are read", source.where)
-        return None
-    touched = _with_image_ids(old, name).select("image_id").distinct()
-    keys = frame.select(key_column.alias("key")).union(changes.select(key_column.alias("key")))
-    touched_keys = _with_image_ids(keys, name).join(touched, "image_id", "left_semi").select("key").distinct()
-    if seen["old"] <= BROADCAST_IDS:
-        touched_keys = F.broadcast(touched_keys)
-    current = frame.join(touched_keys, frame[_quoted(key)].eqNullSafe(touched_keys["key"]), "left_semi")
-    others = added.join(touched_keys, added[_quoted(key)].eqNullSafe(touched_keys["key"]), "left_anti")
-    return _Changes(others.unionAll(current), touched)
-
-
-def _with_image_ids(keys: DataFrame, name: str) -> DataFrame:
-    """Return the distinct values of the id column (column `key`) that are valid ids, with their `image_id`."""
-    schema = T.StructType([*keys.schema.fields, T.StructField("image_id", T.StringType())])
-    return keys.distinct().mapInArrow(partial(add_image_ids, source=name), schema)

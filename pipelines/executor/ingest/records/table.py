@@ -50,13 +50,12 @@ def add_image_ids(batches: Iterator[pa.RecordBatch], source: str) -> Iterator[pa
     """Add the column `image_id` to batches with a column of ids. Leave out rows whose value is not a valid id.
 
     Args:
-        batches: Arrow batches with the column `key`, which contains the ids.
+        batches: Arrow batches whose first column, `key`, contains the ids.
         source: name of the data config, which is the prefix of image ids.
     """
     for batch in batches:
         ids = pa.array([_image_id(value, source) for value in to_python(batch.column(0))], pa.string())
-        added = pa.RecordBatch.from_arrays([batch.column(0), ids], names=["key", "image_id"])
-        yield added.filter(ids.is_valid())
+        yield batch.append_column("image_id", ids).filter(ids.is_valid())
 
 
 def _image_id(value: Any, source: str) -> str | None:
