@@ -293,6 +293,8 @@ def session_settings(config: LocalPlatformConfig, root: Path) -> dict[str, str]:
         settings |= {EXECUTOR_OPTIONS: SHORT_JOBS}
         # with few partitions, adaptive execution saves no time and runs more jobs
         settings |= {"spark.sql.adaptive.enabled": "false"}
+        # without adaptive execution, this time includes the whole query that computes the rows; the value is one day
+        settings |= {"spark.sql.broadcastTimeout": "86400"}
     return settings | config.spark.conf
 
 

@@ -21,6 +21,8 @@ Result = TypeVar("Result")
 WORKER_DIED = re.compile(
     r"Python worker exited unexpectedly|ExecutorLostFailure|^(?:Caused by: )?MemoryError", re.MULTILINE
 )
+NAMED_ERROR = re.compile(r"^(?:: |Caused by: )?([\w.]+(?:Error|Exception|Failed|Fault): .+)$", re.MULTILINE)
+"""Pattern of a line of a Java or Python stack trace with the class and the message of an exception."""
 FILES_REMOVED = re.compile(
     r"FileNotFoundException|FILE_NOT_EXIST|DELTA_FILE_NOT_FOUND|DELTA_CHANGE_DATA_FILE_NOT_FOUND"
 )
@@ -71,7 +73,7 @@ def translate_spark_errors(what: str, *, where: str) -> Iterator[None]:
     try:
         yield
     except spark_errors() as error:
-        named = re.findall(r"^(?:: |Caused by: )?([\w.]+(?:Error|Exception|Failed): .+)$", str(error), re.MULTILINE)
+        named = NAMED_ERROR.findall(str(error))
         got = named[-1] if named else str(error).strip().partition("\n")[0]
         fix = "correct the cause and run the command again: finished work is kept and no row is duplicated"
         if FILES_REMOVED.search(str(error)):
