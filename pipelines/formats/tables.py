@@ -250,7 +250,8 @@ GENERATED_CAPTIONS = Table(
             "source_file",
             pa.string(),
             "Data file and columns of source_table from which the picture was read: name, size and time of the file, "
-            "and a hash of the columns; null if an earlier release wrote the row",
+            "and a hash of the columns; `unreadable_file:` and a time in microseconds if a later job could not read "
+            "the picture again; null if an earlier release wrote the row",
             nullable=True,
         ),
     ),

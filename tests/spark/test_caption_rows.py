@@ -110,10 +110,35 @@ def test_a_picture_that_a_server_cannot_send_now_keeps_its_caption_and_is_read_a
         assert [after[name]["caption"] for name in "123"] == [before[name]["caption"] for name in "123"]
         assert after["2"]["read_at"] == before["2"]["read_at"] < after["1"]["read_at"]
         assert after["3"]["error"].startswith("unreadable_file")
+        strict = request(table, image_root=root, max_error_share=0)
+        assert numbers(caption(spark, platform, model, strict)) == (3, 3, 0, 0), "b.png counts only once, too"
         pictures["/b.png"] = kept
         done = caption(spark, platform, model, request(table, image_root=root))
         assert (done.captioned, done.changed) == (0, 0)
         assert stored(spark, platform, model)["2"]["read_at"] > after["2"]["read_at"]
+
+
+def test_a_job_fails_again_if_it_cannot_read_pictures_of_captioned_rows_until_the_errors_are_accepted(
+    spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
+) -> None:
+    pictures, schema, rows = (
+        {"/a.png": picture(1), "/b.png": picture(2)},
+        "id INT, photo STRING",
+        [(1, "a.png"), (2, "b.png")],
+    )
+    with picture_server(pictures) as root:
+        table = write(spark, tmp_path / "photos", rows, schema)
+        strict = request(table, image_root=root, max_error_share=0.1)
+        assert numbers(caption(spark, platform, model, strict)) == (2, 0, 2, 0)
+        spark.createDataFrame(rows, schema).write.format("delta").mode("overwrite").save(str(tmp_path / "photos"))
+        pictures.clear()
+        with pytest.raises(TooManyErrors, match="2 of 2 rows"):
+            caption(spark, platform, model, strict)
+        with pytest.raises(TooManyErrors, match=r"2 of 2 rows .*; 2 of 2 in earlier jobs that failed"):
+            caption(spark, platform, model, strict)
+        assert numbers(caption(spark, platform, model, request(table, image_root=root))) == (2, 2, 0, 0)
+        assert numbers(caption(spark, platform, model, strict)) == (2, 2, 0, 0)
+        assert {row["error"] for row in stored(spark, platform, model).values()} == {None}
 
 
 def test_a_new_picture_that_could_not_be_read_is_read_by_each_job_until_it_has_a_caption(

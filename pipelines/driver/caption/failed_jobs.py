@@ -18,6 +18,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from pipelines.driver.caption.source_table import SourceTable
+from pipelines.executor.caption import UNREADABLE
 from vlm.config import Config
 from vlm.files import atomic_write, read_json
 
@@ -95,10 +96,15 @@ def count_since(
     """
     if since is None or since == started_at:
         return {}
-    rows = captions.where(F.col("captioned_at") >= since)
+    # A row that kept its caption because a job could not read its picture has the time of that job in `source_file`.
+    kept_at = F.timestamp_micros(F.expr(f"try_cast(substring_index(source_file, '{UNREADABLE}', -1) AS BIGINT)"))
+    is_kept = F.coalesce(F.col("source_file").startswith(UNREADABLE), F.lit(False))
+    rows = captions.withColumn("time", F.when(is_kept, kept_at).otherwise(F.col("captioned_at")))
+    rows = rows.where(F.col("time") >= since)
     if started_at is not None:
-        rows = rows.where(F.col("captioned_at") != started_at)
+        rows = rows.where(F.col("time") != started_at)
     counts = rows.join(source.rows.select("image_id"), "image_id", "left_semi")
-    found = counts.agg(F.count("*").alias("failed_rows"), F.count("error").alias("failed_errors")).head()
+    has_error = F.col("error").isNotNull() | is_kept
+    found = counts.agg(F.count("*").alias("failed_rows"), F.count_if(has_error).alias("failed_errors")).head()
     assert found is not None
     return found.asDict()

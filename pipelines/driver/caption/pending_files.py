@@ -163,8 +163,9 @@ def _merge(spark: SparkSession, name: str, new: DataFrame, key: dict[str, str], 
 
     If the picture of a captioned row was read again and has not changed, the row keeps its caption. Only `read_at` and
     the columns in READ_FROM are updated, such as the table version and the data file from which the picture was read
-    again. If the picture of a captioned row cannot be read now, the row stays as it is, and the next job reads the
-    picture again.
+    again. If the picture of a captioned row cannot be read now, the row keeps its caption, and `source_file` gets the
+    text UNREADABLE and the time of the job (microseconds). Because of this text, the next job reads the picture again,
+    and does not count the row as an error again.
     """
     of_key = " AND ".join(f"old.{column} = {{{column}}}" for column in key)
     of_columns = " AND ".join(f"COALESCE(old.{column}, {{{column}}}) = new.{column}" for column in COLUMNS)
@@ -172,12 +173,15 @@ def _merge(spark: SparkSession, name: str, new: DataFrame, key: dict[str, str], 
     is_readable = f"COALESCE(new.error NOT LIKE '{UNREADABLE}%', TRUE)"
     replaces = f"old.error IS NOT NULL OR NOT (old.sha256 <=> new.sha256) AND {is_readable}"
     replaces = f"NOT new.unchanged AND {is_newer} AND ({replaces})"
+    keeps = f"NOT new.unchanged AND {is_newer} AND old.error IS NULL AND NOT {is_readable}"
+    kept = f"source_file = '{UNREADABLE}' || unix_micros(new.captioned_at)"
     moved = " OR ".join(f"NOT (new.{column} <=> old.{column})" for column in READ_FROM)
     read_from = ", ".join(f"{column} = new.{column}" for column in (*READ_FROM, "read_at"))
     merge = (
-        f"MERGE INTO {name} old USING {{new}} new "
+        f"MERGE INTO {name} old USING {{new}} new "  # noqa: S608 (constants)
         f"ON {of_key} AND {of_columns} AND old.image_id = new.image_id AND {SAME_MODEL} "
         f"WHEN MATCHED AND {replaces} THEN {GENERATED_CAPTIONS.update_clause('new')} "
+        f"WHEN MATCHED AND {keeps} THEN UPDATE SET {kept} "
         f"WHEN MATCHED AND new.sha256 <=> old.sha256 AND ({moved}) THEN UPDATE SET {read_from} "
         f"WHEN NOT MATCHED AND NOT new.unchanged THEN {GENERATED_CAPTIONS.insert_clause('new')}"
     )

@@ -58,7 +58,8 @@ def find_uncaptioned_rows(
     """
     old = captions.where("error IS NULL") if retry_errors else captions
     captioned_from = F.col("source_file").alias("captioned_from")
-    result = F.col("sha256").alias("known"), F.col("error").alias("known_error")
+    kept = F.when(F.col("source_file").startswith(UNREADABLE), UNREADABLE)  # caption of a picture that was unreadable
+    result = F.col("sha256").alias("known"), F.coalesce("error", kept).alias("known_error")
     done = old.select("image_id", *result, captioned_from, F.lit(True).alias("is_done"))
     marked = source.rows.join(done, "image_id", "left")
     is_repeated = F.lit(False)
