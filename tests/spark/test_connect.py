@@ -30,9 +30,11 @@ from pipelines.scenes import write_scenes
 ROWS = 40
 DIFFERENT = {
     *("ingested_at", "quarantined_at", "replayed_at", "captioned_at", "evaluated_at"),
-    *("ingest_id", "item", "state", "source_table"),
+    *("ingest_id", "item", "state", "source_table", "source_file", "read_at"),
+    *("filled_commit", "refused_commit", "source_commit"),
 }
-"""Columns that differ between two ingests of equal files: times, and values that depend on a path or a schema."""
+"""Columns that differ between two ingests of equal files: times, ids of commits, and values that depend on a path or a
+schema."""
 
 
 @pytest.fixture(scope="module")
