@@ -39,8 +39,8 @@ spark = platform.open_spark()
 # MAGIC %md
 # MAGIC ## Ingest
 # MAGIC Executors decode the pictures. Good rows go to the table `samples`, and bad rows go to the table `quarantine`
-# MAGIC with a reason. The numbers of the report have this relation: rows in = new + merged + duplicates + quarantined.
-# MAGIC If you run the cell again, the ingest adds no row.
+# MAGIC with a reason. The report shows how the numbers of rows add up: rows in = new + merged + duplicates +
+# MAGIC quarantined. If you run the cell again, the ingest adds no row.
 
 # COMMAND ----------
 
@@ -71,10 +71,10 @@ print(train_shards)
 
 # MAGIC %md
 # MAGIC ## Train
-# MAGIC The driver starts the ranks: in a workspace with TorchDistributor, and on a laptop as its own child processes.
-# MAGIC The ranks train on the shards and write metrics and checkpoints to the run folder. The driver logs the metrics
-# MAGIC to MLflow. The run is finished when the file `result.json` exists. If you run the cell again, the finished run
-# MAGIC is reused.
+# MAGIC In a workspace, the driver starts the ranks with TorchDistributor. On a laptop, the driver starts the ranks as
+# MAGIC child processes. The ranks train on the shards and write metrics and checkpoints to the run folder. The driver
+# MAGIC logs the metrics to MLflow. The run is finished when the file `result.json` exists. If you run the cell again,
+# MAGIC the finished run is reused.
 
 # COMMAND ----------
 
@@ -137,7 +137,7 @@ print(captioned)
 # MAGIC %md
 # MAGIC ## Compare with human texts
 # MAGIC After 40 training steps, the captions are grammatical but do not describe the pictures. `lakesight demo` trains
-# MAGIC longer, and the captions of its model describe the pictures.
+# MAGIC a model for more steps, and the captions of that model describe the pictures.
 
 # COMMAND ----------
 

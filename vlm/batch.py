@@ -21,7 +21,7 @@ class Batch:
     """Pictures and right-padded token sequences of a training step.
 
     Attributes:
-        pixels_PHWC: uint8 pictures at model resolution, in the order in which their slots appear in the rows of
+        pixels_PHWC: uint8 pictures at model resolution. Their order is the order of their slots in the rows of
             `tokens_BT`.
         tokens_BT: int64 token ids, with the id SLOT at the positions of a picture.
         labels_BT: int64 labels; the label of a position is the next token if the next token belongs to the answer, and

@@ -1,7 +1,7 @@
 """Captioning of pictures. `vlm.load`, Spark executors, the served model and `lakesight ask` all use this module.
 
-A defective picture or prompt causes an error only in its own row, and a caption does not depend on the other rows of
-the batch.
+If a picture or a prompt is defective, only the result of its own row is an error. A caption does not depend on the
+other rows of the batch.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ class Captioner:
     ) -> list[CaptionResult]:
         """Caption pictures, and return one result for each picture, in the order of the pictures.
 
-        If a picture cannot be decoded or exceeds a limit, the result for this picture contains an error. The
-        pictures of an iterator are all held in memory; to caption many large pictures, pass their paths.
+        If a picture cannot be decoded or exceeds a limit, the result for this picture contains an error. If `images` is
+        an iterator, all its pictures are held in memory at once. To caption many large pictures, pass their paths.
 
         Args:
             images: pictures to caption, or one picture. None stands for a missing picture, whose result is an error.
@@ -220,8 +220,8 @@ class Captioner:
         Raises:
             ArgumentError: an argument has a wrong type, or a text is not valid Unicode.
             ImageError: a picture cannot be decoded.
-            UserError: a prompt and its answer do not fit into the model's context, the numbers of pictures, prompts and
-                answers differ, pictures are given to a text-only model, or the model computes NaN or infinite values.
+            UserError: the arguments differ in length, a prompt and its answer do not fit into the model's context,
+                pictures are given to a text-only model, or the model computes NaN or infinite values.
 
         Example:
             >>> import vlm
@@ -234,7 +234,7 @@ class Captioner:
         """
         text_only = self.model.config.text_only
         pictures, asked, texts = answer_lists(images, prompts, answers, text_only=text_only)
-        # One picture may belong to many answers, and is decoded only once.
+        # A picture that belongs to several answers is decoded only once.
         distinct = {id(picture): picture for images in pictures for picture in images}
         pixels = dict(zip(distinct, self._decode([*distinct.values()]), strict=True))
         requests = [
@@ -244,8 +244,8 @@ class Captioner:
         return answer_logprobs(self.model, self.tokenizer, requests, texts)
 
     def attention(self, image: Picture, prompt: str = "", **settings: Any) -> AttentionMaps:
-        """Answer a prompt about a picture, and return where in the picture the model looks when it generates each
-        token.
+        """Answer a prompt about a picture, and return the model's attention to the picture for each token of the
+        answer.
 
         Args:
             image: picture that the prompt asks about.

@@ -88,8 +88,8 @@ def best_device() -> torch.device:
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """Return the checkpoint folder inside a run folder or a model version's MLflow folder. If the given folder is
-    neither, for example a checkpoint folder, return the given folder.
+    """Return the checkpoint folder inside a run folder or a model version's MLflow folder. Return any other folder,
+    such as a checkpoint folder, unchanged.
 
     If a run folder contains several checkpoints, choose the checkpoint with the highest step number.
 
@@ -164,7 +164,7 @@ def map_model(folder: Path, precision: Precision = Precision.FP32) -> tuple[Visi
 
 
 def _construct_on_meta(folder: Path) -> tuple[VisionLanguageModel, Tokenizer]:
-    """Construct the model of a checkpoint folder without memory for its weights, and read the tokenizer."""
+    """Construct the model of a checkpoint folder without allocating memory for the weights, and read the tokenizer."""
     config = load_config(folder)
     tokenizer = text.load(folder / TOKENIZER)
     with EmptyOnMeta(), torch.device("cpu"):
@@ -207,7 +207,7 @@ def check_format(path: Path) -> int:
         CheckpointError: a newer version of Lakesight wrote the file, or the file cannot be read.
     """
     try:
-        open_regular(path).close()  # safe_open would wait for ever for the writer of a pipe
+        open_regular(path).close()  # if the path is a pipe, safe_open would wait forever for a writer
         with safe_open(path, framework="pt") as file:
             found = (file.metadata() or {}).get(FORMAT_KEY, "0")
     except (OSError, SafetensorError) as error:
@@ -290,7 +290,7 @@ class TensorRows(NamedTuple):
     Attributes:
         rows: tensor of the consecutive rows that this rank stores; the tensor may have zero rows.
         shape: shape of the whole tensor.
-        first: index that the first row of `rows` has in the whole tensor.
+        first: index of the first row of `rows`, counted in the whole tensor.
     """
 
     rows: Tensor
@@ -379,7 +379,7 @@ def verify_folder(folder: Path) -> None:
 
     Raises:
         CheckpointError: files.json cannot be read, or a file is missing, truncated or changed; the message lists all
-            such files.
+            these files.
     """
     if problems := find_damage(folder):
         raise CheckpointError(

@@ -51,17 +51,17 @@ _ACTIVATIONS: dict[Activation, ActivationFunction] = {
 
 
 def build_model(config: ModelConfig, vocab_size: int) -> VisionLanguageModel:
-    """Build a model with random weights from torch's global random generator, which the caller seeds first."""
+    """Build a model with random weights from torch's global random generator, which the caller must seed first."""
     model = construct_model(config, vocab_size)
     initialize_weights(model)
     return model
 
 
 def construct_model(config: ModelConfig, vocab_size: int) -> VisionLanguageModel:
-    """Construct the modules of a model, whose weights the caller must initialize with `initialize_weights` or load.
+    """Construct the modules of a model. The caller must then load weights, or call `initialize_weights`.
 
-    Weights and rotary tables are fp32, whatever the default type of the process is. `torch.device` decides the device,
-    as for the layers of torch: with torch.device("meta"), the model takes no memory.
+    Weights and rotary tables are fp32, whatever the default type of the process is. As for the layers of torch, the
+    context manager `torch.device` decides the device. In `with torch.device("meta")`, the model takes no memory.
     """
     with Fp32():
         return _construct_model(config, vocab_size)

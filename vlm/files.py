@@ -1,4 +1,4 @@
-"""Functions that write a file atomically, read a JSON file, hash the content of a file, join safetensors files, and
+"""Functions that write files atomically, read JSON files, hash files, and join safetensors files. Other functions
 access the step number and the recorded hashes of a training checkpoint."""
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ from typing import Any, BinaryIO
 MAX_JSON_BYTES = 1 << 28
 """Largest accepted size of a JSON file, in bytes. The tokenizers of the largest published vocabularies have 40 MB."""
 TRAINING_STEP = "training.json"
-"""In a training checkpoint, name of the file with the number of the next training step."""
+"""Name of the file of a training checkpoint that contains the number of the next training step."""
 
 MANIFEST = "files.json"
-"""In a training checkpoint, name of the file with the size in bytes and the SHA-256 of each other file."""
+"""Name of the file of a training checkpoint that contains the size in bytes and the SHA-256 of each other file."""
 
 IMPORT_RECORD = "import.json"
-"""In a checkpoint that `lakesight import-weights` has written, name of the file with the record of the import."""
+"""Name of the file with the record of an import, in a checkpoint that `lakesight import-weights` has written."""
 
 
 @contextmanager
 def atomic_write(path: Path, *, sync: bool = True) -> Iterator[Path]:
-    """Yield a temporary path in the same folder, and rename it to `path` when the `with` block ends without an error.
+    """Yield a temporary path in the folder of `path`. If the `with` block ends without an error, rename the temporary
+    file to `path`.
 
     A reader sees the whole old file or the whole new file, never a part of a file. The folder of `path` is created if
     it is missing. Several processes may write the same file simultaneously. Each process uses a different temporary
-    name, and the last rename wins.
+    name, and the file of the last rename remains.
 
     Args:
         path: path of the file to write.
@@ -53,7 +54,7 @@ def atomic_write(path: Path, *, sync: bool = True) -> Iterator[Path]:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file of a model, which may come from anybody.
+    """Read a JSON file of a model. The file may come from an untrusted source.
 
     Raises:
         OSError: the file cannot be read, or is not a regular file.
@@ -169,7 +170,7 @@ def _read_header(file: BinaryIO) -> dict[str, Any]:
 
 def _write_header(file: BinaryIO, header: Mapping[str, Any]) -> None:
     data = json.dumps(header, separators=(",", ":")).encode()
-    data += b" " * (-len(data) % 8)  # the format aligns tensors at multiples of 8 bytes
+    data += b" " * (-len(data) % 8)  # in the format, each tensor starts at a multiple of 8 bytes
     file.write(len(data).to_bytes(8, "little") + data)
 
 
@@ -183,9 +184,9 @@ def _copy_bytes(source: BinaryIO, target: BinaryIO, count: int) -> None:
 
 
 def find_damage(folder: Path) -> list[str]:
-    """Return how the files of a checkpoint differ from the sizes and hashes in its files.json.
+    """Return one sentence for each file of a checkpoint that differs from its size or hash in files.json.
 
-    The result is empty if all files are as they were written.
+    The list is empty if no file has changed since it was written.
     """
     try:
         entries = read_json(folder / MANIFEST).items()
@@ -196,7 +197,9 @@ def find_damage(folder: Path) -> list[str]:
 
 
 def _describe_damage(path: Path, size: int, sha256: str) -> str:
-    """Return how a file differs from its size and SHA-256 in files.json, or an empty text if the file is unchanged."""
+    """Describe how a file differs from its size and SHA-256 in files.json. Return an empty text if the file is
+    unchanged.
+    """
     if not path.is_file():
         return f"{path.name} is missing"
     if (found := path.stat().st_size) != size:

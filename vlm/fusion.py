@@ -71,8 +71,8 @@ class CrossFusion(nn.Module):
 class GatedCrossBlock(nn.Module):
     """Gated cross-attention block: x + tanh(g) * attention(norm(x)), then x + tanh(h) * mlp(norm(x)).
 
-    Both gates g and h start at zero, so that a pretrained decoder with this block initially computes the same output as
-    without the block. The block follows figure 4 of Alayrac et al., 2022.
+    Both gates g and h start at zero, so that the block initially does not change the output of a pretrained decoder.
+    The block follows figure 4 of Alayrac et al., 2022.
     """
 
     def __init__(self, attention: CrossAttention, mlp: nn.Module, norms: tuple[nn.Module, nn.Module]) -> None:
@@ -89,8 +89,8 @@ class GatedCrossBlock(nn.Module):
     def forward(self, x_BTW: Tensor, keys_values: tuple[Tensor, Tensor], mask_B1TS: Tensor) -> Tensor:
         """Apply the block. The attention adds nothing to a position before the first picture."""
         has_picture = mask_B1TS.any(dim=-1, keepdim=True)
-        # The softmax of a position that attends to nothing is NaN. Let a position before the first picture attend to
-        # all keys, and multiply its result by zero afterwards.
+        # The softmax of a position that attends to no key is NaN. Therefore a position before the first picture attends
+        # to all keys, and its result is then multiplied by zero.
         attended = self.attention(self.attention_norm(x_BTW), keys_values, mask_B1TS | ~has_picture)
         x_BTW = x_BTW + torch.tanh(self.attention_gate) * attended * has_picture[:, 0]
         return x_BTW + torch.tanh(self.mlp_gate) * self.mlp(self.mlp_norm(x_BTW))

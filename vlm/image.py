@@ -2,10 +2,11 @@
 
 The bytes of a picture are untrusted. The header (format, number of pixels, sides) is checked before any pixel is
 decoded, and only the decoders of FORMATS run. Every defect becomes an ImageError whose reason is one of IMAGE_REASONS.
-This module changes no global setting of Pillow, so Pillow also rejects pictures of more than 178 megapixels.
+This module changes no global setting of Pillow. Pillow therefore still rejects pictures of more than 178 megapixels.
 
 Decoders get the file without its metadata (`vlm.picture.metadata`), so a text, colour profile or EXIF entry that is
-damaged or huge cannot make a picture unusable. A file without an end marker is accepted if the file has all pixels.
+damaged or huge cannot make a picture unusable. A file without an end marker is accepted if the file contains all
+pixels.
 
 A decoded picture is rotated according to its EXIF orientation, transparent pixels are composed over white, and an
 animation is represented by its first frame. Samples of 16 bits are scaled to 8 bits, and palette and CMYK colours are
@@ -47,12 +48,12 @@ FILTERS = {
 picture."""
 
 FILTER_RADIUS = 3
-"""Radius of the widest resize filter (lanczos) if a picture grows, in pixels of the picture."""
+"""Radius, in pixels of the picture, of the widest resize filter (lanczos) when it enlarges a picture."""
 
 MAX_ASPECT = 16
 """If the longer side of a scaled picture is at most this multiple of the side of the model's input, the whole picture
-is resized. If a scaled picture is longer than this limit, only the part inside the crop is resized. For a crop of side
-384, resizing a whole picture of 4 x 16,000,000 pixels would need 1.8 TB of memory.
+is resized. If the longer side exceeds this limit, only the part of the picture inside the crop is resized. For a crop
+of side 384, resizing a whole picture of 4 x 16,000,000 pixels would need 1.8 TB of memory.
 """
 
 UNSUPPORTED_SIGNATURES = (
@@ -315,12 +316,12 @@ def to_pixels(image: Image.Image, config: ImageConfig) -> npt.NDArray[np.uint8]:
 
 
 def _resize_part(image: Image.Image, resize: ResizeTransform, resampling: Image.Resampling) -> Image.Image:
-    """Resize only the part of a long picture that is inside the crop. The pixels equal those of the whole picture,
-    resized and cropped.
+    """Resize only the part of a long picture that is inside the crop. The result is the same as if the whole picture
+    were resized and then cropped.
 
-    Pillow rounds the pixels between the horizontal and the vertical pass, and chooses the order of the passes by the
-    sizes. For a whole picture that grows, Pillow begins with the horizontal pass. For a part of a tall picture, Pillow
-    would choose the other order, so this function makes both passes itself.
+    Pillow resizes in a horizontal and a vertical pass, rounds the pixels between the two passes, and chooses the order
+    of the passes by the sizes. When Pillow enlarges a whole picture, it begins with the horizontal pass. For a part of
+    a tall picture, Pillow would begin with the vertical pass, so this function makes both passes itself.
     """
     size = (resize.size, resize.size)
     left, upper, right, lower = (*resize.to_source(0, 0), *resize.to_source(*size))

@@ -150,7 +150,7 @@ def _is_tensor(value: object) -> bool:
 
 
 def one_picture(image: Any, argument: str) -> Any:
-    """Return an argument that is meant as one picture.
+    """Check that an argument is meant as one picture, and return the argument.
 
     Raises:
         ArgumentError: the argument is None or a list, or no picture for another reason.
@@ -249,8 +249,8 @@ def prompt_list(prompts: object, pictures: int) -> list[Any]:
 
 
 def answer_lists(images: object, prompts: object, answers: object, *, text_only: bool) -> tuple[list[Any], ...]:
-    """Return three lists: the pictures, the prompt and the text of each answer. If the model is text-only and `images`
-    is empty, each answer has no picture.
+    """Return three lists with one element for each answer: pictures, prompts and texts. If the model is text-only and
+    `images` is empty, each answer has no picture.
 
     Raises:
         ArgumentError: an argument has a wrong type, or a text is not valid Unicode.
@@ -266,7 +266,8 @@ def answer_lists(images: object, prompts: object, answers: object, *, text_only:
         raise UserError(
             "the lists of images, prompts and answers have different lengths",
             got=f"{len(given)} pictures, {len(asked)} prompts and {len(texts)} answers",
-            fix="give one picture and one prompt for each answer; pass what all answers share alone, not in a list",
+            fix="give one picture and one prompt for each answer; if all answers share a picture or a prompt, pass it "
+            "without a list",
         )
     return pictures, asked, texts
 
@@ -369,7 +370,7 @@ def existing_folder(path: object, argument: str) -> Path:
 
 
 def example_texts(texts: object, argument: str) -> Iterable[str]:
-    """Return texts whose types are checked while a caller iterates over the texts.
+    """Return an iterator over texts that checks the type of each text when the caller reaches the text.
 
     Raises:
         ArgumentError: the argument is one text, or is not a list of texts.

@@ -145,16 +145,16 @@ def check_saveable(model: VisionLanguageModel) -> None:
 
 
 def set_compute_dtype(model: VisionLanguageModel, precision: Precision) -> None:
-    """Convert the buffers that determine the number format of the model's computation, but no weights."""
+    """Convert only the buffers that determine the number format of the computation. The weights do not change."""
     dtype = _compute_dtype(precision)
     model.mean, model.std = model.mean.to(dtype), model.std.to(dtype)
 
 
 def weight_templates(model: VisionLanguageModel, precision: Precision) -> dict[str, Tensor]:
-    """Return a dict from the name of each parameter to a tensor of the type that the parameter has in the given
-    precision.
+    """Return a dict from the name of each parameter to a template: a tensor of the type that the parameter has in the
+    given precision.
 
-    The tensors have no meaningful values. The template of a quantized weight is a torchao tensor, which all layers of
+    The templates have no meaningful values. The template of a quantized weight is a torchao tensor, which all layers of
     the same shape share, so the templates take little memory. All other templates are on the meta device.
 
     Args:
@@ -238,7 +238,7 @@ def _quantized_layers(model: VisionLanguageModel, precision: Precision) -> list[
 
 def _quantize(model: nn.Module, precision: Precision, layers: Collection[str]) -> None:
     """Quantize the layers with these names in place."""
-    # torch warns about how torchao registers its types. Users cannot act on this warning, so hide the warning.
+    # torch warns about the way in which torchao registers types. Users cannot act on this warning, so hide the warning.
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     from torchao.quantization import quantize_
 

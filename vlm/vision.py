@@ -83,8 +83,8 @@ class VisionEncoder(nn.Module):
 
     Learned position embeddings are added to all tokens, only to the patches, or to no token (if `position_on` is None).
     With `rotary`, queries and keys are also rotated by the positions of the patches. The modules in `relative`, one
-    per block or one for all blocks, compute biases of the attention scores. The module `pre_norm` or `norm` is an
-    identity if the model has no norm at this place.
+    per block or one for all blocks, compute biases of the attention scores. If the model has no norm before the blocks,
+    `pre_norm` is an identity. If the model has no norm after the blocks, `norm` is an identity.
     """
 
     def __init__(

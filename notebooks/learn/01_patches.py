@@ -10,7 +10,8 @@
 # MAGIC You need Python and a little NumPy. You need no knowledge of deep learning. Every term is explained where it
 # MAGIC first appears. The notebook runs in a few seconds on a laptop, without a GPU.
 # MAGIC
-# MAGIC This is the first of several notebooks. At the end, you have built every part of a model that describes pictures.
+# MAGIC This is the first of nine notebooks. At the end of the last notebook, you have built every part of a model that
+# MAGIC describes pictures.
 
 # COMMAND ----------
 
@@ -29,9 +30,8 @@ torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for
 # MAGIC %md
 # MAGIC ## A picture is a table of numbers
 # MAGIC
-# MAGIC Lakesight can draw simple scenes, so we have pictures whose content we know exactly. Here is one scene. A
-# MAGIC picture of 64 x 64 dots (*pixels*) has three numbers for each pixel: how much red, green and blue it has, from 0
-# MAGIC to 255.
+# MAGIC Lakesight can draw simple scenes, so we know the content of our pictures exactly. Here is one scene. A picture
+# MAGIC of 64 x 64 dots (*pixels*) has three numbers for each pixel: how much red, green and blue it has, from 0 to 255.
 
 # COMMAND ----------
 
@@ -55,8 +55,8 @@ print("pixel (30, 20):", pixels[30, 20].tolist())
 # MAGIC sequence of 64 patches.
 # MAGIC
 # MAGIC Cutting needs no loop. `reshape` splits the axis of pixel rows into two axes: the place in the grid and the
-# MAGIC place inside the patch. It splits the axis of pixel columns in the same way. `transpose` then brings the two
-# MAGIC grid axes to the front.
+# MAGIC place inside the patch. `reshape` splits the axis of pixel columns in the same way. `transpose` then brings the
+# MAGIC two grid axes to the front.
 
 # COMMAND ----------
 
@@ -88,12 +88,12 @@ plt.title("64 patches and their places in the sequence", fontsize=9)
 # MAGIC %md
 # MAGIC ## From a patch to a vector
 # MAGIC
-# MAGIC From here on we use PyTorch (`torch`), in which an array is called a *tensor*. PyTorch works like NumPy, and
-# MAGIC can also train weights (see below). `@` multiplies matrices, as in NumPy. Some names differ: `dim`, `view` and
-# MAGIC `permute` in PyTorch are `axis`, `reshape` and `transpose` in NumPy. In PyTorch, `transpose(1, 2)` swaps axes 1
-# MAGIC and 2, and `flatten(2)` joins all axes from axis 2 on. `randn` draws random numbers around zero, and `item()`
-# MAGIC turns a tensor with a single number into a Python number. A method whose name ends in `_`, such as `copy_`,
-# MAGIC changes the tensor itself.
+# MAGIC From here on we use PyTorch (`torch`), in which an array is called a *tensor*. PyTorch works like NumPy, and can
+# MAGIC also train weights. `@` multiplies matrices, as in NumPy. Some names differ: `dim`, `view` and `permute` in
+# MAGIC PyTorch are `axis`, `reshape` and `transpose` in NumPy. In PyTorch, `transpose(1, 2)` swaps axes 1 and 2, and
+# MAGIC `flatten(2)` joins all axes from axis 2 on. `randn` draws random numbers around zero, and `item()` turns a
+# MAGIC tensor with a single number into a Python number. A method whose name ends in `_`, such as `copy_`, changes the
+# MAGIC tensor itself.
 # MAGIC
 # MAGIC A patch is 8 x 8 x 3 = 192 numbers. The network works with lists of numbers, called *vectors*, of a length
 # MAGIC that we choose. The length of the vectors is the *width* of the network. We need a rule that turns 192 numbers
@@ -101,11 +101,11 @@ plt.title("64 patches and their places in the sequence", fontsize=9)
 # MAGIC
 # MAGIC The simplest rule is a *linear layer*. Each of the 32 new numbers is a weighted sum of the 192 old numbers.
 # MAGIC The layer is a table of 32 x 192 weights, and the computation is one matrix product. At the start, the weights
-# MAGIC are random. Training, which comes below, finds useful weights. Many layers also add a constant to each sum,
-# MAGIC the *bias*. Ours does not (`bias=False` in the next section).
+# MAGIC are random. Later in this notebook, training finds useful weights. Many layers also add a constant to each sum,
+# MAGIC the *bias*. Our layer has no bias (`bias=False` in the next section).
 # MAGIC
-# MAGIC The code divides the pixels by 255, so that they lie between 0 and 1. A sum of 192 numbers would be large, so
-# MAGIC the code divides the weights by the square root of 192 (notebook 2 explains why the root).
+# MAGIC The code divides the pixels by 255, so that all numbers lie between 0 and 1. A sum of 192 numbers would be
+# MAGIC large, so the code divides the weights by the square root of 192 (notebook 2 explains the square root).
 
 # COMMAND ----------
 
@@ -122,10 +122,11 @@ print("vectors:           ", tuple(vectors.shape))
 # MAGIC %md
 # MAGIC ## The same with the library
 # MAGIC
-# MAGIC In the library `vlm`, this layer is `PatchStem`, in `vlm/vision.py`. It is a *convolution*: a small window
-# MAGIC that slides over the picture and computes weighted sums. Our window is as large as a patch and slides by a
-# MAGIC whole patch, so the windows never overlap. With such a window, a convolution computes the same as cutting and
-# MAGIC multiplying. To prove this, we give the layer our weights and compare the results.
+# MAGIC In the library `vlm`, this layer is `PatchStem`, in `vlm/vision.py`. `PatchStem` is a *convolution*: a small
+# MAGIC window slides over the picture and computes weighted sums. Our window is as large as a patch and slides by a
+# MAGIC whole patch, so the windows never overlap. With such a window, a convolution gives the same numbers as cutting
+# MAGIC the picture and multiplying by the weights. To prove that the numbers are the same, we give the layer our
+# MAGIC weights and compare the results.
 # MAGIC
 # MAGIC In the code, `[None]` adds an axis of length 1, because layers expect several pictures at once.
 # MAGIC `torch.no_grad()` tells PyTorch that we do not train inside the block.
@@ -153,19 +154,20 @@ assert difference < 1e-4
 # MAGIC ## What do 32 numbers keep of a patch?
 # MAGIC
 # MAGIC Random weights give a bad summary of a patch. Let us *train* good weights. We add a second linear layer that
-# MAGIC tries to draw the patch again from its vector. The better the drawing, the more the vector has kept. Training
-# MAGIC repeats three steps, each time with a *batch* of 256 random patches:
+# MAGIC tries to draw the patch again from its vector. A better drawing means that the vector has kept more of the
+# MAGIC patch. Training repeats three steps, each time with a *batch* of 256 random patches:
 # MAGIC
 # MAGIC 1. Compute the *loss*, one number that says how wrong the result is. Here the loss is the mean squared
 # MAGIC    difference between the drawing and the patch.
 # MAGIC 2. Compute the *gradient*. The gradient says for each weight in which direction the loss grows. PyTorch
-# MAGIC    computes the gradient for us (`loss.backward()`), after `zero_grad()` has deleted the gradient of the step
-# MAGIC    before.
-# MAGIC 3. Move each weight a small step in the opposite direction (`optimizer.step()`). The *optimizer* (here `Adam`,
-# MAGIC    a common one) decides how far. `lr`, the *learning rate*, is the basic length of a step.
+# MAGIC    computes the gradient for us (`loss.backward()`), after `zero_grad()` has deleted the gradient of the
+# MAGIC    previous step.
+# MAGIC 3. Move each weight a small step in the opposite direction (`optimizer.step()`). The *optimizer* (here the
+# MAGIC    common optimizer `Adam`) decides how far each weight moves. `lr`, the *learning rate*, is the basic length of
+# MAGIC    a step.
 # MAGIC
-# MAGIC These three steps are all that "learning" means in these notebooks. Larger models have more weights, but the
-# MAGIC same three steps.
+# MAGIC These three steps are all that "learning" means in these notebooks. Larger models have more weights, but learn
+# MAGIC with the same three steps.
 
 # COMMAND ----------
 
@@ -180,7 +182,7 @@ def train(width, steps=600):
     """Train a pair of linear layers, patch to vector and vector to patch, and return the layers and the losses."""
     torch.manual_seed(0)
     shrink, redraw = torch.nn.Linear(192, width), torch.nn.Linear(width, 192)
-    torch.nn.init.constant_(redraw.bias, 0.9)  # begin with a light grey, as most patches are background
+    torch.nn.init.constant_(redraw.bias, 0.9)  # begin with a light grey, because most patches are background
     optimizer = torch.optim.Adam([*shrink.parameters(), *redraw.parameters()], lr=5e-3)
     losses = []
     for _ in range(steps):
@@ -210,9 +212,9 @@ assert last[2] > last[8] > last[32]
 # MAGIC %md
 # MAGIC The curves jump, because each step measures another batch, and because a step sometimes goes too far.
 # MAGIC
-# MAGIC Numbers are one view. A picture says more: we send our scene through each pair of layers, patch by patch, and
-# MAGIC put the drawn patches back together. With 2 numbers for each patch, the place of the objects and a little of
-# MAGIC their colour remain. With 32 numbers instead of 192, the shapes are clear.
+# MAGIC A picture shows the difference better than a number. We send our scene through each pair of layers, patch by
+# MAGIC patch, and put the drawn patches back together. With 2 numbers for each patch, the place of the objects and a
+# MAGIC little of their colour remain. With 32 numbers instead of 192, the shapes are clear.
 
 # COMMAND ----------
 
@@ -238,15 +240,15 @@ for axis in axes.flat:
 # MAGIC %md
 # MAGIC ## A sequence forgets the place
 # MAGIC
-# MAGIC One thing is lost when we cut: a vector does not say *where* its patch was. The layers that follow, the
-# MAGIC *blocks* of notebook 2, treat the vectors like a bag of puzzle pieces: they ignore the order. The remedy is
-# MAGIC simple. Every place of the grid gets a vector of its own, the *position embedding*. The position embedding is
-# MAGIC added to the patch's vector and trained like all other weights.
+# MAGIC Cutting the picture into patches loses one thing: a vector does not say *where* its patch was. The layers that
+# MAGIC follow, the *blocks* of notebook 2, treat the vectors like a bag of puzzle pieces: they ignore the order. The
+# MAGIC remedy is simple. Every place of the grid gets a vector of its own, the *position embedding*. The position
+# MAGIC embedding is added to the patch's vector and trained like all other weights.
 # MAGIC
-# MAGIC `vlm.build` makes a whole model from a *config*, a dict of settings. We take its *encoder* (the part that reads pictures). Then we
-# MAGIC shuffle the patches of the picture and look at the mean of the encoder's outputs. Without positions, the
-# MAGIC outputs are the same vectors in another order, so their mean does not change, except for rounding. With
-# MAGIC positions, the mean changes. Later notebooks explain the names in the config.
+# MAGIC `vlm.build` makes a whole model from a *config*, a dict of settings. We take the model's *encoder* (the part
+# MAGIC that reads pictures). Then we shuffle the patches of the picture and look at the mean of the encoder's outputs.
+# MAGIC Without positions, the outputs are the same vectors in another order, so their mean does not change, except for
+# MAGIC rounding. With positions, the mean changes. Later notebooks explain the names in the config.
 
 # COMMAND ----------
 
@@ -299,13 +301,13 @@ for axis, shown, title in zip(axes, (pixels, shuffled_pixels), ("original", "shu
 # MAGIC
 # MAGIC * A picture (64, 64, 3) becomes a sequence of 64 vectors: cut, flatten, multiply by a table of weights.
 # MAGIC * In the library, one convolution (`PatchStem`) cuts, flattens and multiplies.
-# MAGIC * Training means: compute a loss, compute its gradient, move the weights a little.
+# MAGIC * In a training step, we compute a loss, compute its gradient, and move the weights a little.
 # MAGIC * Position embeddings tell the network where each patch was.
 # MAGIC
 # MAGIC ## Exercises
 # MAGIC
-# MAGIC **1.** A photograph has 224 x 224 pixels, and patches have 16 x 16. How long is the sequence, and how many
-# MAGIC numbers has a patch?
+# MAGIC **1.** A photograph has 224 x 224 pixels, and a patch has 16 x 16 pixels. How long is the sequence, and how many
+# MAGIC numbers does a patch have?
 # MAGIC
 # MAGIC <details><summary>Solution</summary>
 # MAGIC
@@ -319,8 +321,8 @@ for axis, shown, title in zip(axes, (pixels, shuffled_pixels), ("original", "shu
 # MAGIC
 # MAGIC </details>
 # MAGIC
-# MAGIC **2.** How many weights, with its biases, has `PatchStem(16, 128, bias=True)`? Compute the number, then count
-# MAGIC with PyTorch.
+# MAGIC **2.** How many weights and biases does `PatchStem(16, 128, bias=True)` have in all? Compute the number, then
+# MAGIC count them with PyTorch.
 # MAGIC
 # MAGIC <details><summary>Solution</summary>
 # MAGIC
@@ -353,5 +355,5 @@ for axis, shown, title in zip(axes, (pixels, shuffled_pixels), ("original", "shu
 # MAGIC
 # MAGIC </details>
 # MAGIC
-# MAGIC **Next:** the patches are in a row, but each vector knows only its own patch. In [2. Attention, by hand and
+# MAGIC **Next:** the patches form a sequence, but each vector knows only its own patch. In [2. Attention, by hand and
 # MAGIC then ours](02_attention.py), the vectors exchange information.

@@ -3,9 +3,10 @@
 # MAGIC # 2. Attention, by hand and then ours
 # MAGIC
 # MAGIC After notebook 1, a picture is a sequence of vectors, and each vector knows only its own patch. To describe a
-# MAGIC picture, the vectors must exchange information: "is there a star left of the circle?" needs both patches.
-# MAGIC *Attention* is the part of the network in which vectors exchange information. You will compute it with a plain
-# MAGIC Python loop, then with matrices, and then see that the layer of the library gives the same numbers.
+# MAGIC picture, the vectors must exchange information: to answer "is there a star left of the circle?", the model needs
+# MAGIC the patches of the star and of the circle. *Attention* is the part of the network in which vectors exchange
+# MAGIC information. You will compute attention with a plain Python loop, then with matrices, and then see that the
+# MAGIC layer of the library gives the same numbers.
 
 # COMMAND ----------
 
@@ -24,14 +25,14 @@ torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for
 # MAGIC %md
 # MAGIC ## A dictionary with soft keys
 # MAGIC
-# MAGIC A Python `dict` finds the value of the key that is *equal* to a query. Attention is a dictionary whose keys need
-# MAGIC not be equal. Attention compares the query with all keys, and returns a mixture of the values. Keys that are
-# MAGIC more similar contribute more.
+# MAGIC A Python `dict` finds the value of the key that is *equal* to a query. Attention works like a dictionary, but a
+# MAGIC key need not be equal to the query. Attention compares the query with all keys, and returns a mixture of the
+# MAGIC values. Keys that are more similar contribute more.
 # MAGIC
 # MAGIC Similarity is measured with the *dot product*: multiply two vectors number by number, and add up. Vectors that
 # MAGIC point in the same direction have a large dot product. *Softmax* then turns similarities into shares, which are
-# MAGIC positive numbers with the sum 1. Softmax takes e to the power of each number, which is always positive, and
-# MAGIC divides by the sum.
+# MAGIC positive numbers with the sum 1. Softmax takes e to the power of each number, so that all results are positive.
+# MAGIC Then softmax divides each result by the sum of all results.
 # MAGIC
 # MAGIC Below, a query asks "what is warm?". The query and each key have two numbers: (warmth, size).
 
@@ -84,7 +85,7 @@ for t in range(T):
     by_loop.append(sum(share * (x[s] @ w_value) for s, share in enumerate(shares)))
 by_loop = torch.stack(by_loop)
 
-# the same in three lines
+# the same computation in three lines
 q, k, v = x @ w_query, x @ w_key, x @ w_value
 shares = torch.softmax(q @ k.T / W**0.5, dim=-1)
 by_matrix = shares @ v
@@ -101,11 +102,11 @@ assert difference < 1e-5
 # MAGIC %md
 # MAGIC ## Why divide by the square root of the width?
 # MAGIC
-# MAGIC A dot product of long vectors is a sum of many numbers, some positive and some negative. The size of such a sum
-# MAGIC grows with the square root of their count. Softmax of large numbers gives nearly everything to one key. Then a
-# MAGIC small change of the weights changes almost nothing: the gradient is nearly zero, and training stands still.
-# MAGIC Dividing by the square root of the width keeps the scores at the same size for any width. The plot shows the
-# MAGIC largest share among 16 random keys, as a mean over 200 trials.
+# MAGIC A dot product of long vectors is a sum of many numbers, some positive and some negative. The size of this sum
+# MAGIC grows with the square root of the number of summands. Softmax of large numbers gives nearly everything to one
+# MAGIC key. Then a small change of the weights changes the result hardly at all: the gradient is nearly zero, and
+# MAGIC training makes no progress. Dividing by the square root of the width keeps the scores at the same size for any
+# MAGIC width. The plot shows the largest share among 16 random keys, as a mean over 200 trials.
 
 # COMMAND ----------
 
@@ -133,12 +134,12 @@ assert largest["with the division"][-1] < 0.4
 # MAGIC %md
 # MAGIC ## No looking ahead: the causal mask
 # MAGIC
-# MAGIC A model that writes text predicts the next word. If a position could look at later positions, it would read
-# MAGIC the answer. The *causal mask* forbids this: the scores of later positions become minus infinity, and softmax
-# MAGIC turns these scores into shares of zero. In the plots, a row is a position that looks, and a column is a
-# MAGIC position that is looked at. Darker squares are larger shares. In the right plot, a position looks only at
-# MAGIC itself and at earlier positions. In the code, `tril` keeps the part of a matrix on and below its diagonal, and
-# MAGIC `masked_fill` writes a number into all places that a mask marks.
+# MAGIC A model that writes text predicts the next word. If a position could look at later positions, the position would
+# MAGIC read the answer. The *causal mask* forbids this: the scores of later positions become minus infinity, and
+# MAGIC softmax turns these scores into shares of zero. In the plots, each row stands for a position that looks, and
+# MAGIC each column for a position that is looked at. Darker squares are larger shares. In the right plot, a position
+# MAGIC looks only at itself and at earlier positions. In the code, `tril` keeps the part of a matrix on and below its
+# MAGIC diagonal, and `masked_fill` writes a number into all places that a mask marks.
 
 # COMMAND ----------
 
@@ -169,7 +170,7 @@ assert causal[0, 0] == 1  # the first position can look only at itself
 # MAGIC
 # MAGIC We compute two heads by hand with the weights of the layer, and compare. `chunk` cuts a tensor into equal
 # MAGIC parts, and `cat` joins tensors. Keys and values could have fewer heads than queries (`num_kv_heads`), but here
-# MAGIC they have as many. `dropout` comes in notebook 3.
+# MAGIC keys, values and queries have equally many heads. Notebook 3 explains `dropout`.
 
 # COMMAND ----------
 
@@ -198,12 +199,12 @@ assert difference < 1e-5
 # MAGIC
 # MAGIC Can the layer learn *where to look*? We give the layer sequences of random letters. At every position, the
 # MAGIC layer must name the letter that stood **three places earlier**. The letter at the current position says
-# MAGIC nothing about the letter three places earlier. A network that cannot look back can only guess: with 8 letters,
-# MAGIC it is right in 1 of 8 cases.
+# MAGIC nothing about the letter three places earlier. A network that cannot look back can only guess: with 8 letters, a
+# MAGIC guess is right in 1 of 8 cases.
 # MAGIC
-# MAGIC The network is as small as possible. It has a vector for each letter and for each position (`Embedding` is a
-# MAGIC table of vectors that are trained), one attention layer, and a linear layer that gives a score to each of the 8
-# MAGIC letters. A step takes a batch of B = 64 sequences at once.
+# MAGIC The network is as small as possible. The network has a vector for each letter and for each position, one
+# MAGIC attention layer, and a linear layer that gives a score to each of the 8 letters. (`Embedding` is a table of
+# MAGIC vectors that are trained.) Each step trains on a batch of B = 64 sequences at once.
 # MAGIC
 # MAGIC The loss is the *cross-entropy*: minus the logarithm of the share that the network gives to the right letter,
 # MAGIC as a mean over all answers. PyTorch's `cross_entropy` takes scores, and applies softmax itself.
@@ -254,9 +255,9 @@ plt.legend()
 # MAGIC %md
 # MAGIC ## Where does it look?
 # MAGIC
-# MAGIC `record_weights` makes a layer keep its shares. The picture shows what training has found: a stripe three
-# MAGIC places below the diagonal. Nobody told the layer this rule. Training found the rule. Positions 0 to 2 have no
-# MAGIC answer, so training does not decide where they look.
+# MAGIC `record_weights` makes a layer keep its shares. The plot shows what training has found: a stripe three places
+# MAGIC below the diagonal. Nobody told the layer to look three places back. Positions 0 to 2 have no answer, so
+# MAGIC training does not decide where these positions look.
 
 # COMMAND ----------
 
@@ -281,9 +282,10 @@ plt.yticks(range(0, LENGTH, 2))
 # MAGIC ## What you have seen
 # MAGIC
 # MAGIC * Attention compares a query with all keys, and mixes the values by similarity.
-# MAGIC * The causal mask keeps a writer from reading ahead. The encoder of a picture needs no mask: it may look
-# MAGIC   everywhere.
-# MAGIC * The layer of the library gives the numbers that you compute by hand, and it learns where to look.
+# MAGIC * The causal mask keeps a writer from reading ahead. The encoder of a picture needs no mask, because each patch
+# MAGIC   may look at all other patches.
+# MAGIC * The layer of the library gives the same numbers as the computation by hand. Training teaches the layer where
+# MAGIC   to look.
 # MAGIC
 # MAGIC A *transformer block* is attention followed by a small network (*MLP*) that works on each position alone. An
 # MAGIC MLP is a linear layer, then a function that sets negative numbers to zero (or nearly zero), then a second
@@ -303,8 +305,8 @@ plt.yticks(range(0, LENGTH, 2))
 # MAGIC assert max(flat) - min(flat) < 0.2
 # MAGIC ```
 # MAGIC
-# MAGIC Large scores choose one key, small scores mix all keys. Notebook 6 uses the same trick, under the name
-# MAGIC *temperature*, to make a writer more careful or more adventurous.
+# MAGIC Large scores choose one key, small scores mix all keys. Notebook 6 uses the same method, under the name
+# MAGIC *temperature*, to make a model choose its words more carefully or more freely.
 # MAGIC
 # MAGIC </details>
 # MAGIC
@@ -336,8 +338,8 @@ plt.yticks(range(0, LENGTH, 2))
 # MAGIC assert moved[:8].max() < 1e-5 < moved[8:].min()
 # MAGIC ```
 # MAGIC
-# MAGIC With the causal mask, a later letter never changes the outputs of earlier positions. A writer can therefore
-# MAGIC keep these outputs (notebook 6).
+# MAGIC With the causal mask, a later letter never changes the outputs of earlier positions. A program that writes text
+# MAGIC can therefore keep these outputs (notebook 6).
 # MAGIC
 # MAGIC </details>
 # MAGIC

@@ -4,10 +4,10 @@
 # MAGIC
 # MAGIC The second half of a vision-language model is a *decoder*: a network that reads the beginning of a text and
 # MAGIC predicts what comes next. Applied again and again to its own output, a decoder writes a text. This notebook
-# MAGIC trains a small decoder on a few old poems, one character at a time, and watches it learn letters, then words,
-# MAGIC then lines.
+# MAGIC trains a small decoder on a few old poems, one character at a time. You will see how the decoder learns letters,
+# MAGIC then words, then lines.
 # MAGIC
-# MAGIC The poems are in the public domain and stand in this notebook, so nothing is downloaded.
+# MAGIC The poems are in the public domain, and their text is in this notebook, so nothing is downloaded.
 
 # COMMAND ----------
 
@@ -97,9 +97,9 @@ print(f"{len(TEXT)} characters, {len(lines)} lines")
 # MAGIC %md
 # MAGIC ## Characters become numbers
 # MAGIC
-# MAGIC A network computes with numbers, so each character gets a number, its *token id*. The part that translates is
-# MAGIC the *tokenizer*. Our tokenizer has one token for each of the 48 different characters in the text, and 4
-# MAGIC special tokens: for start, end, filler (*padding*) and unknown characters. Larger models use tokens for
+# MAGIC A network computes with numbers, so each character gets a number, its *token id*. The *tokenizer* translates
+# MAGIC characters into token ids. Our tokenizer has one token for each of the 48 different characters in the text, and
+# MAGIC 4 special tokens: for start, end, filler (*padding*) and unknown characters. Larger models use tokens for
 # MAGIC frequent pieces of words (notebook 4).
 # MAGIC
 # MAGIC We keep the last 15 % of the text away from training. On this *validation* text we measure whether the decoder
@@ -123,8 +123,8 @@ print(f"{tokenizer.vocab_size} tokens; {len(train_ids)} characters to learn from
 # MAGIC %md
 # MAGIC ## Two simple writers to beat
 # MAGIC
-# MAGIC Which loss is good? The *loss* of a writer is minus the logarithm of the share that it gives to the character
-# MAGIC that really comes next, as a mean over a text (see notebook 2). Two simple writers give us a scale:
+# MAGIC Which loss is good? The *loss* of a writer is minus the logarithm of the share that the writer gives to the
+# MAGIC character that really comes next, as a mean over a text (see notebook 2). Two simple writers give us a scale:
 # MAGIC
 # MAGIC * **A pure guess** gives every token the same share. The loss of a pure guess is the logarithm of the number
 # MAGIC   of tokens, here log 52.
@@ -163,17 +163,17 @@ assert by_pairs < guess
 # MAGIC * a stack of transformer blocks, each with attention under a causal mask (notebook 2) and then an MLP.
 # MAGIC   Attention and MLP each add their output to their input. Before each of them, a *norm* brings the numbers of
 # MAGIC   a vector to a common size;
-# MAGIC * a linear layer, the *head*, that gives a score to each token. It has nothing to do with the heads of
-# MAGIC   attention. The scores are called *logits*. Softmax turns logits into shares.
+# MAGIC * a linear layer, the *head*, that gives a score to each token. The head of a decoder has nothing to do with the
+# MAGIC   heads of attention. The scores are called *logits*. Softmax turns logits into shares.
 # MAGIC
-# MAGIC In the config, `width` is the length of the vectors, `depth` is the number of blocks, `mlp_width` is the
-# MAGIC length of the vectors inside an MLP, and `context` is the length of the longest sequence. `gated` is a common
+# MAGIC In the config, `width` is the length of the vectors, and `mlp_width` is the length of the vectors inside an MLP.
+# MAGIC `depth` is the number of blocks, and `context` is the length of the longest sequence. `gated` is a common
 # MAGIC variant of the MLP. `dropout` sets a tenth of the numbers in the blocks to zero during training, at random, so
 # MAGIC that the decoder learns less by heart. The part `vision` is required, but not used here.
 # MAGIC
-# MAGIC `position: rotary` says how the decoder knows the order. It takes the numbers of queries and keys in pairs, as
-# MAGIC points in a plane, and rotates each point by an angle that depends on the position. The dot product of a query
-# MAGIC and a key then depends on the distance between their positions.
+# MAGIC `position: rotary` says how the decoder knows the order of the tokens. The numbers of each query and each key
+# MAGIC are taken in pairs, as points in a plane. Each point is rotated by an angle that depends on the position. The
+# MAGIC dot product of a query and a key then depends on the distance between their positions.
 # MAGIC
 # MAGIC The capital letters at the end of a name, as in `tokens_BT`, are the axes of the tensor: B sequences of T
 # MAGIC tokens.
@@ -218,16 +218,18 @@ assert abs(start_loss - guess) < 0.3
 # COMMAND ----------
 
 # MAGIC %md
-# MAGIC An untrained decoder is nearly a pure guess. That is on purpose: the library draws the first weights so small
-# MAGIC that no token is preferred. A first loss far above the guess would be a sign of a mistake.
+# MAGIC The loss of an untrained decoder is nearly the loss of a pure guess. The library deliberately draws small first
+# MAGIC weights, so that the decoder prefers no token. A first loss far above the loss of a guess would be a sign of a
+# MAGIC mistake.
 # MAGIC
 # MAGIC ## Train and watch it write
 # MAGIC
-# MAGIC A training step takes 24 random pieces of 48 characters. One piece is 48 exercises at once, because the causal
-# MAGIC mask lets every position predict its next character without seeing it. Every 50 steps we measure the loss on
-# MAGIC the validation text, and let the decoder write a line. `write` draws each character at random, and prefers
-# MAGIC likely characters (`multinomial` draws by shares, and notebook 6 explains `temperature`). `train()` and `eval()` switch dropout on and off.
-# MAGIC `AdamW` is Adam with `weight_decay`, which pulls the weights a little towards zero in each step.
+# MAGIC A training step takes 24 random pieces of 48 characters. One piece is 48 exercises at once: every position
+# MAGIC predicts the next character, and the causal mask hides this character from the position. Every 50 steps we
+# MAGIC measure the loss on the validation text, and let the decoder write a line. `write` draws each character at
+# MAGIC random, and prefers likely characters (`multinomial` draws according to the shares, and notebook 6 explains
+# MAGIC `temperature`). `train()` and `eval()` switch dropout on and off. `AdamW` is Adam with `weight_decay`, which
+# MAGIC pulls the weights a little towards zero in each step.
 
 # COMMAND ----------
 
@@ -243,7 +245,7 @@ def write(start, count, temperature=0.5):
     random = torch.Generator().manual_seed(1)
     for _ in range(count):
         scores = logits_of(torch.tensor([tokens[-100:]]))[0, -1]
-        scores[list(tokenizer.suppressed_ids)] = -torch.inf  # marks for the start and the padding are no text
+        scores[list(tokenizer.suppressed_ids)] = -torch.inf  # the start token and the padding token are no text
         tokens.append(int(torch.multinomial((scores / temperature).softmax(-1), 1, generator=random)))
     decoder.train()
     return tokenizer.decode(tokens)
@@ -269,7 +271,7 @@ for step in range(STEPS + 1):
     loss = F.cross_entropy(logits_of(pieces[:, :-1]).flatten(0, 1), pieces[:, 1:].flatten())
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)  # a single bad batch must not throw the weights far
+    torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)  # a single bad batch must not change the weights a lot
     optimizer.step()
 
 # COMMAND ----------
@@ -278,10 +280,10 @@ for step in range(STEPS + 1):
 # MAGIC ## Two curves, one lesson
 # MAGIC
 # MAGIC The loss on the poems falls and falls. The loss on the unseen text falls too, to about the level of the table
-# MAGIC of pairs, and then it *rises*. At the end it is above the loss of a pure guess, because the decoder is sure
-# MAGIC and wrong. After the lowest point, the decoder no longer learns English, but learns the poems by heart. This
-# MAGIC is *overfitting*. Overfitting has one honest cure: more data. With 1,500 characters, no setting of the
-# MAGIC training helps for long.
+# MAGIC of pairs, and then it *rises*. At the end, the loss on the unseen text is above the loss of a pure guess,
+# MAGIC because the decoder is sure but wrong. After the lowest point, the decoder no longer learns English, but learns
+# MAGIC the poems by heart. This is *overfitting*. Overfitting has one honest cure: more data. With 1,500 characters, no
+# MAGIC setting of the training prevents overfitting for long.
 
 # COMMAND ----------
 
@@ -307,8 +309,9 @@ assert on_validation[-1] > on_train[-1] + 0.5  # learned by heart
 # COMMAND ----------
 
 # MAGIC %md
-# MAGIC The decoder really knows its poems. Give it the beginning of a line, always take the most likely character (a
-# MAGIC *temperature* near zero), and it goes on as the poet did, or slides into another poem or into nonsense:
+# MAGIC The decoder really knows its poems. We give the decoder the beginning of a line, and always take the most likely
+# MAGIC character (a *temperature* near zero). Then the decoder continues as the poet did, or moves on to another poem
+# MAGIC or to nonsense:
 
 # COMMAND ----------
 
@@ -320,10 +323,11 @@ for line in write("Tyger Tyger, ", 90, temperature=0.01).splitlines():
 # MAGIC %md
 # MAGIC ## What you have seen
 # MAGIC
-# MAGIC * A decoder predicts the next token from all earlier ones. Writing is predicting, again and again.
+# MAGIC * A decoder predicts the next token from all earlier tokens. To write a text, a decoder predicts one token after
+# MAGIC   the other.
 # MAGIC * A loss means little alone. Compare a loss with a guess, with a simple writer, and with the loss on unseen
 # MAGIC   text.
-# MAGIC * If there are only few texts, a model with many weights learns them by heart. That is why Lakesight always
+# MAGIC * If there are few texts, a model with many weights learns the texts by heart. Lakesight therefore always
 # MAGIC   measures on texts that training has not seen.
 # MAGIC
 # MAGIC ## Exercises
@@ -373,10 +377,10 @@ for line in write("Tyger Tyger, ", 90, temperature=0.01).splitlines():
 # MAGIC assert kinds["mlp"] > kinds["attention"] > kinds["other"]
 # MAGIC ```
 # MAGIC
-# MAGIC Most weights are in the MLPs. The same is true for large models, which is why notebook 5 looks for a way to have
-# MAGIC many MLPs and use few.
+# MAGIC Most weights are in the MLPs, also in large models. Notebook 5 therefore shows a model that has many MLPs, but
+# MAGIC uses only a few MLPs for each token.
 # MAGIC
 # MAGIC </details>
 # MAGIC
-# MAGIC **Next:** we can read pictures and write texts. [4. Join them](04_join.py) connects both, and shows how such a
-# MAGIC model can fail without anybody noticing.
+# MAGIC **Next:** we have an encoder that reads pictures and a decoder that writes texts. [4. Join them](04_join.py)
+# MAGIC connects the encoder and the decoder, and shows how the joined model can fail without anybody noticing.

@@ -3,9 +3,9 @@
 # MAGIC # 4. Join them: a model that describes pictures
 # MAGIC
 # MAGIC Notebook 1 turned a picture into a sequence of vectors. Notebook 3 trained a decoder that writes. This notebook
-# MAGIC joins them into a *vision-language model*. The notebook also shows the trap of this field: a vision-language
-# MAGIC model can have a low loss, write perfect sentences, and **ignore the picture completely**. You will see how a
-# MAGIC single number reveals this.
+# MAGIC joins an encoder and a decoder into a *vision-language model*. The notebook also shows a common trap: a
+# MAGIC vision-language model can have a low loss, write perfect sentences, and **ignore the picture completely**. You
+# MAGIC will see how a single number reveals this.
 
 # COMMAND ----------
 
@@ -66,8 +66,8 @@ for axis, picture, caption in zip(axes, pictures, captions, strict=False):
 # MAGIC    pixels.
 # MAGIC 2. The **projector**, a linear layer, translates the vectors of the encoder into the "language" of the decoder:
 # MAGIC    the space of its token embeddings.
-# MAGIC 3. The **fusion** puts the 16 vectors in front of the text. Such a place in the sequence is called an *image
-# MAGIC    slot*.
+# MAGIC 3. The **fusion** puts the 16 vectors in front of the text. A place in the sequence with a picture vector is
+# MAGIC    called an *image slot*.
 # MAGIC 4. The **decoder** reads slots and text as one sequence, and predicts the next token.
 # MAGIC
 # MAGIC A config describes the whole model. The tokenizer (`kind: bpe`) learns frequent pieces of words from the
@@ -105,12 +105,12 @@ print(textwrap.fill(f"tokens: {pieces}", 38))
 # COMMAND ----------
 
 # MAGIC %md
-# MAGIC We follow one picture through the parts and print the shapes. A `Row` has an id, the pixels of a picture, and
-# MAGIC pairs of a prompt and a caption. Here the prompts are empty. `Collator` builds the sequence: 16 slots, a start
-# MAGIC token, and the caption. A slot has no token, so its id is -1. The *labels* are what the model must predict at
-# MAGIC each position: the next token of the caption, or -100 at positions where the model has nothing to predict. The
-# MAGIC model computes logits only for labels that are not -100: 7 tokens of the caption and an end token, each with a
-# MAGIC score for all 340 tokens.
+# MAGIC We follow one picture through the parts of the model, and print the shape of each tensor. A `Row` has an id, the
+# MAGIC pixels of a picture, and pairs of a prompt and a caption. Here the prompts are empty. `Collator` builds the
+# MAGIC sequence: 16 slots, a start token, and the caption. A slot has no token, so its id is -1. The *labels* are what
+# MAGIC the model must predict at each position: the next token of the caption, or -100 at positions where the model has
+# MAGIC nothing to predict. The model computes logits only for labels that are not -100: 7 tokens of the caption and an
+# MAGIC end token, each with a score for all 340 tokens.
 
 # COMMAND ----------
 
@@ -170,19 +170,20 @@ assert math.isclose(math.log(90), 4.5, abs_tol=0.01)
 # MAGIC
 # MAGIC > blind gap = loss with wrong pictures - loss with the right pictures
 # MAGIC
-# MAGIC The loss of a model that uses its pictures gets much worse with wrong pictures. A blind model does not care,
-# MAGIC so its gap is zero, *whatever its loss*. The library computes both losses with `blind_losses`: for each row,
-# MAGIC two sums over its tokens, and the number of tokens. We measure both losses every 20 steps of training.
+# MAGIC The loss of a model that uses its pictures gets much worse with wrong pictures. The loss of a blind model does
+# MAGIC not change, so its gap is zero, *however low its loss is*. The library computes both losses with `blind_losses`:
+# MAGIC for each row, two sums over its tokens, and the number of tokens. We measure both losses every 20 steps of
+# MAGIC training.
 # MAGIC
 # MAGIC `fit` is the training loop of the library: the three steps of notebook 1. We provide a list of batches for each
 # MAGIC step, here a list of one batch. After each step, `fit` calls `on_step`. The settings `rank`, `device` and `bf16`
-# MAGIC are for larger machines. `build_adamw` makes the optimizer of notebook 3; you can ignore its setting `betas`. The learning
-# MAGIC rate rises during the first 20 steps and then falls slowly (`schedule`), because careful first and last steps
-# MAGIC give better models. `roll(1, 0)` moves each picture to the next row, so that every caption gets a wrong
-# MAGIC picture.
+# MAGIC are for larger machines. `build_adamw` makes the optimizer of notebook 3; you can ignore its setting `betas`.
+# MAGIC The learning rate rises during the first 20 steps and then falls slowly (`schedule`), because careful first and
+# MAGIC last steps give better models. `roll(1, 0)` moves each picture to the next row, so that every caption gets a
+# MAGIC wrong picture.
 # MAGIC
-# MAGIC We train twice. The second model gets pictures that do not belong to the captions, so that there is nothing to
-# MAGIC see. This second model shows what a blind model looks like.
+# MAGIC We train twice. The second model gets pictures that do not belong to the captions, so it can learn nothing from
+# MAGIC the pictures. This second model shows how the curves of a blind model look.
 
 # COMMAND ----------
 
@@ -228,11 +229,11 @@ blind = train(blind_captioner, 160, right_pictures=False)
 # COMMAND ----------
 
 # MAGIC %md
-# MAGIC In both panels, the loss falls steeply in the first 60 steps, from 5.7, which is above the panels. In these
-# MAGIC steps, the models learn grammar. The steep fall ends at the dashed line, the best loss of a blind writer, and
-# MAGIC **up to here both models look the same**. Then the left model discovers that the picture helps. The two curves
-# MAGIC separate, and the blue curve leaves the panel. The distance between the two curves is the blind gap. In the
-# MAGIC right panel, the orange curve hides the blue one.
+# MAGIC At the start, the loss is 5.7, which is above the top of both panels. In the first 60 steps, the loss falls
+# MAGIC steeply, because the models learn grammar. The steep fall ends at the dashed line, the best loss of a blind
+# MAGIC writer. **Up to this point, both models look the same**. Then the left model discovers that the picture helps.
+# MAGIC The two curves separate, and the blue curve leaves the panel. The distance between the two curves is the blind
+# MAGIC gap. In the right panel, the orange curve hides the blue one.
 
 # COMMAND ----------
 
@@ -262,9 +263,9 @@ assert blind[-1, 1] > blind_floor - 0.02
 
 # MAGIC %md
 # MAGIC Lakesight measures this gap in every training, and refuses to put a model into use if its gap is too small.
-# MAGIC Here are captions of both models for pictures that neither has seen. The blind model always writes the
-# MAGIC likeliest sentence, which is right for about one picture in 90. From one *sentence* alone, you could not tell
-# MAGIC which model is blind.
+# MAGIC The next cell shows captions of both models for pictures that neither model has seen in training. The blind
+# MAGIC model always writes the likeliest sentence, which is right for about one picture in 90. From one *sentence*
+# MAGIC alone, you could not tell which model is blind.
 
 # COMMAND ----------
 
@@ -291,9 +292,9 @@ assert exact > 0.2 > exact_blind
 # MAGIC %md
 # MAGIC ## Where does it look?
 # MAGIC
-# MAGIC The attention of notebook 2 tells us. `captioner.attention` follows the shares of attention from each written
-# MAGIC word back to the patches of the picture. Bright patches were read most. The map shows where the model reads,
-# MAGIC not why: a bright patch may hold only the edge of the thing.
+# MAGIC The attention of notebook 2 shows where the model looks. `captioner.attention` follows the shares of attention
+# MAGIC from each written word back to the patches of the picture. Bright patches were read most. The map shows where
+# MAGIC the model reads, not why: a bright patch may hold only the edge of the thing.
 
 # COMMAND ----------
 
@@ -316,15 +317,16 @@ for axis in axes:
 # MAGIC %md
 # MAGIC ## What you have seen
 # MAGIC
-# MAGIC * Encoder, projector, fusion and decoder make a model. Picture vectors stand in the sequence like words.
+# MAGIC * A vision-language model consists of encoder, projector, fusion and decoder. Picture vectors have places in the
+# MAGIC   sequence, as words have.
 # MAGIC * A low loss and good grammar do not prove that a model sees. A blind gap above zero proves that the model
 # MAGIC   sees.
 # MAGIC * A model learns the language first and the pictures later. If training stops too early, the model is blind.
 # MAGIC
 # MAGIC ## Exercises
 # MAGIC
-# MAGIC **1.** What would the blind floor be if all captions were about the same place, with 6 colours and 3 shapes,
-# MAGIC and had as many tokens as now?
+# MAGIC **1.** Assume that all captions name the same place, and have as many tokens as now. What would the blind floor
+# MAGIC be with 6 colours and 3 shapes?
 # MAGIC
 # MAGIC <details><summary>Solution</summary>
 # MAGIC
@@ -332,8 +334,8 @@ for axis in axes:
 # MAGIC assert math.log(6 * 3) / tokens_of_caption < blind_floor
 # MAGIC ```
 # MAGIC
-# MAGIC The blind floor would be 0.30, because there is less to guess. With only three captions in all, it would be
-# MAGIC 0.11, so even a loss near zero does not prove that a model sees.
+# MAGIC The blind floor would be 0.30, because there is less to guess. With only three different captions, the blind
+# MAGIC floor would be 0.11, so even a loss near zero does not prove that a model sees.
 # MAGIC
 # MAGIC </details>
 # MAGIC
@@ -347,8 +349,8 @@ for axis in axes:
 # MAGIC assert float((empty - right).sum() / tokens.sum()) > 0.2
 # MAGIC ```
 # MAGIC
-# MAGIC The gap is large too. Lakesight uses pictures of other rows, because a grey picture looks unlike any training
-# MAGIC picture, and a model may fail on it for that reason alone.
+# MAGIC The gap is large too. Lakesight uses pictures of other rows. A grey picture looks unlike all training pictures,
+# MAGIC so a model may fail on a grey picture for this reason alone.
 # MAGIC
 # MAGIC </details>
 # MAGIC

@@ -3,9 +3,8 @@
 # MAGIC # 5. Mixture of experts
 # MAGIC
 # MAGIC Most weights of a model sit in its MLPs (notebook 3, exercise 3). More MLP weights make a model better, but
-# MAGIC also slower. A *mixture of experts* gains the weights without the slowdown: a layer has many MLPs, the
-# MAGIC *experts*, and each token goes through only two of them. A small linear layer, the *router*, decides which
-# MAGIC two.
+# MAGIC also slower. A *mixture of experts* has more weights without being slower: a layer has many MLPs, the *experts*,
+# MAGIC and each token goes through only two experts. A small linear layer, the *router*, chooses the two experts.
 # MAGIC
 # MAGIC This notebook routes tokens by hand, compares the result with the library, and then draws the *load* of the
 # MAGIC experts while a model trains. Without care, a few experts get all the work.
@@ -28,16 +27,16 @@ torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for
 # MAGIC %md
 # MAGIC ## Route ten tokens by hand
 # MAGIC
-# MAGIC `MoeMlp` is the layer of the library (`vlm/layers/moe.py`). We build one with 4 experts of which each token uses
-# MAGIC 2, and look at the steps:
+# MAGIC `MoeMlp` is the layer of the library (`vlm/layers/moe.py`). We build a layer in which each token uses 2 of 4
+# MAGIC experts, and look at the steps:
 # MAGIC
 # MAGIC 1. The router gives each token one score for each expert.
 # MAGIC 2. The two experts with the highest scores are chosen.
 # MAGIC 3. A softmax over the two chosen scores gives their shares, the *gates*. The gates of a token add up to 1.
 # MAGIC
 # MAGIC An expert is an MLP: a linear layer `up`, the function `relu`, which sets negative numbers to zero, and a
-# MAGIC linear layer `out`. You can ignore the settings `noisy` and `z_weight`. In the names of results, N are tokens
-# MAGIC and K are the chosen experts.
+# MAGIC linear layer `out`. You can ignore the settings `noisy` and `z_weight`. In a name such as `gates_NK`, N is the
+# MAGIC axis of the tokens, and K is the axis of the chosen experts.
 
 # COMMAND ----------
 
@@ -82,9 +81,9 @@ assert torch.allclose(table.sum(dim=1), torch.ones(10))
 # MAGIC
 # MAGIC The obvious program loops over the experts: take the tokens of an expert, apply the MLP, multiply by the gate,
 # MAGIC add up. A graphics card is slow at such loops. The library sorts the tokens by expert and computes all experts
-# MAGIC with one grouped matrix product (`dispatch`). `naive_experts` is the loop, which the library keeps as a check.
-# MAGIC We compute token by token (`by_hand`). The loop, the grouped product and the whole layer must give the same
-# MAGIC numbers.
+# MAGIC with one grouped matrix product (`dispatch`). `naive_experts` is the loop over the experts, which the library
+# MAGIC keeps as a check. Our own function `by_hand` computes one token after the other. The loop, the grouped product
+# MAGIC and the whole layer must give the same numbers.
 
 # COMMAND ----------
 
@@ -128,15 +127,15 @@ assert all_weights[-1] == 16 * used[-1]
 # MAGIC %md
 # MAGIC ## The trap: a few experts get everything
 # MAGIC
-# MAGIC A router that sends a token to an expert trains this expert. The expert becomes better, so the router sends it
-# MAGIC more tokens. The rich get richer, and other experts never learn. The remedy is a second loss, the
-# MAGIC *load-balance loss*. The load-balance loss is 1 if all experts get equally many tokens, and grows if a few
+# MAGIC An expert learns only from the tokens that the router sends to it. An expert with many tokens becomes better, so
+# MAGIC the router sends even more tokens to this expert, and other experts never learn. The remedy is a second loss,
+# MAGIC the *load-balance loss*. The load-balance loss is 1 if all experts get equally many tokens, and grows if a few
 # MAGIC experts get more. The load-balance loss is added to the normal loss with a small weight, `balance_weight`.
 # MAGIC
 # MAGIC We train a model like that of notebook 4 twice, with 6 experts in each block of the decoder: once with the
 # MAGIC balance loss, and once without. To make the trap visible in a minute, the routers of both models start with
-# MAGIC weights that are three times as large as usual, so they have strong opinions from the start. The training loop
-# MAGIC reports the load: the share of the work that each expert gets.
+# MAGIC weights that are three times as large as usual. These routers strongly prefer some experts from the start. The
+# MAGIC training loop reports the load: the share of the work that each expert gets.
 
 # COMMAND ----------
 
@@ -209,7 +208,7 @@ results = {weight: train(weight) for weight in (0.0, 0.05)}
 # MAGIC 40 steps. Without the balance loss, two experts do nearly all of the work. With the balance loss, the load
 # MAGIC swings from step to step, because each correction goes too far, but on average all experts get the same work.
 # MAGIC After so few steps, the loss of the captions is about the same in both runs. But experts without work cannot
-# MAGIC learn, so they waste their weights.
+# MAGIC learn, so their weights are wasted.
 
 # COMMAND ----------
 
@@ -240,9 +239,10 @@ assert (without < 0.08).sum() >= 2 > (balanced < 0.03).sum()
 # MAGIC
 # MAGIC Nobody tells the experts what to become. We let the balanced model read some unseen scenes with their
 # MAGIC captions, and count which expert gets which kind of token. Each row of the plot adds up to 1. No square is
-# MAGIC above 0.5, because each token goes to two experts. If all experts did the same, all rows would look alike. But
-# MAGIC words for sizes and words for shapes, for example, go to different experts: the experts have specialised. (A
-# MAGIC *hook* is a function that PyTorch calls each time before a layer runs. Our hook looks at the input of the layer.)
+# MAGIC above 0.5, because each token goes to two experts. If all experts did the same work, all rows would look alike.
+# MAGIC But words for sizes and words for shapes, for example, go to different experts: the experts have specialised. (A
+# MAGIC *hook* is a function that PyTorch calls each time before a layer runs. Our hook looks at the input of the
+# MAGIC layer.)
 
 # COMMAND ----------
 
@@ -288,9 +288,9 @@ assert np.abs(shares[2] - shares[4]).sum() > 0.2  # words for sizes and for shap
 # MAGIC
 # MAGIC * A router chooses two of many experts for each token. With more experts, the layer grows, but the work for a
 # MAGIC   token does not.
-# MAGIC * Sorting the tokens by expert gives the numbers of the simple loop.
+# MAGIC * The computation with sorted tokens gives the same numbers as the simple loop over the experts.
 # MAGIC * Without a balance loss, a few experts get nearly everything. Lakesight draws the load of every run, so that
-# MAGIC   you see it.
+# MAGIC   you notice experts without work.
 # MAGIC
 # MAGIC ## Exercises
 # MAGIC
@@ -313,7 +313,7 @@ assert np.abs(shares[2] - shares[4]).sum() > 0.2  # words for sizes and for shap
 # MAGIC **2.** Compute the load-balance loss for 6 experts if all get the same share, and if one expert gets
 # MAGIC everything. The loss is the number of experts times the sum of (load x mean probability) over the experts. The
 # MAGIC mean probability of an expert is its share in a softmax over *all* scores, as a mean over the tokens. Assume
-# MAGIC that it is equal to the load.
+# MAGIC that the mean probability is equal to the load.
 # MAGIC
 # MAGIC <details><summary>Solution</summary>
 # MAGIC
@@ -335,10 +335,10 @@ assert np.abs(shares[2] - shares[4]).sum() > 0.2  # words for sizes and for shap
 # MAGIC assert 0.15 < unused / sum(p.numel() for p in model.parameters()) < 0.4
 # MAGIC ```
 # MAGIC
-# MAGIC A token does not use four of the six experts in each block. These four experts have about a quarter of all
-# MAGIC weights.
+# MAGIC In each block, a token uses two of the six experts. The experts that a token does not use have together about a
+# MAGIC quarter of all weights.
 # MAGIC
 # MAGIC </details>
 # MAGIC
-# MAGIC **Next:** we have let models write without asking how. [6. Writing: cache, beams and
-# MAGIC sampling](06_generation.py) shows how a model writes.
+# MAGIC **Next:** our models have written texts, but we have not looked at the way in which they choose the words. [6.
+# MAGIC Writing: cache, beams and sampling](06_generation.py) shows how a model writes.

@@ -2,8 +2,8 @@
 # MAGIC %md
 # MAGIC # 6. Writing: cache, beams and sampling
 # MAGIC
-# MAGIC All that a trained decoder does is to give a share to each possible next token. To get a text, a program must
-# MAGIC choose a token, append the token, and ask again. This notebook answers three questions about such a program:
+# MAGIC A trained decoder only gives a share to each possible next token. To get a text, a program must choose a token,
+# MAGIC append the token, and ask the decoder again. This notebook answers three questions about the program:
 # MAGIC
 # MAGIC * How does the model avoid reading everything again for each token? (*key-value cache*)
 # MAGIC * Is the best next token always the best start of a text? (*beam search*)
@@ -30,8 +30,8 @@ torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for
 # MAGIC %md
 # MAGIC ## A model that has a choice
 # MAGIC
-# MAGIC If a picture had only one caption, there would be nothing to choose. So we describe each scene in one of four
-# MAGIC ways, with these frequencies:
+# MAGIC If a picture had only one caption, there would be nothing to choose. We therefore describe each scene in one of
+# MAGIC four ways, with these frequencies:
 # MAGIC
 # MAGIC | caption | how often |
 # MAGIC |---|---|
@@ -41,8 +41,8 @@ torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for
 # MAGIC | `a star that is red` | 20 % |
 # MAGIC
 # MAGIC Look at the first word: 60 % of the captions begin with `a`. But the most frequent *caption* begins with
-# MAGIC `one`. Keep this in mind. We train the small model of notebook 4 on such captions, for about 20 seconds. The
-# MAGIC loss cannot reach zero, because nobody can know which of the four ways comes.
+# MAGIC `one`. We train the small model of notebook 4 on these captions, for about 20 seconds. The loss cannot reach
+# MAGIC zero, because nobody can know which of the four ways the next caption uses.
 
 # COMMAND ----------
 
@@ -112,11 +112,11 @@ plt.title(f"{colour} {shape}", fontsize=10)
 # MAGIC %md
 # MAGIC ## Write without reading again: the cache
 # MAGIC
-# MAGIC The simple way to write is to append the new token and to run the model over the whole sequence again. But the
-# MAGIC causal mask promises that earlier positions never change (notebook 2, exercise 3). So the keys and values of
-# MAGIC earlier positions can be kept, in a *key-value cache*. A step then computes only the one new position. We
-# MAGIC write the same caption without and with a cache. `request.prefix` has the ids of 16 slots and the start token,
-# MAGIC `eos_id` is the end token, and `media` is empty in this kind of model.
+# MAGIC The simple way to write is to append the new token and to run the model over the whole sequence again. But with
+# MAGIC a causal mask, a new token never changes the outputs of earlier positions (notebook 2, exercise 3). The keys and
+# MAGIC values of earlier positions can therefore be kept, in a *key-value cache*. Each step then computes only the new
+# MAGIC position. We write the same caption without and with a cache. `request.prefix` has the ids of 16 slots and the
+# MAGIC start token, `eos_id` is the end token, and `media` is empty in this kind of model.
 
 # COMMAND ----------
 
@@ -176,8 +176,8 @@ plt.legend()
 # MAGIC %md
 # MAGIC ## The shares of the next token
 # MAGIC
-# MAGIC Before we choose, we look. The plot shows the shares of the first token for our picture, and of the token
-# MAGIC after `a`. From examples, the model has learned roughly the frequencies of the table above.
+# MAGIC Before we choose a token, we look at the shares. The plot shows the shares of the first token for our picture,
+# MAGIC and of the token after `a`. The model has learned the frequencies of the four ways roughly, from examples alone.
 
 # COMMAND ----------
 
@@ -212,14 +212,14 @@ assert first["a"] > first["one"] > 0.25
 # MAGIC ## Beam search
 # MAGIC
 # MAGIC *Greedy* writing takes the best token in each step. Here greedy writing takes `a`. But three captions begin with
-# MAGIC `a` and divide its share among them, and greedy writing cannot go back. *Beam search* keeps several beginnings
-# MAGIC alive, here three, and extends all of them. The share of a whole text is the product of the shares of its
-# MAGIC tokens. With logarithms, the product becomes a sum.
+# MAGIC `a`, so each of them gets only a part of the share of `a`. Greedy writing cannot go back to `one`. *Beam search*
+# MAGIC keeps several beginnings alive, here three, and extends all of them. The share of a whole text is the product of
+# MAGIC the shares of its tokens. With logarithms, the product becomes a sum.
 # MAGIC
 # MAGIC We search by hand, draw the tree, and compare the result with the library. The logarithm of a share is called
-# MAGIC *log-probability* in the code. Thick lines lead to the best caption. The number below a word is the product of
-# MAGIC the shares of all tokens up to this word. (By default, the library divides the sum of the logarithms by the
-# MAGIC length of the text. With `length_penalty=0`, it does not divide.)
+# MAGIC *log-probability* in the code. In the plot, thick lines lead to the best caption. The number below a word is the
+# MAGIC product of the shares of all tokens up to this word. (By default, the library divides the sum of the logarithms
+# MAGIC by the length of the text. With `length_penalty=0`, the library does not divide.)
 
 # COMMAND ----------
 
@@ -281,9 +281,9 @@ axis.set_title("beginnings that stay alive, with their shares", fontsize=9)
 # MAGIC * `min_p` keeps the shares that are at least p times the largest share.
 # MAGIC
 # MAGIC The function `filter_scores` of the library applies all four settings to logits. Softmax then makes the sum of
-# MAGIC the kept shares 1 again. To see the effect, we take a model that is less sure than ours, and that gives six
-# MAGIC tokens the shares in the next cell. Their logarithms can serve as logits, because softmax turns them back into
-# MAGIC the shares.
+# MAGIC the kept shares 1 again. To see the effect, imagine a model that is less sure than our model. The imagined model
+# MAGIC gives six tokens the shares in the next cell. The logarithms of these shares can serve as logits, because
+# MAGIC softmax turns the logarithms back into the shares.
 
 # COMMAND ----------
 
@@ -313,10 +313,10 @@ assert bent["temperature 0.5"][0] > given[0, 0] > bent["temperature 2"][0]
 # COMMAND ----------
 
 # MAGIC %md
-# MAGIC Now the real model: 300 captions of the same picture at three temperatures. At temperature 1, the frequencies
-# MAGIC are roughly those of the training captions. A low temperature prefers the token that is best *now*, so it makes
-# MAGIC the same mistake as greedy writing. At a high temperature, the model starts to invent captions. In the labels, c
-# MAGIC is the colour and s is the shape.
+# MAGIC Now our trained model writes 300 captions of the same picture at each of three temperatures. At temperature 1,
+# MAGIC the frequencies are roughly the frequencies in the training captions. A low temperature prefers the token that
+# MAGIC is best *now*, so sampling makes the same mistake as greedy writing. At a high temperature, the model starts to
+# MAGIC invent captions. In the labels, c is the colour and s is the shape.
 
 # COMMAND ----------
 
@@ -347,8 +347,8 @@ assert frequencies[1.7][-1] > frequencies[1.0][-1]
 # MAGIC %md
 # MAGIC ## What you have seen
 # MAGIC
-# MAGIC * With a key-value cache, a step costs one position instead of the whole sequence, and nothing changes in the
-# MAGIC   result.
+# MAGIC * With a key-value cache, each step computes one position instead of the whole sequence, and the result stays
+# MAGIC   the same.
 # MAGIC * Greedy writing is short-sighted. Beam search finds a likelier caption. Sampling gives variety.
 # MAGIC * All settings work in `lakesight ask`, `caption` and `evaluate`, and as arguments of `captioner.caption`.
 # MAGIC
@@ -367,8 +367,8 @@ assert frequencies[1.7][-1] > frequencies[1.0][-1]
 # MAGIC
 # MAGIC </details>
 # MAGIC
-# MAGIC **2.** Which temperature is so low that sampling gives the greedy caption every time? Try 0.01 with ten values
-# MAGIC of `seed`.
+# MAGIC **2.** At a very low temperature, sampling gives the greedy caption every time. Show this for temperature 0.01
+# MAGIC and ten values of `seed`.
 # MAGIC
 # MAGIC <details><summary>Solution</summary>
 # MAGIC
@@ -382,8 +382,8 @@ assert frequencies[1.7][-1] > frequencies[1.0][-1]
 # MAGIC
 # MAGIC </details>
 # MAGIC
-# MAGIC **3.** Forbid the word "a" with the setting `stop=["a"]`. What is the caption now, and why is that not what
-# MAGIC you wanted?
+# MAGIC **3.** Forbid the word "a" with the setting `stop=["a"]`. What is the caption now, and why is this caption not
+# MAGIC what you wanted?
 # MAGIC
 # MAGIC <details><summary>Solution</summary>
 # MAGIC

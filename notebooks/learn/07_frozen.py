@@ -4,12 +4,12 @@
 # MAGIC
 # MAGIC Training a large encoder and a large decoder from nothing needs millions of pictures. Others have trained such
 # MAGIC parts and published the weights: a *vision transformer* (ViT) that knows pictures, and GPT-2, a decoder that
-# MAGIC knows English. Such parts are called *towers*. The two towers were never trained together. The cheapest
-# MAGIC vision-language model joins them with a small projector, and trains **only the projector**. The towers stay
-# MAGIC *frozen*: their weights never change.
+# MAGIC knows English. Such parts are called *towers*. The two towers were never trained together. The cheapest way to a
+# MAGIC vision-language model is to join two towers with a small projector, and to train **only the projector**. The
+# MAGIC towers stay *frozen*: their weights never change.
 # MAGIC
-# MAGIC This notebook shows that a trained projector is enough, and how much a trained encoder adds. The notebook
-# MAGIC needs no download: we first train two small towers of our own, separately, as their publishers would.
+# MAGIC This notebook shows that a trained projector is enough, and how much a trained encoder adds. The notebook needs
+# MAGIC no download. Instead of published towers, we use two small towers that we first train separately.
 
 # COMMAND ----------
 
@@ -33,9 +33,9 @@ torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for
 # MAGIC ## Data and model
 # MAGIC
 # MAGIC The scenes are as in notebook 4: each scene has one thing, with one of 6 colours, 3 shapes and 5 places. The
-# MAGIC config has the parts of ViT and GPT-2 in small sizes: learned positions, biases (a constant that each sum adds),
-# MAGIC and an MLP with GELU, a smooth function that sets numbers far below zero to nearly zero. With `tie_embeddings`,
-# MAGIC the decoder's head uses the table of embeddings as its weights. The projector is an MLP.
+# MAGIC config has the parts of ViT and GPT-2 in small sizes: learned positions, biases (a constant that is added to
+# MAGIC each sum), and an MLP with GELU. GELU is a smooth function that sets numbers far below zero to nearly zero. With
+# MAGIC `tie_embeddings`, the decoder's head uses the table of embeddings as its weights. The projector is an MLP.
 
 # COMMAND ----------
 
@@ -94,8 +94,8 @@ test = make_batch(range(1500, 1600))
 # MAGIC ## Tower 1: an encoder that has seen pictures, but no text
 # MAGIC
 # MAGIC A published ViT has usually learned to sort pictures into classes. Our encoder learns to choose one of 6
-# MAGIC colours, 3 shapes and 5 places, which are only numbers here. The encoder never sees words. The linear layer
-# MAGIC that computes the 14 scores is thrown away afterwards.
+# MAGIC colours, 3 shapes and 5 places. The encoder never sees words: each colour, shape and place is only a number. The
+# MAGIC linear layer that computes the 14 scores is thrown away afterwards.
 
 # COMMAND ----------
 
@@ -132,15 +132,15 @@ assert right[2] > 0.6
 # MAGIC %md
 # MAGIC ## Tower 2: a decoder that has read texts, but seen no picture
 # MAGIC
-# MAGIC GPT-2 has read so much that it *uses what stands before*: after a page about cats, it goes on about cats. A
-# MAGIC projector needs exactly this skill, because picture vectors will stand before the text. A decoder that has
-# MAGIC learned to ignore the beginning of its sequence cannot be helped by any projector.
+# MAGIC GPT-2 has read so much that it *uses the preceding text*: after a page about cats, GPT-2 continues to write
+# MAGIC about cats. The projector depends on exactly this skill of the decoder, because the picture vectors come before
+# MAGIC the text. No projector can help a decoder that has learned to ignore the beginning of its sequence.
 # MAGIC
-# MAGIC So our decoder learns from notes that are followed by a caption. A note has 16 words in any order: the caption's
-# MAGIC words for colour, shape and place, each twice, and "and" in all other places, which are at least half of the 16.
-# MAGIC Later, the 16 picture vectors stand at the places of these 16 words, and most picture vectors show only
-# MAGIC background. For example, the note `and star and purple middle and ...` comes before the caption `a large purple
-# MAGIC star in the middle`. The output shows the notes without "and".
+# MAGIC Our decoder therefore learns from notes that are followed by a caption. A note has 16 words in any order. Each
+# MAGIC of the caption's words for colour, shape and place occurs twice. All other words, at least half of the 16, are
+# MAGIC "and". Later, the 16 picture vectors replace these 16 words, and most picture vectors show only background. For
+# MAGIC example, the note `and star and purple middle and ...` comes before the caption `a large purple star in the
+# MAGIC middle`. The output shows the notes without "and".
 
 # COMMAND ----------
 
@@ -198,8 +198,8 @@ assert written > 0.5
 # MAGIC ## Freeze the towers
 # MAGIC
 # MAGIC `set_trainable` takes patterns of weight names (regular expressions), each with a learning rate, and freezes
-# MAGIC all other weights. Any rate above zero will do here. Only the projector remains: a small part of the model.
-# MAGIC Frozen weights get no gradient, so a step is cheaper and needs less memory.
+# MAGIC all other weights. Any rate above zero will do here. Only the projector can still be trained, and it is a small
+# MAGIC part of the model. Frozen weights get no gradient, so a step is cheaper and needs less memory.
 
 # COMMAND ----------
 
@@ -236,12 +236,12 @@ plt.xlabel("weights (grey: frozen)")
 # MAGIC the same number of steps, and measure the blind gap (notebook 4) on unseen rows:
 # MAGIC
 # MAGIC * **towers**: both towers as trained above, frozen; only the projector learns.
-# MAGIC * **random encoder**: as in *towers*, but the encoder has random weights. This encoder is frozen too, so it
-# MAGIC   never learns to see.
+# MAGIC * **random encoder**: as in *towers*, but the encoder has random weights. The random encoder is frozen too, so
+# MAGIC   it never learns to see.
 # MAGIC * **from nothing**: all weights are random at the start, and all weights are trained.
 # MAGIC 
-# MAGIC In the code, `state_dict()` returns a dict with all weights of a model, and `load_state_dict` copies weights from
-# MAGIC such a dict.
+# MAGIC In the code, `state_dict()` returns a dict with all weights of a model, and `load_state_dict` copies weights
+# MAGIC from a dict into a model.
 
 # COMMAND ----------
 
@@ -304,13 +304,13 @@ assert final["towers"] > final["random encoder"] + 0.2
 
 # MAGIC %md
 # MAGIC With trained towers, the few weights of the projector are enough to let a decoder speak about what an encoder
-# MAGIC sees. With a random encoder, the same projector finds less to translate, but not nothing: random weights are a
-# MAGIC bad summary (notebook 1), but still a summary. So the trained encoder brings knowledge that the projector
-# MAGIC cannot replace. The model that starts from nothing learns too, because our task is tiny and the model may
-# MAGIC change all of its weights. With real photographs and real language, such a model would need millions of
-# MAGIC pictures first.
+# MAGIC sees. With a random encoder, the same projector finds less to translate. But it finds something: random weights
+# MAGIC give a bad summary of a picture (notebook 1), but still a summary. So the trained encoder brings knowledge that
+# MAGIC the projector cannot replace. The model that starts from nothing learns too, because our task is tiny and the
+# MAGIC model may change all of its weights. With real photographs and real language, such a model would need millions
+# MAGIC of pictures first.
 # MAGIC
-# MAGIC Captions of the frozen towers for unseen pictures:
+# MAGIC The next cell shows captions that the model with frozen towers writes for unseen pictures.
 
 # COMMAND ----------
 
@@ -332,9 +332,9 @@ assert words_right > 0.5
 # MAGIC %md
 # MAGIC ## The same with published weights
 # MAGIC
-# MAGIC With published towers, use the following commands, for a run whose model is `vit_gpt2`. The setting
-# MAGIC `train.stages` freezes all weights except those of the projector. `docs/weights.md` leads from published weights
-# MAGIC to a model of your own, and `docs/models.md` lists the published models that fit.
+# MAGIC To train with published towers, use the following commands. The model of the run must be `vit_gpt2`. The setting
+# MAGIC `train.stages` freezes all weights except the weights of the projector. `docs/weights.md` explains how published
+# MAGIC weights become a model of your own, and `docs/models.md` lists the published models that fit.
 # MAGIC
 # MAGIC ```
 # MAGIC lakesight import-weights --model vit_gpt2 \
@@ -347,15 +347,15 @@ assert words_right > 0.5
 # MAGIC ## What you have seen
 # MAGIC
 # MAGIC * A projector translates between two parts that were trained apart.
-# MAGIC * To freeze weights, you need only a list of name patterns. The control experiment shows how much the trained
-# MAGIC   encoder adds.
+# MAGIC * To freeze weights, you need only a list of name patterns. The comparison with a random encoder shows how much
+# MAGIC   the trained encoder adds.
 # MAGIC * After the projector has learned, *low-rank adapters* change the towers a little, without training all their
 # MAGIC   weights (exercise 3).
 # MAGIC
 # MAGIC ## Exercises
 # MAGIC
-# MAGIC **1.** How many times larger are the towers than the projector in `vit_gpt2`, with about 190 million weights in all
-# MAGIC and a projector of about 2 million?
+# MAGIC **1.** The model `vit_gpt2` has about 190 million weights in all, of which about 2 million belong to the
+# MAGIC projector. How many times larger than the projector are the towers?
 # MAGIC
 # MAGIC <details><summary>Solution</summary>
 # MAGIC
@@ -383,8 +383,9 @@ assert words_right > 0.5
 # MAGIC
 # MAGIC </details>
 # MAGIC
-# MAGIC **3.** A low-rank adapter (LoRA) leaves a frozen weight W as it is, and learns two thin matrices A and B: the
-# MAGIC layer computes `x W + x A B`. How many weights does an adapter of rank 4 have for a layer of 64 x 64?
+# MAGIC **3.** A low-rank adapter (LoRA) does not change the frozen weight W of a layer, and learns two thin matrices A
+# MAGIC and B. The layer then computes `x W + x A B`. How many weights does an adapter of rank 4 have for a layer of 64
+# MAGIC x 64?
 # MAGIC
 # MAGIC <details><summary>Solution</summary>
 # MAGIC
@@ -394,7 +395,8 @@ assert words_right > 0.5
 # MAGIC ```
 # MAGIC
 # MAGIC The adapter has an eighth of the weights of the layer. `--set train.adapter.pattern='decoder.blocks.*'` trains
-# MAGIC adapters in a run. The saved model holds the sum of weights and adapters, so it needs no special loader.
+# MAGIC adapters in a run. The saved model contains the sum of weights and adapters, so the saved model can be loaded
+# MAGIC like any other model.
 # MAGIC
 # MAGIC </details>
 # MAGIC

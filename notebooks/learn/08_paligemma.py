@@ -2,15 +2,16 @@
 # MAGIC %md
 # MAGIC # 8. PaliGemma's prefix mask, and boxes on a picture
 # MAGIC
-# MAGIC A caption answers no question. PaliGemma, a published vision-language model, takes a *prompt*: "detect cat"
-# MAGIC gives the place of the cat, and "what shape is it?" gives its shape. Two ideas make this work, and both are in
-# MAGIC the library:
+# MAGIC A caption answers no question. PaliGemma, a published vision-language model, reads a *prompt*. For the prompt
+# MAGIC "detect cat", the answer is the place of the cat. For "what shape is it?", the answer is the shape. Two ideas
+# MAGIC make this work, and both are in the library:
 # MAGIC
 # MAGIC * A **prefix mask**: picture and prompt may look at each other in both directions. Only the answer has a
 # MAGIC   causal mask.
 # MAGIC * **Location tokens**: a place is written as text, with 1,024 extra tokens from `<loc0000>` to `<loc1023>`.
 # MAGIC
-# MAGIC We draw the mask, prove what it changes, and train a small model that answers two questions about a picture.
+# MAGIC We draw the mask, show what the mask changes, and train a small model that answers two questions about a
+# MAGIC picture.
 
 # COMMAND ----------
 
@@ -37,11 +38,11 @@ torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for
 # MAGIC A mask says which position (row) may look at which other position (column), see notebook 2. The library makes
 # MAGIC all masks from one row of marks. A mark of 1 means: *earlier positions must not look here*. For each position,
 # MAGIC we sum all marks up to this position. A position may look at every position whose sum is not larger than its
-# MAGIC own sum. For example, the marks 0 0 1 1 have the sums 0 0 1 2. So positions 0 and 1 look at each other,
-# MAGIC position 2 also looks at both, and position 3 looks at all positions.
+# MAGIC own sum. For example, the marks 0 0 1 1 have the sums 0 0 1 2. Therefore positions 0 and 1 look at each other,
+# MAGIC position 2 looks at positions 0 to 2, and position 3 looks at all positions.
 # MAGIC
-# MAGIC Our sequence has 4 picture slots, 3 tokens of prompt, and 3 tokens of answer. It has no padding, so all
-# MAGIC positions are `valid`. Blue means that looking is allowed. The orange lines mark the end of the prompt.
+# MAGIC Our sequence has 4 picture slots, 3 tokens of prompt, and 3 tokens of answer. The sequence has no padding, so
+# MAGIC all positions are `valid`. Blue means that looking is allowed. The orange lines mark the end of the prompt.
 
 # COMMAND ----------
 
@@ -76,11 +77,11 @@ assert torch.equal(masks["prefix"][PREFIX:, PREFIX:], masks["causal"][PREFIX:, P
 # MAGIC %md
 # MAGIC ## Pictures with questions
 # MAGIC
-# MAGIC Each scene has one thing. We ask two questions about it: "detect" wants the box around the thing, and "what
-# MAGIC shape is it?" wants its shape. A box is four numbers: top, left, bottom, right. PaliGemma counts these numbers
-# MAGIC in 1,024 steps over the picture, whatever the picture's size. We round to 16 steps of 4 pixels, because our
-# MAGIC pictures are small. One of our steps is 64 of PaliGemma's. After the box comes the name of what it shows, here
-# MAGIC always `thing`.
+# MAGIC Each scene has one thing. We ask two questions about the thing: "detect" asks for the box around the thing, and
+# MAGIC "what shape is it?" asks for the shape. A box is four numbers: top, left, bottom, right. PaliGemma divides each
+# MAGIC side of the picture into 1,024 steps, whatever the picture's size, and counts the four numbers in steps. Our
+# MAGIC pictures are small, so we round to 16 larger steps of 4 pixels. One larger step has the length of 64 of
+# MAGIC PaliGemma's steps. After the box, the answer names the thing in the box, here always as `thing`.
 
 # COMMAND ----------
 
@@ -118,10 +119,10 @@ for prompt, answer in dialogues[0]:
 # MAGIC %md
 # MAGIC ## A tokenizer with places
 # MAGIC
-# MAGIC PaliGemma's tokenizer is a file, `tokenizer.json`. We write a small one of the same kind, with the library
-# MAGIC `tokenizers`: frequent pieces of words, three control tokens (padding, start and end), and the 1,024 location
-# MAGIC tokens. You need not follow this cell: it makes a tokenizer in which each `<loc....>` is one token.
-# MAGIC `parse_regions` turns the text of an answer back into boxes.
+# MAGIC PaliGemma's tokenizer is a file, `tokenizer.json`. With the library `tokenizers`, we write a small file of the
+# MAGIC same kind: frequent pieces of words, three control tokens (padding, start and end), and the 1,024 location
+# MAGIC tokens. You need not understand every line of the next cell. The cell makes a tokenizer in which each
+# MAGIC `<loc....>` is one token. `parse_regions` turns the text of an answer back into boxes.
 
 # COMMAND ----------
 
@@ -151,11 +152,11 @@ print("top, left, bottom, right:", region[:4], sep="\n  ")
 # MAGIC %md
 # MAGIC ## The model
 # MAGIC
-# MAGIC The model is the model of notebook 4, with `mask: {kind: prefix}`. Before training, we check what the mask does.
-# MAGIC We change the last token of the *prompt*. A position notices this change if the change alters the position's
-# MAGIC vector after the last block. These positions are blue in the plot. The picture stands before the prompt, so with
-# MAGIC a causal mask, the picture cannot know the question. With a prefix mask, the picture can know the question: the
-# MAGIC picture is read *with the question in mind*.
+# MAGIC We use the model of notebook 4, with `mask: {kind: prefix}`. Before training, we check what the mask does. We
+# MAGIC change the last token of the *prompt*. A position notices this change if the position's vector after the last
+# MAGIC block changes. Positions that notice the change are blue in the plot. The picture comes before the prompt. With
+# MAGIC a causal mask, the positions of the picture therefore cannot notice the question. With a prefix mask, they
+# MAGIC notice the question: the model reads the picture *with the question in mind*.
 
 # COMMAND ----------
 
@@ -224,10 +225,10 @@ assert rows_of_plot["prefix"][:last].all()
 # MAGIC %md
 # MAGIC ## Train, and measure with IoU
 # MAGIC
-# MAGIC A box is rarely exactly right. *Intersection over union* (IoU) measures how well two boxes agree: the area
-# MAGIC that both cover, divided by the area that at least one covers. IoU is 1 for equal boxes and 0 for boxes that
-# MAGIC do not touch. As a control, we also compare each box with the box of *another* picture. For a model that
-# MAGIC always gives the same box, both comparisons would give the same IoU. Even a perfect model stays below 1,
+# MAGIC A box is rarely exactly right. *Intersection over union* (IoU) measures how well two boxes agree: the area that
+# MAGIC both boxes cover, divided by the area that at least one of the boxes covers. IoU is 1 for equal boxes and 0 for
+# MAGIC boxes that do not touch. As a control, we also compare each box with the box of *another* picture. For a model
+# MAGIC that always gives the same box, both comparisons would give the same IoU. Even a perfect model stays below 1,
 # MAGIC because the boxes in its answers are rounded.
 
 # COMMAND ----------
@@ -293,8 +294,8 @@ plt.ylabel("loss")
 # MAGIC %md
 # MAGIC ## Boxes on pictures
 # MAGIC
-# MAGIC We ask both questions about each picture. `to_box` turns steps into pixels of the original picture, and knows
-# MAGIC how the picture was resized for the model.
+# MAGIC We ask both questions about each picture. `to_box` turns steps into pixels of the original picture. The function
+# MAGIC takes into account how the picture was resized for the model.
 
 # COMMAND ----------
 
@@ -320,7 +321,7 @@ for axis, picture in zip(axes.flat, pictures[1500:], strict=False):
 # MAGIC * One row of marks makes causal, prefix and full masks.
 # MAGIC * With a prefix mask, the picture is read with the question in mind. With a causal mask, the picture is read
 # MAGIC   without the question.
-# MAGIC * The model writes places like words. No new layer is needed, only new tokens.
+# MAGIC * The model writes a place in the same way as a word. No new layer is needed, only new tokens.
 # MAGIC
 # MAGIC The published PaliGemma is loaded with `vlm.load(folder)`, and `lakesight ask` draws its boxes.
 # MAGIC
@@ -341,9 +342,9 @@ for axis, picture in zip(axes.flat, pictures[1500:], strict=False):
 # MAGIC
 # MAGIC </details>
 # MAGIC
-# MAGIC **2.** Write the marks of a sequence with a *second* question after the first answer: picture and question see
-# MAGIC each other, the answer is causal, and so is everything after it. Picture and first question have 4 positions,
-# MAGIC and the rest has 5.
+# MAGIC **2.** Write the marks of a sequence with a *second* question after the first answer. Picture and first question
+# MAGIC have 4 positions, which all see each other. The first answer and the second question have 5 positions with a
+# MAGIC causal mask.
 # MAGIC
 # MAGIC <details><summary>Solution</summary>
 # MAGIC
@@ -364,9 +365,10 @@ for axis, picture in zip(axes.flat, pictures[1500:], strict=False):
 # MAGIC assert abs(iou((0, 0, 10, 10), (0, 5, 10, 15)) - 1 / 3) < 1e-9
 # MAGIC ```
 # MAGIC
-# MAGIC Half of each square is shared, but the union is one and a half squares. IoU is a strict measure.
+# MAGIC The squares share half a square, and the union of the squares is one and a half squares. IoU is a strict
+# MAGIC measure.
 # MAGIC
 # MAGIC </details>
 # MAGIC
-# MAGIC **Next:** every training so far ran in one process. [9. From one process to ranks](09_ranks.py) trains in several
-# MAGIC processes, with the same losses.
+# MAGIC **Next:** every training so far ran in one process. [9. From one process to ranks](09_ranks.py) trains in
+# MAGIC several processes, with the same losses.

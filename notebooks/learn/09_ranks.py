@@ -30,12 +30,13 @@ torch.set_num_threads(1)  # our tensors are small, and one thread is fastest for
 # MAGIC %md
 # MAGIC ## Half the rows, the same gradient
 # MAGIC
-# MAGIC A *gradient* says for each weight in which direction the loss grows. A training step computes the gradient of the
-# MAGIC loss over a batch of rows, and moves each weight a little in the opposite direction.
+# MAGIC A *gradient* says for each weight in which direction the loss grows. A training step computes the gradient of
+# MAGIC the loss over a batch of rows, and moves each weight a little in the opposite direction.
 # MAGIC
-# MAGIC The loss is a mean over rows, so the gradient is a mean over rows too. Cut the batch in two halves, let two ranks
-# MAGIC compute the gradients of their halves, and take the mean: the result is the gradient of the whole batch. We check
-# MAGIC this with a small linear layer. `torch.autograd.grad` returns the gradient of a loss without a training step.
+# MAGIC The loss is a mean over rows, so the gradient is a mean over rows too. Suppose that two ranks each compute the
+# MAGIC gradient of one half of the batch. Then the mean of the two gradients is the gradient of the whole batch. We
+# MAGIC check this with a small linear layer. `torch.autograd.grad` returns the gradient of a loss without a training
+# MAGIC step.
 
 # COMMAND ----------
 
@@ -57,8 +58,8 @@ assert difference < 1e-6
 
 # MAGIC %md
 # MAGIC The exchange of gradients is called *all-reduce*: every rank gives its gradient, and every rank gets the mean.
-# MAGIC Then all ranks make the same step. They began with the same weights, so they always have the same weights. Here
-# MAGIC is how 24 rows of a batch are divided among 1, 2 and 3 ranks:
+# MAGIC Then all ranks make the same step. All ranks began with the same weights, so they always have the same weights.
+# MAGIC Here is how 24 rows of a batch are divided among 1, 2 and 3 ranks:
 
 # COMMAND ----------
 
@@ -77,13 +78,14 @@ assert all(np.bincount(parts).tolist() == [24 // ranks] * ranks for ranks, parts
 # MAGIC %md
 # MAGIC ## The mistake: captions of different lengths
 # MAGIC
-# MAGIC Our loss is not a mean over *rows* but over *tokens*. Suppose rank 0 has captions with 300 tokens together, and
-# MAGIC rank 1 has captions with only 100. If each rank takes its own mean and we average the two, a token of rank 1
-# MAGIC counts three times as much as a token of rank 0. No error appears, but the model learns something different with
-# MAGIC each number of ranks.
+# MAGIC Our loss is not a mean over *rows* but over *tokens*. Suppose that the captions of rank 0 have 300 tokens in
+# MAGIC all, and the captions of rank 1 have only 100 tokens. If each rank computes its own mean and we average the two
+# MAGIC means, a token of rank 1 counts three times as much as a token of rank 0. No error appears, but the model learns
+# MAGIC something different with each number of ranks.
 # MAGIC
-# MAGIC The library divides the *sum* of the losses by the number of tokens **of all ranks**. We compare both. For each
-# MAGIC way, the output shows the largest error in the gradient, divided by the largest number in the right gradient.
+# MAGIC The library divides the *sum* of the losses by the number of tokens **of all ranks**. We compare this method
+# MAGIC with the mean of the two means. For each method, the output shows the largest error in the gradient, divided by
+# MAGIC the largest number in the right gradient.
 
 # COMMAND ----------
 
@@ -128,9 +130,9 @@ plt.legend(fontsize=8)
 # MAGIC   to 23.
 # MAGIC * `fit` is the same loop that notebooks 4 to 8 use.
 # MAGIC
-# MAGIC The program is a text in this notebook, and we write the text to a file later. Each rank is a
-# MAGIC process of its own, so it needs a file that Python can start. In the text `CONFIG`, `&blocks` gives a name to some
-# MAGIC settings, and `*blocks` repeats these settings at another place.
+# MAGIC Each rank is a process of its own, so Python must start each rank from a file. The program is therefore a text
+# MAGIC in this notebook, and a later cell writes the text to a file. In the text `CONFIG`, `&blocks` gives a name to
+# MAGIC some settings, and `*blocks` repeats these settings at another place.
 
 # COMMAND ----------
 
@@ -234,9 +236,9 @@ for step in (0, 10, 20, 29):
 # COMMAND ----------
 
 # MAGIC %md
-# MAGIC The three runs print the same losses. They are not equal bit for bit: each addition is rounded, and two or three
-# MAGIC ranks add the same numbers in another order than one rank. The right panel shows how small the differences are. A
-# MAGIC curve that touches the bottom shows no difference at all.
+# MAGIC The three runs print the same losses. The losses are not equal bit for bit: each addition is rounded, and two or
+# MAGIC three ranks add the same numbers in another order than one rank. The right panel shows how small the differences
+# MAGIC are. Where a curve touches the bottom, there is no difference at all.
 
 # COMMAND ----------
 
@@ -302,7 +304,7 @@ assert reports[1][0]["tokens"] == reports[2][0]["tokens"] == reports[3][0]["toke
 # MAGIC
 # MAGIC </details>
 # MAGIC
-# MAGIC **3.** What happens if the ranks start from *different* weights, and exchange nothing except gradients? Try it
+# MAGIC **3.** What happens if the ranks start from *different* weights, and exchange nothing except gradients? Try this
 # MAGIC with two linear layers and ten steps.
 # MAGIC
 # MAGIC <details><summary>Solution</summary>

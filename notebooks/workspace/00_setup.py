@@ -2,9 +2,9 @@
 # MAGIC %md
 # MAGIC # Check the workspace
 # MAGIC
-# MAGIC Each notebook of this folder runs one or more stages, like the jobs of the bundle. First deploy the bundle: the
-# MAGIC deployment creates the schema, the Volume and the experiment. Then write the names of these resources into
-# MAGIC `notebook_settings.py`.
+# MAGIC Like the jobs of the bundle, the notebooks of this folder run stages, with one or more stages per notebook.
+# MAGIC First deploy the bundle: the deployment creates the schema, the Volume and the experiment. Then write the names
+# MAGIC of these resources into `notebook_settings.py`.
 # MAGIC
 # MAGIC * **In a workspace**, use a cluster with an ML runtime in dedicated access mode, and install the wheel on this
 # MAGIC   cluster (`%pip install /Volumes/.../lakesight-0.1.0-py3-none-any.whl`). All nodes of the cluster need the

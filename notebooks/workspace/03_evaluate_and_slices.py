@@ -2,8 +2,9 @@
 # MAGIC %md
 # MAGIC # Evaluate the model, also by slice
 # MAGIC
-# MAGIC The newest version captions pictures that were not used for training. Each metric has a 95 % confidence
-# MAGIC interval. The caption of the most similar training picture and the best constant caption are baselines.
+# MAGIC The newest version of the model captions pictures that were not used for training. Each metric has a 95 %
+# MAGIC confidence interval. The caption of the most similar training picture and the best constant caption are
+# MAGIC baselines.
 
 # COMMAND ----------
 

@@ -14,4 +14,5 @@ SMALL = (
     *("data.source.path=scenes:300", "train.steps=40", "train.validate_every=20", "train.checkpoint_every=40"),
     *("train.validate_rows=16", "gate.baselines=[]", "gate.min_blind_gap=-10", "gate.max_error_share=1"),
 )
-"""Settings for a run of a minute, whose model does not describe pictures yet. For a useful model, write SMALL = ()."""
+"""Settings for a run of about one minute. The model of the run does not describe pictures yet. For a useful model,
+write SMALL = ()."""

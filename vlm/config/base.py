@@ -19,7 +19,7 @@ class _AddedLater:
 
 ADDED_LATER = _AddedLater()
 """Mark for a config field that was added after hashes of the config had been stored. Hashes of stored data leave out
-the field while the field has its default value.
+the field as long as the field has its default value.
 
 A developer who adds a field to an existing config must put this mark into the type of the field, for example
 `Annotated[int | None, ADDED_LATER]`.
@@ -50,8 +50,8 @@ class Config(BaseModel):
     def hashed_settings(self, exclude: Collection[str] = ()) -> dict[str, Any]:
         """Return the settings to hash, without the fields in `exclude`.
 
-        Fields with the mark ADDED_LATER, at any depth, are left out while they have their default value. A setting that
-        a new version of Lakesight adds therefore changes no hash until somebody uses the setting.
+        Fields with the mark ADDED_LATER, at any depth, are left out as long as they have their default value. A setting
+        that a new version of Lakesight adds therefore changes no hash until somebody uses the setting.
         """
         return self.model_dump(exclude=_unused_settings(self) | dict.fromkeys(exclude, True))
 
@@ -61,7 +61,7 @@ def _has_no_number(value: object) -> bool:
 
 
 def _is_number(annotation: Any) -> bool:
-    """Return True if a field of this type holds numbers, or lists of numbers, but neither True nor False."""
+    """Return True if a field of this type can hold a number or a list of numbers, but cannot hold True or False."""
     types = {*_leaf_types(annotation)}
     return bool(types & {int, float}) and bool not in types
 
@@ -97,7 +97,8 @@ def read_error_message(error: OSError | ValueError, root: type[BaseModel] | None
 
     Args:
         error: error that was raised while the config was read.
-        root: class of the config. With a class, the line also has the invalid values and similar names of keys.
+        root: class of the config. If `root` is given, the line also shows the invalid values, and suggests similar
+            valid keys for unknown keys.
     """
     if isinstance(error, OSError):
         return (error.strerror or str(error)).lower()

@@ -70,7 +70,7 @@ class CrossFusionConfig(Config):
     the token. The gates start at zero, so training starts from the unchanged decoder.
 
     Attributes:
-        every: number of decoder blocks after each gated cross-attention block.
+        every: number of decoder blocks that follow each gated cross-attention block.
         num_heads: number of heads of the cross-attention.
         head_dim: number of channels of a head.
         mlp: config of the MLP in each gated cross-attention block.
@@ -107,22 +107,25 @@ class GenerationConfig(Config):
     """Generation settings. All settings except `stop` and `seed` have the same meaning as in transformers' `generate`.
 
     The settings are applied in the same order as in `generate`. No setting may be infinite or NaN. The settings
-    `top_k`, `top_p`, `min_p` and `seed` have an effect only if `temperature` is above 0, and `length_penalty` only if
-    `num_beams` is above 1.
+    `top_k`, `top_p`, `min_p` and `seed` have an effect only if `temperature` is above 0. The setting `length_penalty`
+    has an effect only if `num_beams` is above 1.
 
     Attributes:
         max_new_tokens: largest length of an answer in tokens, including the end token.
         temperature: number by which logits are divided before sampling, or 0 to always choose the most likely token.
-        top_k: number of most likely tokens from which sampling chooses, or null for all tokens.
-        top_p: total probability of the most likely tokens from which sampling chooses (Holtzman et al., 2019).
-        min_p: lowest probability of the tokens from which sampling chooses, as a fraction of the most likely token's
-            probability (Nguyen et al., 2024).
+        top_k: number of tokens among which sampling chooses: the `top_k` most likely tokens. Null stands for all
+            tokens.
+        top_p: total probability of the tokens among which sampling chooses: the most likely tokens that together reach
+            `top_p` (Holtzman et al., 2019).
+        min_p: lowest probability of a token that sampling may choose, as a fraction of the probability of the most
+            likely token (Nguyen et al., 2024).
         repetition_penalty: penalty on tokens that the prompt or the answer already contains. A penalty above 1 makes
             repeated tokens less likely (Keskar et al., 2019).
         num_beams: number of beams of beam search, at most 1024, or 1 for no beam search.
         length_penalty: exponent in the score of beam search, which is log-probability / length ** length_penalty. A
             larger exponent favours longer answers.
-        stop: texts that end an answer, or one such text. The answer is cut before the first stop text that it contains.
+        stop: a text, or a list of texts, that ends an answer. The answer is cut before the first stop text in the
+            answer.
         seed: random seed of sampling.
     """
 
@@ -189,19 +192,19 @@ class GenerationConfig(Config):
 
 
 SYNONYMS = {"do_sample": "temperature", "max_length": "max_new_tokens"}
-"""Dict from names of settings in transformers to the names of settings in Lakesight that replace them."""
+"""Dict from the name of a setting in transformers to the name of the setting that Lakesight has instead."""
 
 
 def check_setting_names(names: Iterable[object], arguments: Collection[str] = (), *, where: str) -> None:
-    """Check that names are names of generation settings.
+    """Check that each name is the name of a generation setting.
 
     Args:
         names: names to check.
-        arguments: names of other arguments of the function that was called, for a suggestion.
+        arguments: names of other arguments of the function that was called. The error may suggest one of these names.
         where: source of the names, for the error message.
 
     Raises:
-        ConfigError: there is no setting of this name. The error suggests a similar name, if there is one.
+        ConfigError: a name is not the name of a setting. If a valid name is similar, the error suggests the valid name.
     """
     for name in names:
         if name not in GenerationConfig.model_fields:
@@ -242,8 +245,8 @@ class ModelConfig(Config):
         fusion: how the decoder receives the picture.
         mask: which positions of the decoder's sequence attend to which other positions.
         text_only: true for a decoder without encoder and projector, which is trained on a source of kind `text`. With
-            `text_only`, the sections `image`, `vision`, `projector` and `fusion` build no part of the model, and
-            describe a captioner whose training may later start from the decoder.
+            `text_only`, the sections `image`, `vision`, `projector` and `fusion` build no part of the model. These
+            sections describe a captioner that may later be trained from this decoder.
     """
 
     image: ImageConfig

@@ -1,4 +1,4 @@
-"""Model configs by name, as files, as mappings and as objects."""
+"""Reading of model configs that are given as a name, a file, a mapping or an object."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vlm.errors import ArgumentError, ConfigError, did_you_mean
 OWN_MODELS = Path("conf/model")
 """Folder with the user's own model configs, relative to the working directory."""
 NAME = re.compile(r"[A-Za-z0-9][\w-]*")
-"""Name of a model, which is the name of its YAML file without `.yml`."""
+"""Pattern of the name of a model, which is the name of the model's YAML file without `.yml`."""
 
 
 def read_model_config(config: ModelConfig | Mapping[str, Any] | str | Path) -> ModelConfig:
@@ -27,8 +27,8 @@ def read_model_config(config: ModelConfig | Mapping[str, Any] | str | Path) -> M
     working directory takes precedence over a model of the same name that ships with Lakesight.
 
     Raises:
-        ArgumentError: the config is neither a `ModelConfig` nor a mapping nor a text nor a path.
-        ConfigError: there is no model of this name, the file cannot be read, or the config is invalid.
+        ArgumentError: the config is not a `ModelConfig`, a mapping, a text or a path.
+        ConfigError: no model has this name, the file cannot be read, or the config is invalid.
     """
     if isinstance(config, ModelConfig):
         return config

@@ -11,10 +11,10 @@ from vlm.errors import UserError
 class Precision(StrEnum):
     """Number format of weights and computation.
 
-    `int8` and `int4` are weight-only quantization: linear layers store integers and compute in bf16. The output head,
-    the layers that are not linear, and linear layers whose sizes do not fit the kernel of `int4` store their weights in
-    bf16 and compute in bf16. With each precision, the routers of mixtures of experts store their weights and compute in
-    fp32.
+    `int8` and `int4` are weight-only quantization: linear layers store integers and compute in bf16. Some layers keep
+    their weights in bf16 and compute in bf16: the output head, layers that are not linear, and linear layers whose
+    sizes do not fit the kernel of `int4`. With every precision, the routers of mixtures of experts keep their weights
+    in fp32 and compute in fp32.
     """
 
     FP32 = "fp32"

@@ -20,7 +20,7 @@ MAX_SHOWN = 100
 
 
 def problem_text(problem: ErrorDetails) -> str:
-    """Return the message of one pydantic problem, with limits in short form (1e-100), and "list" instead of "tuple"."""
+    """Return the message of one pydantic problem. Limits have a short form (1e-100), and "list" replaces "tuple"."""
     text = problem["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
     for limit in (problem.get("ctx") or {}).values():
         if isinstance(limit, float):  # pydantic writes each digit of a limit such as 1e+300
@@ -52,7 +52,7 @@ def describe(error: ValidationError, root: type[BaseModel]) -> Iterator[tuple[st
 
 
 def _field_path(root: type[BaseModel], loc: Sequence[int | str]) -> tuple[str, list[str], list[type[BaseModel]]]:
-    """Return the dotted path as the user wrote the path (without pydantic's union tags).
+    """Return the dotted path of a setting as in the user's config, without the union tags that pydantic adds.
 
     The second returned value lists the valid names for the last element of the path. The third returned value lists
     the config classes that the field at the path accepts.

@@ -1,7 +1,7 @@
 """Learning rate schedules, selected by `kind`. A schedule defines the learning rate after the warm-up.
 
-In a run with stages, each stage has its own warm-up and schedule. In this module, "training" and "last step" then mean
-the training of one stage and the last step of the stage.
+In a run with stages, each stage has its own warm-up and schedule. For these runs, the words "training" and "last step"
+in this module refer to one stage.
 """
 
 from __future__ import annotations

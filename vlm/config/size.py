@@ -97,7 +97,9 @@ def _encoder(config: ModelConfig) -> int:
 
 
 def _relative_positions(config: ModelConfig) -> int:
-    """Return the FLOPs of the MLPs that compute a bias for each distance of two patches, for a batch of one picture."""
+    """Return the FLOPs of the MLPs that compute a bias for each distance between two patches. The batch has one
+    picture.
+    """
     transformer = config.vision.transformer
     if transformer.position.kind != "relative":
         return 0

@@ -46,8 +46,8 @@ class RotaryPositionConfig(Config):
     """Position encoding by rotation of queries and keys (Su et al., 2021).
 
     Attributes:
-        base: base of the rotation frequencies. With a larger base, the angles of all pairs of channels except the first
-            pair change more slowly along the sequence.
+        base: base of the rotation frequencies. With a larger base, the angles change more slowly along the sequence,
+            except the angles of the first pair of channels.
     """
 
     kind: Literal["rotary"]
@@ -63,10 +63,10 @@ class AxialPositionConfig(Config):
     Attributes:
         base: base of the rotation frequencies.
         coordinates: how the position of a patch is counted. `index` counts rows and columns from 0. `centred` uses
-            coordinates from -1 to 1 over the picture; at frequency 1, a step of 1 rotates by a full turn (Simeoni et
-            al., 2025).
+            coordinates from -1 at one edge of the picture to 1 at the opposite edge. A pair of channels with frequency
+            1 makes a full turn over a distance of 1 (Simeoni et al., 2025).
         offset: number that is added to the row number and the column number of each patch.
-        grid: size of the grid to which row and column numbers are scaled, in patches per side, or null for no scaling.
+        grid: number of patches per side of the grid to which row and column numbers are scaled, or null for no scaling.
             If the weights were trained at another resolution, set `grid` to the number of patches per side at that
             resolution. With `coordinates: centred`, `grid` has no effect.
         first: whether the first half of the rotated pairs of channels encodes the `row` or the `column` of a patch.
@@ -99,8 +99,8 @@ class MixedPositionConfig(Config):
 class RelativePositionConfig(Config):
     """Position encoding of patches by a learned bias of the attention scores (Liu et al., 2022).
 
-    An MLP computes the bias of each head from the logarithms of the distances of two patches in rows and in columns.
-    The attention scores of the class token and of registers get no bias.
+    For two patches, an MLP computes the bias of each head. The inputs of the MLP are the logarithms of the distance in
+    rows and of the distance in columns. The attention scores of the class token and of registers get no bias.
 
     Attributes:
         mlp_width: number of channels between the two linear layers of the MLP.
@@ -142,8 +142,8 @@ class AttentionConfig(Config):
         soft_cap: bound of the absolute attention scores, which become soft_cap * tanh(score / soft_cap) (Gemma Team,
             2024), or null for no bound.
         scale: factor by which attention scores are multiplied, or null for head_dim ** -0.5.
-        qk_norm: whether norms with the settings of `norm` normalise the queries and the keys of each head (Dehghani et
-            al., 2023).
+        qk_norm: whether the queries and the keys of each head are normalised, by norms with the settings of `norm`
+            (Dehghani et al., 2023).
     """
 
     num_heads: PositiveInt
@@ -187,7 +187,7 @@ class PlainMlpConfig(Config):
 
 
 class GatedMlpConfig(Config):
-    """MLP with a gated linear unit (Shazeer, 2020), which is SwiGLU with silu and GeGLU with gelu_tanh.
+    """MLP with a gated linear unit (Shazeer, 2020). With silu, this MLP is SwiGLU, and with gelu_tanh, it is GeGLU.
 
     Attributes:
         mlp_width: number of channels of the gate, and of the values that the gate multiplies.
@@ -238,7 +238,7 @@ MlpConfig = Annotated[PlainMlpConfig | GatedMlpConfig | MoeMlpConfig, Field(disc
 
 
 class TransformerConfig(Config):
-    """Config of a stack of transformer blocks, which the encoder and the decoder each have.
+    """Config of a stack of transformer blocks. The encoder and the decoder each have one stack.
 
     Attributes:
         width: number of channels of the residual stream.
@@ -258,9 +258,8 @@ class TransformerConfig(Config):
         position: config of the position encoding.
         dropout: dropout probability of the embeddings, the attention weights and the outputs of attention layers and
             MLPs.
-        stochastic_depth: probability that training skips a branch (attention layer or MLP) of the last block for a row
-            of the batch (Huang et al., 2016). From the first block to the last block, the probability of a skip rises
-            linearly.
+        stochastic_depth: probability that the last block skips a branch (attention layer or MLP) for a row of the batch
+            in training (Huang et al., 2016). From the first block to the last block, the probability rises linearly.
     """
 
     width: PositiveInt

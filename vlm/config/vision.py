@@ -70,9 +70,9 @@ class VisionConfig(Config):
         position_on: whether learned position vectors are added to `all` tokens or only to the `patches`.
         pre_norm: whether a norm comes before the first block (CLIP).
         post_norm: whether a norm comes after the last block.
-        select: which output of the encoder the projector receives: all patches (`patches`), the mean of all patches
-            (`mean`), the class token (`cls`), or one vector that a learned query pools from the patches (`attention`,
-            Zhai et al., 2022).
+        select: output of the encoder that the projector receives. `patches` selects all patches, `mean` the mean of all
+            patches, and `cls` the class token. `attention` selects one vector that a learned query pools from the
+            patches (Zhai et al., 2022).
     """
 
     stem: StemConfig

@@ -25,7 +25,9 @@ ENCODINGS = (
 
 
 class YamlProblem(ValueError):
-    """Error for a YAML text that cannot be used. The message says what is wrong, and in which line if this is known."""
+    """Error for a YAML text that cannot be used. The message says what is wrong. If the line of the defect is known,
+    the message names the line.
+    """
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -90,11 +92,11 @@ def _decode(data: bytes) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, for which a key that occurs twice is an error."""
+    """PyYAML's safe loader with one change: a key that occurs twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Check for duplicates before merged mappings (`<<`) add their keys, because a key may override a merged
-        key.
+        """Build a mapping, and refuse a key that occurs twice. Keys of merged mappings (`<<`) are added after this
+        check, because a key may override a merged key.
         """
         seen = set()
         for key, _ in node.value:

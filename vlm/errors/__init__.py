@@ -98,7 +98,7 @@ def nearest(name: str, valid: Iterable[str], count: int = 1) -> list[str]:
     """Return up to `count` valid names that are similar to a misspelled name.
 
     Anagrams come first, then names that difflib finds similar. Last come longer names that begin with the misspelled
-    name, and shorter names with which the misspelled name begins.
+    name, and shorter names that are the beginning of the misspelled name.
     """
     folded, by_folded = name.casefold(), {each.casefold(): each for each in valid}
     # difflib finds too little similarity between "di" and "id", so search for anagrams too

@@ -20,7 +20,7 @@ from urllib.parse import quote, unquote
 SECRET_NAME = re.compile("TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|KEY|AUTH")
 """Pattern of the names of environment variables whose values may be secrets."""
 NOT_SECRET_NAME = re.compile("AUTH_TYPE$|TRACKING_AUTH$|_SOCK$|_FILE$|_PATH$|_DIR$|_LIFETIME$|_PARALLELISM$")
-"""Pattern of the names that match SECRET_NAME, although their values are a mode, a file or a number."""
+"""Pattern of the names that match SECRET_NAME although the values are no secrets, but a mode, a file or a number."""
 HIDDEN = "***"
 
 _USER_INFO = re.compile(
@@ -28,8 +28,8 @@ _USER_INFO = re.compile(
 )
 """Pattern of `//user:password@` and `scheme:/user:password@` up to the last `@`; the password may contain `@` and `/`.
 
-A password may also contain blanks, unless it begins like a port. So `http://host:5000 does not know me@work` contains
-no password.
+A password may also contain blanks if it does not begin like a port number. Therefore `http://host:5000 does not know
+me@work` contains no password.
 
 `models:/name@alias` is MLflow's URI of a model version, which contains no secret.
 """
@@ -79,11 +79,12 @@ def escape_controls_in_json(text: str) -> str:
 def hide_secrets(text: str) -> str:
     """Hide the secrets in a text that people will read.
 
-    Remove the user information of every URI, and each query string that contains `=`. Without a URI scheme, write `***`
-    in place of `user:password` before an `@`. Also write `***` in place of the credentials in an Authorization header
-    (Basic or Bearer, with at least 16 characters), of the values of environment variables that hold secrets
-    (`SECRET_NAME`), and of the user information of URIs in environment variables. Secrets of environment variables are
-    also found if a server has encoded them for a URL, a form, HTML or JSON, or as base64 or hexadecimal text.
+    In URIs, remove the user information, and each query string that contains `=`. In all other places, write `***` in
+    place of `user:password` before an `@`. Write `***` in place of credentials of at least 16 characters in an
+    Authorization header (Basic or Bearer). Write `***` in place of the values of environment variables that hold
+    secrets (`SECRET_NAME`), and in place of the user information of URIs in environment variables. The secrets of
+    environment variables are found even if a server has encoded the secrets for a URL, a form, HTML or JSON, or as
+    base64 or hexadecimal text.
     """
     known = _pattern(tuple(os.environ.items()))
     if known is not None:
@@ -117,9 +118,9 @@ def _pattern(environment: tuple[tuple[str, str], ...]) -> re.Pattern[str] | None
 def _in_any_encoding(secret: str) -> str:
     """Return a pattern of a secret in each encoding of URLs, forms, HTML and JSON, and in Python's `repr`.
 
-    Each character may have a different encoding, because the encodings differ in the characters that they leave as
-    they are. All encodings leave letters and digits of ASCII as they are. The pattern can match a text in one way only.
-    Otherwise, the search in a text with a part of the secret could try an exponential number of ways.
+    The pattern accepts each character of the secret in any encoding, because the encodings change different sets of
+    characters. No encoding changes the letters and digits of ASCII. The pattern can match a text in only one way. If a
+    pattern can match in several ways, a search in a text that contains a part of the secret may need exponential time.
     """
     return "".join(
         each if each.isascii() and each.isalnum() else _backslashes(len(each)) if each[0] == "\\" else _encodings(each)
@@ -130,19 +131,19 @@ def _in_any_encoding(secret: str) -> str:
 def _encodings(character: str) -> str:
     plain, in_json = re.escape(character), json.dumps(character)[1:-1]
     forms = [_codes(character)]
-    if len(in_json) == 2 and in_json[1] != character:  # such as \n for a line feed
+    if len(in_json) == 2 and in_json[1] != character:  # `in_json` is an escape such as \n for a line feed
         forms.append(re.escape(in_json))
-    # The character itself comes last, because an encoding of the characters % and & begins with the same character.
+    # The unencoded character comes last, because the encodings of % and & (such as %25 and &amp;) begin with % and &.
     return f"(?:{'|'.join(forms)}|\\\\?{plain}{'|[+]' * (character == ' ')})"
 
 
 def _backslashes(count: int) -> str:
-    """Return a pattern of backslashes in a row, each of which JSON and `repr` write as two backslashes."""
+    """Return a pattern of `count` backslashes in a row. JSON and `repr` write each backslash as two backslashes."""
     return rf"(?:(?:{_codes(chr(92))}){{{count}}}|\\{{{count},{2 * count}}}+)"
 
 
 def _codes(character: str) -> str:
-    """Return a pattern of the encodings of a character that contain its code or its name."""
+    """Return a pattern of all encodings in which the code or the name of a character stands for the character."""
     code, in_utf16 = ord(character), character.encode("utf-16-be", "surrogatepass")
     percent = "".join(f"%{byte:02x}" for byte in _bytes(character))
     in_json = "".join(rf"\\u{in_utf16[start : start + 2].hex()}" for start in range(0, len(in_utf16), 2))
@@ -165,7 +166,9 @@ def _bytes(text: str) -> bytes:
 
 
 def _secrets(environment: dict[str, str]) -> Iterator[str]:
-    """Yield the secrets in environment variables, and the base64 text of user and password in HTTP requests."""
+    """Yield the secrets in environment variables. Also yield user and password as base64 text, as HTTP requests contain
+    them.
+    """
     for name, value in environment.items():
         if SECRET_NAME.search(name.upper()) and not NOT_SECRET_NAME.search(name.upper()):
             yield value
@@ -175,7 +178,8 @@ def _secrets(environment: dict[str, str]) -> Iterator[str]:
         if info := _USER_INFO_OF_VARIABLE.match(value):
             user, colon, password = info[1].partition(":")
             yield from (info[1], _base64(info[1]), _base64(unquote(info[1])))
-            # Libraries that split a URI at the first `@` report a part of the password as host.
+            # If a password contains `@`, some libraries split the URI there and report a part of the password as the
+            # host.
             yield from (password, *password.split("@")) if colon else (user,)
 
 

@@ -100,7 +100,9 @@ class AttentionMaps:
         return [(word, float(shares_T[inside].mean())) for word, inside in self._tokens_of_words()]
 
     def _tokens_of_words(self) -> list[tuple[str, list[bool]]]:
-        """Return each word of the answer, and for each token whether the token is a part of the word."""
+        """Return each word of the answer with one flag for each token, which is True if the token is a part of the
+        word.
+        """
         return [
             (word[0], [start < word.end() and end > word.start() for start, end in self.spans])
             for word in re.finditer(r"\S+", self.text)
@@ -153,7 +155,7 @@ def _resampler_attention(projector: nn.Module) -> list[Attention | CrossAttentio
 
 
 def rollout(weights_LHXX: Sequence[Tensor]) -> Tensor:
-    """Compute by attention rollout how much each input of a stack of layers contributes to each output (X, X).
+    """Use attention rollout to compute how much each input of a stack of layers contributes to each output (X, X).
 
     Attention rollout assumes that half of a layer's output is the input at the same position (the residual connection).
     The other half of the output is the attention, averaged over the heads.
@@ -176,8 +178,8 @@ def pool_shares(encoder: VisionEncoder, shares_XX: Tensor, pool_HNP: Sequence[Te
 
 
 def project_shares(projector: nn.Module, shares_NP: Tensor, resampler_LHQS: Sequence[Tensor]) -> Tensor:
-    """Given how much each patch contributes to each input of the projector, return how much each patch contributes to
-    each output of the projector.
+    """Compute how much each patch contributes to each output of the projector, given how much each patch contributes to
+    each input of the projector.
     """
     if isinstance(projector, PixelShuffle):
         side, f = math.isqrt(len(shares_NP)) // projector.factor, projector.factor
@@ -195,7 +197,7 @@ def project_shares(projector: nn.Module, shares_NP: Tensor, resampler_LHQS: Sequ
 
 
 def _spans(tokenizer: Tokenizer, completion: Completion) -> tuple[tuple[int, int], ...]:
-    """Return the span of characters that each token has in the text of a completion.
+    """Return, for each token of a completion, the span of the token's characters in the text of the completion.
 
     The text of a completion ends before a stop string, so later tokens have empty spans. If several byte tokens form a
     character, the last of these tokens has the span of the whole character, and the earlier tokens have empty spans.

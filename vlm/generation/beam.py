@@ -7,9 +7,9 @@ return the same tokens:
   best `num_beams` candidates.
 - The normalized score of a candidate is its log-probability divided by length ** length_penalty. The search compares
   logarithms of normalized scores, because length ** length_penalty can be too large for a floating-point number.
-- The search of a request ends when two conditions hold: the search has `num_beams` finished candidates, and none of
-  these candidates has a lower normalized score than the best unfinished beam. The search also ends when all candidates
-  are finished, for example because they have `max_new_tokens` tokens.
+- The search of a request ends when two conditions hold: the search has `num_beams` finished candidates, and the
+  normalized score of each finished candidate is at least the normalized score of the best unfinished beam. The search
+  also ends when all candidates are finished, for example because they have `max_new_tokens` tokens.
 
 Letters in tensor names: active requests (B), beams (K), candidates (C), rows (R = B * K), vocabulary (V), continuations
 of a request (X = K * V).
@@ -164,8 +164,8 @@ def _rank_candidates(
 def _rank(score: float, length: int, length_penalty: float) -> tuple[float, float]:
     """Return a value that is larger for a larger quotient score / length ** length_penalty. No score is above 0.
 
-    The first number is -log(-quotient). The second number is the score. If a large penalty makes the first numbers of
-    two beams of the same length equal by rounding, the scores of the beams still differ.
+    The first number is -log(-quotient), and the second number is the score. With a large penalty, two beams of the same
+    length can have equal first numbers because of rounding. The second numbers of these beams still differ.
     """
     if score == 0:
         return math.inf, 0.0

@@ -19,8 +19,8 @@ def log_probabilities(logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
     """Return the log-probability of one token in each row of logits, or NaN if a logit of the row is NaN or plus
     infinity.
 
-    Without the check for plus infinity, every token but the one with the infinite logit would get the log-probability
-    minus infinity, which `require_finite` allows.
+    Without the check for plus infinity, all tokens except the token with the infinite logit would get the
+    log-probability minus infinity. `require_finite` allows minus infinity.
     """
     sums_N = logits_NV.logsumexp(dim=-1)
     return logits_NV.gather(1, tokens_N[:, None])[:, 0] - sums_N.masked_fill(sums_N == torch.inf, torch.nan)
@@ -30,7 +30,7 @@ def require_finite(model: nn.Module, values: Iterable[float]) -> None:
     """Check that no log-probability or loss of a model is NaN.
 
     If a logit is NaN or plus infinity, the log-probabilities of all tokens at its position are NaN
-    (`log_probabilities`). A logit of minus infinity is allowed, and means that the model never chooses its token.
+    (`log_probabilities`). A logit of minus infinity is allowed: the model then never chooses the token of this logit.
 
     Raises:
         UserError: a value is NaN.

@@ -50,8 +50,8 @@ def generate(
 def stream(
     model: VisionLanguageModel, tokenizer: Tokenizer, request: Request, settings: GenerationConfig
 ) -> Iterator[Completion]:
-    """Generate one completion, and yield the completion after each token. The text of a yielded completion is the part
-    of the answer that later tokens cannot change.
+    """Generate one completion, and yield the completion after each token. The text of each yielded completion contains
+    only the part of the answer that later tokens cannot change.
 
     All yielded completions are the same object. Each yielded text begins with the previously yielded text, and the last
     text equals the text that `generate` returns. With beam search, the completion is yielded once, after the search has

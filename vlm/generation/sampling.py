@@ -24,8 +24,8 @@ only the tokens with exactly the best score have a probability above 0.
 
 
 class TokenSampler:
-    """Sampler that chooses the next token of every row: the most likely token at temperature 0, and a random token at a
-    higher temperature.
+    """Sampler that chooses the next token of every row. At temperature 0, the sampler chooses the most likely token,
+    and at a higher temperature a random token.
 
     The random numbers of a row depend only on the request and the settings, so a completion does not depend on the
     other rows of the batch.
@@ -78,12 +78,12 @@ class RepetitionPenalty:
                 seen_V[[token for token in request.prefix if token != SLOT]] = True
 
     def __call__(self, scores_BV: Tensor) -> Tensor:
-        """Apply the repetition penalty to the scores of all tokens. Except for a factor of 1, the result has double
+        """Apply the repetition penalty to the scores of all tokens. If the factor is not 1, the result has double
         precision.
         """
         if self._factor == 1:
             return scores_BV
-        scores_BV = scores_BV.double()  # the product with an extreme factor does not fit single precision
+        scores_BV = scores_BV.double()  # the product with an extreme factor may be too large for single precision
         penalized_BV = torch.where(scores_BV < 0, scores_BV * self._factor, scores_BV / self._factor)
         return torch.where(self._seen_BV, penalized_BV, scores_BV)
 
@@ -110,7 +110,8 @@ def sample_tokens(scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """
     sum_BV = torch.softmax(scores_BV.double(), dim=-1).cumsum(dim=-1)
     tokens_B = torch.searchsorted(sum_BV, uniform_B[:, None] * sum_BV[:, -1:], right=True)[:, 0]
-    # With NaN, the search returns the size of the vocabulary. An index outside of a tensor ends a process on a GPU.
+    # If a score is NaN, the search returns the size of the vocabulary. On a GPU, an index that is out of range would
+    # end the process.
     return tokens_B.clamp(max=scores_BV.shape[-1] - 1)
 
 

@@ -28,7 +28,7 @@ class Attention(nn.Module):
     stores `window`. The decoder reads `window`, and passes a mask that restricts the attention to the window.
 
     Attributes:
-        recorded: list to which each forward pass appends its attention weights (B, H, T, S), or None to keep none.
+        recorded: list to which each forward pass appends its attention weights (B, H, T, S), or None to discard them.
     """
 
     recorded: list[Tensor] | None = None
@@ -93,7 +93,8 @@ class Attention(nn.Module):
         if last_only:
             q_BHTD, T = q_BHTD[:, :, -1:], 1
             mask = mask[:, :, -1:] if mask is not None else None
-        if mask is not None or T == 1:  # an if statement keeps `causal` a constant, as torch.compile requires
+        # torch.compile requires that `causal` is a constant, so an if statement sets it
+        if mask is not None or T == 1:
             causal = False
         if self.soft_cap is None and self.recorded is None:
             out_BHTD = F.scaled_dot_product_attention(
@@ -131,7 +132,7 @@ class CrossAttention(nn.Module):
     """Cross-attention from x (B, T, width) to a memory (B, S, memory_width), with output (B, T, width).
 
     Attributes:
-        recorded: list to which each forward pass appends its attention weights (B, H, T, S), or None to keep none.
+        recorded: list to which each forward pass appends its attention weights (B, H, T, S), or None to discard them.
     """
 
     recorded: list[Tensor] | None = None

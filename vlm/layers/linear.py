@@ -8,7 +8,7 @@ from vlm.layers.moe import MoeMlp
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return a dict from name to linear layer, without the routers of experts, because router weights must stay in
+    """Return a dict from name to linear layer. The routers of experts are left out, because router weights must stay in
     fp32.
     """
     routers = router_layers(model)

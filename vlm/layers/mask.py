@@ -42,8 +42,8 @@ def apply_window(mask: Tensor | None, window: int, *, queries: int, keys: int, d
     """Restrict a mask to a sliding window: a query attends to a key only if the key is less than `window` positions
     earlier.
 
-    As in transformers, two positions of a prefix attend to each other at any distance. This rule needs a query at each
-    key, so it has no effect if there are more keys than queries.
+    As in transformers, two positions of a prefix attend to each other at any distance. This rule has no effect if there
+    are more keys than queries, because the rule needs a query for each key.
 
     Args:
         mask: bool mask (B, 1, queries, keys), or None for a causal mask.

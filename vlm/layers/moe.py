@@ -33,8 +33,7 @@ class Groups(NamedTuple):
 
 
 class GroupedLinear(nn.Module):
-    """Stacked linear layers of all experts. The forward pass applies to each row the linear layer of the row's
-    expert.
+    """Stacked linear layers of all experts. In the forward pass, each row goes through the linear layer of its expert.
     """
 
     def __init__(self, num_experts: int, inputs: int, outputs: int, *, bias: bool) -> None:
@@ -175,8 +174,9 @@ def dispatch(experts: PlainExperts | GatedExperts, x_NW: Tensor, routing: Routin
 def grouped_matmul(x_AI: Tensor, weight_XOI: Tensor, groups: Groups) -> Tensor:
     """Multiply each row by the matrix of its expert, and return rows (A, O). The rows are sorted by expert.
 
-    This function uses torch's grouped kernel (torch 2.10 or later) if the numbers are fp32, bf16 or fp16, and the size
-    of each row, before and after the product, is a multiple of 16 bytes. Otherwise, it uses `padded_matmul`.
+    This function uses torch's grouped kernel (torch 2.10 or later) if the numbers are fp32, bf16 or fp16. The kernel
+    also requires that the size of each row is a multiple of 16 bytes, before and after the product. In all other cases,
+    this function uses `padded_matmul`.
     """
     aligned = all(size * x_AI.element_size() % 16 == 0 for size in weight_XOI.shape[1:])
     if aligned and hasattr(F, "grouped_mm") and x_AI.dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -21,14 +21,14 @@ from vlm.layers.mlp import PlainMlp
 Angles = tuple[Tensor, Tensor]
 """Cosines (..., T, D/2) and sines (..., T, D/2) for each position and each pair of channels.
 
-All layers of a forward pass share these tensors, except with `MixedRotary`, where each layer has its own tensors."""
+All layers of a forward pass share these tensors. With `MixedRotary`, however, each layer has its own tensors."""
 
 
 class Rotary(nn.Module):
     """Rotary position embedding (Su et al., 2021) in its half-split form.
 
-    Channels i and i + D/2 are rotated by the angle position * base^(-2i/D). After the rotation, the dot product of a
-    query and a key depends on their positions only through the distance between these positions. The tables hold the
+    Channels i and i + D/2 are rotated by the angle position * base^(-2i/D). After the rotation, the positions of a
+    query and a key influence their dot product only through the distance between the positions. The tables hold the
     cosine and the sine of the angles of every position of the context, computed in fp32.
     """
 
@@ -98,8 +98,9 @@ class MixedRotary(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Initialise the frequencies. Draw a random direction for each head of each layer: the frequencies of the first
-        half of the pairs have this direction, and the frequencies of the other pairs have the perpendicular direction.
+        """Initialise the frequencies. Draw a random direction for each head of each layer. The frequencies of the first
+        half of the pairs of channels get this direction. The frequencies of the other pairs get the perpendicular
+        direction.
         """
         _, depth, num_heads, pairs = self.frequency.shape
         size = self.INITIAL_BASE ** (-torch.arange(pairs // 2, dtype=torch.float32, device="cpu") / (pairs // 2))

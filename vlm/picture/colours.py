@@ -1,13 +1,13 @@
 """Convert decoded pictures of all modes to RGB with 8 bits per sample.
 
 Samples of 16 bits are scaled to 8 bits. Cameras, microscopes and X-ray detectors store values of 8, 10 or 12 bits in
-samples of 16 bits without scaling the values, so that the pictures are almost black. The largest sample of a picture
-therefore decides whether the samples count as values of 8, 10, 12 or 16 bits: the smallest of these sizes in which the
-largest sample fits. The values of TIFF palettes have 16 bits, but old programs wrote values of 8 bits, which are also
-scaled.
+samples of 16 bits without scaling the values, so that the pictures are almost black. The samples of a picture therefore
+count as values of 8, 10, 12 or 16 bits: the smallest of these sizes that can hold the largest sample of the picture.
+TIFF palettes have values of 16 bits. Some old programs wrote values of 8 bits into these palettes, and these values are
+scaled too.
 
-Pictures are converted in bands of rows, because a conversion needs several times the memory of its band. Decoding a
-picture of 64 megapixels needs 0.6 GB.
+Pictures are converted in bands of rows, because the conversion of a band needs several times the memory of the band.
+Decoding a picture of 64 megapixels needs 0.6 GB.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def to_rgb(image: Image.Image, data: bytes) -> Image.Image:
 
     Args:
         image: decoded picture.
-        data: bytes of the picture's file, which still contain the lower 8 bits of 16-bit colours; empty if the file is
-            not known.
+        data: bytes of the picture's file, or empty if the file is not known. Only the file still contains the lower 8
+            bits of 16-bit colours.
 
     Raises:
         ImageError: the reason is unsupported_format if the samples have 32 bits.
@@ -95,7 +95,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scale_colours(image: Image.Image, data: bytes) -> Image.Image:
-    """Scale the colours of a PNG with 16 bits per sample, of which Pillow has kept only the upper 8 bits.
+    """Scale the colours of a PNG with 16 bits per sample. Pillow has kept only the upper 8 bits of each sample.
 
     A picture with colours of more than 12 bits, or with a transparent colour, is returned unchanged.
 

@@ -1,9 +1,9 @@
 """Decode a JPEG file without an end marker, if the file nevertheless contains all pixels of the picture.
 
 Pillow's decoder does not report missing pixels, but fills them with grey. This module therefore makes two checks.
-First, the scans of the file must contain every coefficient of every component, because a progressive file may end
-between two scans. Second, random bytes after the data must not change the pixels. If the last block were incomplete,
-the decoder would read the random bytes as pixels.
+First, the scans of the file must contain all coefficients of all components, because a progressive file may end after
+any scan. Second, random bytes after the data must not change the pixels. If the last block were incomplete, the decoder
+would read the random bytes as pixels.
 """
 
 from __future__ import annotations

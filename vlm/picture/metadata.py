@@ -8,7 +8,7 @@ decoder still detects damaged or missing pixels.
 | format | what stays |
 |---|---|
 | PNG | header, palette, transparency and pixels; frames of an animation after the first are dropped |
-| JPEG | all segments except comments and application segments; JFIF and Adobe segments decide the colours and stay |
+| JPEG | all but comments and application segments; JFIF and Adobe segments stay because they decide the colours |
 | WebP | pixels, transparency and frames |
 | TIFF | the first picture, with the tags of TIFF_TAGS |
 | AVIF | everything except the EXIF item, because rotation is stored outside of EXIF |
@@ -62,8 +62,8 @@ class PictureFile(NamedTuple):
 
     Attributes:
         data: content of the file without its metadata.
-        orientation: EXIF orientation, from 1 to 8, or None for AVIF, whose decoder reads the orientation from outside
-            of EXIF.
+        orientation: EXIF orientation, from 1 to 8. None for AVIF, because the decoder of AVIF reads an orientation that
+            is stored outside of EXIF.
     """
 
     data: bytes
@@ -119,7 +119,7 @@ class _Kept:
 
 
 def _choose(exif: bytes, xmp: bytes) -> int:
-    """Return the orientation from the EXIF data, else the orientation from the XMP data, else 1."""
+    """Return the orientation from the EXIF data, else the orientation from the XMP data. Return 1 if both have none."""
     return exif_orientation(exif) or xmp_orientation(xmp) or 1
 
 
@@ -180,8 +180,8 @@ def _is_usable_transparency(colour_type: bytes, length: int) -> bool:
 
 
 def _png_text(kind: bytes, content: memoryview) -> tuple[bytes, bytes]:
-    """Return the keyword and the text of a text chunk. The text is b'' if a chunk with this keyword never contains an
-    orientation.
+    """Return the keyword and the text of a text chunk. If chunks with this keyword never contain an orientation, the
+    returned text is b''.
     """
     keyword, _, rest = bytes(content[:80]).partition(b"\0")
     if keyword not in {b"Raw profile type exif", b"XML:com.adobe.xmp"}:

@@ -9,7 +9,8 @@ from PIL import Image
 
 ORIENTATION_TAG = 0x0112
 INTEGERS = {3: "H", 4: "I", 8: "h", 9: "i"}
-"""Dict from each TIFF type that an orientation may have (integers of 16 and 32 bits) to the format of `struct`."""
+"""Dict from a TIFF type to the format of `struct`, for the types that an orientation may have (16-bit and 32-bit
+integers)."""
 MAX_ENTRIES = 65_536
 XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 

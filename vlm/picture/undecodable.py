@@ -1,8 +1,8 @@
 """Describe picture files that are complete but that Pillow cannot decode, to distinguish them from damaged files.
 
 A user must replace a damaged file by an intact copy, but can convert a complete file with an unusual pixel type. The
-functions read only the headers of the files. From its headers, a TIFF file can be recognised as incomplete, but a JPEG
-file cannot.
+functions read only the headers of the files. The headers of a TIFF file show whether the file is incomplete. The
+headers of a JPEG file do not.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ TIFF_DATA = ((273, 279), (324, 325))
 """TIFF tags of the offsets and sizes of strips, and of the offsets and sizes of tiles."""
 SAMPLE_FORMATS = {1: "unsigned", 2: "signed", 3: "floating-point", 5: "complex integer", 6: "complex"}
 MAX_PARTS = 2**20
-"""A TIFF file with at least this number of strips or tiles counts as incomplete."""
+"""Number of strips or tiles from which a TIFF file counts as incomplete."""
 
 
 def describe_undecodable(format_name: str, data: bytes) -> str | None:
-    """Describe the pixels of a picture file that Pillow cannot decode, from the headers of the file.
+    """Read the headers of a picture file that Pillow cannot decode, and describe the pixels of the file.
 
     Args:
         format_name: Pillow's name of the format that the first bytes of the file indicate.
         data: content of a file that could not be decoded.
 
     Returns:
-        The description, for example "JPEG with 12 bits per sample". None if the headers are damaged, if a TIFF file is
-        incomplete, or if the headers of a JPEG file describe pixels that Pillow can decode. Also None for any other
-        format.
+        The description, for example "JPEG with 12 bits per sample". The result is None if the headers are damaged, if a
+        TIFF file is incomplete, or if Pillow can decode the pixels that the headers of a JPEG file describe. The result
+        is also None for all other formats.
     """
     describe = {"JPEG": _describe_jpeg, "TIFF": _describe_tiff}.get(format_name)
     return describe(data) if describe else None
@@ -74,7 +74,8 @@ def _describe_tiff(data: bytes) -> str | None:
 
 
 def _fits(starts: object, sizes: object, length: int) -> bool:
-    """Return whether a picture has fewer than MAX_PARTS strips or tiles, which are all inside the file."""
+    """Return True if a picture has fewer than MAX_PARTS strips or tiles, and if all of these parts are inside the file.
+    """
     if not isinstance(starts, tuple) or not isinstance(sizes, tuple) or not 0 < len(starts) == len(sizes) < MAX_PARTS:
         return False
     return all(0 < start <= start + size <= length for start, size in zip(starts, sizes, strict=True))

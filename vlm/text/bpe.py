@@ -29,8 +29,8 @@ class BpeTokenizer:
 
     @classmethod
     def learn(cls, texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
-        """Learn BPE merges from `texts` until the vocabulary has `vocab_size` ids (with special tokens) or no merge is
-        left.
+        """Learn BPE merges from `texts` until the vocabulary, including special tokens, has `vocab_size` ids, or until
+        no merge is left.
         """
         backend = Backend(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

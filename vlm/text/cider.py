@@ -19,7 +19,8 @@ from vlm.files import read_json
 from vlm.text.words import words
 
 MAX_ORDER, SIGMA = 4, 6.0
-"""Largest order n of n-grams, and standard deviation of the length penalty in words, as in pycocoevalcap."""
+"""Length of the longest n-grams, and standard deviation of the length penalty, both in words and as in pycocoevalcap.
+"""
 
 END = "</s>"
 """Word that the CIDEr-D reward appends to each reference and to each complete caption. The function `words` never
@@ -31,13 +32,13 @@ Gram = tuple[str, ...]
 
 
 class Cider:
-    """CIDEr-D for a fixed set of documents. If the references of the scored captions are these documents, pycocoevalcap
+    """CIDEr-D for a fixed set of documents. If the documents are the references of the scored captions, pycocoevalcap
     computes the same scores.
 
     Args:
         documents: number of documents in which the n-grams were counted.
-        frequencies: dict from an n-gram to the number of documents that contain the n-gram. An n-gram of a single
-            document can be left out, because an n-gram that is not in the dict counts as an n-gram of one document.
+        frequencies: dict from an n-gram to the number of documents that contain the n-gram. An n-gram that occurs in
+            only one document can be left out, because an n-gram that is not in the dict gets the frequency 1.
     """
 
     def __init__(self, documents: int, frequencies: Mapping[Gram, int]) -> None:

@@ -28,7 +28,7 @@ PICTURE: Final = Picture()
 def prefix_ids(tokenizer: Tokenizer, num_slots: int, prompt: str, num_images: int = 1) -> list[int]:
     """Return the token ids before the answer: image slots of all pictures, start token, and prompt with a line break.
 
-    Without a prompt, the line break is also left out, unless `tokenizer.newline_after_empty_prompt` is True.
+    If the prompt is empty, the line break is left out, except if `tokenizer.newline_after_empty_prompt` is True.
 
     Args:
         tokenizer: tokenizer of the model.
@@ -54,7 +54,7 @@ def continuation_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def interleaved_ids(tokenizer: Tokenizer, num_slots: int, parts: Sequence[str | Picture]) -> list[int]:
-    """Return the ids of pictures and texts in the given order, with the start token before the first text.
+    """Return the ids of pictures and texts in the given order. The start token comes before the first text.
 
     Raises:
         UserError: a text contains a surrogate, which no tokenizer can encode.

@@ -92,7 +92,7 @@ class PublishedTokenizer:
         return text.replace(self._word_suffix, " ").strip() if self._word_suffix else text
 
     def unknown(self, text: str) -> list[str]:
-        """Return an empty list, because a published tokenizer has its own rule for characters without a token."""
+        """Return an empty list. A published tokenizer has its own rule for characters without a token."""
         return []
 
     def to_json(self) -> str:
@@ -176,6 +176,7 @@ def _with_special_flags(backend: Backend, control: Sequence[str]) -> dict[str, A
 
 def _word_suffix(content: dict[str, Any]) -> str:
     """Return the suffix that marks the last BPE token of a word (Sennrich et al., 2016). Return an empty text if the
-    tokenizer has no suffix, or if the decoder removes it. Only byte-level decoders keep the suffix."""
+    tokenizer has no suffix, or if the decoder removes the suffix. Only byte-level decoders keep the suffix.
+    """
     suffix = content["model"].get("end_of_word_suffix") or ""
     return suffix if (content["decoder"] or {}).get("type") == "ByteLevel" else ""

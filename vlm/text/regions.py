@@ -49,7 +49,7 @@ class Box(NamedTuple):
 
 
 def parse_regions(text: str) -> list[Region]:
-    """Return the picture regions (boxes) named in a text, in the order in which they appear.
+    """Return the regions (boxes of a picture) that a text contains, in the order of the text.
 
     A box whose right edge is left of its left edge, or whose lower edge is above its upper edge, is skipped.
     """

@@ -17,11 +17,12 @@ def safe_text(tokenizer: Tokenizer, tokens: Sequence[int], stop: Sequence[str]) 
 
     Later tokens can change three kinds of endings. Adjacent byte tokens are decoded together, so a further byte token
     can change the text of all adjacent byte tokens. A replacement character (U+FFFD) at the end can become a real
-    character. The beginning of a stop string is cut if the rest of the stop string follows.
+    character. If the text ends with the beginning of a stop string and the rest of the stop string follows, this ending
+    is cut.
 
     Args:
         tokenizer: tokenizer of the model.
-        tokens: tokens of the answer so far, whose text contains no whole stop string.
+        tokens: tokens of the answer so far. The text of these tokens contains no whole stop string.
         stop: stop strings.
     """
     length = len(tokens)

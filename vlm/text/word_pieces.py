@@ -1,4 +1,4 @@
-"""Division of a text into pieces, which are words, marks and the spaces that a simple rule does not predict.
+"""Division of a text into pieces. The pieces are words, marks, and those spaces that a simple rule does not predict.
 
 The rule expects one space before each word and no space before a mark (`,`), so most spaces of a text need no piece.
 Between two words of scripts without spaces, such as Han and Thai, the rule expects no space. A space that the rule does
@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 import regex
 
 JOIN = ""
-"""Piece that marks the place of an expected space that the text lacks, such as the place after `(` in `(see`."""
+"""Piece that marks a place where the rule expects a space and the text has none, such as the place after `(` in `(see`.
+"""
 BOUNDARY = regex.compile(r"\b", regex.V1 | regex.WORD)
 # In `re`, but not in `regex`, `\s` matches exactly the characters for which `isspace` is True.
 SPACES = re.compile(r"(\s+)")
@@ -59,8 +60,8 @@ def is_word(piece: str) -> bool:
 
 
 def expected_space(previous: str, piece: str) -> str:
-    """Return the text that the spacing rule expects between the pieces `previous` and `piece`: a space or an empty
-    string. If `piece` is the first piece, `previous` is empty.
+    """Return what the spacing rule expects between the pieces `previous` and `piece`: a space or an empty string. If
+    `piece` is the first piece, `previous` is empty.
     """
     if not previous or not is_word(piece) or (NO_SPACES.match(previous[-1]) and NO_SPACES.match(piece)):
         return ""

@@ -7,8 +7,8 @@ import unicodedata
 import regex
 
 TOKENISATION = "UAX 29 (ASCII punctuation separates)"
-"""Name of the rules by which the function `words` splits a text. Change this name if a code change makes `words` split
-a text differently.
+"""Name of the rules with which the function `words` splits a text. Change this name if a code change makes `words`
+split a text differently.
 """
 CHUNK = regex.compile(r"[[\w[^\x00-\x7f]]--\s]+(?:'[[\w[^\x00-\x7f]]--\s]+)?", regex.V1)
 """Pattern of a run of letters, digits, `_` and characters that are not ASCII, without white space and with at most one

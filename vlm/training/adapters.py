@@ -106,7 +106,9 @@ def cast_frozen_to_bf16(model: nn.Module) -> None:
 
 
 def merge_adapter(model: nn.Module) -> None:
-    """Add each low-rank update to the weight of its layer, in place. All parameters of the model become trainable."""
+    """Add each low-rank update to the weight of its layer, and remove the adapter, in place. All parameters of the
+    model become trainable.
+    """
     for name, layer in linear_layers(model).items():
         if isinstance(layer, LoraLinear):
             model.set_submodule(name, layer.merged())
@@ -154,7 +156,7 @@ def load_adapter(folder: Path, model: nn.Module, base_sha256: str) -> None:
 
 
 def load_adapter_weights(folder: Path, model: nn.Module, base_sha256: str) -> None:
-    """Load the weights of a saved adapter into a model that already has an adapter with the same config.
+    """Load the weights of a saved adapter into a model to which an adapter with the same config has been added.
 
     The arguments, and the causes of a CheckpointError, are the same as in `load_adapter`."""
     _read(folder, base_sha256)
@@ -214,6 +216,6 @@ def _reject_shared_weight(model: nn.Module, pattern: str, chosen: dict[str, nn.L
             raise ConfigError(
                 "the adapter's pattern matches a layer that shares its weight with another layer",
                 where="train.adapter.pattern",
-                got=f"{pattern} matches {name}, whose weight is also {others[0]}: merging would change both",
+                got=f"{pattern} matches {name}, which shares its weight with {others[0]}: merging would change both",
                 fix="narrow the pattern, for example decoder.blocks.*",
             )

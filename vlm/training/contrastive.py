@@ -2,11 +2,11 @@
 
 The vector of a picture is the mean of its features at the input of the decoder. The vector of a text is the mean of the
 decoder's hidden states at the target positions when the decoder reads the prompt and the text without the picture. The
-contrastive loss needs no further weights. The loss teaches the encoder which pictures a text can belong to.
+contrastive loss needs no further weights. The loss teaches the encoder to which pictures a text can belong.
 
-Each pair of a picture and a text is a binary classification: does the text belong to the picture? A rank divides its
-batch into parts. The negatives of a picture are the other texts in the same part, except texts that equal the picture's
-own text.
+For each pair of a picture and a text, the model decides whether the text belongs to the picture (binary
+classification). A rank divides its batch into parts. The negatives of a picture are the other texts in the same part,
+except texts that equal the picture's own text.
 
 Letters in tensor names: rows (B), pictures (P), features of a picture (N), positions (T), width (W).
 """
@@ -48,7 +48,7 @@ class Contrast:
 
     @contextmanager
     def keep_features(self) -> Iterator[None]:
-        """Keep the picture features that a forward pass inside the `with` block computes, for the method `loss`."""
+        """Keep, for the method `loss`, the picture features that a forward pass inside the `with` block computes."""
         self._features.clear()
         hook = self._model.projector.register_forward_hook(lambda *call: self._features.append(call[2]))
         try:
@@ -86,7 +86,7 @@ def sigmoid_loss(pictures_BW: Tensor, texts_BW: Tensor, same_BB: Tensor) -> Tens
     """Compute SigLIP's loss: the binary cross entropy of all pairs, summed over texts and averaged over pictures.
 
     The logits get a bias of -log(B - 1), so that vectors with a cosine of 0 give the probability 1 / B. The value 1 / B
-    is the share of matching texts: one of the B texts belongs to each picture.
+    is the share of matching pairs, because each picture matches one of the B texts.
 
     Args:
         pictures_BW: vectors of the pictures.

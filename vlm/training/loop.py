@@ -31,8 +31,8 @@ class StepReport:
 
     Attributes:
         step: number of the step; the first step has number 0.
-        loss: caption loss of the global batch before the step, in nats per target token, without label smoothing,
-            router losses and contrastive loss.
+        loss: caption loss of the global batch before the step, in nats per target token. This loss contains no label
+            smoothing, no router losses and no contrastive loss.
         lr: learning rate of the step; the largest learning rate if parameter groups have different rates.
         grad_norm: norm of the global gradient before clipping.
         tokens: number of target tokens of the global batch.
@@ -58,8 +58,8 @@ class NotFiniteError(LakesightError):
 
     Attributes:
         step: number of the step.
-        on_other_rank: whether the loss of this rank is finite and the loss of another rank is not finite.
-        in_validation: whether the loss is the validation loss after the step.
+        on_other_rank: True if the loss of another rank is not finite, but the loss of this rank is finite.
+        in_validation: True if the loss is the validation loss after the step.
     """
 
     step = 0
@@ -88,9 +88,9 @@ def fit(
     Args:
         model: model that returns the logits of a Batch's target positions; for several ranks, with DDP or FSDP.
         optimizer: optimizer from `vlm.training.optim.build_adamw`.
-        batches: for each step, this rank's share of the global batch as a sequence of parts, whose gradients are
-            accumulated. The number of parts is the same on all ranks. A larger number of smaller parts needs less
-            memory.
+        batches: for each step, this rank's share of the global batch, as a sequence of parts. The gradients of the
+            parts are accumulated. The number of parts is the same on all ranks. A larger number of smaller parts needs
+            less memory.
         start: number of the first step to take; a new run starts with step 0.
         lr_schedule: function that returns the learning rate of a step; each parameter group multiplies the rate by its
             `lr_share`.
@@ -100,8 +100,10 @@ def fit(
         device: device of the model.
         bf16: whether to run the forward pass under bfloat16 autocast.
         on_step: function that is called after every step, on every rank.
-        label_smoothing: share of the target probability that is spread over all tokens, except in the reported loss.
-        contrastive: weight of the contrastive loss between the pictures and the texts of a part; 0 for no such loss.
+        label_smoothing: share of the target probability that is spread over all tokens. The reported loss has no label
+            smoothing.
+        contrastive: weight of the contrastive loss between the pictures and the texts of a part; 0 for no contrastive
+            loss.
 
     Raises:
         NotFiniteError: the loss or gradient is not finite, or all targets are masked. The failed step changed no
@@ -169,8 +171,8 @@ def _backward(
         objective = token_loss(logits_NV, part, label_smoothing)
         # The reported loss needs no gradient, so no tensors are kept for its backward pass.
         loss_sum = token_loss(logits_NV.detach(), part) if label_smoothing else objective
-    # The loss is a mean over the tokens of all ranks. DDP averages the gradients over ranks, so multiply the loss by
-    # the number of ranks.
+    # The loss is a mean over the tokens of all ranks. DDP divides the summed gradients by the number of ranks, so
+    # multiply the loss by the number of ranks.
     objectives, report = [objective * (world_size() / tokens).to(objective.dtype)], None
     if layers:
         router_part, report = router_loss(layers, part)

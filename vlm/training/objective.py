@@ -25,7 +25,7 @@ def token_loss(logits_NV: Tensor, batch: Batch, label_smoothing: float = 0.0) ->
 
     If the rows of the batch have weights, the cross entropy of a row is multiplied by the weight of the row.
 
-    The caller divides the sum by the number of target tokens of the global batch. With a separate mean on each rank, a
+    The caller divides the sum by the number of target tokens of the global batch. If each rank computed its own mean, a
     token would have more weight on ranks with short captions.
 
     Args:
@@ -112,8 +112,8 @@ def router_loss(layers: Mapping[str, MoeMlp], batch: Batch) -> tuple[Tensor, Rou
 
 
 class _RouterSums(NamedTuple):
-    """Router sums of a layer over the tokens that are not padding. The sums are assignments and probabilities per
-    expert, z losses, and the number of tokens.
+    """Sums for the router of a layer over all tokens that are not padding. The sums are the assignments per expert, the
+    probabilities per expert, the z losses, and the number of tokens.
     """
 
     chosen_X: Tensor
@@ -142,8 +142,8 @@ def _sum_over_ranks(rank_sums: list[_RouterSums]) -> list[_RouterSums]:
 
 
 def _is_decoder_layer(layer: str) -> bool:
-    """Return whether a layer belongs to the decoder. Inputs of decoder layers have padding, and inputs of encoder
-    layers have none.
+    """Return True if a layer belongs to the decoder. Inputs of decoder layers can have padding, and inputs of encoder
+    layers have no padding.
     """
     return layer.startswith("decoder.")
 
@@ -179,13 +179,13 @@ def row_scores(model: VisionLanguageModel, batch: Batch) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def blind_losses(model: VisionLanguageModel, batch: Batch, other_pixels_PHWC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute, for each row, its loss with its own picture, its loss with another picture, and its number of target
-    tokens.
+    """Compute, for each row, the loss with the row's own picture, the loss with another picture, and the number of
+    target tokens.
 
-    Each of the three results has shape (B,). The losses are sums over target tokens. The blind gap of a set of rows, in
-    nats per token, is a difference of total losses, divided by the number of target tokens. The difference is the loss
-    with other pictures minus the loss with the right pictures. If a model ignores its pictures, its blind gap is zero,
-    whether the loss is large or small.
+    Each of the three results has shape (B,). The losses are sums over target tokens. The blind gap of a set of rows is
+    the total loss with other pictures minus the total loss with the right pictures, divided by the number of target
+    tokens. The unit is nats per token. If a model ignores its pictures, its blind gap is zero, however large or small
+    the loss is.
     """
     right_B, tokens_B = row_losses(model, batch)
     wrong_B, _ = row_losses(model, batch.with_pixels(other_pixels_PHWC))

@@ -22,7 +22,8 @@ Checkpoints and sharding treat the moving average in the same way as the AdamW m
 
 
 def set_trainable(model: nn.Module, rates: Mapping[str, float]) -> None:
-    """Make a parameter trainable if its first matching pattern has a rate above zero, and freeze all other parameters.
+    """Make a parameter trainable if the first pattern that matches its name has a rate above zero. Freeze all other
+    parameters.
 
     Args:
         model: model whose parameters become trainable or frozen.
@@ -30,7 +31,7 @@ def set_trainable(model: nn.Module, rates: Mapping[str, float]) -> None:
             several patterns match a name, the first pattern decides.
 
     Raises:
-        ConfigError: a pattern has no effect, as in `match_patterns`.
+        ConfigError: a pattern has no effect (see `match_patterns`).
     """
     matched = match_patterns([name for name, _ in model.named_parameters()], rates)
     for name, parameter in model.named_parameters():
@@ -45,8 +46,8 @@ def match_patterns(names: Iterable[str], rates: Mapping[str, float]) -> dict[str
         Dict from each parameter name to its pattern, or to None if no pattern matches the name.
 
     Raises:
-        ConfigError: a pattern has no effect, because it matches no parameter, or only parameters for which an earlier
-        pattern decides.
+        ConfigError: a pattern has no effect, because the pattern matches no parameter, or because an earlier pattern
+        decides for all parameters that the pattern matches.
     """
     matched = {name: _first_match(name, rates) for name in names}
     if unused := [pattern for pattern in rates if pattern not in matched.values()]:
@@ -66,8 +67,8 @@ def parameter_groups(
     """Group the trainable parameters by learning rate and weight decay.
 
     Matrices and other tensors with at least two dimensions have weight decay. Vectors, such as the weights of norms,
-    have no weight decay. Also without weight decay are all biases, embedding tables, position embeddings, rotary
-    frequencies and the class token.
+    have no weight decay. Biases, embedding tables, position embeddings, rotary frequencies and the class token have no
+    weight decay, whatever their dimensions.
 
     Args:
         model: model whose trainable parameters are grouped.
@@ -108,8 +109,8 @@ def update_average(optimizer: torch.optim.Optimizer, decay: float, step: int) ->
 
     Args:
         optimizer: optimizer that has just taken the step.
-        decay: largest factor of the old average; the first steps use a smaller factor, so that the average forgets the
-            model's initial weights.
+        decay: largest factor by which the old average is multiplied; the first steps use a smaller factor, so that the
+            average forgets the model's initial weights.
         step: number of the step of this optimizer; the first step has number 0.
     """
     # A parameter that never had a gradient has no optimizer state and needs no average.
@@ -148,10 +149,10 @@ def schedule(config: ScheduleConfig, step: int, *, steps: int, warmup_steps: int
     """Return the learning rate of a step relative to the peak rate. Linear warm-up precedes the configured schedule.
 
     Args:
-        config: config section that says which schedule to use, with the parameters of the schedule.
+        config: config section with the kind and the parameters of the schedule.
         step: number of the step in its stage, 0 <= step < steps.
-        steps: number of steps of the stage, or of a run without stages. The rate of the last step is `floor`, except in
-            a constant schedule, or if fewer than two steps follow the warm-up.
+        steps: number of steps of the stage, or of a run without stages. The rate of the last step is `floor`.
+            Exceptions are a constant schedule, and fewer than two steps after the warm-up.
         warmup_steps: number of warm-up steps; the last warm-up step and the step after the warm-up have the peak rate.
     """
     if step < warmup_steps:
@@ -169,7 +170,9 @@ def schedule(config: ScheduleConfig, step: int, *, steps: int, warmup_steps: int
 
 
 def collapse_names(names: Iterable[str]) -> list[str]:
-    """Replace block numbers in parameter names by N and drop repeated names, to list a deep model in few lines."""
+    """Replace block numbers in parameter names by N, and drop repeated names, so that a deep model is listed in few
+    lines.
+    """
     return list(dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name) for name in names))
 
 

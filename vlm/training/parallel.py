@@ -64,7 +64,9 @@ def gradient_sync(model: nn.Module, *, enabled: bool) -> Iterator[None]:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Gather a sharded tensor on all ranks, which must call this function together. Return a plain tensor unchanged."""
+    """Gather a sharded tensor on all ranks. All ranks must call this function together. Return a plain tensor
+    unchanged.
+    """
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -85,7 +87,7 @@ def global_max(values: Tensor) -> Tensor:
 
 
 def from_rank_0(number: int, device: torch.device) -> int:
-    """Return the number of rank 0 on every rank. All ranks call this function together.
+    """Return, on every rank, the number that rank 0 passes. All ranks must call this function together.
 
     Args:
         number: number that rank 0 sends; the numbers of all other ranks are ignored.

@@ -35,16 +35,16 @@ layers.
 def build_sharded(config: ModelConfig, vocab_size: int, device: torch.device, *, draw: bool) -> VisionLanguageModel:
     """Build a model whose parameters are sharded over the ranks. All ranks must call this function together.
 
-    Afterwards, all ranks must call the model together. Of the methods that use parameters, they may call only
-    `forward`, `encode`, `prefill` and `step`. In any other method, a parameter would consist of only the rows of this
+    Afterwards, all ranks must call the model together. Among the methods that use parameters, ranks may call only
+    `forward`, `encode`, `prefill` and `step`. In any other method, each parameter would have only the rows of this
     rank.
 
     Args:
         config: config of the model.
         vocab_size: number of rows of the token embedding table.
         device: device of the model.
-        draw: whether to initialize the weights from torch's global random generator. All ranks must seed the generator
-            alike, so that the weights equal the weights of `build_model`. If `draw` is False, the caller must load
+        draw: whether to initialize the weights from torch's global random generator. All ranks must use the same seed,
+            so that the weights equal the weights that `build_model` draws. If `draw` is False, the caller must load
             weights.
     """
     with EmptyOnMeta(draw=draw):
@@ -112,7 +112,7 @@ def rows_of(tensor: Tensor) -> Tensor | TensorRows:
 
 
 def shard_rows(rows: Tensor, like: Tensor) -> Tensor:
-    """Join the rows of all ranks to a sharded tensor that has the shape and the sharding of the tensor `like`."""
+    """Join the rows of all ranks into a sharded tensor that has the shape and the sharding of the tensor `like`."""
     assert isinstance(like, DTensor)
     return DTensor.from_local(
         rows, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()

@@ -3,7 +3,7 @@
 training.safetensors   optimizer state; the name of each tensor is `<parameter>:<key>`
 training.json          number of the next step
 
-A checkpoint is written from a snapshot of its tensors, so that training can continue during the write.
+A checkpoint is written from a copy of the tensors (a snapshot), so that training can continue during the write.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STATE = "training.safetensors"
 class TrainingSnapshot:
     """Copy of the training state in host memory. Later training steps do not change the copy.
 
-    If the model is sharded, the snapshot of a rank holds the part of each tensor that `written_tensors` describes.
+    If the model is sharded, the copy of a rank holds only the tensors and rows that `written_tensors` selects.
 
     Attributes:
         weights: weights of the whole model or of its adapter, as a dict from name to tensor.
@@ -47,7 +47,7 @@ class TrainingSnapshot:
 def snapshot_training(
     weights: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, step: int
 ) -> TrainingSnapshot:
-    """Copy to host memory the part of the weights and of the optimizer state that this rank writes (`written_tensors`).
+    """Copy the weights and the optimizer state that this rank writes (`written_tensors`) to host memory.
 
     Args:
         weights: weights to copy, as a dict from name to tensor, such as the result of `model_weights(model)`.

@@ -1,8 +1,9 @@
 """Check that an import knows every key of another library's config.json. An unknown key is an error.
 
 An import reads config.json through `TrackedSettings`, which records the path of every value that a config field or a
-family reads. A key that no config field and no family reads must be null, or must be in WITHOUT_EFFECT or in the
-family's list of keys without effect. Any other key could change what the model computes, so an import refuses the key.
+family reads. If neither a config field nor the family reads a key, the key must be null, or must be in WITHOUT_EFFECT
+or in the family's list of keys without effect. Any other key could change what the model computes, so an import refuses
+the key.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class TrackedSettings(Mapping[str, Any]):
         read: set that collects the path of each value that is read.
         path: dotted path of the section, which ends with a dot; empty for the whole file.
         defaults: values for keys that are missing in `values`.
-        rules: dict from keys to the values that are allowed for the keys, in all sections; by default, all values are
-            allowed. A read of any other value raises a WrongValueError.
+        rules: dict from keys to the values that are allowed for the keys, in all sections. By default, all values are
+            allowed. Reading a value that is not allowed raises a WrongValueError.
     """
 
     def __init__(
@@ -179,4 +180,4 @@ ENCODER_WITHOUT_EFFECT = {
 DECODER_WITHOUT_EFFECT = dict.fromkeys(
     ("bos_token_id", "eos_token_id"), "is compared with the tokenizer of the model by `import-weights`"
 )
-"""Keys that `vlm.weights.special_tokens` compares later, after the tokenizer is loaded."""
+"""Keys that `vlm.weights.special_tokens` compares after the tokenizer has been loaded."""

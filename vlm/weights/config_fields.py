@@ -30,7 +30,7 @@ ACTIVATIONS = {
 }
 """Dict from the name of an activation function in transformers to our name of the function.
 
-If several names in this dict stand for the same function, an export writes the first of these names.
+If this dict has several names for one function, an export writes the first of these names.
 """
 
 
@@ -48,8 +48,8 @@ class Unknown:
 
 
 UNKNOWN = Unknown()
-"""Marker of a value that an import does not compare, usually because config.json does not contain the setting and the
-other library has no default for it.
+"""Marker of a value that an import does not compare. The usual reason is that config.json does not contain the setting,
+and that the other library has no default for the setting.
 """
 
 
@@ -58,15 +58,16 @@ class ConfigField:
     """One value that both our config and the other library's config.json determine.
 
     Attributes:
-        path: dotted path of the value in our config, for error messages. The path is empty if our config lacks the
-            value, because Lakesight supports only one value, and for a field of `write_only`.
+        path: dotted path of the value in our config, for error messages. The path is empty for a field of `write_only`,
+            and for a value that our config lacks because Lakesight supports only one value.
         keys: keys of the value in config.json, for error messages; empty if the family implies the value.
         ours: function that reads our value from the model's config.
         theirs: function that reads the same value from the settings of config.json, after defaults are filled in. The
-            function returns UNKNOWN if the settings do not contain the value, or if an import does not compare it.
+            function returns UNKNOWN if the settings do not contain the value, or if an import does not compare the
+            value.
         write: function that converts our value to the settings that an export writes to config.json.
-        condition: condition under which config.json determines the value, for the report of an import; empty if
-            config.json determines the value whenever the key exists.
+        condition: text for the report of an import, which says under which condition config.json determines the value.
+            The text is empty if config.json determines the value whenever the key exists.
     """
 
     path: str
@@ -138,7 +139,8 @@ def square_picture(size: str, patch: str) -> ConfigField:
 
 
 def sides_of(size: Any) -> list[int]:
-    """Return height and width of a picture or patch, which may be one number, two numbers or (channels, H, W)."""
+    """Return the sides of a picture or patch, given as one number, as (height, width) or as (channels, height, width).
+    """
     return [int(side) for side in size[-2:]] if isinstance(size, list | tuple) else [int(size)]
 
 
@@ -152,9 +154,9 @@ def scalar(value: Any) -> Any:
 def write_only(key: str, ours: Callable[[ModelConfig], Any]) -> ConfigField:
     """Return a config field that an export writes and an import does not compare.
 
-    Use this function for a setting that the names or shapes of the tensors already determine, or whose value in
-    config.json may differ from the value in our config. The import still reads the key, so that the key is not refused
-    as unknown.
+    Use this function in two cases: if the names or shapes of the tensors already determine the setting, or if the value
+    in config.json may differ from the value in our config. The import still reads the key, so that the key is not
+    refused as unknown.
     """
 
     def theirs(settings: Settings) -> Any:
@@ -171,7 +173,7 @@ def attention_biases(path: str, qkv: ConfigField, out: bool | None = None) -> tu
         path: dotted path of our attention config.
         qkv: config field which says whether queries, keys and values have a bias.
         out: True if all models of the family have an output bias, or False if no model has an output bias. None means
-            that a model has an output bias exactly if queries, keys and values have a bias.
+            that a model has an output bias if and only if queries, keys and values have a bias.
     """
     return (
         qkv,
@@ -217,8 +219,8 @@ def standard_transformer(path: str) -> tuple[ConfigField, ...]:
 
 
 def sequential_pre_norm(path: str) -> tuple[ConfigField, ...]:
-    """Return the config fields which require the usual block: norm and attention, then norm and MLP, without norms of
-    queries and keys.
+    """Return the config fields which require the usual block: norm and attention, then norm and MLP. In the usual
+    block, queries and keys have no norms.
     """
     return (
         constant(f"{path}.input_norms", True),

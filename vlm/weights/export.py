@@ -43,10 +43,10 @@ class ExportReport(Config):
         files: names of the written files.
         tensors: number of tensors in the written files.
         left_out: number of parameter tensors of the checkpoint that do not belong to the exported part.
-        without: dict from a reason to the name patterns of tensors that the export leaves out for this reason. Files of
-            the other library contain the tensors in `without`, but the other library can compute or initialise these
-            tensors itself.
-        unwritten: dict from a reason to the settings of the model that the files cannot describe for this reason.
+        without: name patterns of the tensors that the export leaves out, as a dict from the reason to the patterns. The
+            other library's own files contain these tensors, but the other library can compute or initialise the tensors
+            if they are missing.
+        unwritten: settings of the model that the files cannot describe, as a dict from the reason to the settings.
     """
 
     part: Part
@@ -70,12 +70,13 @@ def export_weights(
         family_name: name of the weight family whose format is written, such as `gemma`.
         out: folder to create and write to.
         max_bytes: maximum size of the tensors in a weight file, in bytes. Weights with more than `max_bytes` bytes are
-            split into several files. The tensors of one rule stay in one file, even if they are larger.
+            split into several files. The tensors of one rule stay in one file, even if these tensors have more than
+            `max_bytes` bytes.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, the family is unknown, the family cannot represent the model
-            (the error lists all mismatches) or has no tensor for a parameter, or `part` is not `decoder` although the
-            model is a text-only model.
+        CheckpointError: the checkpoint cannot be read, the family is unknown, or the family cannot represent the model
+            (the error lists all mismatches). The error is also raised if the family has no tensor for a parameter, or
+            if the model is a text-only model and `part` is not `decoder`.
     """
     config = load_config(checkpoint)
     if config.text_only and part != "decoder":
@@ -120,7 +121,8 @@ def _write_settings(
     """Write the tokenizer and the settings of pictures, of generation and of the model.
 
     Returns:
-        The names of the written files, and a dict from a reason to the settings that the files cannot describe.
+        The names of the written files, and the settings that the files cannot describe, as a dict from the reason to
+        the settings.
     """
     written: list[str] = []
     settings, unwritten = family.to_settings(config), dict(family.unwritten(config))
@@ -185,8 +187,8 @@ def _add_token_settings(settings: dict[str, Any], family: Family, checkpoint: Pa
     section = {"vocab_size": rows, **ids}
     merge_settings(settings, {family.vocab_section: section} if family.vocab_section else section)
     if family.image_id_key:
-        # Our models have no image token. The other library never reads the embedding of the image token, so the
-        # embedding table needs no row for the token's id.
+        # Our models have no image token. The other library never reads the embedding of this token, so the embedding
+        # table needs no row for the id of this token.
         published = _read_published_tokenizer(checkpoint)
         found = Backend.from_str(json.dumps(published["tokenizer"])).token_to_id(IMAGE_MARKER) if published else None
         settings[family.image_id_key] = rows if found is None else found

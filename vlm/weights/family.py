@@ -31,7 +31,7 @@ class KeyAccount:
 
     Attributes:
         compared: keys whose values an import compares with the model's config or with the shapes of the tensors.
-        without_effect: dict from a reason to the keys that have no effect on the imported part for this reason.
+        without_effect: keys that have no effect on the imported part, as a dict from the reason to the keys.
         unknown: dict from each refused key to the key's value.
     """
 
@@ -54,21 +54,22 @@ class Family:
         fixed_settings: settings that an export writes for every model of the family, such as the name of the model
             class.
         defaults: values that the other library assumes for keys that are not in config.json.
-        without_effect: dict from a shell pattern of config.json keys to the reason why these keys have no effect on the
-            imported part. An import refuses a key that is not null, that no config field reads, and that matches no
-            pattern of `without_effect` and of `accounting.WITHOUT_EFFECT`.
+        without_effect: dict from a shell pattern of config.json keys to the reason why the matching keys have no effect
+            on the imported part. An import refuses a key that is not null, that no config field reads, and that matches
+            neither a pattern of `without_effect` nor a pattern of `accounting.WITHOUT_EFFECT`.
         sizes: sizes in config.json that an import compares with the shapes of the tensors.
         prefix: prefix of all tensor names. The files of a network without an output head may omit the prefix.
-        legacy_prefixes: pairs of two name prefixes. The first prefix occurs in other versions of the files, and the
-            second prefix replaces it in the weight table. Only the first pair that matches a tensor name is used.
+        legacy_prefixes: pairs of two name prefixes. Tensor names in other versions of the files begin with the first
+            prefix. In the weight table, the same names begin with the second prefix instead. Only the first pair that
+            matches a tensor name is used.
         vocab_section: section of config.json with the vocabulary size; empty if the size is at the top level, and None
             if the family has no vocabulary.
         newline_after_empty_prompt: whether a line break follows the start token even if the prompt is empty.
-        image_processor: class of transformers that preprocesses pictures if the files of a folder name no class. None
-            means that config.json contains the preprocessing, as in timm. If the text is empty, a folder with a
+        image_processor: class of transformers that preprocesses pictures, for a folder whose files do not name a class.
+            None means that config.json contains the preprocessing, as in timm. If the text is empty, a folder with a
             description of the preprocessing is refused.
-        unwritten: function that returns a dict from a reason to the settings of a model that an exported config.json
-            cannot describe for this reason.
+        unwritten: function that returns the settings of a model that an exported config.json cannot describe, as a dict
+            from the reason to the settings.
         image_id_key: key of the image token's id in config.json; empty for a family without image token.
         exportable: whether a checkpoint can be exported to the format of this family.
     """
@@ -105,7 +106,7 @@ class Family:
         return list(dict.fromkeys(problems))
 
     def _read_sizes(self, settings: Settings) -> None:
-        """Read the sizes of pictures and texts, which imports also read without a config field."""
+        """Read the sizes of pictures and texts, because imports read these sizes even if no config field reads them."""
         whole = self.part == "model"
         vision = (settings.get("vision_config") or {}) if whole else settings
         text = (settings.get("text_config") or {}) if whole else settings
@@ -168,14 +169,15 @@ class Family:
         return unchecked_paths(self.fields, self._with_defaults(settings))
 
     def known_values(self, settings: Settings) -> dict[str, Any]:
-        """Return a dict from paths of our config to the values that a config.json determines. A value that config.json
-        does not determine is UNKNOWN.
+        """Return a dict from paths of our config to values of a config.json. If the config.json does not determine a
+        value, the value is UNKNOWN.
         """
         seen = self._with_defaults(settings)
         return {each.path: each.theirs(seen) for each in self.fields}
 
     def _copied_section(self, settings: Settings) -> tuple[str, str, Settings] | None:
-        """Return the names of a copied section and of its original, and the copy; None if there is no copied section.
+        """Return the name of a copied section, the name of the original section, and the copy. Return None if
+        config.json has no copied section.
 
         Files that transformers 4 wrote for CLIP have the section `vision_config_dict` beside `vision_config`.
         """
@@ -189,7 +191,7 @@ class Family:
     def _differing_copies(self, settings: Settings, compared: Iterable[str]) -> list[str]:
         """Return one sentence for each compared key that has another value in a copied section.
 
-        Transformers reads the copy, and its own defaults for the keys that the copy lacks.
+        Transformers reads the copy. For keys that the copy lacks, transformers uses its own defaults.
         """
         if (found := self._copied_section(settings)) is None:
             return []

@@ -1,7 +1,7 @@
 """Functions that read and write safetensors weights, in one file or in several shards.
 
-Each read of a tensor opens and maps the weight file again. While a mapped file is open, all of its pages that were read
-count as memory of the process. If the file stayed open, loading a model would therefore need twice the memory.
+Each read of a tensor opens and maps the weight file again. While a mapped file is open, all pages of the file that have
+been read count as memory of the process. Loading a model would need twice the memory if the file stayed open.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class WeightFiles:
     """All tensors in the weight files of a folder. The constructor reads only the headers of the files.
 
     If a folder contains both model.safetensors and an index of shards, model.safetensors is read, as in transformers.
-    The index often stays in a folder whose shards were merged. In this case, the attribute `ignored` lists the index
-    and all other safetensors files of the folder.
+    The attribute `ignored` then lists the index and all other safetensors files of the folder. A folder can contain
+    both because the shards were merged and the index was not removed.
 
     Raises:
         CheckpointError: the folder has no weights or several weight files without an index, a shard is missing, a file
@@ -157,7 +157,7 @@ def _shards(folder: Path) -> list[Path]:
 
 def _read_headers(path: Path) -> dict[str, TensorHeader]:
     try:
-        open_regular(path).close()  # safe_open would wait for ever for the writer of a pipe
+        open_regular(path).close()  # if the path is a pipe, safe_open would wait forever for a writer
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 the file is not a mapping
             return {
@@ -182,8 +182,8 @@ def write_weights(folder: Path, groups: Iterable[Mapping[str, Tensor]], max_byte
     Args:
         folder: folder to write to.
         groups: dicts from tensor names to tensors. All tensors of a dict are written to the same shard.
-        max_bytes: maximum size of a shard, in bytes. A dict with more bytes than `max_bytes` is written to a shard of
-            its own, which is larger than the maximum.
+        max_bytes: maximum size of a shard, in bytes. If the tensors of a dict have more bytes than `max_bytes`, they
+            are written to a separate shard, which is larger than the maximum.
     """
     shards: list[Path] = []
     weight_map: dict[str, int] = {}

@@ -3,7 +3,8 @@
 As in transformers, config.json and its section `text_config` count only if the folder has no generation_config.json. A
 key outside `text_config` has precedence over the same key in `text_config`.
 
-`vlm.load` applies the generation settings. An import does not, because the config of the model sets `generation`.
+`vlm.load` applies the generation settings. `import-weights` does not apply them, because the model config has its own
+generation settings in the section `generation`.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ ONLY_DEFAULT: dict[str, tuple[Any, ...]] = {
     "max_length": (20,),
     "sequence_bias": ({}, []),
 }
-"""Keys for which Lakesight supports only transformers' default, and the values that have the same meaning as null."""
+"""Keys for which Lakesight supports only transformers' default, each with the values that mean the same as null."""
 _ONLY_NULL = (
     "assistant_early_exit", "assistant_ensemble_weight", "cache_config", "continuous_batching_config", "dola_layers",
     "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "max_time",
@@ -89,14 +90,14 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 """Keys that have no effect on the answers of an imported model, and the reason for each key."""
 CONFIG_KEYS = {*RULES, *ONLY_DEFAULT, *_ONLY_NULL, *WITHOUT_EFFECT}
-"""Keys of config.json and of its section `text_config` that transformers takes as generation settings."""
+"""Keys of config.json and of its section `text_config` that transformers reads as generation settings."""
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _BEAMS = ("length_penalty", "early_stopping")
 
 
 def read_generation(folder: Path) -> GenerationConfig:
-    """Read the generation settings of a published folder. A setting that the folder lacks has transformers' default,
-    except `max_new_tokens`, which has Lakesight's default.
+    """Read the generation settings of a published folder. A setting that the folder lacks gets transformers' default.
+    Only `max_new_tokens` then gets Lakesight's default.
 
     Raises:
         CheckpointError: a file cannot be read, has an unknown key, or has a value that Lakesight does not support.
@@ -142,7 +143,7 @@ def write_generation(settings: GenerationConfig) -> tuple[dict[str, Any], dict[s
     """Convert generation settings to keys of generation_config.json. `read_generation` is the inverse function.
 
     Returns:
-        The keys, and a dict from a reason to the settings that the file cannot describe for this reason.
+        The keys, and the settings that the file cannot describe, as a dict from the reason to the settings.
     """
     keys: dict[str, Any] = {
         "max_new_tokens": settings.max_new_tokens,
@@ -162,7 +163,7 @@ def write_generation(settings: GenerationConfig) -> tuple[dict[str, Any], dict[s
 
 
 def _find_settings(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return a dict from a file or section of the folder to the generation settings in this place, without null."""
+    """Return a dict from the name of a file or section to the generation settings in this place, without nulls."""
     if (folder / GENERATION).is_file():
         return {GENERATION: without_null(read_other_settings(folder / GENERATION))}
     config = without_null(read_other_settings(folder / CONFIG))
@@ -199,7 +200,9 @@ def _rules(*, beams: bool) -> dict[str, KeyRule]:
 
 
 def _reasons(effective: Mapping[str, Any]) -> dict[str, str]:
-    """Return the keys without effect, including keys that have no effect because of another generation setting."""
+    """Return the keys without effect. Some of these keys have no effect because of the value of another generation
+    setting.
+    """
     reasons = dict(WITHOUT_EFFECT)
     if effective["do_sample"] is False:
         reasons |= dict.fromkeys(_SAMPLING, "is used only if do_sample is true")

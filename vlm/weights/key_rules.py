@@ -1,8 +1,9 @@
 """Rules for the values of keys in the JSON files of a published folder.
 
-CONFIG_RULES has the rules of config.json, which say only which type and range a value must have. In any other file,
-such as preprocessor_config.json, a key must have a rule or a reason why the key has no effect. A key without a rule and
-without a reason is refused. A value that the rule of its key does not support is also refused.
+CONFIG_RULES has the rules for config.json. These rules say only which type a value must have, and in which range the
+value must be. In any other file, such as preprocessor_config.json, a key must have a rule or a reason why the key has
+no effect. A key without a rule and without a reason is refused. A value that the rule of its key does not support is
+also refused.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ class FileReport(Config):
 
     Attributes:
         file: name of the file.
-        used: keys that the import has compared with the model's config, or from which it has derived this config.
-        without_effect: dict from a reason to the keys that have no effect for this reason.
+        used: keys that the import has compared with the model's config, or from which the import has derived the
+            config.
+        without_effect: keys that have no effect, as a dict from the reason to the keys.
     """
 
     file: str

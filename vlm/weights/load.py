@@ -34,7 +34,8 @@ from vlm.weights.rules import Rule, resample_positions
 from vlm.weights.tables import families
 
 FUSION_PREFIXES = ("decoder.cross_blocks.",)
-"""Name prefixes of decoder parameters that belong to the fusion, and that published decoders do not have."""
+"""Name prefixes of the decoder parameters that belong to the fusion. Published decoders do not have these parameters.
+"""
 
 
 class PartReport(Config):
@@ -46,12 +47,12 @@ class PartReport(Config):
         folder: folder from which the weights were read.
         used: number of tensors that fill parameters.
         tied: names of tensors that are copies of other tensors in the folder.
-        dropped: dict from a reason to the names of the tensors that were left out for this reason.
-        resampled: names of the position embedding tables that were interpolated to the model's resolution, each with
-            the number of rows in the file.
+        dropped: names of the tensors that were left out, as a dict from the reason to the names.
+        resampled: names of the position embedding tables that were interpolated to the model's resolution. Each name is
+            followed by the number of rows in the file.
         unchecked: paths of the model's config that the folder's config.json does not determine.
         compared: keys of config.json whose values agree with the model.
-        without_effect: dict from a reason to the keys of config.json that have no effect for this reason.
+        without_effect: keys of config.json that have no effect, as a dict from the reason to the keys.
         ignored: weight files of the folder that were not read, because the folder also has model.safetensors.
         files: reports on the keys for pictures and for generation in the other JSON files of the folder.
     """
@@ -76,7 +77,7 @@ class ImportReport(Config):
     Attributes:
         parameters: number of parameters of the model.
         parts: one report per folder.
-        fresh: names of the parameters that no folder contains, which were therefore initialised as in a new model.
+        fresh: names of the parameters that no folder contains. These parameters were initialised as in a new model.
     """
 
     parameters: int
@@ -86,7 +87,7 @@ class ImportReport(Config):
 
 @dataclass(frozen=True)
 class Source:
-    """Folder of weights, and the import plan that fills one part of the model from the folder."""
+    """Folder of weights, and the plan according to which the weights fill one part of the model."""
 
     part: Part
     family: Family
@@ -158,7 +159,8 @@ def _open_source(part: Part, folder: Path, config: ModelConfig, model: nn.Module
     table = family.table(config)
     for tie in table.ties:
         if tie.ours not in ours and tie.theirs in names and tie.partner not in names:
-            names[tie.partner] = names[tie.theirs]  # the file lacks one of two equal tensors, so use the other for both
+            # the file has only one of two equal tensors, so use this tensor twice
+            names[tie.partner] = names[tie.theirs]
     plan = plan_load(table, ours, {name: files.headers[names[name]] for name in names})
     plan.problems[:0] = size_problems(family, settings, files)
     unchecked = (*family.unchecked(settings), *unchecked)
@@ -275,7 +277,9 @@ def _check_generation(folder: Path) -> tuple[FileReport, ...]:
 
 
 def _check_ties(source: Source) -> None:
-    """Check that tied tensors are equal, because an import would otherwise lose an output head with its own weights."""
+    """Check that tied tensors are equal. If they differ, the output head has its own weights, which an import would
+    lose.
+    """
     for name, partner in source.plan.tied.items():
         if not torch.equal(*(source.files.read(source.names[key]) for key in (name, partner))):
             raise CheckpointError(

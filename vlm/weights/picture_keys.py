@@ -1,8 +1,8 @@
 """Preprocessing of pictures in a published folder: processor_config.json and preprocessor_config.json.
 
-transformers 5 writes the settings to the section `image_processor` of processor_config.json, and older versions write
-them to preprocessor_config.json. If a folder has the section and preprocessor_config.json, transformers and this module
-read only the section.
+transformers 5 writes the settings to the section `image_processor` of processor_config.json. Older versions of
+transformers write the settings to preprocessor_config.json. If a folder has the section and preprocessor_config.json,
+transformers and this module read only the section.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from vlm.weights.key_rules import THREE_NUMBERS, FileReport, KeyRule, account_ke
 
 PROCESSOR, SECTION, PREPROCESSOR = "processor_config.json", "image_processor", "preprocessor_config.json"
 FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
-"""Dict from the number of one of Pillow's resize filters, as in the key `resample`, to the name of the filter."""
+"""Dict from the number of a resize filter in Pillow, which is the value of the key `resample`, to the name of the
+filter."""
 DEFAULT_SIDE = 224
 """Height and width that transformers assumes for pictures if `image_size` is not set."""
 
@@ -70,7 +71,8 @@ class PublishedPictures:
     """Preprocessing of pictures that a published folder describes.
 
     Attributes:
-        file: name of the file that contains the settings; for a section, the name ends with the name of the section.
+        file: name of the file that contains the settings. If the settings are in a section, the name of the section
+            follows.
         values: dict from keys of our image config to their values.
         sources: dict from keys of our image config to the keys of the file that determine the values.
         reports: one report for each file, or for each section of a file.
@@ -168,7 +170,8 @@ def _published_size(family: Family, settings: Mapping[str, Any]) -> tuple[int, i
 
 
 def _kind(found: Mapping[str, Any], default: str) -> str:
-    """Return the class that preprocesses pictures, without the endings that mark variants of the same class."""
+    """Return the name of the class that preprocesses pictures, without an ending such as "Fast" that marks a variant.
+    """
     kind = found.get("image_processor_type") or found.get("feature_extractor_type") or default
     return str(kind).removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
 
@@ -177,7 +180,7 @@ def _without_unset(found: Mapping[str, Any], defaults: Mapping[str, Any]) -> dic
     """Return the settings without nulls that mean "not set".
 
     If a class of transformers has a default for a key, a null in the file replaces this default, and does not mean "not
-    set". Such a null is therefore kept, and the rule of the key refuses it. The exceptions are `do_center_crop` and
+    set". The null is therefore kept, and the rule of the key refuses the null. The exceptions are `do_center_crop` and
     `default_to_square`, for which a null means False.
     """
     off = {key: False for key in ("do_center_crop", "default_to_square") if key in found and found[key] is None}
@@ -238,7 +241,7 @@ def _size_rule(effective: Mapping[str, Any], side: int) -> KeyRule:
 
 
 def _square(size: Any, effective: Mapping[str, Any] | None = None) -> int | None:
-    """Return the side of a square size, or None for another size.
+    """Return the side of a square, or None if a value of `size` is not a square.
 
     If `effective` is given, its `default_to_square` decides whether a single number means a square.
     """
@@ -251,7 +254,9 @@ def _square(size: Any, effective: Mapping[str, Any] | None = None) -> int | None
 
 
 def _shorter_side(size: Any, effective: Mapping[str, Any]) -> int | None:
-    """Return the length to which a size scales the shorter side of a picture, or None if it scales both sides."""
+    """Return the length to which a value of `size` scales the shorter side of a picture. Return None if the value sets
+    both sides.
+    """
     if isinstance(size, Mapping) and {*size} == {"shortest_edge"}:
         return _square(size["shortest_edge"])
     return size if isinstance(size, int) and effective["default_to_square"] is False else None
@@ -261,7 +266,8 @@ def _image_values(effective: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     """Return the values of our image config, and the keys that determine each value.
 
     Our model divides a pixel by 255, subtracts the mean and divides by the standard deviation. If the other library
-    multiplies a pixel by another number, or does not normalise, other values of mean and std give the same result.
+    multiplies a pixel by another number, or does not normalise, the returned mean and standard deviation give the same
+    result as in the other library.
     """
     factor = 255.0 * (effective["rescale_factor"] if effective["do_rescale"] else 1)
     usual = math.isclose(factor, 1.0, rel_tol=1e-9)
@@ -302,8 +308,9 @@ def write_pictures(config: ModelConfig, family: Family) -> tuple[dict[str, Any],
     """Describe the preprocessing of a model's pictures for an export in the format of transformers.
 
     Returns:
-        The content of preprocessor_config.json, which is empty if transformers cannot preprocess pictures as the model
-        does; and a dict from a reason to the settings of the model that the file cannot describe for this reason.
+        The content of preprocessor_config.json, and the settings of the model that the file cannot describe, as a dict
+        from the reason to the settings. The content is empty if transformers cannot preprocess pictures as the model
+        does.
     """
     image, kind = config.image, family.image_processor
     if not kind:

@@ -105,8 +105,8 @@ def describe_names(problem: str, names: Iterable[str], *, similar_to: Iterable[s
     Args:
         problem: beginning of each sentence, which says what is wrong with the name.
         names: tensor names to describe.
-        similar_to: tensor names, from which each sentence suggests the name that is most similar to the merged name, if
-            there is a similar name.
+        similar_to: tensor names that a sentence may suggest. If one of these names is similar to the merged name, the
+            sentence suggests the most similar name.
     """
     candidates = group_by_block(similar_to)
     sentences = []

@@ -31,7 +31,8 @@ from vlm.weights.special_tokens import NAMES, check_special_tokens, read_tokeniz
 log = logging.getLogger(__name__)
 
 PATH = re.compile(r"[a-z_]+(\.[a-z_]+)+")
-"""Pattern of a path that names a single config value. A config field with any other path compares a computed value."""
+"""Pattern of a path that names a single config value. If a config field has any other path, the field compares a
+computed value."""
 OTHER_SOURCES = {
     "image.size": "vision_config.image_size in config.json",
     "text.vocab_size": "text_config.vocab_size in config.json",
@@ -39,8 +40,8 @@ OTHER_SOURCES = {
     "generation.max_new_tokens": "max_new_tokens in generation_config.json or config.json",
     **{f"text.{key}": f"{key}_token in tokenizer_config.json" for key in ("bos", "eos", "pad")},
 }
-"""Dict from paths of our config to the keys of published files that determine the values, for paths without a config
-field."""
+"""Dict from the path of a value in our config to the keys of published files that determine the value. The dict
+contains only values without a config field."""
 DEFAULT_CONTEXT = 8192
 """Value that transformers assumes for `max_position_embeddings`."""
 
@@ -143,9 +144,9 @@ def _describe_problems(error: ValidationError, family: Family) -> list[str]:
 
 
 def _contains(place: list[str], path: str) -> bool:
-    """Return True if the place of a pydantic error is at the dotted path or below.
+    """Return True if a pydantic error is in the value at the dotted path, or in a part of this value.
 
-    The place also has the `kind` of each section, such as `text.json.vocab_size` for `text.vocab_size`.
+    The place also contains the `kind` of a section: for `text.vocab_size`, the place is `text.json.vocab_size`.
     """
     parts = iter(place)
     return all(name in parts for name in path.split("."))

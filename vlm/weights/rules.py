@@ -56,7 +56,9 @@ class Rule:
 
 @dataclass(frozen=True)
 class Drop:
-    """Shell pattern (`fnmatch`) for names of tensors that the model does not need, and the reason to leave them out."""
+    """Shell pattern (`fnmatch`) for the names of tensors that the model does not need, and the reason to leave these
+    tensors out.
+    """
 
     pattern: str
     reason: str
@@ -64,8 +66,7 @@ class Drop:
 
 @dataclass(frozen=True)
 class Tie:
-    """Two tensors of a file that must be equal if the model has no parameter `ours`, because the model ties these
-    weights.
+    """Two tensors of a file that must be equal if the model ties their weights and therefore has no parameter `ours`.
 
     A file may contain `theirs`, `partner`, or both. If the file contains both `theirs` and `partner`, the two tensors
     must be equal.
@@ -133,12 +134,16 @@ def transpose(theirs: str, ours: str) -> Rule:
 
 
 def concat(theirs: Sequence[str], ours: str, sizes: Sequence[int]) -> Rule:
-    """Return a rule that joins several tensors of the file, whose numbers of rows are `sizes`, into one parameter."""
+    """Return a rule that joins several tensors of the file into one parameter; `sizes` has the number of rows of each
+    tensor.
+    """
     return Rule(tuple(theirs), (ours,), _concatenate, _splitter(sizes))
 
 
 def split(theirs: str, ours: Sequence[str], sizes: Sequence[int]) -> Rule:
-    """Return a rule that splits one tensor of the file into several parameters, whose numbers of rows are `sizes`."""
+    """Return a rule that splits one tensor of the file into several parameters; `sizes` has the number of rows of each
+    parameter.
+    """
     return Rule((theirs,), tuple(ours), _splitter(sizes), _concatenate)
 
 

@@ -27,7 +27,7 @@ NAMES = ("tokenizer_config.json", "special_tokens_map.json")
 def read_tokenizer(config: JsonTextConfig, folder: Path, part: Part) -> Tokenizer:
     """Read the tokenizer file at `config.path`, or by default the `tokenizer.json` of a published folder.
 
-    The part `part` of the model, which is the whole model or the decoder, gets its weights from this folder.
+    `part` is the part of the model that gets its weights from this folder: the whole model or the decoder.
 
     Raises:
         CheckpointError: the folder's config.json cannot be read or belongs to no known family.
@@ -40,7 +40,8 @@ def read_tokenizer(config: JsonTextConfig, folder: Path, part: Part) -> Tokenize
 
 
 def check_special_tokens(folder: Path, tokenizer: Tokenizer) -> list[str]:
-    """Compare the start and end tokens of a folder with a tokenizer, and return the compared keys with their files.
+    """Compare the start and end tokens of a folder with a tokenizer. Return each compared key with the name of its
+    file.
 
     Raises:
         CheckpointError: the start or end token in a file of the folder is not the tokenizer's start or end token.
@@ -61,7 +62,9 @@ def check_special_tokens(folder: Path, tokenizer: Tokenizer) -> list[str]:
 
 
 def _named_tokens(folder: Path, tokenizer: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """Yield the file, the key and the value of each start and end token; convert a token that is a text to its id."""
+    """Yield the file, the key and the value of each start and end token. If the value is a text, yield the id of the
+    token instead.
+    """
     config = read_settings(folder)
     sections = {"": config, "text_config.": config.get("text_config") or {}}
     for section, settings in sections.items():
@@ -79,8 +82,8 @@ def _named_tokens(folder: Path, tokenizer: Mapping[str, Any]) -> Iterator[tuple[
 
 
 def token_text(settings: Mapping[str, Any], key: str, file: Path) -> str | None:
-    """Return the text of a special token, which a file stores as a string or an object. Return None if there is no
-    token.
+    """Return the text of a special token that a file stores as a string or an object. Return None if the file has no
+    value for the key.
 
     Args:
         settings: content of the file.

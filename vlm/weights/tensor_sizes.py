@@ -1,8 +1,9 @@
-"""Comparison of the sizes in config.json with the tensors in the weight files, of which only the headers are read.
+"""Comparison of the sizes in config.json with the tensors in the weight files. Only the headers of these files are
+read.
 
-A size such as `hidden_size` is in config.json and also in the shape of a tensor. If the two differ, an import refuses
-the folder before a model is built. A wrong size, such as a number of layers in the millions, therefore allocates no
-memory.
+A size such as `hidden_size` is in config.json and also in the shape of a tensor. If the size and the shape differ, an
+import refuses the folder before a model is built. A wrong size, such as a number of layers in the millions, therefore
+allocates no memory.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class TensorSize:
     """Value that both config.json and the tensors determine, such as a size.
 
     Attributes:
-        key: key of the value in config.json, for error messages; a computed value has the formula with all keys.
+        key: key of the value in config.json, for error messages. For a computed value, `key` is a formula that contains
+            all keys.
         theirs: function that reads the value from the settings of config.json, or returns UNKNOWN.
         tensor: canonical name of the tensor that determines the value. For a number of layers, the name contains `{i}`
             in place of the layer number.
@@ -58,7 +60,7 @@ def axis_size(key: str, tensor: str, axis: int, theirs: Callable[[Settings], Any
 
 
 def num_layers(key: str, tensor: str) -> TensorSize:
-    """Return the `TensorSize` of the number of layers, which is the number of tensors whose names match `tensor`."""
+    """Return the `TensorSize` of the number of layers. Each layer has one tensor whose name matches `tensor`."""
 
     def measure(shapes: Shapes, name: str) -> tuple[Any, str] | None:
         pattern = re.escape(name).replace(re.escape("{i}"), r"\d+")
@@ -98,8 +100,8 @@ def num_positions(tensor: str, *, extra: int) -> TensorSize:
 
 
 def product(one: str, other: str, tensor: str) -> TensorSize:
-    """Return the `TensorSize` of the product of two sizes with the keys `one` and `other`, which is the number of rows
-    of a tensor.
+    """Return the `TensorSize` of a tensor whose number of rows is the product of two sizes with the keys `one` and
+    `other`.
     """
 
     def multiplied(settings: Settings) -> Any:
@@ -152,5 +154,5 @@ def find_contradictions(sizes: Iterable[TensorSize], settings: Settings, shapes:
         found, measured = size.theirs(settings), size.measure(shapes, size.tensor)
         if found is not UNKNOWN and measured is not None and found != measured[0]:
             needed, place = measured
-            sentences.append(f"{size.key} in config.json is {found!r}, but {place}, which needs {needed!r}")
+            sentences.append(f"{size.key} in config.json is {found!r}, but {place}, so the value must be {needed!r}")
     return sentences

@@ -137,7 +137,7 @@ def test_an_adapter_pattern_that_matches_no_layer_is_an_error_that_lists_similar
 
 def test_an_adapter_of_an_output_head_with_tied_weights_is_an_error() -> None:
     model, _ = tiny_model("other")
-    with pytest.raises(ConfigError, match=r"decoder.head, whose weight is also decoder.tokens.weight"):
+    with pytest.raises(ConfigError, match=r"decoder.head, which shares its weight with decoder.tokens.weight"):
         add_adapter(model, AdapterConfig(pattern="decoder.*"))
 
 

@@ -226,10 +226,10 @@ def test_a_size_in_config_json_that_contradicts_the_tensors_is_named_with_both_v
         before = settings[section[0]][key] if section else settings[key]
         changed = replaced(settings, place, 4 * before)
         sentences = family.contradictions(changed, shapes)
-        assert any(key in sentence and "which needs" in sentence for sentence in sentences), (path, sentences)
+        assert any(key in sentence and "so the value must be" in sentence for sentence in sentences), (path, sentences)
         if "_size / " not in sentences[0] and " * " not in sentences[0]:
             assert f"is {4 * before}, but" in sentences[0]
-            assert f"needs {before}" in sentences[0]
+            assert f"must be {before}" in sentences[0]
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size", "image_size"])

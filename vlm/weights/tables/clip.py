@@ -1,7 +1,7 @@
 """Vision encoder of CLIP (Radford et al., 2021) in transformers: alone, with its projection, or in a whole CLIP model.
 
-The encoder has a norm before the blocks, and a stem without bias. The norm after the blocks applies to the class token
-only, so models that use the patches omit this norm (`post_norm: false`).
+The encoder has a norm before the blocks, and a stem without bias. The norm after the blocks applies only to the class
+token. A model that uses the patches therefore omits this norm (`post_norm: false`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ FIELDS: tuple[ConfigField, ...] = (
 
 
 def tower_sizes(*, extra: int) -> tuple[TensorSize, ...]:
-    """Return the sizes that CLIP and SigLIP share. In the table of positions, `extra` positions belong to no patch."""
+    """Return the sizes that CLIP and SigLIP share. `extra` is the number of rows of the position table that belong to
+    no patch.
+    """
     layer = "encoder.layers.{i}"
     return (
         axis_size("hidden_size", "embeddings.patch_embedding.weight", 0),

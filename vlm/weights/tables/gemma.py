@@ -1,6 +1,6 @@
 """Gemma 1 and 2 (Gemma Team, 2024) in transformers.
 
-Gemma's files store each norm weight minus one, which our config describes by `norm.offset: true`. Gemma 2 also
+Gemma's files store each norm weight minus one. In our config, `norm.offset: true` stands for this format. Gemma 2 also
 normalises the output of each branch, caps attention scores and logits, and uses sliding-window attention in every
 second layer.
 """
@@ -88,8 +88,9 @@ def rope_base(settings: Settings) -> Any:
 
 
 def other_activation(key: str, used: str) -> ConfigField:
-    """Return a config field that compares our activation with `key`, the second key of config.json for the
-    activation."""
+    """Return a config field that compares our activation with the value of `key`. A config.json can have two keys for
+    the activation; `used` is the key that counts if `key` is missing.
+    """
 
     def theirs(settings: Settings) -> Any:
         read = key if settings.get(key) else used
@@ -154,14 +155,15 @@ def windows_in(settings: Settings) -> tuple[Any, ...]:
         "full_attention" if layer % 2 else "sliding_attention" for layer in range(settings["num_hidden_layers"])
     ]
     window = settings["sliding_window"]
-    # Without a window size, transformers cannot compute a layer with sliding attention, so keep the name as a mismatch.
+    # Without a window size, transformers cannot compute a layer with sliding attention. The layer type then replaces
+    # the window size in the result, so that the import fails.
     sizes = {"full_attention": None, "sliding_attention": "sliding_attention" if window is None else window}
     return tuple(sizes.get(kind, kind) for kind in kinds)
 
 
 def write_windows(windows: tuple[int | None, ...]) -> dict[str, Any]:
-    """Return the settings of the attention windows for config.json, which needs a window size even if the model has no
-    window.
+    """Return the settings of the attention windows for config.json. Even if no layer has a window, config.json needs a
+    window size.
     """
     return {
         "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],

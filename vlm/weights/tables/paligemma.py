@@ -1,8 +1,8 @@
 """PaliGemma 1 (Beyer et al., 2024) and 2 (Steiner et al., 2024), made of SigLIP, one linear layer, and Gemma 1 or 2.
 
-The weight table uses the tensor names of the published files. transformers 5 uses a second set of names in memory, and
-a third set of names in the files that it saves. `LEGACY_PREFIXES` maps the names of transformers 5 to the published
-names.
+The weight table uses the tensor names of the published files. In memory, transformers 5 uses a second set of names. In
+the files that it saves, transformers 5 uses a third set of names. `LEGACY_PREFIXES` maps the names of transformers 5 to
+the published names.
 """
 
 from __future__ import annotations

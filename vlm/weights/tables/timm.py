@@ -45,7 +45,7 @@ MISSING_AXES = {
 """Dict from regular expressions of timm's architecture names to the part of the architecture that our encoder lacks."""
 WHOLE_PATCHES = "squares of whole patches"
 CROP_MODES = {"squash": "stretch", "center": "crop"}
-"""Dict from timm's names of resizes to the values of our `image.resize`, if `crop_pct` is 1."""
+"""Dict from a resize in timm to the value of our `image.resize`. The dict applies only if `crop_pct` is 1."""
 NAMES_OF_16_HEADS = ("vit_base_patch16_gap_", "vit_giantopt_")
 
 
@@ -146,7 +146,9 @@ def pretrained_settings(config: ModelConfig) -> dict[str, Any]:
 
 
 def unwritten(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Return a dict from a reason to the settings of pictures that timm's `pretrained_cfg` cannot describe."""
+    """Return the picture settings that timm's `pretrained_cfg` cannot describe, as a dict from the reason to the
+    settings.
+    """
     if config.image.resize == "pad":
         return {"timm has no resize that fills the empty area with white": ("image.resize",)}
     if config.image.resize == "crop" and config.image.crop_start != "even":
@@ -155,14 +157,14 @@ def unwritten(config: ModelConfig) -> dict[str, tuple[str, ...]]:
 
 
 def mlp_ratio(config: ModelConfig) -> float:
-    """Return timm's setting `mlp_ratio`, for which int(width * mlp_ratio) is our MLP width."""
+    """Return a value for timm's setting `mlp_ratio`, so that int(width * mlp_ratio) is our MLP width."""
     width, mlp_width = config.vision.transformer.width, value_at(f"{TRANSFORMER}.mlp.mlp_width")(config)
     ratio = float(mlp_width / width)
     return ratio if int(width * ratio) == mlp_width else (mlp_width + 0.5) / width
 
 
 def has_either_bias_or_norm(config: ModelConfig) -> bool:
-    """Return True if the stem has a bias or is followed by a norm, but not both, as in every encoder of timm."""
+    """Return True if the stem has either a bias or a following norm, but not both, as in every encoder of timm."""
     return bool(value_at("vision.stem.bias")(config)) != config.vision.pre_norm
 
 
@@ -333,7 +335,9 @@ def table(config: ModelConfig) -> WeightTable:
 
 
 def with_rules(shared: WeightTable, own: Sequence[Rule], *drops: Drop) -> WeightTable:
-    """Return a weight table with the rules `own`, and with the rules of `shared` for all other parameters."""
+    """Return a weight table with the rules `own`. For parameters without a rule in `own`, the table has the rules of
+    `shared`.
+    """
     replaced = {name.replace("*", kind) for rule in own for name in rule.ours for kind in ("weight", "bias")}
     kept = [rule for rule in shared.rules if rule.ours[0].replace("*", "weight") not in replaced]
     return WeightTable((*kept, *own), (*shared.drops, *drops))
@@ -350,7 +354,8 @@ FAMILIES = (
         without_effect=WITHOUT_EFFECT,
         image_processor=None,
         unwritten=unwritten,
-        # DeiT's distillation token becomes a register: the blocks read the token, but the encoder's output excludes it.
+        # DeiT's distillation token becomes a register: the blocks read the token, but the encoder's output does not
+        # contain it.
         legacy_prefixes=(("dist_token", "reg_token"),),
     ),
 )

@@ -28,10 +28,11 @@ from vlm.weights.tables import timm
 
 POSITION = f"{timm.TRANSFORMER}.position"
 HEADS_BY_NAME = {"vit_7b_": 32, "_gigantic_patch14_": 16}
-"""Dict from a part of an architecture's name to the number of heads, for architectures whose heads are not 64 wide."""
+"""Dict from a part of an architecture's name to the number of heads. The heads of these architectures are not 64 wide.
+"""
 GRIDS = {"_pe_core_base_": 14, "_pe_core_(small|tiny|large)_": 24, "_pe_": 32, "_rope_reg": 16}
-"""Dict from regular expressions of architecture names to the size of the patch grid to which row and column indices are
-scaled."""
+"""Dict from regular expressions of architecture names to the size of a patch grid. Row and column indices are scaled to
+this grid."""
 
 
 def position_of(name: str) -> dict[str, Any]:
@@ -85,12 +86,16 @@ FIELDS = (
 
 
 def _halves(rows: Tensor, attention: AttentionConfig) -> Tensor:
-    """Move each pair of rows of queries or keys from adjacent places to the two halves of the head."""
+    """Reorder the rows of queries or keys: the two rows of a pair move from adjacent places to the two halves of the
+    head.
+    """
     return torch.unflatten(rows, 0, (attention.num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _pairs(rows: Tensor, attention: AttentionConfig) -> Tensor:
-    """Move each pair of rows of queries or keys from the two halves of the head to adjacent places."""
+    """Reorder the rows of queries or keys: the two rows of a pair move from the two halves of the head to adjacent
+    places.
+    """
     return torch.unflatten(rows, 0, (attention.num_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 

@@ -96,7 +96,7 @@ PARALLEL_FIELDS = (
 
 
 def _to_both(theirs: str, ours: Sequence[str]) -> Rule:
-    """Return a rule that copies one tensor of the file to several parameters, which are equal after an import."""
+    """Return a rule that copies one tensor of the file to several parameters, so that these parameters are equal."""
     return Rule((theirs,), tuple(ours), lambda tensors: [tensors[0]] * len(ours), lambda tensors: [tensors[0]])
 
 
@@ -162,8 +162,8 @@ def _join_branches(theirs: Sequence[str], ours: Sequence[str], parts: int) -> Ru
         return [torch.ones(width), torch.zeros(width), *joined, torch.cat(outputs, dim=1), output_bias]
 
     def write(tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Divide a layer into branches without norms and scales. An import uses only the shapes of the returned
-        tensors.
+        """Divide a layer into branches, and return branches without norms and scales. An import uses only the shapes of
+        the returned tensors.
         """
         norm, norm_bias, weight, bias, output, output_bias = tensors
         first, first_bias, second = weight.chunk(NUM_BRANCHES), bias.chunk(NUM_BRANCHES), output.chunk(NUM_BRANCHES, 1)
