@@ -24,7 +24,7 @@ STORE_VARIABLES = (
 """Pattern of the variables from which client libraries of object stores and web servers read credentials, certificates
 and proxies."""
 WORKER_VARIABLES = "LAKESIGHT_WORKER_VARIABLES"
-"""Environment variable that lists further variables that Spark's Python workers keep, separated by commas."""
+"""Environment variable with a comma-separated list of further variables that Spark's Python workers keep."""
 READS_URLS = "LAKESIGHT_READS_URLS"
 """Environment variable that is set if Spark's Python workers read URLs, and therefore keep the STORE_VARIABLES."""
 

@@ -189,7 +189,7 @@ def write_scenes(path: Path, count: int, seed: int) -> SceneSummary:
     of this module, Pillow and NumPy, the bytes of the file depend only on `count` and `seed`. An existing file with the
     same bytes is not written again, so the next ingest skips the file. A small file beside the CSV file contains these
     versions and the digest of the CSV file. An unchanged CSV file is therefore recognised without drawing the pictures
-    again. `path` must be a different path for each `count` and `seed`, because the small file contains neither number.
+    again. The small file does not contain `count` and `seed`, so each pair of `count` and `seed` needs its own `path`.
 
     Raises:
         UserError: the file cannot be written.

@@ -1,9 +1,9 @@
 """Captioning on executors: a task receives Arrow batches of pictures and writes Parquet files of captions.
 
 A Spark task writes its caption files to the job's folder, and then reports statistics to the driver. If a job is
-killed, the next job finds the caption files that are complete, and does not caption their pictures again. The modules
-of `pipelines.worker`, which import torch, are imported inside the functions, so that the driver can import this module
-without torch.
+killed, the next job finds the caption files that are complete, and does not caption the pictures of these files again.
+The modules of `pipelines.worker`, which import torch, are imported inside the functions, so that the driver can import
+this module without torch.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ PENDING_SCHEMA = GENERATED_CAPTIONS.arrow_schema.append(pa.field("unchanged", pa
 """Columns of `generated_captions`, and the column `unchanged`, which is true if the picture has not changed since the
 last captioning (`_is_unchanged`)."""
 UNREADABLE = "unreadable_file:"
-"""Start of the error of a picture that exists but cannot be read now, for example if a server is slow."""
+"""First word of the error message of a picture that exists but cannot be read at present, for example because a server
+is slow."""
 STATS_SCHEMA = pa.schema([pa.field("stats", pa.string(), nullable=False)])
-"""Schema of the row that a task sends to the driver: the JSON text of the CaptionStats of the task's rows."""
+"""Schema of the row that a task sends to the driver. The row contains the CaptionStats of the task's rows as JSON."""
 
 
 class CaptionJob(Config):
@@ -62,8 +63,8 @@ class CaptionJob(Config):
         output_folder: folder of the caption files, which has the same path on every executor.
         rows_per_file: number of rows after which a task writes a file.
         constants: values of the columns that have the same value in all rows, by column name.
-        started_at: time that is stored in all new rows. The stored time is the start of the job, or a later time if
-            rows of the table have later times (`pipelines.driver.delta.row_times`).
+        started_at: time that is stored in all new rows. The time is the start of the job. If the table has rows with
+            later times, the time is one microsecond after the newest row (`pipelines.driver.delta.row_times`).
     """
 
     model_folder: Path
@@ -87,9 +88,9 @@ def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Itera
     Args:
         job: settings of the caption job.
         batches: batches with the columns image_id (string), image (binary, base64 text, or a path), known, known_error
-            and source_file. `known` and `known_error` are the SHA-256 and the error that the picture had when it was
-            last captioned, or null. `source_file` identifies the data file of the row. An unchanged picture is not
-            captioned again (`_is_unchanged`).
+            and source_file. `known` and `known_error` contain the SHA-256 and the error that were stored when the
+            picture was last captioned; a value that was not stored is null. `source_file` identifies the data file of
+            the row. An unchanged picture is not captioned again (`_is_unchanged`).
     """
     from pipelines.worker.data.batches import map_ahead
     from vlm.captioner import BATCH_ROWS
@@ -119,14 +120,14 @@ def caption_batches(job: CaptionJob, batches: Iterator[pa.RecordBatch]) -> Itera
 
 
 class Known(NamedTuple):
-    """SHA-256 and error that a row had when its picture was last captioned, or None."""
+    """SHA-256 and error that were stored when a picture was last captioned. A value that was not stored is None."""
 
     sha256: str | None
     error: str | None
 
 
 Picture = tuple[dict[str, str], Known, "DecodedPicture"]
-"""Columns image_id and source_file of a picture, its result when it was last captioned, and the decoded picture."""
+"""Tuple of a picture's columns image_id and source_file, the result of its last captioning, and the decoded picture."""
 
 
 def _decode_batch(config: ImageConfig, job: CaptionJob, batch: pa.RecordBatch) -> list[Picture]:
@@ -204,12 +205,13 @@ def _caption_pictures(
 
 
 def _is_unchanged(known: Known, picture: DecodedPicture) -> bool:
-    """Return whether a picture is the same as when it was last captioned.
+    """Return whether a picture has not changed since it was last captioned.
 
-    A row without a picture, for example with a null or with the path of a missing file, has no SHA-256. Such a row is
-    unchanged if it has the same error as before. A row whose picture still cannot be read is unchanged even if the text
-    of the error differs, because servers fail in several ways. Otherwise, a few pictures that can never be read would
-    be all rows of a night without new pictures, and would exceed every limit on the share of errors.
+    A row without a picture, for example with a null or with the path of a missing file, has no SHA-256. A row without a
+    SHA-256 is unchanged if the row has the same error as before. A row whose picture still cannot be read is unchanged
+    even if the text of the error differs, because servers fail in several ways. On a night without new pictures, a few
+    pictures that can never be read would otherwise be the only changed rows. The share of errors would then exceed
+    every limit.
     """
     if picture.sha256 is not None:
         return picture.sha256 == known.sha256

@@ -25,8 +25,11 @@ CHUNK_BYTES = 16 * 2**20
 OUT_OF_MEMORY = 77
 """Exit code of a child process that ran out of memory."""
 RESULT_SECONDS = 900.0
-"""Time in seconds after which a child without a result is killed. The limits of `time_limit` do not end a child that
-waits, for example for a lock that another thread held during the fork."""
+"""Longest time in seconds that a child may need for one result. After this time, the child is killed.
+
+The limits of `time_limit` do not end a child that waits, for example for a lock that another thread held during the
+fork.
+"""
 
 
 class Death(NamedTuple):
@@ -74,7 +77,7 @@ def run_guarded(items: Sequence[T], function: Callable[[T], R], on_death: Callab
     Args:
         items: items for which the function is called, in the order of the results.
         function: function that the child process calls with each item.
-        on_death: function that this process calls if an item killed the child process, with the item and the `Death`.
+        on_death: function that this process calls with an item and its `Death` if the item killed the child process.
 
     Raises:
         Exception: any exception that `function` raised, except MemoryError, which counts as a crash.

@@ -103,8 +103,8 @@ def _torch_version() -> dict[str, str | None]:
 def _nccl() -> str:
     """Return the version of the NCCL distribution that torch requires, or UNKNOWN if torch requires none.
 
-    If torch itself contains NCCL, only `import torch` can tell the version of NCCL. The result is also UNKNOWN if one
-    of the two distributions has no metadata.
+    If torch itself contains NCCL, only `import torch` can tell the version of NCCL. The result is also UNKNOWN if torch
+    or the NCCL distribution has no metadata.
     """
     try:
         needed = metadata.requires("torch") or []

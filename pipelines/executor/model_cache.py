@@ -56,7 +56,7 @@ def local_copy(folder: Path, digest: str = "", root: Path | None = None) -> Path
                 "a model cannot be copied to this host",
                 where=str(folder),
                 got=f"files with the digest {copied}, expected {digest}",
-                fix="run the command again, which downloads the model again if its files differ from the registry's",
+                fix="run the command again: it downloads the model again if a file differs from the registry",
             )
 
     return _find_or_make(_copy_name(folder, digest), copy_files, root)
@@ -100,7 +100,8 @@ def _find_or_make(name: str, make: Callable[[Path], None], root: Path | None, so
     """Return the folder of the copy with the given name. If there is no intact copy, call `make`, which fills a new
     folder.
 
-    `source` is the folder that `make` reads, if this folder may be in the cache.
+    If `make` reads a folder that may be in the cache, `source` is this folder. The folder `source` is not removed when
+    the disk is full.
     """
     root = user_cache_folder("models", root)
     target = root / name
@@ -134,7 +135,7 @@ def _make(part: Path, make: Callable[[Path], None], source: Path | None) -> None
 
 
 def _is_full(error: Exception) -> bool:
-    """Return whether an error says that the disk or the quota is full. An error of safetensors has only a message."""
+    """Return whether an error says that the disk or the quota is full. An error of safetensors has no error code."""
     codes = (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, OSError):
         return error.errno in codes

@@ -1,10 +1,10 @@
 """Functions that decode the pictures of `samples` to pixels and write the pixels to shard files in shuffled order.
 
 Sharding has two steps with Spark's shuffle between them. Before the shuffle, each picture gets its shuffle key and its
-file number. Pictures are also decoded before the shuffle, unless decoding them after the shuffle is faster (see
-`_decode_after_shuffle` in `driver/shard/write.py`). After the shuffle, `write_files` receives the rows in their final
-order, decodes pictures that are not decoded yet, and streams each file to disk. A Spark task has a few batches in
-memory, but never a whole shard file.
+file number. Pictures are decoded before or after the shuffle, whichever is faster (see `_decode_after_shuffle` in
+`driver/shard/write.py`). After the shuffle, `write_files` receives the rows in their final order, decodes pictures that
+are not decoded yet, and streams each file to disk. A Spark task has a few batches in memory, but never a whole shard
+file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Loading of captioning models in Spark tasks. On a CPU, all tasks of a host share one copy of the weights in memory.
 
-On a CPU, each task maps a weights file read-only, so the pages of the file are in memory once. The mapped file is the
-model's own file, a copy of it on a local disk, or a file of converted weights, which the first task of the host writes.
+On a CPU, each task maps a weights file read-only, so the pages of the file are in memory only once. The mapped file is
+the model's own file, a copy of this file on a local disk, or a file of converted weights. The first task of the host
+writes the file of converted weights.
 On a GPU, each task has its own copy of the weights in GPU memory, because CUDA shares memory between processes only
 while the process that allocated the memory is running.
 

@@ -70,7 +70,7 @@ def _make_thumbnail(data: bytes | None, max_pixels: int) -> bytes | None:
 def _safe_to_decode(batch: pa.RecordBatch) -> list[bool]:
     """Return for each row whether to decode its picture: False if the row was refused for a decoder crash or a timeout.
 
-    A picture that has crashed the decoder or exceeded the time limit would do so again.
+    A picture that has crashed the decoder or exceeded the time limit would crash or block the decoder again.
     """
     if "reason" not in batch.schema.names:
         return [True] * batch.num_rows

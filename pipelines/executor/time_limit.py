@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 PROCESS_LIMIT = 2
-"""The process is killed when the block has used this factor times the time limit in user CPU time, but not before
-MIN_PROCESS_SECONDS."""
+"""The process is killed when the user CPU time of the block exceeds PROCESS_LIMIT times the time limit. If this product
+is less than MIN_PROCESS_SECONDS, the process is killed after MIN_PROCESS_SECONDS of user CPU time."""
 MIN_PROCESS_SECONDS = 1.0
 
 
@@ -26,9 +26,10 @@ def time_limit(seconds: float) -> Iterator[None]:
 
     A Python signal handler cannot interrupt C code, and the C code of an image decoder may loop forever. Two timers are
     therefore set. The first timer (SIGALRM) raises an exception as soon as Python code runs again. The second timer
-    (SIGVTALRM) ends the process without running Python code, after PROCESS_LIMIT * `seconds` of user CPU time, but not
-    before MIN_PROCESS_SECONDS. CPU time is used because a healthy process may be slow on a busy machine. When the
-    process has ended, `pipelines.executor.crash_guard` finds the row that exceeded the limit.
+    (SIGVTALRM) ends the process without running Python code. The second timer expires after PROCESS_LIMIT * `seconds`
+    of user CPU time, or after MIN_PROCESS_SECONDS if this time is longer. CPU time is used because a healthy process
+    may be slow on a busy machine. When the process has ended, `pipelines.executor.crash_guard` finds the row that
+    exceeded the limit.
 
     The block must run in the main thread, in which Spark's Python workers run our functions.
 

@@ -13,7 +13,7 @@ from pipelines.formats.delta_files import quoted_text
 from pipelines.formats.tables import DECISIONS, GENERATED_CAPTIONS, VERDICTS
 
 NAME = "champion_captions"
-COMMENT = "Newest caption of each picture and prompt by the champion of each model, without captions judged as bad"
+COMMENT = "Newest caption by the champion for each picture, prompt and model. Captions judged as bad are left out"
 COLUMNS = {
     "source_table": "Table that was captioned, which contains the picture",
     "image_id": "Id of the picture in source_table",
@@ -83,11 +83,12 @@ SELECT {columns} FROM (
 """
 """SELECT statement of the view.
 
-- `named`: rows of Lakesight 0.1.0 name no columns. They take the columns of a row with the same picture, if there is
-  one.
-- `seen`: `newest_sha256` is the SHA-256 of the picture that a job of any model has read last. Captions of earlier
-  pictures are left out, because the caption of an earlier picture is wrong for the present picture. A row of Lakesight
-  0.1.0 is left out too if other rows with its id name columns, but no row with the same picture does.
+- `named`: rows that Lakesight 0.1.0 wrote contain no column names. These rows get the column names from another row
+  with the same picture, if there is such a row.
+- `seen`: `newest_sha256` is the SHA-256 of the picture that the most recent job has read, whatever model the job used.
+  Captions of earlier pictures are left out, because the caption of an earlier picture is wrong for the present picture.
+  A row that Lakesight 0.1.0 wrote is also left out if no row with the same picture contains column names, but another
+  row with the same id contains column names.
 """
 
 
@@ -97,8 +98,8 @@ def select(prefix: str = "", champions: Mapping[str, tuple[str, str | None]] | N
     Args:
         prefix: text before the names of the tables, such as `schema.`.
         champions: version and digest of each champion that the registry knows, by name of the model. For these models,
-            the table `decisions` is ignored. The digest is None if it is unknown; the version then counts whatever its
-            digest is.
+            the table `decisions` is ignored. The digest is None if it is unknown. If a champion has no digest, captions
+            of its version are selected whatever their own digest is.
     """
     registered = ", ".join(map(quoted_text, champions or {}))
     known = f"\n      AND model_name NOT IN ({registered})" if registered else ""

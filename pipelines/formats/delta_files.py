@@ -62,7 +62,7 @@ def open_delta(location: Path | str, version: int | None = None) -> DeltaTable:
 def _check_newest_commit(folder: Path, version: int) -> None:
     """Check that the newest commit is not an empty file, which a power failure may leave behind.
 
-    Delta and `deltalake` read an empty commit without an error, but as a commit that neither added nor removed rows.
+    Delta and `deltalake` report no error for an empty commit, and treat it as a commit that changed no rows.
     """
     commit = _commit_file(folder, version)
     if commit.is_file() and not commit.stat().st_size:
@@ -84,7 +84,8 @@ def commit_id(folder: Path, version: int) -> str | None:
 
     A version number alone does not identify the content of a table. If a table is written anew, or is restored from a
     copy and then changed, its versions have the same numbers as before, but other rows. The id is a hash of the commit
-    file, which contains random file names, so another commit has another id. A copied or moved table keeps its ids.
+    file, which contains random file names, so two commits never have the same id. A copied or moved table keeps its
+    ids.
 
     Args:
         folder: local folder of the table.

@@ -1,4 +1,4 @@
-"""Memory-mapped shard files, and a function that raises the limit of open files, because mapped files count as open."""
+"""Memory-mapped shard files. The limit of open files is raised, because each mapped file counts as an open file."""
 
 from __future__ import annotations
 

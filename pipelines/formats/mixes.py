@@ -32,7 +32,7 @@ class ShardFolder(NamedTuple):
 
 
 class MixCopies(Config):
-    """Training pictures of a mix that are copies of a validation or test picture of another source of the mix.
+    """Training pictures of a mix that are copies of validation or test pictures in another source of the mix.
 
     Attributes:
         left_out: ids of the pictures that are copies, by name of their source.
@@ -48,8 +48,9 @@ class MixCopies(Config):
 def copies_file(shards: Path, requests: Sequence[ShardRequest]) -> Path:
     """Return the path of the file that stores the copies (MixCopies) among the sources of a mix.
 
-    The name contains the ids of the commits that made the versions of the table, because a table that was restored from
-    a copy may have another version with the same number. If the id of a commit is not known, only the number is used.
+    The name depends on the ids of the commits that made the versions of the table. A version number is not enough,
+    because a table that was restored from a copy may have another version with the same number. If the id of a commit
+    is not known, only the version number is used.
     """
     compared = [
         (request.table_id, request.source, request.table_version, *filter(None, [request.table_commit]))
@@ -86,8 +87,9 @@ def known_copies(shards: Path, requests: Sequence[ShardRequest], shares: Sequenc
 def _copies_without_commits(shards: Path, requests: Sequence[ShardRequest]) -> MixCopies | None:
     """Read the copies that an earlier release stored under the version numbers alone, without the ids of the commits.
 
-    These copies are used only if they belong to the commits of the requests: all shards of these commits were written
-    with these copies, and no shards were written of another commit with the same version number.
+    The stored copies are used only under two conditions. First, all shard folders of the requests exist, and the stored
+    copies were left out of these shards. Second, no shards were written from another commit with the same version
+    number.
     """
     file = copies_file(shards, [request.model_copy(update={"table_commit": None}) for request in requests])
     if not file.exists():

@@ -52,7 +52,8 @@ def combine_digests(digests: Mapping[str, str]) -> str:
 
 def record_copy(folder: Path) -> ModelCopy:
     """Hash the files of a complete copy, and write the record of the copy."""
-    states = {path: path.stat() for path in model_files(folder)}  # before hashing, to detect changes
+    # The states are read before the files are hashed, so that a later check detects a change during the hashing.
+    states = {path: path.stat() for path in model_files(folder)}
     files = {
         path.name: CopiedFile(
             size=state.st_size,
@@ -72,7 +73,8 @@ def check_copy(folder: Path) -> ModelCopy | None:
     """Return the record of a copy if its files are unchanged, else None.
 
     If the result is None, the caller copies the model again. If only the times of files have changed, for example in a
-    copied home folder, the SHA-256 of all files is compared. If all are equal, a new record is written and returned.
+    copied home folder, the SHA-256 of each file is compared with the record. If no SHA-256 differs, a new record is
+    written and returned.
     """
     try:
         recorded = ModelCopy.model_validate_json((folder / RECORD).read_text(encoding="utf-8"))

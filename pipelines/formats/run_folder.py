@@ -35,8 +35,8 @@ class RunFile(Config):
         validate_shards: folder of the validation shards.
         code_version: release of Lakesight that trains the run.
         code: version of the code that trains the run; null in a run.json that Lakesight 0.1.0 wrote.
-        earlier_code: digests of the earlier code versions that trained this run, or the releases of versions without a
-            digest.
+        earlier_code: digest of each earlier code version that trained this run. A version without a digest is
+            represented by its release of Lakesight.
     """
 
     config: RunConfig
@@ -70,11 +70,12 @@ class RankFile(Config):
     start_ticks: int = 0
     """Start time of the process, in clock ticks since the boot of the host; 0 if the start time is not known."""
     ended: bool = False
-    """Whether the rank finished normally. A rank without a failure record may also have been killed."""
+    """Whether the rank finished normally. A missing failure record does not prove a normal end, because a rank that is
+    killed writes no failure record."""
 
 
 class Host(Config):
-    """Hardware and software of a host, as a rank's Python interpreter sees it. A value that is not known is empty."""
+    """Hardware and software that a rank's Python interpreter finds on its host. A value that is not known is empty."""
 
     name: str
     cores: int = 0
@@ -160,7 +161,11 @@ class Metrics(Config):
 
 
 class CaptionSample(Config):
-    """One captioned picture (or continued text): its row in the validation data, its own text, and the model's text."""
+    """One captioned picture or continued text, with the index of its row in the validation data.
+
+    `text` is the text in the validation data. `caption` is the model's caption, or the beginning of `text` together
+    with the model's continuation.
+    """
 
     row: int
     image_id: str
@@ -223,7 +228,7 @@ class RunFolder:
 
     @property
     def owner_lock(self) -> Path:
-        """Path of the lock file, whose lock the training process holds. It is deleted only with the run folder."""
+        """Path of the file whose lock the training process holds. The file is deleted only with the run folder."""
         return self.path / "owner.lock"
 
     @property
@@ -389,7 +394,8 @@ def read_json(path: Path, kind: type[T]) -> T:
             f"{path.name} does not contain a valid {kind.__name__}",
             where=str(path),
             got=read_error_message(error, kind),
-            fix="restore the file, which was edited or written by another version of Lakesight; or start a new run",
+            fix="restore the file, because somebody edited it or another version of Lakesight wrote it; or start a new "
+            "run",
         ) from None
 
 

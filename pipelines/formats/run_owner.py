@@ -9,9 +9,9 @@ Across hosts, the owner renews a lease: `launcher.json` contains a counter, whic
 A network file system may have no locks (a Databricks Volume has none), and the clocks of two hosts may differ. Another
 host therefore watches whether the counter changes, and does not compare times.
 
-Two containers of one host may each have mounted the file system themselves. With some file systems, a lock is then
-visible only in one of the containers. A lease of this host is therefore also watched, unless its process can be looked
-up and has ended.
+Two containers of one host may each mount the file system separately. With some file systems, a lock is then visible
+only in one of the containers. Therefore, even a lease that a process of this host wrote is watched. If the process can
+be looked up and has ended, the lease is taken over without watching.
 
 An owner may be suspended for so long that another host takes over the run. When the suspended owner continues and
 renews its lease, the owner finds the lease of the other host, or no lease if the other host has finished the run. In
@@ -57,8 +57,8 @@ WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, err
 class Lease(Config):
     """launcher.json: lease of the process that owns the run.
 
-    Older versions of Lakesight wrote only `host` and `pid` into launcher.json. Keys that a newer version may add are
-    ignored, so that the lease of a newer version is respected.
+    Older versions of Lakesight wrote only `host` and `pid` into launcher.json. Unknown keys are ignored, so that this
+    version can also read a lease that a newer version wrote.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -87,7 +87,7 @@ class Lease(Config):
 class LeaseLost(KeyboardInterrupt):
     """Interrupt of the main thread, because another process has taken over the run. The message gives the reason.
 
-    The class is a KeyboardInterrupt, so that the block stops its ranks and its Spark job as it does for Ctrl-C.
+    The class is a KeyboardInterrupt, so that the block in `own_run` stops its ranks and its Spark job as after Ctrl-C.
     """
 
 
@@ -207,7 +207,7 @@ def _own_lease() -> Lease:
 def _is_abandoned(found: Lease, own: Lease) -> bool:
     """Return whether a lease can be taken over at once, because its process has ended or never renewed leases.
 
-    The process can be looked up only if it belongs to the same kernel and the same pid namespace as this process.
+    The process of the lease can be looked up only if it has the same kernel and the same pid namespace as this process.
     """
     here = (found.boot, found.pid_namespace) == (own.boot, own.pid_namespace)
     return not found.owner or (here and not is_running(found.pid, found.start_ticks))
@@ -266,8 +266,8 @@ def _find_loss(run: RunFolder, lease: Lease) -> str:
         found = _read_lease(run)
     if found is None:
         return (
-            f"the lease {run.launcher.name} of this process is gone: this process was suspended while another process "
-            "trained the run and ended, or somebody has removed the file"
+            f"the lease {run.launcher.name} of this process is gone: another process has trained the run and has "
+            "ended while this process was suspended, or somebody has removed the file"
         )
     if found.owner == lease.owner:
         return ""

@@ -303,7 +303,7 @@ class Shards:
         return self._read(index, _pairs_of)
 
     def drawn_texts(self, texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Return the (prompt, text) pairs of a row that training may draw, each with the same probability.
+        """Return the (prompt, text) pairs of a row from which training draws one pair, each with equal probability.
 
         The loss of a picture is the mean over the returned pairs. A text that occurs n times in the row occurs n times
         in the result. However, if `data.text_weights` is `uniform`, each distinct text occurs only once.
@@ -311,7 +311,7 @@ class Shards:
         return list(dict.fromkeys(texts)) if self.manifest.request.text_weights == "uniform" else texts
 
     def use_copy(self, file: int, copy: Path) -> None:
-        """From now on, read the rows of one shard file from a local copy.
+        """Let all later reads of one shard file use a local copy.
 
         Other threads may read rows during this call.
         """

@@ -40,7 +40,7 @@ class Table:
         comment: what a row of the table stands for, such as "One row per picture that can be trained on".
         columns: all columns, in the order of the table.
         checks: SQL conditions of the CHECK constraints, by name of the constraint.
-        cluster_by: names of the columns by which Delta clusters the rows, because pipeline stages select rows by them.
+        cluster_by: names of the columns by which Delta clusters the rows. Pipeline stages select rows by these columns.
         followed: whether the change data feed of the table is enabled.
     """
 

@@ -242,8 +242,8 @@ GENERATED_CAPTIONS = Table(
         Column(
             "read_at",
             TIME_TYPE,
-            "Time of the last captioning job that read the picture, whether or not it was captioned again; null if an "
-            "earlier release wrote the row",
+            "Time of the last captioning job that read the picture, even if the job did not caption the picture again; "
+            "null if an earlier release wrote the row",
             nullable=True,
         ),
         Column(
@@ -292,7 +292,8 @@ EVALUATIONS = Table(
         Column(
             "evaluated_at",
             TIME_TYPE,
-            "Time of the evaluation; a repeated evaluation has a new time if another evaluation was newer",
+            "Time of the evaluation. If an evaluation is repeated with the same results, and no other evaluation was "
+            "newer, the time does not change",
         ),
         Column("run_id", pa.string(), "MLflow run that trained the model version"),
         Column(
@@ -357,7 +358,7 @@ DECISIONS = Table(
     (
         Column("decision_id", pa.string(), "Random id of the decision"),
         Column("model_name", pa.string(), "Name of the registered model"),
-        Column("model_version", pa.string(), "Model version that the decision is about"),
+        Column("model_version", pa.string(), "Model version that was promoted, refused or restored by the decision"),
         Column("action", pa.string(), "Decision: promote, refuse or rollback"),
         Column(
             "champion",

@@ -36,13 +36,15 @@ class Panel(NamedTuple):
 def draw_attention(picture: Image, config: ImageConfig, maps: AttentionMaps) -> Image:
     """Draw one picture with a panel for each word.
 
-    The title of a panel is the word and the share of its attention that goes to the picture.
+    The title of a panel contains the word and the share of the word's attention that goes to the picture.
     """
     return join_panels(attention_panels(picture, config, maps))
 
 
 def attention_panels(picture: Image, config: ImageConfig, maps: AttentionMaps, *, side: int = PANEL) -> list[Panel]:
-    """Return a panel of the picture and a panel for each word, whose colours show the attention to each patch.
+    """Return one panel of the picture, and one panel for each word.
+
+    The colours of a word's panel show the attention of the word to each patch of the picture.
 
     Args:
         picture: picture in RGB.

@@ -166,7 +166,8 @@ class Page:
 
     Attributes:
         title: heading of the page.
-        about: paragraph about the data, shown at the end of a page with a verdict, and below the heading otherwise.
+        about: paragraph about the data. On a page with a verdict, this paragraph is at the end; on any other page, it
+            is below the heading.
         figures: numbers to show, by name.
         tables: tables of numbers, each of which stays folded until the reader opens it.
         charts: bar charts of counts.

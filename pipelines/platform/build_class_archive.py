@@ -1,4 +1,4 @@
-"""Program that builds the archive of Spark's classes, unless it exists or a build has begun in the last 24 hours.
+"""Program that builds the archive of Spark's classes if there is no archive and no build began in the last 24 hours.
 
 python -m pipelines.platform.build_class_archive
 """

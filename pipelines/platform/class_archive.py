@@ -68,8 +68,9 @@ class ClassArchive:
         return "" if path is None else f' "-XX:SharedArchiveFile={path}" -XX:+VerifySharedSpaces'
 
     def claim(self) -> bool:
-        """Return whether this process shall build the archive, which is False if the archive exists. Only one process
-        in RETRY_SECONDS gets the result True.
+        """Return whether this process shall build the archive.
+
+        The result is False if the archive exists, or if another process got the result True in the last RETRY_SECONDS.
         """
         if self.find():
             return False
@@ -82,10 +83,11 @@ class ClassArchive:
         return True
 
     def build_later(self) -> None:
-        """Start the background process that builds the archive, unless the archive exists or a build was tried before.
+        """Start the background process that builds the archive, if there is no archive and no build was tried lately.
 
-        The process gets the lowest priority. It needs no terminal, so it outlives the command. It gets no variables
-        that may contain secrets. A failure of the start is ignored, because every command works without the archive.
+        The process gets the lowest priority. The process needs no terminal, so it outlives the command. Environment
+        variables that may contain secrets are not passed to the process. A failure of the start is ignored, because
+        every command works without the archive.
         """
         with suppress(OSError):
             if not self._tried_lately() and self.find() is None:
@@ -107,7 +109,8 @@ class ClassArchive:
         archives = sorted(self.folder.glob("*.jsa"), key=lambda each: each.stat().st_mtime, reverse=True)
         for old in [each for each in archives if each != path][KEPT - 1 :]:
             old.unlink(missing_ok=True)
-            # The file `.tried` stays. Otherwise three environments in turn would build an archive at each start.
+            # The file `.tried` is kept, so that a user who switches between three environments does not start a build
+            # of the archive with each switch.
         return path
 
     def _tried_lately(self) -> bool:

@@ -33,7 +33,7 @@ DELTA_EXTENSION = "io.delta.sql.DeltaSparkSessionExtension"
 
 
 def open_connect_session(config: SparkConfig, root: Path) -> SparkSession:
-    """Open a session on the server whose address is the master, such as `sc://host:15002`.
+    """Open a session on the Spark Connect server whose address is the setting `master`, such as `sc://host:15002`.
 
     Raises:
         UserError: the client of Spark Connect is not installed, the server does not answer, the server refuses a

@@ -227,9 +227,9 @@ def _prepare_environment(config: SparkConfig) -> None:
 
     PYSPARK_PYTHON makes Python workers use this Python instead of the `python3` on PATH. PYTHONSAFEPATH removes the
     working folder from the module search path of processes started with `python -m`. Without PYTHONSAFEPATH, a folder
-    `pipelines`, `vlm` or `jobs` of the user would be imported instead of ours. PYTHONPATH still applies. LC_ALL names a
-    UTF-8 locale if the user's locale is not UTF-8 (`LC_ALL=C` in cron jobs and containers, or a locale that is not
-    installed). If the locale is not UTF-8, the JVM replaces each letter outside of ASCII by `?` in the names of files.
+    `pipelines`, `vlm` or `jobs` of the user would be imported instead of ours. PYTHONPATH still applies. LC_ALL is set
+    to a UTF-8 locale if the user's locale is not UTF-8 (`LC_ALL=C` in cron jobs and containers, or a locale that is not
+    installed). Without a UTF-8 locale, the JVM replaces each letter outside of ASCII by `?` in the names of files.
     """
     os.environ.setdefault(SAFE_PATH, "1")
     if locale.nl_langinfo(locale.CODESET).upper() != "UTF-8":

@@ -60,8 +60,8 @@ class Platform:
         registry_uri: URI of the MLflow model registry.
         model_prefix: prefix of the names of registered models.
         experiment_prefix: prefix of the names of MLflow experiments.
-        shared_experiment: name of the MLflow experiment of all run configs and stages, or None if each run config and
-            each stage that logs its own runs has its own experiment.
+        shared_experiment: name of the MLflow experiment that all run configs and stages share. If None, each run config
+            has its own experiment, and each stage that logs its own runs has its own experiment too.
     """
 
     kind: Literal["local", "databricks"]
@@ -87,7 +87,7 @@ class Platform:
         A text with a slash is a path, such as `shop/products`, `/data/products` or `s3a://bucket/products`.
 
         Raises:
-            UserError: the text names no table of this platform, but a Delta table in the working folder.
+            UserError: no table of this platform has this name, but a Delta table in the working folder has this name.
         """
         if "/" in text and not text.startswith("delta."):
             return f"delta.`{text if '://' in text else os.path.normpath(Path(text).expanduser().absolute())}`"

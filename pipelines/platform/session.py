@@ -66,8 +66,8 @@ def jvm_exit_code(seconds: float = 10.0) -> int | None:
     """Return the exit code of the JVM that this process has started, or None if no JVM was started or the JVM answers.
 
     If a signal has killed the JVM, the exit code is the negative number of the signal. A JVM that is ending closes its
-    connections before its exit code is known, so this function waits up to `seconds` for the exit code, and returns
-    None if the JVM has not ended after this time.
+    connections before its exit code is known. This function therefore waits up to `seconds` for the exit code, and
+    returns None if the JVM has not ended after this time.
     """
     try:
         from py4j.protocol import Py4JError  # type: ignore[import-untyped]
@@ -109,7 +109,8 @@ def analysed(frame: DataFrame) -> DataFrame:
     Raises:
         AnalysisException: a column, function, table or version does not exist.
     """
-    frame.isStreaming  # noqa: B018 (the server analyses the query for it; a schema may be derived by the client)
+    # The server must analyse the query to return this property. The client may derive a schema without the server.
+    frame.isStreaming  # noqa: B018
     return frame
 
 

@@ -22,7 +22,7 @@ from pipelines.errors import UserError
 SUBMIT_ARGUMENTS = "PYSPARK_SUBMIT_ARGS"
 OPTION = "--properties-file"
 LOAD_DEFAULTS = "--load-spark-defaults"
-"""Option that makes Spark read conf/spark-defaults.conf although there is a properties file."""
+"""Option that makes Spark read conf/spark-defaults.conf in addition to the properties file."""
 CONNECT_SECONDS = 10.0
 """Longest time to wait until a server accepts a connection, in seconds."""
 
@@ -32,8 +32,9 @@ def private_settings(settings: Mapping[str, str]) -> Iterator[None]:
     """Let a JVM that is started in the block read Spark settings from a file that only this user can read.
 
     The file is in a temporary folder that only this user can open, and is deleted after the block. Arguments of the
-    user in PYSPARK_SUBMIT_ARGS stay valid. If these arguments name a properties file, its settings are copied in front
-    of `settings`, because Spark reads only one properties file and uses the last value of a repeated setting.
+    user in PYSPARK_SUBMIT_ARGS stay valid. If these arguments name a properties file, the settings in the user's file
+    are copied in front of `settings`. Spark reads only one properties file, and uses the last value of a repeated
+    setting.
 
     Raises:
         UserError: the properties file of the user cannot be read.
@@ -58,11 +59,11 @@ def crash_options(folder: Path, options: str, umask: int) -> str:
     """Return JVM options, to be appended to `options`, that make the JVM write its crash reports into a private folder.
 
     By default, a JVM that crashes writes `hs_err_pid*.log` into the working folder, where every user may read it. The
-    report contains environment variables such as JAVA_TOOL_OPTIONS, the options of the JVM and parts of its memory. An
-    option of the user for the same file stays valid.
+    report contains environment variables such as JAVA_TOOL_OPTIONS, the options of the JVM and parts of its memory. If
+    `options` already sets the path of a report, this path is not changed.
 
     Args:
-        folder: folder of the reports, which is created. Only users who may write there can open the folder.
+        folder: folder of the reports, which is created. Only users with write permission can open the folder.
         options: other options of the JVM.
         umask: umask of this process.
     """
@@ -102,7 +103,7 @@ def check_address(url: str, default_port: int, what: str) -> None:
 
 
 def open_log(file: Path, umask: int) -> BinaryIO:
-    """Open the log of the JVM to append bytes. Only users who may write the log can read the log.
+    """Open the log of the JVM to append bytes. Only users who may write to the log can read the log.
 
     The JVM prints the variable JAVA_TOOL_OPTIONS, which may contain a password. With umask 022, only this user can read
     the log; with umask 002, the users of the file's group can write and read the log.
@@ -115,7 +116,7 @@ def open_log(file: Path, umask: int) -> BinaryIO:
 
 
 def _mode(umask: int) -> int:
-    """Return a file mode in which the users who may write under the umask, and only they, may also read."""
+    """Return a file mode that gives read and write permission to exactly the users whom the umask allows to write."""
     writable = 0o222 & ~umask
     return writable | writable << 1
 
@@ -130,7 +131,7 @@ def _split_properties_file(arguments: list[str]) -> tuple[list[str], bytes]:
             continue
         file = Path(value or next(rest, ""))
         try:
-            # The empty line ends the last setting, also if its line ends with a backslash.
+            # The empty line ends the last setting, even if the line of the setting ends with a backslash.
             content = file.read_bytes() + b"\n\n"
         except OSError as error:
             raise UserError(

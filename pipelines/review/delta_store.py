@@ -25,7 +25,8 @@ class DeltaStore:
     Args:
         captions: table `generated_captions`.
         pictures: captioned table.
-        verdicts: folder of the table `verdicts`, which is created if it does not exist. Table `decisions` is beside it.
+        verdicts: folder of the table `verdicts`, which is created if it does not exist. The folder of the table
+            `decisions` has the same parent folder.
         table: full name of the captioned table.
         model: full name of the model.
         version: version whose captions are read: a number, `champion` or `all` (see `shown_captions.select`).

@@ -77,7 +77,7 @@ def open_app(review: Review, title: str, reviewer: Callable[[Request], str], hos
             show, after, before = _read_query(request.query_params)
         except ValueError:
             return PlainTextResponse(
-                "parameter show must be open, judged or all; parameters after and before must be positions of a link",
+                "parameter show must be open, judged or all; copy parameters after and before from a link of the page",
                 400,
             )
 

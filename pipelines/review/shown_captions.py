@@ -46,16 +46,16 @@ ranked AS (
 )
 SELECT {names}, verdict, correction FROM ranked WHERE age = 1 OR verdict IS NOT NULL
 """
-"""- `seen`: `newest_sha256` is the SHA-256 of the picture that a job of any model has read last. Captions of earlier
-  pictures are left out, because nobody can judge them without their pictures.
-- `champion`: one row, which is null if no version of the model was promoted.
-- `ranked`: of several captions of a picture with different decoding settings, the newest caption that was not judged as
-  bad has the age 1. The view `champion_captions` shows this caption.
+"""- `seen`: `newest_sha256` is the SHA-256 of the picture that the most recent job has read, whatever model it used.
+  Captions of earlier pictures are left out, because nobody can judge a caption without its picture.
+- `champion`: one row, whose values are null if no version of the model was promoted.
+- `ranked`: if a picture has several captions with different decoding settings, the newest caption that was not judged
+  as bad has the age 1. The view `champion_captions` shows this caption.
 """
 
 
 class Selection(NamedTuple):
-    """Values of the statement, each as text that stands in the SQL: a quoted literal, or a marker such as `:table`.
+    """Values in the conditions of the statement. Each value is SQL: a quoted literal, or a marker such as `:table`.
 
     Attributes:
         table: full name of the captioned table.
@@ -72,11 +72,12 @@ def select(names: Mapping[str, str], values: Selection, which: str, missing: Seq
     """Return a statement that selects CAPTION_COLUMNS, `verdict` and `correction` (the text of a corrected caption).
 
     Args:
-        names: text that stands for each table of TABLES in the statement, by name of the table.
+        names: full name of each table in TABLES, by name of the table.
         values: values of the conditions.
-        which: `champion` for the captions of the champion in table `decisions`, or of all versions if there is no
-            champion; `all` for the captions of all versions; or `number` for the captions of `values.version`.
-        missing: columns that tables of Lakesight 0.1.0 lack, as `table.column`. They are read as null.
+        which: `champion`, `all` or another text. `champion` selects the captions of the champion in table `decisions`,
+            or of all versions if there is no champion. `all` selects the captions of all versions. Another text selects
+            the captions of `values.version`.
+        missing: columns that tables of Lakesight 0.1.0 lack, as `table.column`. These columns are read as null.
     """
     of_version = {
         CHAMPION: "(champion_version IS NULL OR seen.model_version = champion_version "

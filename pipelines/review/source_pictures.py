@@ -79,11 +79,12 @@ class SourcePictures:
     def read(self, captions: Iterable[Mapping[str, Any]]) -> Pictures:
         """Read the pictures of captions. Leave out pictures that the table does not contain any more.
 
-        A picture is left out if its bytes have another SHA-256 than the captioned picture. Otherwise, the caption would
-        be shown beside a picture that the model has not seen.
+        A picture is left out if its bytes have another SHA-256 than the captioned picture, so that no caption is shown
+        beside a picture that the model has not seen.
 
         Args:
-            captions: rows with the columns image_id, sha256 and, except in rows of Lakesight 0.1.0, PICTURE_COLUMNS.
+            captions: rows with the columns image_id, sha256 and PICTURE_COLUMNS. A row that Lakesight 0.1.0 wrote may
+                lack the PICTURE_COLUMNS.
 
         Raises:
             UserError: the package `deltalake` cannot read the table or its ids.

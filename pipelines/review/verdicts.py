@@ -20,13 +20,15 @@ from pipelines.formats.tables import MODEL_DIGEST, PICTURE_COLUMNS
 from vlm.config import Config
 
 KEY = ("image_id", "model_version", "settings_hash", MODEL_DIGEST.name, "sha256")
-"""Columns that identify a caption of one source table and one model. The SHA-256 of the picture is one of them, because
-a table may have several columns of pictures, and a later picture may have the id of an earlier picture.
+"""Columns that identify a caption of one source table and one model.
+
+The columns include the SHA-256 of the picture, because a table may have several columns of pictures, and a later
+picture may have the id of an earlier picture.
 """
 CAPTION_COLUMNS = ("caption", "error", "prompt", "mean_logprob", *KEY, *(column.name for column in PICTURE_COLUMNS))
 REFRESH_SECONDS = 300
-"""Age of the captions, in seconds, from which the next request for the page reads them again. A server may run for
-days, while other processes write captions and verdicts.
+"""If the captions were read at least this many seconds ago, the next request for the page reads the captions again. A
+server may run for days, while other processes write captions and verdicts.
 """
 Show = Literal["open", "judged", "all"]
 Key = tuple[str, str, str, str, str]
@@ -84,11 +86,11 @@ class CaptionStore(Protocol):
     verdicts."""
 
     def read_captions(self) -> list[dict[str, Any]]:
-        """Read CAPTION_COLUMNS, `verdict` and `correction` of the captions that the store's version selects.
+        """Read CAPTION_COLUMNS, `verdict` and `correction` for each caption by the model version of the store.
 
         `verdict` is None if there is no verdict. `correction` is the text of a corrected caption, or None. Captions of
-        replaced pictures are left out. Of several captions with different decoding settings, the store reads the newest
-        caption that was not judged as bad, and the captions with a verdict.
+        replaced pictures are left out. If a picture has several captions with different decoding settings, the store
+        reads the newest caption that was not judged as bad, and all captions with a verdict.
 
         Raises:
             UserError: the tables cannot be read.
@@ -106,7 +108,7 @@ class CaptionStore(Protocol):
         ...
 
     def read_texts(self, captions: Sequence[Mapping[str, Any]]) -> Texts:
-        """Read the texts that people wrote about the captioned pictures. Only table `samples` has such texts.
+        """Read the texts that people wrote about the captioned pictures. Only table `samples` contains human texts.
 
         Raises:
             UserError: the table cannot be read.

@@ -119,8 +119,8 @@ class WarehouseStore:
         Captions of pictures that the table does not contain as bytes are left out with a warning.
 
         Raises:
-            UserError: the tables cannot be read, or there are captions, but the table contains none of their pictures
-                as bytes.
+            UserError: the tables cannot be read, or there are captions and the table contains none of the captioned
+                pictures as bytes.
         """
         values = {"table": self._table, "model": self._model}
         if self._version not in (CHAMPION, ALL):
@@ -220,6 +220,6 @@ def _failure(warehouse_id: str, got: str) -> UserError:
         "the SQL warehouse cannot run a statement",
         where=f"warehouse {warehouse_id}",
         got=" ".join(got.split())[:500],
-        fix="correct the cause in the answer of Databricks; the user needs CAN USE on the warehouse, SELECT on the "
+        fix="correct the cause that Databricks reports; the user needs CAN USE on the warehouse, SELECT on the "
         "captioned table, on generated_captions and on decisions, and MODIFY on verdicts",
     )

@@ -1,7 +1,7 @@
 """Functions that load the captioning model of a process, and limit torch to the process's share of the CPU cores.
 
-On a CPU, weights that need no conversion stay in a memory-mapped file, so all processes of a host that load the same
-file share one copy of the weights in memory. On a GPU, each process has its own copy of the weights in GPU memory.
+On a CPU, weights that need no conversion stay in a memory-mapped file. All processes of a host that load the same file
+therefore share one copy of the weights in memory. On a GPU, each process has its own copy of the weights in GPU memory.
 """
 
 from __future__ import annotations

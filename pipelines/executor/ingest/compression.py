@@ -17,7 +17,7 @@ from pipelines.executor.ingest.storage import open_binary
 
 MAGIC = {
     "gzip": rb"\x1f\x8b\x08",
-    "bz2": rb"BZh[1-9](?:1AY&|\x17rE8)",  # "BZh" alone may also begin a text
+    "bz2": rb"BZh[1-9](?:1AY&|\x17rE8)",  # a text may also begin with "BZh"
     "xz": rb"\xfd7zXZ\0",
     "zstd": rb"\x28\xb5\x2f\xfd",
 }
@@ -90,7 +90,7 @@ def decompress(file: IO[bytes], start: bytes) -> IO[bytes]:
 class _ZstdReader(io.RawIOBase):
     """Decompressor of zstd frames.
 
-    The decompressor reads small pieces, because Arrow returns no content of a damaged piece.
+    The decompressor reads small pieces. If a piece is damaged, Arrow returns no part of this piece.
     """
 
     PIECE = 4 << 10

@@ -37,7 +37,8 @@ from vlm.image import ImageInfo, decode_base64, load_decoders, open_image
 BASE64_AS_BYTES = re.compile(rb"\s*(data:image/|[A-Za-z0-9+/_-]{60})")
 """Pattern of base64 text in a value of type bytes. No picture file begins with bytes that match this pattern."""
 BASE64_HEAD = 160
-"""Number of characters that are decoded to recognise base64 of base64; a multiple of 4."""
+"""Number of characters that are decoded to recognise data that was encoded as base64 twice. The number is a multiple of
+4."""
 MAX_PREFIX = 2**10
 """Largest number of characters of a data-URL prefix."""
 FLUSH_BYTES = 16 * 2**20
@@ -123,8 +124,8 @@ def decode_record(record: Record, rules: DecodeRules) -> dict[str, Any]:
 def _decode_bytes(fields: Fields, rules: DecodeRules) -> Fields:
     """Convert values of type bytes in the text, prompt, id and split columns to strings.
 
-    The payload stores bytes as base64. Without the conversion to strings, a replay of the row would use the base64 of a
-    text as the text.
+    The payload stores bytes as base64. Without the conversion to strings, a replay of the row would use the base64 form
+    instead of the text itself.
     """
     columns, split = rules.columns, rules.split
     named = (columns.text, columns.prompt, split.column if split.kind == "column" else None)
@@ -240,8 +241,8 @@ def _decode_picture(
 def _image_bytes(value: object, column: str, max_bytes: int) -> bytes:
     """Return the bytes of a picture file, given a value that contains bytes or base64.
 
-    The payload of a refused row stores bytes as base64. If these bytes were base64 text already, the value is decoded
-    twice.
+    The payload of a refused row stores bytes as base64. If the bytes were themselves base64 text, the value has been
+    encoded twice, and this function decodes the value twice.
 
     Raises:
         Refused: with reason bad_base64 or too_large, or malformed_record if the value is neither bytes nor a string.
@@ -262,14 +263,14 @@ def _image_bytes(value: object, column: str, max_bytes: int) -> bytes:
 
 
 def _decode_text(value: str, max_bytes: int) -> bytes:
-    """Decode base64, or base64 of base64.
+    """Decode a value that was encoded as base64 once or twice.
 
     Raises:
         ImageError: the value is not base64, or the result has more than `max_bytes` bytes.
     """
     try:
         begin = base64.b64decode(value[:BASE64_HEAD], validate=True)
-    except ValueError:  # base64 of another form, such as a data URL, which is never the base64 in a payload
+    except ValueError:  # base64 in another form, such as a data URL; a payload never contains base64 in such a form
         begin = b""
     if BASE64_AS_BYTES.match(begin):
         value = decode_base64(value, 2 * max_bytes + MAX_PREFIX).decode("ascii", "replace")

@@ -26,8 +26,8 @@ A picture encoder adds noise to cells of equal brightness, but the noise causes 
 MAX_DIFFERING_BITS = 3
 """Largest number of hash bits in which near duplicates differ.
 
-The driver's search for candidate pairs finds all pairs within this limit, except pictures that resemble very many
-pictures (see `driver/delta/near_pairs.py`). If you raise this limit, change the search too.
+The driver's search for candidate pairs finds all pairs within this limit, except pairs of pictures that resemble very
+many other pictures (see `driver/delta/near_pairs.py`). If you raise this limit, change the search too.
 """
 MAX_COLOUR_DIFFERENCE = 12
 """Largest difference between the mean colours of a cell in two near duplicates, in levels of 0 to 255."""
@@ -45,7 +45,10 @@ PAIRS = pa.schema(
 
 
 def fingerprint(image: Image.Image) -> bytes:
-    """Return the fingerprint of an RGB picture. Its FINGERPRINT_BYTES bytes begin with the difference hash."""
+    """Return the fingerprint of an RGB picture.
+
+    The fingerprint has FINGERPRINT_BYTES bytes and begins with the difference hash.
+    """
     small = image.resize(((GRID + 1) * GRID, GRID * GRID), RESAMPLING, reducing_gap=1.0)
     grey = np.asarray(small.convert("L").resize((GRID + 1, GRID), RESAMPLING), dtype=np.int16)
     bits = np.packbits(grey[:, 1:] > grey[:, :-1] + MARGIN)

@@ -1,4 +1,4 @@
-"""Functions that merge new texts of a picture, from the rows of an ingest, with its texts in the table `samples`.
+"""Functions that add the texts of newly ingested rows to the texts that a picture already has in the table `samples`.
 
 Several people may write the same caption for a picture. The number of repeats of a caption changes the scores of an
 evaluation, and determines how often training shows the caption (unless `data.text_weights` is `uniform`). However, an
@@ -36,7 +36,7 @@ class MergedTexts(NamedTuple):
     Attributes:
         new_texts: texts to append, in the order of the rows.
         contributing: number of distinct rows that add at least one text which the picture did not have.
-        full: all distinct texts of the picture after the merge if a row has exceeded `max_texts`, else None.
+        full: None, or all distinct texts of the picture after the merge if a row has exceeded `max_texts`.
     """
 
     new_texts: list[Text]

@@ -48,7 +48,7 @@ class Refused(Exception):
 
 
 def outcome_batch(outcomes: Sequence[dict[str, Any]]) -> pa.RecordBatch:
-    """Convert outcomes to one batch of the schema OUTCOME. Columns that an outcome lacks are null in its row.
+    """Convert outcomes to one batch of the schema OUTCOME. A column for which an outcome has no value is null.
 
     This function copies each picture once. Arrow's own builder would copy all pictures again whenever its buffer grows.
     """

@@ -28,10 +28,11 @@ INACCESSIBLE = frozenset(
 failure.
 """
 ONE_FILE = (OSError, BadGzipFile, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
-"""Classes of errors without a code that affect only one file.
+"""Classes of errors that have no error code and affect only one file.
 
-Arrow and the bz2 decompressor raise OSError itself for damaged data. Client libraries of storages raise other
-subclasses without a code, such as a time-out or a failed connection. These subclasses count as a machine failure.
+For damaged data, Arrow and the bz2 decompressor raise an exception of the class OSError itself. Client libraries of
+storages raise other subclasses of OSError without a code, for example after a time-out or a failed connection. If an
+error without a code has a class that is not listed here, the error counts as a machine failure.
 """
 DAMAGE = (EOFError, zlib.error, LZMAError, UnicodeError, tarfile.TarError, pa.ArrowException)
 """Exceptions that decompressors and parsers raise for damaged data."""
@@ -61,8 +62,8 @@ def refuse_secrets(location: str, setting: str) -> None:
 
     A web server's user name is a secret too, because a token may be given as the user name. In URLs of other kinds, the
     text before `@` is the name of a user or a container. The query of a signed URL is a secret. In a URL of an object
-    store, `?` and `#` may also be part of a name, so such a URL is refused only if the part after `?` or `#` contains
-    `=`. If several URLs are chained with `::`, each URL is checked.
+    store, `?` and `#` may also be part of a name. A URL of an object store is therefore refused only if the part after
+    `?` or `#` contains `=`. If several URLs are chained with `::`, each URL is checked.
 
     Raises:
         UserError: a URL has a password, a query or a fragment, or a URL of a web server has a user name. The message
@@ -81,12 +82,13 @@ def refuse_secrets(location: str, setting: str) -> None:
             "a URL has a query or a fragment, which may be a secret and would be stored in tables",
             where=setting,
             got=f"{re.split('[?#]', location)[0]} with more text after ? or #",
-            fix="remove the part from ? or #, and give credentials of an object store in environment variables",
+            fix="remove the part that begins with ? or #, and give credentials of an object store in environment "
+            "variables",
         )
 
 
 class StorageFault(OSError):
-    """Fault of the storage behind a URL, of the network or of the credentials, and not of a single file."""
+    """Fault of the storage behind a URL, of the network or of the credentials, which affects more than one file."""
 
 
 def open_binary(path: str) -> IO[bytes]:
@@ -148,7 +150,7 @@ def _call_storage(path: str, function: Callable[..., Any], *arguments: object) -
 
     Raises:
         OSError, EOFError: the error affects only the file at `path`.
-        StorageFault: the storage has another fault.
+        StorageFault: any other error, which counts as a fault of the storage.
     """
     try:
         return function(*arguments)
@@ -162,9 +164,9 @@ def _call_storage(path: str, function: Callable[..., Any], *arguments: object) -
 def _affects_one_url(path: str, error: OSError | EOFError) -> bool:
     """Return whether an error of an `fsspec` file system affects only the file at a URL.
 
-    The error of an expired token and the error of a forbidden object may be equal, for example a PermissionError
-    without a code (s3fs), EINVAL (s3fs, if the server answers without a text) or OSError (gcsfs). Such an error counts
-    as a fault of the storage, so that no file is refused because of a token.
+    The error of an expired token and the error of a forbidden object may be equal. Examples are a PermissionError
+    without a code (s3fs), EINVAL (s3fs, if the server answers without a text) and OSError (gcsfs). An error that may
+    come from an expired token counts as a fault of the storage, so that no file is refused because of the token.
     """
     if isinstance(error, EOFError):  # a damaged archive of a chain, or the end of an FTP or SFTP connection
         return "::" in path
@@ -242,7 +244,7 @@ def _has_lost_its_folder(error: OSError) -> bool:
 def has_entries(folder: str) -> bool:
     """Return whether a folder has an entry. The folder of a drive that is not mounted is missing or has no entry.
 
-    A folder that may not be listed counts as a folder with entries.
+    A folder that this process has no permission to list counts as a folder with entries.
 
     Raises:
         OSError: the drive does not answer.

@@ -22,7 +22,7 @@ PIECE_BYTES = 64 * 2**10
 
 
 def is_plain(start: bytes) -> bool:
-    """Return whether a file that begins with the bytes `start` is uncompressed UTF-8, which is read in byte ranges."""
+    """Return whether a file that begins with `start` is uncompressed UTF-8, so that it can be read in byte ranges."""
     return compression_of(start) is None and encoding_of(start)[0] == "utf-8"
 
 
@@ -89,7 +89,7 @@ def _read1(stream: IO[bytes], size: int) -> bytes:
 
 class _Joined(io.RawIOBase):
     """Stream that first returns bytes that were already read from another stream, and then the rest of that stream. If
-    reading the other stream has failed, the error is raised after the already read bytes.
+    reading the other stream has failed, the error is raised after the bytes that were read before the failure.
     """
 
     def __init__(self, start: bytes, stream: IO[bytes], damage: Exception | None = None) -> None:

@@ -38,8 +38,8 @@ SURROGATE = re.compile(r"[\ud800-\udfff]")
 def is_missing(value: object) -> bool:
     """Return whether a value is missing.
 
-    A value is missing if it is None, NaN, NaT or pandas' NA, a text without a visible character, bytes that contain at
-    most white space, or a list whose elements are all missing.
+    A value is missing if it is None, NaN, NaT or pandas' NA. A text without a visible character is missing too, and so
+    are empty bytes, bytes that contain only white space, and a list whose elements are all missing.
     """
     if value is None:
         return True

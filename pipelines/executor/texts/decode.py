@@ -37,7 +37,7 @@ FLUSH_ROWS = 1024
 
 @dataclass(frozen=True)
 class TextRules:
-    """Settings that decide whether a row becomes a text, and in which split the text is.
+    """Settings that decide whether a row becomes a text, and to which split the text belongs.
 
     Attributes:
         source: name of the data config, which is the prefix of text ids.

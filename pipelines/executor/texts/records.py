@@ -26,7 +26,7 @@ FILES = pa.schema([("path", pa.binary()), ("file", pa.string())])
 A path is encoded by os.fsencode, because the name of a file can contain bytes that are not UTF-8.
 """
 KEPT_CHARS = 64 * 2**10
-"""Number of characters that `quarantine` keeps of a row that is too long."""
+"""If a row is too long, `quarantine` keeps this number of characters from the beginning of the row."""
 
 Rows = Literal["document", "paragraph", "line"]
 

@@ -47,7 +47,7 @@ class TokenSummary(Config):
         return self.tokens - self.texts
 
     def windows(self, context: int) -> int:
-        """Return the number of windows of `context` positions that cover all tokens, at least 1.
+        """Return how many windows of `context` positions are needed to cover all tokens, which is at least 1.
 
         In these windows, each token except start tokens is a target exactly once.
         """

@@ -1,5 +1,6 @@
 // Filter of the cards by words, group and "only captions that differ".
-// The address holds its state too (#group=worst&find=red&wrong=1), so a filtered view can be shared as a link.
+// The address of the page contains the state of the filter, as in #group=worst&find=red&wrong=1.
+// A filtered view can therefore be shared as a link.
 const find = document.getElementById("find"), group = document.getElementById("group");
 const wrong = document.getElementById("wrong"), shown = document.getElementById("shown");
 const cards = [...document.querySelectorAll("figure")];

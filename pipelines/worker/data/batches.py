@@ -3,8 +3,9 @@
     SLOT x N     <bos>  prompt \\n  answer  <eos>
     '----------- prefix ----------' '-- targets --'
 
-The input tokens of a row are the row's token sequence without the last token. The labels of a row are the row's token
-sequence without the first token, and labels inside the prefix are IGNORE.
+SLOT x N stands for the N positions that the picture takes in the token sequence. The input tokens of a row are the
+row's token sequence without the last token. The labels of a row are the row's token sequence without the first token,
+and labels inside the prefix are IGNORE.
 
 Letters in tensor names: rows (B), pictures (P), height (H), width (W), channels (C), positions (T).
 """
@@ -37,8 +38,8 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 PAD_MULTIPLE = 8
-"""Sequence lengths are rounded up to a multiple of this number, but at most to the context of the model. There are then
-fewer distinct shapes, and kernels are faster."""
+"""Sequence lengths are rounded up to a multiple of this number, but at most to the context of the model. Batches then
+have fewer distinct shapes, and kernels are faster."""
 
 
 class TokenSequence(NamedTuple):

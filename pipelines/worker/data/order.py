@@ -3,17 +3,17 @@
 The selection is a pure function of the step and of the run's settings, so a run can resume at a step without any stored
 state of the row order.
 
-Position k of epoch e is row `permute(k)`, where the permutation depends on (seed, e). The row of a position is computed
-in O(1) time and memory. No list of rows is shuffled, stored or replayed. All ranks compute their parts of the same
-infinite sequence of rows. The sequence does not depend on restarts or on the number of ranks.
+At position k of epoch e, row `permute(k)` is read. The permutation depends on (seed, e). The row of a position is
+computed in O(1) time and memory. No list of rows is shuffled, stored or replayed. All ranks compute their parts of the
+same infinite sequence of rows. The sequence does not depend on restarts or on the number of ranks.
 
 The permutation of n rows is computed with a Feistel network, which permutes the numbers below a power of four. A result
 outside [0, n) is mapped again until a result is inside [0, n). This method is called cycle walking (Black and Rogaway,
 "Ciphers with Arbitrary Finite Domains", 2002).
 
 In a mix of several sources, the positions of an epoch are permuted by the same method. Each permuted position is a draw
-from one source (a part of the mix). The draws from a source are numbered through all epochs. A second Feistel network
-maps the number of a draw to a row of the source.
+from one source (a part of the mix). The draws from a source are numbered consecutively over all epochs. A second
+Feistel network maps the number of a draw to a row of the source.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _WORD = 2**64 - 1
 
 
 class RowPicks(NamedTuple):
-    """Rows that a rank reads at a step, and the epoch of each row. Both arrays have the shape [batch of the rank]."""
+    """Rows that a rank reads at a step, and the epoch of each row. Each array has the shape [batch of the rank]."""
 
     rows: Int64s
     epochs: Int64s
@@ -59,8 +59,8 @@ def pick_rows(step: int, *, rank: int, world_size: int, batch_size: int, num_row
         rank: number of this rank, 0 <= rank < world_size.
         world_size: number of ranks, a divisor of batch_size.
         batch_size: number of rows per step over all ranks together.
-        num_rows: number of positions in an epoch, at least 1. This is the number of rows in the training shards, of
-            draws in an epoch of a mix, or of windows in an epoch of a token file.
+        num_rows: number of positions in an epoch, at least 1. A position stands for a row in the training shards, for a
+            draw in an epoch of a mix, or for a window in an epoch of a token file.
         seed: seed of the run.
     """
     assert batch_size % world_size == 0, "prepare() and run_rank() refuse a batch size that cannot be divided equally"
@@ -82,8 +82,8 @@ def pick_mix_rows(picks: RowPicks, rows: Sequence[int], draws: Sequence[int], *,
         seed: seed of the run.
 
     Returns:
-        The row of each draw, and the row's epoch, which counts the complete passes over the row's source before the
-        draw.
+        The row of each draw, and the row's epoch. The epoch is the number of complete passes over the row's source
+        before the draw.
     """
     found, rounds = np.empty_like(picks.rows), np.empty_like(picks.epochs)
     first_row = first_draw = 0

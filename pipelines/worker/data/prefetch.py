@@ -1,4 +1,4 @@
-"""Copy of the next batch to the GPU on a separate CUDA stream, while the current step computes."""
+"""Function that copies the next batch to the GPU on a separate CUDA stream, while the GPU computes the current step."""
 
 from __future__ import annotations
 

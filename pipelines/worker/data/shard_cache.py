@@ -63,8 +63,8 @@ class ShardCopier(threading.Thread):
         """Raise the error of the thread if the thread has failed. This method does not wait for the thread.
 
         Raises:
-            StageFailed: a shard file differs from its manifest, or another user owns or may write the folder of the
-                copies.
+            StageFailed: a shard file differs from its manifest, the folder of the copies belongs to another user, or
+                all users may write to this folder.
         """
         if self._failure:
             raise self._failure
@@ -106,9 +106,9 @@ class ShardCopier(threading.Thread):
 
 
 def _use_copy(entry: CacheEntry) -> bool:
-    """Redirect reads to the file's copy if a copy of the right size exists. Return whether such a copy exists.
+    """Redirect reads to the file's copy if a copy of the right size exists.
 
-    The caller must hold the lock of the cache folder.
+    Return False if there is no copy of the right size. The caller must hold the lock of the cache folder.
     """
     if not entry.copy.exists() or entry.copy.stat().st_size != entry.file.bytes:
         return False
@@ -118,7 +118,9 @@ def _use_copy(entry: CacheEntry) -> bool:
 
 
 def _make_room(root: Path, needed: int, limit: float, own: set[Path]) -> bool:
-    """Remove copies of other runs until there is room for a file. If the file cannot fit, remove none and return False.
+    """Remove copies of other runs until there is room for a file.
+
+    If even the removal of all copies of other runs would not make enough room, remove no copy and return False.
 
     Args:
         root: folder of the copies.

@@ -23,8 +23,8 @@ class RankEnv:
 
     @classmethod
     def from_environment(cls) -> RankEnv:
-        """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, and the variables LAKESIGHT_STORE and LAKESIGHT_LAUNCHER
-        if the driver started the rank.
+        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. If the driver started the rank, also read
+        LAKESIGHT_STORE and LAKESIGHT_LAUNCHER.
 
         Raises:
             UserError: a variable is missing because the process was not started by torchrun.

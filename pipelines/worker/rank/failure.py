@@ -9,13 +9,13 @@ another rank has died, the main thread is blocked in a C++ collective, so the ha
 SIGINT arrives, Python's C-level handler writes the signal's number to a pipe. The monitor thread reads the pipe, writes
 the failure record and exits the process.
 
-Without a signal, the monitor thread ends the rank for two reasons. If the launcher has died, the rank exits, so that no
-rank continues without its launcher. The driver passes its process id to its ranks, so that a rank also notices a driver
-that died while the rank was starting. If the rank reports no progress for `train.timeout_seconds`, the rank writes the
-stacks of all threads and exits. When one rank hangs, all other ranks wait for this rank and also make no progress. A
-rank that is inside a collective is therefore recorded as waiting, not as the cause, and its timeout is
-WAITING_EXTRA_SECONDS longer, so that the hanging rank writes its failure record first. If the interpreter itself
-is stuck, faulthandler's C thread ends the rank.
+Even without a signal, the monitor thread ends the rank in two cases. If the launcher has died, the rank exits, so that
+no rank continues without its launcher. The driver passes its process id to its ranks, so that a rank also notices a
+driver that died while the rank was starting. If the rank reports no progress for `train.timeout_seconds`, the rank
+writes the stacks of all threads and exits. When one rank hangs, all other ranks wait for this rank and also make no
+progress. A rank that is inside a collective is therefore recorded as waiting, not as the cause. The timeout of a
+waiting rank is WAITING_EXTRA_SECONDS longer, so that the hanging rank writes its failure record first. If the
+interpreter itself is stuck, faulthandler's C thread ends the rank.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def pick_device(platform: PlatformConfig, env: RankEnv) -> torch.device:
         )
     if torch.cuda.device_count():
         log.warning(
-            "this rank uses a CPU, because %d ranks need a GPU each and host %s has %d",
+            "this rank uses a CPU, because %d ranks need one GPU each, and host %s has only %d",
             *(env.local_world_size, socket.gethostname(), torch.cuda.device_count()),
         )
     return torch.device("cpu")

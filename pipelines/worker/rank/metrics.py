@@ -95,7 +95,7 @@ class Stopwatch:
         self._resumed = time.perf_counter()
 
     def lap(self) -> dict[str, float]:
-        """Return the rates since the last call of this method or, in the first call, since the start.
+        """Return the rates since the last call of this method or, in the first call, since the timer was created.
 
         Returns:
             samples_per_second, tokens_per_second, and data_wait: the fraction of time spent waiting for batches.

@@ -1,9 +1,9 @@
-"""Progress of rank 0 while the other ranks wait for rank 0.
+"""Signals that report the progress of rank 0 to the other ranks while they wait for rank 0.
 
-Rank 0 alone completes checkpoints and, if the model is not sharded, rank 0 alone captions validation pictures. A rank
-that reports no progress for `train.timeout_seconds` ends itself, and this work may take longer. Therefore rank 0
-regularly sends a signal to the waiting ranks, and each rank counts the signal as its own progress. If rank 0 hangs, the
-signals stop, and all ranks time out as in any other step.
+Rank 0 alone completes checkpoints and, if the model is not sharded, rank 0 alone captions validation pictures. This
+work may take longer than `train.timeout_seconds`, and a rank that reports no progress for this time ends itself.
+Therefore rank 0 regularly sends a signal to the waiting ranks, and each rank counts the signal as its own progress. If
+rank 0 hangs, the signals stop, and all ranks time out as in any other step.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ProgressRelay:
 
     @contextmanager
     def reporting(self, decoder: nn.Module) -> Iterator[None]:
-        """Report progress after each call of the decoder in the `with` block, so after each generated token."""
+        """Report progress after each call of the decoder in the `with` block, which is once per generated token."""
         handle = decoder.register_forward_hook(lambda *_: self.report())
         try:
             yield

@@ -1,6 +1,6 @@
 """Start of ranks without a driver. No rank changes a file of the run before rank 0 owns the run.
 
-The ranks connect to the store of torchrun, and rank 0 writes into the store whether rank 0 owns the run.
+The ranks connect to the store of torchrun. If rank 0 owns the run, rank 0 writes OWNED into the store, else REFUSED.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _open_store(env: RankEnv) -> Store:
 
 
 def _wait_for_rank_0(store: Store, key: str) -> str:
-    """Wait until rank 0 has written whether it owns the run, and return the answer.
+    """Wait until rank 0 has written OWNED or REFUSED into the store, and return this value.
 
     Return REFUSED after START_SECONDS, or if rank 0 or the store has ended.
     """

@@ -4,9 +4,9 @@ The training loop waits only until its tensors are copied and until the previous
 most one copy of the tensors is in memory. An error in the thread is raised in the rank at its next step, because a run
 that cannot write checkpoints must fail.
 
-The newest `train.keep_checkpoints` checkpoints, the best checkpoint by `train.best_by` and, if `train.register` is a
-step, the checkpoint of this step are kept. The metrics are read from the metric files, so a restarted run keeps the
-same checkpoints.
+The newest `train.keep_checkpoints` checkpoints and the best checkpoint by `train.best_by` are kept. If `train.register`
+is a step, the checkpoint of this step is kept too. The values of `train.best_by` are read from the metric files, so a
+restarted run keeps the same checkpoints.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ class CheckpointWriter:
         """Wait until the last checkpoint and all small files are written.
 
         Args:
-            report_progress: function that is called regularly while the checkpoint is written, but not after
-                WRITE_SECONDS since the start of the write.
+            report_progress: function that is called regularly while the checkpoint is written. The calls stop
+                WRITE_SECONDS after the start of the write.
 
         Raises:
             OSError, ...: a checkpoint or file could not be written.
@@ -109,7 +109,8 @@ class CheckpointWriter:
             self._pending.result()
 
     def _write(self, step: int, write: Callable[[Path], None], metrics: Future[None]) -> None:
-        metrics.result()  # the metrics are written first, because a restarted run reads them up to its checkpoint
+        # The metrics are written first, because a restarted run reads the metrics of all steps up to its checkpoint.
+        metrics.result()
         with atomic_folder(self._run.checkpoint(step)) as folder:
             write(folder)
             write_json(folder / "run.json", self._file)
@@ -147,8 +148,8 @@ class MetricHistory:
     """Values of the metric `train.best_by` so far, which decide when training ends early and which step is the best.
 
     A resumed run reads the values of earlier steps from the metric files, and therefore makes the same decisions as an
-    uninterrupted run. All ranks read the same files, so they make the same decisions. The files are not read if neither
-    `train.stop` nor `train.register: best` is set, because then no decision depends on the values.
+    uninterrupted run. All ranks read the same files, so they make the same decisions. The files are read only if
+    `train.stop` or `train.register: best` is set, because otherwise no decision depends on the values.
     """
 
     def __init__(self, run: RunFolder, settings: TrainConfig, resume_step: int) -> None:
@@ -165,8 +166,8 @@ class MetricHistory:
         """Add the metrics of a step. A step without a value of the metric `train.best_by` is ignored.
 
         Returns:
-            Whether a checkpoint of the step must be written, because its value is better than all earlier values.
-            Always False in a run that does not save its best checkpoints (`TrainConfig.saves_best`).
+            Whether a checkpoint of the step must be written, because the value of the step is better than all earlier
+            values. Always False in a run that does not save its best checkpoints (`TrainConfig.saves_best`).
         """
         if (value := values.get(f"val/{self._best_by}")) is None:
             return False
@@ -175,7 +176,7 @@ class MetricHistory:
 
     @property
     def ends_training(self) -> bool:
-        """True if none of the last `train.stop` values of the metric is better than the best value before them.
+        """True if the last `train.stop` values of the metric have not improved on the best earlier value.
 
         False if `train.stop` is not set.
         """
@@ -188,8 +189,8 @@ def find_common_checkpoint(run: RunFolder, rank: int, device: torch.device) -> P
     """Return the newest intact checkpoint, from which all ranks resume, or None if the run has no checkpoint yet.
 
     This function is a collective: every rank must call it. Rank 0 first removes the files of checkpoints that were
-    never finished. Then rank 0 verifies the SHA-256 of the files of the checkpoints, newest checkpoint first, until a
-    checkpoint is intact, and renames the damaged checkpoints that are newer.
+    never finished. Then rank 0 verifies the SHA-256 of the checkpoints' files, newest checkpoint first, until a
+    checkpoint is intact. Rank 0 renames the damaged checkpoints that are newer than the intact checkpoint.
 
     Raises:
         CheckpointError: all checkpoints of the run are damaged.
@@ -257,7 +258,7 @@ def check_settings(folder: Path, file: RunFile) -> None:
     """Check that a checkpoint was trained with the settings and data that determine the outcome of the run.
 
     Raises:
-        UserError: a setting or the data of the checkpoint and of the run differ. The error lists each difference.
+        UserError: the checkpoint and the run differ in a setting or in the data. The error lists each difference.
     """
     saved = read_json(folder / "run.json", RunFile)
     differing = list(config_differences(_outcome_settings(saved), _outcome_settings(file)))

@@ -76,7 +76,7 @@ class CaptionSampler:
         model: model whose captions are sampled, without a DDP wrapper.
         tokenizer: tokenizer of the model.
         collator: collator of the model.
-        cider: CIDEr-D with the document frequencies of the training texts, in which the end token counts as a word.
+        cider: CIDEr-D with the document frequencies of the training texts. The end token of a text counts as a word.
         objective: settings of the CIDEr objective (number of samples per picture, and temperature).
         settings: settings of the run.
         reward: running mean to which the CIDEr-D of the sampled captions is added.
@@ -147,5 +147,5 @@ def advantages(rewards: Sequence[float]) -> list[float]:
 
 
 def _is_complete(completion: Completion) -> bool:
-    """Return whether the model has ended the caption with an end token, so the caption was not cut at the limit."""
+    """Return whether the model has ended the caption with an end token, and the caption was not cut at the limit."""
     return completion.num_tokens > len(completion.tokens)

@@ -86,7 +86,8 @@ def slices_of(run: RunFolder, step: int) -> Path:
 def remove_unfinished_checkpoints(run: RunFolder) -> None:
     """Remove the unfinished checkpoints that an earlier attempt of the run has left.
 
-    This attempt then joins only its own slices. The temporary folder of a checkpoint may contain gigabytes.
+    After the removal, this attempt joins only its own slices. The temporary folder of a checkpoint may contain
+    gigabytes.
     """
     for pattern in (".slices_*", ".step_*.tmp"):
         for folder in run.checkpoints.glob(pattern):

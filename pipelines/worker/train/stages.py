@@ -92,7 +92,7 @@ def stage_at(stages: list[Stage], step: int) -> Stage:
 
 
 def advise_on_rates(fix: str, settings: TrainConfig) -> str:
-    """Return the advice of an error. In a run with stages, the advice names the settings of the stages."""
+    """Return the text `fix` of an error. In a run with stages, the text names the settings of the stages."""
     if not settings.stages:
         return fix
     slower = (

@@ -23,8 +23,8 @@ from vlm.training.objective import row_losses
 from vlm.training.parallel import global_sum
 
 PROMPT_SHARE = 4
-"""A sample is the model's continuation of the beginning of a validation window. The beginning is at most 1/PROMPT_SHARE
-of the window."""
+"""For a sample, the model continues the beginning of a validation window. The beginning is at most 1/PROMPT_SHARE of
+the window."""
 
 
 class TextTrainer(Trainer):

@@ -218,7 +218,7 @@ class Trainer:
         return RowOrder(rank=env.rank, world_size=env.world_size, batch_size=settings.batch_size, seed=settings.seed)
 
     def with_pictures(self, error: NotFiniteError) -> NotFiniteError:
-        """Add the replay command and, outside validation, this rank's pictures to an error, and return the error."""
+        """Return the error with the replay command. If a training step failed, also name this rank's pictures."""
         got = error.got
         if not error.in_validation:
             rows, _, _ = rows_of_step(self.train_shards, error.step, **self.row_order())
@@ -234,8 +234,8 @@ class Trainer:
     def after_step(self, stage: Stage, report: StepReport) -> None:
         """Report the step.
 
-        Write metrics, validate, caption samples or save a checkpoint, if the settings of the run require this at the
-        step.
+        Write metrics, validate, caption samples and save a checkpoint, each only if the settings of the run require the
+        action at this step.
 
         All ranks take part in validation. Only rank 0 writes metrics, samples and checkpoints. If the model is sharded,
         all ranks take part in writing a checkpoint.
@@ -391,8 +391,6 @@ class Trainer:
         )
 
     def _free_gathered_weights(self) -> None:
-        """Free the weights that FSDP keeps until a backward pass, because the next training step would use these old
-        weights.
-        """
+        """Free the weights that FSDP keeps until a backward pass, so that no training step uses these old weights."""
         if isinstance(self.model, FSDPModule):
             self.model.reshard()

@@ -124,7 +124,7 @@ def _weighted_texts(shards: Shards, index: int) -> list[_WeightedText]:
 
 
 def _read_rows(shards: Shards, chosen: Sequence[_WeightedText], total: int) -> tuple[list[Row], npt.NDArray[np.uint8]]:
-    """For each text, return its row, and the pixels (BHWC) of the next row, whose picture is the wrong picture.
+    """For each text, return its row, and the pixels of the wrong picture, which is the picture of the next row.
 
     Each row is read only once.
     """
@@ -137,7 +137,8 @@ def caption_samples(
 ) -> tuple[CaptionSample, ...]:
     """Caption the first pictures of the shards. Skip rows whose prompt leaves no room for a caption.
 
-    The reference text of row n is text n modulo the number of texts of the row, so the samples show different texts.
+    If row n has k texts, the text with the number n modulo k is the reference text. The samples therefore show
+    different texts.
     """
     config = model.config
     max_prefix = config.decoder.context - config.generation.max_new_tokens

@@ -195,8 +195,9 @@ class NotStored(dict[str, str]):
 
     Args:
         what: text that describes the value, such as "5,000 bytes; at most 100 are allowed".
-        value: array whose only element is the value that is not stored, or None. The placeholder of a string or binary
-            value contains a hash of the beginning and the end of the value (END_BYTES each).
+        value: array whose only element is the value that is not stored, or None for a placeholder without a hash. The
+            placeholder of a string or binary value contains a hash of the beginning and the end of the value (END_BYTES
+            each).
 
     Attributes:
         what: text that describes the value, such as "5,000 bytes; at most 100 are allowed".
@@ -223,7 +224,7 @@ def _buffer(array: pa.Array) -> pa.Buffer | None:
 
 
 def content_of(array: pa.Array) -> pa.Buffer:
-    """Return the bytes of an array that contains one string or binary value, without the copy that a scalar makes."""
+    """Return the bytes of an array that contains one string or binary value, without copying the bytes."""
     kind, at = array.type, array.offset
     if types.is_binary_view(kind) or types.is_string_view(kind):
         return array[0].as_buffer()

@@ -28,7 +28,7 @@ def coco_columns(columns: ColumnNames) -> list[str]:
 def coco_records(path: str, file: str, columns: ColumnNames) -> Iterator[Record]:
     """Yield one record per image, with a list of its captions.
 
-    If the document has no image for the image id of annotations, the captions with this id become one record.
+    If the document has captions with an image id, but no image with this id, these captions become one record.
 
     Args:
         path: path of the document.

@@ -1,8 +1,8 @@
 """Parser of CSV rows with any delimiter and any line end, and optionally with line breaks inside quoted fields.
 
-Spark's CSV parser needs half as much time for a row as the decoder needs for the row's picture. Python's csv module is
-slow too, because the module looks at every character. Therefore, Python workers read the bytes of the files, and search
-for the next delimiter or quote.
+Spark's CSV parser takes half as long to parse a row as the decoder takes to decode the row's picture. Python's csv
+module is slow too, because the module looks at every character. Therefore, Python workers read the bytes of the files,
+and search for the next delimiter or quote.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipelines.executor.ingest.records.lines import (
 from pipelines.executor.ingest.records.record import Problem, Record, add_partition
 
 MAX_LINES_OF_ROW = 100_000
-"""Largest number of lines of a row with line breaks inside quotes."""
+"""Largest number of lines in one row whose quoted fields contain line breaks."""
 MAX_BROKEN_LINES = 100
 """If fields may not contain line breaks, the parser searches at most this number of lines for a missing closing quote.
 """
@@ -81,7 +81,7 @@ def _csv_range(part: Range, *, multiline: bool, limit: int) -> Iterator[Record]:
 
 
 def csv_rows(part: Range, *, multiline: bool, limit: int) -> Iterator[str | LongLine]:
-    """Yield the rows of a range as text, without line ends. The layout of the range may still lack column names."""
+    """Yield the rows of a range as text, without line ends. The layout of the range does not need column names."""
     quoting = _Quoting(*(text.encode() for text in (part.layout.delimiter, part.layout.quote, part.layout.escape)))
     lines = range_lines(part, limit)
     for row in _join_quoted(lines, quoting, None if multiline else part.layout.separator, limit):
@@ -89,7 +89,7 @@ def csv_rows(part: Range, *, multiline: bool, limit: int) -> Iterator[str | Long
 
 
 def _lines(part: Range, limit: int) -> Iterator[tuple[str | LongLine, bool]]:
-    """Yield each row of a range, and whether the row begins inside a quoted field.
+    """Yield each row of a range with a flag that says whether the row begins inside a quoted field.
 
     The line separator of the layout always ends a row, even inside quotes.
 
@@ -232,10 +232,10 @@ def split_line(line: str, delimiter: str = ",", escape: str = "", quote: str = '
     In a quoted field, the escape character (which Spark uses in CSV files) precedes a quote or another escape
     character. In a field without quotes, the escape character has no special meaning.
 
-    A field that does not begin with a quote may contain quotes, as in `5" pipe`, although the standard forbids such
-    quotes. However, a row is wrong if such a field has an odd number of quotes and ends with a quote that does not
-    follow a digit. The field is probably the end of a quoted field that began in an earlier line. A quote after a digit
-    is allowed, because the quote may mean inches.
+    A field that does not begin with a quote may contain quotes, as in `5" pipe`, although the standard forbids these
+    quotes. However, a row is wrong if a field without an opening quote has an odd number of quotes and ends with a
+    quote that does not follow a digit. The field is probably the end of a quoted field that began in an earlier line. A
+    quote after a digit is allowed, because the quote may mean inches.
     """
     if not quote:
         return line.split(delimiter)
@@ -258,12 +258,12 @@ def split_line(line: str, delimiter: str = ",", escape: str = "", quote: str = '
 
 
 def _ends_quotes(field: str, quote: str) -> bool:
-    """Return whether a field without an opening quote is probably the end of a quoted field of an earlier line."""
+    """Return whether a field without an opening quote probably ends a quoted field that began in an earlier line."""
     return field.endswith(quote) and field.count(quote) % 2 == 1 and not field[-2].isnumeric()
 
 
 def _find_closing_quote(line: AnyStr, start: int, quote: AnyStr, escape: AnyStr) -> int:
-    """Return the position of the quote that closes the field whose text begins at `start`, or -1.
+    """Return the position of the quote that closes the field at `start`, or -1 if no quote closes the field.
 
     Two consecutive quotes, and a quote after an escape character, do not close the field but stand for one quote.
     """

@@ -1,9 +1,9 @@
 """Parser of folder sources: pictures in a folder, and a captions file whose rows contain the paths of the pictures.
 
-A row whose picture file is missing, not readable or too large is refused. An error that may be a fault of the machine
-fails the Spark task, and Spark retries the task. Without a retry, a network drive that is offline for a minute would
-fill the table `quarantine`. If the folder of the pictures is missing or empty, the drive is probably not mounted on
-this machine, so this is a fault of the machine too.
+A row whose picture file is missing, not readable or too large is refused. If an error may be a fault of the machine,
+the Spark task fails, and Spark retries the task. Without a retry, a network drive that is offline for a minute would
+fill the table `quarantine`. A missing or empty folder of pictures also counts as a fault of the machine, because the
+drive is probably not mounted on this machine.
 """
 
 from __future__ import annotations
@@ -102,8 +102,9 @@ def _caption_row(record: Record, captions: str, folder: str, column: str) -> dic
     found = _find_picture(folder, subfolder_of(captions, folder), record.fields.get(column))
     if isinstance(found, PictureFile):
         row["picture"] = printable(str(found.path))
-        # A refused row is not read again when its picture changes. A picture that may not be read now has no state, so
-        # that the row is read again after the permissions were changed, which changes neither size nor time.
+        # A refused row is not read again when its picture changes. The state of a picture without read permission is
+        # NO_PICTURE, so that the row is read again after the permission is granted. A new permission changes neither
+        # the size nor the time of the file.
         if not record.problem and os.access(found.path, os.R_OK):
             row["state"] = change_token(found.status.st_size, found.status.st_mtime_ns // 1000)
     return row

@@ -1,8 +1,8 @@
 """Functions with which Python workers read the lines of files, in byte ranges and with bounded memory.
 
-A line may contain megabytes of base64. Spark's text reader is not used. Spark would copy each line about six times
-inside the JVM, which takes half as long as decoding the picture in the line. With Spark's text reader, one damaged file
-would also fail the whole Spark job.
+A line may contain megabytes of base64. Spark's text reader is not used for two reasons. Spark would copy each line
+about six times inside the JVM, which takes half as long as decoding the picture in the line. In addition, one damaged
+file would fail the whole Spark job.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ LINE_ENDS = "\r\n"
 """Characters that are stripped from the end of a line. Some spreadsheets end a line with two carriage returns."""
 CHUNK_BYTES = 2**20
 KEPT_BYTES = 64 * 2**10
-"""Number of bytes that the table `quarantine` stores of a line that is too long."""
+"""If a line is too long, the table `quarantine` stores this number of bytes from the beginning of the line."""
 
 
 class Layout(NamedTuple):
     """Layout of a text file, which the driver determines from the beginning of the file.
 
     Attributes:
-        separator: byte that separates lines, which is a line feed, or a carriage return in files of old spreadsheets.
+        separator: byte that separates lines: a carriage return in files of old spreadsheets, a line feed in all others.
         skip: number of rows at the start of the file that contain no values, such as the header and blank lines.
         names: column names of a CSV file.
         delimiter: character between the fields of a CSV file.
@@ -180,11 +180,11 @@ def _skip_line(file: IO[bytes], separator: bytes) -> int:
 
 
 def split_stream(file: IO[bytes], separator: bytes, limit: int) -> Iterator[bytes | LongLine]:
-    """Split a stream at a separator, with at most `limit` bytes and a few chunks in memory.
+    """Split a stream at a separator, while at most `limit` bytes and a few chunks are in memory.
 
-    Of a line that is longer than the limit, only the first KEPT_BYTES bytes are kept in memory. The line end may change
-    in the middle of a file. A line that is too long is therefore also split at the other line end (carriage return or
-    line feed).
+    If a line is longer than the limit, only its first KEPT_BYTES bytes are kept in memory. The line end may change in
+    the middle of a file. A line that is too long is therefore also split at the other line end (carriage return or line
+    feed).
     """
     line = _PendingLine(_other_end(separator), limit)
     read1 = getattr(file, "read1", file.read)

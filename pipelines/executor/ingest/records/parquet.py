@@ -29,7 +29,7 @@ from pipelines.executor.ingest.storage import FILE_ERRORS, require_damage
 MAX_VALUE_BYTES = 16 * 2**20
 """Largest size of a value that is not a picture, in bytes."""
 MAX_PICTURE_BYTES = 32 * 2**20
-"""Size in bytes up to which a picture is stored in `quarantine` even if the picture exceeds data.limits.max_bytes."""
+"""A picture of at most this number of bytes is stored in `quarantine` even if it exceeds data.limits.max_bytes."""
 MAX_OTHERS_BYTES = 32 * 2**20
 """Largest total size of the unused columns of a refused row, in bytes. Values beyond this size are not stored."""
 
@@ -76,8 +76,9 @@ def parquet_records(
 def _read_range(part: _Range, columns: _Columns) -> Iterator[Record]:
     opened, is_everywhere = _open(part, columns)
     if isinstance(opened, str):
-        # Damage of the whole file is reported once, for its first range. Another error is reported for each range,
-        # because other hosts may be able to open the file. Equal reports become one row of `quarantine`.
+        # Damage of the whole file is reported once, for its first range. An error that may occur only on this host is
+        # reported for each range, because other hosts may be able to open the file. Equal reports become one row of
+        # `quarantine`.
         if part.start == 0 or not is_everywhere:
             yield unreadable_file(part.file, part.path, opened)
         return
@@ -99,8 +100,8 @@ def _read_range(part: _Range, columns: _Columns) -> Iterator[Record]:
 def _open(part: _Range, columns: _Columns) -> tuple[ParquetColumns | str, bool]:
     """Open a Parquet file, or return a text that says why the file cannot be read.
 
-    The second value is whether every host finds the same: an error of the operating system, such as a missing file, may
-    be an error of this host.
+    The second value says whether every host gets the same result. An error of the operating system, such as a missing
+    file, may occur only on this host.
     """
     try:
         opened = ParquetColumns(part.path)
@@ -174,7 +175,7 @@ class _OtherColumns:
         self.next_row = 0
 
     def row(self, row: int) -> Fields:
-        """Return the unused columns and partition values of a row. Rows are read fastest in ascending order."""
+        """Return the unused columns and partition values of a row. Calls are fastest with ascending row numbers."""
         folder = {name: value for name, value in self.part.partition.items() if name not in self.used}
         if row < self.next_row or self.cursors is None:
             try:

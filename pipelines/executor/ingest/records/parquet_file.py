@@ -22,7 +22,7 @@ from pipelines.executor.ingest.storage import is_url, open_binary, printable
 BATCH_BYTES = 16 * 2**20
 BATCH_ROWS = 1024
 DICTIONARY_BYTES = 64 * 2**20
-"""Largest size of a column chunk of lists that is read as an Arrow dictionary array, in bytes.
+"""Lists of texts are read as Arrow dictionary arrays if the texts of a row group have at most this number of bytes.
 
 If the file's dictionary page lacks some values, Arrow adds these values to the dictionary of the array. The dictionary
 may therefore become as large as the column chunk.
@@ -144,9 +144,9 @@ class ParquetColumns:
     def _keeps_dictionaries(self, group: int, sizes: Mapping[int, PageSizes]) -> bool:
         """Return whether to read a column as an Arrow dictionary array.
 
-        A dictionary array stores a repeated value only once. A column with lists of texts is read so if its texts take
-        at most DICTIONARY_BYTES. Another column is read so if its values repeat and the dictionary in the file is
-        larger than BATCH_BYTES.
+        A dictionary array stores a repeated value only once. A column with lists of texts is read as a dictionary array
+        if its texts take at most DICTIONARY_BYTES. A column without lists is read as a dictionary array if its values
+        repeat and the dictionary in the file is larger than BATCH_BYTES.
         """
         texts = [leaf for leaf in sizes if leaf in self._texts]
         if not any(self._column(leaf).max_repetition_level for leaf in texts):
@@ -175,7 +175,11 @@ class ParquetColumns:
 
 
 def _open_native(path: str) -> pa.OSFile:
-    """Open a local file. An error gets the path of the file, which `describe_damage` needs and Arrow does not give."""
+    """Open a local file.
+
+    If the file cannot be opened, add the path of the file to the error. Arrow's error has no path, but
+    `describe_damage` needs the path.
+    """
     try:
         return pa.OSFile(path)
     except OSError as error:

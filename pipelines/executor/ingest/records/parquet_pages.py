@@ -20,7 +20,7 @@ MAX_LIST_VALUES = 2**24
 HONEST_RATIO = 4
 """A page with at most this compression ratio is read, however large it is.
 
-With at most this compression ratio, a page is not much larger than its file.
+After decompression, a page with this compression ratio is not much larger than its file.
 """
 HEADER_BYTES = 256
 MAX_HEADER_BYTES = 2**20
@@ -31,7 +31,7 @@ class PageSizes(NamedTuple):
     """Sizes of the pages of a column chunk.
 
     Attributes:
-        per_value: mean size of a value in the page with the largest values, in bytes without compression.
+        per_value: mean size of a value in bytes without compression, for the page in which this mean is largest.
         dictionary: size of the dictionary page in bytes, or 0 if there is no dictionary page.
         repeats: whether all values are in the dictionary and occur at least REPETITIONS times on average.
         refused: reason for which the column chunk is not read, or None.

@@ -19,7 +19,7 @@ CHUNK = 1 << 20
 HEADER_BYTES = 1 << 20
 """Largest size of an extended header, which contains a long name or attributes, in bytes."""
 EXTENDED = {tarfile.GNUTYPE_LONGNAME: "path", tarfile.GNUTYPE_LONGLINK: "linkpath"}
-"""Types of extended headers, each with the attribute of the next member that such a header contains."""
+"""Name of the attribute in each type of extended header. The attribute belongs to the next member of the tar."""
 PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 KINDS = {
     tarfile.CHRTYPE: "a device",
@@ -81,7 +81,7 @@ class TarReader:
                 found = self._read_attributes(header)
                 if isinstance(found, str):
                     problem = found
-                elif header.type != tarfile.XGLTYPE:  # in practice, such a header for all members has only comments
+                elif header.type != tarfile.XGLTYPE:  # in practice, a header for all members contains only comments
                     attributes |= found
                 continue
             yield self._member(header, attributes, problem)
@@ -127,8 +127,8 @@ class TarReader:
         return f"damaged header: {error}"
 
     def _read_attributes(self, header: tarfile.TarInfo) -> dict[str, str] | str:
-        """Read an extended header. Return the attributes that it contains for the next member, or that member's
-        problem."""
+        """Read an extended header. Return the attributes of the next member, or a text that says why the content of the
+        next member cannot be read."""
         if header.size > HEADER_BYTES:
             return f"an extended header of {header.size} bytes; at most {HEADER_BYTES} are allowed"
         content = self._read(header.size)

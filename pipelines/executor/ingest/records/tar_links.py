@@ -83,7 +83,7 @@ class LinkTargets:
 
     def _copy(self, reader: TarReader, member: Member, name: str) -> tuple[int, int] | Problem:
         if name in self._found:
-            return Problem("malformed_record", "the tar has several members of that name")
+            return Problem("malformed_record", "the tar has several members with this name")
         if member.size > self._max_bytes:
             return Problem("too_large", f"{member.size} bytes; at most {self._max_bytes} are allowed")
         start = self._file.tell()

@@ -29,8 +29,8 @@ MAX_MEMBERS = 1_000
 MAX_KEYS = 200_000
 """Largest number of keys that are remembered, to detect rows whose members are not consecutive in the tar."""
 SIDE_BYTES = 16 * 2**20
-"""Largest total size of all members of a row except pictures, in bytes. Of a member beyond this size, only the size and
-the SHA-256 are stored."""
+"""Largest total size of all members of a row except pictures, in bytes. If a member would exceed this total, only the
+size and the SHA-256 of the member are stored."""
 
 
 class _Limits(NamedTuple):
@@ -56,8 +56,9 @@ def tar_records(
     becomes a field with the member's extension as its name. Each key of a `json` member becomes a field json.KEY. If a
     tar is damaged, the records of the rows before the damage are followed by one record that describes the damage. If a
     row has several pictures, the picture whose extension comes first in `images` is used. A `json` member that is not a
-    JSON object becomes the text field `json`. However, if the name of a used column begins with `json.`, the row of
-    such a member is refused. A row whose members together are larger than 1.25 times `max_bytes` is refused too.
+    JSON object becomes the text field `json`. However, if the name of a used column begins with `json.`, a row whose
+    `json` member is not a JSON object is refused. A row whose members together are larger than 1.25 times `max_bytes`
+    is refused too.
 
     Args:
         batches: batches with the columns `path` (path of a tar, encoded by os.fsencode) and `file` (name of the tar).
@@ -99,8 +100,8 @@ class _Tar:
         """Yield the records of the rows that contain links.
 
         Args:
-            is_damaged: whether the first pass has already yielded a record for damage of the tar. Otherwise, damage
-                that only a later pass meets gets a record here.
+            is_damaged: whether the first pass has already yielded a record for damage of the tar. If false, this method
+                yields a record for damage that a later pass finds.
         """
         damage = None
         with LinkTargets(self._links, self._limits.max_bytes) as targets:
@@ -167,7 +168,7 @@ class _TarRow:
         return bool(self._targets)
 
     def add(self, reader: TarReader, member: Member, extension: str) -> None:
-        """Read a member. If the member cannot be used, store a problem for which the row will be refused."""
+        """Read a member. If the member cannot be used, store a problem, so that the row will be refused."""
         self._count += 1
         extension, name = _readable(extension), _readable(member.name)
         if self._count > MAX_MEMBERS:

@@ -186,7 +186,7 @@ def _fold(name: str) -> str:
 def _names(folder: Path, _modified: int) -> dict[str, list[str]]:
     """Group the names in a folder by their folded form (see `_fold`). Only the first MAX_LISTED entries are read.
 
-    At most MAX_LISTED entries of the folder are read. A folder that has changed is listed again.
+    After the folder has changed, it has a new modification time, so the folder is listed again.
     """
     names: dict[str, list[str]] = {}
     with os.scandir(folder) as entries:

@@ -38,8 +38,8 @@ class PictureRoot:
     Attributes:
         location: path of the folder, or URL.
         max_bytes: largest size of a picture in bytes.
-        may_be_missing: whether a row is refused if the folder is missing. Otherwise, a missing or empty folder is a
-            fault of the machine: the driver has checked that the folder is not empty, so the machine lacks the drive.
+        may_be_missing: true if a row is refused when the folder is missing; false if a missing or empty folder counts
+            as a fault of the machine, because the driver has checked that the folder is not empty.
     """
 
     location: str
@@ -144,8 +144,9 @@ def picture_records(
 ) -> Iterator[Record]:
     """Add the field PICTURE to the records of a source, with the bytes of the picture to which a column points.
 
-    A relative `location` is relative to the folder of the row's file, whose path is in the column `path` of the
-    batches. If the picture of such a row cannot be read, the field PICTURE_FOLDER says where this folder is.
+    A relative `location` is relative to the folder of the row's file. The path of the file is in the column `path` of
+    the batches. If `location` is relative and a picture cannot be read, the field PICTURE_FOLDER contains the folder of
+    the row's file.
 
     Args:
         batches: batches that `read` parses.
@@ -178,8 +179,9 @@ def replayed_picture_records(
     """Add the field PICTURE to the records of replayed rows, like `picture_records` for a relative `location`.
 
     The folder of a row's file is in the field PICTURE_FOLDER of the row, relative to `base`. A row without this field
-    comes from the folder `base` if the source is a single file. Otherwise, an earlier release has refused the row, and
-    the folder is not known: a picture of the same name in another folder may be another picture.
+    comes from the folder `base` if the source is a single file. If the source has several files, an earlier release has
+    refused the row, and the folder is not known. The row is then refused again, because another folder may contain a
+    different picture with the same name.
     """
     for record in read(batches):
         below = record.fields.get(PICTURE_FOLDER)

@@ -35,7 +35,7 @@ ATTEMPTS = 3
 RETRIED = frozenset({429, 500, 502, 503, 504})
 """HTTP status codes after which a request is sent again."""
 USER_AGENT = "lakesight"
-"""Name in each request. Some servers refuse requests with the name that Python's library sends."""
+"""Name of the client in each request. Some servers refuse requests with the default name of Python's library."""
 PAUSE_SECONDS = 1.0
 
 
@@ -59,7 +59,7 @@ def require_readable(root: str) -> None:
             "pictures cannot be read from this folder or URL",
             where="image_root",
             got=root,
-            fix=f"give a folder, or a URL with one of the schemes {', '.join((*WEB, *STORES))}, with a host",
+            fix=f"give a folder, or a URL with a host and with one of the schemes {', '.join((*WEB, *STORES))}",
         )
     if scheme in STORES:
         _store(root)
@@ -74,7 +74,7 @@ def read_url(root: str, name: str, max_bytes: int) -> bytes | Problem:
         max_bytes: largest size of a picture, in bytes.
 
     Raises:
-        OSError: the server cannot be reached, so Spark has to retry the task. A timeout is a Problem and no OSError.
+        OSError: the server cannot be reached, so Spark has to retry the task. After a timeout, a Problem is returned.
     """
     paths = _paths_below(root, name)
     if isinstance(paths, Problem):
@@ -215,7 +215,7 @@ def _fetch_web(root: str, path: str, max_bytes: int, deadline: float) -> bytes |
                 packed = answer.headers.get("Content-Encoding", "").strip().lower() in ("gzip", "x-gzip")
                 content = _read_bounded(gzip.GzipFile(fileobj=answer) if packed else answer, max_bytes, deadline)
                 if isinstance(content, bytes) and answer.length and not packed:
-                    # The server has closed the connection early. `read` does not report this.
+                    # The server has closed the connection early, which `read` does not report.
                     raise http.client.IncompleteRead(content, answer.length)
                 return content
         except urllib.error.HTTPError as error:
