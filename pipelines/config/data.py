@@ -16,9 +16,9 @@ LINE_BREAKS = "\r\n"
 PICTURE = "__picture__"
 """Name of the record field with the bytes of a picture, if the source stores each picture as a separate file."""
 PICTURE_FOLDER = "__folder__"
-"""Name of the record field with the folder of a row's file, relative to the folder of the source. The field exists only
-if the location of the pictures is relative to the row's file, the picture could not be read, and the source may have
-several files."""
+"""Name of the record field that holds the folder of a row's file, relative to the folder of the source. A record has
+the field only if three conditions hold: paths of pictures are relative to the row's file, the picture could not be
+read, and the source may have several files."""
 
 
 # ------------------------------------------------------------------------------------------------ columns
@@ -64,9 +64,9 @@ class FolderColumns(ColumnNames):
 class MemberColumns(ColumnNames):
     """File extensions of the tar members that serve as columns.
 
-    Alternative extensions of the picture are separated by semicolons, and the first extension that a row has is used.
-    `json.KEY` selects the value of KEY in the row's `json` member. `__key__` is the name that all members of a row
-    share, without the extension.
+    Semicolons separate the possible extensions of the picture. If a row has members with several of these extensions,
+    the first extension in the list is used. `json.KEY` selects the value of KEY in the row's `json` member. `__key__`
+    is the name that all members of a row share, without the extension.
     """
 
     image: str = "jpg;jpeg;png;webp;gif;tif;tiff;bmp;avif"
@@ -93,7 +93,7 @@ class SourceBase(Config):
 
     @property
     def where(self) -> str:
-        """Path of the source, which messages show."""
+        """Path of the source, as shown in messages."""
         return self.path
 
 
@@ -126,7 +126,7 @@ Character = Annotated[str, AfterValidator(_require_one_character)]
 
 
 class CsvSourceConfig(RowSourceBase):
-    """CSV files with a header, and with base64 pictures or (with `image_root`) the paths of pictures.
+    """CSV files with a header. The pictures are base64 text or (with `image_root`) paths of picture files.
 
     Attributes:
         path: path of a file or folder, or a wildcard pattern. `scenes:COUNT` or `scenes:COUNT:SEED` stands for a
@@ -134,7 +134,7 @@ class CsvSourceConfig(RowSourceBase):
         multiline: whether a field in quotes may contain line breaks.
         delimiter: character between fields, or null to detect the character from the header of each file.
         escape: character that precedes a quote inside a quoted field, such as the backslash that Spark writes, or null
-            if the source doubles such a quote.
+            if the source writes two quotes instead.
         quote: character before and after a field that contains delimiters, or null if quotes are ordinary characters
             of the texts, as in many TSV files.
     """
@@ -162,7 +162,7 @@ class JsonlSourceConfig(RowSourceBase):
 
 
 class ParquetSourceConfig(RowSourceBase):
-    """Parquet files. A picture is binary, base64 text, Hugging Face's struct, or (with `image_root`) a picture's path.
+    """Parquet files. A picture is binary data, base64 text, Hugging Face's struct, or (with `image_root`) a file path.
 
     Hugging Face's struct has the fields `bytes` and `path`.
     """
@@ -195,7 +195,7 @@ class TableSourceConfig(RowSourceBase):
 
     @property
     def where(self) -> str:
-        """Name or path of the table, which messages show."""
+        """Name or path of the table, as shown in messages."""
         return self.table or self.path
 
 
@@ -235,8 +235,8 @@ class TextSourceConfig(SourceBase):
     """Files of plain text without pictures, on which a text-only model (`model.text_only`) is trained.
 
     Attributes:
-        rows: whether each `document` (a file), each `paragraph` (text between blank lines) or each `line` becomes a row
-            of table `texts`. Blank lines separate rows, but are not rows themselves.
+        rows: unit of text that becomes a row of table `texts`: a `document` (a file), a `paragraph` (text between blank
+            lines) or a `line`. Blank lines separate rows, but are not rows themselves.
     """
 
     kind: Literal["text"]
@@ -317,7 +317,7 @@ class DataConfig(Config):
     """Where the rows come from, and how training and evaluation use the rows.
 
     For a source of kind `text`, the settings `near_duplicates`, `text_weights` and the limits of pictures have no
-    effect, and `mix`, `object_words`, `shards.encoding` and `shards.draft` cannot be changed.
+    effect. The settings `mix`, `object_words`, `shards.encoding` and `shards.draft` must keep their defaults.
 
     Attributes:
         source: where the rows come from. If the section has no `kind`, the source is a csv source.
@@ -328,8 +328,8 @@ class DataConfig(Config):
         shards: format of training shards.
         validate_on: split on which the model is validated during training.
         evaluate_on: split on which a registered model version is evaluated.
-        mix: other sources in the table `samples` from which training rows are drawn. The mapping gives the share of
-            rows from each source, such as {birds: 0.2}. The remaining training rows come from `source`.
+        mix: mapping from the names of other sources in the table `samples` to the share of training rows that is drawn
+            from each source, such as {birds: 0.2}. The remaining training rows come from `source`.
         text_weights: how often each text of a picture is drawn for training. With `frequency`, a text is drawn in
             proportion to the number of times that the source repeats the text. With `uniform`, all different texts of a
             picture are drawn equally often.

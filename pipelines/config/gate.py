@@ -31,9 +31,9 @@ class GateConfig(Config):
             (one human caption of each row is counted). If there are several distinct human captions, at least two
             distinct captions are required. The limit refuses a model that gives many pictures the same caption. The
             limit applies only if `baselines` contains `constant`.
-        min_pictures: smallest number of pictures at which the whole confidence interval of the difference from a
-            baseline must be above zero. If the split has fewer than `min_pictures` pictures, only the difference itself
-            must be above zero.
+        min_pictures: number of pictures that the split needs for the strict comparison with a baseline. With at least
+            `min_pictures` pictures, the whole confidence interval of the difference from the baseline must be above
+            zero. With fewer pictures, only the difference itself must be above zero.
         trial_pictures: largest number of pictures that the model version captions in a separate process, as a check
             that the version loads and works.
     """

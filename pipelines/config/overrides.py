@@ -1,4 +1,4 @@
-"""Overrides `a.b=c` of settings, which the option --set of a command gives."""
+"""Overrides of settings, such as `a.b=c`, from the option --set of a command."""
 
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ OWN_SPARK_SETTINGS = {
     "spark.authenticate": "on a laptop, Lakesight protects Spark's ports with a secret",
     "spark.lakesight": "these settings belong to Lakesight",
 }
-"""Dict from the name (or the beginning of the name) of each Spark setting that users cannot set, to the reason or an
-alternative."""
+"""Spark settings that users cannot set. The dict maps the name of a setting, or the beginning of the name, to the
+reason or to an alternative."""
 LOOPBACK_SETTINGS = ("spark.driver.host", "spark.driver.bindAddress")
 """Spark settings that users can set only if the master is a cluster."""
 DRIVER_MEMORY = "4g"
@@ -134,12 +134,12 @@ CacheGib = Annotated[float, Field(ge=0)]
 
 
 class LocalPlatformConfig(Config):
-    """Settings of a laptop with embedded Spark, and with Delta tables and MLflow's SQLite file in the home folder.
+    """Settings of a laptop. Spark is embedded, and the home folder contains the Delta tables and MLflow's SQLite file.
 
     Attributes:
         spark: settings of the Spark session.
-        ranks: number of training processes. If `spark.master` is local[CORES] and the machine has a GPU for each rank,
-            the ranks use GPUs, otherwise CPUs.
+        ranks: number of training processes. The ranks use GPUs if `spark.master` is local[CORES] and the machine has a
+            GPU for each rank. Otherwise, the ranks use CPUs.
         cache_gib: disk space for local copies of remote shards, in GiB; 0 for no copies.
     """
 
@@ -222,8 +222,8 @@ class RunConfig(Config):
         of_pictures = train.augment or train.score_every or train.adapter or train.contrastive or train.rewards_cider
         if self.model.text_only and of_pictures:
             raise ValueError(
-                "a text-only model reads no pictures: leave augment, score_every, adapter, contrastive and a reward of "
-                "captions out of train"
+                "a text-only model reads no pictures: remove augment, score_every, adapter, contrastive and the "
+                "objective cider from train"
             )
         return self
 

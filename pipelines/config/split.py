@@ -12,7 +12,7 @@ Split = Literal["train", "val", "test"]
 
 
 class HashSplitConfig(Config):
-    """Split by the SHA-256 of the picture or plain text. Equal pictures share a split, and later ingests keep it.
+    """Split by the SHA-256 of the picture or plain text. Equal pictures get the same split in every ingest.
 
     With `near_duplicates`, a new picture gets the split of nearly equal pictures instead. `lakesight ingest --refresh`
     assigns the splits of all pictures again.

@@ -136,9 +136,9 @@ EXECUTION_SETTINGS = frozenset(
     }
 )
 """Settings that decide how a run is computed, supervised and registered. These settings are not part of the run's
-identity. For example, a run that ran out of memory can resume with a smaller `rows_at_once`. Except for
-`resume_changed_code`, these settings affect the learned weights only by rounding errors if the model has neither
-dropout nor a mixture of experts, and if `contrastive` is 0."""
+identity. For example, a run that ran out of memory can resume with a smaller `rows_at_once`. If the model has neither
+dropout nor a mixture of experts, and if `contrastive` is 0, these settings change the learned weights only by rounding
+errors. The setting `resume_changed_code` is an exception."""
 
 
 class TrainConfig(Config):
@@ -152,8 +152,8 @@ class TrainConfig(Config):
         stages: consecutive stages of the training, each with its own learning rates. Without stages, all trained
             parameters have the learning rate of `optimizer`.
         rows_at_once: largest number of rows in one forward pass of a rank, or null for all rows of the rank. A smaller
-            number of rows saves memory. Gradients are accumulated over the full batch. The result of a step therefore
-            changes only by rounding if the model has neither dropout nor a mixture of experts, and `contrastive` is 0.
+            number of rows saves memory. Gradients are accumulated over the full batch. If the model has neither dropout
+            nor a mixture of experts, and `contrastive` is 0, the result of a step therefore changes only by rounding.
         recompute_blocks: whether the backward pass recomputes the activations inside each block, so that the forward
             pass need not store them. Recomputation saves memory, but a step takes about a third more compute.
         compile_blocks: whether to compile each block with torch.compile, which is useful on GPUs. With compiled blocks,
@@ -163,9 +163,9 @@ class TrainConfig(Config):
         precision: number format of matrix products, which is fp32, tf32 (GPUs round the inputs), bf16 (autocast) or
             auto. With `auto`, the driver measures a small training step, and chooses bf16 if bf16 is at least 1.2 times
             as fast as fp32, else fp32. The weights stay fp32.
-        start_from: checkpoint folder of a model with the same config except for generation settings, or null. A run
-            with pictures may also start from a text-only model with the same decoder and tokenizer. The run takes its
-            initial weights and the tokenizer from this folder.
+        start_from: checkpoint folder from which the run takes its initial weights and the tokenizer, or null. The model
+            in the folder must have the same config, except for generation settings. A run with pictures may also start
+            from a text-only model with the same decoder and tokenizer.
         start_state: `weights` to take only the weights from the folder `start_from`, or `training` to continue the
             training of a checkpoint. With `training`, `start_from` must be a checkpoint of a run with the same settings
             and fewer steps. The new run then starts at the checkpoint's step, with its optimizer state and its position
@@ -185,14 +185,15 @@ class TrainConfig(Config):
         log_every: number of steps between two logs of the training metrics.
         validate_every: number of steps between two computations of the validation loss. The loss is also computed every
             `score_every` steps and after the last step.
-        validate_rows: largest number of pictures on which the model is validated (of windows for a text-only model).
+        validate_rows: largest number of pictures on which the model is validated. For a text-only model, the number
+            counts windows of tokens.
         score_every: number of steps between two computations of the metric `val/cider`, or null to never compute the
-            metric. `val/cider` is the CIDEr of the model's captions of the `validate_rows` validation pictures, and is
-            also computed after the last step.
+            metric. `val/cider` is the CIDEr of the captions that the model generates for the `validate_rows` validation
+            pictures. The metric is also computed after the last step.
         best_by: metric that decides which checkpoint is the best. `loss` stands for the validation loss, and `cider`
             for the metric `val/cider`, which needs `score_every`.
-        stop: number of consecutive values of the metric `best_by` without a new best value, after which training ends
-            early; null to take all steps.
+        stop: training ends early after this number of consecutive values of the metric `best_by` without a new best
+            value; null to take all steps.
         checkpoint_every: number of steps between two checkpoints. A checkpoint is also written after the last step, and
             at the step in `register`. If `register` is `best` or `stop` is set, a checkpoint is also written at each
             validation with a new best value of `best_by`, except in an adapter run.
@@ -205,7 +206,7 @@ class TrainConfig(Config):
             the newly selected checkpoint is registered as a further model version.
         profile_steps: number of steps that PyTorch's profiler records on rank 0, after five unrecorded steps. The
             profiler trace is logged to MLflow.
-        timeout_seconds: time without progress of a rank after which all ranks are stopped, in seconds.
+        timeout_seconds: all ranks are stopped if a rank makes no progress for this number of seconds.
         max_restarts: largest number of times that a failed run is restarted from its last checkpoint. A run is
             restarted only if a restart can help.
         resume_changed_code: whether an unfinished run may be resumed although the training code has changed since the
@@ -248,8 +249,8 @@ class TrainConfig(Config):
         """List the given settings of the optimizer that have no effect, because each stage has its own values.
 
         Args:
-            given: the part of this section that the user has given with --set, or another value if the user has given
-                no mapping.
+            given: value that the user has given for this section with --set. If the value is not a mapping, the list is
+                empty.
         """
         optimizer = given.get("optimizer") if isinstance(given, dict) else None
         if not self.stages or not isinstance(optimizer, dict):

@@ -19,7 +19,7 @@ class ModelFiles(Config):
         version: version number of the registered model.
         run_id: id of the MLflow run that trained the version.
         digest: digest of the files (`pipelines.formats.model_copy`), or empty if the files are not a recorded copy.
-        remote: whether the folder is on a network drive, so that each host copies the folder once.
+        remote: whether the folder is on a network drive. Each host copies a folder on a network drive once.
         settings: generation settings of an evaluation, or None for the version's own generation settings at temperature
             0.
     """

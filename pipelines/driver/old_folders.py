@@ -9,10 +9,10 @@ version needs:
 
 Runs whose registered versions are not known also stay, and so do runs and shards that Lakesight cannot read. Listing
 the folders and removing them may take minutes, in which other commands may begin to use a listed folder. Just before a
-folder is renamed, this command therefore applies the rules again. Before it does so for the folders of a run, it
-becomes the owner of the run (`own_run`), so that no other process trains the run meanwhile. If another process owns the
-run, the folders of the run stay. All folders are renamed before the first folder is removed. Without the new names, a
-killed command could leave a half-removed folder that looks complete.
+folder is renamed, this command therefore applies the rules again. Before this command applies the rules again to the
+folders of a run, the command becomes the owner of the run (`own_run`). No other process can then train the run. If
+another process owns the run, the folders of the run stay. All folders are renamed before the first folder is removed.
+Without the new names, a killed command could leave a half-removed folder that looks complete.
 """
 
 from __future__ import annotations
@@ -132,7 +132,10 @@ def remove_folders(
     listed = cache(find_needs())
 
     def find_now(run: RunFolder | None) -> set[Path]:
-        """Return the paths of the folders that are old now. What runs other than `run` need is not asked again."""
+        """Return the paths of the folders that are old now.
+
+        The registry is asked again about `run`, or about all runs if `run` is None.
+        """
         now = find_needs()
         needs = now if run is None else lambda other: now(other) if other == run else listed(other)
         return {path for _, path in _find(platform, keep, needs, run)}
@@ -174,7 +177,7 @@ def _rename_of_run(
 
 
 def _rename_old(group: list[OldFolder], old: Collection[Path]) -> list[tuple[OldFolder, Path]]:
-    """Rename those folders of a group that are still old, and return each folder with its new path."""
+    """Rename the folders of a group that `old` contains. Return each renamed folder with its new path."""
     renamed = []
     for folder in group:
         path = folder.path
@@ -201,10 +204,11 @@ def _read_runs(folder: Path) -> dict[RunFolder, RunFile]:
 def _split_runs(
     runs: dict[RunFolder, RunFile], keep: int, needs: Needs, owned: RunFolder | None
 ) -> tuple[list[Path], dict[RunFolder, bool]]:
-    """Return the run folders to remove, and for each remaining run whether all of the run's checkpoints stay."""
+    """Return the run folders to remove, and a dict of the remaining runs. The value of a run is true if all of its
+    checkpoints stay."""
     newest = set(_newest(runs, keep, lambda run: runs[run].config.name, lambda run: run.run_file))
     whole = {run for run in runs if run in newest or _may_be_training(run, owned) or needs(run) is None}
-    while True:  # a run that starts from another run needs the other run's weights
+    while True:  # if a run starts from the weights of an earlier run, the earlier run stays
         starts = [Path(start).parts for run in whole if (start := runs[run].config.train.start_from)]
         # Only the names of the folders are compared, because the home folder may have been moved after the training.
         needed = {run for run in runs if any(run.path.name in parts for parts in starts)}

@@ -1,8 +1,8 @@
 """Functions that move the aliases `champion`, `previous` and `challenger` of a registered model.
 
 The alias `champion` points to the version that generates captions. The alias `previous` points to the champion before
-the present champion. The alias `challenger` points to the version that was last submitted for promotion, and is removed
-when this version becomes the champion.
+the present champion. The alias `challenger` points to the version that was last submitted for promotion. The alias is
+removed when that version becomes the champion.
 
 A promotion moves two aliases, but a registry cannot move both aliases in one transaction. A tag of the registered model
 therefore records the move before the move starts, and the tag is deleted when both aliases are set. A process that
@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 PREVIOUS, CHALLENGER = "previous", "challenger"
 MOVE_TAG = "lakesight_move"
 COMPLETED_TAG = "lakesight_completed_rollback"
-"""Name of the tag in which a registered model stores the champion of a rollback that was killed, and that another
-command has completed."""
+"""Name of the tag that a registered model has if a rollback was killed and another command has completed the rollback.
+The tag stores the champion of the rollback."""
 
 
 class AliasMove(Config):

@@ -4,8 +4,9 @@ MLflow executes this file to load the model ("models from code"), so nothing is 
 the column `image` and an optional column `prompt`. REST clients send each picture as base64 text, with or without a
 `data:` prefix. Python callers may also pass bytes, because MLflow does not convert object columns. The output is a
 DataFrame with the columns `caption` and `error`, and exactly one of these columns is null in each row. A bad picture or
-prompt therefore affects no other row. A value of a wrong type, such as a list, also causes an error only in its own
-row. The input of a text-only model has only the column `prompt`, and the model continues the texts in this column.
+prompt therefore affects no other row. A value of a wrong type, such as a list, causes an error in its own row and in no
+other row. The input of a text-only model has only the column `prompt`, and the model continues the texts in this
+column.
 """
 
 from __future__ import annotations

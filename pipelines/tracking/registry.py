@@ -44,8 +44,8 @@ EVALUATION_STEP_TAG = "evaluation_step"
 """Name of the tag in which a model version stores the training step at which its evaluation was logged to MLflow."""
 MAX_TAG_CHARS = 1000
 VALIDATION = "val/"
-"""Prefix of the training metrics that a version has as tags. The MLflow run has all metrics: a version in Unity Catalog
-may have only 50 tags, and users add their own."""
+"""Prefix of the names of those training metrics that become tags of a version. A version in Unity Catalog may have at
+most 50 tags, including the tags that users add, so the other metrics are only in the MLflow run."""
 ALREADY_EXISTS = ("RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS")
 """Error codes with which registries refuse to create a model that exists. MLflow's own client accepts both codes."""
 
@@ -67,7 +67,8 @@ class ModelVersion(Config):
 
 
 class VersionNotFound(UserError):
-    """Error for a model, a version or an alias that the registry does not have. The registry has answered."""
+    """Error for a model, a version or an alias that the registry does not have. An unreachable registry causes other
+    errors."""
 
 
 class ListedVersion(NamedTuple):
@@ -130,7 +131,8 @@ def register(
         )
         number = str(created.version)
         if (oldest := find()) and oldest.version != number:
-            # MLflow repeats a request if the answer is lost; a server that had executed the request has two versions.
+            # If the answer to a request is lost, MLflow repeats the request. A server that has executed both requests
+            # has two versions.
             client.delete_model_version(name, number)
             number = oldest.version
         add_sections(client, run_id, {f"Version {number}": version_link(platform, name, number)})

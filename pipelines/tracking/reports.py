@@ -29,8 +29,8 @@ RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 class StageLog(Config):
     """Data that one stage logs to an MLflow run.
 
-    The numbers in the report and in its nested dicts become metrics, except under a top-level key that is also the name
-    of a parameter or table.
+    The numbers in the report and in its nested dicts become metrics. Numbers under a top-level key that is also the
+    name of a parameter or table are left out.
 
     Attributes:
         kind: name of the stage, from which `Platform.experiment` makes the name of the MLflow experiment.

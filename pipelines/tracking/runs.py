@@ -190,7 +190,7 @@ class Follower(threading.Thread):
         self._in_sync = False
 
     def open_run(self) -> MlflowClient:
-        """Start or continue the MLflow run if this was not done yet. Return the client.
+        """Start or continue the MLflow run if the run is not open yet. Return the client.
 
         Raises:
             TrackingDown: the server is down.
@@ -374,7 +374,7 @@ def _open_run(client: MlflowClient, run: RunFolder, config: RunConfig, platform:
 
 
 def logged_ids(run: RunFolder) -> list[str]:
-    """Return the ids of all MLflow runs to which a run folder was logged, on any server. The first id is that of the
+    """Return the ids of all MLflow runs to which a run folder was logged, on any server. The first id belongs to the
     MLflow run to which the folder was logged last.
     """
     if not run.tracking.exists():

@@ -38,9 +38,9 @@ DISK_FIX = (
 )
 HTTP_PORTS = {"http": 80, "https": 443}
 CHECK_TIMEOUT = ("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-"""Environment variable and value (seconds) of the timeout of requests for which users wait: the first request to the
-tracking server, and requests at the end of an interrupted command. MLflow's default timeout of two minutes would let
-users wait too long."""
+"""Environment variable of MLflow's request timeout, and its value in seconds for requests that let users wait: the
+first request to the tracking server, and requests at the end of an interrupted command. MLflow's default of two minutes
+would be too long."""
 
 
 def connect(platform: Platform) -> MlflowClient:
@@ -123,7 +123,7 @@ def short_requests() -> Iterator[None]:
 
 
 def ensure_experiment(platform: Platform, name: str) -> None:
-    """Find or create an MLflow experiment, and write one of its tags again, which needs the permission CAN EDIT.
+    """Find or create an MLflow experiment, and check that this user may change the experiment.
 
     Raises:
         UserError: the server refuses the request, or the experiment was deleted.
@@ -225,9 +225,9 @@ def refuse_foreign_hosts() -> None:
     A registry says where each artifact is stored, for example in the field `source` of a model version. MLflow adds the
     credentials of the tracking server (`MLFLOW_TRACKING_TOKEN`, or user and password) to every HTTP request for
     artifacts, whatever the host. For each upload and download, MLflow creates an artifact repository with a function
-    from an internal table. `refuse_foreign_hosts` puts functions into this table that first check the host, so MLflow
-    cannot skip the check. Locations without a host (`mlflow-artifacts:/x`) and in object stores (`s3://...`) stay
-    allowed.
+    from an internal table. `refuse_foreign_hosts` puts its own functions into this table. These functions check the
+    host first, so MLflow cannot skip the check. Locations without a host (`mlflow-artifacts:/x`) and in object stores
+    (`s3://...`) stay allowed.
     """
     for scheme in HTTP_PORTS:
         repositories._artifact_repository_registry.register(scheme, _http_repository)  # type: ignore[no-untyped-call]

@@ -25,7 +25,7 @@ from vlm.files import file_digest
 logger = logging.getLogger(__name__)
 
 EXECUTED_DIGEST_TAG = "executed_digest"
-"""Name of the tag that stores the digest of all files of a model version that are not model files.
+"""Name of the tag that stores the digest of those files of a model version that are not model files.
 
 A version that an earlier release registered may lack this tag or both digest tags.
 """

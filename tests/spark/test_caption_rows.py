@@ -55,7 +55,7 @@ def test_rows_with_the_same_id_that_a_condition_selects_in_turn_get_the_caption_
     caplog.set_level(logging.WARNING)
     back = caption(spark, platform, model, request(table, where="side = 'back'"))
     assert (numbers(back), back.changed) == ((1, 0, 1, 0), 1)
-    assert "1 of the rows to caption have ids that further rows" in caplog.text
+    assert "1 of the rows to caption share their ids with further rows" in caplog.text
     assert {name: row["sha256"] for name, row in stored(spark, platform, model).items()} == {
         "A": digest(2),
         "B": digest(3),

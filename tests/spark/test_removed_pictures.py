@@ -117,7 +117,7 @@ def test_a_picture_that_a_server_cannot_send_now_is_not_removed(
             report = ingest(spark, platform, name, config)
             assert (report.removed, report.reasons) == (0, {"unreadable_file": 1})
             assert len(stored(spark, platform, name)) == 2
-    assert "without an id column ingest cannot tell" in caplog.text
+    assert "Without an id column, ingest cannot find these pictures" in caplog.text
 
 
 @pytest.mark.matrix

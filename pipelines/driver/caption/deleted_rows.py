@@ -17,8 +17,8 @@ def remove_captions(spark: SparkSession, platform: Platform, source: SourceTable
     Captions whose ids are in another column of the table are kept.
 
     Raises:
-        StageFailed: the table has no row. An empty table is more often the result of a failed export than of a wish to
-            remove all captions, which take hours to generate again. No caption is removed.
+        StageFailed: the table has no row. No caption is removed, because an empty table is usually the result of a
+            failed export. The captions would take hours to generate again.
     """
     if source.ids.isEmpty():
         raise StageFailed(

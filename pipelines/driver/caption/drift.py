@@ -1,8 +1,8 @@
 """Drift check: compare figures of a caption job, such as brightness, with an evaluation of the same model version.
 
 Caption jobs and evaluations compute the figures with the same module, `pipelines.formats.caption_stats`. The caption
-job and the evaluation use the same model version. A difference between their figures is therefore caused by other
-pictures, or by another prompt, other generation settings or another precision.
+job and the evaluation use the same model version. If their figures differ, the cause is therefore a difference in the
+pictures, the prompt, the generation settings or the precision.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ def read_evaluation_figures(
     split: str,
     where: str,
 ) -> EvaluationFigures:
-    """Read the figures of a model version's last evaluation on a split, or no figures if there is no evaluation.
+    """Read the figures of a model version's last evaluation on a split. Without an evaluation, return no figures.
 
     `where` is the run's condition `data.shards.where`. The figures are those of an evaluation with the same condition.
     Earlier releases of Lakesight did not store the condition. If no evaluation has the run's condition, this function
     therefore reads an evaluation for which no condition is stored, and logs a warning.
 
-    The last evaluation is the evaluation with the newest time. A table `samples` that was dropped or restored may have
-    given an earlier evaluation a larger `dataset_version`.
+    The last evaluation is the evaluation with the newest time, not with the largest `dataset_version`. If the table
+    `samples` was dropped or restored, an earlier evaluation may have a larger `dataset_version`.
 
     `of_model` is the SQL condition that identifies the model by its content (`is_of_model`). The figures in RELATIVE
     count words. An earlier version of Lakesight used different rules to split texts into words. If the evaluation used

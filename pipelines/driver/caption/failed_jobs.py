@@ -1,7 +1,7 @@
-"""Memory of failed and killed caption jobs, so that a repeated job does not succeed only because no row is left.
+"""Record of failed and killed caption jobs. A repeated job counts the errors and the drift of failed jobs as its own.
 
 A job writes the captions and errors of all its rows before it fails because of too many errors or because of drift.
-When a scheduler repeats the job, no row is left to caption. Without a memory, the repeated job would find neither an
+When a scheduler repeats the job, no row is left to caption. Without a record, the repeated job would find neither an
 error nor drift, and would succeed. Therefore two small files are stored in the folder of the caption files. One file
 has the time of the first failed job, and the other file has the figures of the last job that failed because of drift.
 The files belong to one request: table, columns, folder of the pictures, condition, model and settings.
@@ -32,7 +32,7 @@ class ComparedRows(Config):
 
 @dataclass(frozen=True)
 class FailedJobs:
-    """Jobs of a request that failed or were killed since the last job of the request that succeeded.
+    """Failed and killed jobs of a request since the last successful job of the request.
 
     Attributes:
         folder: folder of the caption files.
@@ -58,13 +58,14 @@ class FailedJobs:
         return datetime.fromisoformat(read_json(self._open)["since"]) if self._open.exists() else None
 
     def open(self, started_at: datetime) -> None:
-        """Before a job captions rows, remember its time, unless an earlier job is remembered."""
+        """Store the start time of a job that will caption rows. If the time of an earlier job is stored, keep it."""
         if not self._open.exists():
             with atomic_write(self._open) as temporary:
                 temporary.write_text(json.dumps({"since": started_at.isoformat()}), encoding="utf-8")
 
     def close(self) -> None:
-        """Forget the failed jobs, because a job whose share of errors is small enough has counted their rows."""
+        """Forget the failed jobs. A later job has counted the rows of the failed jobs, and the share of errors was
+        small enough."""
         self._open.unlink(missing_ok=True)
 
     def drifted_rows(self) -> ComparedRows | None:
@@ -77,16 +78,16 @@ class FailedJobs:
             temporary.write_text(compared.model_dump_json(), encoding="utf-8")
 
     def forget_drift(self) -> None:
-        """Forget the drift, because a job without drift has compared enough rows, or because drift is accepted."""
+        """Forget the drift. Either a later job without drift has compared enough rows, or drift is accepted."""
         self._drift.unlink(missing_ok=True)
 
 
 def count_since(
     captions: DataFrame, source: SourceTable, since: datetime | None, started_at: datetime | None
 ) -> dict[str, int]:
-    """Count the rows of failed jobs that the source still has (failed_rows), and their errors (failed_errors).
+    """Count the rows that failed jobs have written (failed_rows), and the errors among these rows (failed_errors).
 
-    Return an empty dict if there is no failed job.
+    Rows that the source no longer has are not counted. Return an empty dict if there is no failed job.
 
     Args:
         captions: rows of `generated_captions` for the table and the model.

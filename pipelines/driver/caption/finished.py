@@ -1,4 +1,4 @@
-"""Check whether every row of a caption job has its caption, so that Spark starts only if a row may lack a caption.
+"""Check without Spark whether every row of a caption job has its caption. Spark starts only if a row may lack one.
 
 The check reads only Delta logs and small columns of tables. If the check is not certain that every row has its caption,
 Spark starts and looks for rows without a caption. The check is not certain, for example, if the job has an SQL
@@ -37,7 +37,7 @@ from vlm.errors import did_you_mean
 
 
 def find_finished(platform: Platform, model: ModelFiles, request: CaptionRequest) -> CaptionReport | None:
-    """Return the report of the job if every row already has a caption or an error, or None if this is not certain.
+    """Return the report of the job if every row certainly has a caption or an error, else None.
 
     Raises:
         UserError: the request or its source table is invalid (`check_request`, `check_source`).

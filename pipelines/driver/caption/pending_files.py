@@ -32,20 +32,20 @@ from pipelines.platform import Platform
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("id_column", "image_column")
-"""Columns of `generated_captions` with the names of the captioned table's id column and picture column. These names are
-a part of a caption's identity."""
+"""Columns of `generated_captions` that store two names: the names of the id column and of the picture column of the
+captioned table. These names are a part of a caption's identity."""
 READ_FROM = ("source_version", "source_commit", "source_file", *(column.name for column in PICTURE_COLUMNS))
 """Columns of `generated_captions` that say from where a picture was read."""
 LISTING_SHARE = 0.05
-"""Largest share of the time that the progress bar spends on listing the folder, because the folder may hold many
-files."""
+"""Largest share of time that is spent on listing the folder for the progress bar. Listing a folder with many files
+takes long."""
 STALE = timedelta(days=1)
-"""Age from which a temporary caption file is removed, because the task that wrote the file was probably killed."""
+"""Temporary caption files of at least this age are removed, because the tasks that wrote them were probably killed."""
 
 
 @dataclass
 class Listing:
-    """Number of rows in the files of a folder, and the monotonic time from which the folder is listed again."""
+    """Number of rows in the files of a folder, and the monotonic time (`until`) at which this number expires."""
 
     rows: int = 0
     until: float = 0.0
@@ -59,9 +59,9 @@ class PendingFiles:
         folder: folder that contains the files.
         key: dict from a column of `generated_captions`, such as model_name, to the value that all rows of the files
             have. The digest of the model is not part of the key.
-        columns: names of the id column and of the picture column of this job. Captions and files that Lakesight 0.1.0
-            wrote name no columns, and count as captions of these columns. Other files of the folder may name other
-            columns.
+        columns: names of the id column and of the picture column of this job. Lakesight 0.1.0 stored no column names in
+            captions and files. Captions and files without column names count as captions of these columns. Other files
+            of the folder may name other columns.
         counts: dict from the path of a file to its number of rows, so that each Parquet footer is read only once.
         listing: result of the last call of `num_rows` that listed the folder.
     """
@@ -130,8 +130,8 @@ class PendingFiles:
 
 
 def matches_key(key: dict[str, str], columns: tuple[str, str]) -> Column:
-    """Return the SQL condition that selects the rows of `generated_captions` (alias `old`) with the values of the key
-    and with the names of the id column and of the picture column.
+    """Return the SQL condition that selects the rows of `generated_captions` (alias `old`) that belong to the key, to
+    the id column and to the picture column.
 
     The condition contains the values as literals, so that Delta can skip data files without these values.
     """
@@ -147,8 +147,8 @@ def _newest_rows(rows: DataFrame) -> DataFrame:
     """Keep the newest row of each picture and model.
 
     The files may have several rows of one picture, from a retried task or from a second job. Two rows belong to the
-    same model if SAME_MODEL is true for them: they have the same digest, or one of them has no digest and both have the
-    same run. If two rows of one model remained, Delta would refuse the merge.
+    same model if SAME_MODEL is true for the rows: either their digests are equal, or one row has no digest and their
+    runs are equal. If two rows of one model remained, Delta would refuse the merge.
     """
     of_run = Window.partitionBy("image_id", *COLUMNS, "run_id")
     model = F.coalesce(F.max("model_digest").over(of_run), "run_id")

@@ -51,8 +51,8 @@ logger = logging.getLogger(__name__)
 ROWS_PER_FILE = 512
 """Number of rows after which a task writes a caption file, and the approximate number of rows in a Spark task."""
 MAX_TASKS = 4096
-"""Largest number of tasks, unless there are more cores. Each task sends a row of statistics (about 20 kB) to the
-driver."""
+"""Largest number of tasks. If there are more cores than MAX_TASKS, the number of tasks may equal the number of cores.
+Each task sends a row of statistics (about 20 kB) to the driver."""
 
 
 class CaptionRequest(Config):
@@ -73,7 +73,8 @@ class CaptionRequest(Config):
         precision: number format in which the model computes, such as fp32.
         limits: limits on the size and the decoding time of a picture; a picture above a limit becomes a row with an
             error.
-        retry_errors: whether rows that have any error are captioned again, and not only unreadable pictures.
+        retry_errors: whether all rows with an error are captioned again. If false, only rows whose picture could not be
+            read are captioned again.
         remove_deleted: whether to remove the captions (by any model) of rows that the table no longer has.
         max_error_share: largest allowed share of errors among the rows of this job and of the failed jobs before it. If
             the share of errors is larger than this limit, the job writes all rows and then fails.
@@ -122,7 +123,7 @@ class CaptionReport(Config):
             nothing was compared.
         drift_of_failed: whether `drift` compares the rows of an earlier job that failed because of drift, because this
             job has too few rows.
-        drift_unchecked: reason for which captioned or recovered rows were not compared, or empty.
+        drift_unchecked: reason why captioned or recovered rows were not compared, or empty if there is no such reason.
     """
 
     source_table: str
@@ -171,7 +172,7 @@ class TooManyErrors(FailedWithReport):
 
 
 CaptionIdentity = tuple[GenerationConfig, dict[str, object], dict[str, str]]
-"""Decoding settings, the values that identify these settings, and the key of a table's caption files."""
+"""Tuple of the decoding settings, the values that identify these settings, and the key of a table's caption files."""
 Progress = Callable[[Callable[[], int], int], AbstractContextManager[None]]
 """Function that returns a context manager for showing progress. The first argument is a function that returns the
 number of finished rows. The second argument is the number of all rows."""
@@ -191,11 +192,11 @@ def caption(
     is captioned again by each job. `progress` shows the progress.
 
     Raises:
-        UserError: the table, the version, a column or the folder of the pictures does not exist. Other causes are a
-            condition that is not valid SQL, ids that are not unique, a too long prompt, and a missing library.
+        UserError: the table, the version, a column or the folder of the pictures does not exist, the condition is not
+            valid SQL, the ids are not unique, the prompt is too long, or a library is missing.
         StageFailed: Spark failed, or captions of an empty table were to be removed. The next job skips finished rows.
-        TooManyErrors: the share of errors is larger than `max_error_share`. The share also counts the rows of jobs of
-            the same request that failed or were killed since the last success. All results are written first.
+        TooManyErrors: the share of errors is larger than `max_error_share`. The share also counts the rows of failed
+            and killed jobs of the same request since the last success. All results are written first.
     """
     started = time.monotonic()
     check_request(model, request)
@@ -327,7 +328,7 @@ def pending_folder(platform: Platform, key: dict[str, str]) -> Path:
 
 
 def failed_jobs(platform: Platform, model: ModelFiles, request: CaptionRequest, table: str) -> FailedJobs:
-    """Return the memory of the failed jobs of a request. `table` is the full name of the request's table."""
+    """Return the record of the failed jobs of a request. `table` is the full name of the request's table."""
     *_, key = caption_key(model, request, table)
     selection = short_hash(request.columns, request.image_root, request.where, model.digest or model.run_id)
     return FailedJobs(pending_folder(platform, key), selection)

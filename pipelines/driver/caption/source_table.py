@@ -24,7 +24,7 @@ from vlm.errors import did_you_mean
 TABLE_NAME = re.compile(r"([A-Za-z_]\w*\.){0,2}[A-Za-z_]\w*|delta\.`[^`]+`")
 
 COLUMNS_CHANGED = rf"^({RESTORE.pattern}|(RENAME|DROP|REPLACE|CHANGE) COLUMNS?)$"
-"""Pattern of the Delta operations that may give the name of a column to other data in the same data files."""
+"""Pattern of the Delta operations that may change which data of a data file a column name stands for."""
 
 ARROW_TYPES = {
     **dict.fromkeys(("string", "varchar", "char"), pa.string()),
@@ -148,8 +148,8 @@ def _source_file(spark: SparkSession, name: str, version: int, columns: Sequence
 
     Delta never changes a data file, so a row with an equal identity has an equal value in the picture column. The
     identity contains no version number, so a row in an old data file keeps its identity, however often the table
-    changes. If RESTORE brings back an older picture of a row, or the table is written anew, the row is in another data
-    file than the captioned picture, and therefore has another identity.
+    changes. RESTORE may bring back an older picture of a row, and a table may be written anew. In both cases, the row
+    is in a different data file than the captioned picture, and therefore has a different identity.
 
     Args:
         spark: Spark session.
@@ -163,23 +163,23 @@ def _source_file(spark: SparkSession, name: str, version: int, columns: Sequence
 
 
 def hash_columns(columns: Sequence[str | None], change: str | None) -> str:
-    """Return the hash of the columns from which a picture is read, the last part of `source_file`.
+    """Return the hash of the columns from which a picture is read. The hash is the last part of `source_file`.
 
     Args:
         columns: id column, picture column, and root of the pictures or None.
-        change: id of the newest commit that may have given the name of a column to other data, or None.
+        change: id of the newest commit that may have changed which data a column name stands for, or None.
     """
     return short_hash(tuple(columns), change)
 
 
 def _newest_change_of_columns(spark: SparkSession, name: str, version: int) -> str | None:
-    """Return the id of the newest commit that may have given the name of a column to other data in the same files.
+    """Return the id of the newest commit that may have changed which data a column name stands for.
 
     If there is no such commit, return None.
 
-    Only a table with column mapping can have such commits, such as RENAME COLUMN. The history is not read for other
-    tables. When Delta removes the commit from the history, the result changes. The next caption job then reads all
-    pictures once and compares them with the captioned pictures.
+    Only a table with column mapping can have such commits, for example RENAME COLUMN. For a table without column
+    mapping, the history is not read. When Delta removes the commit from the history, the result changes. The next
+    caption job then reads all pictures once and compares them with the captioned pictures.
     """
     properties = {row["key"]: row["value"] for row in spark.sql(f"SHOW TBLPROPERTIES {name}").collect()}
     if properties.get("delta.columnMapping.mode", "none") == "none":

@@ -46,12 +46,13 @@ def find_uncaptioned_rows(
 ) -> tuple[DataFrame, RowCounts]:
     """Return rows that may need a caption, and row counts.
 
-    A row may need a caption if it has none, or if its caption was made from another data file or from other columns.
-    A row whose picture could not be read (UNREADABLE) may need one, because the picture may be readable now. With
-    `retry_errors`, a row with an error counts as a row without a caption. If a condition selects the rows, another
-    row of the table may have the same id, and the caption may belong to that row, even if both rows are in one data
-    file. A row whose id occurs several times in the table may therefore need a caption, too. The columns `known` and
-    `known_error` have the SHA-256 and the error that the row's picture had when it was last captioned.
+    A row may need a caption if it has none, or if its caption was made from another data file or from other columns. A
+    row whose picture could not be read (UNREADABLE) may need one, because the picture may be readable now. With
+    `retry_errors`, a row with an error counts as a row without a caption. If a condition selects the rows, several rows
+    of the table may have the same id. The caption of such an id may belong to a row that the condition does not select,
+    even in the same data file. Therefore a selected row whose id occurs several times may need a caption, too. The
+    columns `known` and `known_error` have the SHA-256 and the error that the row's picture had when it was last
+    captioned.
 
     Raises:
         UserError: the ids of the selected rows are not unique, or an id is null.
@@ -87,7 +88,7 @@ def find_uncaptioned_rows(
         )
     if counts["repeated"]:
         logger.warning(
-            "%d of the rows to caption have ids that further rows of %s also have: there is one caption per id, so the "
+            "%d of the rows to caption share their ids with further rows of %s: there is one caption per id, so the "
             "captions of such rows replace each other; use an id column with unique values",
             counts["repeated"],
             source.name,

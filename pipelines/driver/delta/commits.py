@@ -29,7 +29,7 @@ gone."""
 
 
 class TableHistory(NamedTuple):
-    """What a table's history says about the commits that made its rows.
+    """Facts from a table's history about the commits that made the rows of the table.
 
     Attributes:
         newest: newest version of the table.
@@ -43,7 +43,7 @@ class TableHistory(NamedTuple):
     commits: Mapping[int, str]
 
     def has(self, version: int, commit: str) -> bool:
-        """Return whether the table still has a commit, and no later commit has replaced all rows.
+        """Return true if the table still has a commit and no later commit has replaced all rows.
 
         By default, Delta keeps commits for 30 days. If the commit of a version is gone, only the version number is
         compared with `replaced` and `newest`.

@@ -28,26 +28,26 @@ from vlm.config import Config
 logger = logging.getLogger(__name__)
 
 MIN_RETAIN_HOURS = 168
-"""Minimum retention time of old table versions, in hours. Delta also requires one week, because jobs may still read old
-files."""
+"""Minimum retention time of old table versions, in hours. Delta requires at least one week, because jobs may still read
+old files."""
 ATTEMPTS = 3
 
 LOG_RETENTION = "delta.logRetentionDuration"
 """Table property with the time for which Delta keeps the table history. Delta's default is DEFAULT_LOG_HOURS."""
 DEFAULT_LOG_HOURS = 30 * 24
 HOURS = {"week": 168, "day": 24, "hour": 1, "minute": 1 / 60, "second": 1 / 3600}
-"""Length in hours of the units of time that `_hours` finds in a table property."""
+"""Dict from a unit of time, which `_hours` finds in a table property, to the length of the unit in hours."""
 
 CLUSTERING = "spark.databricks.delta.optimize.clustering.mergeStrategy.minCubeSize."
 FULL_GROUP_BYTES = 2**30
-"""Size in bytes from which OPTIMIZE leaves a group of clustered files alone.
+"""OPTIMIZE does not write a group of clustered files again if the group has at least this size, in bytes.
 
 OPTIMIZE of a clustered table writes its files in groups. OPTIMIZE writes all groups below this size again, together
 with the new files. With Delta's default of 100 GiB, each OPTIMIZE would write a whole table of up to 100 GiB again.
 """
 GROUP_BYTES = 5 * 2**29
-"""Largest size in bytes of a group that OPTIMIZE writes. OPTIMIZE ends a group before the file that would exceed this
-size. A file has at most about 1 GiB, so a group that is not the last one reaches FULL_GROUP_BYTES.
+"""Largest size in bytes of a group that OPTIMIZE writes. OPTIMIZE ends a group before the file with which the group
+would exceed this size. A file has at most about 1 GiB, so every group except the last one reaches FULL_GROUP_BYTES.
 """
 
 

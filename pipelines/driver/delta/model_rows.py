@@ -13,7 +13,7 @@ SAME_MODEL = (
     "(old.model_digest = new.model_digest OR old.run_id = new.run_id AND "
     "(old.model_digest IS NULL OR new.model_digest IS NULL))"
 )
-"""Condition of a merge: whether a row of the table (`old`) and a new row (`new`) belong to the same model."""
+"""Condition of a merge that is true if a row of the table (`old`) and a new row (`new`) belong to the same model."""
 
 
 def is_of_model(digest: str, run_id: str) -> Column:

@@ -79,7 +79,8 @@ def keys_of_new_pictures(pictures: DataFrame, num_new: int) -> DataFrame:
 def find_candidates(shared: DataFrame) -> DataFrame:
     """Return the pairs of pictures whose difference hashes are nearly equal, in columns image_id (new) and other_id.
 
-    Pictures that share only keys of more than MAX_PICTURES_OF_A_KEY pictures are not compared.
+    A key that more than MAX_PICTURES_OF_A_KEY pictures share is ignored. Pictures that share no other key are not
+    compared.
 
     Args:
         shared: result of `shared_keys`.

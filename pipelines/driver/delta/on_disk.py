@@ -39,5 +39,5 @@ def has_rows(table: DeltaTable, equal: Mapping[str, str | datetime]) -> bool:
 
 
 def equal_to(equal: Mapping[str, str | datetime]) -> str:
-    """Return the SQL condition that columns have the values in `equal`, which is not empty."""
+    """Return an SQL condition that is true if columns have the values in `equal`. `equal` must not be empty."""
     return " AND ".join(f"{quoted_name(name)} = {quoted_value(value)}" for name, value in equal.items())

@@ -17,7 +17,7 @@ MAX_BATCH_ROWS = 32
 FEW_ROWS = 200_000
 """Largest number of rows whose ids are sent to every task (about 50 MB per executor)."""
 UNCOMPRESSED = {"compression": "uncompressed"}
-"""Option that turns off the compression of a write to a Delta table, because pictures are compressed already."""
+"""Option with which Spark writes a Delta table without compression, because pictures are compressed already."""
 WILDCARDS = re.compile(r"[\[\]{}*?\\]")
 """Pattern of the characters that are wildcards in a path from which Spark reads, but not in a path to which Spark
 writes."""
@@ -34,7 +34,7 @@ def spark_settings(spark: SparkSession, values: dict[str, str], *, required: boo
 
     Serverless compute of Databricks refuses to change most settings. If the session refuses a setting and `required` is
     false, the setting keeps its value and the block runs. Callers leave `required` false for settings that only save
-    time or memory, or avoid a second attempt.
+    time, memory or the repetition of a write.
 
     Raises:
         AnalysisException: the session refuses a required setting.

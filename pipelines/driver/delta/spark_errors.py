@@ -28,8 +28,8 @@ FILES_REMOVED = re.compile(
 )
 """Pattern of Spark's errors for a table version whose files VACUUM has removed."""
 RETENTION = "delta.deletedFileRetentionDuration"
-"""Table property with the time for which VACUUM keeps the files of old table versions. Delta's default is 7 days. Delta
-4.1 and later also refuses to read versions that are older than this time, except the newest version.
+"""Table property with the time for which VACUUM keeps the files of old table versions. Delta's default is 7 days. In
+addition, Delta 4.1 and later refuses to read versions that are older than this time, except the newest version.
 """
 TOO_OLD = re.compile(
     r"DELTA_UNSUPPORTED_TIME_TRAVEL_BEYOND_DELETED_FILE_RETENTION_DURATION|beyond " + re.escape(RETENTION)

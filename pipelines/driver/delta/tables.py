@@ -33,7 +33,7 @@ VIEW_PROPERTY = "lakesight.select"
 """Property of the view `champion_captions` with the hash of its SELECT statement."""
 
 CREATION_TIMEOUT_S = 10
-"""Age in seconds from which a Delta log without a commit counts as a leftover of a killed process."""
+"""If a Delta log without a commit is at least this old, in seconds, it counts as a leftover of a killed process."""
 
 
 def ensure_tables(spark: SparkSession, platform: Platform) -> None:

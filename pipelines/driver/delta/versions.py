@@ -35,7 +35,8 @@ MAINTENANCE_OPERATIONS = frozenset(
 
 
 COMMIT = ("userMetadata", "operationParameters")
-"""Fields of a commit that, together with its operation, tell whether the commit may have changed rows of a source."""
+"""Fields of a commit that this module reads, in addition to the operation, to decide whether the commit may have
+changed rows of a source."""
 NOTE_IN_CONDITION = re.compile(rf"= '?({NOTE_PREFIX}[\w.-]+)")
 """Pattern that finds the text `lakesight ingest SOURCE` (the note of a source) in the condition of a MERGE.
 
@@ -136,7 +137,7 @@ def source_note(source: str) -> str:
 
 
 def note_condition(source: str) -> str:
-    """Return an SQL condition for a MERGE that is true for all rows of `source` and contains the note of the source.
+    """Return an SQL condition that is true for all rows of `source` and contains the note of the source, for a MERGE.
 
     A MERGE takes no user metadata, but Delta stores the condition of a MERGE in the table history.
     """
@@ -152,7 +153,7 @@ def guarded_options(source: str, version: int) -> dict[str, str]:
     """Return write options with which Delta skips a write if another writer has committed first for the same source.
 
     The options use Delta's idempotent writes. `txnAppId` contains the name of the source. `txnVersion` is `version`,
-    the table version that had last changed the source when the write was planned. Delta skips a write whose
+    which is the last table version that had changed the source when the write was planned. Delta skips a write whose
     `txnVersion` is not above the last committed `txnVersion` of the source. If two writers planned at the same version,
     the first writer commits, and Delta skips the write of the second writer.
     """
@@ -183,10 +184,11 @@ def commit_note(spark: SparkSession, note: str) -> Iterator[None]:
 
 @contextmanager
 def skip_if_changed_since(spark: SparkSession, source: str, version: int) -> Iterator[None]:
-    """In the block, make Delta skip a MERGE in the cases in which Delta skips a write with `guarded_options`.
+    """Make Delta skip a MERGE in the block if another writer has committed first for the same source.
 
-    A MERGE takes no options, so this function changes Spark settings. If the session refuses the settings, Delta does
-    not skip the MERGE. The WHEN clauses of the MERGE must therefore leave out rows that have changed.
+    `guarded_options` does the same for other writes. A MERGE takes no options, so this function changes Spark settings.
+    If the session refuses the settings, Delta does not skip the MERGE. The WHEN clauses of the MERGE must therefore
+    leave out rows that have changed.
     """
     with spark_settings(spark, {f"{TXN_CONF}AppId": source_note(source), f"{TXN_CONF}Version": str(version)}):
         yield

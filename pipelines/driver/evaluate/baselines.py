@@ -22,8 +22,8 @@ from vlm.text.cider import SIGMA, bigrams, ngrams, norms
 from vlm.text.words import words
 
 MAX_PAIRS = 25_000_000
-"""Largest number of pairs (candidate, reference) to compare, unless MIN_CANDIDATES candidates need more pairs. With
-this limit, the comparison takes only seconds."""
+"""Largest number of pairs (candidate, reference) to compare. If MIN_CANDIDATES candidates need more pairs, all pairs of
+these candidates are compared. With this limit, the comparison takes only seconds."""
 MIN_CANDIDATES = 256
 SHORTLIST = 4
 """The slower metrics compare only the SHORTLIST best candidates by word F1 and the SHORTLIST best candidates by CIDEr.
@@ -33,10 +33,10 @@ SHORTLIST = 4
 def baseline_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
     """Return the caption metrics of the baselines.
 
-    The metric `constant_cider` is the CIDEr that is reached if all pictures have the same caption: the candidate with
-    the highest CIDEr. Each other metric `constant_*` is computed in the same way, with the caption that is best by this
-    metric. The metrics `neighbour_*` are computed with the human caption of the most similar training picture. They are
-    missing if any row has no such caption.
+    The metric `constant_cider` is the CIDEr if all pictures have the same caption. This caption is the candidate with
+    the highest CIDEr. Each other metric `constant_*` is computed in the same way, with the caption that is best by that
+    metric. The metrics `neighbour_*` are computed with the human caption of the most similar training picture. The
+    metrics `neighbour_*` are missing if any row has no such caption.
     """
     constants = best_constants(scored)
     metrics_of = {text: caption_metrics(_with_caption(scored, text)) for text in set(constants.values())}
@@ -47,8 +47,8 @@ def baseline_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
 
 
 def baselines(scored: Sequence[ScoredRow], metric: str) -> dict[str, list[ScoredRow]]:
-    """For each baseline, return the rows with the baseline's captions instead of the model's. The constant caption is
-    the best single caption by `metric`.
+    """For each baseline, return the rows with the captions of the baseline in place of the captions of the model. The
+    constant caption is the best single caption by `metric`.
 
     The baselines are `constant` if the metric is defined for the rows (CIDEr needs two rows), and `neighbour` if every
     row has a neighbour.
@@ -66,12 +66,12 @@ def neighbour_rows(scored: Sequence[ScoredRow]) -> list[ScoredRow] | None:
 
 
 def best_constants(scored: Sequence[ScoredRow]) -> dict[str, str]:
-    """For each metric, return the candidate with the best value if all pictures have the candidate as their caption.
+    """For each metric, return the candidate that has the best value as the caption of all pictures.
 
-    The candidates are the most frequent references: as many as MAX_PAIRS allows, but at least MIN_CANDIDATES. Of two
-    equally good candidates, the more frequent candidate is returned. Every candidate is compared by exact match, word
-    F1 and CIDEr. ROUGE-L and BLEU are slow to compute, so they are computed only for the best candidates by word F1 or
-    CIDEr.
+    The candidates are the most frequent references. The number of candidates is limited by MAX_PAIRS, but is at least
+    MIN_CANDIDATES. Of two equally good candidates, the more frequent candidate is returned. Every candidate is compared
+    by exact match, word F1 and CIDEr. ROUGE-L and BLEU are slow to compute, so they are computed only for the best
+    candidates by word F1 or CIDEr.
     """
     references = [[words(reference) for reference in item.references] for item in scored]
     spelled = Counter(reference.strip() for item in scored for reference in item.references)
@@ -103,7 +103,7 @@ def _with_caption(scored: Sequence[ScoredRow], caption: str) -> list[ScoredRow]:
 
 
 def constant_word_f1(candidates: Sequence[list[str]], references: Sequence[list[list[str]]]) -> Floats:
-    """For each candidate, compute the mean word F1 over all rows if every row has this caption, as an array (C,)."""
+    """For each candidate, return the mean word F1 if the candidate is the caption of every row, as an array (C,)."""
     flat = [reference for group in references for reference in group]
     first_of_row = np.cumsum([0, *(len(group) for group in references)])[:-1]
     lengths_F = np.array([len(reference) for reference in flat])
@@ -120,9 +120,10 @@ def constant_word_f1(candidates: Sequence[list[str]], references: Sequence[list[
 
 
 def constant_cider(candidates: Sequence[list[str]], references: Sequence[list[list[str]]]) -> Floats:
-    """For each candidate, compute CIDEr-D (Vedantam et al., 2015) if every row has this caption, as an array (C,).
+    """For each candidate, compute CIDEr-D if the candidate is the caption of every row. Return an array (C,).
 
-    The result equals pycocoevalcap's result, but pycocoevalcap would process all references again for each candidate.
+    CIDEr-D is described in Vedantam et al. (2015). The result equals the result of pycocoevalcap, but pycocoevalcap
+    would process all references again for each candidate.
     """
     flat = [ngrams(reference) for group in references for reference in group]
     weights_F = np.array([1 / (len(group) * len(references)) for group in references for _ in group])
@@ -149,8 +150,8 @@ def constant_cider(candidates: Sequence[list[str]], references: Sequence[list[li
 
 
 class _Postings:
-    """Inverted index: for each key (a word or an n-gram), the indices of the references that contain the key, and the
-    value of the key in each of these references.
+    """Inverted index of the references. For each key (a word or an n-gram), the index has the numbers of the references
+    that contain the key, and the value of the key in each of these references.
     """
 
     def __init__(self, references: Sequence[Mapping[Any, float]]) -> None:

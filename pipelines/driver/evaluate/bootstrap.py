@@ -70,7 +70,8 @@ def measure(
 
     Args:
         scored: rows of the split; at least one row has a caption.
-        further: dict from the name of each additional metric to its function of the weights of the rows with a caption.
+        further: dict from the name of an additional metric to a function that computes the metric. The function takes
+            the weights of the rows with a caption.
         seed: seed of the resampling.
     """
     failed = ratio([float(item.caption is None) for item in scored])
@@ -138,8 +139,8 @@ def slice_metrics(
 
     Args:
         scored: rows of the split; at least one row has a caption.
-        columns: dict from the name of a column to its values: one value, which selects the slice, for each row with a
-            caption.
+        columns: dict from the name of a column to a list. The list has one value for each row with a caption, and the
+            value selects the slice of the row.
         names: names of the metrics to compute.
         seed: seed of the resampling.
     """

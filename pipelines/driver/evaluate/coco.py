@@ -1,4 +1,4 @@
-"""Figures that can be compared with papers: METEOR, and the figures of COCO's evaluation.
+"""Figures that can be compared with figures in papers: METEOR, and the figures of COCO's evaluation.
 
 pycocoevalcap contains two Java programs for the parts that Python cannot compute. Stanford's tokenizer splits the texts
 as COCO's evaluation does, and METEOR's program aligns words. Each Java program runs once and reads all rows.

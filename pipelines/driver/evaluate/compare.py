@@ -44,7 +44,7 @@ class Comparison(Config):
             paired bootstrap.
         one_metrics: a dict from the name of a metric to its value for version `one` on the rows that both versions
             captioned.
-        other_metrics: the same for version `other`.
+        other_metrics: a dict like `one_metrics`, but with the values for version `other`.
         wins: number of rows where `one` has the higher word F1.
         losses: number of rows where `other` has the higher word F1.
         ties: number of rows where `one` and `other` have the same word F1.
@@ -79,8 +79,8 @@ def compare(
 ) -> Comparison:
     """Compare two evaluations of the split in a shard request, and write the HTML page.
 
-    The metric of the promotion gate, `metric`, decides which version is better. If the evaluations do not have this
-    metric, the first metric of JUDGED that they have decides.
+    The metric of the promotion gate, `metric`, decides which version is better. If an evaluation lacks this metric, the
+    first metric in JUDGED that both evaluations have decides.
 
     Raises:
         StageFailed: the two versions have no captioned row in common.

@@ -79,11 +79,12 @@ def record_decision(
 def recorded_champion(
     open_spark: Callable[[], SparkSession], platform: Platform, model: str
 ) -> tuple[str, str | None] | None:
-    """Return number and digest of the version that the last promotion or rollback of the model in table `decisions` has
-    made the champion, or None if the table has no such row. The digest is None if Lakesight 0.1.0 wrote the row.
+    """Return the number and the digest of the champion of a model according to table `decisions`. The champion is the
+    version of the last promotion or rollback. Return None if the table has no promotion and no rollback of the model.
+    The digest is None if Lakesight 0.1.0 wrote the row.
 
-    If a command was killed after it had recorded a decision and before it changed the registry, the registry has
-    another champion than table `decisions`.
+    The registry and the table `decisions` have different champions if a command was killed after it had recorded a
+    decision and before it changed the registry.
     """
     changes = _champion_changes(open_spark, platform, model)
     return (changes[-1]["model_version"], changes[-1]["model_digest"]) if changes else None
@@ -96,7 +97,7 @@ def find_rollback(
 
     Return None if no rollback has replaced the version, or if the version has become the champion again since then.
 
-    A row without the digest of a version names the version by its number only.
+    If a row has no digest for a version, only the number identifies the version.
 
     Args:
         open_spark: function that returns the Spark session. The function is called only if the table cannot be opened

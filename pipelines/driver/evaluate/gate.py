@@ -26,8 +26,8 @@ from vlm.text.words import words
 BASELINES = {"constant": "the best caption that ignores the picture", "neighbour": "the nearest neighbour's caption"}
 
 NO_NEIGHBOUR = (
-    "no comparison with the nearest neighbour's caption, because at least one picture has no other training picture "
-    "with its prompt; training longer does not change this: remove neighbour from gate.baselines"
+    "no comparison with the nearest neighbour's caption, because for at least one picture, no other training picture "
+    "has the same prompt; longer training cannot change that: remove neighbour from gate.baselines"
 )
 
 
@@ -121,7 +121,7 @@ def _check_blind_gap(gate: GateConfig, gap: Interval | None) -> GateCheck:
 
 
 def _check_varied(gate: GateConfig, scored: Sequence[ScoredRow]) -> GateCheck:
-    """Check that the captions vary enough, compared with one human caption for each row."""
+    """Check that the captions have enough distinct texts, compared with one human caption for each row."""
     captions = _count_distinct([item.caption or "" for item in scored])
     human = _count_distinct([item.references[item.row % len(item.references)] for item in scored])
     enough = max(2 if human > 1 else 1, gate.min_distinct * human)

@@ -61,7 +61,7 @@ class ScoredRow(RowScore):
 
     @property
     def key(self) -> tuple[str, str]:
-        """Key of the row (image_id and prompt), which is the same for all models."""
+        """Key of the row: its image_id and its prompt. The key of a row is the same for all models."""
         return self.image_id, self.prompt
 
     @property
@@ -172,7 +172,7 @@ def caption_metrics(scored: Sequence[ScoredRow]) -> dict[str, Metric]:
 
 
 def ngram_metrics(captions: Sequence[list[str]], references: Sequence[list[list[str]]]) -> dict[str, Metric]:
-    """Return bleu_1..4, rouge_l and cider (CIDEr-D) of captions that are split into words. One row alone has no cider.
+    """Return bleu_1..4, rouge_l and cider (CIDEr-D) of captions that are split into words. A single row has no cider.
 
     A reference that several people have written counts as often as it was written, as in pycocoevalcap.
     """

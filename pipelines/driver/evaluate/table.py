@@ -30,8 +30,8 @@ VALUES = ("value", "low", "high", "n", "tokenisation")
 
 
 def merge_report(spark: SparkSession, platform: Platform, report: EvaluationReport, shards: Shards) -> None:
-    """Merge a report on a captioner into the table, unless the captions were generated with other settings than the
-    model version's own. `shards` are the shards of the evaluated split.
+    """Merge a report on a captioner into the table. If the captions were generated with settings that differ from the
+    model version's own settings, do nothing. `shards` are the shards of the evaluated split.
     """
     if report.settings is None:
         merge_rows(spark, platform, list(report_rows(report, shards.manifest.request.where)))
@@ -51,12 +51,12 @@ def report_rows(report: EvaluationReport, where: str) -> Iterator[dict[str, obje
 
 
 def merge_rows(spark: SparkSession, platform: Platform, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Merge the rows of one evaluation into table `evaluations`, and make this evaluation the newest of its pictures.
+    """Merge the rows of one evaluation into table `evaluations`, as the newest evaluation of its pictures.
 
-    A reused evaluation calls this function too, because the table may have been dropped, or restored from a copy, or
-    may have a newer evaluation of the same model version and split. If the table has all rows already and no newer
-    evaluation, nothing is written. All written rows have the same time, which is later than the times of all rows of
-    the same model version, source and split.
+    This function is also called for a reused evaluation. Since the evaluation was computed, the table may have been
+    dropped or restored from a copy, or may have got a newer evaluation of the same model version and split. If the
+    table has all rows and no newer evaluation, nothing is written. All written rows have the same time, which is later
+    than the times of all rows of the same model version, source and split.
 
     Args:
         spark: Spark session.
@@ -88,8 +88,8 @@ def _read_rows(spark: SparkSession, platform: Platform, equal: Mapping[str, str]
 
 
 def _is_newest(rows: Sequence[Mapping[str, Any]], stored: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether the table has all rows of an evaluation, and no newer evaluation of the same model version with
-    the same condition on the pictures."""
+    """Return true if the table has all rows of an evaluation and no newer evaluation of the same model version with the
+    same condition on the pictures."""
     first = rows[0]
     same = [row for row in stored if _same_model(row, first) and row["shards_where"] == first["shards_where"]]
     found = {tuple(row[name] for name in KEY): row for row in same}

@@ -60,7 +60,8 @@ def _outcome(metric: Interval, baseline: float) -> str:
 def _pictures(metrics: Mapping[str, Interval], limit: float) -> str:
     """Return a phrase that says whether the captions depend on the pictures, or "" if there is no blind gap.
 
-    The gate compares the value of the blind gap with the limit. The phrase never says the opposite of the gate.
+    The gate compares the value of the blind gap with the limit, and the phrase never contradicts the result of the
+    gate.
     """
     gap = metrics.get("blind_gap")
     if gap is None:

@@ -1,4 +1,4 @@
-"""Check whether an ingest has nothing to read, so that Spark starts only if there may be rows to read.
+"""Check without Spark whether an ingest has nothing to read. Spark starts only if there may be rows to read.
 
 The check reads the ledger (table `ingested`), the list of the source's files and the Delta logs. If the check is not
 certain that all items were ingested, Spark starts and opens the source. The check is not certain if a catalog manages

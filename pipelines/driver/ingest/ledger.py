@@ -2,9 +2,9 @@
 
 The ledger only saves time and is not needed for correct results. Rows are identified by their content, so an item that
 is read twice adds nothing. If `samples`, `texts` or `quarantine` was restored or replaced since an item was ingested,
-the item is deleted from the ledger and read again. The ledger may therefore be written last, after the other tables,
-and an ingest adds its items by a plain append. If an ingest is killed or runs twice, the worst consequence is that
-items are read again.
+the item is deleted from the ledger and read again. The ledger may therefore be written last, after the other tables. An
+ingest adds its items to the ledger by a plain append. If an ingest is killed or runs twice, the worst consequence is
+that items are read again.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def lost_commits(
     columns: tuple[str, str],
     history: Callable[[Collection[int]], TableHistory],
 ) -> list[str]:
-    """Return the ids of the commits in the ledger whose rows are no longer in a table.
+    """Return the ids of those commits in the ledger whose rows a table no longer has.
 
     A table loses the rows of a commit if the table is restored, replaced by a copy, or dropped. The items of these
     commits must be read again.
@@ -246,7 +246,7 @@ def forget_lost_items(spark: SparkSession, platform: Platform, source: str, fill
 
 
 def _forget(spark: SparkSession, ledger: str, source: str, column: str, lost: Sequence[str]) -> None:
-    """Delete those items of a source from the ledger whose commit id in `column` is one of the `lost` ids."""
+    """From the ledger, delete the items of a source that have one of the commit ids `lost` in `column`."""
     count = spark.table(ledger).filter((F.col("source") == source) & F.col(column).isin(*lost)).count()
     logger.warning("%d files or rows of captions of %s are read again", count, source)
     ids = ", ".join(f"'{each}'" for each in lost)
@@ -257,7 +257,7 @@ def _forget(spark: SparkSession, ledger: str, source: str, column: str, lost: Se
 def delete_from_ledger(spark: SparkSession, platform: Platform, source: str) -> None:
     """Delete the ledger rows of a source, so that the next ingest reads all items of the source.
 
-    A refresh calls this function when it is certain that rows will be replaced, and before the refresh writes anything.
-    If the refresh is killed between two writes, the next ingest adds the missing rows.
+    A refresh calls this function before the refresh writes anything, but only if rows will certainly be replaced. If
+    the refresh is killed between two writes, the next ingest adds the missing rows.
     """
     spark.sql(f"DELETE FROM {platform.table(INGESTED.name)} WHERE source = {{source}}", source=source)  # noqa: S608

@@ -29,8 +29,9 @@ class NearReport(Config):
     Attributes:
         pictures: number of new pictures with a near duplicate.
         moved: number of new pictures that were moved to the split of their near duplicate.
-        across_splits: number of new pictures with a near duplicate in another split. Usually, the source assigns the
-            splits, or the picture resembles two pictures that were already in different splits.
+        across_splits: number of new pictures with a near duplicate in another split. Such a picture usually has one of
+            two causes: the source assigns the splits, or the picture resembles two earlier pictures in different
+            splits.
         not_compared: number of new pictures with a key that is skipped, because more than MAX_PICTURES_OF_A_KEY
             pictures share the key.
     """
@@ -100,7 +101,7 @@ def _resolve(pairs: DataFrame, *, move: bool) -> DataFrame:
     `samples` before the ingest. If no near duplicate was in `samples`, near_of is the new near duplicate with the
     smallest id. If all near duplicates are new and have larger ids than the picture, near_of is null. near_split is the
     split of the near duplicates in `samples` (the first of test, val and train), because pictures in `samples` do not
-    move. If no near duplicate is in `samples`, near_split is one of the splits of the picture and its near duplicates:
+    move. If no near duplicate is in `samples`, the splits of the picture and its near duplicates decide: near_split is
     test if one of them is in test, else val if one of them is in val, else train. If `move` is false, near_split is the
     picture's own split.
     """

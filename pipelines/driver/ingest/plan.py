@@ -118,8 +118,8 @@ def plan_pictures(outcomes: DataFrame, existing: DataFrame, max_texts: int | Non
     - contributing: number of rows that add a text;
     - full: all accepted texts of the picture if the input has more texts than `max_texts` allows, else null.
 
-    The texts are merged by `pipelines.executor.ingest.merge_texts`, in the order of the files, then of the rows in a
-    file, then of the texts in a row.
+    The texts are merged by `pipelines.executor.ingest.merge_texts`. They are ordered by file, then by row in the file,
+    then by text in the row.
 
     If two different pictures have the same id and one of them is in `samples`, the picture in `samples` stays and the
     other picture is refused. If neither picture is in `samples`, both pictures are refused, because files have no fixed

@@ -66,7 +66,7 @@ def ingest(
         platform: platform that stores the tables.
         source_name: name of the source, which is the name of its data config.
         config: data config of the source.
-        refresh: whether to read all items again and replace all rows that the source has added before.
+        refresh: whether to read all items again and replace all rows that earlier ingests of the source have added.
 
     Raises:
         UserError: the input is missing or lacks a column, or no row is usable (`check_totals`, `require_usable_rows`).
@@ -119,7 +119,7 @@ def _ingest(
     if report.new and table is SAMPLES and not refresh and has_other_rules(spark, platform, source_name, rules):
         _warn_of_other_ids(spark, platform, source_name, begun, report.new)
     check_totals(report, config)
-    if source.rows:  # if the check fails, this line is not reached, so the next ingest reads the items again
+    if source.rows:  # if the check has failed, the ledger lacks the items, so the next ingest reads them again
         refused = read_versions(spark, platform, source_name, QUARANTINE)[1:] if totals.bad else ()
         entry = LedgerEntry(source_name, rules, source.ingest_id, *versions[1:], *refused)
         retry_on_conflict(partial(append_to_ledger, spark, platform, source.pending, entry))
@@ -152,7 +152,7 @@ def _announce_refresh(
 
 
 def _warn_of_other_ids(spark: SparkSession, platform: Platform, name: str, begun: datetime, num_new: int) -> None:
-    """Warn if new pictures were stored before under other ids, by ingests with other settings.
+    """Warn if an earlier ingest with other settings has stored pictures of this ingest under other ids.
 
     One possible cause is an id column that was added to the config after the earlier ingest. The pictures of the
     earlier ingest stay in `samples`, and may be in another split than the new pictures.

@@ -33,7 +33,7 @@ PREFIX = "ingest-"
 FILE_BYTES = 128 * 2**20
 """Approximate size of the pictures in one data file of a table, in bytes."""
 STALE = timedelta(days=2)
-"""Age from which the next ingest removes a spill folder, because its own ingest was probably killed."""
+"""The next ingest removes spill folders of at least this age, because their ingests were probably killed."""
 
 
 @dataclass(frozen=True)

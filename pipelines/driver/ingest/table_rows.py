@@ -32,7 +32,7 @@ class Stamp:
         ingest_id: id of the ingest (`Source.ingest_id`) or of the replay.
         planned_at: time at which the plan was made. Each plan has a different time, so the time identifies the rows of
             the plan.
-        base_version: version of `samples` that had last changed the source when the plan was made; 0 for plain text.
+        base_version: last version of `samples` that had changed the source when the plan was made; 0 for plain text.
     """
 
     source: str
@@ -134,7 +134,6 @@ def rows_with_keys_of(known: DataFrame, rows: DataFrame, key: str, num_rows: int
 
 
 def rows_to_add(rows: DataFrame, known: DataFrame, key: str, num_rows: int) -> DataFrame:
-    """Return the rows of an input whose key is not among the known rows. The arguments are those of
-    `rows_with_keys_of`."""
+    """Return the rows of an input whose key no known row has. The arguments are those of `rows_with_keys_of`."""
     found = rows_with_keys_of(known, rows, key, num_rows)
     return rows.join(F.broadcast(found) if num_rows <= FEW_ROWS else found, key, "left_anti")

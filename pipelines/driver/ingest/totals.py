@@ -29,7 +29,7 @@ class Written:
         reasons: number of rows added to `quarantine`, by quarantine reason.
         near: counts of near duplicates among the new pictures.
         across: number of pictures whose bytes occur in more than one split of the source.
-        other_splits: number of pictures that stay in another split than their rows in the input have.
+        other_splits: number of pictures that stay in their split, although their rows in the input have another split.
         removed: number of pictures removed from `samples`.
         updated: in a refresh, number of pictures or texts that were in the source's table before the refresh. These
             pictures or texts also count in `totals.new`.
@@ -80,8 +80,8 @@ class IngestReport(Config):
         passed_over: names of files and folders of the source that were not read, by reason (one of
             `sources.walk.PASSED_OVER`); at most NAMED_FILES names.
         passed_over_count: number of files and folders of the source that were not read, by reason.
-        unreadable_files: files and details of rows with the reason `unreadable_file`; at most NAMED_FILES. Such a row
-            stands for a file that could not be read to its end, or for a row whose picture file could not be read.
+        unreadable_files: files and details of rows with the reason `unreadable_file`; at most NAMED_FILES. This reason
+            means that a source file could not be read to its end, or that the picture file of a row could not be read.
     """
 
     source: str

@@ -161,7 +161,7 @@ def find_finished(
 
 
 def _sources(source_name: str, config: DataConfig, split: Split) -> list[str]:
-    """Return the sources whose rows the shards hold; training shards also hold rows of the sources in `mix`."""
+    """Return the sources whose rows are in the shards. Training shards have rows of the sources in `mix`, too."""
     return [source_name, *(config.mix if split == "train" else ())]
 
 

@@ -33,9 +33,10 @@ from pipelines.formats.shards import MANIFEST, Manifest, ShardFile, ShardRequest
 from pipelines.platform import default_parallelism
 
 STALE_SECONDS = 3600
-"""Age in seconds from which a leftover file of a crashed writer is removed."""
+"""Leftover files of at least this age, in seconds, are removed, because their writers have crashed."""
 SAMPLED_ROWS = 64
-"""Number of pictures whose mean size decides whether to decode pictures before or after the shuffle."""
+"""Number of pictures that are measured. Their mean size decides whether pictures are decoded before or after the
+shuffle."""
 
 Assign = Callable[..., Iterator[RecordBatch]]
 """Function that assigns rows to shard files, as `executor.shard.assign_files` does. The function may also decode

@@ -180,7 +180,7 @@ def _unexplained(run: RunFolder, rank: RankFile) -> TrainingFailed:
 
 
 def _damaged_shard(run: RunFolder) -> LakesightError | None:
-    """Verify the shards of a run, each folder for VERIFY_SECONDS. Return the first error that is found, or None."""
+    """Verify the shards of a run, each folder for at most VERIFY_SECONDS. Return the first error, or None."""
     files = run.read_run()
     try:
         for folder in dict.fromkeys((files.train_shards, files.validate_shards)):

@@ -40,8 +40,8 @@ def check_hosts(run: RunFolder, open_spark: Callable[[], SparkSession], launch: 
     """Describe every host that ranks will run on, check that the hosts are compatible, and write hosts.json.
 
     Raises:
-        UserError: a package is missing on a host, the hosts have different versions of torch, Lakesight or the training
-            code, or ranks need GPUs and torch can use no GPU of a host.
+        UserError: a package is missing on a host, or the hosts have different versions of torch, Lakesight or the
+            training code. The error is also raised if ranks need GPUs and torch can use no GPU of a host.
         StageFailed: the executors did not describe their hosts.
     """
     if launch.local_mode:
@@ -62,8 +62,8 @@ def check_hosts(run: RunFolder, open_spark: Callable[[], SparkSession], launch: 
 
 
 def _describe_executors(spark: SparkSession, tasks: int) -> list[dict[str, object]]:
-    """Let each task of a barrier stage describe its host. A barrier stage runs all its tasks at the same time, as the
-    ranks will run.
+    """Let each task of a barrier stage describe its host. A barrier stage runs all its tasks at the same time, and the
+    ranks will run at the same time, too.
     """
 
     def describe_task() -> dict[str, object]:

@@ -103,7 +103,7 @@ def run_ranks(
 ) -> Exception | None:
     """Run all ranks until they end. Return the exception of the launcher, or None.
 
-    When this function returns, no rank is running on this host, unless a rank did not end after SIGKILL.
+    When this function returns, all ranks on this host have ended, except ranks that even SIGKILL did not end.
 
     Raises:
         KeyboardInterrupt: the user interrupted the run. The ranks on this host have been ended.

@@ -36,8 +36,8 @@ network file system or device."""
 def run_local_ranks(run: RunFolder, ranks: int, entry: RankEntry) -> Exception | None:
     """Run all ranks on this host until they end. Return an exception with the first failure, or None.
 
-    If a rank fails, all other ranks are ended. When this function returns or raises, no rank is running, unless the
-    kernel could not end a rank within KILL_SECONDS; a warning then names the process of the rank.
+    If a rank fails, all other ranks are ended. When this function returns or raises, all ranks have ended, except a
+    rank that the kernel could not end within KILL_SECONDS. A warning names the process of such a rank.
 
     Args:
         run: run folder. Until a rank has opened its own log, the rank's output goes to launcher.log.

@@ -20,7 +20,7 @@ from vlm.files import atomic_write, read_json
 log = logging.getLogger(__name__)
 
 MIN_RATIO = 1.2
-"""Ratio of the times of a step in fp32 and in bf16 from which `auto` chooses bf16."""
+"""`auto` chooses bf16 if the time of a step in fp32 is at least this number of times the time of a step in bf16."""
 MEASURE_SECONDS = 300.0
 CPU_INFO = Path("/proc/cpuinfo")
 
@@ -42,7 +42,8 @@ def choose_precision(config: RunConfig, platform: Platform) -> RunConfig:
     """Return the config with `bf16` or `fp32` in place of the precision `auto`.
 
     The first run on a kind of processor or GPU measures both formats. The file precision.json in the home folder keeps
-    the result, because another measurement could differ by chance, and a run in the other format is another run.
+    the result, because another measurement could differ by chance. With a different format, the same command would
+    start a different run.
 
     Raises:
         UserError: the ranks use GPUs, and the driver has no GPU on which to measure.

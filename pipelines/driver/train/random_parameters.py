@@ -1,6 +1,6 @@
 """Check that a run trains the parameters of an imported model that still have random weights.
 
-An import fills the parameters that no published folder contains with random weights, such as the projector between a
+An import gives random weights to the parameters that no published folder contains, such as the projector between a
 published encoder and a published decoder. If a run freezes such a parameter, the run trains the rest of the model to
 read random features.
 """
@@ -69,12 +69,12 @@ def _is_frozen(name: str, settings: TrainConfig) -> bool:
 
 
 def _rate(name: str, rates: dict[str, float]) -> float:
-    """Return the learning rate of a parameter, which is that of the first pattern that matches the whole name."""
+    """Return the learning rate of a parameter: the learning rate of the first pattern that matches the whole name."""
     return next((lr for pattern, lr in rates.items() if re.fullmatch(pattern, name)), 0.0)
 
 
 def _split_blocks(name: str) -> Iterator[str]:
-    """Yield one name for each block number in a name of an import report."""
+    """Yield the name of each parameter that a name of an import report, such as `blocks.{0,2}.norm`, stands for."""
     match = BLOCKS.search(name)
     if match is None:
         yield name

@@ -51,7 +51,7 @@ def replay_step(run: RunFolder, launch: Launch, open_spark: Callable[[], SparkSe
 
     Raises:
         UserError: the run has no such step, or the cluster has too few slots.
-        TrainingFailed: the replay failed, but not because of a loss that is NaN or infinite.
+        TrainingFailed: the replay failed for a different reason than a loss that is NaN or infinite.
     """
     file = run.read_run()
     if not 0 <= step < file.config.train.steps:

@@ -66,8 +66,8 @@ def prepare(
     """Find or create the run folder, and write the files that ranks need before they start.
 
     These files are run.json and the files of `_write_text_files`. The tokenizer is trained on the texts of the training
-    shards, or copied from `train.start_from`. A repeated command finds the same run folder. In most cases, this is true
-    even if the command changes generation settings (`keep_generation`).
+    shards, or copied from `train.start_from`. A repeated command finds the same run folder, in most cases even if the
+    command changes generation settings (`keep_generation`).
 
     Args:
         config: resolved run config.
@@ -75,12 +75,13 @@ def prepare(
         train: report on the training shards.
         validate: report on the validation shards.
         code: description of the training code, by default of the installed code.
-        keep_run_file: whether an existing run.json stays as it is, for a command that does not train the run.
+        keep_run_file: whether an existing run.json is left unchanged. A command that does not train the run sets this
+            argument to true.
 
     Raises:
-        UserError: a split has no rows, the batch cannot be divided among the ranks, the folder in `train.start_from`
-            has another model, damaged files or other training data, `train.register` is a step whose checkpoint the run
-            will not have, or another process is training the run.
+        UserError: a split has no rows, the batch cannot be divided among the ranks, or another process is training the
+            run. The error is also raised if the folder in `train.start_from` has another model, damaged files or other
+            training data, or if the run will have no checkpoint of the step in `train.register`.
     """
     check_config(config)
     _check_splits(train, validate)
@@ -153,8 +154,8 @@ def _run_path(
 ) -> Path:
     """Return the path of the run folder for the first version of the training code that trains the run.
 
-    The name of the folder contains a hash of everything else that determines the outcome of the run. `find_folder`
-    returns the folder for the present version of the code.
+    The name of the folder contains a hash of everything that determines the outcome of the run, except the training
+    code. `find_folder` returns the folder for the present version of the code.
 
     Args:
         platform: platform that stores the run folder.
@@ -168,7 +169,8 @@ def _run_path(
         return platform.folder("runs") / f"{config.name}-{hash_run(config.model, settings, *content)}"
 
     if start is not None:
-        # Earlier releases left the tokenizer out of the name. Their runs are found if the tokenizer is the same.
+        # Earlier releases left the tokenizer out of the name. A run of an earlier release is found if its tokenizer is
+        # the same.
         earlier = path_with({**settings, "start_from": start.weights})
         if start.has_tokenizer_of(RunFolder(earlier)):
             return earlier
@@ -273,7 +275,7 @@ def _run_attempt(run: RunFolder, settings: Launch, open_spark: Callable[[], Spar
         TrainingFailed: the ranks wrote no result. The message names the cause.
         StageFailed: the ranks have formed more than one process group, so each group has trained a model of its own.
     """
-    end_leftover_ranks(run)  # a rank of an earlier driver that was killed may need a second to notice this
+    end_leftover_ranks(run)  # the ranks of a killed driver may need a second to notice that the driver has ended
     run.archive_attempt()
     try:
         check_hosts(run, open_spark, settings)

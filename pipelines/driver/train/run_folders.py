@@ -1,9 +1,9 @@
 """Choice of the folder in which a run trains. Everything that determines the outcome of a run also determines the run's
 folder.
 
-The name of a folder contains a hash of the model, the settings and the data. As in Lakesight 0.1.0, the first version
-of the training code that trains a run uses a name without a further hash. Any other version of the code appends its
-digest to the name.
+The name of a folder contains a hash of the model, the settings and the data. The first version of the training code
+that trains a run uses this name without a further hash, as Lakesight 0.1.0 did. Any other version of the code appends
+its digest to the name.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def hash_run(model: ModelConfig, settings: Mapping[str, Any], train: str, valida
 
 
 def keep_generation(config: RunConfig, code: TrainingCode, path_of: Callable[[RunConfig], Path]) -> RunConfig:
-    """Return the config with the generation settings of a run that has learned, or is learning, the same model.
+    """Replace the generation settings of a config by those of a run that has learned, or is learning, the same model.
 
     Generation settings affect what a run learns only if training scores or rewards captions. The hash in the name of a
     run folder always depends on generation settings, as in Lakesight 0.1.0.
@@ -46,8 +46,8 @@ def keep_generation(config: RunConfig, code: TrainingCode, path_of: Callable[[Ru
         path_of: function that returns the path of a config's run folder.
 
     Returns:
-        The config. It is unchanged if training scores or rewards captions, if no run has learned the same model, or if
-        a run with the config's own generation settings exists.
+        The config. The config is unchanged in three cases: training scores or rewards captions, no run has learned the
+        same model, or a run with the config's own generation settings exists.
     """
     own, train = path_of(config), config.train
     if train.rewards_cider or train.score_every or _has_run(own, code):
@@ -63,7 +63,7 @@ def keep_generation(config: RunConfig, code: TrainingCode, path_of: Callable[[Ru
 
 
 def _has_run(path: Path, code: TrainingCode) -> bool:
-    """Return whether this version of the training code has a run folder at the path, or at the path with its digest."""
+    """Return whether this version of the code has a run at the path, or at the path with the digest of the code."""
     first, own = RunFolder(path), RunFolder(path.with_name(f"{path.name}-{code.digest}"))
     if not first.run_file.exists():
         return False

@@ -46,7 +46,7 @@ class StartFolder(Config):
 
     @property
     def digest(self) -> str:
-        """Digest of the weights and the tokenizer. The outcome of a run depends on both."""
+        """Digest of the weights and the tokenizer, on which the outcome of a run depends."""
         return short_hash(self.weights, self.tokenizer_digest)
 
     def has_tokenizer_of(self, run: RunFolder) -> bool:
@@ -76,8 +76,8 @@ def check_start_folder(folder: Path, config: ModelConfig, settings: TrainConfig)
 
     Raises:
         UserError: the folder lacks a file of a model, or contains a model that differs from the run's model (the
-            message lists each difference). Another cause is a folder with only a decoder, if the settings need trained
-            weights of all parts. A further cause is a run that freezes a parameter with random weights.
+            message lists each difference). The error is also raised if the folder has only a decoder although the
+            settings need trained weights of all parts, or if the run freezes a parameter with random weights.
     """
     folder = folder.absolute()
     missing = [name for name in FILES if not (folder / name).is_file()]

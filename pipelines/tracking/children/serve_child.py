@@ -24,7 +24,7 @@ App = Callable[[Message, Callable[[], Awaitable[Message]], Callable[[Message], A
 
 
 def is_foreign(origin: str) -> bool:
-    """Return whether the value of an `Origin` header is not the origin of a page of this machine.
+    """Return true if the value of an `Origin` header differs from every origin of a page of this machine.
 
     A page without an origin of its own, such as a local file, sends the value `null`, which counts as foreign.
     """

@@ -97,7 +97,7 @@ def _draw_blind_gap(gaps: Points) -> Figure:
 
 
 def draw_lengths(lengths: Mapping[str, Sequence[int]]) -> Figure:
-    """Draw one figure with a histogram of the number of words per text for each name.
+    """Draw one figure that shows, for each name, a histogram of the number of words per text.
 
     The last bar counts all texts whose length is at least the 99th percentile of all lengths.
     """

@@ -22,7 +22,7 @@ KIND = "mlflow.experimentKind"
 TRAINING_KIND = "custom_model_development"
 """Value of the tag KIND with which MLflow shows an experiment as model training, not as development of an agent."""
 VIEW = "workflowType=machine_learning"
-"""Query parameter of a URL with which MLflow shows its pages for model training."""
+"""Query parameter that makes MLflow show its pages for model training."""
 EVALUATION = "Evaluation of version "
 """Beginning of the headings of evaluations in the description of a run. The number of the version follows."""
 MAX_NOTE_CHARS = 5000
@@ -36,7 +36,7 @@ STAGES = {
     "version and the captioned table. The artifact `drift.json` of a run compares the captions with the evaluation "
     "of the model version.",
 }
-"""Description of the MLflow experiment of each stage that uses a single experiment for all run configs."""
+"""Dict from each stage that has a single MLflow experiment for all run configs to the experiment's description."""
 MODEL_DESCRIPTION = (
     "Versions of a model that writes captions for pictures. The alias `champion` points to the version that captions "
     "tables. The alias `previous` points to the champion before the present champion. The alias `challenger` points to "

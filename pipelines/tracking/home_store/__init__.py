@@ -1,1 +1,1 @@
-"""Direct access to the MLflow store of a home folder, which is an SQLite file. The package does not import MLflow."""
+"""Direct access to the SQLite file of the MLflow store in a home folder. The package does not import MLflow."""

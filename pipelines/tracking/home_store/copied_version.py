@@ -25,7 +25,7 @@ TAG_PREFIX = "lakesight_"
 DIGEST_TAG = "digest"
 """Name of the tag that stores the digest of the model files of a model version."""
 DELETED = "Deleted_Internal"
-"""Stage of a version that a user has deleted. MLflow keeps the row of the version."""
+"""Value of `current_stage` in the row of a version that a user has deleted. MLflow keeps the row of the version."""
 
 
 class StoredVersion(NamedTuple):
@@ -115,7 +115,7 @@ def find_copied_version(platform: Platform, model: str, which: str) -> CopiedVer
 
 
 def has_no_registry(platform: Platform) -> bool:
-    """Return whether the registry is the store of the home folder, and this store does not exist yet."""
+    """Return true if the registry is the store of the home folder and this store does not exist yet."""
     return platform.registry_uri in store_uris(platform) and not store_file(platform).is_file()
 
 
@@ -146,8 +146,8 @@ def find_stored_version(platform: Platform, model: str, which: str) -> tuple[Sto
 def _read_version(store: sqlite3.Connection, model: str, which: str) -> tuple[StoredVersion, str | None] | None:
     """Return a version and the digest in its tags, or None if the model has no such version.
 
-    A store with several workspaces may have several models of the same name. MLflow chooses among these models, so the
-    result is then also None.
+    A store with several workspaces may have several models of the same name. In this case, MLflow must choose among the
+    models, so the result is None.
     """
     rows = store.execute(
         "SELECT version, run_id, creation_time FROM model_versions WHERE name = ? AND current_stage IS NOT ? "

@@ -23,7 +23,7 @@ LOCATIONS = {
     "logged_models": ("artifact_location",),
     "model_versions": ("storage_location", "source"),
 }
-"""For each SQLite table of the store that contains artifact locations, the names of the columns with the locations."""
+"""Dict from each SQLite table with artifact locations to the names of the columns that contain the locations."""
 
 
 def artifact_root(platform: Platform) -> Path:

@@ -1,7 +1,8 @@
 """Removal of pictures from `samples`, if the source table has deleted or changed the rows of the pictures.
 
-A picture is removed only if the rows show that its source row is gone or different. A picture that is only unreadable
-at the moment stays. If more rows than `data.limits.max_bad_share` are refused, pictures without a usable row stay too.
+A picture is removed only if the rows show that its source row is gone or different. A picture stays if it merely cannot
+be read at the moment. If the share of refused rows exceeds `data.limits.max_bad_share`, pictures without a usable row
+stay too.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 UNREADABLE = "unreadable_file"
 KEPT_REASONS = ("decode_timeout", "decoder_crash", UNREADABLE)
-"""Quarantine reasons that depend on the machine or on a picture server, so that an ingest may refuse a row that an
-earlier ingest has accepted."""
+"""Quarantine reasons that depend on the machine or on a picture server. For these reasons, an ingest may refuse a row
+that an earlier ingest has accepted."""
 KEY = ("image_id", "sha256")
 
 
@@ -48,9 +49,10 @@ def _conflicting_ids(usable: DataFrame) -> DataFrame:
 def has_no_usable_row(
     spark: SparkSession, platform: Platform, decoded: DecodedRows, covered: Covered, unusable: int
 ) -> bool:
-    """Return whether not one row of the source table can be used, so that no picture of the table would be left.
+    """Return true if no row of the source table can be used. Every picture of the table would then be removed.
 
-    If only changes were read, this is the case if no changed row can be used and all pictures of the table are covered.
+    If only changed rows of the table were read, no changed row may be usable, and the changed rows must cover all
+    pictures of the table.
 
     Args:
         spark: Spark session.
@@ -68,7 +70,7 @@ def has_no_usable_row(
 
 
 def require_no_pictures(spark: SparkSession, platform: Platform, decoded: DecodedRows, covered: Covered) -> None:
-    """Check that `samples` has no picture of a table of which no row is usable.
+    """Check that `samples` has no picture of a table that has no usable row.
 
     Raises:
         UserError: `samples` has pictures of the table.
@@ -114,15 +116,17 @@ def remove_gone(platform: Platform, decoded: DecodedRows, covered: Covered, unus
     unknown_ids = config.source.record_columns.id is None and not unreadable.isEmpty()
     if unknown_ids:
         logger.warning(
-            "some pictures of %s cannot be read now, and without an id column ingest cannot tell which pictures of "
-            "table samples they are. This ingest therefore removes no picture without a usable row",
+            "some pictures of %s cannot be read now. Without an id column, ingest cannot find these pictures in table "
+            "samples, and therefore removes no picture without a usable row",
             request.source,
         )
     everything = rows_of_source(spark, platform, SAMPLES.name, request.source)
     quarantine = rows_of_source(spark, platform, QUARANTINE.name, request.source)
     too_many = unusable > config.limits.max_bad_share * decoded.rows_in
     if too_many:
-        logger.warning("more rows than data.limits.max_bad_share were refused, so pictures without a usable row stay")
+        logger.warning(
+            "the share of refused rows exceeds data.limits.max_bad_share, so pictures without a usable row stay"
+        )
     gone = gone_pictures(
         decoded.outcomes,
         covered.select(everything),
@@ -141,7 +145,8 @@ def remove_gone(platform: Platform, decoded: DecodedRows, covered: Covered, unus
         updates,
         "image_id",
         request.source,
-        # Another ingest may have changed a picture after `gone_pictures` found it. The conditions keep such a picture.
+        # If another ingest has changed a picture after `gone_pictures` found the picture, the conditions keep the
+        # picture.
         "WHEN MATCHED AND target.sha256 = updates.sha256 AND array_contains(target.texts, updates.text) THEN DELETE",
         "WHEN MATCHED AND target.near_of = updates.gone_id THEN UPDATE SET near_of = updates.near_of",
     )
@@ -163,17 +168,18 @@ def gone_pictures(
 
     For each picture found, return the image_id, the sha256 and one of its texts. Two kinds of refused rows keep their
     pictures: rows whose reason depends on the machine or on a server (KEPT_REASONS), and rows that `lakesight
-    quarantine replay` has added to `samples`. A picture also stays if a usable row has the picture, but its id belongs
-    to several pictures, because the plan would refuse all these pictures.
+    quarantine replay` has added to `samples`. A picture with a usable row also stays if its id belongs to several
+    pictures, because the plan would refuse all these pictures.
 
     Args:
         outcomes: decoded rows of the source, without pictures and payloads.
         samples: rows of `samples` to compare with the decoded rows.
         quarantine: rows of the table `quarantine` that belong to the source.
-        follow_splits: whether to find also the pictures whose usable rows have another split than the picture.
-        keep_absent: whether a refused row with any reason keeps its picture, and a picture with no usable row stays.
-        keep_subsets: whether a picture stays if its usable rows have no text that the picture lacks. Texts that no
-            usable row has may belong to rows whose pictures cannot be read now.
+        follow_splits: whether a picture is found too if the split of its usable rows differs from its split in
+            `samples`.
+        keep_absent: if true, a picture stays if it has no usable row, or if one of its rows was refused for any reason.
+        keep_subsets: if true, a picture stays if `samples` has all texts of its usable rows. The other texts of the
+            picture may belong to rows whose pictures cannot be read now.
     """
     usable = outcomes.filter(F.col("reason").isNull())
     current = usable.select(*KEY, F.explode("texts").alias("text"))

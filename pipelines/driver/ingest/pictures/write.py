@@ -1,4 +1,4 @@
-"""Decoding of the pictures of a source, and writes of the rows to `quarantine` and `samples`.
+"""Decode the pictures of a source, and write the rows to `quarantine` and `samples`.
 
 Executors decode pictures (`pipelines.executor.ingest.decode`). The driver makes the ingest plan from small columns,
 such as ids and hashes, and commits the writes. Pictures never reach the driver.
@@ -46,8 +46,8 @@ def write_pictures(
 ) -> Written:
     """Decode the pending rows of a source of pictures, and write them to `quarantine` and `samples`.
 
-    If another ingest of the same source commits between plan and write, the plan is made again. No picture is decoded
-    again.
+    If another ingest of the same source commits between plan and write, the plan is made again, from the same decoded
+    pictures.
 
     Raises:
         UserError: no row is usable, and either `refresh` is true, or all pictures of the source table would be removed.

@@ -1,4 +1,4 @@
-"""CSV sources: files with a header, and with base64 pictures or the paths of pictures."""
+"""CSV sources: files with a header. The pictures are base64 text or paths of picture files."""
 
 from __future__ import annotations
 

@@ -26,8 +26,9 @@ MIN_RANGE_BYTES, MAX_RANGE_BYTES = 4 * 2**20, 32 * 2**20
 """Smallest and largest size of the range of a file that one task reads, in bytes. A file that is smaller than the
 smallest size is read by one task."""
 MIN_TASKS = 32
-"""Number of tasks for a small input, so that no core is idle. There are fewer tasks if files are read in ranges and the
-input is smaller than MIN_TASKS * MIN_RANGE_BYTES bytes, or if files are read as wholes and are fewer than MIN_TASKS."""
+"""Number of tasks for a small input, so that no core is idle. There are fewer tasks in two cases: files are read in
+ranges and the input is smaller than MIN_TASKS * MIN_RANGE_BYTES bytes, or there are fewer than MIN_TASKS files and each
+file is read as a whole."""
 SET_PATH = "give the path of a file or folder with --set data.source.path=PATH"
 NO_ACCESS = "no access"
 """State of a file that this process has no permission to read. If the file becomes readable, its state changes, so the

@@ -1,8 +1,8 @@
 """Folder sources: a folder of picture files, and a captions file whose rows refer to the picture files.
 
 The captions file is CSV, JSON lines or COCO captions JSON. The driver reads COCO captions JSON, and executors read CSV
-and JSON lines. To find out whether Spark is needed, the driver itself reads a small captions file of any format
-(`open_small_folder`). Executors open the pictures, so every executor must see the folder.
+and JSON lines. If the captions file is small, the driver reads the file, whatever its format, to find out whether Spark
+is needed (`open_small_folder`). Executors open the pictures, so every executor must see the folder.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ ROWS_PER_TASK = 100
 """Largest number of pending rows for which one Spark task reads the pictures."""
 MAX_TASKS = 10_000
 SMALL_CAPTIONS_BYTES = 8 * 2**20
-"""Number of uncompressed bytes up to which a captions file is read in one process, because starting Spark would take
-longer."""
+"""Largest uncompressed size, in bytes, of a captions file that is read in one process without Spark. Starting Spark
+would take longer."""
 ENTRIES = pa.schema([("path", pa.string()), ("relative", pa.string()), ("reason", pa.string())])
 """Schema of the entries of a folder, from `walk_entries`."""
 ENTRY_ROWS = 10_000
@@ -156,7 +156,7 @@ def _is_small(file: SourceFile) -> bool:
 
 
 def open_small_folder(name: str, source: FolderSourceConfig, config: DataConfig, ingested: pa.Table) -> Source:
-    """Open a folder whose captions file is small without Spark, and find the pending rows.
+    """Without Spark, open a folder whose captions file is small, and find the pending rows.
 
     Raises:
         UserError: the captions file does not exist, has an unknown format, or lacks a column.
@@ -234,7 +234,7 @@ def _open_large(
 
 
 def _write_entries(path: Path, folder: str, captions: str) -> None:
-    """Write all entries of a folder that may be passed over to a Parquet file in the schema ENTRIES."""
+    """Write a Parquet file in the schema ENTRIES that lists all entries of a folder that may be passed over."""
     entries = walk_entries(folder)
     with pq.ParquetWriter(path, ENTRIES) as writer:
         while batch := list(islice(entries, ENTRY_ROWS)):

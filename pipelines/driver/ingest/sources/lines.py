@@ -26,8 +26,8 @@ compressed. The number of tasks is computed from this number."""
 THREADS = 16
 """Number of files whose beginnings are read at the same time, because network storage answers slowly."""
 LINE_END_BYTES = 2**20
-"""Number of bytes within which the first line end is looked for. If the first line is longer than this limit, lines are
-assumed to end with a line feed."""
+"""Number of bytes at the beginning of a file in which the first line end is searched. If the first line is longer than
+this limit, lines are assumed to end with a line feed."""
 
 ReadHead = Callable[[SourceFile, Layout], Layout]
 

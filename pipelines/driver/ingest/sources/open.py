@@ -59,8 +59,8 @@ def open_source(
         name: name of the source, which is the name of its data config.
         config: data config of the source.
         ingested: items that need not be read again, or the ledger that has these items.
-        spill: folder for intermediate results, which must exist until the source has been ingested. Without it, the
-            driver holds all rows of a captions file in memory.
+        spill: folder for intermediate results, which must exist until the source has been ingested. Without this
+            folder, the driver holds all rows of a captions file in memory.
 
     Raises:
         UserError: the input does not exist, has no file of the source's kind, or lacks a column; or the location of the
@@ -117,7 +117,7 @@ def check_input(platform: Platform, config: DataConfig) -> None:
 
 
 def check_access(spark: SparkSession, config: DataConfig) -> None:
-    """Check that this user can read the source. Of a folder, only the first entry is looked up.
+    """Check that this user can read the source. For a folder, only the first entry is looked up.
 
     Raises:
         UserError: the input does not exist or cannot be read, or the table of a source lacks a column.
@@ -134,7 +134,7 @@ def check_access(spark: SparkSession, config: DataConfig) -> None:
 
 
 def needs_spark(config: DataConfig) -> bool:
-    """Return whether only Spark can tell whether an item of a source is pending.
+    """Return true if only Spark can find out which items of a source are pending.
 
     Raises:
         UserError: the captions file of a folder does not exist.
@@ -145,8 +145,8 @@ def needs_spark(config: DataConfig) -> bool:
 
 
 def open_unchanged(platform: Platform, name: str, config: DataConfig, ingested: pa.Table) -> Source | None:
-    """Open a source without Spark. Return None if an item is pending, or if only Spark can tell whether an item is
-    pending. Callers ask `needs_spark` first, so that they do not read the ledger of a large source in vain.
+    """Open a source without Spark. Return None if an item is pending, or if only Spark can find pending items. Callers
+    call `needs_spark` first. Otherwise, they might read the ledger of a large source in vain.
 
     Args:
         platform: platform whose home folder holds generated input files.

@@ -1,4 +1,4 @@
-"""The class `Source`, which every kind of source returns when it is opened, and the check of the source's columns."""
+"""The class `Source`, and the check of a source's columns. Opening a source of any kind returns a `Source`."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ class Source:
         unchanged: number of items that have been ingested in their current state.
         covered: pictures that are removed from `samples` if the rows no longer contain them, or None to remove nothing.
         passed_over: files and folders of the source that are not read, with the reasons.
-        passed_over_count: number of these files and folders by reason if `passed_over` has only some of them, else
-            None.
+        passed_over_count: number of all files and folders that are not read, by reason; None if `passed_over` lists all
+            of these files and folders.
         counted: number of pending items if `pending` is a DataFrame, else None.
     """
 

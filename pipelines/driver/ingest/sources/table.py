@@ -110,7 +110,7 @@ def require_table(spark: SparkSession, source: TableSourceConfig, config: DataCo
 
 
 def open_ingested_table(name: str, source: TableSourceConfig, ingested: pa.Table) -> Source | None:
-    """If the last ingest read the same version of a table on a local disk, open the table without Spark, else return
+    """Open a table on a local disk without Spark if the last ingest read the same version of the table, else return
     None."""
     if source.table or not source.path:
         return None

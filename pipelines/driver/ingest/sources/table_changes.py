@@ -82,7 +82,7 @@ def read_changes(
 
 
 def _only_maintained(spark: SparkSession, table: SourceTable, last: int) -> bool:
-    """Return whether no version after `last` changed a row, according to the table's history."""
+    """Return true if, according to the table's history, all versions after `last` left the rows unchanged."""
     commits = spark.sql(f"DESCRIBE HISTORY {table.name}").filter(F.col("version").between(last + 1, table.version))
     operations = [row["operation"] for row in commits.select("operation").collect()]
     return len(operations) == table.version - last and MAINTENANCE_OPERATIONS.issuperset(operations)

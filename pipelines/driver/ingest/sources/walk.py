@@ -50,7 +50,7 @@ PASSED_OVER = {
     "other_kind": "the suffix belongs to another kind of source",
     "no_split": "`split.kind` is `file`, and neither the file name nor a folder name decides the split",
     "not_named": "in a source of kind `folder`, a picture to which no row of the captions file refers",
-    "link_outside": "a link that leads out of the folder of a source of kind `folder`",
+    "link_outside": "in a source of kind `folder`, a link that points outside the source's folder",
     "not_regular": "a pipe, a socket, a device, a link to nothing, or a link to a folder that contains the link",
     "no_access": "this process has no permission to list the folder",
 }
@@ -103,7 +103,7 @@ def list_entries(path: str) -> list[Found | PassedOver]:
             return _list_url(path)
         except (OSError, UserError):
             raise
-        except Exception as error:  # packages for URLs have exceptions without a common base
+        except Exception as error:  # packages for URLs have exceptions without a common base class
             raise OSError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
     if os.path.isdir(path):  # noqa: PTH112 (a path may hold undecodable bytes)
         return list(_walk(path, "", frozenset()))
@@ -251,8 +251,9 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def passed_over(folder: str, used: Collection[str | None]) -> tuple[tuple[PassedOver, ...], dict[str, int]]:
-    """Return the first NAMED_FILES files and folders, in the order of their names, that are not read, and the number of
-    all such files and folders by reason. Pictures to which no row refers are not read.
+    """Return the names and the counts of the files and folders that are not read. Pictures to which no row refers are
+    not read. Only the first NAMED_FILES files and folders, in the order of their names, are named. All of them are
+    counted, by reason.
 
     Args:
         folder: path of the folder, with all links resolved.
@@ -273,9 +274,9 @@ def passed_over(folder: str, used: Collection[str | None]) -> tuple[tuple[Passed
 def walk_entries(folder: str) -> Iterator[tuple[str | None, PassedOver]]:
     """Yield the files below a folder, and the folders that are never read.
 
-    An entry has two parts: the path of the file, with links resolved (None if the entry is never read), and the reason
-    for which the file is passed over if no row refers to the file. Links to folders are not followed, because a link
-    may lead to all files of the machine.
+    An entry has two parts. The first part is the path of the file, with links resolved, or None if the entry is never
+    read. The second part is the reason why the file is passed over if no row refers to the file. Links to folders are
+    not followed, because a link may lead to all files of the machine.
 
     Args:
         folder: path of the folder, with all links resolved.
@@ -292,7 +293,7 @@ def walk_entries(folder: str) -> Iterator[tuple[str | None, PassedOver]]:
                         yield None, PassedOver(_relative(entry.path, folder) + "/", reason)
                     elif not entry.is_symlink():
                         folders.append(entry.path)
-        except OSError:  # the folder cannot be opened or, on a network file system, not be read to its end
+        except OSError:  # the folder cannot be opened, or a network file system cannot list the whole folder
             yield None, PassedOver(_relative(top, folder) + "/", "no_access")
 
 

@@ -1,4 +1,4 @@
-"""Decoding of the rows of a source of plain text, and writes of the rows to `quarantine` and `texts`.
+"""Decode the rows of a plain text source, and write the rows to `quarantine` and `texts`.
 
 The id of a text is a hash of its content, so a text that occurs twice in a source is stored once.
 """
