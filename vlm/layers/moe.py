@@ -33,8 +33,7 @@ class Groups(NamedTuple):
 
 
 class GroupedLinear(nn.Module):
-    """Stacked linear layers of all experts. In the forward pass, each row goes through the linear layer of its expert.
-    """
+    """Stacked linear layers of all experts. Each row goes through the linear layer of its expert."""
 
     def __init__(self, num_experts: int, inputs: int, outputs: int, *, bias: bool) -> None:
         super().__init__()

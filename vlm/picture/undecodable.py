@@ -74,8 +74,7 @@ def _describe_tiff(data: bytes) -> str | None:
 
 
 def _fits(starts: object, sizes: object, length: int) -> bool:
-    """Return True if a picture has fewer than MAX_PARTS strips or tiles, and if all of these parts are inside the file.
-    """
+    """Return True if a picture has fewer than MAX_PARTS strips or tiles, and all of these parts are inside the file."""
     if not isinstance(starts, tuple) or not isinstance(sizes, tuple) or not 0 < len(starts) == len(sizes) < MAX_PARTS:
         return False
     return all(0 < start <= start + size <= length for start, size in zip(starts, sizes, strict=True))

@@ -139,8 +139,7 @@ def square_picture(size: str, patch: str) -> ConfigField:
 
 
 def sides_of(size: Any) -> list[int]:
-    """Return the sides of a picture or patch, given as one number, as (height, width) or as (channels, height, width).
-    """
+    """Return the sides of a picture or patch, given as a number, (height, width) or (channels, height, width)."""
     return [int(side) for side in size[-2:]] if isinstance(size, list | tuple) else [int(size)]
 
 

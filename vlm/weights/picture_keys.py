@@ -170,8 +170,7 @@ def _published_size(family: Family, settings: Mapping[str, Any]) -> tuple[int, i
 
 
 def _kind(found: Mapping[str, Any], default: str) -> str:
-    """Return the name of the class that preprocesses pictures, without an ending such as "Fast" that marks a variant.
-    """
+    """Return the name of the class that preprocesses pictures, without an ending such as "Fast" for a variant."""
     kind = found.get("image_processor_type") or found.get("feature_extractor_type") or default
     return str(kind).removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
 
