@@ -36,13 +36,13 @@ last, in the process that becomes free first.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put tests that share a Spark session or slow fixtures into one group, and sort all tests by group.
 
-    The tests of a folder that need Spark share one Spark session. Slow tests of a file that need no Spark session may
-    share fixtures.
+    The tests of a folder that need Spark share one Spark session. Slow tests that need no Spark session may share the
+    fixtures of their file.
     """
     for item in items:
         if re.search(r" at 0x[0-9a-fA-F]", item.nodeid):
             raise pytest.UsageError(
-                f"the id of a test differs between processes, because it has an address: {item.nodeid}"
+                f"the id of a test differs between processes, because the id contains an address: {item.nodeid}"
             )
         if "spark" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group(f"spark in {item.path.parent.name}"))
@@ -66,8 +66,9 @@ def one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def no_closed_log_streams() -> None:
-    """Remove log handlers whose stream pytest has closed, because with such a handler, each log line would print an
-    error."""
+    """Remove log handlers whose stream pytest has closed, because each log line to a closed stream would print an
+    error.
+    """
     root = logging.getLogger()
     root.handlers[:] = [each for each in root.handlers if not getattr(getattr(each, "stream", None), "closed", False)]
 

@@ -32,8 +32,8 @@ EXAMPLE = {
 CPU_COMPUTE = "${var.cpu_compute.%s}"
 """Setting of a task that needs neither a GPU nor torch, and that runs on a cluster or on serverless compute."""
 REQUIRED = ("catalog", "service_principal", "readers", "captioners", "run")
-"""Bundle variables without a default value. If a deployment sets no value for one of them, the deployment stops instead
-of using a wrong catalog, or of training on the pictures of the demo.
+"""Bundle variables without a default value. A deployment that lacks a value for one of these variables stops. With
+default values, the deployment could use a wrong catalog, or train on the pictures of the demo.
 """
 
 

@@ -32,7 +32,7 @@ def shown(page: Path) -> Iterator[list[str]]:
 
 
 def shown_in(text: str) -> Iterator[list[str]]:
-    """Yield the commands of a text, as `shown` does."""
+    """Yield each `lakesight` command in the code blocks and in the running text of a Markdown text."""
     blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.M | re.S)
     spans = re.findall(r"`(lakesight [^`\n]+)`", text)
     lines = [line.strip() for block in blocks for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines()]
@@ -66,7 +66,9 @@ def test_every_config_key_on_a_page_exists(page: Path) -> None:
 
 
 def problems_with(key: str) -> str:
-    """Set one key of a run config to `x`, and return the problems in the config error (an empty text without error)."""
+    """Set one key of a run config to `x`, and return the problems in the config error (an empty text if there is no
+    error).
+    """
     platform = "databricks" if re.match(r"platform\.(catalog|schema|volume|experiment)", key) else "local"
     try:
         load_run("demo", platform=platform, overrides=[f"{key}=x"])

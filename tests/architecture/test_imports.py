@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "pyspark", "delta", "deltalake", "mlflow"}
 
-# Dict from each group of files to its file patterns and to the heavy libraries that an import of the files may load.
-# One process imports all files of a group, because importing torch takes seconds.
+# Dict from each group of files to two values: the patterns of the files, and the heavy libraries that an import of
+# these files may load. One process imports all files of a group, because importing torch takes seconds.
 LOADED = {
     "nothing": (
         [

@@ -104,7 +104,10 @@ def test_the_folder_tree_in_the_readme_matches_the_repository() -> None:
 
 
 def tree_paths(readme: str) -> Iterator[str]:
-    """Yield the paths in the README's folder tree (code block with a line `vlm/`, indented by two spaces)."""
+    """Yield the paths in the README's folder tree.
+
+    The tree is the code block with a line `vlm/`. Each level is indented by two more spaces than the level above.
+    """
     block = next(
         (b for b in re.findall(r"^```\w*\n(.*?)^```", readme, re.M | re.S) if re.search(r"^vlm/\s", b, re.M)), ""
     )
@@ -118,5 +121,5 @@ def tree_paths(readme: str) -> Iterator[str]:
         yield from paths
         if head.endswith("/"):
             parents.append(head.split()[-1])
-            # Also yield the files that the explanation next to a folder lists.
+            # The explanation next to a folder may list files. Yield these files too.
             yield from ("".join(parents) + name for name in re.findall(r"(?<!\S)[a-z_]+\.(?:py|md|yml)(?!\S)", note))

@@ -83,7 +83,7 @@ RUNS = {
     ),
     "reviewed": StoredNames(
         run="reviewed-ec600793099216c0",
-        rules="f3ec6cf036376bb9",  # changed when the SHA-256 became the id of a picture (decision 0002)
+        rules="f3ec6cf036376bb9",  # this value changed when the SHA-256 became the id of a picture (decision 0002)
         captions="c0bb22de335e466a",
         shards="reviewed-train-69a66aee9e85c46b",
     ),

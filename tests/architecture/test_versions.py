@@ -1,5 +1,6 @@
-"""Tests of `make versions`: the environments include the oldest and the newest allowed PySpark and the oldest allowed
-Python, and the command fails if one environment fails.
+"""Tests of `make versions`: the command fails if an environment is unknown or its Python is not installed.
+
+The environments include the oldest and the newest allowed PySpark and the oldest allowed Python.
 """
 
 from __future__ import annotations

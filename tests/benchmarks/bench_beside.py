@@ -6,8 +6,9 @@
 Each tool reads a CSV file of base64 pictures, and decodes the base64 text and the picture. Each tool then writes bytes,
 SHA-256, format, width, height and text of the picture. Daft and datasets run the same minimal Python function on each
 row and write Parquet. Lakesight's ingest also refuses bad rows, finds duplicates and near duplicates, compares the
-input with existing rows, and commits to Delta. Every tool first runs on a few rows, so that the measurement of the
-second run excludes the start-up time. The benchmark prints wall seconds, and the CPU seconds of all processes together.
+input with existing rows, and commits to Delta. Each tool runs twice: first on a few rows, then on all rows. Only the
+second run is measured, so the start-up time is excluded. The benchmark prints wall seconds, and the CPU seconds of all
+processes together.
 """
 
 from __future__ import annotations

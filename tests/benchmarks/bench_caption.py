@@ -1,12 +1,13 @@
-"""Captions per second of Lakesight compared with a naive loop that has the same weights, pictures, cores and texts.
+"""Captions per second of Lakesight compared with a naive loop on the same weights, pictures and cores.
 
     python tests/benchmarks/bench_caption.py
 
 The naive loop captions one picture at a time and has no KV cache: for each new token, the decoder processes the whole
-sequence again. The loop captions only the first tenth of the pictures, because it is slow. The benchmark compares the
-naive loop with our captioner in a single process, and with a captioning job. In the job, Spark reads a table, executors
-caption the pictures, and Spark merges the captions into a Delta table. The model is `nano` with random weights. Because
-of the random weights, every caption has the full 40 tokens; the captions of a trained model are shorter.
+sequence again. The loop captions only the first tenth of the pictures, because the loop is slow. The benchmark checks
+that the loop and our captioner generate the same captions. The benchmark compares the naive loop with our captioner in
+a single process, and with a captioning job. In the job, Spark reads a table, executors caption the pictures, and Spark
+merges the captions into a Delta table. The model is `nano` with random weights. Because of the random weights, every
+caption has the full 40 tokens; the captions of a trained model are shorter.
 """
 
 from __future__ import annotations

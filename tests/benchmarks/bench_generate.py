@@ -6,9 +6,9 @@
 
 In the cases `vit_gpt2` and `paligemma`, Lakesight and transformers start from uint8 pictures and generate 24 tokens
 greedily with random weights. The tokenizer has no end token, so that both libraries generate the same number of tokens.
-The first measurement is in fp32. At batch size 1, it also checks that the tokens are equal. The second measurement is
-in bf16. The benchmark uses one thread and measures CPU time, so that other work on the machine does not change the
-ratio. In case `vit_gpt2`, the other model consists of timm's ViT, our projector, and
+The first measurement is in fp32. At batch size 1, the benchmark also checks that both libraries generate the same
+tokens. The second measurement is in bf16. The benchmark uses one thread and measures CPU time, so that other work on
+the machine does not change the ratio. In case `vit_gpt2`, the other model consists of timm's ViT, our projector, and
 GPT2LMHeadModel.generate(inputs_embeds=...). In case `paligemma`, the other model is PaliGemmaForConditionalGeneration
 with 4 layers in each tower and a vocabulary of 32,000. The full model does not fit into memory. In both libraries, the
 vision tower encodes each picture only once.
@@ -250,7 +250,7 @@ def main() -> None:
     """Run one benchmark for each argument. An argument is the name of a case, or the folder of seemore."""
     torch.set_num_threads(1)
     if not sys.argv[1:]:
-        print("skipped: it needs transformers and timm, or a clone of the original\n", __doc__)
+        print("skipped: needs transformers and timm, or a clone of seemore\n", __doc__)
     for argument in sys.argv[1:]:
         if argument in ("vit_gpt2", "paligemma"):
             beside_transformers(argument)

@@ -3,9 +3,10 @@
     python tests/benchmarks/bench_growth.py [ROWS ...]
 
 For each table size, the benchmark fills the table with copies of one row, which has a picture of 24 x 16 pixels, and
-captions the copies with a tiny model. Then the benchmark measures an ingest of 1,000 new rows, a captioning job for
-these rows, a repeated ingest that finds nothing new, and the writing of shards of the train split at 16 x 16 pixels.
-The table grows from size to size in the same Spark session, and a first round, which is not printed, warms Spark up.
+captions the copies with a tiny model. Then the benchmark measures four stages: an ingest of 1,000 new rows, a
+captioning job for these rows, a repeated ingest that finds nothing new, and the writing of shards of the train split at
+16 x 16 pixels. All sizes are measured in one Spark session and on one table, which grows from size to size. A first
+round warms Spark up; this round is not printed.
 
 "growth" is the ratio of the CPU seconds at the largest and at the smallest size. "exponent" is the exponent e for which
 the CPU seconds grow as ROWS ** e: 0 for a stage whose cost does not depend on the size, 1 for a stage that reads
@@ -54,7 +55,7 @@ class Cost(NamedTuple):
 
 
 def fill(spark: SparkSession, platform: Platform, rows: int) -> None:
-    """In one commit, add copies of one row with new ids and fingerprints until the table has `rows` rows."""
+    """Fill the table to `rows` rows in one commit, with copies of one row that have new ids and fingerprints."""
     table = platform.table("samples")
     there = spark.table(table)
     count = there.count()
@@ -80,7 +81,7 @@ def measure(work: Callable[[], object]) -> Cost:
 
 
 class Stages(NamedTuple):
-    """The stages, on tables in a temporary home folder."""
+    """Stages that are measured, with tables in a temporary home folder."""
 
     spark: SparkSession
     platform: Platform

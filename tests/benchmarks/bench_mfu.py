@@ -2,12 +2,12 @@
 
     python tests/benchmarks/bench_mfu.py [MODEL [ROWS [model.a.b=c ...]]]
 
-MODEL is a name in conf/model/ (`base` by default), and ROWS is the number of rows per step (64 by default). Each row
-is a random picture with a caption of 32 random tokens. The benchmark runs the training loop and optimizer of a real
-run in bf16. As in a real run, batches are in pinned memory and are copied to the GPU ahead of time. A step counts as
-the FLOPs of three forward passes. The utilisation is relative to the GPU's peak rate for dense bf16 (`PEAK_FLOPS` in
-vlm/config/size.py). The benchmark does not need Spark. Without a GPU, the benchmark prints FLOPs per second instead of
-the utilisation.
+MODEL is a name in conf/model/ (`base` by default), and ROWS is the number of rows per step (64 by default). Each row is
+a random picture with a caption of 32 random tokens. The benchmark runs the training loop and optimizer of a real run in
+bf16. As in a real run, batches are in pinned memory and are copied to the GPU ahead of time. The FLOPs of a step are
+counted as those of three forward passes. The utilisation is relative to the GPU's peak rate for dense bf16
+(`PEAK_FLOPS` in vlm/config/size.py). The benchmark does not need Spark. Without a GPU, the benchmark prints FLOPs per
+second instead of the utilisation.
 """
 
 from __future__ import annotations

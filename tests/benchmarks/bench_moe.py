@@ -118,7 +118,7 @@ def ours(model: VisionLanguageModel, batch: Batch, *, bf16: bool) -> Callable[[]
 
 
 def one_mixture(layer: MoeMlp, theirs: nn.Module, tokens: int) -> dict[str, Callable[[], int]]:
-    """Return four functions that run a mixture of experts forward and backward: three of Lakesight, one of seemore."""
+    """Return four functions that run a mixture of experts forward and backward: three of ours, one of seemore's."""
     x_NW = torch.randn(tokens, WIDTH, requires_grad=True)
 
     def both_ways(forward: Callable[[], Tensor]) -> Callable[[], int]:
@@ -182,7 +182,7 @@ def report(works: dict[str, Callable[[], int]], against: str, unit: str) -> None
 def main() -> None:
     """Measure training steps of whole models, then forward and backward passes of one mixture of experts."""
     if len(sys.argv) != 3:
-        print("skipped: it needs a clone of the original and a file in its form\n", __doc__)
+        print("skipped: needs a clone of seemore, and a file in the format of seemore's input file\n", __doc__)
         return
     folder, file = Path(sys.argv[1]).absolute(), Path(sys.argv[2]).absolute()
     torch.set_num_threads(1)

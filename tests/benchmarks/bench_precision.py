@@ -6,10 +6,10 @@
 Speed and size are measured on `base` (214 M weights) with random weights, with one picture at a time and with batches
 of sixteen pictures. Each caption is 16 tokens long. The differences between captions are measured with `nano`, trained
 on the demo's scenes with the demo's settings. The benchmark compares the captions of each precision word for word with
-three lists: the captions in fp32, the true captions, and the captions of the same precision at batch size 1. The
-benchmark also prints the mean absolute difference per token between the log-probabilities of the true captions in this
-precision and in fp32. A time is the minimum of several rounds, in CPU seconds of one thread, so that other work on the
-machine has little influence.
+three lists: the captions in fp32, the true captions, and the captions of the same precision at batch size 1. For each
+precision, the benchmark also compares the log-probabilities of the true captions with those in fp32, and prints the
+mean absolute difference per token. A time is the minimum of several rounds, in CPU seconds of one thread, so that other
+work on the machine has little influence.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def speed() -> None:
     seconds: dict[tuple[Precision, int], list[float]] = {}
     for round_ in range(ROUNDS):
         for precision, captioner in captioners.items():
-            for batch in (1, 16) if round_ else (1,):  # the first round warms up, with batch size 1 only
+            for batch in (1, 16) if round_ else (1,):  # the first round only warms up, so it omits batch size 16
                 started = time.process_time()
                 said(captioner, scenes.files[:batch])
                 seconds.setdefault((precision, batch), []).append(time.process_time() - started)

@@ -5,7 +5,7 @@
 OLDER_CHECKOUT is a checkout of another commit with an environment `.venv/`. The benchmark first runs a small pipeline,
 which takes some minutes. Then all commands of both checkouts run in turn on the same home folder. The table shows
 medians: user and system time of the whole command, time by the clock, and peak memory of the largest process. The ratio
-is the processor time of the older checkout divided by our processor time.
+is the processor time of the older checkout divided by the processor time of this checkout.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ TARGETS = {
     "shard": (5.0, CLOCK),
     "caption": (5.0, CLOCK),
 }
-"""Dict from command to its target: seconds of processor time or of time by the clock, or None if the command must only
-start no Java. The stages find nothing new."""
+"""Dict from command to its target: seconds of processor time, or seconds by the clock. None means that the only target
+is that the command starts no Java process. When the stages are measured, they find nothing new.
+"""
 
 
 class Cost(NamedTuple):

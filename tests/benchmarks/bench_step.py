@@ -3,10 +3,10 @@
     python tests/benchmarks/bench_step.py [vit_gpt2] [paligemma]
 
 Shape `vit_gpt2` is the shipped config (384 pixels, 576 slots). Shape `paligemma` has 2 blocks in each tower and a
-vocabulary of 32,768, because two copies with their optimizer state must fit into memory. The weights are random and in
-fp32. Both sides use torch's fused AdamW, and get the same pictures, token ids and targets. Each library
-uses its default implementation of attention. The tests in tests/parity check that our models and the models of timm
-and transformers compute the same numbers.
+vocabulary of 32,768, because two copies of the model with their optimizer states must fit into memory. The weights are
+random and in fp32. Both sides use torch's fused AdamW, and get the same pictures, token ids and targets. Each library
+uses its default implementation of attention. The tests in tests/parity check that our models and the models of timm and
+transformers compute the same numbers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ANSWER, ROUNDS, IMAGE_TOKEN = 32, 3, 32_767
 
 
 class TimmAndGpt2(nn.Module):
-    """A model from a timm ViT, an MLP, and a GPT-2 whose input is picture features and text."""
+    """A model that consists of a timm ViT, an MLP and a GPT-2. The input of the GPT-2 is picture features and text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ SHAPES = {"vit_gpt2": vit_gpt2, "paligemma": paligemma}
 
 
 def main() -> None:
-    """Measure the shapes named on the command line, or all shapes, one after another."""
+    """Measure each shape that is named on the command line. Without names, measure all shapes."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print(f"batch 2, one thread, CPU seconds, median of {ROUNDS} rounds")

@@ -77,7 +77,7 @@ def original(folder: Path, rows: pd.DataFrame) -> dict[str, Callable[[], int]]:
 
 
 def ours(config: ModelConfig, settings: OptimizerConfig, shards: Shards, *, bf16: bool) -> Callable[[], int]:
-    """Return a function that trains our model for STEPS steps, with reading from the shards and with the optimizer."""
+    """Return a function that trains our model for STEPS steps, including the reading of shards and weight updates."""
     tokenizer = text.learn(config.text, shards.texts())
     model = build_model(config, tokenizer.vocab_size)
     optimizer = build_adamw(model, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
@@ -108,7 +108,7 @@ def ours(config: ModelConfig, settings: OptimizerConfig, shards: Shards, *, bf16
 def main() -> None:
     """Measure all training steps in turn and print a table."""
     if len(sys.argv) != 3:
-        print("skipped: it needs a clone of the original and a file in its form\n", __doc__)
+        print("skipped: needs a clone of seemore, and a file in the format of seemore's input file\n", __doc__)
         return
     folder, file = Path(sys.argv[1]).absolute(), Path(sys.argv[2]).absolute()
     threads = len(os.sched_getaffinity(0))

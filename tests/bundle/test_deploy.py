@@ -178,7 +178,7 @@ def check_command(parameters: list[str], values: dict[str, str]) -> None:
 
 
 def parse_command(parameters: list[str], values: dict[str, str]) -> dict[str, Any]:
-    """Fill in the values of the job parameters, and return the options that the real command line finds."""
+    """Fill in the values of the job parameters, and return the options that the real command line parses."""
     filled = [re.sub(r"\{\{job\.parameters\.(\w+)\}\}", lambda match: values[match[1]], text) for text in parameters]
     filled = [text.replace("{{job.run_id}}", "1001") for text in filled]
     assert "${" not in "".join(filled)

@@ -1,4 +1,4 @@
-"""Spark session of the slow tests in this folder, and a finished home folder.
+"""Spark session of the slow tests in this folder, and a home folder in which the pipeline has run.
 
 The executors of the session are separate processes. `make test` never opens this Spark session.
 """

@@ -29,7 +29,7 @@ def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
 
 
 def assert_trained_separately(first: RunFolder, second: RunFolder) -> None:
-    """Check that two runs of two ranks each have separate results and used different rendezvous."""
+    """Check that two runs, each with two ranks, have separate results and have used different rendezvous."""
     assert [read_json(run.result, Result).world_size for run in (first, second)] == [2, 2]
     met = [{place.rendezvous for place in placements_of(run)} for run in (first, second)]
     assert len(met[0]) == len(met[1]) == len(met[0] | met[1]) - 1 == 1

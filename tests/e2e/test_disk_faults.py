@@ -68,7 +68,7 @@ def assert_complete(stage: str, home: Path) -> None:
         assert all(split["reused"] for split in again.values())
     elif stage == "train":
         assert found["model_version"] == again["model_version"] == "2"
-        assert not found["trained"]  # the training was complete when the disk of the artifacts was full
+        assert not found["trained"]  # the command that found the artifacts' disk full had completed the training
         assert not again["trained"]
     else:
         assert found["considered"] == found["already"] + found["captioned"]

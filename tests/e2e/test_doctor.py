@@ -1,4 +1,7 @@
-"""Test that `lakesight doctor` starts Spark and writes to a Delta table, so that it finds settings that break Delta."""
+"""Test that `lakesight doctor` starts Spark and writes to a Delta table.
+
+The command thus finds settings that break Delta.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ SETTINGS = (
     "train.batch_size=16",
     "train.validate_every=10",
     "train.checkpoint_every=10",
-    "gate.baselines=[]",  # the gate must accept a model that ignores its pictures
+    "gate.baselines=[]",  # with these two settings, the gate accepts a model that ignores its pictures
     "gate.min_blind_gap=-10",
 )
 NOWHERE = "http://127.0.0.1:9"
@@ -35,7 +35,7 @@ ENVIRONMENTS: dict[str, dict[str, str]] = {
         "LANG": "tr_TR.UTF-8",
         "LC_ALL": "tr_TR.UTF-8",
         "TZ": "Pacific/Kiritimati",
-        # Where the locale is not installed, the JVM would ignore LC_ALL and be English.
+        # If the locale is not installed, the JVM ignores LC_ALL. These options make the JVM use Turkish in any case.
         "JAVA_TOOL_OPTIONS": "-Duser.language=tr -Duser.country=TR",
     },
     "dead proxy": {"LANG": "C", "LC_ALL": "C", "TZ": "America/St_Johns"} | dict.fromkeys(PROXIES, NOWHERE),
@@ -51,7 +51,7 @@ def without_network(*words: str) -> list[str]:
 
 
 def can_leave_the_network() -> bool:
-    """Return whether this user may create a host without a network, in namespaces."""
+    """Return whether this user may create namespaces that simulate a host without a network."""
     programs = [shutil.which(name) for name in ("unshare", "ip", "hostname")]
     return all(programs) and not subprocess.run(without_network("true"), capture_output=True, check=False).returncode
 
@@ -147,7 +147,7 @@ def test_the_next_stage_recreates_removed_shards_runs_or_registry_files_or_names
 @pytest.mark.xdist_group("finished home")
 @pytest.mark.skipif(not can_leave_the_network(), reason="this user may not create a network namespace")
 def test_ingest_train_and_caption_work_without_a_network(finished_home: Path) -> None:
-    """The home is not new, because the first start of Spark downloads the jars of Delta Lake."""
+    """The test uses a home folder in which Spark has run before, because the first start of Spark downloads jars."""
     done = {}
     for stage in ("ingest", "train", "caption"):
         ran = subprocess.run(

@@ -149,7 +149,7 @@ def either(path: Path, first: str, second: str) -> str:
 def test_two_spark_sessions_that_start_in_the_same_second_have_separate_executor_folders(
     spark: SparkSession,
 ) -> None:
-    """Check that the application id, after which Spark names executor folders, ends with the process id.
+    """Check that the application id ends with the process id. Spark names executor folders after the application id.
 
     A Spark session removes its executor folders when the session ends. If two sessions shared a folder, the executors
     of the longer session could no longer import modules from the folder.

@@ -117,8 +117,11 @@ def test_the_failure_matrix_has_at_least_forty_different_cases() -> None:
 
 
 def marks(cell: Cell) -> list[pytest.MarkDecorator]:
-    """Return the pytest marks of a cell. One mark is for cells that only `make faults` runs, the other for cells with
-    executors, which share a session."""
+    """Return the pytest marks of a cell.
+
+    One mark is for cells that only `make faults` runs. The other mark is for cells with executors, because these cells
+    share a Spark session.
+    """
     session = [pytest.mark.xdist_group("spark in e2e")] if cell.where == EXECUTORS else []
     return session if cell in SAMPLE else [*session, pytest.mark.matrix]
 

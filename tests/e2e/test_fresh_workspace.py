@@ -1,7 +1,8 @@
-"""Tests that the scheduled jobs of the bundle run in a simulated workspace with nothing but the deployed resources.
+"""Tests that the scheduled jobs of the bundle run in a simulated workspace that contains only the deployed resources.
 
 In all processes, the stand-in for a Volume refuses the calls that a Databricks Volume refuses. The stand-in for MLflow
-creates no parent folders of experiments. The distribution `mlflow` is hidden, because ML runtimes have `mlflow-skinny`.
+creates no parent folders of experiments. The distribution `mlflow` is hidden, because ML runtimes have the distribution
+`mlflow-skinny` instead.
 """
 
 from __future__ import annotations
@@ -135,7 +136,8 @@ def test_all_jobs_of_the_bundle_run_twice_in_a_fresh_workspace_and_the_rollback_
     rest = [*job("caption"), *job("maintain")]
     printed = workspace.run(*job("pipeline", source_path=folder, serve="true"), *rest)
     assert "version 1 is the champion now" in printed
-    # All jobs run a second time, on a new cluster. The config names the folder, and the job parameter is empty.
+    # All jobs run a second time, on a new cluster. This time, the config names the folder of pictures, and the job
+    # parameter `source_path` is empty.
     in_config = f"data.source.path={folder}"
     scheduled = [*job("pipeline", in_config, serve="true"), *rest]
     # Then a longer training makes version 2 the champion, and a person starts the rollback job.

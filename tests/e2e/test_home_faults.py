@@ -1,4 +1,4 @@
-"""Tests of several commands at the same time, and of a machine whose clock jumps or that has little memory."""
+"""Tests of several commands at the same time, and of commands on a machine with a jumping clock or little memory."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def train_twice(home: Path, clock: ShiftedClock) -> dict[str, Any]:
 
 
 def assert_ahead(home: Path) -> None:
-    """Assert that Python and the JVM wrote times of a clock that is a day ahead."""
+    """Assert that the times that Python and the JVM have written are those of a clock that is a day ahead."""
     later = datetime.now(UTC) + timedelta(hours=12)
     assert max(row["ingested_at"] for row in rows(home, "samples")) > later
     (newest,) = DeltaTable(home / "warehouse" / "samples").history(1)
@@ -235,7 +235,7 @@ def ingest_with_limit(home: Path, mib: int) -> subprocess.CompletedProcess[str]:
     limited = ["sh", "-c", 'ulimit -d "$0" && exec "$@"', str(mib * 1024)]
     words = [*limited, *command("ingest", "--set", "platform.spark.master=local[2]")]
     home.mkdir()
-    # The JVM writes a file of its own into the working folder if it gets too little memory.
+    # With too little memory, the JVM itself writes an error report into the working folder.
     return subprocess.run(
         words, env=environment(home), cwd=home.parent, capture_output=True, text=True, check=False, timeout=600
     )

@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.matrix  # test_pipelines.py checks in each run of the suite that nothing listens beyond loopback
+@pytest.mark.matrix  # in each run of the suite, test_pipelines.py checks that processes listen only on loopback
 def test_ranks_listen_on_the_loopback_device_only_and_ignore_pickles_sent_to_their_ports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

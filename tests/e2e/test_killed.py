@@ -24,8 +24,9 @@ pytestmark = [
 ]
 ROWS = 60
 DRIVER_SECONDS = 15.0
-"""Seconds after the start of a driver's Spark session in which the driver is killed at a random moment. A complete job
-takes about this time."""
+"""Length of the time window, in seconds, in which a driver is killed at a random moment. The window begins when the
+driver's Spark session has started. A complete job takes about as long as the window.
+"""
 
 
 @pytest.fixture(scope="module")

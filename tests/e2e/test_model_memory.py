@@ -62,7 +62,7 @@ class Measured(NamedTuple):
 
 
 def measure(model: Path, precision: str, count: int) -> Measured:
-    """Start captioning processes one after the other, and measure the memory of all processes while all have the model.
+    """Start captioning processes one after the other, and measure their memory when all have loaded the model.
 
     The memory is the sum of proportional set sizes: a page that n processes share counts 1/n for each of them.
     """
@@ -70,7 +70,7 @@ def measure(model: Path, precision: str, count: int) -> Measured:
     output = model.parent / f"captions-{precision}"
     output.mkdir(exist_ok=True)
     cache = model.parent / f"lakesight-models-{os.getuid()}"
-    shutil.rmtree(cache, ignore_errors=True)  # so the first process must convert the weights
+    shutil.rmtree(cache, ignore_errors=True)  # without this cache, the first process must convert the weights
     command = [sys.executable, str(script), str(model), str(output), precision]
     environment = os.environ | {"PYTHONPATH": TEST_PATH, "TMPDIR": str(model.parent)}
     processes, results = [], []
@@ -92,8 +92,8 @@ def measure(model: Path, precision: str, count: int) -> Measured:
 def memory_of(pid: int, folder: Path) -> tuple[int, int]:
     """Return two proportional set sizes of a process, in bytes.
 
-    The first size counts the memory that belongs to no file, and the mapped files in a folder. The second size counts
-    all memory.
+    The first size counts only the memory that belongs to no file and the mapped files in the given folder. The second
+    size counts all memory.
     """
     rollup = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
     files, inside = 0, False

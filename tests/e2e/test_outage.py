@@ -95,14 +95,14 @@ def test_an_interrupted_training_ends_soon_although_the_tracking_server_no_longe
                     wait_for_step(run, 50)
                     os.killpg(server.pid, signal.SIGSTOP)  # the server still accepts connections
                     wait_for_step(run, last_step(run) + 50)
-                run.launcher.unlink()  # with `train`, this process owns the run, and not the rank of torchrun
+                run.launcher.unlink()  # in `train`, the driver owns the run, but here torchrun's rank does
                 interrupted.append(time.monotonic())
                 raise KeyboardInterrupt
 
         interrupted: list[float] = []
         with pytest.raises(KeyboardInterrupt):
             train()
-        # MLflow alone waits two minutes for each of three tries of each request.
+        # Without a shorter time limit, MLflow would try each request three times, and wait for two minutes each time.
         assert time.monotonic() - interrupted[0] < 110
         assert "could not be logged to MLflow" in caplog.text
         os.killpg(server.pid, signal.SIGCONT)

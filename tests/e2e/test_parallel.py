@@ -23,7 +23,7 @@ from vlm.checkpoint import load_model, save_model
 from vlm.factory import build_model
 from vlm.text.cider import Cider
 
-pytestmark = pytest.mark.xdist_group("parallel")  # one process runs all tests of this file, because they share runs
+pytestmark = pytest.mark.xdist_group("parallel")  # one process runs these tests, because they share runs
 
 COPIES = "lakesight-shards-*"
 AUGMENT = {"scale": [0.5, 1.0], "flip": 0.5, "brightness": 0.3, "contrast": 0.3, "saturation": 0.3}

@@ -128,7 +128,7 @@ def user_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def demos(home: Path, user_folder: Path) -> Ran:
-    """Run a demo twice, and prepare a run with another seed, for ranks that the user starts with torchrun."""
+    """Run a demo twice. Then prepare a run with another seed, whose ranks the user starts with torchrun."""
     quick = [word for value in QUICK for word in ("--set", value)]
     demo = ["demo", "--scenes", str(SCENES), "--json", *quick]
     prepare = ["train", "--run", "demo", "--json", *PICTURES, *quick, "--set", "train.seed=7", "--no-launch"]
@@ -209,7 +209,7 @@ def test_a_job_run_promotes_the_version_that_it_has_trained_and_undoes_no_rollba
     values = {"var.catalog": "c"} | {
         f"resources.{kind}": "x" for kind in ("schemas.lakesight.name", "volumes.files.name", "experiments.runs.name")
     }
-    seven = ["--set", "train.seed=7", "--set", "train.steps=320"]  # twice the steps of the champion, to be better
+    seven = ["--set", "train.seed=7", "--set", "train.steps=320"]  # twice the champion's steps, for a better model
     quick = [word for value in (*QUICK, "gate.min_blind_gap=-10") for word in ("--set", value)]
     given = ["--json", *PICTURES, *quick]
 

@@ -46,7 +46,7 @@ def model_config() -> dict[str, Any]:
 def test_a_rank_of_a_sharded_model_needs_only_memory_for_its_own_slice_of_the_weights(
     ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Blocks of a megabyte or more go back to the system as soon as they are freed.
+    # Freed memory blocks of a megabyte or more go back to the system at once.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**20))
     settings = {"parallel": "fsdp", "steps": 2, "validate_every": 2, "checkpoint_every": 2, "ranks": ranks}
     settings |= {"caption_samples": 1}

@@ -1,5 +1,7 @@
-"""Tests of the pipeline on the data of the seemore repository: its three pictures, with a model of each family, and the
-plays of Shakespeare, with a text-only model.
+"""Tests of the pipeline on the data of the seemore repository.
+
+A model of each family is trained on the three pictures of the repository, and a text-only model on the plays of
+Shakespeare.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""Tests of a text-only model, from text files to the registry with real ranks, and of a captioner that starts from
-its decoder."""
+"""Tests of a text-only model, from text files to the registry.
+
+Real ranks train the model. The tests also train a captioner that starts from the decoder of the text-only model.
+"""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def test_the_mlflow_pages_of_a_run_and_of_a_model_version_explain_what_they_show
             return " ".join(tab.inner_text("body").split())
 
         assert printed.startswith(server)
-        assert "Model registry" in open_tab(printed, "lakesight/tiny"), "not the view of model training"
+        assert "Model registry" in open_tab(printed, "lakesight/tiny"), "the page is not for model training"
         run_page = open_tab(f"{server}/#/experiments/{experiment}/runs/{run_id}?{view}", "Changed settings")
         assert name in run_page
         assert "lakesight train --run tiny" in run_page

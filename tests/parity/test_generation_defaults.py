@@ -64,8 +64,7 @@ def their_settings(folder: Path) -> dict[str, Any] | None:
 
 
 def as_ours(theirs: dict[str, Any] | None) -> GenerationConfig | None:
-    """Return the settings of Lakesight that mean the same as settings of transformers, or None if Lakesight has no such
-    settings."""
+    """Translate settings of transformers to Lakesight's settings. Return None if there are no equivalent settings."""
     if theirs is None:
         return None
     neutral = {**{key: values[0] for key, values in ONLY_DEFAULT.items()}, "forced_bos_token_id": None}

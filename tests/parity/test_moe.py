@@ -40,7 +40,7 @@ def both(top_k: int) -> tuple[MoeMlp, nn.Module]:
 
 
 def gradients(layer: nn.Module, x_BTW: Tensor, y_BTW: Tensor) -> dict[tuple[int, ...], Tensor]:
-    """Return a dict from shape to gradient of a layer, because our parameter names differ from Mixtral's."""
+    """Return the gradients of a layer by their shapes, because our parameter names differ from Mixtral's."""
     torch.manual_seed(2)
     given = [x_BTW, *layer.parameters()]
     found = torch.autograd.grad((y_BTW * torch.randn_like(y_BTW)).sum(), given)

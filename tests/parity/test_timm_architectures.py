@@ -53,7 +53,7 @@ class WithoutInitialization(TorchFunctionMode):
 
 
 def refused_axis(name: str) -> list[str]:
-    """Return the sentences about parts that our encoder lacks, but that an architecture has according to its name."""
+    """Return the error sentences about parts that our encoder lacks and that the name of an architecture promises."""
     sentences = family_of(name).mismatches(config(), {"architecture": name})
     return [sentence for sentence in sentences if "which has" in sentence]
 
@@ -116,8 +116,10 @@ def our_config(theirs: Any) -> ModelConfig:
 
 
 def pools(theirs: Any) -> bool:
-    """Return whether a test compares the pooled features of a timm model. This is so if the model pools by attention
-    and has no rotary positions. Otherwise, the test compares the features of the patches.
+    """Return True if a timm model pools by attention and has no rotary positions.
+
+    For a model of this kind, the test compares the pooled features. For any other model, the test compares the features
+    of the patches.
     """
     return getattr(theirs, "attn_pool", None) is not None and getattr(theirs, "rope", None) is None
 

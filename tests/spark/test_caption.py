@@ -74,7 +74,7 @@ def test_each_row_gets_a_caption_with_its_lineage_or_the_error_of_its_picture(
         assert (row["source_table"], row["source_version"], row["run_id"]) == (table, 0, "r")
     captioner = load_captioner(str(model.folder))
     settings = captioner.model.config.generation
-    for number, data in good[:5]:  # each caption equals the caption of the picture alone
+    for number, data in good[:5]:  # each caption equals the caption of the same picture in a batch of one
         (alone,) = captioner.caption([data], [""], **settings.model_dump())
         row = rows[str(number)]
         assert (row["caption"], row["sha256"], row["num_tokens"]) == (alone.caption, alone.sha256, alone.num_tokens)
@@ -249,7 +249,7 @@ def test_captions_of_several_id_columns_and_picture_columns_of_a_table_are_kept_
 
     spark.sql(f"DELETE FROM {table} WHERE id = 2")
     again = caption(spark, platform, model, request(table, remove_deleted=True))
-    assert (numbers(again), again.removed) == ((1, 1, 0, 0), 2), "the captions whose ids are in column number are kept"
+    assert (numbers(again), again.removed) == ((1, 1, 0, 0), 2), "captions with the id column `number` are kept"
     assert captions.count() == 4
 
 

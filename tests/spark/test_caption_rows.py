@@ -1,5 +1,6 @@
-"""Tests that a caption belongs to the present picture of its row (repeated ids, failing servers), tests of the errors
-of earlier jobs, and a test of the view champion_captions.
+"""Tests that a caption belongs to the present picture of its row, also with repeated ids and failing servers.
+
+Other tests check the errors of earlier jobs and the view champion_captions.
 """
 
 from __future__ import annotations
@@ -61,13 +62,13 @@ def test_rows_with_the_same_id_that_a_condition_selects_in_turn_get_the_caption_
         "B": digest(3),
     }
     again = caption(spark, platform, model, request(table, where="side = 'back'"))
-    assert (numbers(again), again.changed) == ((1, 1, 0, 0), 0), "the picture is read, but not captioned again"
+    assert (numbers(again), again.changed) == ((1, 1, 0, 0), 0), "a picture that is read twice is captioned once"
 
 
 def test_pending_captions_of_one_model_from_several_runs_are_merged_into_one_row(
     spark: SparkSession, platform: Platform, model: ModelFiles, tmp_path: Path
 ) -> None:
-    """A copied registry gives the files of a model another run, and captions of Lakesight 0.1.0 have no digest."""
+    """In a copied registry, the same model files have another run id. Captions of Lakesight 0.1.0 have no digest."""
     key = {"source_table": "t", "model_name": model.name, "model_version": "1", "settings_hash": "s"}
     pending = PendingFiles(tmp_path / "pending", key, ("id", "photo"))
     pending.open()

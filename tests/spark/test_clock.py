@@ -1,5 +1,7 @@
-"""Tests of rows and files with times in the future, as a wrong clock writes them: rows that are written later still
-count as newer."""
+"""Tests of rows and files whose times are in the future, because a clock was wrong.
+
+Rows that are written later still count as newer.
+"""
 
 from __future__ import annotations
 

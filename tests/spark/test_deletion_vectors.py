@@ -1,4 +1,4 @@
-"""Tests that Lakesight reads and writes its own tables without Spark if somebody switched on deletion vectors."""
+"""Tests that Lakesight reads and writes its tables without Spark even if somebody has enabled deletion vectors."""
 
 from __future__ import annotations
 

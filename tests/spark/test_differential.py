@@ -20,7 +20,7 @@ MIN_READ_SHARE = 0.95
 
 
 KINDS = [pytest.param(kind, marks=pytest.mark.matrix) if kind in ("folder", "table") else kind for kind in SOURCES]
-"""Kinds of sources. Other tests also compare the rows of folders and tables, so only `make faults` draws them here."""
+"""Kinds of sources. Only `make faults` draws folders and tables, because other tests also compare their rows."""
 
 
 @pytest.mark.parametrize("count", [4, pytest.param(80, marks=[pytest.mark.faults, pytest.mark.matrix])])
@@ -44,7 +44,7 @@ def test_every_row_that_a_naive_reader_finds_is_ingested_or_reported(
     assert lost == []
     expected = {row.text.strip() for file in drawn.files for row in file.rows or () if row.readable}
     found = {text for said in texts.values() for text in said}
-    assert found <= drawn.texts, "a text is not what the input says"
+    assert found <= drawn.texts, "a stored text differs from the texts of the input"
     assert len(expected & found) >= MIN_READ_SHARE * len(expected), sorted(expected - found)[:5]
 
 

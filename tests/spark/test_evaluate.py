@@ -284,7 +284,7 @@ def figures_of(spark: SparkSession, platform: Platform, model: ModelFiles, where
 
 
 def shown_pictures(spark: SparkSession, platform: Platform, model: ModelFiles) -> list[int]:
-    """Return the numbers of pictures of the evaluations that the dashboard shows for a model version."""
+    """For each evaluation of a model version that the dashboard shows, return the number of pictures."""
     (query,) = [each for each in json.loads(DASHBOARD.read_text())["datasets"] if each["name"] == "metrics"]
     sql = "".join(query["queryLines"]).replace("FROM evaluations", f"FROM {platform.table(EVALUATIONS.name)}")
     rows = spark.sql(sql).where(f"series LIKE '{model.name}, wide_and_small %' AND version = {model.version}").collect()

@@ -1,6 +1,4 @@
-"""On Spark, each generation setting changes the captions of caption jobs and evaluations in the same way as it changes
-the captions of `vlm`.
-"""
+"""On Spark, each generation setting has the same effect on captions as in `vlm`, in caption jobs and in evaluations."""
 
 from __future__ import annotations
 
@@ -57,7 +55,7 @@ def shards(spark: SparkSession, world: CaptionedPictures) -> Path:
 
 
 def settings_of(world: CaptionedPictures, name: str) -> tuple[GenerationConfig, list[str | None]]:
-    """Return settings with the case of one setting (see `CASES`), and the captions that `vlm` generates with them."""
+    """Return settings with the case of one setting (see `CASES`), and the captions of `vlm` with these settings."""
     needed, value = CASES[name]
     changes: dict[str, Any] = needed | {name: value}
     expected, before = world.expected(changes), world.expected(needed)

@@ -1,4 +1,4 @@
-"""Tests that the work of an ingest or a caption job of few rows does not grow with the number of known rows or files.
+"""Tests that an ingest or a caption job for few rows does no more work if there are more known rows or files.
 
 The tests count shuffled rows, shuffled bytes, partitions and rows on the driver, never seconds.
 """
@@ -38,7 +38,7 @@ KNOWN = (200, 800)
 
 @pytest.fixture(autouse=True)
 def no_automatic_broadcast(spark: SparkSession) -> Iterator[None]:
-    """Let Spark treat small tables like large tables, which Spark does not broadcast on its own."""
+    """Disable Spark's automatic broadcast of small tables, so that Spark treats small tables like large tables."""
     with spark_settings(spark, {"spark.sql.autoBroadcastJoinThreshold": "-1"}, required=True):
         yield
 

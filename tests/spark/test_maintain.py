@@ -191,7 +191,7 @@ def test_a_table_migration_changes_no_row_and_no_dataset_version_and_can_be_undo
     assert spark.table(samples).collect() == rows
     again = shard(spark, home, source, data, ImageConfig(size=8), "train")
     assert (again.reused, again.folder) == (True, shards.folder)
-    assert ingest(spark, home, source, data).rows_in == 0, "the undo of a migration loses no row"
+    assert ingest(spark, home, source, data).rows_in == 0, "undoing a migration loses no row"
     with pytest.raises(UserError, match="there is no migration to undo"):
         undo(spark, home)
 

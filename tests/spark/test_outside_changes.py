@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.matrix]
 
 @pytest.fixture
 def home(spark: SparkSession, platform: Platform, tmp_path: Path) -> Iterator[Platform]:
-    """A second home folder with tables of its own, in the Spark session of all tests."""
+    """A second home folder, with separate tables in the Spark session that all tests share."""
     other = replace(platform, namespace="outside", root=tmp_path / "home", tables=tmp_path / "home" / "warehouse")
     yield other
     spark.sql("DROP SCHEMA IF EXISTS outside CASCADE")

@@ -42,7 +42,7 @@ def row(number: int, **columns: Any) -> dict[str, Any]:
 
 
 def stored(spark: SparkSession, platform: Platform, source: str, column: str = "split") -> dict[str, Any]:
-    """Return a dict from the id of each picture of a source in `samples` to a column of the picture."""
+    """Return one column of the rows of a source in `samples`, as a dict from picture id to value."""
     rows = spark.table(platform.table("samples")).where(f"source = '{source}'").select("image_id", column).collect()
     return {row["image_id"].partition("/")[2]: row[column] for row in rows}
 

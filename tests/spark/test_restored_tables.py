@@ -196,7 +196,7 @@ def test_items_whose_rows_are_missing_after_a_restore_of_samples_are_read_again(
     assert find_ingested(home, SOURCE, config) is None
     report = run_ingest(spark, home, SOURCE, config)
     assert report.new == (7 if change == "removed" else 4)
-    assert report.items == (1 if change == "older copy" else 2), "files of which the copy has the rows are not read"
+    assert report.items == (1 if change == "older copy" else 2), "files whose rows are in the copy are not read"
     assert report.splits == {"train": 7}
     assert find_ingested(home, SOURCE, config) is not None
 

@@ -1,6 +1,6 @@
-"""Tests of the review page of a workspace as a Databricks App: the deployed command runs with the identity of the app.
+"""Tests of the review page as a Databricks App: the deployed command runs with the identity of the app.
 
-A Spark session on real Delta tables runs the statements of the SQL warehouse.
+In place of a SQL warehouse, a Spark session runs the statements on real Delta tables.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def namespace(platform: Platform) -> str:
 def ids(spark: SparkSession, namespace: str, source: str) -> list[str]:
     """Write three pictures with captions of two versions, and promote the second version.
 
-    Return the ids of the pictures, the least certain caption first.
+    Return the ids of the pictures; the picture with the least certain caption comes first.
     """
     rows = corner_rows(source, "train", 3)
     hashes = [row[SAMPLES.names.index("sha256")] for row in rows]

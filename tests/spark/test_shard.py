@@ -151,7 +151,7 @@ def test_a_shard_folder_that_a_crash_left_incomplete_is_emptied_and_written_agai
     second = shard(spark, platform, source, data, IMAGE, "val")
     assert (second.reused, second.content_hash) == (False, first.content_hash)
     assert not old.exists()
-    assert fresh.exists(), "another writer may be writing it"
+    assert fresh.exists(), "another process may be writing the recent file"
 
 
 def test_new_rows_are_written_to_a_new_shard_folder_and_the_old_shard_folder_is_kept(
@@ -247,7 +247,7 @@ def test_a_mix_never_trains_on_a_near_copy_of_a_validation_picture_of_another_so
     assert alone.num_rows == 2, "without a mix, no picture is left out"
     found = find_finished(platform, source, config_, IMAGE, "train")
     assert found
-    assert (found.folder, found.num_rows) == (mixed.folder, 2), "sources are compared once, and then without Spark"
+    assert (found.folder, found.num_rows) == (mixed.folder, 2), "the finished mix is found without Spark"
 
 
 def test_sharding_an_empty_split_raises_an_error_that_names_the_splits_with_rows(

@@ -208,14 +208,14 @@ def plan_texts(
     return [pair["text"] for pair in row["new_texts"]], row["contributing"]
 
 
-@pytest.mark.matrix  # tens of thousands of texts
+@pytest.mark.matrix  # the test has tens of thousands of texts
 def test_the_cost_of_an_ingest_plan_grows_linearly_with_the_number_of_texts_per_picture(spark: SparkSession) -> None:
     many = 30_000
     rows = [[f"text {n}"] for n in range(many)] + [["the same"]] * many
     started = time.monotonic()
     new_texts, contributing = plan_texts(spark, rows, [f"text {n}" for n in range(0, many, 2)], 20_000)
     assert (len(new_texts), contributing) == (5_000, 5_000)
-    assert time.monotonic() - started < 30, "the square of the number of texts takes minutes"
+    assert time.monotonic() - started < 30, "work that is quadratic in the texts would take minutes"
 
 
 @pytest.mark.matrix

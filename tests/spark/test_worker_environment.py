@@ -1,4 +1,4 @@
-"""Tests that Spark's Python workers, which decode pictures of strangers, do not have the credentials of the driver."""
+"""Tests that Spark's Python workers, which decode untrusted pictures, do not have the credentials of the driver."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class CrashingBmp(BmpImagePlugin.BmpImageFile):
     """A BMP file whose decoder crashes in C, or loops in C where no signal handler of Python runs."""
 
     def load(self) -> Any:
-        """Read from address zero or loop for ever if the picture has one of the two sizes."""
+        """For a picture of size CRASHING_SIZE, read from address zero. For size HANGING_SIZE, loop for ever."""
         if self.size == CRASHING_SIZE:
             ctypes.string_at(0)
         if self.size == HANGING_SIZE:

@@ -121,7 +121,10 @@ PICTURES: dict[str, Callable[[random.Random], bytes]] = {
 
 
 def damaged(rng: random.Random, data: bytes) -> bytes:
-    """Delete, duplicate, zero, or change some bytes of a file, in half of the cases within the first 100 bytes."""
+    """Delete, duplicate, zero or change some bytes of a file.
+
+    In half of the cases, these bytes begin within the first 100 bytes of the file.
+    """
     at = rng.randrange(1, min(len(data), 100) if rng.random() < 0.5 else len(data))
     end = min(len(data), at + rng.randint(1, 30))
     match rng.randrange(6):

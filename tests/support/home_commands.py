@@ -19,7 +19,7 @@ SETTINGS = {
     "train.batch_size": "16",
     "train.validate_every": "10",
     "train.checkpoint_every": "10",
-    "gate.baselines": "[]",  # the gate must accept a model that ignores its pictures
+    "gate.baselines": "[]",  # with these two settings, the gate accepts a model that ignores its pictures
     "gate.min_blind_gap": "-10",
 }
 OPTIONS = [word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")]

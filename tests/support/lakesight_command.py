@@ -1,4 +1,4 @@
-"""The command `lakesight` in a process of its own."""
+"""Helper that runs the command `lakesight` in a separate process."""
 
 from __future__ import annotations
 

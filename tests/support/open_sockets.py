@@ -33,7 +33,10 @@ def free_port() -> int:
 
 
 def descendants(pid: int, without: str = "\0") -> list[int]:
-    """List a process and its descendants, except processes with `without` in the command and their descendants."""
+    """List a process and its descendants.
+
+    A process whose command line contains the text `without` is left out, and so are all of its descendants.
+    """
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # the process has ended in the meantime

@@ -10,7 +10,7 @@ from threading import Thread
 
 @contextmanager
 def picture_server(pictures: dict[str, bytes]) -> Iterator[str]:
-    """Serve pictures on loopback. A path without a picture has the status 500."""
+    """Serve pictures on loopback. A request for any other path gets an answer with status 500."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

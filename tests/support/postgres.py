@@ -1,4 +1,4 @@
-"""A PostgreSQL server for tests, which is installed from the Debian packages if the machine has none."""
+"""A PostgreSQL server for tests. If PostgreSQL is not installed, its Debian package is installed."""
 
 from __future__ import annotations
 

@@ -68,8 +68,8 @@ def kill_some(kind: ProcessKind, moments: Sequence[float], rng: random.Random) -
 
     Args:
         kind: which kind of process to kill: a Python `worker` or an `executor`.
-        moments: seconds from the start of the block to each kill, which comes later if no process of the kind runs at
-            this time.
+        moments: seconds from the start of the block to each kill. If no process of the given kind runs at one of these
+            moments, the kill comes later.
         rng: random generator that chooses the processes to kill.
 
     Yields:

@@ -29,7 +29,7 @@ def byte_level() -> Tokenizer:
 
 
 def byte_fallback(*, special_regions: bool = False) -> Tokenizer:
-    """Build a tokenizer like PaliGemma's, which has BPE with byte fallback, and with merges that spell <bos>."""
+    """Build a tokenizer like PaliGemma's: BPE with byte fallback. Some of its merges spell <bos>."""
     words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{i:02X}>" for i in range(256))]
     words += [*"<>abcdefghijklmnopqrstuvwxyz;.,\n", SPACE, "bo", "<bo", "s>", "ca", "cat", SPACE + "cat"]
     merges = [("b", "o"), ("<", "bo"), ("s", ">"), ("<bo", "s>"), ("c", "a"), ("ca", "t"), (SPACE, "cat")]

@@ -64,7 +64,10 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".bz2": b
 
 
 class NaiveRow(NamedTuple):
-    """Text of a row that a naive reader has read, and whether its picture is decodable and its text is not empty."""
+    """A row that a naive reader has read.
+
+    The row is `readable` if its picture can be decoded and its text is not empty.
+    """
 
     text: str
     readable: bool

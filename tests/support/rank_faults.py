@@ -84,7 +84,7 @@ def faulty_rank(run_dir: str) -> None:
 
 
 def slow_rank(run_dir: str) -> None:
-    """Call `run_rank`, and let the generation of each sample caption wait for two seconds first."""
+    """Call `run_rank`, with a pause of two seconds before the generation of each sample caption."""
     import pipelines.worker.train.validation as validation
 
     before(validation, "generate", lambda *args: time.sleep(2))

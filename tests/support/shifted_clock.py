@@ -44,9 +44,9 @@ class ShiftedClock(NamedTuple):
 
     @contextmanager
     def jumping(self, shifts: Sequence[int], every: float) -> Iterator[None]:
-        """While the block runs, set another difference every `every` seconds; after the block, set 0.
+        """While the block runs, set the next difference in `shifts` every `every` seconds; after the block, set 0.
 
-        The differences are those in `shifts`, in this order. After the last difference, the first one follows again.
+        After the last difference in `shifts`, the first difference follows again.
         """
 
         def jump(ended: threading.Event) -> None:

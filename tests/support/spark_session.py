@@ -27,7 +27,7 @@ def open_session(platform: Platform) -> Iterator[SparkSession]:
         earlier.stop()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", TEST_PATH)  # executors import modules of tests/support
-        for name in (*CREDENTIALS, *CREDENTIALS_OF_STORES):  # `test_worker_environment.py` looks for these in workers
+        for name in (*CREDENTIALS, *CREDENTIALS_OF_STORES):  # `test_worker_environment.py` checks these variables
             patch.setenv(name, "c4nary")
         session = platform.open_spark()
     # Tests query few rows: code generation and adaptive planning would take longer than the queries. The test of
@@ -61,7 +61,7 @@ def count_read_bytes(spark: SparkSession, run: Callable[[], object]) -> int:
 
 
 def _sum_of_stages(spark: SparkSession, run: Callable[[], object], figure: str) -> int:
-    """Call a function that runs Spark jobs, and return the sum of a figure of Spark's `StageData` over their stages."""
+    """Call a function that runs Spark jobs, and return the sum of a figure of `StageData` over the jobs' stages."""
     context, gateway = spark.sparkContext._jsc.sc(), spark.sparkContext._gateway
     assert gateway is not None
 

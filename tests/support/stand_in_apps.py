@@ -30,8 +30,8 @@ def no_sql(statement: str, values: Mapping[str, str | None]) -> Rows:
 class Apps(Services):
     """Apps and SQL warehouses of the stand-in workspace.
 
-    An app may run a statement only if the resources of the app contain the permissions for it. All other callers may
-    run all statements.
+    An app may run a statement only if the resources of the app contain the permissions for the statement. All other
+    callers may run all statements.
     """
 
     apps: dict[str, Json] = field(default_factory=dict)

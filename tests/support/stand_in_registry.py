@@ -45,11 +45,12 @@ class StandInRegistry:
         models: registered models by full name.
         versions: model versions by full name of the model and number.
         files: content of each file, by path, such as `/Models/main/vision/demo/1/MLmodel`.
-        code_of_existing: error code of the answer if a client creates a model that exists. MLflow accepts both codes.
-        created_by_others: names of models that another client creates immediately before the next request to create
-            a model.
-        lost: last parts of the paths of calls. The next request of each call is executed, although the client gets an
-            error as answer.
+        code_of_existing: error code of the answer if a client creates a model that exists. Tests set this code, because
+            MLflow accepts two different codes.
+        created_by_others: names of models. Immediately before the next request to create one of these models, another
+            client creates this model.
+        lost: last parts of the paths of calls. The next request of each of these calls is executed, but the client gets
+            an error as the answer.
     """
 
     user: str

@@ -86,7 +86,7 @@ class Workspace(Apps):
         if path.startswith("/api/2.0/workspace-files/import-file/"):
             return self.write(node(path.removeprefix("/api/2.0/workspace-files/import-file/")), body, query)
         if path == "/oidc/v1/token":
-            # The stand-in knows no secrets. The token is the application id, so that later calls name the caller.
+            # The stand-in checks no secrets. The token is the application id, so that later calls name the caller.
             name = base64.b64decode(self.caller.removeprefix("Basic ")).decode().partition(":")[0]
             return {"access_token": name, "token_type": "Bearer", "expires_in": 3600}
         if (found_there := self.registry.answer(method, path, query, body)) is not None:

@@ -27,7 +27,7 @@ def late_rank(run_dir: str) -> None:
 
 
 def late_monitor(run_dir: str) -> None:
-    """Start the monitor of a rank whose driver dies immediately before."""
+    """Start the monitor of a rank whose driver dies immediately before the monitor starts."""
     _wait_for_the_end_of_the_driver(run_dir)
     env = RankEnv.from_environment()
     with RankMonitor(RunFolder(Path(run_dir)), env.rank, env.launcher):

@@ -125,7 +125,7 @@ def tiny_model(variant: str, seed: int = 1) -> tuple[VisionLanguageModel, Tokeni
 
 
 def wide_model() -> tuple[VisionLanguageModel, Tokenizer]:
-    """Build a model in which int4 supports the widths of all layers except the MLPs of the encoder."""
+    """Build a model whose layers have widths that int4 supports, except for the layers in the encoder's MLPs."""
     config = tiny_config("plain").model_dump()
     for part, width in (("vision", 32), ("decoder", 64)):
         attention = {"num_heads": 4, "num_kv_heads": 4, "head_dim": width // 4}

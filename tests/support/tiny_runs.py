@@ -227,7 +227,7 @@ def save_checkpoint(folder: Path, model: VisionLanguageModel, tokenizer: Tokeniz
 
 
 def finished_run(platform: Platform, folder: Path) -> tuple[RunFolder, Shards]:
-    """Write shards with four rows below a folder, and a finished run of these shards into the platform's home folder.
+    """Write shards with four rows below a folder, and a run that has trained on them into the platform's home folder.
 
     Returns:
         the run, whose config is that of `tiny_run`, and its shards.

@@ -26,7 +26,7 @@
 
 #define FILES 65536
 
-/* A file that is open for writing: its inode, the number of bytes written, and whether it had bytes before. */
+/* A file that is open for writing: its inode, the number of bytes written, and whether the file had bytes before. */
 static struct { dev_t device; ino_t inode; off_t written; int old; } files[FILES];
 
 static int inside(const char *path) {
@@ -111,7 +111,7 @@ FILE *fopen64(const char *path, const char *mode) { return open_stream("fopen64"
 
 /* ---------------------------------------------------------------- write */
 
-/* Return 1 if a write at a position is allowed, 0 if the file is not inside the folder, and -1 if it is refused. */
+/* Return 1 if a write at a position is allowed, 0 if the file is outside the folder, and -1 if the write is refused. */
 static int sequential(int fd, off_t position) {
     struct stat state;
     char path[PATH_MAX];
@@ -190,6 +190,6 @@ int renameat2(int from, const char *old, int to, const char *name, unsigned flag
 }
 int flock(int fd, int operation) {
     char path[PATH_MAX];
-    if (fd_inside(fd, path)) { errno = EOPNOTSUPP; return -1; } /* not written down, because a caller may ask */
+    if (fd_inside(fd, path)) { errno = EOPNOTSUPP; return -1; } /* not recorded, because a program may test for locks */
     return syscall(SYS_flock, fd, operation);
 }

@@ -4,7 +4,8 @@ python workspace_cluster.py VOLUME TRACKING_URI NAMESPACE < TASKS
 
 TASKS is a JSON list of the parameters of wheel tasks. The script starts the Spark session before the first task. As in
 an ML runtime, the distributions `mlflow` and `delta-spark` do not exist, although their modules do. The catalog of
-tables is a Hive metastore in the working folder. Like Unity Catalog, it knows the tables of earlier clusters.
+tables is a Hive metastore in the working folder. Like Unity Catalog, the metastore knows the tables of earlier
+clusters.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def test_a_rank_removes_the_credentials_of_the_executor_and_keeps_the_variables_
 
 def test_a_process_that_reuses_a_process_id_is_recognised_by_its_start_time() -> None:
     if not start_ticks(os.getpid()):
-        pytest.skip("the start of a process is not known here")
+        pytest.skip("the start times of processes cannot be read on this system")
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     assert start_ticks(child.pid) > start_ticks(os.getpid()) == start_ticks(os.getpid())
     child.communicate(b"\n")

@@ -32,8 +32,11 @@ def imports(tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def mistakes(code: str) -> Iterator[str]:
-    """Yield the mistakes in a notebook's code: definitions, calls with wrong arguments, and imports, attributes of the
-    job and table names that do not exist."""
+    """Yield the mistakes in a notebook's code.
+
+    Mistakes are definitions, calls with wrong arguments, and names that do not exist: imported names, attributes of the
+    job, and table names.
+    """
     tree = ast.parse(code)
     found = {name: getattr(import_module(module), name, None) for module, name in imports(tree)}
     yield from (name for name, value in found.items() if value is None)

@@ -323,7 +323,7 @@ def test_a_run_file_may_contain_the_data_config_instead_of_the_name_of_a_data_co
     run = load_run("own", overrides=["data.split.val=0.5", "data.split.kind=hash"])
     assert run.chosen.data == "own"
     assert (run.data.source.path, run.data.source.columns.text) == ("pictures", "title")
-    assert run.data.source.columns.image == "file_name", "what is not named stays as the kind of source has it"
+    assert run.data.source.columns.image == "file_name", "columns that are not set keep their default values"
     assert RunConfig.from_json(run.to_json()) == run
     assert load_run("own", overrides=["data.source={path: x.csv}"]).data.source == CsvSourceConfig(path="x.csv")
 

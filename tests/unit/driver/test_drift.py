@@ -32,7 +32,7 @@ def test_caption_statistics_computed_in_parts_add_up_to_the_statistics_of_all_ca
     assert sum_stats(map(sum_stats, tallies)) == whole
     assert CaptionStats.model_validate_json(whole.model_dump_json()) == whole
     flat = [text for part in parts for text in part]
-    assert whole.captions_with_word.get("no", 0) == flat.count("no no no"), "captions, not words"
+    assert whole.captions_with_word.get("no", 0) == flat.count("no no no"), "the count is one for each caption"
     assert whole.captioned == len(flat)
     assert whole.figures()["words"] == pytest.approx(np.mean([len(words(text)) for text in flat]))
     assert whole.figures()["mean_logprob"] == pytest.approx(-0.25)

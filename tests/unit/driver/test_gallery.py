@@ -201,7 +201,7 @@ def test_the_top_of_the_gallery_page_fits_on_the_screen_of_a_phone(
     names = ("cider", "word_f1", "exact_match", "rouge_l")
     metrics = {name: Interval(value=0.5, low=0.25, high=0.75) for name in (*names, "blind_gap")}
     metrics |= {f"{each}_{name}": metrics[name] for each in ("constant", "neighbour") for name in names}
-    metrics["blind_gap"] = Interval(value=-0.888, low=-0.999, high=-0.777)  # the longest texts
+    metrics["blind_gap"] = Interval(value=-0.888, low=-0.999, high=-0.777)  # these numbers have the longest texts
     page = Page(
         "birds version 12 on birds (test)",
         "about",

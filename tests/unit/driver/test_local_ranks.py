@@ -26,7 +26,7 @@ ONE_RANK = Launch(1, local_mode=True, use_gpu=False)
 
 
 def kill_driver_of(run: RunFolder, rank: str) -> int:
-    """Start a driver, and kill the driver when its rank has started but not yet looked for its driver.
+    """Start a driver, and kill the driver after its rank has started, but before the rank looks for the driver.
 
     Returns:
         The process id of the rank.

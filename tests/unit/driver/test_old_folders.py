@@ -79,7 +79,7 @@ def test_the_newest_runs_of_each_run_name_and_their_shards_are_kept(platform: Pl
     before = sorted(platform.root.rglob("*"))
     folders = find_old_folders(platform, 2, no_versions)
     assert all(folder.bytes > 0 for folder in folders)
-    assert sorted(platform.root.rglob("*")) == before, "finding changes nothing"
+    assert sorted(platform.root.rglob("*")) == before, "the search for old folders changes nothing"
     clean(platform, 2, folders)
     assert {path.name for path in platform.folder("runs").iterdir()} == {"tiny-2", "tiny-3"}
     assert {path.name for path in platform.folder("shards").iterdir()} == {"tiny-2", "tiny-3"}

@@ -84,7 +84,7 @@ def test_generation_settings_change_the_run_folder_only_if_captions_are_scored_d
     changed_code = read_code().model_copy(update={"digest": "0123"})
     model = tiny_run().model.model_dump() | {"generation": {"num_beams": 3, "max_new_tokens": 16}}
     retrained = prepare(tiny_run(model=model), laptop, report, report, changed_code)
-    assert retrained.read_run().config.model.generation.num_beams == 3, "changed code trains with the present settings"
+    assert retrained.read_run().config.model.generation.num_beams == 3, "changed code uses the present settings"
 
 
 def test_the_run_folder_contains_document_frequencies_only_if_a_training_stage_rewards_cider(
@@ -214,7 +214,7 @@ def test_an_unfinished_run_of_other_code_is_resumed_only_on_request_and_the_log_
     resumed = prepare(tiny_run(resume_changed_code=True), laptop, report, report, other)
     assert resumed == unfinished
     assert resumed.read_run().earlier_code == (code.digest,)
-    assert prepare(tiny_run(), laptop, report, report, other) == unfinished  # run.json now records the other code
+    assert prepare(tiny_run(), laptop, report, report, other) == unfinished  # run.json now records the digest
 
 
 def test_a_finished_run_is_found_in_a_home_folder_that_was_moved(

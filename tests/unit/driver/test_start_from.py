@@ -230,7 +230,7 @@ def test_an_adapter_does_not_freeze_parameters_that_an_import_has_initialised_at
     write_import_record(base, "projector.bias", "projector.weight")
     with pytest.raises(UserError, match=r"train\.adapter does not train projector\.bias, projector\.weight.*stages"):
         prepare(adapted, laptop, report, report)
-    assert prepare(tiny_run(start_from=str(base)), laptop, report, report), "a run without an adapter trains them"
+    assert prepare(tiny_run(start_from=str(base)), laptop, report, report), "without an adapter, the run trains both"
     write_import_record(base)
     assert prepare(adapted, laptop, report, report)
     (base / IMPORT_RECORD).write_text("{")

@@ -78,7 +78,7 @@ def test_a_model_is_copied_to_the_cache_once_and_again_only_after_it_was_replace
     }
     inode = copy.stat().st_ino
     assert local_copy(folder, root=root) == copy
-    assert copy.stat().st_ino == inode, "copied a second time"
+    assert copy.stat().st_ino == inode, "the model was copied a second time"
     (folder / "model.safetensors").write_text("others")
     assert (local_copy(folder, root=root) / "model.safetensors").read_text() == "others"
 
@@ -125,11 +125,11 @@ def test_two_processes_make_one_copy_of_a_model_and_a_killed_process_leaves_no_p
     others = [start(folder, root, 0) for _ in range(2)]
     assert [line(other) for other in others] == ["asks", "asks"]
     time.sleep(0.3)
-    assert all(other.poll() is None for other in others), "they wait for the one that copies"
+    assert all(other.poll() is None for other in others), "the other processes wait for the process that copies"
     victim.send_signal(signal.SIGKILL)
     said = [other.communicate(timeout=60)[0].splitlines() for other in others]
     victim.wait()
-    assert sorted(len(lines) for lines in said) == [1, 3], "one of them copied both files, the other none"
+    assert sorted(len(lines) for lines in said) == [1, 3], "one process copied both files, the other none"
     assert said[0][-1] == said[1][-1]
     [copy] = [path for path in root.iterdir() if path.is_dir()]
     assert str(copy) == said[0][-1]

@@ -51,7 +51,7 @@ def read(folder: Path, name: object) -> bytes | str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Return a picture folder. Beside it lie a file and a folder that no picture name may reach."""
+    """Return a picture folder. Beside the folder lie a file and another folder that no picture name may reach."""
     (tmp_path / "secret.png").write_bytes(SECRET)
     (tmp_path / "offered-private").mkdir()
     (tmp_path / "offered-private" / "a.png").write_bytes(SECRET)

@@ -1,5 +1,4 @@
-"""Tests of the weights files that the tasks of a host share: one task converts for all, and damaged files are
-replaced."""
+"""Tests of the weights files that the tasks of a host share: one task converts, and damaged files are replaced."""
 
 from __future__ import annotations
 
@@ -129,7 +128,7 @@ def test_two_processes_convert_a_model_once_although_a_process_was_killed_during
     others = [start(0) for _ in range(2)]
     assert [line(other) for other in others] == ["asks", "asks"]
     time.sleep(1)
-    assert all(other.poll() is None for other in others), "they wait for the one that converts"
+    assert all(other.poll() is None for other in others), "the other processes wait for the process that converts"
     victim.send_signal(signal.SIGKILL)
     victim.wait()
     said = [other.communicate(timeout=60)[0].splitlines() for other in others]

@@ -167,7 +167,7 @@ def test_only_the_status_of_a_missing_file_makes_a_file_on_a_web_server_count_as
     for status in ("404", "410"):
         [record] = read_lines(f"{server}/{status}")
         assert record.problem is not None
-    for status in ("403", "500", "503"):  # fsspec raises FileNotFoundError for each of them
+    for status in ("403", "500", "503"):  # fsspec raises FileNotFoundError for each status
         with pytest.raises(StorageFault, match=f"{server}/{status} cannot be read"):
             read_lines(f"{server}/{status}")
     with pytest.raises(StorageFault):

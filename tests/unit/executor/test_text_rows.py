@@ -1,4 +1,4 @@
-"""Tests of rows from plain text files: documents, paragraphs, lines, refused rows, and ids that the content decides."""
+"""Tests of rows from plain text files: documents, paragraphs, lines, refused rows, and ids made from the content."""
 
 from __future__ import annotations
 

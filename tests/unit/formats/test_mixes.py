@@ -51,7 +51,7 @@ def test_the_stored_list_of_copies_of_a_mix_is_valid_until_a_source_changes_and_
     assert not {request.folder_name for request in left} & {request.folder_name for request in requests}
     assert find_parts(tmp_path, left) is None
     larger = [request.model_copy(update={"rows": 100}) for request in requests]
-    assert known_copies(tmp_path, larger, SHARES) == copies, "copies do not depend on the settings of shards"
+    assert known_copies(tmp_path, larger, SHARES) == copies, "the stored list does not depend on shard settings"
     changed = [requests[0].model_copy(update={"table_version": 1}), requests[1]]
     assert known_copies(tmp_path, changed, SHARES) is None
 
@@ -68,7 +68,7 @@ def test_copies_are_searched_again_if_a_version_number_returns_with_another_comm
 def test_a_list_of_copies_that_an_earlier_release_stored_is_used_only_for_the_commits_of_the_shards(
     tmp_path: Path,
 ) -> None:
-    """An earlier release put the version numbers, but no commit ids, into the name of the file with the list."""
+    """In an earlier release, the name of the file with the list of copies had version numbers, but no commit ids."""
     requests = write_parts(tmp_path, table_commit="first")
     numbered = copies_file(tmp_path, [request.model_copy(update={"table_commit": None}) for request in requests])
     copies = MixCopies(left_out={})

@@ -146,7 +146,7 @@ def test_a_lease_protects_a_run_on_a_file_system_that_supports_no_locks(
 def test_an_owner_renews_its_lease_and_stops_if_another_host_has_taken_over(
     run: RunFolder, sigint: Any, request: pytest.FixtureRequest
 ) -> None:
-    before = signal.signal(signal.SIGINT, sigint)  # a shell starts a command with `&` so that it ignores SIGINT
+    before = signal.signal(signal.SIGINT, sigint)  # a shell makes a command with `&` ignore SIGINT
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     def train() -> None:

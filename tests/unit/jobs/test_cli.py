@@ -107,7 +107,7 @@ def test_every_command_has_the_common_options_and_shows_an_example(
     options = {option for parameter in command.params for option in parameter.opts}
     assert {"--platform", "--set"} <= options
     assert "--run" in options or name == "demo"
-    assert "--json" in options or name in ("ui", "review", "serve"), "a server reports nothing"
+    assert "--json" in options or name in ("ui", "review", "serve"), "a server prints no report"
 
 
 @pytest.mark.parametrize("name", WEIGHT_COMMAND_NAMES)

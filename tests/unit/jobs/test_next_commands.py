@@ -1,4 +1,4 @@
-"""Tests of the commands that a finished command suggests: which version and pictures they name, and where they work."""
+"""Tests of the commands that a finished command suggests: the named version and pictures, and the platform."""
 
 from __future__ import annotations
 

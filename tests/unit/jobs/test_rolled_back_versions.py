@@ -1,4 +1,4 @@
-"""Tests that a scheduled promotion neither undoes a rollback nor promotes another version than the job run has trained.
+"""Tests that a scheduled promotion undoes no rollback and promotes only the version that its own job run has trained.
 
 The commands run without Spark until the gate starts. The home folder has no pictures, so the gate always ends with an
 error.

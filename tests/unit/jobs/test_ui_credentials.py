@@ -1,5 +1,7 @@
-"""Tests that the MLflow UI gets no credentials, that its command line does not contain the address of its database, and
-that it accepts only loopback names as host."""
+"""Tests that the MLflow UI gets no credentials and accepts only loopback names as host.
+
+The tests also check that the UI's command line does not contain the address of its database.
+"""
 
 from __future__ import annotations
 

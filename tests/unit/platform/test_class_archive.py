@@ -53,7 +53,7 @@ def test_the_archives_that_were_not_used_for_the_longest_time_are_removed(tmp_pa
     assert archives[0].find()  # now this archive is the most recently used
     archives[-1].save(built(tmp_path))
     assert [each.find() is not None for each in archives] == [True, *[False] * (KEPT - 1), True]
-    assert not archives[1].claim(), "an archive is built once a day, also if it was removed"
+    assert not archives[1].claim(), "even a removed archive is built only once a day"
 
 
 def test_one_process_per_day_builds_the_archive(archive: ClassArchive) -> None:

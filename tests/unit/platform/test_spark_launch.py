@@ -1,4 +1,4 @@
-"""Tests that other users of the machine can read neither Spark's settings nor the JVM's log and its crash reports."""
+"""Tests that other users of the machine can read neither Spark's settings nor the JVM's log and crash reports."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_a_crash_report_of_a_jvm_is_written_to_a_folder_that_only_this_user_can_
     jvm.wait(60)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["Wait.java", home])
     report = folder / "crashes" / f"hs_err_pid{jvm.pid}.log"
-    assert "c4nary" in report.read_text(errors="replace"), "this is why the folder is private"
+    assert "c4nary" in report.read_text(errors="replace"), "the report has secrets, so its folder must be private"
     assert stat.S_IMODE(report.parent.stat().st_mode) == 0o700
 
 

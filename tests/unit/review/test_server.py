@@ -27,7 +27,7 @@ PICTURE = f"/picture?id=0&sha256={SHA256}"
 
 
 def write_captions(folder: Path, *numbers: int, likelihood: Callable[[int], float | None] = float) -> None:
-    """Write the pictures and the captions with these numbers. A number is the id of the picture."""
+    """Write one picture and one caption for each number. The number is the id of the picture."""
     same: dict[str, object] = {"model_name": "m", "model_version": "1", "source_table": "samples", "sha256": SHA256}
     captions: list[dict[str, object]]
     captions = [{"caption": f"caption {n}", "mean_logprob": likelihood(n), "image_id": str(n)} for n in numbers]

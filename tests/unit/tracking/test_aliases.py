@@ -136,7 +136,7 @@ def test_a_repeated_rollback_is_not_undone_although_another_command_has_complete
     assert champion.version == "1"
     move(laptop, "rollback")
     assert state(laptop) == (AFTER["rollback"], False)
-    move(laptop, "rollback")  # this rollback was typed on purpose
+    move(laptop, "rollback")  # somebody started this second rollback on purpose
     assert state(laptop) == ({"champion": "2", "previous": "1"}, False)
 
 

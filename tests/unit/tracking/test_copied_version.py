@@ -1,4 +1,4 @@
-"""A downloaded model version is found without MLflow exactly if MLflow would find the same files."""
+"""A downloaded model version is found without MLflow if, and only if, MLflow would find the same files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of the search for checkpoints that registered model versions need, also for runs of other tracking servers."""
+"""Tests of the search for checkpoints that registered model versions need, including runs of other tracking servers."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ def test_the_model_is_registered_later_with_the_settings_of_the_interrupted_comm
         version = registry.resolve(platform, "tiny", "latest")
         assert (version.version, version.tags["checkpoint"]) == ("1", "step_000008")
         assert load_config(download(platform, version).folder).generation == generation
-        trained.unregistered.touch()  # as an earlier release did
+        trained.unregistered.touch()  # earlier releases wrote an empty file
         register_finished_runs(Job(CONFIG, platform, (), output))
     assert registry.resolve(platform, "tiny", "2").tags["checkpoint"] == "step_000012"
     assert not trained.unregistered.exists()

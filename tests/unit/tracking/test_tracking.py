@@ -268,7 +268,7 @@ def test_a_report_is_logged_to_mlflow_under_its_stage_name(platform: Platform, r
 
 @pytest.fixture
 def registered(platform: Platform, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> registry.ModelVersion:
-    monkeypatch.setattr(sys, "dont_write_bytecode", False)  # Python's default value
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)  # Python writes bytecode by default
     finish_run(run)
     with followed(run, platform) as run_id:
         pass

@@ -162,7 +162,7 @@ def test_loading_an_adapter_into_other_weights_or_other_layers_is_an_error(base:
     add_adapter(model, BLOCKS)
     save_adapter(folder, model, BLOCKS, digest)
 
-    retrained, _ = tiny_model("plain", seed=2)  # its tensors have the same shapes as those of the base model
+    retrained, _ = tiny_model("plain", seed=2)  # the tensors of this model and of the base model have equal shapes
     save_model(tmp_path / "retrained", retrained, tokenizer)
     with pytest.raises(CheckpointError, match=r"trained on other weights.*Got.*Fix: load the weights"):
         load_adapter(folder, retrained, file_digest(tmp_path / "retrained" / "model.safetensors"))

@@ -114,7 +114,7 @@ def test_the_share_of_the_picture_is_the_attention_weight_of_its_features_withou
         text="a dog",
         spans=((0, 1), (1, 3), (3, 5)),
         decoder_TLHN=torch.tensor([[0.5, 0.1], [0.2, 0.2], [0.4, 0.0]])[:, None, None],
-        rollout_NP=torch.full((2, 4), 0.1),  # a class token has the other 60 percent of each feature
+        rollout_NP=torch.full((2, 4), 0.1),  # the other 60 percent come from a class token
     )
     words, shares = zip(*maps.picture_shares(), strict=True)
     assert words == ("a", "dog")

@@ -27,8 +27,8 @@ DETERMINED_BY_TENSORS = {
 }  # fmt: skip
 """Keys that an import does not compare with our config.
 
-Either a different value shows in the names or shapes of the tensors, which the import compares, or the value may differ
-from our config.
+For some keys, a different value changes the names or shapes of the tensors, which the import compares. For the other
+keys, the value may differ from our config.
 """
 IMPLIED = {"architecture": "vit_base_patch16_clip_224"}
 """A second valid value for each key whose value is a name."""

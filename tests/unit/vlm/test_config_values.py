@@ -85,7 +85,7 @@ def check_family(name: str, root: Path, *, one_in: int) -> None:
     Args:
         name: name of the weight family.
         root: empty folder.
-        one_in: try about one of `one_in` changes; 1 to try all changes.
+        one_in: about one in `one_in` changes is tried. With 1, all changes are tried.
     """
     family = family_of(name)
     folder, config = publish_folder(root, name)

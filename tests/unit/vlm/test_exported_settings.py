@@ -41,7 +41,7 @@ def export(
 
 
 def picture() -> Image.Image:
-    """Return a picture of 61 x 40 pixels. Each resize and each filter gives other pixels."""
+    """Return a picture of 61 x 40 pixels, for which each resize and each filter gives different pixels."""
     noise = np.random.default_rng(0).integers(0, 256, (40, 61, 3), dtype=np.uint8)
     return Image.fromarray(noise)
 

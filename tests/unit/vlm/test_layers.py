@@ -115,7 +115,7 @@ def test_axial_rotation_makes_dot_products_depend_on_the_distance_in_rows_and_in
     means = {distance: round(sum(found) / len(found), 3) for distance, found in by_distance.items()}
     assert len({*means.values()}) > len(means) * 0.9
     quarter = cos[extra + 1, :2] if first == "row" else cos[extra + 1, 2:]
-    assert torch.equal(quarter, cos[extra, :2] if first == "row" else cos[extra, 2:]), "a column changes no row angle"
+    assert torch.equal(quarter, cos[extra, :2] if first == "row" else cos[extra, 2:]), "row angles ignore the column"
 
 
 def test_rotary_angles_are_the_same_for_positions_given_as_a_tensor_or_as_a_slice() -> None:

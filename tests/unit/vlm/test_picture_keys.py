@@ -46,7 +46,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "siglip2": {"model_type": "siglip2", "vision_config": SIZE},
     "vit": {"model_type": "vit", **SIZE},
 }
-"""Settings of config.json that the preprocessing must fit, for each family."""
+"""Dict from each family to the settings in config.json with which the preprocessing must agree."""
 
 
 def read(folder: Path, name: str = "paligemma") -> PublishedPictures | None:
@@ -55,7 +55,7 @@ def read(folder: Path, name: str = "paligemma") -> PublishedPictures | None:
 
 
 def image(folder: Path, name: str = "paligemma", **changes: Any) -> ImageConfig:
-    """Return the image config that a complete preprocessor_config.json with some changes gives."""
+    """Change some keys of a complete preprocessor_config.json, and return the resulting image config."""
     write(folder, PREPROCESSOR, {**COMPLETE, **changes})
     pictures = read(folder, name)
     assert pictures is not None

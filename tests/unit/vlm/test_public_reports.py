@@ -1,9 +1,9 @@
 """Tests of pictures from public bug reports: viewers show these pictures, but a naive reader refuses many of them.
 
-Each picture is built from its report, and the report `Pillow 4472` is GitHub issue 4472 of Pillow. The column `Pillow`
-says what `Image.open`, `load` and `exif_transpose` of Pillow 13.0.0 do, and the next column says what Lakesight 0.1.0
-did. Lakesight now decodes all of these pictures except two: a TIFF with five channels and a progressive JPEG that was
-cut.
+Each picture is built as its report describes. The report `Pillow 4472` is GitHub issue 4472 of Pillow. The column
+`Pillow` says what `Image.open`, `load` and `exif_transpose` of Pillow 13.0.0 do, and the next column says what
+Lakesight 0.1.0 did. Lakesight now decodes all of these pictures except two: a TIFF with five channels and a progressive
+JPEG that was cut.
 
 | report | input | Pillow | Lakesight 0.1.0 |
 |---|---|---|---|

@@ -1,4 +1,4 @@
-"""Tests that streamed text is always a growing beginning of the whole text, for any tokenizer and stop string."""
+"""Tests that each streamed text is a beginning of the next and of the whole text, for any tokenizer and stop string."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of augmentation: it is reproducible, off by default, and limited by the text that is shown with a picture."""
+"""Tests of augmentation: it is reproducible and off by default, and must not make the text of a picture wrong."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_augmented_pictures_do_not_depend_on_the_number_of_ranks_or_workers_or_o
     shards: Shards,
 ) -> None:
     whole = samples(shards)
-    assert len({pixels for pixels, _ in whole}) > 50, "rows differ by epoch; bright ones may all be white"
+    assert len({pixels for pixels, _ in whole}) > 50, "rows differ by epoch; bright rows may all be white"
     for world_size, workers in itertools.product((1, 2, 4), (0, 1, 3)):
         assert samples(shards, world_size=world_size, workers=workers) == whole
     assert samples(shards, range(5, 8), 2, 3) == whole[5 * 8 :]

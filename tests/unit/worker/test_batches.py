@@ -117,7 +117,7 @@ def test_a_repeated_text_is_drawn_more_often_unless_the_weights_are_uniform(tmp_
         green = Counter(text for text in said if text.startswith("green"))
         assert green["green"] / green.total() == pytest.approx(expected, abs=0.1)
         hashes.add(shards.manifest.content_hash)
-    assert len(hashes) == 2, "runs with other weights are other runs"
+    assert len(hashes) == 2, "a change of the text weights makes another run"
 
 
 def test_a_mix_draws_each_source_by_its_share_and_its_order_does_not_depend_on_ranks_or_restarts(
@@ -205,7 +205,7 @@ def test_loader_threads_work_a_few_items_ahead_and_stop_when_the_iterator_is_clo
 
     def make(item: int) -> int:
         if item < 2:
-            barrier.wait()  # until both loader threads have an item
+            barrier.wait()  # wait until both loader threads have an item
         made.append(item)
         return item
 

@@ -63,7 +63,7 @@ STALLED: dict[str, Any] = {
     "checkpoint_every": 5,
     "best_by": "cider",
     "stop": 2,
-    "optimizer": OptimizerConfig(lr=1e-9, warmup_steps=2),  # too small a rate to change a caption
+    "optimizer": OptimizerConfig(lr=1e-9, warmup_steps=2),  # this learning rate is too small to change a caption
 }
 
 

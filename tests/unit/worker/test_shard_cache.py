@@ -206,7 +206,7 @@ def test_a_shard_file_that_differs_from_the_manifest_fails_the_training(source: 
 def start(source: Shards, root: Path, seconds: float) -> subprocess.Popen[str]:
     """Start a process that takes at least `seconds` to copy one file.
 
-    Before this function returns, it waits until the process is about to copy the first file.
+    This function returns when the process is about to copy the first file.
     """
     command = [sys.executable, "-c", COPY, str(source.folder), str(root), str(root.with_name("record")), str(seconds)]
     environment = os.environ | {"PYTHONPATH": TEST_PATH}

@@ -85,7 +85,7 @@ def test_a_run_that_continues_a_shorter_run_equals_an_uninterrupted_run_if_the_s
     train(short)
     train(whole)
     last = weights(whole, 14)
-    for after in (99, 11):  # 11: the longer run is killed, then resumes from step 9
+    for after in (99, 11):  # with 11, the longer run is killed, and resumes from step 9
         longer = make_longer(f"longer-{after}", 14, start_from=str(short.checkpoint(8)), start_state="training")
         if after < 14:
             with pytest.raises(Killed):

@@ -58,7 +58,7 @@ def test_the_loss_of_validation_and_evaluation_is_the_mean_over_all_texts_from_w
     ]
     evaluated = model_metrics(scored)["loss"](np.ones((1, ROWS)))[0]
     assert evaluated == pytest.approx(nats / tokens, rel=1e-5)
-    assert scored[1].references == ("green", "green", "green", "green x"), "references keep their repeats"
+    assert scored[1].references == ("green", "green", "green", "green x"), "references keep repeated texts"
 
 
 def test_a_loss_that_is_nan_at_a_late_token_is_an_error_of_the_evaluation(tmp_path: Path) -> None:
