@@ -102,8 +102,8 @@ def _applies(requirement: Requirement, extras: set[str]) -> bool:
 
 
 def licences(package: Distribution) -> set[str]:
-    """Return the licences in the metadata of a package that all apply. Of alternative licences (`OR`), the first one on
-    the allow-list is returned.
+    """Return the licences that the metadata of a package names. All returned licences apply at the same time. Of
+    alternative licences (`OR`), the first one on the allow-list is returned.
     """
     metadata = package.metadata
     if expression := metadata.get("License-Expression"):

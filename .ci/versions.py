@@ -23,7 +23,8 @@ FOLDER = ROOT / ".versions"
 UV = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}") or "uv"
 """Path of the program uv, which `make` installs beside Python, or the name `uv` if it is not found."""
 SPARK_TESTS = ("tests/spark",)
-"""Tests that use a Spark session. They contain a second ingest that updates texts and pictures of the first ingest."""
+"""Tests that use a Spark session. One of these tests runs a second ingest, which updates texts and pictures of the
+first."""
 TOOLS = ("hypothesis", "pytest<9.2", "pytest-timeout", "pytest-xdist")
 SHOWN = ("pyspark", "delta-spark", "mlflow", "mlflow-skinny", "torch", "pyarrow", "pandas")
 

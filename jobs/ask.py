@@ -295,7 +295,7 @@ def _model_folder(job: Job, which: str) -> tuple[Path, str]:
 
 
 def load_checkpoint(folder: Path, precision: Precision) -> Captioner:
-    """Load the model of a folder, on a GPU if there is one.
+    """Load the model of a folder onto the GPU, or onto the CPU if there is no GPU.
 
     Raises:
         UserError: the folder contains no model, the model's files are damaged, or the precision needs a library that is

@@ -203,8 +203,8 @@ def check_drift(job: Job, report: CaptionReport, model: ModelFiles, request: Cap
     """Compare a job with the version's evaluation, and add the drift to the report. If nothing can be compared, add the
     reason instead.
 
-    If drift fails jobs, the rows of a job with drift are remembered until another job has captioned enough rows to be
-    compared. Until then, jobs with fewer rows fail because of the remembered rows.
+    If `drift.fail` is set, the figures of a job with drift are stored until a later job has captioned enough rows for a
+    comparison. Until then, each job with too few rows fails because of the stored figures.
     """
     from pipelines.driver.caption.drift import compare_figures, read_evaluation_figures
     from pipelines.driver.caption.failed_jobs import ComparedRows
@@ -247,13 +247,16 @@ def check_drift(job: Job, report: CaptionReport, model: ModelFiles, request: Cap
 
 
 def _describe_unchecked(report: CaptionReport, reason: str) -> str:
-    """Say which captions were not compared. The statistics of an interrupted job are lost with its processes."""
+    """Return a text that says why drift was not checked, and how many captions of an interrupted job were not compared.
+
+    The statistics of an interrupted job are lost, because only its processes had them in memory.
+    """
     recovered = f"{report.recovered:,} captions of an interrupted job were not compared" if report.recovered else ""
     return "; ".join(filter(None, (reason, recovered)))
 
 
 def _describe_few(job: Job, report: CaptionReport, evaluated: int) -> str:
-    """Say why a job with enough rows was not compared with the evaluation of its model version."""
+    """Return the reason why a job with enough rows was not compared with the evaluation of its model version."""
     if evaluated:
         return f"the evaluation has {evaluated:,} rows, and drift.min_rows is {job.config.drift.min_rows:,}"
     return (
@@ -292,6 +295,6 @@ def _print_report(job: Job, report: CaptionReport) -> None:
     if report.drift_unchecked:
         job.output.line("drift", f"not checked: {report.drift_unchecked}")
     if report.drift_of_failed:
-        job.output.line("drift", "of the rows of an earlier job that failed:")
+        job.output.line("drift", "measured on the rows of an earlier job that failed:")
     for name, drift in report.drift.items():
         job.output.line("drift" if drift.beyond else "", f"{name:<15}{_format_drift(drift)}")

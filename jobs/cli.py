@@ -81,14 +81,14 @@ class Interrupted(LakesightError):
 
 
 class JobCommand(TyperCommand):
-    """Command that also takes further options in one argument, `--options=TEXT`.
+    """Command that accepts additional options in a single argument, `--options=TEXT`.
 
-    A job of Databricks passes each job parameter as one argument, so without this argument a started job could use only
-    the options that have a job parameter of their own.
+    A Databricks job passes each job parameter as one argument. Without `--options`, a person who starts a job could set
+    only those options that have their own job parameter.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments after each `--options=TEXT` was replaced by the options in its text.
+        """Replace each `--options=TEXT` by the options in its text, and parse the arguments.
 
         Raises:
             UserError: a quotation mark in the text is not closed.
@@ -275,8 +275,8 @@ def _file_error(error: Exception) -> UserError | None:
 
 
 def _line_with(pattern: re.Pattern[str], error: Exception) -> str:
-    """In an error message, find and return the first line that contains a pattern. If no line contains the pattern,
-    return the first line of the message."""
+    """Return the first line of an error message that contains a pattern. If no line contains the pattern, return the
+    first line of the message."""
     found = next((line for line in str(error).splitlines() if pattern.search(line)), _first_line(error))
     # remove the red arrow that delta-rs draws before each cause
     return re.sub("\x1b\\[[0-9]*m|\N{DOWNWARDS ARROW WITH TIP RIGHTWARDS}", "", found).removeprefix(": ").strip()

@@ -110,8 +110,8 @@ class Job:
     overrides: tuple[str, ...]
     output: CommandOutput
     uses_version: bool = False
-    """Whether the command decodes with a trained model. If so, the overrides `model.generation.*` do not change the
-    config of the run, because the run's model may have another context or other settings than the trained model.
+    """Whether the command decodes with a trained model. If True, the overrides `model.generation.*` do not change the
+    config of the run, because the run's model may have another context length or other settings than the trained model.
     """
     shown: set[str] = field(default_factory=set)
     """Shard folders whose paths were printed. A path is printed once, even if several stages use the folder."""
@@ -155,8 +155,8 @@ class Job:
         """Add this run and its overrides to the commands in an error message, such as "run `lakesight ingest` first".
 
         People copy commands from error messages, but the functions that raise errors do not know the options of the
-        running command. Commands in WITHOUT_RUN, commands that already have the option --run, and all commands for the
-        run demo without overrides stay as they are.
+        running command. Three kinds of commands are not changed: commands in WITHOUT_RUN, commands that already have
+        the option --run, and all commands for the run demo without overrides.
         """
 
         def complete(found: re.Match[str]) -> str:
@@ -220,8 +220,8 @@ def open_job(
         platform: name of the platform.
         overrides: overrides `key=value` of settings.
         as_json: whether the command prints its report as JSON.
-        needs_space: whether the block writes more than a few kilobytes. If False, the block also runs on a full disk:
-            with a full disk, people need the commands that remove files, show the state or roll back.
+        needs_space: whether the block writes more than a few kilobytes. If False, the block runs even if the disk is
+            full. On a full disk, people need the commands that remove files, show the state or roll back.
 
     Raises:
         UserError: the config is invalid, the platform cannot be opened, a newer release of Lakesight wrote the home

@@ -107,7 +107,8 @@ def record_champion(job: Job, champion: ModelVersion) -> None:
 
 
 def digest_of(job: Job, version: ModelVersion) -> str:
-    """Return the digest of a version's files. The files of a version that Lakesight 0.1.0 registered are downloaded."""
+    """Return the digest of a version's files. If Lakesight 0.1.0 has registered the version, its files are
+    downloaded."""
     from pipelines.tracking.home_store.copied_version import DIGEST_TAG
 
     return version.tags.get(DIGEST_TAG) or open_model(job, version.version).digest

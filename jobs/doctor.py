@@ -74,8 +74,8 @@ def doctor(
 
     In a workspace, the command checks the runtime, packages, Volume, tables, experiment, model registry and package
     index. The command creates the tables, the experiment and the registered model if they do not exist. With
-    --source-path, the command also checks that a later ingest can read its input. With --table, the command checks this
-    for a later caption.
+    --source-path, the command also checks that a later ingest can read its input. With --table, the command also checks
+    that a later caption can read this table.
 
     \b
     Examples:
@@ -101,8 +101,8 @@ def run_checks(config: RunConfig, inputs: Inputs = NO_INPUTS) -> list[DoctorChec
     """Run all checks, in the order in which a training run would meet the problems.
 
     Raises:
-        UserError: a laptop was asked to check the input of a job. On a laptop, `ingest` and `caption` say in seconds
-            whether they can read their input.
+        UserError: an input of a job was given on a laptop. A laptop does not need this check, because `ingest` and
+            `caption` report an unreadable input within seconds.
     """
     if isinstance(config.platform, DatabricksPlatformConfig):
         return [check_python(), *check_workspace(config, open_platform(config.platform), inputs)]
@@ -130,7 +130,7 @@ def run_checks(config: RunConfig, inputs: Inputs = NO_INPUTS) -> list[DoctorChec
 def check_spark(platform: Platform) -> DoctorCheck:
     """Start Spark, and merge a row into a Delta table in a temporary folder of the home folder.
 
-    The check finds versions of Spark and Delta Lake that do not fit each other, and settings of Spark that break Delta.
+    The check fails if the versions of Spark and Delta Lake do not fit together, or if a Spark setting breaks Delta.
     """
     from pipelines.driver.delta.spark_errors import translate_spark_errors
 

@@ -25,7 +25,8 @@ ENTITY = "champion"
 DIGEST_VARIABLE = "LAKESIGHT_MODEL_DIGEST"
 """Environment variable in which the endpoint stores the digest of the served files.
 
-If a registered model is deleted and trained again, its first version has the same name and number but other files.
+The digest is needed because a registered model may be deleted and trained again. Its first version then has the same
+name and number as before, but other files.
 """
 
 
@@ -161,8 +162,8 @@ def print_served_version(job: Job, champion: str) -> None:
 
 
 def _choose_name(job: Job, name: str | None) -> str:
-    """Return the name of an endpoint, which is `name`, or by default a name that is made from the model's name. If the
-    made name is too long for Databricks, a hash replaces its end.
+    """Return `name`, or a name that is made from the model's name if `name` is None. If the name that is made from the
+    model's name is too long for Databricks, a hash replaces its end.
     """
     chosen = name or re.sub(r"[^A-Za-z0-9_-]", "-", job.model_name)
     if name is None and len(chosen) > MAX_NAME_CHARS:

@@ -80,8 +80,8 @@ def evaluate(
     accuracy.
 
     A version is measured with its own generation settings at temperature 0. If options change these settings, the
-    command writes the report and its page, but table evaluations, MLflow and the gate keep the figures of the version's
-    own settings.
+    command only writes the report and its page. Table evaluations, MLflow and the gate then keep the figures that were
+    measured with the version's own settings.
 
     \b
     Examples:
@@ -129,9 +129,9 @@ def choose_version(job: Job, version: str, checkpoint: int | None, job_run: str 
 
 
 def open_model(job: Job, which: str) -> ModelFiles:
-    """Find a version of the run's model in the registry, and download the version's files unless there is a copy.
+    """Find a version of the run's model in the registry, and download the version's files if there is no local copy.
 
-    Before this, register the finished training runs that have no model version yet (`register_finished_runs`).
+    The function first registers the finished training runs that have no model version yet (`register_finished_runs`).
 
     Raises:
         UserError: the model has no version `which`. The error lists the existing versions.
@@ -152,7 +152,7 @@ def open_model(job: Job, which: str) -> ModelFiles:
 
 
 def _download(job: Job, which: str) -> CopiedVersion:
-    """Find a version of the run's model with MLflow, and download the version's files unless there is a copy."""
+    """Find a version of the run's model with MLflow, and download the version's files if there is no local copy."""
     from pipelines.tracking.download import download
     from pipelines.tracking.home_store.copied_version import CopiedVersion
     from pipelines.tracking.registry import resolve

@@ -55,5 +55,5 @@ def export_weights(
         output.report(report)
         import_command = ["lakesight", "import-weights", "--model", "NAME", "--out", "FOLDER"]
         import_command += [str(out)] if part == "model" else [f"--{part}", str(out)]
-        output.line("", "to load in the other library, or to import again")
+        output.line("", "load these files with the other library, or import them again:")
         output.next(shlex.join(import_command))

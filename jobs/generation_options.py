@@ -48,7 +48,8 @@ def is_generation(override: str) -> bool:
 
 
 def without_generation_settings(name: str, command: Callable[..., None]) -> Callable[..., None]:
-    """Make a command refuse overrides of generation settings with a UserError, because it would ignore them."""
+    """Make a command refuse overrides of generation settings with a UserError, because the command would ignore
+    them."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SHOWN_FILES = 5
-"""Maximum number of file names that the command prints: of unread files for each reason, and of files that could not be
-read completely."""
+"""Maximum number of file names that the command prints in one list. There is a list of unread files for each reason,
+and a list of the files that could not be read completely."""
 
 
 def ingest(
@@ -123,7 +123,8 @@ def log_to_mlflow(job: Job, report: FullReport, *, good: bool) -> None:
 
 
 def _name_passed_over(report: FullReport) -> str:
-    """Return a text that lists, for each reason, the first files that were not read, and the number of the others."""
+    """Return a text that lists, for each reason, the first files that were not read, and the number of the remaining
+    files."""
     parts = []
     for reason, count in report.passed_over_count.items():
         names = report.passed_over.get(reason, [])[:SHOWN_FILES]

@@ -1,7 +1,7 @@
-"""Version that the task `train` of a job run has trained or found, for the tasks `evaluate` and `promote` of this run.
+"""Record of the model version that the task `train` of a job run has trained or found.
 
-While a job runs, other commands may register newer versions of the same model. The tasks therefore share the id of the
-job run instead of using the latest version.
+The tasks `evaluate` and `promote` of the job run read this record. They do not use the latest version, because other
+commands may register newer versions of the same model while the job runs.
 """
 
 from __future__ import annotations

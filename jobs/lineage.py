@@ -128,7 +128,8 @@ def run_lineage(job: Job, image_id: str) -> list[CaptionLineage]:
 
 
 def _lineage(row: Mapping[str, Any], version: ModelVersion | str) -> CaptionLineage:
-    """Return the lineage of a row of table `generated_captions`, given its version or the reason why it is unknown."""
+    """Return the lineage of a row of table `generated_captions`, given the row's model version or the reason why the
+    version is unknown."""
     unknown, tags, aliases = (version, {}, ()) if isinstance(version, str) else (ABSENT, version.tags, version.aliases)
     return CaptionLineage(
         **dict.fromkeys(("model_digest", "id_column", "image_column"))
@@ -143,11 +144,11 @@ def _lineage(row: Mapping[str, Any], version: ModelVersion | str) -> CaptionLine
 
 
 def _find_versions(job: Job, names: Collection[VersionName]) -> dict[VersionName, ModelVersion | str]:
-    """Return for each version that wrote a caption the version in the registry, or the reason why it is unknown.
+    """For each version that wrote a caption, return the version from the registry, or the reason why it is unknown.
 
     The registry may have a different model under the same name and number. Only a version with the same MLflow run id
-    is the version that wrote the caption. After a failed request, this function logs a warning and asks no more,
-    because each request to a server that is down takes seconds.
+    is the version that wrote the caption. After a failed request, this function logs a warning and sends no more
+    requests, because each request to a server that is down takes seconds.
     """
     from pipelines.tracking.registry import VersionNotFound, resolve
 

@@ -30,11 +30,12 @@ LOGGED_ROWS = 1000
 
 
 def record_evaluation(job: Job, report: EvaluationReport, shards: Shards) -> None:
-    """Log an evaluation to MLflow and write its main metrics into the tags of the version, unless this is done already.
+    """Log an evaluation to MLflow, and write its main metrics into the tags of the version. Do nothing if this was done
+    before.
 
-    Earlier releases logged evaluations at step 0, and wrote no training step into the tags. MLflow shows the value of
-    the largest step, and so would show the metrics of other checkpoints instead. An evaluation whose tags lack the
-    training step is therefore logged again. If the command evaluates other rows than those of the run
+    Earlier releases logged evaluations at step 0, and wrote no training step into the tags. MLflow shows the value at
+    the largest step, so it would show the metrics of other checkpoints instead of these metrics. An evaluation whose
+    tags lack the training step is therefore logged again. If the command evaluates other rows than those of the run
     (`data.shards.where`), the evaluation is always logged, and the tags do not change.
     """
     from pipelines.tracking.registry import EVALUATION_STEP_TAG, resolve, tag, training_step
@@ -71,7 +72,8 @@ def log_evaluation(job: Job, report: EvaluationReport, shards: Shards) -> None:
 
     values, scored = report.values(), captioned(report.scores())
     figures = figures_by_column(report)
-    # MLflow never changes a logged table, so an evaluation with further metrics or slices gets a table of its own.
+    # MLflow never changes a logged table, so an evaluation with additional metrics or slices is logged as a separate
+    # table.
     computed = short_hash(figures["slice"], figures["metric"], report.tokenisation, report.definitions)
     identity = "-".join(filter(None, (report.scores_hash, report.object_words, computed)))
     lengths = {

@@ -17,7 +17,7 @@ def maintain(
         int | None,
         typer.Option(
             "--retain-hours",
-            help="From now on, keep the files of all table versions of the last N hours. A new table keeps 168 hours.",
+            help="From now on, keep the files of all table versions of the last N hours. For new tables, N is 168.",
             metavar="N",
         ),
     ] = None,
@@ -69,7 +69,7 @@ def maintain(
 
 
 def _clean_up(job: Job, keep: int, *, remove: bool) -> None:
-    """List old folders. If `remove` is True, remove the folders that no other command uses in the meantime."""
+    """List old folders. If `remove` is True, remove those of these folders that no other command has begun to use."""
     from pipelines.driver.old_folders import find_old_folders, remove_folders
     from pipelines.tracking.download import needed_checkpoints
 

@@ -1,7 +1,7 @@
 """Commands that a finished command suggests as the next step.
 
-A suggested command works on the platform of the finished command, and on the same version or pictures if it needs them.
-The functions that return a list return an empty list if no command fits.
+A suggested command uses the platform of the finished command. If the suggested command needs a version or pictures, it
+uses those of the finished command. If no command is suitable, a function that returns a list returns an empty list.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def evaluate_version(job: Job, version: str) -> str:
 
 
 def ask_text_model(job: Job, version: str) -> str:
-    """Return the command that lets a version of a text-only model continue a text. Such a model is never champion."""
+    """Return the command with which a text-only model continues a text. Such a model has no champion, so the command
+    names a version."""
     return f"{job.command('ask')} --version {version} --prompt TEXT"
 
 
@@ -87,7 +88,8 @@ def caption_table(job: Job, table: str) -> str:
 
 
 def show_runs(job: Job) -> list[str]:
-    """Return the command that serves MLflow, or an empty list for a tracking server, which serves its own pages."""
+    """Return the command that serves the MLflow UI, or an empty list if a tracking server serves the pages of
+    MLflow."""
     if not job.platform.tracking_uri.startswith("sqlite"):
         return []
     return [shlex.join(["lakesight", "ui", *_platform_options(job)])]
@@ -127,8 +129,9 @@ def is_refused(gate: GateConfig, metrics: Mapping[str, Interval]) -> bool:
 def after_comparison(job: Job, report: Comparison) -> list[str]:
     """Return the commands for two compared versions.
 
-    The next command promotes version `other` if it is clearly better, and otherwise version `one`. If this version is
-    the champion already, the next command repeats the training of the other version with more steps.
+    Version `other` is the winner if it is clearly better; in all other cases, version `one` is the winner. The next
+    command promotes the winner. If the winner is already the champion, the next command repeats the training of the
+    loser with more steps.
     """
     names = (report.one, report.other)
     found = _find_versions(job, *(names[::-1] if report.differences[report.metric].high < 0 else names))

@@ -36,8 +36,11 @@ ROUNDING_ERROR = 1e-9
 
 
 def number(value: float, *, signed: bool = False) -> str:
-    """Format a number for people, such as `0.123` or `12,346`: three significant digits, but all digits before the
-    decimal point, at most nine digits after it, no zeros at the end, no exponent, and 0 for rounding errors."""
+    """Format a number for people, such as `0.123` or `12,346`.
+
+    The text has three significant digits, but always all digits before the decimal point, and at most nine digits after
+    the decimal point. It has neither an exponent nor zeros at the end. A rounding error becomes `0`.
+    """
     if abs(value) < ROUNDING_ERROR:
         return "0"
     digits = max(0, 2 - math.floor(math.log10(abs(value)))) if math.isfinite(value) else 0
@@ -86,7 +89,7 @@ class CommandOutput:
 
     Args:
         out: real stdout of the process.
-        as_json: whether the report is printed to `out` as JSON and the lines go to stderr; otherwise the lines go to
+        as_json: if True, the report is printed to `out` as JSON, and the lines go to stderr. If False, the lines go to
             `out`.
     """
 
@@ -127,7 +130,7 @@ class CommandOutput:
         return typer.style(text, **style) if text.strip() and has_colours(self._stream) else text
 
     def next(self, *commands: str) -> None:
-        """Print the commands that the user can run next, each on a line of its own. Without commands, print nothing."""
+        """Print the commands that the user can run next, each on a separate line. Without commands, print nothing."""
         for number, command in enumerate(commands):
             label = "or" if number else "next"
             self._print(self._styled(f"{label:<{LABEL_WIDTH}}", bold=True) + escape_controls(command))
@@ -162,7 +165,8 @@ class CommandOutput:
 
     @contextmanager
     def report_of_failure(self) -> Iterator[None]:
-        """Print the report of a stage that has done all its work in the block, and then fails because of the result."""
+        """Print the report of a stage if the stage has done all its work in the block, but fails because of the
+        result."""
         try:
             yield
         except FailedWithReport as error:
@@ -175,8 +179,8 @@ def reserved_stdout() -> Iterator[TextIO]:
     """Yield the real stdout. During the block, all other output of this process and its children goes to stderr.
 
     In a notebook and in a task of a Databricks job, `sys.stdout` sends texts to the page of the notebook or task. Such
-    a stream may have the file descriptor of a log file, which is not a place for the report. Then only the output of
-    Python is redirected.
+    a stream may have the file descriptor of a log file, into which the report must not be written. In this case, only
+    the output of Python code is redirected.
     """
     real = sys.stdout
     real.flush()

@@ -36,7 +36,7 @@ RUNTIME_MODULES = ("pyspark", "delta", "mlflow", "torch", "pandas")
 WHEEL_MODULES = ("deltalake", "pyarrow", "safetensors", "tokenizers")
 INDEX_TIMEOUT_SECONDS = 10
 FIRST_ROWS = 20
-"""Number of rows of a table whose pictures are checked for being paths."""
+"""Number of rows of a table in which the check looks for paths in the picture column."""
 ML_RUNTIME = "set cpu_runtime and gpu_runtime of the bundle to an ML runtime, such as 18.x-cpu-ml-scala2.13"
 ENVIRONMENT = 'set environment_version in the bundle variable cpu_compute to "4", and keep mlflow in the dependencies'
 LIBRARIES = "add the wheel of Lakesight to the libraries of the task, and let the cluster reach a package index"
@@ -71,7 +71,7 @@ def check_workspace(config: RunConfig, platform: Platform, inputs: Inputs = NO_I
     torch, so torch may be missing there.
 
     Args:
-        config: config of the run, whose source is the path in `inputs` if this path is not empty.
+        config: config of the run. If the path in `inputs` is not empty, the source in this config has this path.
         platform: the workspace.
         inputs: data that later tasks will read.
     """
@@ -243,8 +243,9 @@ def check_mlflow(config: RunConfig, platform: Platform) -> Iterator[DoctorCheck]
 def check_package_index(url: str) -> DoctorCheck:
     """Send a request to the package index, and warn if the request fails.
 
-    This cluster has already installed the wheel's dependencies, because the modules were found. A workspace may install
-    packages from an index that only its own settings name, so a failed request is no fault.
+    All modules were found, so this cluster has already installed the wheel's dependencies. A workspace may install
+    packages from an index that is named only in the settings of the workspace. A failed request is therefore no reason
+    to fail.
 
     User and password of the URL are sent to the index only, and not to the target of a redirection, as in pip.
     """

@@ -50,7 +50,8 @@ def check_options(*, launch: bool, finish: bool, prepared_as: str | None, replay
     """Check that the options of `train` do not contradict each other.
 
     Raises:
-        UserError: two options replace the training, or --prepared-as was given although no option replaces it.
+        UserError: two options replace the training, or --prepared-as was given although no option replaces the
+            training.
     """
     given = [
         name

@@ -30,7 +30,8 @@ class PromotionReport(Config):
 
     Attributes:
         already: whether the version was already the champion; no check of the gate runs for the current champion.
-        rolled_back: whether the version was not promoted because a rollback has replaced it. No check of the gate ran.
+        rolled_back: whether the version was not promoted because a rollback has replaced it. In this case, no check of
+            the gate ran.
         found: dict from the name of each check of the promotion gate to the result of the check.
         tokenisation: rules that split texts into words for the gate's metric. The value is None if the metric uses no
             words or if no check ran.
@@ -62,9 +63,9 @@ def promote(
     The run's gate section sets the limits. With --checkpoint, the command registers and checks any checkpoint that the
     training has kept.
 
-    If a rollback has replaced the version, the command promotes the version only if --version gives its number or if
-    --checkpoint gives its training step. Otherwise the command says so and ends without an error, so that a scheduled
-    job does not undo the rollback.
+    To promote a version that a rollback has replaced, give its number with --version, or its training step with
+    --checkpoint. Without these options, the command prints a message and ends without an error, so that a scheduled job
+    does not undo the rollback.
 
     \b
     Examples:
@@ -112,7 +113,8 @@ def run_promote(job: Job, which: str, *, by_number: bool = False) -> PromotionRe
 
     Raises:
         UserError: the model is text-only, there is no such version, or an override changes a setting of the model.
-        StageFailed: the gate refused the version (with every reason), or the champion has changed while the gate ran.
+        StageFailed: the gate refused the version (the error lists every reason), or the champion has changed while the
+            gate ran.
     """
     from pipelines.tracking.aliases import CHALLENGER, find_champion, promote
     from pipelines.tracking.registry import resolve, set_alias, tag
@@ -190,7 +192,7 @@ def _keep_rollback(
 
 
 def _require_same_champion(job: Job, compared: ModelVersion | None) -> None:
-    """Raise StageFailed if the champion is not the version with which the gate has compared. The gate takes minutes."""
+    """Raise StageFailed if another command has changed the champion while the gate compared the version with it."""
     from pipelines.tracking.aliases import find_champion
 
     champion = find_champion(job.platform, job.model_name)

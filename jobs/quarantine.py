@@ -52,9 +52,9 @@ def quarantine(
 ) -> None:
     """Show quarantined rows, or process them again.
 
-    Use replay after you have fixed the cause, for example after you have raised a limit that was too low. A replay
-    checks the quarantined rows of the run's data again. Rows that are now accepted are added to table samples. In
-    table quarantine, column replayed_at of these rows is set to the time of the replay.
+    Use replay after you have removed the cause of a refusal, for example after you have raised a limit that was too
+    low. A replay checks the quarantined rows of the run's data again. Rows that are now accepted are added to table
+    samples. In table quarantine, column replayed_at of these rows is set to the time of the replay.
 
     \b
     Examples:

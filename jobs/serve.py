@@ -35,8 +35,8 @@ def serve(
     local copy of the version, like `mlflow models serve`. The server accepts connections from this machine only, and
     refuses requests that pages of other websites send.
 
-    A request may set generation settings in its params. A setting that a request does not set has the value of the
-    command's option or, without this option, the version's own value.
+    A request may set generation settings in its params. If a request does not set a setting, the value of the command's
+    option is used. Without this option, the version's own value is used.
 
     \b
     Examples:

@@ -45,7 +45,7 @@ def decoding_settings(job: Job, fixed: ModelConfig, name: str) -> GenerationConf
 
 
 def with_overrides(job: Job, model: ModelFiles) -> ModelFiles:
-    """Return the version with the generation settings for a measurement: the version's own, changed by the overrides.
+    """Return the version with the settings for a measurement: its own generation settings, changed by the overrides.
 
     Without overrides, a version is measured at temperature 0. If the overrides do not set the temperature, it stays 0,
     so that only the overridden settings differ from the measurement without overrides.
@@ -98,8 +98,8 @@ def _generation_changes(job: Job) -> dict[str, Any]:
 
 
 def _different_keys(job: Job, fixed: ModelConfig) -> list[str]:
-    """Return the keys of overrides `model.*`, but for generation settings, whose value differs from the version's own
-    value.
+    """Return the keys of the overrides `model.*` whose value differs from the version's own value. Keys of generation
+    settings are left out.
     """
     chosen, own = {"model": job.config.model.model_dump()}, {"model": fixed.model_dump()}
     keys = [key for key in _keys(job) if key.partition(".")[0] == "model" and not is_generation(key)]

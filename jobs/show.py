@@ -292,7 +292,7 @@ def write_gallery(
     """Write an HTML page with the rows' pictures and texts, and return the path of the page.
 
     The name of the page contains a hash of the table's full name, of `place` and of `selection`. Pages of other rows
-    therefore have other names, also if the folders of two tables have the same name.
+    therefore have other names, even if the folders of two tables have the same name.
 
     Args:
         job: running command.
@@ -340,7 +340,8 @@ def write_gallery(
 
 
 def _caption_labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the id of each caption's picture, with the column and the table if not all pictures are in one column."""
+    """Return a label for each caption: the id of its picture. If the pictures are in several columns, the label also
+    names the column and the table."""
     from pipelines.review.source_pictures import PictureColumns
 
     columns = [(PictureColumns.of_caption(row), row["source_table"]) for row in rows]

@@ -110,7 +110,7 @@ def _folder(job: Job, name: str) -> Path:
 
 @contextmanager
 def existing_files(name: str, version: int) -> Iterator[None]:
-    """If the block reads a table version of which a data file no longer exists, report the error.
+    """Raise a UserError if the block reads a table version and a data file of this version no longer exists.
 
     Raises:
         UserError: VACUUM has removed files of the version.
@@ -174,7 +174,7 @@ class Relation:
             ) from None
 
     def count(self) -> int:
-        """Count all rows. The Delta log has the number of rows of a table, so for a table, no data file is read."""
+        """Count all rows. For a table, the Delta log has the number of rows, so no data file is read."""
         from pipelines.formats.delta_files import query
 
         return int(query(self.tables, f"SELECT COUNT(*) AS num_rows FROM {self.sql}").read_all()["num_rows"][0].as_py())  # noqa: S608
@@ -209,7 +209,7 @@ def champion_captions(job: Job) -> Relation:
 
 
 def _registered_champions(job: Job, tables: Mapping[str, DeltaTable]) -> dict[str, tuple[str, str | None]]:
-    """Look up the champion of each captioned model in the model registry, which `lakesight caption` also asks.
+    """Look up the champion of each captioned model in the model registry, as `lakesight caption` does.
 
     Table `decisions` does not record promotions in other home folders. The result is a dict from the name of a model to
     number and digest of its champion. The digest is None for a version that Lakesight 0.1.0 registered. A model without

@@ -115,7 +115,7 @@ def _require_pictures(job: Job) -> None:
 def prepare_run(job: Job, *, keep_run_file: bool = False) -> RunFolder:
     """Write the shards for training and validation, then write the run folder that ranks read when they start.
 
-    With `keep_run_file`, a run.json of an earlier command stays as it is.
+    With `keep_run_file`, the function does not change a run.json that an earlier command has written.
     """
     from pipelines.driver.train.run import check_config, prepare
 
@@ -130,7 +130,8 @@ def prepare_run(job: Job, *, keep_run_file: bool = False) -> RunFolder:
 def run_train(job: Job, finished: RunFolder | None = None) -> TrainReport:
     """Run the train stage: train the model or reuse a finished run, log the run to MLflow and register the model.
 
-    Without `finished`, the function prepares the run folder. `finished` is a run folder whose ranks have finished.
+    If `finished` is given, it is a run folder whose ranks have finished. If `finished` is None, the function prepares a
+    run folder.
 
     Training starts even if the tracking server is down, but does not start if the tracking server refuses the user.
     """

@@ -49,7 +49,7 @@ def ui(
             )
         follow_moved_home(job.platform)
         check_port_free(port)
-        # Without the URL parameter VIEW, MLflow shows its pages for agents to a user who is new to MLflow.
+        # If the URL parameter VIEW is missing, a user who is new to MLflow sees MLflow's pages for agents.
         address = f"http://{HOST}:{port}/#/experiments?{VIEW}  (Ctrl-C stops it)"
         job.output.line("ui", "starting MLflow")
         command = [
