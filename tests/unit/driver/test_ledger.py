@@ -30,7 +30,7 @@ def test_every_file_that_was_read_with_the_same_settings_counts_as_ingested() ->
 
 
 def test_a_table_counts_as_ingested_only_if_its_version_and_the_settings_equal_those_of_the_last_ingest() -> None:
-    """An ingest of another table version or with other settings changes `samples`, so earlier ingests no longer count."""
+    """An ingest of another version or with other settings changes `samples`, so earlier ingests no longer count."""
     older = entries(("t", "version 7", "now"), ("t", "version 3", "now"), ("u", "version 1", "now"))
     assert select_last_versions(older, "now") == items_table([("t", "version 3"), ("u", "version 1")])
     other_settings = entries(("t", "version 7", "now"), ("t", "version 7", "other"))

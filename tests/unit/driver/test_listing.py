@@ -1,4 +1,4 @@
-"""Tests of the listing of a source: every entry is read or passed over with a reason; names are not taken as patterns."""
+"""Tests of the listing of a source: each entry is read or passed over with a reason; names are no patterns."""
 
 from __future__ import annotations
 
