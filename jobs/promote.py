@@ -113,8 +113,7 @@ def run_promote(job: Job, which: str, *, by_number: bool = False) -> PromotionRe
 
     Raises:
         UserError: the model is text-only, there is no such version, or an override changes a setting of the model.
-        StageFailed: the gate refused the version (the error lists every reason), or the champion has changed while the
-            gate ran.
+        StageFailed: the gate refused the version (the error lists all reasons), or the champion changed meanwhile.
     """
     from pipelines.tracking.aliases import CHALLENGER, find_champion, promote
     from pipelines.tracking.registry import resolve, set_alias, tag

@@ -2,7 +2,7 @@
 
 `vlm.load` and `vlm.build` return a `Captioner`; the modules that need PyTorch are imported on first use, so that
 `import vlm` needs no PyTorch. Start reading in `model.py` (the forward pass) and `factory.py` (construction of a model
-from its config). No module of `vlm` imports `pipelines`, Spark or MLflow.
+from its config); no module imports `pipelines`, Spark or MLflow.
 """
 
 from __future__ import annotations

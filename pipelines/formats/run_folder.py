@@ -35,8 +35,7 @@ class RunFile(Config):
         validate_shards: folder of the validation shards.
         code_version: release of Lakesight that trains the run.
         code: version of the code that trains the run; null in a run.json that Lakesight 0.1.0 wrote.
-        earlier_code: digest of each earlier code version that trained this run. A version without a digest is
-            represented by its release of Lakesight.
+        earlier_code: digests of the earlier code versions that trained this run (releases if there is no digest).
     """
 
     config: RunConfig
@@ -70,8 +69,7 @@ class RankFile(Config):
     start_ticks: int = 0
     """Start time of the process, in clock ticks since the boot of the host; 0 if the start time is not known."""
     ended: bool = False
-    """Whether the rank finished normally. A missing failure record does not prove a normal end, because a rank that is
-    killed writes no failure record."""
+    """Whether the rank finished normally. A rank that was killed leaves no failure record, either."""
 
 
 class Host(Config):
@@ -161,11 +159,8 @@ class Metrics(Config):
 
 
 class CaptionSample(Config):
-    """One captioned picture or continued text, with the index of its row in the validation data.
-
-    `text` is the text in the validation data. `caption` is the model's caption, or the beginning of `text` together
-    with the model's continuation.
-    """
+    """One captioned picture or continued text: index of its row in the validation data, text of the row, and the text
+    of the model."""
 
     row: int
     image_id: str
@@ -394,8 +389,7 @@ def read_json(path: Path, kind: type[T]) -> T:
             f"{path.name} does not contain a valid {kind.__name__}",
             where=str(path),
             got=read_error_message(error, kind),
-            fix="restore the file, because somebody edited it or another version of Lakesight wrote it; or start a new "
-            "run",
+            fix="restore the file, which somebody edited or another version of Lakesight wrote; or start a new run",
         ) from None
 
 

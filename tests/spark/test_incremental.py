@@ -30,7 +30,7 @@ from pipelines.driver.ingest.plan import plan_ingest
 from pipelines.driver.ingest.run import ingest
 from pipelines.driver.ingest.sources.open import open_source
 from pipelines.driver.ingest.sources.source import Source
-from pipelines.driver.ingest.sources.table import select_columns
+from pipelines.driver.ingest.sources.table.open import select_columns
 from pipelines.driver.ingest.spill import SpillFolder, spill_folder
 from pipelines.driver.ingest.totals import IngestReport, describe_counts
 from pipelines.errors import UserError

@@ -1,8 +1,8 @@
 """Configuration of a model: one small frozen pydantic class for each part, with variants selected by `kind`.
 
-Start reading in `model.py`, whose `ModelConfig` contains all other configs. The folder conf/model/ has the YAML files
-of all models that ship with Lakesight. This package imports neither torch nor Spark, so the driver, the executors and
-the commands load the package quickly.
+Start reading in `model.py`, whose `ModelConfig` contains all other configs; conf/model/ has the YAML files of all
+models that ship with Lakesight. This package imports neither torch nor Spark, so the driver, the executors and the
+commands load the package quickly.
 """
 
 from vlm.config.adapter import AdapterConfig, Pattern

@@ -89,8 +89,7 @@ def fit(
         model: model that returns the logits of a Batch's target positions; for several ranks, with DDP or FSDP.
         optimizer: optimizer from `vlm.training.optim.build_adamw`.
         batches: for each step, this rank's share of the global batch, as a sequence of parts. The gradients of the
-            parts are accumulated. The number of parts is the same on all ranks. A larger number of smaller parts needs
-            less memory.
+            parts are accumulated. The number of parts is the same on all ranks. Smaller parts need less memory.
         start: number of the first step to take; a new run starts with step 0.
         lr_schedule: function that returns the learning rate of a step; each parameter group multiplies the rate by its
             `lr_share`.
@@ -102,8 +101,7 @@ def fit(
         on_step: function that is called after every step, on every rank.
         label_smoothing: share of the target probability that is spread over all tokens. The reported loss has no label
             smoothing.
-        contrastive: weight of the contrastive loss between the pictures and the texts of a part; 0 for no contrastive
-            loss.
+        contrastive: weight of the contrastive loss between pictures and texts; 0 turns this loss off.
 
     Raises:
         NotFiniteError: the loss or gradient is not finite, or all targets are masked. The failed step changed no

@@ -75,8 +75,7 @@ def prepare(
         train: report on the training shards.
         validate: report on the validation shards.
         code: description of the training code, by default of the installed code.
-        keep_run_file: whether an existing run.json is left unchanged. A command that does not train the run sets this
-            argument to true.
+        keep_run_file: whether an existing run.json is left unchanged, because the command does not train the run.
 
     Raises:
         UserError: a split has no rows, the batch cannot be divided among the ranks, or another process is training the
@@ -169,8 +168,7 @@ def _run_path(
         return platform.folder("runs") / f"{config.name}-{hash_run(config.model, settings, *content)}"
 
     if start is not None:
-        # Earlier releases left the tokenizer out of the name. A run of an earlier release is found if its tokenizer is
-        # the same.
+        # Earlier releases left the tokenizer out of the name. Their runs are found if the tokenizer is the same.
         earlier = path_with({**settings, "start_from": start.weights})
         if start.has_tokenizer_of(RunFolder(earlier)):
             return earlier

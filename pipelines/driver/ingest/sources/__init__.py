@@ -1,6 +1,5 @@
-"""Modules that open the sources of an ingest. Each module opens one kind of source and returns a `Source`.
+"""Modules for the kinds of sources of an ingest, each of which returns a `Source` (`source.py`) with undecoded rows.
 
-A `Source` (`source.py`) has undecoded rows. Start reading in `open.py`. To add a kind of source, write a config class
-(`pipelines.config.data`) and a module in this package. Write the parser in a module of the same name in
-`pipelines.executor.ingest.records`, and add the cases to `open.py`.
+Start reading in `open.py`. To add a kind of source, write its config class (`pipelines.config.data`), a module here, a
+module of the same name with the parser in `pipelines.executor.ingest.records`, and its cases in `open.py`.
 """

@@ -33,7 +33,12 @@ from pipelines.driver.ingest.sources.folder import check_captions, has_small_cap
 from pipelines.driver.ingest.sources.pictures import read_named_pictures, reads_urls
 from pipelines.driver.ingest.sources.scenes import SCHEME, follow_moved_file, generate_scenes
 from pipelines.driver.ingest.sources.source import Source, SourceRows
-from pipelines.driver.ingest.sources.table import open_ingested_table, open_table, require_local_table, require_table
+from pipelines.driver.ingest.sources.table.open import (
+    open_ingested_table,
+    open_table,
+    require_local_table,
+    require_table,
+)
 from pipelines.driver.ingest.spill import SpillFolder
 from pipelines.executor.ingest.storage import is_url, refuse_secrets
 from pipelines.platform import Platform, allow_urls

@@ -22,8 +22,8 @@ def delta_records(batches: Iterator[pa.RecordBatch], names: Sequence[str], image
     An image struct of bytes and path becomes two fields: the image column and `COLUMN.path`.
 
     Args:
-        batches: batches with the columns of `sources.table.select_columns` (the file, the used columns, and a struct of
-            the unused columns).
+        batches: batches with the columns of `sources.table.open.select_columns` (the file, the used columns and a
+            struct of the unused columns).
         names: names of the columns that the data config uses.
         image: name of the image column.
     """

@@ -26,7 +26,7 @@ from pipelines.driver.delta.versions import newest_version
 from pipelines.driver.ingest.ledger import VERSION, items_table
 from pipelines.driver.ingest.sources.files import absolute_path
 from pipelines.driver.ingest.sources.source import Covered, Source, SourceRows, require_columns, used_columns
-from pipelines.driver.ingest.sources.table_changes import SourceTable, quote_name, read_changes
+from pipelines.driver.ingest.sources.table.changes import SourceTable, quote_name, read_changes
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.table import delta_records
 from pipelines.formats.delta_files import commit_id, open_delta
