@@ -1,4 +1,4 @@
-"""Test that the driver holds no rows of a folder source whose captions file is large."""
+"""Tests of the listing of a folder source: the driver holds no rows of a large captions file, and errors are short."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pyspark.sql import SparkSession
 from pipelines.config import DataConfig
 from pipelines.driver.ingest.run import ingest
 from pipelines.driver.ingest.sources import folder
+from pipelines.errors import StageFailed
 from pipelines.platform import Platform
 
 
@@ -39,6 +40,16 @@ def rows_on_the_driver(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> 
         record(frame, "toArrow", sent=False)
         record(type(spark), "createDataFrame", sent=True)
         yield sizes
+
+
+def test_a_folder_of_pictures_that_executors_lack_fails_the_listing_with_a_short_message(
+    spark: SparkSession, platform: Platform, source: str, tmp_path: Path
+) -> None:
+    (tmp_path / "drive").mkdir()
+    write_csv(tmp_path / "captions.csv", [["0.png", "text"]], header=("file_name", "text"))
+    settings = {"kind": "folder", "path": str(tmp_path / "drive"), "captions": "../captions.csv"}
+    with pytest.raises(StageFailed, match=r"the input could not be opened.*FileNotFoundError.*empty or missing on"):
+        ingest(spark, platform, source, DataConfig.model_validate({"source": settings}))
 
 
 @pytest.mark.matrix  # six ingests

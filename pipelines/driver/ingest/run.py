@@ -24,6 +24,7 @@ from pyspark.sql import functions as F
 
 from pipelines.config import DataConfig
 from pipelines.driver.delta.retry import retry_on_conflict
+from pipelines.driver.delta.spark_errors import translate_spark_errors
 from pipelines.driver.delta.tables import ensure_tables
 from pipelines.driver.delta.versions import read_versions
 from pipelines.driver.ingest.ledger import (
@@ -70,7 +71,7 @@ def ingest(
 
     Raises:
         UserError: the input is missing or lacks a column, or no row is usable (`check_totals`, `require_usable_rows`).
-        StageFailed: the row counts do not add up, because rows were lost or counted twice.
+        StageFailed: Spark failed, or the row counts do not add up, because rows were lost or counted twice.
         TooManyRefused: more rows were refused than `data.limits.max_bad_share` allows. All rows have been written.
     """
     with spill_folder(platform) as spill:
@@ -84,7 +85,8 @@ def _ingest(
     retry_on_conflict(partial(ensure_tables, spark, platform))
     rules, table = hash_rules(config), table_of_source(config)
     ingested = items_table([]) if refresh else _ingested_items(spark, platform, source_name, rules, table)
-    source = open_source(spark, platform, source_name, config, ingested, spill=spill)
+    with translate_spark_errors("the input could not be opened", where=config.source.where):
+        source = open_source(spark, platform, source_name, config, ingested, spill=spill)
     replaced = _announce_refresh(spark, platform, source_name, config, source) if refresh else {}
     write = write_texts if table is TEXTS else write_pictures
     written = Written()

@@ -12,23 +12,29 @@ import zlib
 from collections.abc import Callable
 from gzip import BadGzipFile
 from lzma import LZMAError
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import pyarrow as pa
 
 from pipelines.errors import UserError
 
+Result = TypeVar("Result")
+
 INACCESSIBLE = frozenset(
     {
-        *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM),
+        *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
         errno.EINVAL,  # a damaged offset may cause a seek to a negative position
     }
 )
 """Codes of operating system errors that affect only one file. An error code that is not listed here counts as a machine
 failure.
+
+A refused permission (EACCES, EPERM) counts as a machine failure too: it is also the error of an expired ticket of a
+network drive, or of one machine that lacks a right. Files that the driver may not read are refused without being opened
+(`refuse_denied`).
 """
-ONE_FILE = (OSError, BadGzipFile, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
-"""Classes of errors that have no error code and affect only one file.
+ONE_FILE = (OSError, BadGzipFile, FileNotFoundError, IsADirectoryError, NotADirectoryError)
+"""Classes of errors without a code that affect only one file.
 
 For damaged data, Arrow and the bz2 decompressor raise an exception of the class OSError itself. Client libraries of
 storages raise other subclasses of OSError without a code, for example after a time-out or a failed connection. If an
@@ -90,6 +96,16 @@ def refuse_secrets(location: str, setting: str) -> None:
 class StorageFault(OSError):
     """Fault of the storage behind a URL, of the network or of the credentials, which affects more than one file."""
 
+    @property
+    def is_outage(self) -> bool:
+        """Whether the error says that no file can be read, for example because the server refuses connections.
+
+        A time-out, a refused permission or an error of an unknown class may also be the error of a single file.
+        """
+        cause = self.__cause__
+        may_be_one_file = isinstance(cause, TimeoutError | PermissionError)
+        return isinstance(cause, OSError) and not may_be_one_file and describe_damage(cause) is None
+
 
 def open_binary(path: str) -> IO[bytes]:
     """Open a local file or a URL for reading.
@@ -102,7 +118,7 @@ def open_binary(path: str) -> IO[bytes]:
     if not is_url(path):
         return open(path, "rb", buffering=1 << 20)  # noqa: PTH123 (a path may hold undecodable bytes)
     system, inside = url_system(path)
-    return _UrlFile(path, _call_storage(path, system.open, inside, "rb"))  # type: ignore[return-value]
+    return _UrlFile(path, call_storage(path, system.open, inside, "rb"))  # type: ignore[return-value]
 
 
 class _UrlFile(io.RawIOBase):
@@ -122,7 +138,7 @@ class _UrlFile(io.RawIOBase):
         return bool(self._opened.seekable())
 
     def read(self, size: int | None = -1) -> bytes:
-        return bytes(_call_storage(self._path, self._opened.read, -1 if size is None else size))
+        return bytes(call_storage(self._path, self._opened.read, -1 if size is None else size))
 
     def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
         content = self.read(len(buffer))
@@ -133,7 +149,7 @@ class _UrlFile(io.RawIOBase):
         """Change the position. A negative position raises the same error as for a local file (EINVAL)."""
         if whence == os.SEEK_SET and offset < 0:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        _call_storage(self._path, self._opened.seek, offset, whence)
+        call_storage(self._path, self._opened.seek, offset, whence)
         return self.tell()
 
     def tell(self) -> int:
@@ -145,23 +161,25 @@ class _UrlFile(io.RawIOBase):
         super().close()
 
 
-def _call_storage(path: str, function: Callable[..., Any], *arguments: object) -> Any:
-    """Call a function of an `fsspec` file system or file.
+def call_storage(path: str, function: Callable[..., Result], *arguments: object) -> Result:
+    """Call a function that uses an `fsspec` file system or file. `path` is the URL of the file.
 
     Raises:
-        OSError, EOFError: the error affects only the file at `path`.
-        StorageFault: any other error, which counts as a fault of the storage.
+        OSError, DAMAGE: the error affects only the file at `path`.
+        StorageFault: the storage has another fault. Many client libraries have exception classes of their own.
     """
     try:
         return function(*arguments)
-    except (OSError, EOFError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
         if _affects_one_url(path, error):
             raise
         text = " ".join(str(error).split())[:500]
         raise StorageFault(f"{path} cannot be read: {type(error).__name__}{text and f': {text}'}") from error
 
 
-def _affects_one_url(path: str, error: OSError | EOFError) -> bool:
+def _affects_one_url(path: str, error: Exception) -> bool:
     """Return whether an error of an `fsspec` file system affects only the file at a URL.
 
     The error of an expired token and the error of a forbidden object may be equal. Examples are a PermissionError
@@ -170,6 +188,8 @@ def _affects_one_url(path: str, error: OSError | EOFError) -> bool:
     """
     if isinstance(error, EOFError):  # a damaged archive of a chain, or the end of an FTP or SFTP connection
         return "::" in path
+    if not isinstance(error, OSError):  # DAMAGE: a damaged archive of a chain, or a name that UTF-8 cannot encode
+        return isinstance(error, DAMAGE)
     if isinstance(error, FileNotFoundError):
         cause = error.__cause__
         if cause is None or isinstance(cause, FileNotFoundError):

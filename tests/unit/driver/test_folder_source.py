@@ -5,14 +5,17 @@ from __future__ import annotations
 import gzip
 import tracemalloc
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from without_permission import without_permission
 
 from pipelines.config import DataConfig
 from pipelines.driver.ingest.sources import folder as folder_source
 from pipelines.driver.ingest.sources import walk
-from pipelines.driver.ingest.sources.folder import has_small_captions
+from pipelines.driver.ingest.sources.folder import check_captions, has_small_captions
 from pipelines.driver.ingest.sources.walk import passed_over
+from pipelines.errors import UserError
 
 
 def test_a_picture_file_that_no_row_names_is_reported_as_passed_over(tmp_path: Path) -> None:
@@ -74,3 +77,21 @@ def test_a_captions_file_is_small_only_if_its_uncompressed_content_is_small(
         content = b"a" * size
         (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
         assert has_small_captions(config.source, config) is is_small  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["captions.csv", "captions.json"])
+def test_a_captions_file_that_the_driver_may_not_read_fails_the_ingest_and_is_no_damaged_file(
+    name: str,
+) -> None:
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)  # the file can be found, but not opened
+        captions = Path(folder) / name
+        captions.write_text("file_name,text\n")
+        config = DataConfig.model_validate({"source": {"kind": "folder", "path": folder, "captions": name}})
+        assert config.source.kind == "folder"
+        check_captions(config.source, config)
+        with (
+            without_permission(captions),
+            pytest.raises(UserError, match=rf"the captions file cannot be read.*{name}.*Permission denied"),
+        ):
+            check_captions(config.source, config)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from without_permission import without_permission
 
 from pipelines.config import DataConfig
 from pipelines.driver.ingest.ledger import items_table
@@ -27,10 +31,15 @@ from pipelines.driver.ingest.sources.files import (
     open_files,
     range_bytes,
 )
+from pipelines.driver.ingest.sources.lines import read_layouts
+from pipelines.driver.ingest.sources.parquet import _require_columns
+from pipelines.driver.ingest.sources.source import SourceRows
 from pipelines.driver.ingest.sources.walk import PASSED_OVER, expand_braces
 from pipelines.driver.ingest.totals import describe_passed_over
 from pipelines.errors import UserError
+from pipelines.executor.ingest.records.record import Problem
 from pipelines.executor.ingest.splits import split_of_file
+from pipelines.executor.texts.records import FILES, text_records
 
 SUFFIXES = (".csv", ".csv.gz")
 
@@ -89,6 +98,41 @@ def test_folders_without_read_permission_are_passed_over_and_files_without_it_ar
     (tmp_path / "closed").chmod(0o700)
     assert reasons(found) == {"closed/": "no_access"}
     assert [file.state for file in found.files] == [NO_ACCESS]
+
+
+def test_a_file_that_the_driver_may_not_read_is_refused_and_stored_as_not_accessible(tmp_path: Path) -> None:
+    write(tmp_path, {"a.csv": "x", "b.csv": "x"})
+    first, second = listing(tmp_path).files
+    second = second._replace(accessible=False)
+    layouts = read_layouts([first, second], lambda _, layout: layout)
+    assert [layout.problem for layout in layouts] == [None, "Permission denied"]
+
+    def load(files: list[SourceFile]) -> SourceRows:
+        rows: Any = [{"path": os.fsencode(file.path), "file": file.name} for file in files]
+        return SourceRows(rows, partial(text_records, rows="line", max_chars=100))
+
+    source = open_files("x", Listing([first, second], []), items_table([]), load)
+    assert isinstance(source.pending, pa.Table)
+    assert source.pending["state"].to_pylist() == [first.state, NO_ACCESS]
+    assert source.rows is not None
+    batch = pa.RecordBatch.from_pylist(source.rows.frame, FILES)
+    problems = {record.file: record.problem for record in source.rows.read(iter([batch]))}
+    assert problems == {"a.csv": None, "b.csv": Problem("unreadable_file", "Permission denied")}
+
+
+def test_the_columns_of_a_parquet_source_are_looked_up_in_files_that_the_driver_may_read(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": ["x"], "caption": ["y"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"image": ["x"], "text": ["y"]}), tmp_path / "b.parquet")
+    config = DataConfig.model_validate(
+        {"source": {"kind": "parquet", "path": str(tmp_path), "columns": {"image": "image", "text": "text"}}}
+    )
+    first, second = list_files(config, (".parquet",)).files
+    with without_permission(tmp_path / "a.parquet"), pytest.raises(PermissionError):
+        _require_columns(config, [first])
+    with without_permission(tmp_path / "a.parquet"):
+        _require_columns(config, [first._replace(accessible=False)])
+    with pytest.raises(UserError, match="no column text"):
+        _require_columns(config, [first, second._replace(accessible=False)])
 
 
 def test_a_file_that_the_input_path_names_directly_is_read_even_if_its_name_has_an_unknown_suffix(

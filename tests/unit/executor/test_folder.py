@@ -10,8 +10,16 @@ import pyarrow as pa
 import pytest
 
 from pipelines.config import PICTURE
-from pipelines.executor.ingest.records.folder import NO_PICTURE, folder_records, list_captions, subfolder_of
+from pipelines.executor.ingest.records.folder import (
+    CAPTION_ROWS,
+    NO_PICTURE,
+    caption_records,
+    folder_records,
+    list_captions,
+    subfolder_of,
+)
 from pipelines.executor.ingest.records.record import Problem, Record
+from pipelines.executor.ingest.storage import has_entries
 
 
 def read_picture(folder: Path, name: object, problem: Problem | None = None) -> Record:
@@ -75,6 +83,38 @@ def test_a_missing_or_empty_folder_of_pictures_fails_the_task_because_the_drive_
         read_picture(folder, "a.png")
     with pytest.raises(FileNotFoundError, match="empty or missing on this machine"):
         list(list_captions(iter(()), read, str(folder / "captions.csv"), str(folder), "file_name"))
+
+
+def test_the_folder_is_looked_up_once_for_any_number_of_rows_whose_pictures_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other.png").touch()
+    asked: list[str] = []
+
+    def count(path: str) -> bool:
+        asked.append(path)
+        return has_entries(path)
+
+    def read(_: Iterator[pa.RecordBatch]) -> Iterator[Record]:
+        yield from (Record("captions.csv", {"file_name": f"{number}.png"}) for number in range(CAPTION_ROWS))
+
+    monkeypatch.setattr("pipelines.executor.ingest.records.folder.has_entries", count)
+    batches = list(list_captions(iter(()), read, str(tmp_path / "captions.csv"), str(tmp_path), "file_name"))
+    records = list(folder_records(iter(batches), caption_records, str(tmp_path), "file_name", max_bytes=100))
+    assert [record.problem and record.problem.reason for record in records] == ["missing_field"] * CAPTION_ROWS
+    assert asked == [str(tmp_path)]
+
+
+def test_a_picture_that_vanishes_with_its_folder_after_the_listing_fails_the_task(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"p")
+
+    def read(_: Iterator[pa.RecordBatch]) -> Iterator[Record]:
+        yield Record("captions.csv", {"file_name": "a.png"})
+
+    batches = list(list_captions(iter(()), read, str(tmp_path / "captions.csv"), str(tmp_path), "file_name"))
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(FileNotFoundError, match="empty or missing on this machine"):
+        list(folder_records(iter(batches), caption_records, str(tmp_path), "file_name", max_bytes=100))
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that exists and cannot be read")
@@ -198,5 +238,6 @@ def test_a_row_may_name_a_picture_file_by_a_number(tmp_path: Path, name: object)
 
 @pytest.mark.parametrize("name", [["a.png"], {"path": "a.png"}, 7.5])
 def test_a_value_that_is_neither_text_nor_integer_names_no_file(tmp_path: Path, name: object) -> None:
+    (tmp_path / "other.png").touch()  # an empty folder would mean that its drive is not mounted
     detail = f"a value of type {type(name).__name__} instead of the name of a file"
     assert read_picture(tmp_path, name).problem == Problem("malformed_record", detail)

@@ -19,6 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from pipelines.executor.ingest.records.pictures import urls
 from pipelines.executor.ingest.records.pictures.root import PictureRoot
+from pipelines.executor.ingest.storage import StorageFault
 
 REDIRECTS = {
     "redirect-in": "/p/a.png",
@@ -163,7 +164,7 @@ def test_the_task_fails_and_no_row_is_refused_if_the_picture_server_does_not_ans
 
 
 class Store(MemoryFileSystem):  # type: ignore[misc]
-    """Object store in memory."""
+    """Object store in memory, in which files called slow.png are opened after 3 seconds."""
 
     protocol = ("gs", "gcs")
     store: dict[str, Any] = {}  # noqa: RUF012 (as in fsspec)
@@ -172,6 +173,10 @@ class Store(MemoryFileSystem):  # type: ignore[misc]
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
         return "/" + path.removeprefix("gs://").removeprefix("gcs://").strip("/")
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        time.sleep(3 if path.endswith("slow.png") else 0)
+        return super()._open(path, mode, **options)
 
 
 @pytest.fixture
@@ -198,3 +203,24 @@ def test_a_row_may_name_a_picture_in_an_object_store_by_its_key_or_by_its_url(st
     assert read("gs://b/p", "z.png") == "missing_field: gs://b/p has no file 'z.png'"
     for name in ("gs://other/p/a.png", "gs://b/private.png", "../private.png", "s3://b/p/a.png", "/b/private.png"):
         assert str(read("gs://b/p", name)).startswith("missing_field: ")
+
+
+def test_a_row_whose_text_is_no_possible_key_is_refused_without_a_request(
+    store: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = "\u00e9" * 511
+    store.pipe_file(f"/b/p/{longest}", b"picture")
+    assert read("gs://b/p", longest) == b"picture"
+    monkeypatch.setattr(Store, "_open", None)
+    for name in (longest + "a", "a\nb.png", "\ta.png"):
+        assert "cannot be the name of a file in gs://b/p" in str(read("gs://b/p", name))
+    assert urls._is_key("abfs://b@account/p", longest + "a"), "Azure counts characters"
+    assert not urls._is_key("abfs://b@account/p", "a" * 1023)
+
+
+def test_a_picture_that_an_object_store_does_not_send_in_time_fails_the_task(
+    store: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(urls, "READ_SECONDS", 0.2)
+    with pytest.raises(StorageFault, match=r"gs://b/p/slow\.png cannot be read: TimeoutError: not read within 0\.2 s"):
+        read("gs://b/p", "slow.png")

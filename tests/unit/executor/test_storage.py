@@ -26,7 +26,9 @@ from parquet_ranges import read_path
 
 from pipelines.executor.ingest.records.jsonl import jsonl_records
 from pipelines.executor.ingest.records.lines import RANGE, WHOLE, Layout
-from pipelines.executor.ingest.records.record import Record
+from pipelines.executor.ingest.records.pictures import urls
+from pipelines.executor.ingest.records.pictures.root import PictureRoot, add_pictures, read_picture_column
+from pipelines.executor.ingest.records.record import Problem, Record
 from pipelines.executor.ingest.records.webdataset import tar_records
 from pipelines.executor.ingest.storage import StorageFault, describe_damage, open_binary
 
@@ -46,31 +48,38 @@ def read_parquet(path: str) -> list[Record]:
 
 
 READERS = [read_lines, read_tar, read_parquet]
-FAULTS: list[Exception] = [
+REFUSALS: list[Exception] = [
     FSTimeoutError(),  # any time-out in fsspec, with an empty text
     TimeoutError("Your socket connection to the server was not read from or written to"),  # s3fs
     PermissionError("The provided token has expired."),  # s3fs
     OSError(errno.EINVAL, "Bad Request"),  # s3fs: the answer to a request with an expired token has no text
     OSError("Forbidden: bucket/a\nInvalid Credentials"),  # gcsfs
     OSError("Failure"),  # paramiko
+    PermissionError(errno.EACCES, "Permission denied"),  # paramiko
     EOFError(),  # paramiko and ftplib: the connection has ended
-    ssl.SSLError(1, "[SSL] record layer failure"),  # 1 is also the number of EPERM
+    RuntimeError("Unable to locate credentials"),  # the classes of botocore, google-auth and azure are no OSError
+]
+"""Errors of client libraries for a fault of the network, the storage or a token that a single file may cause too."""
+OUTAGES: list[Exception] = [
+    ssl.SSLError(2, "[SSL] record layer failure"),  # 2 is also the number of ENOENT
     requests.exceptions.ProxyError(),  # gcsfs
     requests.exceptions.ConnectionError("connection refused"),
+    OSError(errno.EBUSY, "Please reduce your request rate"),  # s3fs
 ]
-"""Errors that client libraries raise for a fault of the network, the storage or a token."""
+"""Errors of client libraries that no single file causes."""
+FAULTS = REFUSALS + OUTAGES
 
 
 class FaultyStore(MemoryFileSystem):  # type: ignore[misc]
     """Storage that raises an error when a file is opened or read."""
 
-    protocol = "faulty"
+    protocol = ("faulty", "gs")
     error: ClassVar[Exception]
     fails_at: ClassVar[str]
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
-        return str(MemoryFileSystem._strip_protocol(path.replace("faulty://", "memory://")))
+        return str(MemoryFileSystem._strip_protocol(path.replace("faulty://", "/").replace("gs://", "/")))
 
     def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
         if self.fails_at == "open":
@@ -83,18 +92,131 @@ class FaultyStore(MemoryFileSystem):  # type: ignore[misc]
         raise self.error
 
 
-@pytest.mark.parametrize("fails_at", ["open", "read"])
+@pytest.fixture(params=["open", "read"])
+def fail(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Exception], None]]:
+    """Yield a function that sets the error of a storage with the schemes faulty:// and gs://."""
+
+    def set_error(error: Exception) -> None:
+        monkeypatch.setattr(FaultyStore, "error", error, raising=False)
+
+    MemoryFileSystem().pipe("/folder/x", b"content of a file")
+    for scheme in FaultyStore.protocol:
+        fsspec.register_implementation(scheme, FaultyStore, clobber=True)
+    monkeypatch.setattr(FaultyStore, "fails_at", request.param, raising=False)
+    urls._store.cache_clear()
+    yield set_error
+    urls._store.cache_clear()
+
+
 @pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize("error", FAULTS, ids=repr)
 def test_a_fault_of_a_storage_fails_the_task_and_refuses_no_file(
-    read: Callable[[str], list[Record]], error: Exception, fails_at: str, monkeypatch: pytest.MonkeyPatch
+    read: Callable[[str], list[Record]], error: Exception, fail: Callable[[Exception], None]
 ) -> None:
-    MemoryFileSystem().pipe("/folder/x", b"content of a file")
-    fsspec.register_implementation("faulty", FaultyStore, clobber=True)
-    monkeypatch.setattr(FaultyStore, "error", error, raising=False)
-    monkeypatch.setattr(FaultyStore, "fails_at", fails_at, raising=False)
+    fail(error)
     with pytest.raises(StorageFault, match=f"faulty://folder/x cannot be read: {type(error).__name__}"):
         read("faulty://folder/x")
+
+
+@pytest.mark.parametrize("error", FAULTS, ids=repr)
+def test_a_fault_of_an_object_store_fails_the_ingest_of_rows_with_pictures_and_refuses_no_row(
+    error: Exception, fail: Callable[[Exception], None]
+) -> None:
+    fail(error)
+    with pytest.raises(StorageFault, match=f"gs://folder/x cannot be read: {type(error).__name__}"):
+        PictureRoot("gs://folder", 100).read("x")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (FileNotFoundError("folder/x"), "missing_field"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "folder/x"), "missing_field"),  # adlfs
+        (OSError(errno.ENAMETOOLONG, "Your key is too long"), "unreadable_file"),  # s3fs
+        (IsADirectoryError("folder/x"), "unreadable_file"),
+        (UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"), "unreadable_file"),
+    ],
+    ids=repr,
+)
+def test_an_error_of_one_picture_in_an_object_store_refuses_one_row(
+    error: Exception, reason: str, fail: Callable[[Exception], None]
+) -> None:
+    fail(error)
+    found = PictureRoot("gs://folder", 100).read("x")
+    assert isinstance(found, Problem)
+    assert found.reason == reason
+
+
+class ForbiddingStore(MemoryFileSystem):  # type: ignore[misc]
+    """Storage that refuses some pictures with the error of an expired token. `expires_after` is a number of reads."""
+
+    protocol = ("s3",)
+    expires_after: ClassVar[int]
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(MemoryFileSystem._strip_protocol(path.replace("s3://", "/")))
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        type(self).expires_after -= 1
+        if "forbidden" in path or self.expires_after < 0:
+            raise PermissionError("Access Denied")
+        return super()._open(path, mode, **options)
+
+
+def read_rows(names: list[str], monkeypatch: pytest.MonkeyPatch, *, expires_after: int = 10_000) -> list[str | None]:
+    """Read pictures from a store that forbids some of them. For each row, return the reason of a refusal, or None."""
+    monkeypatch.setattr(ForbiddingStore, "expires_after", expires_after, raising=False)
+    fsspec.register_implementation("s3", ForbiddingStore, clobber=True)
+    urls._store.cache_clear()
+    MemoryFileSystem().pipe({f"/folder/{name}": b"x" for name in names})
+    records = (Record("f", {"image": name}) for name in names)
+    found = list(add_pictures(records, PictureRoot("s3://folder", 100), "image"))
+    assert [record.fields["image"] for record in found] == names
+    assert all(("forbidden" in name) == bool(record.problem) for name, record in zip(names, found, strict=True))
+    return [record.problem.reason if record.problem else None for record in found]
+
+
+@pytest.mark.parametrize("names", [["a", "forbidden"], ["forbidden", "a"], ["a", *["forbidden"] * 40, "b"]])
+def test_a_forbidden_picture_of_an_object_store_refuses_one_row_if_another_picture_can_be_read_later(
+    names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert set(read_rows(names, monkeypatch)) == {"unreadable_file", None}
+
+
+@pytest.mark.parametrize("expires_after", [0, 1, 3])
+def test_an_expired_token_of_an_object_store_fails_the_task(
+    expires_after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StorageFault, match="Access Denied"):
+        read_rows(["a", "b", "c", "d"], monkeypatch, expires_after=expires_after)
+    with pytest.raises(StorageFault, match="Access Denied"):
+        read_rows([f"{n}" for n in range(200)], monkeypatch, expires_after=expires_after)
+
+
+def captioned(name: str) -> str:
+    """Return the problem of a row of a captioning job whose picture cannot be read."""
+    batch = pa.RecordBatch.from_pydict({"image": [name]})
+    [read] = read_picture_column(iter([batch]), PictureRoot("gs://folder", 100))
+    [problem] = read["problem"].to_pylist()
+    return str(problem)
+
+
+@pytest.mark.parametrize("error", REFUSALS, ids=repr)
+def test_a_captioning_job_continues_after_a_fault_that_a_single_picture_may_cause_and_stores_it_as_unreadable(
+    error: Exception, fail: Callable[[Exception], None]
+) -> None:
+    fail(error)
+    assert captioned("x").startswith(f"unreadable_file: gs://folder/x cannot be read: {type(error).__name__}")
+
+
+@pytest.mark.parametrize("error", OUTAGES, ids=repr)
+def test_a_captioning_job_fails_if_no_picture_of_an_object_store_can_be_read(
+    error: Exception, fail: Callable[[Exception], None]
+) -> None:
+    fail(error)
+    with pytest.raises(StorageFault):
+        captioned("x")
 
 
 @pytest.mark.parametrize("read", READERS)
@@ -113,7 +235,8 @@ def test_a_missing_or_damaged_file_at_a_url_becomes_one_refused_row(read: Callab
         (OSError("Invalid data stream"), True),  # bz2
         (BadGzipFile("CRC check failed"), True),
         (OSError(errno.EINVAL, "Invalid argument"), True),  # a seek in a damaged local file
-        (PermissionError(errno.EACCES, "Permission denied", "/a"), True),
+        (PermissionError(errno.EACCES, "Permission denied", "/a"), False),
+        (PermissionError(errno.EPERM, "Operation not permitted", "/a"), False),
         (FileNotFoundError("bucket/a"), True),
         (OSError(errno.EIO, "Input/output error"), False),
         *((error, False) for error in (FSTimeoutError(), ConnectionError("reset"), ssl.SSLError(1, "record layer"))),
@@ -124,6 +247,15 @@ def test_a_missing_or_damaged_file_at_a_url_becomes_one_refused_row(read: Callab
 )
 def test_an_error_without_a_code_is_damage_only_if_a_parser_raises_it(error: Exception, is_damage: bool) -> None:
     assert (describe_damage(error) is not None) == is_damage
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_missing_file_is_damage_only_if_its_folder_has_another_entry(tmp_path: Path, kind: type) -> None:
+    with pytest.raises(FileNotFoundError) as error:
+        os.open(kind(tmp_path / "a.png"), os.O_RDONLY)
+    assert describe_damage(error.value) is None, "the drive of the folder is probably not mounted"
+    (tmp_path / "b.png").touch()
+    assert describe_damage(error.value) == "No such file or directory"
 
 
 @pytest.mark.parametrize("read", READERS)

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from glob import has_magic
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from pipelines.driver.ingest.sources.source import Source, SourceRows
 from pipelines.driver.ingest.sources.walk import Found, PassedOver, file_reason, list_entries
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.folder import change_token
+from pipelines.executor.ingest.records.record import refuse_denied
 from pipelines.executor.ingest.splits import split_of_file
 from pipelines.executor.ingest.storage import is_url, printable, refuse_secrets
 
@@ -103,6 +105,8 @@ def open_files(
     items = {item for item, _ in pending}
     to_read = [file for file in files if file.item in items]
     rows = load(to_read) if load and to_read else None
+    if rows and (denied := frozenset(os.fsencode(file.path) for file in to_read if not file.accessible)):
+        rows = rows._replace(read=partial(refuse_denied, read=rows.read, denied=denied))
     return Source(
         rows,
         _hash_files(name, files),

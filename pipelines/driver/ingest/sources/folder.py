@@ -244,7 +244,8 @@ def _write_entries(path: Path, folder: str, captions: str) -> None:
 
 def _captions_file(path: Path) -> SourceFile:
     try:
-        found = path.stat()
+        with path.open("rb") as opened:
+            found = os.fstat(opened.fileno())
     except OSError as error:
         raise UserError(
             "the captions file cannot be read",

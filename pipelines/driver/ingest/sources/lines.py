@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -42,6 +43,8 @@ def read_layouts(files: Sequence[SourceFile], read: ReadHead, *, whole: bool = F
     """
 
     def read_layout(file: SourceFile) -> Layout:
+        if not file.accessible:
+            return Layout(problem=os.strerror(errno.EACCES))
         try:
             with closing(open_binary(file.path)) as stream:
                 plain = is_plain(stream.read(HEAD_BYTES))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from operator import attrgetter
 
 from pyspark.sql import SparkSession
 
@@ -50,7 +51,7 @@ def _require_columns(config: DataConfig, files: Sequence[SourceFile]) -> None:
     """Look for a file that has all used columns. A damaged file is left to the executors, which refuse the file."""
     used = used_columns(config).values()
     found: list[str] | None = None
-    for file in files:
+    for file in filter(attrgetter("accessible"), files):
         try:
             with ParquetColumns(file.path) as opened:
                 names = [*opened.names, *file.partition]

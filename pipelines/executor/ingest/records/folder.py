@@ -1,9 +1,14 @@
 """Parser of folder sources: pictures in a folder, and a captions file whose rows contain the paths of the pictures.
 
-A row whose picture file is missing, not readable or too large is refused. If an error may be a fault of the machine,
-the Spark task fails, and Spark retries the task. Without a retry, a network drive that is offline for a minute would
-fill the table `quarantine`. A missing or empty folder of pictures also counts as a fault of the machine, because the
-drive is probably not mounted on this machine.
+A row whose picture file is missing, not readable or too large is refused. An error that may be a fault of the machine
+fails the Spark task, and Spark retries the task. Without a retry, a network drive that is offline for a minute would
+fill the table `quarantine`. If the folder of the pictures is missing or empty, the drive is probably not mounted on
+this machine, so this is a fault of the machine too.
+
+The pictures are looked up twice: when the rows are listed (`list_captions`) and when the pictures are read
+(`folder_records`). A row whose picture is missing or may not be read is refused in the listing, with the state
+NO_PICTURE. The ledger stores the change token of any other picture, so a permission that is refused later must fail the
+task: an ingest that refused the row would never read the picture again.
 """
 
 from __future__ import annotations
@@ -26,7 +31,8 @@ from pipelines.executor.ingest.storage import has_entries, printable
 from pipelines.executor.ingest.values import is_missing
 
 NO_PICTURE = "no picture"
-"""Value of the column `state` of the table `ingested` for a row that is refused or whose picture cannot be found."""
+"""Value of the column `state` of the table `ingested` for a row that could not be parsed or whose picture cannot be
+found or may not be read."""
 
 CAPTION_ROWS = 1024
 """Number of rows in a batch of captions."""
@@ -72,9 +78,12 @@ def parse_captions(batches: Iterator[pa.RecordBatch], read: Read) -> Iterator[pa
     yield from store_records(read(batches))
 
 
+def _fields(record: Record) -> str:
+    return json.dumps(record.fields, ensure_ascii=False, sort_keys=True)
+
+
 def _record_row(record: Record) -> dict[str, str | None]:
-    fields = json.dumps(record.fields, ensure_ascii=False, sort_keys=True)
-    row = {"file": record.file, "fields": fields, "raw": record.raw}
+    row = {"file": record.file, "fields": _fields(record), "raw": record.raw}
     return row | (record.problem._asdict() if record.problem else {})
 
 
@@ -92,22 +101,48 @@ def list_captions(
     """
     records = read(batches)
     while rows := [_caption_row(record, captions, folder, column) for record in islice(records, CAPTION_ROWS)]:
+        if not all(row["picture"] for row in rows):
+            _require_entries(folder)
         yield pa.RecordBatch.from_pylist(rows, CAPTIONS)
 
 
 def _caption_row(record: Record, captions: str, folder: str, column: str) -> dict[str, str | None]:
-    row = _record_row(record)
-    row_hash = sha256(str(record.raw or row["fields"]).encode()).hexdigest()[:16]
-    row |= {"item": f"{captions}#{row_hash}", "state": NO_PICTURE}
-    found = _find_picture(folder, subfolder_of(captions, folder), record.fields.get(column))
-    if isinstance(found, PictureFile):
-        row["picture"] = printable(str(found.path))
-        # A refused row is not read again when its picture changes. The state of a picture without read permission is
-        # NO_PICTURE, so that the row is read again after the permission is granted. A new permission changes neither
-        # the size nor the time of the file.
-        if not record.problem and os.access(found.path, os.R_OK):
-            row["state"] = change_token(found.status.st_size, found.status.st_mtime_ns // 1000)
-    return row
+    item = f"{captions}#{sha256(str(record.raw or _fields(record)).encode()).hexdigest()[:16]}"
+    name = record.fields.get(column)
+    denied = Problem("unreadable_file", f"the file {name!r} cannot be read: {os.strerror(errno.EACCES)}")
+    picture, state = None, NO_PICTURE
+    try:
+        found = _find_picture(folder, subfolder_of(captions, folder), name)
+        if isinstance(found, PictureFile):
+            picture = printable(str(found.path))
+            # A changed permission changes neither size nor time, so a picture that may not be read gets no token.
+            if not os.access(found.path, os.R_OK):
+                found = denied
+    except PermissionError:
+        found = denied
+    # A row that could not be parsed is not read again when its picture changes.
+    if not record.problem:
+        if isinstance(found, Problem):
+            record = _with_picture(record, found)
+        else:
+            state = change_token(found.status.st_size, found.status.st_mtime_ns // 1000)
+    return _record_row(record) | {"item": item, "state": state, "picture": picture}
+
+
+def _require_entries(folder: str) -> None:
+    """Check that the folder of the pictures has entries. The caller has not found a picture.
+
+    Raises:
+        OSError: the folder is missing or empty on this machine, or the drive does not answer.
+    """
+    if not has_entries(folder):
+        text = "the folder of the pictures is empty or missing on this machine"
+        raise FileNotFoundError(errno.ENOENT, text, folder)
+
+
+def _with_picture(record: Record, content: bytes | Problem) -> Record:
+    picture, problem = (None, content) if isinstance(content, Problem) else (content, None)
+    return record._replace(fields=record.fields | {PICTURE: picture}, problem=problem)
 
 
 def caption_records(batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:
@@ -124,6 +159,8 @@ def folder_records(
     """Add the field PICTURE to each record: the bytes of the picture file that the record names.
 
     A record that has a problem already is yielded unchanged. If the picture cannot be read, the record gets a problem.
+    If this machine has no permission to read a picture, the task fails, because the picture could be read when the rows
+    were listed.
 
     If consecutive records name the same picture, the picture is read once, and the records share one bytes object.
 
@@ -145,9 +182,9 @@ def folder_records(
             unchanged = found.path, found.status.st_size, found.status.st_mtime_ns
             if unchanged != last[0]:
                 last = unchanged, read_file(found, max_bytes)
-        content = found if isinstance(found, Problem) else last[1]
-        picture, problem = (None, content) if isinstance(content, Problem) else (content, None)
-        yield record._replace(fields=record.fields | {PICTURE: picture}, problem=problem)
+        else:
+            _require_entries(folder)
+        yield _with_picture(record, found if isinstance(found, Problem) else last[1])
 
 
 def subfolder_of(captions: str, folder: str) -> str:
@@ -163,7 +200,8 @@ def _find_picture(folder: str, subfolder: str, name: object) -> PictureFile | Pr
     """Find the picture file that a row names, first relative to `folder`, then relative to `folder/subfolder`.
 
     Raises:
-        OSError: the machine has a fault, or the folder is missing or empty.
+        OSError: the machine has a fault.
+        PermissionError: this machine may not search a folder.
     """
     if is_missing(name):
         return Problem("missing_field", "the row names no file")
@@ -176,7 +214,4 @@ def _find_picture(folder: str, subfolder: str, name: object) -> PictureFile | Pr
     if isinstance(found, Problem) and subfolder:
         beside = find_file(folder, f"{subfolder}/{name}")
         found = beside if isinstance(beside, PictureFile) or HINT in beside.detail else found
-    if isinstance(found, Problem) and not has_entries(folder):
-        text = "the folder of the pictures is empty or missing on this machine"
-        raise FileNotFoundError(errno.ENOENT, text, folder)
     return found

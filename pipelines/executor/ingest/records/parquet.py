@@ -74,12 +74,9 @@ def parquet_records(
 
 
 def _read_range(part: _Range, columns: _Columns) -> Iterator[Record]:
-    opened, is_everywhere = _open(part, columns)
+    opened = _open(part, columns)
     if isinstance(opened, str):
-        # Damage of the whole file is reported once, for its first range. An error that may occur only on this host is
-        # reported for each range, because other hosts may be able to open the file. Equal reports become one row of
-        # `quarantine`.
-        if part.start == 0 or not is_everywhere:
+        if part.start == 0:  # damage of the whole file is reported and counted once
             yield unreadable_file(part.file, part.path, opened)
         return
     damage = []
@@ -97,26 +94,29 @@ def _read_range(part: _Range, columns: _Columns) -> Iterator[Record]:
         yield unreadable_file(part.file, part.path, "; ".join(damage)[:2000])
 
 
-def _open(part: _Range, columns: _Columns) -> tuple[ParquetColumns | str, bool]:
+def _open(part: _Range, columns: _Columns) -> ParquetColumns | str:
     """Open a Parquet file, or return a text that says why the file cannot be read.
 
-    The second value says whether every host gets the same result. An error of the operating system, such as a missing
-    file, may occur only on this host.
+    Raises:
+        OSError: the machine has a fault, or the file is missing although the first range may have been read. In this
+            case, the file was deleted in the meantime, or only this machine does not find it.
     """
     try:
         opened = ParquetColumns(part.path)
     except FILE_ERRORS as error:
-        is_of_host = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)  # EINVAL: a cut file
-        return f"not a readable Parquet file: {_describe_or_raise(error)}", not is_of_host
+        damage = _describe_or_raise(error)
+        if part.start and isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a cut file
+            raise
+        return f"not a readable Parquet file: {damage}"
     wanted = [columns.image, *(name for name in columns.named if name not in part.partition or name in opened.names)]
     counts = {name: opened.names.count(name) for name in wanted}
     wrong = [
         f"{count} columns {name}" if count else f"no column {name}" for name, count in counts.items() if count != 1
     ]
     if not wrong:
-        return opened, True
+        return opened
     opened.close()
-    return f"the file has {' and '.join(wrong)}; its columns are {', '.join(n[:80] for n in opened.names[:20])}", True
+    return f"the file has {' and '.join(wrong)}; its columns are {', '.join(n[:80] for n in opened.names[:20])}"
 
 
 def _describe_or_raise(error: Exception) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from pipelines.executor.ingest.storage import printable
 from pipelines.executor.ingest.values import is_missing
 
 Fields = dict[str, Any]
@@ -79,6 +82,25 @@ def unreadable_file(file: str, path: str, what: str) -> Record:
 
 Read = Callable[[Iterator[pa.RecordBatch]], Iterator[Record]]
 """Type of a parser, which converts batches of raw rows to records. The columns of a raw row depend on the source."""
+
+
+def refuse_denied(batches: Iterator[pa.RecordBatch], read: Read, denied: Collection[bytes]) -> Iterator[Record]:
+    """Read raw rows that stand for files. Refuse files that the driver has no permission to read, without opening them.
+
+    Args:
+        batches: raw rows with the columns `path` and `file`, and with `start` if a row is a range of a file.
+        read: parser of raw rows.
+        denied: paths of the files that the driver may not read, encoded by os.fsencode.
+    """
+    for batch in batches:
+        kept = []
+        for index, row in enumerate(batch.to_pylist()):
+            if os.fsencode(row["path"]) not in denied:
+                kept.append(index)
+            elif not row.get("start"):  # only the first range of a file counts
+                path = printable(os.fsdecode(row["path"]))
+                yield unreadable_file(row["file"], path, os.strerror(errno.EACCES))
+        yield from read(iter([batch.take(pa.array(kept, pa.int64()))]))
 
 
 def parse_integer(digits: str) -> int | str:

@@ -53,6 +53,7 @@ def find_file(folder: str, name: str) -> PictureFile | Problem:
 
     Raises:
         OSError: the machine has a fault, for example because a network drive does not answer.
+        PermissionError: this machine may not search a folder on the path of the file.
     """
     root = Path(os.path.realpath(folder))
     missing = None
@@ -79,6 +80,7 @@ def read_file(found: PictureFile, max_bytes: int) -> bytes | Problem:
 
     Raises:
         OSError: the machine has a fault.
+        PermissionError: this machine may not read the file.
     """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a link or a pipe may have replaced the file
     try:

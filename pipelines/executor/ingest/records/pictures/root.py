@@ -17,7 +17,7 @@ from pipelines.errors import UserError
 from pipelines.executor.ingest.records.pictures.files import LOCAL_URI, PictureFile, find_file, read_file
 from pipelines.executor.ingest.records.pictures.urls import read_url, require_readable, scheme_of
 from pipelines.executor.ingest.records.record import Problem, Read, Record
-from pipelines.executor.ingest.storage import has_entries, refuse_secrets
+from pipelines.executor.ingest.storage import StorageFault, has_entries, refuse_secrets
 from pipelines.executor.ingest.values import is_missing
 
 CHUNK_ROWS = 64
@@ -27,6 +27,9 @@ UNKNOWN_FOLDER = Problem(
     "image_root: the folder of the row's file is not known, because an earlier release refused the row; "
     "`lakesight ingest --refresh` reads the row again",
 )
+HELD_RECORDS = 16
+"""Largest number of consecutive pictures with a StorageFault after which a task reads a readable picture again. The
+number is small because a read may take a minute."""
 MAX_NAME = 8_192
 """Largest number of characters of a picture's path or URL."""
 
@@ -51,6 +54,7 @@ class PictureRoot:
 
         Raises:
             OSError: the machine or the server has a fault, so Spark has to retry the task.
+            StorageFault: an object store cannot be used.
         """
         if isinstance(name, bytes):
             name = name.decode("utf-8", "replace")
@@ -70,9 +74,12 @@ class PictureRoot:
     def _read_local(self, name: str) -> bytes | Problem:
         if self.may_be_missing and not Path(self.location).is_dir():
             return Problem("missing_field", f"image_root: there is no folder {self.location!r}")
-        found = find_file(self.location, name)
-        if isinstance(found, PictureFile):
-            return read_file(found, self.max_bytes)
+        try:
+            found = find_file(self.location, name)
+            if isinstance(found, PictureFile):
+                return read_file(found, self.max_bytes)
+        except PermissionError as error:
+            return Problem("unreadable_file", f"the file {name!r} cannot be read: {error.strerror}")
         if not self.may_be_missing and not has_entries(self.location):
             raise FileNotFoundError(errno.ENOENT, "image_root is empty or missing on this machine", self.location)
         return found
@@ -205,7 +212,15 @@ def add_pictures(
     """Add the field PICTURE to each record whose column contains the path or URL of a picture.
 
     If the picture cannot be read, add the fields in `failed` too.
+
+    An object store may report a forbidden or slow picture by the same error as an expired token or a slow network. The
+    record of such a picture is held back until another picture can be read, and is refused then.
+
+    Raises:
+        OSError: the machine or the server has a fault, or no picture could be read after such an error.
     """
+    held: list[tuple[Record, StorageFault]] = []
+    readable: object = None
     for record in records:
         if record.problem or record.fields.get(PICTURE) is not None:
             yield record
@@ -215,11 +230,43 @@ def add_pictures(
         if path is not None and name is not None:
             yield record._replace(fields=record.fields | {PICTURE: name})
             continue
-        found = root.read(name if path is None else path)
+        found: bytes | Problem | None = None
+        try:
+            found = root.read(name if path is None else path)
+        except StorageFault as fault:
+            if fault.is_outage:
+                raise
+            held.append((record, fault))
+            if len(held) < HELD_RECORDS:
+                continue
+            _require_readable_again(root, readable, fault)
         if isinstance(found, Problem):
-            yield record._replace(fields={**record.fields, PICTURE: None, **(failed or {})}, problem=found)
-        else:
+            yield _refuse(record, found, failed)
+            continue
+        yield from (_refuse(*refused, failed) for refused in held)
+        held.clear()
+        if found is not None:
+            readable = name if path is None else path
             yield record._replace(fields=record.fields | {PICTURE: found})
+    if held:
+        _require_readable_again(root, readable, held[0][1])
+        yield from (_refuse(*refused, failed) for refused in held)
+
+
+def _require_readable_again(root: PictureRoot, name: object, fault: StorageFault) -> None:
+    """Read a picture again that could be read before `fault`.
+
+    Raises:
+        StorageFault: the picture cannot be read, or `name` is None because no picture could be read.
+    """
+    if name is None or isinstance(root.read(name), Problem):
+        raise fault
+
+
+def _refuse(record: Record, problem: Problem | StorageFault, failed: Mapping[str, str] | None) -> Record:
+    if isinstance(problem, StorageFault):
+        problem = Problem("unreadable_file", str(problem))
+    return record._replace(fields={**record.fields, PICTURE: None, **(failed or {})}, problem=problem)
 
 
 def _split_by_folder(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[str, pa.RecordBatch]]:
@@ -246,7 +293,7 @@ def read_picture_column(batches: Iterator[pa.RecordBatch], root: PictureRoot) ->
         rows: list[tuple[bytes | None, str | None]] = []
         start, size = 0, 0
         for name in batch.column("image").to_pylist():
-            found = root.read(name)
+            found = _read_or_refuse(root, name)
             rows.append((None, f"{found.reason}: {found.detail}") if isinstance(found, Problem) else (found, None))
             size += len(rows[-1][0] or b"")
             if len(rows) == CHUNK_ROWS or size >= CHUNK_BYTES:
@@ -254,6 +301,23 @@ def read_picture_column(batches: Iterator[pa.RecordBatch], root: PictureRoot) ->
                 start, size, rows = start + len(rows), 0, []
         if rows:
             yield _with_pictures(batch.slice(start), rows)
+
+
+def _read_or_refuse(root: PictureRoot, name: object) -> bytes | Problem:
+    """Read a picture for a captioning job, which reads a picture with the problem `unreadable_file` again in each job.
+
+    An object store may report a picture that is forbidden or slow by the same error as an expired token or a slow
+    network. One such picture must not stop the captioning of all other pictures.
+
+    Raises:
+        OSError: no picture can be read, so Spark has to retry the task.
+    """
+    try:
+        return root.read(name)
+    except StorageFault as fault:
+        if fault.is_outage:
+            raise
+        return Problem("unreadable_file", str(fault))
 
 
 def _with_pictures(batch: pa.RecordBatch, rows: Sequence[tuple[bytes | None, str | None]]) -> pa.RecordBatch:

@@ -23,7 +23,13 @@ from urllib.parse import quote, unquote, urlsplit
 
 from pipelines.errors import UserError
 from pipelines.executor.ingest.records.record import Problem
-from pipelines.executor.ingest.storage import describe_damage, refuse_secrets, url_system
+from pipelines.executor.ingest.storage import (
+    FILE_ERRORS,
+    call_storage,
+    refuse_secrets,
+    require_damage,
+    url_system,
+)
 
 READ_SECONDS = 60.0
 """Longest time to read one path, in seconds."""
@@ -31,6 +37,8 @@ CHUNK = 1 << 20
 WEB = ("http", "https")
 STORES = {"s3": "s3", "s3a": "s3", "s3n": "s3", "gs": "gs", "gcs": "gs", "abfs": "abfs", "abfss": "abfs", "az": "abfs"}
 """Kind of object store for each URL scheme."""
+MAX_KEY = 1024
+"""Longest key of an object, in bytes; for Azure, in characters."""
 ATTEMPTS = 3
 RETRIED = frozenset({429, 500, 502, 503, 504})
 """HTTP status codes after which a request is sent again."""
@@ -74,15 +82,17 @@ def read_url(root: str, name: str, max_bytes: int) -> bytes | Problem:
         max_bytes: largest size of a picture, in bytes.
 
     Raises:
-        OSError: the server cannot be reached, so Spark has to retry the task. After a timeout, a Problem is returned.
+        OSError: the web server cannot be reached, so Spark has to retry the task. A time-out or an error code of a web
+            server is a Problem.
+        StorageFault: the object store cannot be used, for example because of a time-out or an expired token.
     """
     paths = _paths_below(root, name)
     if isinstance(paths, Problem):
         return paths
-    fetch = _fetch_web if scheme_of(root) in WEB else _fetch_store
+    read = _read_web if scheme_of(root) in WEB else _read_store
     found: bytes | Problem = Problem("missing_field", f"the row names no file: {name!r}")
     for path in paths:
-        found = _in_time(partial(fetch, root, path, max_bytes))
+        found = read(root, path, max_bytes)
         if not (isinstance(found, Problem) and found.reason == "missing_field"):
             break
     return found
@@ -123,11 +133,14 @@ def _server(url: str) -> tuple[str, str]:
 
 
 def _in_time(fetch: Callable[[float], bytes | Problem]) -> bytes | Problem:
-    """Call a function in a separate thread. Return a Problem if the function takes longer than READ_SECONDS.
+    """Call a function in a separate thread, for at most READ_SECONDS.
 
     The thread is necessary because no client library limits the total time of a request. The function receives the
     deadline as its argument. The thread may continue to run after this call, until the deadline or the end of its
     connection.
+
+    Raises:
+        TimeoutError: the function takes longer than READ_SECONDS, or raises this error.
     """
     done: SimpleQueue[bytes | Problem | Exception] = SimpleQueue()
     deadline = time.monotonic() + READ_SECONDS
@@ -142,12 +155,14 @@ def _in_time(fetch: Callable[[float], bytes | Problem]) -> bytes | Problem:
     try:
         result = done.get(timeout=READ_SECONDS + PAUSE_SECONDS)
     except Empty:
-        result = TimeoutError()
-    if isinstance(result, TimeoutError):
-        return Problem("unreadable_file", f"not read within {READ_SECONDS:g} seconds")
+        raise TimeoutError(_too_slow()) from None
     if isinstance(result, Exception):
         raise result
     return result
+
+
+def _too_slow() -> str:
+    return f"not read within {READ_SECONDS:g} seconds"
 
 
 def _read_bounded(
@@ -159,7 +174,7 @@ def _read_bounded(
         if len(content) > max_bytes:
             return Problem("too_large", f"more than {max_bytes} bytes")
         if time.monotonic() > deadline:
-            raise TimeoutError
+            raise TimeoutError(_too_slow())
     return bytes(content)
 
 
@@ -172,19 +187,34 @@ def _store(root: str) -> tuple[Any, str]:
     return url_system(root.replace("s3n://", "s3://", 1) if scheme == "s3n" else root)
 
 
-def _fetch_store(root: str, path: str, max_bytes: int, deadline: float) -> bytes | Problem:
+def _read_store(root: str, path: str, max_bytes: int) -> bytes | Problem:
+    """Read a picture from an object store.
+
+    Raises:
+        StorageFault: the error may affect all pictures, so that refusing the row could lose many good rows.
+    """
     system, top = _store(root)
+    if not _is_key(root, path):
+        return Problem("missing_field", f"{path[:200]!r} cannot be the name of a file in {root}")
+    fetch = partial(_fetch_store, system, f"{top.rstrip('/')}/{path}", max_bytes)
     try:
-        with system.open(f"{top.rstrip('/')}/{path}", "rb") as file:
-            return _read_bounded(file, max_bytes, deadline)
+        return call_storage(f"{root.rstrip('/')}/{path}", _in_time, fetch)
     except FileNotFoundError:
         return Problem("missing_field", f"{root} has no file {path!r}")
-    except (MemoryError, TimeoutError):
-        raise
-    except Exception as error:  # each object store has its own exception classes
-        if isinstance(error, OSError) and describe_damage(error) is None:
-            raise
-        return Problem("unreadable_file", f"{path!r}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    except FILE_ERRORS as error:
+        return Problem("unreadable_file", f"{path!r}: {require_damage(error)}")
+
+
+def _is_key(root: str, path: str) -> bool:
+    """Return whether an object below the root URL may have this path. A store may answer another path with an error."""
+    key = f"{urlsplit(root).path.strip('/')}/{path}".strip("/")
+    size = len(key) if STORES[str(scheme_of(root))] == "abfs" else len(key.encode("utf-8", "surrogatepass"))
+    return size <= MAX_KEY and not re.search(r"[\x00-\x1f]", path)
+
+
+def _fetch_store(system: Any, path: str, max_bytes: int, deadline: float) -> bytes | Problem:
+    with system.open(path, "rb") as file:
+        return _read_bounded(file, max_bytes, deadline)
 
 
 # ------------------------------------------------------------------------------------------------ web servers
@@ -202,6 +232,13 @@ class _StayBelow(urllib.request.HTTPRedirectHandler):
         if isinstance(_paths_below(self._root, newurl), Problem):
             raise urllib.error.HTTPError(newurl, 403, f"redirected to {newurl}, outside of the root", headers, fp)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _read_web(root: str, path: str, max_bytes: int) -> bytes | Problem:
+    try:
+        return _in_time(partial(_fetch_web, root, path, max_bytes))
+    except TimeoutError:
+        return Problem("unreadable_file", _too_slow())
 
 
 def _fetch_web(root: str, path: str, max_bytes: int, deadline: float) -> bytes | Problem:
