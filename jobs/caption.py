@@ -24,7 +24,7 @@ from jobs.common import (
 from jobs.evaluate import VersionOption, open_model
 from jobs.generation_options import with_generation_options
 from jobs.next_commands import show_captions
-from jobs.output import number
+from jobs.output import first_line, number
 from jobs.progress import show_progress
 from jobs.settings_of_version import decoding_settings
 from jobs.text_model import require_captioner
@@ -124,8 +124,10 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
         TooManyErrors: more rows failed than allowed. Captions and errors are written before the exception is raised.
         TooMuchDrift: the drift exceeds its limits and the run sets `drift.fail`. The captions are written before the
             exception is raised.
+        DriftNotCompared: the drift could not be computed. The captions are written before the exception is raised.
     """
-    from jobs.log_captions import log_captions
+    from jobs.decisions import record_other_promotion
+    from jobs.log_captions import log_captions, only_warn
     from pipelines.driver.caption.finished import find_finished
     from pipelines.driver.caption.run import CaptionRequest, TooManyErrors, caption
 
@@ -145,9 +147,12 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
         )
     except TooManyErrors as error:
         done, failure = error.report, error
-    if which == "champion":
-        _record_other_promotion(job, model)
-    report = check_drift(job, done, model, caption_request)
+    try:
+        report = check_drift(job, done, model, caption_request)
+    except Exception as error:  # noqa: BLE001 an error of any kind would hide the report and `failure`
+        reason = _describe_unchecked(done, f"the comparison failed: {first_line(error)}")
+        report = done.model_copy(update={"drift_unchecked": reason})
+        failure = failure or DriftNotCompared(report, error)
     _print_report(job, report)
     drifted = {name: drift for name, drift in report.drift.items() if drift.beyond}
     if drifted and not job.config.drift.fail:
@@ -157,29 +162,13 @@ def run_caption(job: Job, which: str, **request: object) -> CaptionReport:
     elif drifted and failure is None:
         failure = TooMuchDrift(report, drifted, show_captions(job))
     log_captions(job, report, caption_request, started, good=failure is None)
+    if which == "champion":
+        with only_warn("the champion could not be compared with table decisions"):
+            record_other_promotion(job, model)
     if failure is not None:
         failure.report = report
         raise failure
     return report
-
-
-def _record_other_promotion(job: Job, champion: ModelFiles) -> None:
-    """Record the champion that has captioned the table, if table `decisions` names another champion.
-
-    A promotion in another home folder, or on the page of the registry, leaves no row in table `decisions`. Without this
-    row, the view `champion_captions` in a catalog would show the captions of the earlier champion for ever. The
-    registry is asked again, because a rollback may have ended while the job ran.
-    """
-    from jobs.decisions import record_champion
-    from pipelines.driver.evaluate.decisions import recorded_champion
-
-    if recorded_champion(lambda: job.spark, job.platform, champion.name) == (champion.version, champion.digest):
-        return
-    from pipelines.tracking.aliases import find_champion
-
-    present = find_champion(job.platform, champion.name)
-    if present is not None and present.version == champion.version:
-        record_champion(job, present)
 
 
 class TooMuchDrift(FailedWithReport):
@@ -199,12 +188,27 @@ class TooMuchDrift(FailedWithReport):
         )
 
 
+class DriftNotCompared(FailedWithReport):
+    """The drift of a job could not be computed. All captions are written before the error is raised."""
+
+    def __init__(self, report: CaptionReport, error: Exception) -> None:
+        """Describe the error with which the comparison has ended."""
+        self.report, self.__cause__ = report, error
+        super().__init__(
+            "captions and pictures could not be compared with the version's evaluation (drift)",
+            where=f"{report.source_table} by model {report.model_name} version {report.model_version}",
+            got=first_line(error),
+            fix="the captions are written: correct the cause and run the command again, which then compares these rows",
+        )
+
+
 def check_drift(job: Job, report: CaptionReport, model: ModelFiles, request: CaptionRequest) -> CaptionReport:
     """Compare a job with the version's evaluation, and add the drift to the report. If nothing can be compared, add the
     reason instead.
 
     If `drift.fail` is set, the figures of a job with drift are stored until a later job has captioned enough rows for a
-    comparison. Until then, each job with too few rows fails because of the stored figures.
+    comparison. Until then, each job with too few rows fails because of the stored figures. The figures of a job are
+    also stored if the comparison fails or is killed, because a repeated job finds no row to caption.
     """
     from pipelines.driver.caption.drift import compare_figures, read_evaluation_figures
     from pipelines.driver.caption.failed_jobs import ComparedRows
@@ -220,6 +224,7 @@ def check_drift(job: Job, report: CaptionReport, model: ModelFiles, request: Cap
     elif few:
         reason = f"{compared.rows:,} rows, and drift.min_rows is {limits.min_rows:,}" if compared.rows else ""
         return report.model_copy(update={"drift_unchecked": _describe_unchecked(report, reason)})
+    failed.keep_drift(compared)
     evaluation = read_evaluation_figures(
         job.spark,
         job.platform,
@@ -231,9 +236,7 @@ def check_drift(job: Job, report: CaptionReport, model: ModelFiles, request: Cap
         where=job.config.data.shards.where,
     )
     drift = compare_figures(compared.figures, compared.rows, evaluation, limits, prompt=request.prompt)
-    if limits.fail and any(figure.beyond for figure in drift.values()):
-        failed.keep_drift(compared)
-    else:
+    if not (limits.fail and any(figure.beyond for figure in drift.values())):
         failed.forget_drift()
     return report.model_copy(
         update={

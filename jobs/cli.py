@@ -209,7 +209,9 @@ def run(commands: typer.Typer) -> None:
     except Exception as error:  # noqa: BLE001 outermost caller: every error gets a short message
         if file_error := _file_error(error):
             _fail(file_error)
-        message = f"{traceback.format_exc()}\n\nlakesight failed with {type(error).__name__}: {_first_line(error)}"
+        from jobs.output import first_line
+
+        message = f"{traceback.format_exc()}\n\nlakesight failed with {type(error).__name__}: {first_line(error)}"
         print(printable(message), file=sys.stderr)
         sys.exit(1)
 
@@ -247,13 +249,6 @@ def _fail(error: LakesightError) -> None:
     sys.exit(error.exit_code)
 
 
-def _first_line(error: Exception) -> str:
-    """Return the first line of an error message. For a Java exception, return the Java message, not Py4J's message."""
-    lines = str(error).strip().splitlines()
-    java = [line.removeprefix(": ") for line in lines if line.startswith(": ")]
-    return next(iter(java + lines), "no message")
-
-
 def _file_error(error: Exception) -> UserError | None:
     """Return a short error if the cause of an exception is a full disk or a missing write permission; otherwise None.
 
@@ -275,8 +270,10 @@ def _file_error(error: Exception) -> UserError | None:
 
 
 def _line_with(pattern: re.Pattern[str], error: Exception) -> str:
-    """Return the first line of an error message that contains a pattern. If no line contains the pattern, return the
-    first line of the message."""
-    found = next((line for line in str(error).splitlines() if pattern.search(line)), _first_line(error))
+    """In an error message, find and return the first line that contains a pattern. If no line contains the pattern,
+    return the first line of the message."""
+    from jobs.output import first_line
+
+    found = next((line for line in str(error).splitlines() if pattern.search(line)), first_line(error))
     # remove the red arrow that delta-rs draws before each cause
     return re.sub("\x1b\\[[0-9]*m|\N{DOWNWARDS ARROW WITH TIP RIGHTWARDS}", "", found).removeprefix(": ").strip()

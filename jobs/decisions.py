@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.common import Job, JsonOption, PlatformOption, RunOption, SetOption, open_job
@@ -14,7 +15,12 @@ from jobs.evaluate import open_model
 from jobs.table_files import open_table, table_relation
 
 if TYPE_CHECKING:
+    from pipelines.driver.model_files import ModelFiles
     from pipelines.tracking.registry import ModelVersion
+
+LONGEST_MOVE = timedelta(hours=1)
+"""Time after a decision in which the command that has recorded it may still be about to move the alias. If the registry
+does not answer, MLflow repeats a request for minutes."""
 
 
 def decisions(
@@ -66,6 +72,7 @@ def record(
     champion: ModelVersion | None,
     reasons: Sequence[str] = (),
     figures: str = "{}",
+    seen_at: datetime | None = None,
 ) -> None:
     """In table `decisions`, record a decision about a version of the run's model, with the digests of this version and
     of the current champion.
@@ -86,15 +93,18 @@ def record(
         champion_digest=champion.tags.get(DIGEST_TAG) if champion else None,
         reasons=reasons,
         figures=figures,
+        seen_at=seen_at,
     )
 
 
-def record_champion(job: Job, champion: ModelVersion) -> None:
+def record_champion(job: Job, champion: ModelVersion, seen_at: datetime | None = None) -> None:
     """If table `decisions` has a different champion than the registry, record the champion of the registry.
 
     An earlier promotion or rollback may have been recorded but not carried out, because the command was killed or the
     registry did not answer. The home folder may also use another registry than before, whose champion has the same
     number but other files. The view `champion_captions` would then show captions of a version that is not the champion.
+
+    `record_decision` explains `seen_at`.
     """
     from pipelines.driver.evaluate.decisions import recorded_champion
 
@@ -103,7 +113,33 @@ def record_champion(job: Job, champion: ModelVersion) -> None:
         reason = "this version is the champion in the registry, but the last recorded decision names another version"
         if recorded and recorded[0] == champion.version:
             reason = f"{reason} with this number" if recorded[1] else "the last recorded decision has no digest"
-        record(job, champion.version, "promote", champion=champion, reasons=[reason])
+        record(job, champion.version, "promote", champion=champion, reasons=[reason], seen_at=seen_at)
+
+
+def record_other_promotion(job: Job, champion: ModelFiles) -> None:
+    """If table `decisions` names another champion than the champion of the registry, which has captioned a table,
+    record the champion.
+
+    A promotion in another home folder, or on the page of the registry, leaves no row in table `decisions`. Without this
+    row, the view `champion_captions` in a catalog would show the captions of the earlier champion for ever.
+
+    Nothing is recorded if another command may be moving the aliases now, or if the registry has another champion than
+    at the start of the job. The next job then compares again.
+    """
+    from pipelines.driver.evaluate.decisions import newest_champion_change
+
+    seen_at = datetime.now(UTC)
+    newest = newest_champion_change(lambda: job.spark, job.platform, champion.name)
+    if newest and (newest["model_version"], newest["model_digest"]) == (champion.version, champion.digest):
+        return
+    # A promotion or rollback records its decision before it moves the alias.
+    if newest and seen_at - newest["decided_at"] < LONGEST_MOVE:
+        return
+    from pipelines.tracking.aliases import find_settled_champion
+
+    present = find_settled_champion(job.platform, champion.name)
+    if present is not None and present.version == champion.version:
+        record_champion(job, present, seen_at)
 
 
 def digest_of(job: Job, version: ModelVersion) -> str:

@@ -39,6 +39,12 @@ PACKAGES = ("pyspark", "delta-spark", "deltalake", "mlflow", "torch", "pyarrow")
 
 
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+CaptionOptions = Annotated[
+    str,
+    typer.Option(
+        "--caption-options", help="Further options with which caption reads --table, as in a shell.", metavar="TEXT"
+    ),
+]
 
 
 def doctor(
@@ -62,6 +68,7 @@ def doctor(
         str, typer.Option("--image-column", help="Column of --table with the pictures.", metavar="COLUMN")
     ] = "image",
     where: WhereOption = "",
+    caption_options: CaptionOptions = "",
     run: RunOption = "demo",
     platform: PlatformOption = "local",
     overrides: SetOption = None,
@@ -85,7 +92,8 @@ def doctor(
     with open_output(as_json=as_json) as output:
         path = [f"data.source.path={source_path}"] if source_path else []
         config = load_run(run, platform=platform, overrides=[*(overrides or ()), *path])
-        checks = run_checks(config, Inputs(source_path, table, id_column, image_column, where))
+        inputs = Inputs(source_path, table, id_column, image_column, where)
+        checks = run_checks(config, with_caption_options(inputs, caption_options) if caption_options else inputs)
         for check in checks:
             output.line(check.name, check.found, mark=f"{check.status:<5} ", colour=COLOURS[check.status])
             if check.fix:
@@ -95,6 +103,22 @@ def doctor(
         if failed:
             place = "machine" if config.platform.kind == "local" else "workspace"
             raise StageFailed(f"this {place} is not ready", got=", ".join(failed), fix="apply the fixes printed above")
+
+
+def with_caption_options(inputs: Inputs, options: str) -> Inputs:
+    """Return the inputs of a later `caption` whose command has further options.
+
+    Raises:
+        UserError: a quotation mark in the options is not closed.
+        UsageError: `caption` has no such option, or refuses its value.
+    """
+    from jobs.cli import LazyCommands
+
+    columns = {"table": inputs.table or "", "id-column": inputs.id_column, "image-column": inputs.image_column}
+    words = [f"--{name}={value}" for name, value in (columns | {"where": inputs.where, "options": options}).items()]
+    given = LazyCommands()["caption"].make_context("caption", words).params
+    names = ("table", "id_column", "image_column", "where", "image_root")
+    return inputs._replace(**{name: given[name] for name in names})
 
 
 def run_checks(config: RunConfig, inputs: Inputs = NO_INPUTS) -> list[DoctorCheck]:
@@ -109,7 +133,7 @@ def run_checks(config: RunConfig, inputs: Inputs = NO_INPUTS) -> list[DoctorChec
     if inputs != NO_INPUTS:
         raise UserError(
             "doctor checks the input of a job only in a workspace",
-            where="--source-path, --table, --id-column, --image-column or --where",
+            where="--source-path, --table, --id-column, --image-column, --where or --caption-options",
             got=config.platform.kind,
             fix="leave the option out, or add --platform databricks",
         )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.common import Job
-from pipelines.errors import UserError
+from jobs.output import first_line
 
 if TYPE_CHECKING:
     from pipelines.driver.caption.run import CaptionReport, CaptionRequest
@@ -24,10 +26,25 @@ NAMES = ("model_name", "model_version", "model_digest", "settings_hash", "source
 COLUMNS = ("id_column", "image_column")
 
 
+@contextmanager
+def only_warn(what: str) -> Iterator[None]:
+    """Log a warning if the block fails, because the captions are already written.
+
+    An error of the block would replace the report of the job, and the error of a job that fails because of its rows.
+
+    Args:
+        what: clause that says what has failed, for the warning.
+    """
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 no error of any library may end the job
+        logger.warning("the captions are written, but %s: %s", what, first_line(error))
+
+
 def log_captions(job: Job, report: CaptionReport, request: CaptionRequest, started: datetime, *, good: bool) -> None:
     """Log a caption report to MLflow if the job captioned a row, found an error in a row, or recovered a caption.
 
-    The captions have already been written, so a failure of the tracking server only causes a warning.
+    The captions have already been written, so a failure only causes a warning.
 
     Args:
         job: running command.
@@ -40,10 +57,8 @@ def log_captions(job: Job, report: CaptionReport, request: CaptionRequest, start
         return
     from pipelines.tracking.reports import log_stage
 
-    try:
+    with only_warn("the report could not be logged to MLflow"):
         log_stage(job.platform, _stage_log(job, report, request, started), good=good)
-    except UserError as error:
-        logger.warning("the captions are written, but the report could not be logged to MLflow: %s", error)
 
 
 def _stage_log(job: Job, report: CaptionReport, request: CaptionRequest, started: datetime) -> StageLog:

@@ -204,3 +204,10 @@ def _is_process_stdout(stream: TextIO) -> bool:
         return stream.fileno() == STDOUT
     except (OSError, AttributeError):  # in a notebook or a test, stdout may have no file descriptor
         return False
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error message. For a Java exception, return the Java message, not Py4J's message."""
+    lines = str(error).strip().splitlines()
+    java = [line.removeprefix(": ") for line in lines if line.startswith(": ")]
+    return next(iter(java + lines), "no message")

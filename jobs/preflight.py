@@ -17,13 +17,18 @@ import uuid
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from jobs.check import DoctorCheck
 from pipelines.config import RunConfig
 from pipelines.errors import UserError
 from pipelines.platform import Platform, spark_errors
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+    from pipelines.driver.caption.source_table import SourceTable
 
 MIN_RUNTIME = 17
 """Oldest supported major version of the Databricks runtime, which is the first version with Spark 4."""
@@ -52,6 +57,7 @@ class Inputs(NamedTuple):
         id_column: column of this table with a unique id for each row.
         image_column: column of this table with the pictures.
         where: SQL condition on the rows of this table; an empty condition selects all rows.
+        image_root: folder or URL of the pictures if `image_column` holds their paths or URLs, or None.
     """
 
     source_path: str | None = None
@@ -59,6 +65,7 @@ class Inputs(NamedTuple):
     id_column: str = "image_id"
     image_column: str = "image"
     where: str = ""
+    image_root: str | None = None
 
 
 NO_INPUTS = Inputs()
@@ -190,17 +197,19 @@ def check_source(config: RunConfig, platform: Platform) -> DoctorCheck:
 
 
 def check_captioned_table(platform: Platform, inputs: Inputs) -> DoctorCheck:
-    """Check that `caption` can read the table and the columns that the job names."""
+    """Check that `caption` can read the table and the columns that the job names.
+
+    No row is read for this check. Only if the pictures may be paths, `_find_path` reads a few rows.
+    """
     from pipelines.driver.caption.source_table import open_source_table
-    from vlm.image import looks_like_path
+    from pipelines.executor.ingest.records.pictures.root import absolute_location
 
     name = platform.resolve_table(inputs.table or "")
     try:
         columns = (inputs.id_column, inputs.image_column)
+        root = None if inputs.image_root is None else absolute_location(inputs.image_root)
         spark = platform.open_spark()
-        source = open_source_table(spark, platform, name, None, columns=columns, where=inputs.where)
-        texts = source.rows.select("image") if dict(source.rows.dtypes)["image"] == "string" else None
-        first = texts.limit(FIRST_ROWS).collect() if texts is not None else []
+        source = open_source_table(spark, platform, name, None, columns=columns, where=inputs.where, image_root=root)
     except UserError as error:
         found = f"{error.what}: {error.got}"
         fix = f"{error.fix}; or grant SELECT on the table"
@@ -208,12 +217,33 @@ def check_captioned_table(platform: Platform, inputs: Inputs) -> DoctorCheck:
     except spark_errors() as error:
         found = f"{name}: {str(error).partition(chr(10))[0][:300]}"
         return DoctorCheck(name="captioned", status="fail", found=found, fix="grant SELECT on the table")
-    paths = [row["image"] for row in first if row["image"] is not None and looks_like_path(row["image"])]
-    if not paths:
+    try:
+        path = None if root is not None else _find_path(spark, source, inputs.image_column)
+    except spark_errors() as error:
+        found = f"{name}: the first rows cannot be read: {str(error).partition(chr(10))[0][:300]}"
+        return DoctorCheck(name="captioned", status="warn", found=found, fix="correct the cause that Spark reports")
+    if path is None:
         return DoctorCheck(name="captioned", status="ok", found=name)
-    found = f"column {inputs.image_column} of {name} has paths or URLs, such as {paths[0][:100]!r}"
+    found = f"column {inputs.image_column} of {name} has paths or URLs, such as {path[:100]!r}"
     fix = "give the folder or URL of the picture files: --image-root (parameter `options` of the job caption)"
     return DoctorCheck(name="captioned", status="warn", found=found, fix=fix)
+
+
+def _find_path(spark: SparkSession, source: SourceTable, column: str) -> str | None:
+    """Return a path or URL from the first rows of a column of texts, or None if there is none.
+
+    The condition of the job is left out, because Spark would read the whole table to find a few rows that meet it. The
+    texts are cut, because a base64 text may have many megabytes.
+    """
+    from pipelines.driver.delta.settings import bounded_batches
+    from vlm.image import MAX_PATH, looks_like_path
+
+    table = spark.read.table(source.name)
+    if dict(source.rows.dtypes)["image"] != "string":
+        return None
+    with bounded_batches(spark):
+        rows = table.select(table[column].substr(1, MAX_PATH + 1).alias("start")).limit(FIRST_ROWS).collect()
+    return next((row["start"] for row in rows if row["start"] and looks_like_path(row["start"])), None)
 
 
 def check_mlflow(config: RunConfig, platform: Platform) -> Iterator[DoctorCheck]:

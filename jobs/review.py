@@ -9,7 +9,7 @@ import typer
 from jobs.common import Job, PlatformOption, RunOption, SetOption, open_job
 from jobs.local_server import HOST, check_port_free
 from jobs.next_commands import after_review, caption_table
-from jobs.table_files import open_table
+from jobs.table_files import open_table, registered_champion
 from pipelines.errors import UserError
 from pipelines.platform import app_port, user_name
 
@@ -71,10 +71,14 @@ def review(
         reviewed = Review(store, table=name, model=job.model_name)
         in_app = app_port() if job.platform.kind == "databricks" else None
         if in_app is None and not reviewed.captions:
+            others, _ = opened(job, name, "all", warehouse)
+            numbers = sorted({row["model_version"] for row in others.read_captions()}, key=int)
             raise UserError(
                 "there are no captions to judge",
                 where=f"generated_captions, source table {name}, model {job.model_name}, --version {version}",
-                fix=f"run `{caption_table(job, table)}` first",
+                got=f"captions of version {', '.join(numbers)}" if numbers else "",
+                fix=f"run `{caption_table(job, table)}` first"
+                + (f", or add --version {numbers[-1]} or --version all" if numbers else ""),
             )
         title = f"Captions of {job.model_name}"
         if in_app is None:
@@ -122,6 +126,7 @@ def _open_home(job: Job, table: str, version: str, warehouse: str | None) -> tup
         model=job.model_name,
         version=version,
         has_texts=table == job.platform.table("samples"),
+        find_champion=lambda: registered_champion(job, job.model_name),
     )
     return store, user_name()
 

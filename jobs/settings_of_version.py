@@ -69,12 +69,15 @@ def require_settings_of_version(job: Job, fixed: ModelConfig, name: str) -> None
     """
     for key in _different_keys(job, fixed):
         raise _refused(job, key, name, "only training sets it")
-    if fixed.generation.changed(_generation_changes(job), where=name) != fixed.generation:
+    chosen = fixed.generation.changed(_generation_changes(job), where=name)
+    if chosen != fixed.generation:
+        given = [key for key in _keys(job) if is_generation(key)]
+        differing = _keys_that_differ(given, fixed, fixed.model_copy(update={"generation": chosen}))
         followed = (
             "only `lakesight evaluate`, `caption`, `ask` and `serve` use this setting; the gate uses the version's own "
             "settings"
         )
-        raise _refused(job, next(filter(is_generation, _keys(job))), name, followed)
+        raise _refused(job, (differing or given)[0], name, followed)
 
 
 def changes_model(job: Job) -> bool:
@@ -101,9 +104,14 @@ def _different_keys(job: Job, fixed: ModelConfig) -> list[str]:
     """Return the keys of the overrides `model.*` whose value differs from the version's own value. Keys of generation
     settings are left out.
     """
-    chosen, own = {"model": job.config.model.model_dump()}, {"model": fixed.model_dump()}
     keys = [key for key in _keys(job) if key.partition(".")[0] == "model" and not is_generation(key)]
-    return [key for key in keys if _value_at(chosen, key) != _value_at(own, key)]
+    return _keys_that_differ(keys, fixed, job.config.model)
+
+
+def _keys_that_differ(keys: list[str], fixed: ModelConfig, chosen: ModelConfig) -> list[str]:
+    """Return those of the keys `model.*` whose values in the two configs differ."""
+    own, other = {"model": fixed.model_dump()}, {"model": chosen.model_dump()}
+    return [key for key in keys if _value_at(other, key) != _value_at(own, key)]
 
 
 def _value_at(settings: Any, key: str) -> Any:
@@ -113,7 +121,7 @@ def _value_at(settings: Any, key: str) -> Any:
 
 
 def _refused(job: Job, key: str, name: str, reason: str) -> UserError:
-    given = next(each for each in job.overrides if each.partition("=")[0].strip() == key)
+    given = [each for each in job.overrides if each.partition("=")[0].strip() == key][-1]  # the last override wins
     return UserError(
         "this command cannot change this setting of a trained model",
         where=name,

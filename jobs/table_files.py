@@ -209,38 +209,53 @@ def champion_captions(job: Job) -> Relation:
 
 
 def _registered_champions(job: Job, tables: Mapping[str, DeltaTable]) -> dict[str, tuple[str, str | None]]:
-    """Look up the champion of each captioned model in the model registry, as `lakesight caption` does.
+    """Look up the champion of each captioned model in the model registry (`registered_champion`).
 
-    Table `decisions` does not record promotions in other home folders. The result is a dict from the name of a model to
-    number and digest of its champion. The digest is None for a version that Lakesight 0.1.0 registered. A model without
-    a champion in the registry is left out, and a warning is logged.
-
-    Raises:
-        UserError: the registry does not answer or cannot be used. Without an answer, an export could replace captions
-            of the champion by captions of an earlier champion.
+    The result is a dict from the name of a model to number and digest of its champion. A model without a champion in
+    the registry is left out, and a warning is logged.
     """
     from pipelines.formats.delta_files import query
-    from pipelines.tracking.home_store.copied_version import DIGEST_TAG, find_stored_version, has_no_registry
+    from pipelines.tracking.home_store.copied_version import has_no_registry
 
     if has_no_registry(job.platform):
         return {}
     sql = f"SELECT DISTINCT model_name FROM {GENERATED_CAPTIONS.name}"  # noqa: S608 the name is a constant
     found: dict[str, tuple[str, str | None]] = {}
     for name in query(tables, sql).read_all()["model_name"].to_pylist():
-        stored = find_stored_version(job.platform, name, "champion")
-        if stored is not None:
-            found[name] = (stored[0].number, stored[1])
+        champion = registered_champion(job, name)
+        if champion is not None:
+            found[name] = champion
             continue
-        from pipelines.tracking.registry import CHAMPION, VersionNotFound, resolve
-
-        try:
-            champion = resolve(job.platform, name, CHAMPION)
-            found[name] = (champion.version, champion.tags.get(DIGEST_TAG))
-        except VersionNotFound as error:
-            logger.warning(
-                "model %s has no champion in the registry, so its captions are shown only if table decisions names a "
-                "champion: %s",
-                name,
-                error,
-            )
+        logger.warning(
+            "model %s has no champion in the registry, so its captions are shown only if table decisions names a "
+            "champion",
+            name,
+        )
     return found
+
+
+def registered_champion(job: Job, name: str) -> tuple[str, str | None] | None:
+    """Look up the champion of a model in the model registry, which `lakesight caption` also asks.
+
+    Table `decisions` does not record promotions in other home folders. Return number and digest of the champion, or
+    None if the registry has no champion of this model. The digest is None for a version that Lakesight 0.1.0
+    registered.
+
+    Raises:
+        UserError: the registry does not answer or cannot be used. Without an answer, an export could replace captions
+            of the champion by captions of an earlier champion.
+    """
+    from pipelines.tracking.home_store.copied_version import DIGEST_TAG, find_stored_version, has_no_registry
+
+    if has_no_registry(job.platform):
+        return None
+    stored = find_stored_version(job.platform, name, "champion")
+    if stored is not None:
+        return stored[0].number, stored[1]
+    from pipelines.tracking.registry import CHAMPION, VersionNotFound, resolve
+
+    try:
+        champion = resolve(job.platform, name, CHAMPION)
+    except VersionNotFound:
+        return None
+    return champion.version, champion.tags.get(DIGEST_TAG)

@@ -37,6 +37,7 @@ from vlm.inputs import (
     decode_picture,
     decode_pictures,
     folder_to_write,
+    is_picture,
     one_picture,
     picture_list,
     prompt_list,
@@ -234,12 +235,12 @@ class Captioner:
         """
         text_only = self.model.config.text_only
         pictures, asked, texts = answer_lists(images, prompts, answers, text_only=text_only)
-        # A picture that belongs to several answers is decoded only once.
-        distinct = {id(picture): picture for images in pictures for picture in images}
-        pixels = dict(zip(distinct, self._decode([*distinct.values()]), strict=True))
+        listed = [picture for each in pictures for picture in each]
+        given = listed[:1] if is_picture(images) else listed
+        pixels = dict(zip(map(id, given), self._decode(given), strict=True))
         requests = [
-            self._request([pixels[id(picture)] for picture in images], prompt)
-            for images, prompt in zip(pictures, asked, strict=True)
+            self._request([pixels[id(picture)] for picture in each], prompt)
+            for each, prompt in zip(pictures, asked, strict=True)
         ]
         return answer_logprobs(self.model, self.tokenizer, requests, texts)
 

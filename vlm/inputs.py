@@ -76,17 +76,21 @@ def decode_picture(
 def decode_pictures(pictures: Sequence[Picture], config: ImageConfig) -> list[npt.NDArray[np.uint8]]:
     """Decode pictures within the default limits, and return the pixels (H, W, C) of each picture at model size.
 
+    A picture that occurs several times, because it belongs to several answers, is decoded only once.
+
     Raises:
         ImageError: a picture cannot be decoded.
     """
-    pixels = []
+    pixels: dict[int, npt.NDArray[np.uint8]] = {}
     for index, image in enumerate(pictures):
+        if id(image) in pixels:
+            continue
         decoded = decode_picture(image, config, max_pixels=MAX_PIXELS, min_side=MIN_SIDE, max_bytes=MAX_BYTES)
         if decoded.pixels is None:
             reason, _, detail = str(decoded.error).partition(": ")
             raise ImageError(reason, detail, where=f"picture {index + 1} of {len(pictures)}")
-        pixels.append(decoded.pixels)
-    return pixels
+        pixels[id(image)] = decoded.pixels
+    return [pixels[id(image)] for image in pictures]
 
 
 def _file_content(image: object) -> bytes | str | None:

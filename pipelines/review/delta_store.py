@@ -5,7 +5,7 @@ The server therefore answers within milliseconds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class DeltaStore:
         model: full name of the model.
         version: version whose captions are read: a number, `champion` or `all` (see `shown_captions.select`).
         has_texts: whether the captioned table is table `samples`, which has human texts.
+        find_champion: function that returns number and digest of the champion in the model registry (see
+            `shown_captions.select`). If the function returns None, table `decisions` names the champion.
     """
 
     def __init__(
@@ -43,13 +45,14 @@ class DeltaStore:
         model: str,
         has_texts: bool,
         version: str = CHAMPION,
+        find_champion: Callable[[], tuple[str, str | None] | None] = lambda: None,
     ) -> None:
         self._captions = captions
         self._pictures = SourcePictures(pictures)
         self._has_texts = has_texts
         self._verdicts = open_or_create(verdicts, VERDICTS)
         self._decisions = open_or_create(verdicts.parent / DECISIONS.name, DECISIONS)
-        self._version = version
+        self._version, self._find_champion = version, find_champion
         self._values = Selection(*map(quoted_text, (table, model, version)))
 
     def read_captions(self) -> list[dict[str, Any]]:
@@ -62,7 +65,8 @@ class DeltaStore:
             for definition in (GENERATED_CAPTIONS, VERDICTS)
             for name in {*definition.names} - {field.name for field in tables[definition.name].schema().fields}
         ]
-        sql = select({name: name for name in TABLES}, self._values, self._version, missing)
+        champion = self._find_champion() if self._version == CHAMPION else None
+        sql = select({name: name for name in TABLES}, self._values, self._version, missing, champion)
         return to_rows(query(tables, sql).read_all())
 
     def read_picture(self, caption: Mapping[str, Any]) -> bytes | None:

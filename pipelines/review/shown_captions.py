@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from pipelines.formats.delta_files import quoted_text
 from pipelines.formats.tables import DECISIONS, GENERATED_CAPTIONS, VERDICTS
 from pipelines.review.verdicts import CAPTION_COLUMNS, KEY
 
@@ -25,10 +26,7 @@ WITH seen AS (
   FROM (SELECT {read} FROM {generated_captions} WHERE source_table = {table}) AS captioned
 ),
 champion AS (
-  SELECT MAX(model_version) AS champion_version, MAX(model_digest) AS champion_digest FROM (
-    SELECT model_version, model_digest, ROW_NUMBER() OVER (ORDER BY decided_at DESC, decision_id) AS age
-    FROM {decisions} WHERE model_name = {model} AND action IN ('promote', 'rollback')
-  ) AS changes WHERE age = 1
+  {champion}
 ),
 judgements AS (
   SELECT {judged}, verdict, CASE WHEN verdict = 'corrected' THEN text END AS correction
@@ -53,6 +51,13 @@ SELECT {names}, verdict, correction FROM ranked WHERE age = 1 OR verdict IS NOT 
   as bad has the age 1. The view `champion_captions` shows this caption.
 """
 
+_RECORDED_CHAMPION = """
+SELECT MAX(model_version) AS champion_version, MAX(model_digest) AS champion_digest FROM (
+    SELECT model_version, model_digest, ROW_NUMBER() OVER (ORDER BY decided_at DESC, decision_id) AS age
+    FROM {decisions} WHERE model_name = {model} AND action IN ('promote', 'rollback')
+  ) AS changes WHERE age = 1
+"""
+
 
 class Selection(NamedTuple):
     """Values in the conditions of the statement. Each value is SQL: a quoted literal, or a marker such as `:table`.
@@ -68,16 +73,24 @@ class Selection(NamedTuple):
     version: str
 
 
-def select(names: Mapping[str, str], values: Selection, which: str, missing: Sequence[str] = ()) -> str:
+def select(
+    names: Mapping[str, str],
+    values: Selection,
+    which: str,
+    missing: Sequence[str] = (),
+    champion: tuple[str, str | None] | None = None,
+) -> str:
     """Return a statement that selects CAPTION_COLUMNS, `verdict` and `correction` (the text of a corrected caption).
 
     Args:
         names: full name of each table in TABLES, by name of the table.
         values: values of the conditions.
-        which: `champion`, `all` or another text. `champion` selects the captions of the champion in table `decisions`,
-            or of all versions if there is no champion. `all` selects the captions of all versions. Another text selects
-            the captions of `values.version`.
+        which: `champion`, `all` or another text. `champion` selects the captions of the champion, or of all versions if
+            there is no champion. `all` selects the captions of all versions. Another text selects the captions of
+            `values.version`.
         missing: columns that tables of Lakesight 0.1.0 lack, as `table.column`. These columns are read as null.
+        champion: number and digest of the champion, or None to take the champion in table `decisions`. The digest is
+            None if it is unknown. The digest of a caption's version is then not compared.
     """
     of_version = {
         CHAMPION: "(champion_version IS NULL OR seen.model_version = champion_version "
@@ -87,8 +100,13 @@ def select(names: Mapping[str, str], values: Selection, which: str, missing: Seq
     read = dict.fromkeys((*CAPTION_COLUMNS, "model_name", "captioned_at", "read_at"))
     digest = "COALESCE(judgements.model_digest, '') = COALESCE(seen.model_digest, '')"
     same = [f"judgements.{name} = seen.{name}" for name in KEY if name != "model_digest"]
+    found = _RECORDED_CHAMPION.format(**names, model=values.model).strip()
+    if champion is not None:
+        version, known = quoted_text(champion[0]), quoted_text(champion[1]) if champion[1] else "CAST(NULL AS VARCHAR)"
+        found = f"SELECT {version} AS champion_version, {known} AS champion_digest"
     return _SELECT.format(
         **names,
+        champion=found,
         table=values.table,
         model=values.model,
         of_version=of_version,

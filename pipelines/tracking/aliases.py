@@ -59,6 +59,19 @@ def find_champion(platform: Platform, name: str) -> ModelVersion | None:
         return _read_champion(client, platform, name)
 
 
+def find_settled_champion(platform: Platform, name: str) -> ModelVersion | None:
+    """Return the champion, or None if there is no champion, or if a move of the aliases is running or was interrupted.
+
+    Unlike `find_champion`, this function changes nothing, because it cannot know whether the command that has recorded
+    the move still runs.
+    """
+    client = connect(platform)
+    with registry_errors(platform, f"model {name}"):
+        if MOVE_TAG in client.get_registered_model(name).tags:
+            return None
+        return _read_champion(client, platform, name)
+
+
 def promote(platform: Platform, version: ModelVersion) -> ModelVersion:
     """Point `champion` to a version and `previous` to the old champion.
 

@@ -79,8 +79,7 @@ def test_the_ledger_and_row_counts_leave_out_rows_that_a_deletion_vector_deletes
 def test_decisions_are_read_and_written_in_a_table_with_deletion_vectors(spark: SparkSession, home: Platform) -> None:
     def decision(version: str, day: int, key: str = "") -> dict[str, Any]:
         row = {"decision_id": key, "model_name": "m", "model_version": version, "action": "promote"}
-        # as in a row of Lakesight 0.1.0
-        return row | {"model_digest": None, "decided_at": NOW.replace(day=day)}
+        return row | {"decided_at": NOW.replace(day=day), "model_digest": None}
 
     write(spark, home, DECISIONS, "decision_id", [decision("1", 1), decision("2", 2, "gone")])
 

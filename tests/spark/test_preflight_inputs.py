@@ -52,6 +52,25 @@ def test_the_preflight_warns_if_the_picture_column_has_paths(
     table = f"delta.`{tmp_path / 'photos'}`"
     check = check_captioned_table(platform, Inputs(table=table, id_column="id", image_column="photo"))
     assert (check.status, "shop/1.jpg" in check.found, "--image-root" in check.fix) == ("warn", True, True)
+    given = Inputs(table=table, id_column="id", image_column="photo", image_root=str(tmp_path))
+    assert check_captioned_table(platform, given).status == "ok"
+    binary = Inputs(table="samples", image_root=str(tmp_path))
+    assert "a string column of paths or URIs" in check_captioned_table(platform, binary).fix
+
+
+def test_the_preflight_of_a_caption_job_neither_runs_the_condition_nor_needs_the_files_of_the_table(
+    spark: SparkSession, platform: Platform, tmp_path: Path
+) -> None:
+    """A condition that fails at run time is the business of the caption task, which would read all rows."""
+    rows = spark.createDataFrame([(1, "iVBORw0KGgo=" * 100_000)], "id INT, photo STRING")
+    rows.coalesce(1).write.format("delta").save(str(tmp_path / "photos"))
+    table = f"delta.`{tmp_path / 'photos'}`"
+    failing = Inputs(table=table, id_column="id", image_column="photo", where="raise_error('read') IS NULL")
+    assert check_captioned_table(platform, failing).status == "ok"
+    (data,) = (tmp_path / "photos").glob("*.parquet")
+    data.unlink()
+    check = check_captioned_table(platform, failing)
+    assert (check.status, "the first rows cannot be read" in check.found) == ("warn", True)
 
 
 def config_of(*settings: str) -> RunConfig:

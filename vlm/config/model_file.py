@@ -14,6 +14,8 @@ from vlm.config.model import ModelConfig
 from vlm.config.yaml_file import YamlProblem, read_mapping
 from vlm.errors import ArgumentError, ConfigError, did_you_mean
 
+MAX_SHOWN = 255
+"""Largest number of characters of a name or path that an error message shows."""
 OWN_MODELS = Path("conf/model")
 """Folder with the user's own model configs, relative to the working directory."""
 NAME = re.compile(r"[A-Za-z0-9][\w-]*")
@@ -38,7 +40,7 @@ def read_model_config(config: ModelConfig | Mapping[str, Any] | str | Path) -> M
             got=type(config).__name__,
             fix="pass a vlm.ModelConfig, a dict with the same keys, the name of a model, or the path of a YAML file",
         )
-    where = "model config" if isinstance(config, Mapping) else str(config)
+    where = "model config" if isinstance(config, Mapping) else _shorten(config)
     try:
         settings = config if isinstance(config, Mapping) else read_mapping(_find_file(config))
         return ModelConfig.model_validate(settings)
@@ -58,19 +60,27 @@ def _find_file(config: str | Path) -> Path:
     Raises:
         ConfigError: the file does not exist.
     """
-    if isinstance(config, str) and NAME.fullmatch(config):
-        for folder in (OWN_MODELS, shipped_models()):
-            if (folder / f"{config}.yml").is_file():
-                return folder / f"{config}.yml"
-    if Path(config).exists():
+    try:
+        if isinstance(config, str) and NAME.fullmatch(config) and not Path(config).is_file():
+            for folder in (OWN_MODELS, shipped_models()):
+                if (folder / f"{config}.yml").is_file():
+                    return folder / f"{config}.yml"
+        if Path(config).exists():
+            return Path(config)
+    except OSError:  # such as a text that is too long for a name: `read_mapping` reports the error
         return Path(config)
     names = sorted(path.stem for path in shipped_models().glob("*.yml"))
     raise ConfigError(
         "the model config cannot be used",
-        where=str(config),
+        where=_shorten(config),
         got=f"no such file or model{did_you_mean(str(config), names)}",
         fix=f"pass the path of an existing YAML file, or the name of a model that ships: {', '.join(names)}",
     )
+
+
+def _shorten(config: str | Path) -> str:
+    """Return the name or path of a config for an error message. The text may be a whole YAML file, by mistake."""
+    return str(config).partition("\n")[0][:MAX_SHOWN]
 
 
 def shipped_models() -> Path:

@@ -94,7 +94,7 @@ class PublishedPictures:
 
 def read_pictures(folder: Path, family: Family, settings: Mapping[str, Any]) -> PublishedPictures | None:
     """Read how a published folder preprocesses pictures. Return None if both files are missing or empty, or if
-    `_OF_FAMILY` does not contain the family.
+    folders of the family have no file with such settings.
 
     Args:
         folder: folder with the files.

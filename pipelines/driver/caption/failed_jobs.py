@@ -69,11 +69,12 @@ class FailedJobs:
         self._open.unlink(missing_ok=True)
 
     def drifted_rows(self) -> ComparedRows | None:
-        """Return the number of rows and the figures of the last job that failed because of drift, or None."""
+        """Return the number of rows and the figures of the last job that failed because of drift, or whose comparison
+        has not ended, or None."""
         return ComparedRows.model_validate(read_json(self._drift)) if self._drift.exists() else None
 
     def keep_drift(self, compared: ComparedRows) -> None:
-        """Remember the number of rows and the figures of a job that fails because of drift."""
+        """Before a job is compared, remember the number of rows and the figures, in case the job fails."""
         with atomic_write(self._drift) as temporary:
             temporary.write_text(compared.model_dump_json(), encoding="utf-8")
 

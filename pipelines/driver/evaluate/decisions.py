@@ -6,6 +6,7 @@ On a laptop the table is written as files, so a rollback needs no Spark. In a wo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
@@ -34,6 +35,7 @@ def record_decision(
     champion_digest: str | None = None,
     reasons: Sequence[str] = (),
     figures: str = "{}",
+    seen_at: datetime | None = None,
 ) -> None:
     """Append a decision to table `decisions`. Call this function before the registry is changed, so that every change
     of the champion is recorded.
@@ -51,6 +53,9 @@ def record_decision(
             has no digest of its files.
         reasons: reasons why the model version was refused.
         figures: metrics that the decision is based on, as a JSON object.
+        seen_at: time at which the registry was found in this state, for a decision that was made elsewhere. A decision
+            that another command records in the meantime stays the newest decision. None: the decision is made now, and
+            becomes the newest decision.
     """
     row: dict[str, Any] = {
         "decision_id": uuid4().hex,
@@ -63,6 +68,7 @@ def record_decision(
         "decided_by": user_name(),
         "model_digest": digest,
         "champion_digest": champion_digest,
+        "decided_at": seen_at,
     }
     if not is_supported(platform.tables):
         _append_to_catalog(open_spark(), platform, row)
@@ -71,8 +77,9 @@ def record_decision(
     from deltalake import write_deltalake
 
     table = open_or_create(platform.tables / DECISIONS.name, DECISIONS)
-    [earlier] = query_rows(table, "MAX(decided_at) AS newest", f"model_name = {quoted_text(model)}")
-    row["decided_at"] = later_than(earlier["newest"])
+    if seen_at is None:
+        [earlier] = query_rows(table, "MAX(decided_at) AS newest", f"model_name = {quoted_text(model)}")
+        row["decided_at"] = later_than(earlier["newest"])
     write_deltalake(table, pa.Table.from_pylist([row], DECISIONS.arrow_schema), mode="append")
 
 
@@ -86,8 +93,15 @@ def recorded_champion(
     The registry and the table `decisions` have different champions if a command was killed after it had recorded a
     decision and before it changed the registry.
     """
-    changes = _champion_changes(open_spark, platform, model)
-    return (changes[-1]["model_version"], changes[-1]["model_digest"]) if changes else None
+    change = newest_champion_change(open_spark, platform, model)
+    return (change["model_version"], change["model_digest"]) if change else None
+
+
+def newest_champion_change(
+    open_spark: Callable[[], SparkSession], platform: Platform, model: str
+) -> dict[str, Any] | None:
+    """Return the row of the last promotion or rollback of the model in table `decisions`, or None if there is none."""
+    return next(reversed(_champion_changes(open_spark, platform, model)), None)
 
 
 def find_rollback(
@@ -129,8 +143,9 @@ def _champion_changes(open_spark: Callable[[], SparkSession], platform: Platform
 
         ensure_tables(open_spark(), platform)
         made = (F.col("model_name") == model) & F.col("action").isin(*CHAMPION_ACTIONS)
-        rows = open_spark().table(platform.table(DECISIONS.name)).where(made).orderBy("decided_at").collect()
-        return [row.asDict() for row in rows]
+        found = open_spark().table(platform.table(DECISIONS.name)).where(made).orderBy("decided_at")
+        rows: list[dict[str, Any]] = found.toArrow().to_pylist()  # unlike rows of Spark, the times have a time zone
+        return rows
     table = open_or_create(platform.tables / DECISIONS.name, DECISIONS)
     actions = ", ".join(map(quoted_text, CHAMPION_ACTIONS))
     is_made = f"model_name = {quoted_text(model)} AND action IN ({actions})"
@@ -145,7 +160,8 @@ def _append_to_catalog(spark: SparkSession, platform: Platform, row: dict[str, A
 
     ensure_tables(spark, platform)
     name = platform.table(DECISIONS.name)
-    earlier = spark.table(name).where(F.col("model_name") == row["model_name"])
-    row["decided_at"] = later_than(newest_time(earlier, "decided_at"))
+    if row["decided_at"] is None:
+        earlier = spark.table(name).where(F.col("model_name") == row["model_name"])
+        row["decided_at"] = later_than(newest_time(earlier, "decided_at"))
     new = spark.createDataFrame([tuple(row[name] for name in DECISIONS.names)], DECISIONS.ddl())
     new.withColumn("decided_by", F.current_user()).writeTo(name).append()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import platform as this_machine
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+
+from pydantic import TypeAdapter
 
 from pipelines.child_process import child_environment
 from pipelines.config import RunConfig
@@ -22,6 +24,7 @@ log = logging.getLogger(__name__)
 MIN_RATIO = 1.2
 """`auto` chooses bf16 if the time of a step in fp32 is at least this number of times the time of a step in bf16."""
 MEASURE_SECONDS = 300.0
+"""Time, in seconds, after which a measurement counts as failed."""
 CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -38,6 +41,15 @@ class Measured(Config):
         return "bf16" if self.fp32 >= MIN_RATIO * self.bf16 else "fp32"
 
 
+MEASURED = TypeAdapter(dict[str, Measured])
+"""Content of precision.json: the measurement of each device, by name of the device."""
+
+
+def with_each_precision(config: RunConfig) -> list[RunConfig]:
+    """Return the config with each of the number formats that `auto` may stand for."""
+    return [_with_precision(config, name) for name in ("fp32", "bf16")]
+
+
 def choose_precision(config: RunConfig, platform: Platform) -> RunConfig:
     """Return the config with `bf16` or `fp32` in place of the precision `auto`.
 
@@ -46,26 +58,39 @@ def choose_precision(config: RunConfig, platform: Platform) -> RunConfig:
     start a different run.
 
     Raises:
-        UserError: the ranks use GPUs, and the driver has no GPU on which to measure.
+        UserError: the measurement fails or takes too long, or the ranks use GPUs, and the driver has no GPU on which to
+            measure.
     """
     if config.train.precision != "auto":
         return config
-    path, device = platform.root / "precision.json", _device(platform)
-    known = read_json(path) if path.exists() else {}
-    if device not in known:
-        known[device] = _measure("cuda" if platform.launch.use_gpu else "cpu").model_dump()
+    path, device = platform.root / "precision.json", describe_device(platform)
+    if (found := _read_measured(path).get(device)) is None:
+        measured = _measure("cuda" if platform.launch.use_gpu else "cpu")
+        known = _read_measured(path)  # another run may have measured in the meantime
+        found = known.setdefault(device, measured)
         with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(known, indent=2), encoding="utf-8")
-    found = Measured.model_validate(known[device])
+            temporary.write_text(MEASURED.dump_json(known, indent=2).decode(), encoding="utf-8")
     log.info(
         "train.precision auto is %s: on %s, a training step of a small model takes %.0f ms in fp32 and %.0f ms in bf16",
         *(found.choice, device, 1e3 * found.fp32, 1e3 * found.bf16),
     )
-    train = config.train.model_copy(update={"precision": found.choice})
-    return config.model_copy(update={"train": train})
+    return _with_precision(config, found.choice)
 
 
-def _device(platform: Platform) -> str:
+def _with_precision(config: RunConfig, name: str) -> RunConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": name})})
+
+
+def _read_measured(path: Path) -> dict[str, Measured]:
+    """Read the measurements by name of the device. If the file is damaged, log this and return an empty dict."""
+    try:
+        return MEASURED.validate_python(read_json(path)) if path.exists() else {}
+    except ValueError as error:
+        log.warning("the number format is measured again, because %s is damaged: %s", path, str(error).splitlines()[0])
+        return {}
+
+
+def describe_device(platform: Platform) -> str:
     """Return the name of the driver's GPU or processor."""
     if platform.launch.use_gpu:
         gpus = describe_host()["gpus"]
@@ -84,14 +109,19 @@ def _device(platform: Platform) -> str:
 
 def _measure(device: str) -> Measured:
     command = [sys.executable, "-P", "-m", "pipelines.worker.measure_precision", device]
-    done = subprocess.run(  # noqa: S603 (our own command)
-        command, env=child_environment(), capture_output=True, text=True, timeout=MEASURE_SECONDS, check=False
+    failed = partial(
+        UserError,
+        "the number format of training cannot be measured",
+        where="train.precision=auto",
+        fix="choose the number format, for example with --set train.precision=fp32",
     )
-    if done.returncode:
-        raise UserError(
-            "the number format of training cannot be measured",
-            where="train.precision=auto",
-            got=done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}",
-            fix="choose the number format, for example with --set train.precision=fp32",
+    try:
+        done = subprocess.run(  # noqa: S603 (our own command)
+            command, env=child_environment(), capture_output=True, text=True, timeout=MEASURE_SECONDS, check=False
         )
+    except subprocess.TimeoutExpired:
+        raise failed(got=f"the measurement took longer than {MEASURE_SECONDS:g} seconds") from None
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        raise failed(got=said[-1] if said else f"exit code {done.returncode}")
     return Measured.model_validate_json(done.stdout.splitlines()[-1])

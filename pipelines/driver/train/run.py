@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.config import RunConfig
 from pipelines.driver.train.code import read_code
@@ -14,7 +14,7 @@ from pipelines.driver.train.failure import diagnose_failure, root_failure, wait_
 from pipelines.driver.train.hosts import check_hosts
 from pipelines.driver.train.launch import check_slots, end_leftover_ranks, run_rank, run_ranks
 from pipelines.driver.train.local_ranks import RankEntry
-from pipelines.driver.train.precision import choose_precision
+from pipelines.driver.train.precision import choose_precision, with_each_precision
 from pipelines.driver.train.run_folders import (
     check_registered_step,
     earlier_code,
@@ -54,6 +54,20 @@ RETURN_SECONDS = 120.0
 """Maximum time, in seconds, that a restart of the run waits for the cluster to replace a lost executor."""
 
 
+class Located(NamedTuple):
+    """Run whose settings are all chosen.
+
+    Attributes:
+        config: resolved run config.
+        start: opened folder in `train.start_from`, or None.
+        path: path of the run folder for the first version of the training code that trains the run.
+    """
+
+    config: RunConfig
+    start: StartFolder | None
+    path: Path
+
+
 def prepare(
     config: RunConfig,
     platform: Platform,
@@ -84,16 +98,9 @@ def prepare(
     """
     check_config(config)
     _check_splits(train, validate)
-    config = choose_precision(config, platform)
     code = code or read_code()
-    settings = config.train.science()
-    config, start = _open_start(config, settings)
-
-    def path_of(config: RunConfig) -> Path:
-        return _run_path(platform, config, settings, start, (train.content_hash, validate.content_hash))
-
-    config = keep_generation(config, code, path_of)
-    run = find_folder(path_of(config), config, code)
+    config, start, path = _locate_run(config, platform, (train.content_hash, validate.content_hash), code)
+    run = find_folder(path, config, code)
     is_finished = finished_result(run) is not None
     if run.tokenizer.exists() and (is_finished or (keep_run_file and run.run_file.exists())):
         return run
@@ -113,6 +120,48 @@ def prepare(
         if finished_result(run) is None:
             write_json(run.run_file, file.model_copy(update={"earlier_code": earlier_code(run, code)}))
     return run
+
+
+def _locate_run(config: RunConfig, platform: Platform, content: tuple[str, str], code: TrainingCode) -> Located:
+    """Choose the number format if `train.precision` is `auto`, and return the run.
+
+    An existing run with equal settings decides the format, as does the training that the run continues
+    (`train.start_state`). Otherwise, a repeated command on another kind of processor or GPU would train a second run.
+    If neither decides, the faster format is chosen (`choose_precision`).
+    """
+    if config.train.precision != "auto":
+        return _locate(config, platform, content, code)
+    possible, errors = [], []
+    for each in with_each_precision(config):
+        try:
+            possible.append(_locate(each, platform, content, code))
+        except UserError as error:
+            errors.append(error)
+    if not possible:
+        raise errors[0]
+    if len(possible) == 1:
+        precision = possible[0].config.train.precision
+        log.info("train.precision auto is %s, as in the training that the run continues", precision)
+        return possible[0]
+    known = [run for run in possible if RunFolder(run.path).run_file.exists()]
+    if len(known) == 1:
+        precision = known[0].config.train.precision
+        log.info("train.precision auto is %s, as in the existing run %s", precision, known[0].path.name)
+        return known[0]
+    chosen = choose_precision(config, platform).train.precision
+    return next(run for run in possible if run.config.train.precision == chosen)
+
+
+def _locate(config: RunConfig, platform: Platform, content: tuple[str, str], code: TrainingCode) -> Located:
+    """Open the start folder, choose the generation settings (`keep_generation`), and return the run."""
+    settings = config.train.science()
+    config, start = _open_start(config, settings)
+
+    def path_of(config: RunConfig) -> Path:
+        return _run_path(platform, config, settings, start, content)
+
+    config = keep_generation(config, code, path_of)
+    return Located(config, start, path_of(config))
 
 
 def _open_start(config: RunConfig, settings: dict[str, Any]) -> tuple[RunConfig, StartFolder | None]:

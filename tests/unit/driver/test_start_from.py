@@ -169,6 +169,15 @@ def test_a_continued_run_registers_only_steps_after_those_of_the_earlier_run(
     assert prepare(tiny_run(**continued, register=13), laptop, report, report).run_file.exists()
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_continued_run_with_precision_auto_keeps_the_precision_of_the_earlier_run(
+    precision: str, laptop: Platform, report: ShardReport, base: Path
+) -> None:
+    write_training_state(base, prepare(tiny_run(precision=precision), laptop, report, report))
+    continued = tiny_run(precision="auto", steps=20, start_from=str(base), start_state="training")
+    assert prepare(continued, laptop, report, report).read_run().config.train.precision == precision
+
+
 def test_a_run_with_stages_can_be_continued_with_more_steps_of_its_last_stage(
     laptop: Platform, report: ShardReport, base: Path
 ) -> None:

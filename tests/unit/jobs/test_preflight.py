@@ -9,13 +9,17 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from bundle import job_tasks
 from redirecting_server import redirecting_servers
 from stand_in_workspace import Workspace, mlflow_unchanged, serve
+from typer.testing import CliRunner
 
 from jobs.check import DoctorCheck
-from jobs.doctor import run_checks
-from jobs.preflight import check_mlflow, check_module, check_package_index, check_runtime, check_volume
+from jobs.cli import LazyCommands, app
+from jobs.doctor import run_checks, with_caption_options
+from jobs.preflight import Inputs, check_mlflow, check_module, check_package_index, check_runtime, check_volume
 from pipelines.config import RunConfig, load_run
+from pipelines.errors import UserError
 from pipelines.platform import open_platform
 from pipelines.tracking import logged_model
 from pipelines.tracking.server import connect, ensure_experiment
@@ -92,6 +96,35 @@ def test_the_preflight_outside_a_workspace_reports_the_runtime_and_volume_but_su
     checks = run_checks(workspace_run())
     assert [check.name for check in checks if check.status == "fail"] == ["runtime", "no_such_module", "volume"]
     assert not [check for check in checks if "lakesight[local]" in check.fix]
+
+
+def preflight_of_caption(options: str) -> list[str]:
+    """Return the parameters of the first task of the job `caption`, if the job run has these options."""
+    names = {"schemas.lakesight": "vision", "volumes.files": "files", "experiments.runs": "/Shared/runs"}
+    values = {"var.catalog": "main"} | {f"resources.{key}.name": name for key, name in names.items()}
+    given = {"table": "shop.files", "id_column": "sku", "image_column": "file", "where": "sku > '0'"}
+    parameters, *_ = job_tasks("caption", values, given | {"options": options})
+    return parameters
+
+
+def checked_inputs(options: str) -> Inputs:
+    """Return what this task checks."""
+    command, *words = preflight_of_caption(options)
+    parsed = LazyCommands()[command].make_context(command, words).params
+    inputs = Inputs(None, *(parsed[name] for name in ("table", "id_column", "image_column", "where")))
+    return with_caption_options(inputs, parsed["caption_options"])
+
+
+def test_the_preflight_of_the_job_caption_knows_the_further_options_of_the_job() -> None:
+    inputs = Inputs(None, "shop.files", "sku", "file", "sku > '0'")
+    assert checked_inputs("") == inputs
+    root = "/Volumes/main/shop/my photos"
+    assert checked_inputs(f"--retry-errors --image-root '{root}'") == inputs._replace(image_root=root)
+    assert checked_inputs("--where 'sku > 5'") == inputs._replace(where="sku > 5"), "as in the task caption"
+    with pytest.raises(UserError, match="the options cannot be read"):
+        checked_inputs("--where 'sku")
+    refused = CliRunner().invoke(app, preflight_of_caption("--no-such-option"))
+    assert (refused.exit_code, "No such option: --no-such-option" in refused.output) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Tests that a scheduled promotion undoes no rollback and promotes only the version that its own job run has trained.
+"""Tests that no scheduled job undoes a rollback, and that a promotion takes the version that the job run has trained.
 
 The commands run without Spark until the gate starts. The home folder has no pictures, so the gate always ends with an
 error.
@@ -10,6 +10,7 @@ import dataclasses
 import io
 import shutil
 from contextlib import AbstractContextManager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from jobs.common import Job
-from jobs.decisions import record
-from jobs.evaluate import choose_version
+from jobs.decisions import record, record_other_promotion
+from jobs.evaluate import choose_version, open_model
 from jobs.job_run import record_trained_version
 from jobs.output import CommandOutput
 from jobs.promote import run_promote
@@ -188,6 +189,72 @@ def test_the_champion_is_recorded_again_if_the_last_decision_has_its_number_but_
         assert run_promote(job, "champion").already
     assert decisions(job.platform)[2:] == [("promote", "2", "2")]
     assert newest_digests(job) == [registry.resolve(job.platform, NAME, "2").tags["digest"]] * 2
+
+
+def make_decisions_older(job: Job) -> None:
+    """Move all decisions two hours into the past, so that no command may still be about to move the aliases."""
+    past = datetime.now(UTC) - timedelta(hours=2)
+    DeltaTable(decisions_folder(job.platform)).update(
+        {"decided_at": f"to_timestamp_micros({past.timestamp():.0f}000000)"}
+    )
+
+
+def test_a_caption_job_records_a_champion_that_was_promoted_elsewhere(job: Job) -> None:
+    make_champion(job, "1")
+    aliases.promote(job.platform, registry.resolve(job.platform, NAME, "2"))
+    make_decisions_older(job)
+    for _ in range(2):
+        record_other_promotion(job, open_model(job, "champion"))
+    assert decisions(job.platform) == [("promote", "1", None), ("promote", "2", "2")]
+
+
+def test_a_caption_job_records_nothing_between_the_decision_of_a_rollback_and_the_move_of_the_alias(job: Job) -> None:
+    make_champion(job, "1", "2")
+    captioned = open_model(job, "champion")
+    record(job, "1", "rollback", champion=aliases.find_champion(job.platform, NAME))
+    recorded = decisions(job.platform)
+    record_other_promotion(job, captioned)
+    assert decisions(job.platform) == recorded
+
+
+def test_a_caption_job_neither_cancels_nor_finishes_a_running_move_of_the_aliases(job: Job) -> None:
+    make_champion(job, "1", "2")
+    captioned = open_model(job, "champion")
+    make_decisions_older(job)
+    DeltaTable(decisions_folder(job.platform)).update({"model_version": "'1'"})
+    planned = aliases.plan_rollback(job.platform, NAME)
+    assert planned is not None
+    client = connect(job.platform)
+    client.set_registered_model_tag(NAME, aliases.MOVE_TAG, planned.model_dump_json())
+    before = decisions(job.platform)
+    record_other_promotion(job, captioned)
+    assert aliases.MOVE_TAG in client.get_registered_model(NAME).tags, "the move was not cancelled"
+    client.set_registered_model_alias(NAME, "champion", "1")
+    record_other_promotion(job, open_model(job, "champion"))
+    assert aliases.MOVE_TAG in client.get_registered_model(NAME).tags, "the move was not finished"
+    assert decisions(job.platform) == before
+    aliases.promote(job.platform, registry.resolve(job.platform, NAME, "2"))  # this command finishes the move first
+
+
+def test_a_rollback_stays_the_newest_decision_if_a_caption_job_has_asked_the_registry_before(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rollback takes place between the question to the registry and the decision of the caption job."""
+    make_champion(job, "1")
+    aliases.promote(job.platform, registry.resolve(job.platform, NAME, "2"))
+    make_decisions_older(job)
+    captioned = open_model(job, "champion")
+    ask = aliases.find_settled_champion
+
+    def ask_and_roll_back(platform: Platform, name: str) -> registry.ModelVersion | None:
+        found = ask(platform, name)
+        run_rollback(job)
+        return found
+
+    monkeypatch.setattr(aliases, "find_settled_champion", ask_and_roll_back)
+    record_other_promotion(job, captioned)
+    assert decisions(job.platform)[-1] == ("rollback", "1", "2")
+    assert run_promote(job, "2").rolled_back
 
 
 def deployed(job: str, command: str) -> list[str]:

@@ -111,6 +111,26 @@ def test_the_captions_of_the_champion_are_reviewed_or_those_of_the_chosen_versio
     assert shown("all") == ["by 1", "by 10", "by 2"]
 
 
+def test_the_champion_of_the_registry_counts_instead_of_the_champion_in_table_decisions(tmp_path: Path) -> None:
+    rows = [CAPTION | {"model_version": "1", "caption": "by 1"}]
+    rows += [CAPTION | {"model_version": "2", "caption": f"by {digest}", "model_digest": digest} for digest in "xy"]
+    captions, pictures = write(tmp_path, GENERATED_CAPTIONS, rows), write(tmp_path, SAMPLES, [SAMPLE])
+    decided = {"model_name": "m", "model_version": "1", "action": "promote", "decided_at": NOW}
+    write_rows(tmp_path, DECISIONS, decided)
+    champions = iter([None, ("2", "y"), ("2", None), ("1", "x")])
+    store = DeltaStore(
+        captions,
+        pictures,
+        tmp_path / "verdicts",
+        table="samples",
+        model="m",
+        has_texts=True,
+        find_champion=lambda: next(champions),
+    )
+    shown = [sorted(row["caption"] for row in store.read_captions()) for _ in range(4)]
+    assert shown == [["by 1"], ["by y"], ["by x", "by y"], ["by 1"]], "the caption of version 1 has no digest"
+
+
 def test_captions_that_no_reader_sees_are_not_reviewed(tmp_path: Path) -> None:
     later = {"captioned_at": datetime(2026, 1, 2, tzinfo=UTC)}
     rows = [

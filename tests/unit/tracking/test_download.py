@@ -158,6 +158,11 @@ def test_a_changed_generation_setting_is_refused_for_the_champion_too_because_th
     with pytest.raises(UserError, match="cannot change this setting") as refused:
         run_promote(job, "champion")
     assert "`caption`" in refused.value.fix
+    given = (f"model.generation.seed={own.model.generation.seed}", *job.overrides)
+    both = dataclasses.replace(job, overrides=(*given, "model.generation.max_new_tokens=3"))
+    with pytest.raises(UserError, match="cannot change this setting") as refused:
+        run_promote(both, "champion")
+    assert refused.value.got == "--set model.generation.max_new_tokens=3", "the last override that changes a setting"
 
 
 def test_a_version_without_the_files_of_a_lakesight_model_is_refused_and_the_error_names_the_files(

@@ -189,6 +189,8 @@ def test_the_function_build_accepts_a_config_or_mapping_or_file_and_keeps_the_ra
         ("missing.yml", "no such file or model.*nano_tiny"),
         ("nan", "no such file or model, did you mean 'nano'"),
         ("a\0b", "no such file or model"),
+        pytest.param("a" * 300, "cannot be read: File name too long", id="name of 300 characters"),
+        pytest.param("image: {size: 32}\n" * 50, "cannot be read: File name too long", id="text of a YAML file"),
     ],
 )
 def test_build_refuses_an_invalid_config(config: Any, message: str) -> None:
@@ -206,6 +208,10 @@ def test_build_accepts_the_name_of_a_model_that_ships_and_prefers_a_model_of_the
     Path("conf/model/nano_tiny.yml").write_text(shipped.replace("size: 32", "size: 16"))
     Path("conf/model/own.yml").write_text(shipped.replace("size: 32", "size: 24"))
     assert [vlm.build(name).model.config.image.size for name in ("nano_tiny", "own")] == [16, 24]
+    Path("nano_tiny").write_text(shipped.replace("size: 32", "size: 8"))
+    assert vlm.build("nano_tiny").model.config.image.size == 8, "a file of exactly this name"
+    Path("own").mkdir()
+    assert vlm.build("own").model.config.image.size == 24, "a folder is no config"
 
 
 # ------------------------------------------------------------------------------------------------ pictures

@@ -152,6 +152,17 @@ def test_one_picture_or_an_iterator_of_pictures_is_accepted_where_a_list_is_expe
     assert CAPTIONER.logprobs(PICTURE, "what", iter(["a", "b"])) == scored
 
 
+def test_logprobs_names_a_bad_picture_by_its_position_in_the_given_list() -> None:
+    cases: list[tuple[Any, str]] = [
+        ([PICTURE, PICTURE, b"bad"], "picture 3 of 3"),
+        ([PICTURE, b"bad", PICTURE], "picture 2 of 3"),
+        (b"bad", "picture 1 of 1"),
+    ]
+    for pictures, place in cases:
+        with pytest.raises(ImageError, match=place):
+            CAPTIONER.logprobs(pictures, "", ["a", "b", "c"])
+
+
 def kind_name(value: object) -> str:
     """Return the id of a case. The text of a value may contain an address, or depend on the order of a set."""
     return type(value).__name__
