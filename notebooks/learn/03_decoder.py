@@ -121,7 +121,7 @@ print(f"{tokenizer.vocab_size} tokens; {len(train_ids)} characters to learn from
 # COMMAND ----------
 
 # MAGIC %md
-# MAGIC ## Two simple writers to beat
+# MAGIC ## Two simple baselines to beat
 # MAGIC
 # MAGIC Which loss is good? The *loss* of a writer is minus the logarithm of the share that the writer gives to the
 # MAGIC character that really comes next, as a mean over a text (see notebook 2). Two simple writers give us a scale:

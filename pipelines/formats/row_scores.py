@@ -31,8 +31,8 @@ class RowScore:
         mean_logprob: mean log-probability of the caption's tokens, in nats, or None if there is no caption.
         brightness: mean pixel level (0 to 255) of the picture at the model's resolution.
         contrast: standard deviation of the picture's pixel levels.
-        num_texts: number of texts from which training would draw one text. Training draws from all references, or from
-            the distinct references if `data.text_weights` is `uniform`.
+        num_texts: number of the picture's texts among which training draws one text for each step. These are all
+            references, or the distinct references if `data.text_weights` is `uniform`.
     """
 
     row: int

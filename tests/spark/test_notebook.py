@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from pyspark.sql import SparkSession, functions
 
+from jobs.pipeline import held_out
 from pipelines.platform import Platform
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
@@ -64,4 +65,5 @@ def test_the_notebooks_for_a_workspace_run_in_order_and_show_a_table_with_rows(
     elsewhere = captions.withColumn("source_table", functions.lit("shop.products"))
     earlier.union(elsewhere).writeTo(platform.table("generated_captions")).append()
     ran = runpy.run_path(str(notebooks[5]))
-    assert ran["both"].count() == ran["captioned"].considered > 0
+    # Other tests may have captioned further pictures with this model version.
+    assert ran["both"].where(held_out(ran["job"])).count() == ran["captioned"].considered > 0

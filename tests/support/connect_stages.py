@@ -12,7 +12,7 @@ import csv
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,11 @@ def open_workspace(schema: str, folder: Path) -> Platform:
     return replace(databricks(config), root=folder / "volume")
 
 
+def rounded(figures: Mapping[str, float]) -> dict[str, float]:
+    """Round sums of rows, whose last digits depend on the order in which Spark's tasks end."""
+    return {name: round(value, 6) for name, value in figures.items()}
+
+
 def run_stages(spark: SparkSession, platform: Platform, folder: Path) -> dict[str, Any]:
     """Run every stage that needs Spark, and return the stage reports without values that differ between home folders.
 
@@ -83,7 +88,8 @@ def run_stages(spark: SparkSession, platform: Platform, folder: Path) -> dict[st
         "train": train(spark, platform, splits["train"], splits["val"]),
         "evaluation": {name: value for name, value in evaluation.values().items() if name != SPEED},
         "caption": [
-            (report.considered, report.already, report.captioned, report.errors, report.figures) for report in captions
+            (report.considered, report.already, report.captioned, report.errors, rounded(report.figures))
+            for report in captions
         ],
         "replay": replayed.model_dump(exclude={"seconds"}),
         "quarantine": [(row.source_row, row.reason, row.payload) for row in refused.rows],

@@ -26,8 +26,8 @@ from vlm.text.words import words
 BASELINES = {"constant": "the best caption that ignores the picture", "neighbour": "the nearest neighbour's caption"}
 
 NO_NEIGHBOUR = (
-    "no comparison with the nearest neighbour's caption, because for at least one picture, no other training picture "
-    "has the same prompt; longer training cannot change that: remove neighbour from gate.baselines"
+    "no comparison with the nearest neighbour's caption: no picture of the training split has the prompt of one of the "
+    "evaluated pictures. Longer training does not help; remove neighbour from gate.baselines"
 )
 
 

@@ -93,8 +93,8 @@ def prepare(
 
     Raises:
         UserError: a split has no rows, the batch cannot be divided among the ranks, or another process is training the
-            run. The error is also raised if the folder in `train.start_from` has another model, damaged files or other
-            training data, or if the run will have no checkpoint of the step in `train.register`.
+            run. The error is also raised if the checkpoint in `train.start_from` is damaged, has another model or was
+            trained on other data, or if the run will write no checkpoint of the step in `train.register`.
     """
     check_config(config)
     _check_splits(train, validate)

@@ -85,8 +85,8 @@ def require_no_pictures(spark: SparkSession, platform: Platform, decoded: Decode
     else:
         got = "0 rows"
         fix = (
-            "check the job that fills the table, and data.source.filter. If the table is empty on purpose, remove its "
-            f"pictures: delete the rows of table {table} whose source is '{source}'"
+            "check the job that fills the table, and data.source.filter. If the table is meant to be empty, remove the "
+            f"pictures of earlier ingests: delete the rows of table {table} whose source is '{source}'"
         )
     raise UserError(
         "not one row of the table could be used, so the pictures of earlier ingests were kept",
