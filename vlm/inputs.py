@@ -74,9 +74,7 @@ def decode_picture(
 
 
 def decode_pictures(pictures: Sequence[Picture], config: ImageConfig) -> list[npt.NDArray[np.uint8]]:
-    """Decode pictures within the default limits, and return the pixels (H, W, C) of each picture at model size.
-
-    A picture that occurs several times, because it belongs to several answers, is decoded only once.
+    """Decode each different picture once, and return the pixels (H, W, C) of each picture at model size.
 
     Raises:
         ImageError: a picture cannot be decoded.

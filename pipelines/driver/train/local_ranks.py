@@ -13,8 +13,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipelines.child_process import child_environment
@@ -51,7 +53,7 @@ def run_local_ranks(run: RunFolder, ranks: int, entry: RankEntry) -> Exception |
     import_entry = f"import sys; from {entry.__module__} import {entry.__name__} as entry; entry(sys.argv[1])"
     command = [sys.executable, "-P", "-c", import_entry, str(run.path)]
     started: list[subprocess.Popen[bytes]] = []
-    with tempfile.TemporaryDirectory(prefix="lakesight-ranks-") as private, run.launcher_log.open("ab") as log:
+    with tempfile.TemporaryDirectory(prefix="lakesight-ranks-") as private, _copied_to(run.launcher_log) as log:
         try:
             for rank in range(ranks):
                 environment = _rank_environment(rank, ranks, Path(private) / "store")
@@ -65,6 +67,31 @@ def run_local_ranks(run: RunFolder, ranks: int, entry: RankEntry) -> Exception |
             return error
         finally:
             _end(started)
+
+
+@contextmanager
+def _copied_to(path: Path) -> Iterator[int]:
+    """Yield a file descriptor for the output of ranks. This process appends the output to a file.
+
+    A rank whose own files reach a limit, such as RLIMIT_FSIZE or a quota, can therefore still say why it ends.
+    """
+    with path.open("ab", buffering=0) as log:
+        read_end, write_end = os.pipe()
+
+        def copy() -> None:
+            while part := os.read(read_end, 1 << 16):
+                with suppress(OSError, ValueError):  # the disk is full, or `log` is closed; the ranks must not wait
+                    log.write(part)
+
+        thread = threading.Thread(target=copy, daemon=True, name="output of ranks")
+        thread.start()
+        try:
+            yield write_end
+        finally:
+            os.close(write_end)
+            thread.join(KILL_SECONDS)  # a rank that the kernel could not end keeps its end of the pipe open
+            if not thread.is_alive():
+                os.close(read_end)
 
 
 def _rank_environment(rank: int, ranks: int, store: Path) -> dict[str, str]:
