@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from pipelines.child_process import child_environment
 from pipelines.formats.run_folder import RunFolder
@@ -53,13 +54,17 @@ def run_local_ranks(run: RunFolder, ranks: int, entry: RankEntry) -> Exception |
     import_entry = f"import sys; from {entry.__module__} import {entry.__name__} as entry; entry(sys.argv[1])"
     command = [sys.executable, "-P", "-c", import_entry, str(run.path)]
     started: list[subprocess.Popen[bytes]] = []
-    with tempfile.TemporaryDirectory(prefix="lakesight-ranks-") as private, _copied_to(run.launcher_log) as log:
+    with (
+        tempfile.TemporaryDirectory(prefix="lakesight-ranks-") as private,
+        run.launcher_log.open("ab", buffering=0) as log,
+        _copied_to(log) as console,
+    ):
         try:
             for rank in range(ranks):
                 environment = _rank_environment(rank, ranks, Path(private) / "store")
                 started.append(
                     subprocess.Popen(  # noqa: S603 (our own command)
-                        command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                        command, env=environment, stdin=subprocess.DEVNULL, stdout=console, stderr=log
                     )
                 )
             return _wait(started)
@@ -70,28 +75,27 @@ def run_local_ranks(run: RunFolder, ranks: int, entry: RankEntry) -> Exception |
 
 
 @contextmanager
-def _copied_to(path: Path) -> Iterator[int]:
-    """Yield a file descriptor for the output of ranks. This process appends the output to a file.
+def _copied_to(log: IO[bytes]) -> Iterator[int]:
+    """Yield a file descriptor whose input this process appends to a file.
 
-    A rank whose own files reach a limit, such as RLIMIT_FSIZE or a quota, can therefore still say why it ends.
+    A rank whose own files reach a limit, such as RLIMIT_FSIZE, can therefore still say why it ends.
     """
-    with path.open("ab", buffering=0) as log:
-        read_end, write_end = os.pipe()
+    read_end, write_end = os.pipe()
 
-        def copy() -> None:
-            while part := os.read(read_end, 1 << 16):
-                with suppress(OSError, ValueError):  # the disk is full, or `log` is closed; the ranks must not wait
-                    log.write(part)
+    def copy() -> None:
+        while part := os.read(read_end, 1 << 16):
+            with suppress(OSError, ValueError):  # the disk is full, or `log` is closed; the ranks must not wait
+                log.write(part)
 
-        thread = threading.Thread(target=copy, daemon=True, name="output of ranks")
-        thread.start()
-        try:
-            yield write_end
-        finally:
-            os.close(write_end)
-            thread.join(KILL_SECONDS)  # a rank that the kernel could not end keeps its end of the pipe open
-            if not thread.is_alive():
-                os.close(read_end)
+    thread = threading.Thread(target=copy, daemon=True, name="output of ranks")
+    thread.start()
+    try:
+        yield write_end
+    finally:
+        os.close(write_end)
+        thread.join(KILL_SECONDS)  # a rank that the kernel could not end keeps its end of the pipe open
+        if not thread.is_alive():
+            os.close(read_end)
 
 
 def _rank_environment(rank: int, ranks: int, store: Path) -> dict[str, str]:

@@ -36,7 +36,7 @@ def open_log(run: RunFolder, rank: int) -> None:
     path = run.log(rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     terminal = io.TextIOWrapper(
-        os.fdopen(os.dup(2), "wb", buffering=0), encoding="utf-8", errors="backslashreplace", write_through=True
+        os.fdopen(os.dup(1), "wb", buffering=0), encoding="utf-8", errors="backslashreplace", write_through=True
     )
     sys.stdout.flush()
     sys.stderr.flush()

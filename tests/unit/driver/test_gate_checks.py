@@ -215,5 +215,5 @@ def test_a_picture_without_a_neighbour_is_the_reason_of_a_refusal_by_this_baseli
     rows[0] = replace(rows[0], neighbour=None)
     checks = apply_gate(GateConfig(baselines=("neighbour",)), evaluated(tmp_path, rows), None, WELL).checks
     assert not checks["neighbour"].passed
-    assert "no other training picture has the same prompt" in checks["neighbour"].found
+    assert "no picture of the training split has the prompt of one" in checks["neighbour"].found
     assert "so few pictures" not in checks["neighbour"].found
