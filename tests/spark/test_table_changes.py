@@ -68,7 +68,7 @@ def test_only_the_pictures_of_changed_rows_are_read_if_no_other_row_has_their_id
     assert num_bytes < 40 * PICTURE_BYTES, "the table has 200 pictures"
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.matrix) for seed in range(1, 8))])
 def test_the_rows_to_read_are_all_current_rows_of_each_updated_or_deleted_id(
     spark: SparkSession, platform: Platform, tmp_path: Path, seed: int
 ) -> None:
