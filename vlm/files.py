@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 MAX_JSON_BYTES = 1 << 28
-"""Largest accepted size of a JSON file, in bytes. The tokenizers of the largest published vocabularies have 40 MB."""
+"""Largest accepted size of a JSON file, in bytes. The largest published tokenizers have about 40 MB."""
 TRAINING_STEP = "training.json"
 """Name of the file of a training checkpoint that contains the number of the next training step."""
 

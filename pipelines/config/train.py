@@ -162,8 +162,8 @@ class TrainConfig(Config):
             part of the weights, gradients and optimizer state, so the model may be larger than the memory of one GPU.
         precision: number format of matrix products, which is fp32, tf32 (GPUs round the inputs), bf16 (autocast) or
             auto. With `auto`, the driver measures a small training step, and chooses bf16 if bf16 is at least 1.2 times
-            as fast as fp32, else fp32. An existing run with otherwise equal settings keeps its format. The weights stay
-            fp32.
+            as fast as fp32, else fp32. An existing run keeps its format if all other settings are equal. The weights
+            stay fp32.
         start_from: checkpoint folder from which the run takes its initial weights and the tokenizer, or null. The model
             in the folder must have the same config, except for generation settings. A run with pictures may also start
             from a text-only model with the same decoder and tokenizer.

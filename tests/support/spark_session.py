@@ -55,11 +55,6 @@ def count_shuffled_bytes(spark: SparkSession, run: Callable[[], object]) -> int:
     return _sum_of_stages(spark, run, "shuffleWriteBytes")
 
 
-def count_read_bytes(spark: SparkSession, run: Callable[[], object]) -> int:
-    """Call a function that runs Spark jobs, and return how many bytes of files the jobs read."""
-    return _sum_of_stages(spark, run, "inputBytes")
-
-
 def _sum_of_stages(spark: SparkSession, run: Callable[[], object], figure: str) -> int:
     """Call a function that runs Spark jobs, and return the sum of a figure of `StageData` over the jobs' stages."""
     context, gateway = spark.sparkContext._jsc.sc(), spark.sparkContext._gateway

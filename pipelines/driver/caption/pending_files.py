@@ -37,7 +37,7 @@ captioned table. These names are a part of a caption's identity."""
 READ_FROM = ("source_version", "source_commit", "source_file", *(column.name for column in PICTURE_COLUMNS))
 """Columns of `generated_captions` that say from where a picture was read."""
 LISTING_SHARE = 0.05
-"""Largest share of time that is spent on listing the folder for the progress bar. Listing a folder with many files
+"""Limit for the share of the time that the progress bar may use to list the folder. Listing a folder with many files
 takes long."""
 STALE = timedelta(days=1)
 """Temporary caption files of at least this age are removed, because the tasks that wrote them were probably killed."""

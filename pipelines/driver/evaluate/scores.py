@@ -52,8 +52,8 @@ SCORING = 2
 pictures."""
 ROWS_PER_TASK = 128
 MAX_NEIGHBOURS = 20_000
-"""Largest number of training pictures among which the most similar picture is searched. Only the first training
-pictures of the shards are candidates. The first pictures are a random sample, because shards are shuffled.
+"""Largest number of training pictures that are compared with a picture to find the most similar one. Only the first
+training pictures of the shards are candidates. The first pictures are a random sample, because shards are shuffled.
 """
 BLOCK_ROWS = 512
 """Number of evaluated rows in each block of the distance matrix between evaluated pictures and training pictures."""

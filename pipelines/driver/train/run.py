@@ -137,7 +137,8 @@ def _locate_run(config: RunConfig, platform: Platform, content: tuple[str, str],
             possible.append(_locate(each, platform, content, code))
         except UserError as error:
             errors.append(error)
-    if not possible:
+    # Only the training that the run continues can make one of the formats impossible.
+    if errors and not (possible and config.train.start_state == "training"):
         raise errors[0]
     if len(possible) == 1:
         precision = possible[0].config.train.precision

@@ -97,8 +97,8 @@ class ModelBuilder:
             return
         save_adapter_weights(folder, copy.weights, self.settings.adapter, self._digest)
         if last:
-            # Merge the adapter into the base weights from the files, because the trained model may have its base
-            # weights in half precision.
+            # Read the base weights from their files again, and merge the adapter into these weights. The trained model
+            # may have its base weights in half precision.
             merged = self._base_model()
             load_adapter(folder, merged, self._digest)
             merge_adapter(merged)

@@ -17,7 +17,7 @@ def train(run: RunFolder, env: RankEnv, monitor: RankMonitor, kind: type[Trainer
 
     Args:
         run: run folder.
-        env: number of this rank and number of ranks, both in the run and on this host.
+        env: number of this rank and number of ranks, once for the whole run and once for this host.
         monitor: monitor to which the rank reports its progress.
         kind: class of the trainer.
 

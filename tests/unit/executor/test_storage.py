@@ -27,7 +27,7 @@ from parquet_ranges import read_path
 from pipelines.executor.ingest.records.jsonl import jsonl_records
 from pipelines.executor.ingest.records.lines import RANGE, WHOLE, Layout
 from pipelines.executor.ingest.records.pictures import urls
-from pipelines.executor.ingest.records.pictures.root import PictureRoot, add_pictures, read_picture_column
+from pipelines.executor.ingest.records.pictures.root import PictureRoot, picture_records, read_picture_column
 from pipelines.executor.ingest.records.record import Problem, Record
 from pipelines.executor.ingest.records.webdataset import tar_records
 from pipelines.executor.ingest.storage import StorageFault, describe_damage, open_binary
@@ -164,14 +164,17 @@ class ForbiddingStore(MemoryFileSystem):  # type: ignore[misc]
         return super()._open(path, mode, **options)
 
 
-def read_rows(names: list[str], monkeypatch: pytest.MonkeyPatch, *, expires_after: int = 10_000) -> list[str | None]:
+def read_rows(
+    names: list[str], monkeypatch: pytest.MonkeyPatch, *, expires_after: int = 10_000, is_replay: bool = False
+) -> list[str | None]:
     """Read pictures from a store that forbids some of them. For each row, return the reason of a refusal, or None."""
     monkeypatch.setattr(ForbiddingStore, "expires_after", expires_after, raising=False)
     fsspec.register_implementation("s3", ForbiddingStore, clobber=True)
     urls._store.cache_clear()
     MemoryFileSystem().pipe({f"/folder/{name}": b"x" for name in names})
     records = (Record("f", {"image": name}) for name in names)
-    found = list(add_pictures(records, PictureRoot("s3://folder", 100), "image"))
+    batches = iter([pa.RecordBatch.from_pydict({"path": [b"f"]})])
+    found = list(picture_records(batches, lambda _: records, "s3://folder", "image", 100, is_replay=is_replay))
     assert [record.fields["image"] for record in found] == names
     assert all(("forbidden" in name) == bool(record.problem) for name, record in zip(names, found, strict=True))
     return [record.problem.reason if record.problem else None for record in found]
@@ -182,6 +185,27 @@ def test_a_forbidden_picture_of_an_object_store_refuses_one_row_if_another_pictu
     names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert set(read_rows(names, monkeypatch)) == {"unreadable_file", None}
+
+
+def test_a_replay_refuses_a_forbidden_picture_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_rows(["forbidden"], monkeypatch, is_replay=True) == ["unreadable_file"]
+
+
+def test_a_forbidden_picture_is_refused_if_a_picture_of_another_folder_can_be_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ForbiddingStore, "expires_after", 10_000, raising=False)
+    fsspec.register_implementation("s3", ForbiddingStore, clobber=True)
+    urls._store.cache_clear()
+    MemoryFileSystem().pipe({"/top/1/a": b"x", "/top/2/forbidden": b"x"})
+    batches = [pa.RecordBatch.from_pydict({"path": [f"s3://top/{n}/rows.csv".encode()]}) for n in (1, 2)]
+    names = iter(["a", "forbidden"])
+
+    def read(parts: Iterator[pa.RecordBatch]) -> Iterator[Record]:
+        return (Record("f", {"image": next(names)}) for _ in parts)
+
+    found = list(picture_records(iter(batches), read, ".", "image", 100, base="s3://top"))
+    assert [record.problem.reason if record.problem else None for record in found] == [None, "unreadable_file"]
 
 
 @pytest.mark.parametrize("expires_after", [0, 1, 3])

@@ -1,4 +1,4 @@
-"""Tests of the evaluations of several versions of one training run in MLflow."""
+"""Test how MLflow stores the evaluations of several model versions that one training run has made."""
 
 from __future__ import annotations
 

@@ -234,7 +234,7 @@ def _open_large(
 
 
 def _write_entries(path: Path, folder: str, captions: str) -> None:
-    """Write a Parquet file in the schema ENTRIES that lists all entries of a folder that may be passed over."""
+    """Write a Parquet file in the schema ENTRIES that lists the entries of a folder that no row may name."""
     entries = walk_entries(folder)
     with pq.ParquetWriter(path, ENTRIES) as writer:
         while batch := list(islice(entries, ENTRY_ROWS)):

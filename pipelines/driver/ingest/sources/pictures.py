@@ -47,7 +47,7 @@ def read_replayed_pictures(config: DataConfig, read: Read) -> Read:
     if location is None:
         return read
     if is_absolute(location):
-        return partial(_reader(picture_records, config, location), read=read, base=None)
+        return partial(_reader(picture_records, config, location), read=read, base=None, is_replay=True)
     replayed = _reader(replayed_picture_records, config, location)
     return partial(replayed, read=read, base=_folder_of(config), single_file=_is_single_file(config))
 

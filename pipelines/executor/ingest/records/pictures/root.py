@@ -148,6 +148,7 @@ def picture_records(
     max_bytes: int,
     *,
     base: str | None = None,
+    is_replay: bool = False,
 ) -> Iterator[Record]:
     """Add the field PICTURE to the records of a source, with the bytes of the picture to which a column points.
 
@@ -163,14 +164,19 @@ def picture_records(
         max_bytes: largest size of a picture to read, in bytes.
         base: folder of the source, to which PICTURE_FOLDER is relative, or None if the source is a single file. The
             records of a single file have no field PICTURE_FOLDER.
+        is_replay: whether the rows come from `quarantine`. A row whose picture an object store does not send is then
+            refused again, because it stays in `quarantine`. Otherwise, such a row is held back (`HeldRecords`).
     """
+    held = None if is_replay else HeldRecords()
     if is_absolute(location):
-        yield from add_pictures(read(batches), PictureRoot(location, max_bytes), column)
-        return
-    for folder, parts in groupby(_split_by_folder(batches), key=lambda part: part[0]):
-        root = PictureRoot(join_location(folder, location), max_bytes, may_be_missing=True)
-        failed = {PICTURE_FOLDER: _below(base, folder) or "."} if base is not None else {}
-        yield from add_pictures(read(batch for _, batch in parts), root, column, failed)
+        yield from add_pictures(read(batches), PictureRoot(location, max_bytes), column, held)
+    else:
+        for folder, parts in groupby(_split_by_folder(batches), key=lambda part: part[0]):
+            root = PictureRoot(join_location(folder, location), max_bytes, may_be_missing=True)
+            failed = {PICTURE_FOLDER: _below(base, folder) or "."} if base is not None else {}
+            yield from add_pictures(read(batch for _, batch in parts), root, column, held, failed)
+    if held:
+        yield from held.finish()
 
 
 def replayed_picture_records(
@@ -197,7 +203,7 @@ def replayed_picture_records(
             continue
         folder = base if below in (None, ".") else join_location(base, str(below))
         root = PictureRoot(join_location(folder, location), max_bytes, may_be_missing=True)
-        yield from add_pictures(iter([record]), root, column)
+        yield from add_pictures(iter([record]), root, column, None)
 
 
 def _below(base: str, folder: str) -> str:
@@ -206,21 +212,65 @@ def _below(base: str, folder: str) -> str:
     return f"{folder}/".removeprefix(above).rstrip("/") if f"{folder}/".startswith(above) else folder
 
 
+class HeldRecords:
+    """Records of a task whose pictures an object store did not send.
+
+    An object store may report a forbidden or slow picture by the same error as an expired token or a slow network. The
+    records of such pictures are held back until another picture of the task can be read, and are refused then.
+    """
+
+    def __init__(self) -> None:
+        self._refused: list[Record] = []
+        self._fault: StorageFault | None = None
+        self._readable: tuple[PictureRoot, object] | None = None
+
+    def add(self, refused: Record, fault: StorageFault) -> list[Record]:
+        """Hold a record back, and return the records that can be refused. `finish` explains the error."""
+        self._refused.append(refused)
+        self._fault = fault
+        return self.finish() if len(self._refused) >= HELD_RECORDS else []
+
+    def release(self, root: PictureRoot, name: object) -> list[Record]:
+        """Return the held records, because the picture `name` could be read."""
+        self._readable = root, name
+        refused, self._refused = self._refused, []
+        return refused
+
+    def finish(self) -> list[Record]:
+        """Return the held records if the last readable picture of the task can be read again.
+
+        Raises:
+            StorageFault: this picture cannot be read again, or no picture of the task could be read.
+        """
+        if not self._refused:
+            return []
+        assert self._fault
+        if self._readable is None or isinstance(self._readable[0].read(self._readable[1]), Problem):
+            raise self._fault
+        return self.release(*self._readable)
+
+
 def add_pictures(
-    records: Iterator[Record], root: PictureRoot, column: str, failed: Mapping[str, str] | None = None
+    records: Iterator[Record],
+    root: PictureRoot,
+    column: str,
+    held: HeldRecords | None,
+    failed: Mapping[str, str] | None = None,
 ) -> Iterator[Record]:
     """Add the field PICTURE to each record whose column contains the path or URL of a picture.
 
     If the picture cannot be read, add the fields in `failed` too.
 
-    An object store may report a forbidden or slow picture by the same error as an expired token or a slow network. The
-    record of such a picture is held back until another picture can be read, and is refused then.
+    Args:
+        records: parsed records.
+        root: folder or URL of the pictures.
+        column: name of the column with the path or URL of a row's picture.
+        held: held records of the Spark task, or None to refuse each record whose picture an object store does not send.
+        failed: fields to add to a record whose picture cannot be read.
 
     Raises:
-        OSError: the machine or the server has a fault, or no picture could be read after such an error.
+        OSError: the machine or the server has a fault.
     """
-    held: list[tuple[Record, StorageFault]] = []
-    readable: object = None
     for record in records:
         if record.problem or record.fields.get(PICTURE) is not None:
             yield record
@@ -230,42 +280,24 @@ def add_pictures(
         if path is not None and name is not None:
             yield record._replace(fields=record.fields | {PICTURE: name})
             continue
-        found: bytes | Problem | None = None
+        name = name if path is None else path
         try:
-            found = root.read(name if path is None else path)
+            found = root.read(name)
         except StorageFault as fault:
             if fault.is_outage:
                 raise
-            held.append((record, fault))
-            if len(held) < HELD_RECORDS:
-                continue
-            _require_readable_again(root, readable, fault)
+            refused = _refuse(record, Problem("unreadable_file", str(fault)), failed)
+            yield from held.add(refused, fault) if held else [refused]
+            continue
         if isinstance(found, Problem):
             yield _refuse(record, found, failed)
             continue
-        yield from (_refuse(*refused, failed) for refused in held)
-        held.clear()
-        if found is not None:
-            readable = name if path is None else path
-            yield record._replace(fields=record.fields | {PICTURE: found})
-    if held:
-        _require_readable_again(root, readable, held[0][1])
-        yield from (_refuse(*refused, failed) for refused in held)
+        if held:
+            yield from held.release(root, name)
+        yield record._replace(fields=record.fields | {PICTURE: found})
 
 
-def _require_readable_again(root: PictureRoot, name: object, fault: StorageFault) -> None:
-    """Read a picture again that could be read before `fault`.
-
-    Raises:
-        StorageFault: the picture cannot be read, or `name` is None because no picture could be read.
-    """
-    if name is None or isinstance(root.read(name), Problem):
-        raise fault
-
-
-def _refuse(record: Record, problem: Problem | StorageFault, failed: Mapping[str, str] | None) -> Record:
-    if isinstance(problem, StorageFault):
-        problem = Problem("unreadable_file", str(problem))
+def _refuse(record: Record, problem: Problem, failed: Mapping[str, str] | None) -> Record:
     return record._replace(fields={**record.fields, PICTURE: None, **(failed or {})}, problem=problem)
 
 
