@@ -6,6 +6,7 @@ The commands `promote` and `rollback` record decisions with the function `record
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +18,8 @@ from jobs.table_files import open_table, table_relation
 if TYPE_CHECKING:
     from pipelines.driver.model_files import ModelFiles
     from pipelines.tracking.registry import ModelVersion
+
+logger = logging.getLogger(__name__)
 
 LONGEST_MOVE = timedelta(hours=1)
 """Time after a decision in which the command that has recorded it may still be about to move the alias. If the registry
@@ -138,7 +141,13 @@ def record_other_promotion(job: Job, champion: ModelFiles) -> None:
     from pipelines.tracking.aliases import find_settled_champion
 
     present = find_settled_champion(job.platform, champion.name)
-    if present is not None and present.version == champion.version:
+    if present is None:
+        logger.warning(
+            "table decisions and the registry disagree on the champion of model %s: a promotion or rollback is "
+            "running, was interrupted, or the champion was removed; if none is running, run promote or rollback again",
+            champion.name,
+        )
+    elif present.version == champion.version:
         record_champion(job, present, seen_at)
 
 

@@ -217,7 +217,9 @@ def test_a_caption_job_records_nothing_between_the_decision_of_a_rollback_and_th
     assert decisions(job.platform) == recorded
 
 
-def test_a_caption_job_neither_cancels_nor_finishes_a_running_move_of_the_aliases(job: Job) -> None:
+def test_a_caption_job_neither_cancels_nor_finishes_a_running_move_of_the_aliases(
+    job: Job, caplog: pytest.LogCaptureFixture
+) -> None:
     make_champion(job, "1", "2")
     captioned = open_model(job, "champion")
     make_decisions_older(job)
@@ -229,6 +231,7 @@ def test_a_caption_job_neither_cancels_nor_finishes_a_running_move_of_the_aliase
     before = decisions(job.platform)
     record_other_promotion(job, captioned)
     assert aliases.MOVE_TAG in client.get_registered_model(NAME).tags, "the move was not cancelled"
+    assert f"disagree on the champion of model {NAME}" in caplog.text
     client.set_registered_model_alias(NAME, "champion", "1")
     record_other_promotion(job, open_model(job, "champion"))
     assert aliases.MOVE_TAG in client.get_registered_model(NAME).tags, "the move was not finished"
