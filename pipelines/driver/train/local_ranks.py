@@ -83,9 +83,10 @@ def _copied_to(log: IO[bytes]) -> Iterator[int]:
     read_end, write_end = os.pipe()
 
     def copy() -> None:
-        while part := os.read(read_end, 1 << 16):
-            with suppress(OSError, ValueError):  # the disk is full, or `log` is closed; the ranks must not wait
-                log.write(part)
+        with os.fdopen(read_end, "rb", buffering=0) as output:
+            while part := output.read(1 << 16):
+                with suppress(OSError, ValueError):  # the disk is full, or `log` is closed; the ranks must not wait
+                    log.write(part)
 
     thread = threading.Thread(target=copy, daemon=True, name="output of ranks")
     thread.start()
@@ -94,8 +95,6 @@ def _copied_to(log: IO[bytes]) -> Iterator[int]:
     finally:
         os.close(write_end)
         thread.join(KILL_SECONDS)  # a rank that the kernel could not end keeps its end of the pipe open
-        if not thread.is_alive():
-            os.close(read_end)
 
 
 def _rank_environment(rank: int, ranks: int, store: Path) -> dict[str, str]:
